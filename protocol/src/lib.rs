@@ -1,0 +1,5 @@
+//! The Fieldgate Wire Protocol.
+#![no_std]
+#![warn(missing_docs)]
+
+pub mod column;

@@ -1,0 +1,7 @@
+//! Fieldgate: readings from a fleet of field devices into SQL, exactly once.
+//!
+//! The way of the data, one room an arrow: `connection` (socket and codec) -> `session` ->
+//! `ingest` (queue, `batcher`) -> `store`; a `store::Receipt` travels back.
+
+pub mod clock;
+pub mod store;

@@ -1,0 +1,317 @@
+//! The store: where a batch becomes durable, and the only place a [`Receipt`] can come from.
+//!
+//! It knows readings and SQL, never a frame's bytes on the wire. Everything in a [`Batch`] commits
+//! in one transaction: `declares`, then `entries` in their order, then `logins`, then the rest; so a
+//! login sees the watermark that the entries before it moved.
+//!
+//! Invariants
+//! - A stream's `durable_seq` moves only in the transaction that stores what it covers.
+//! - An entry is stored only if it continues its stream (see [`ledger`]): whatever arrives twice, or
+//!   from a session that was taken over, is stored once and in order.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use fieldgate_protocol::column::Kind;
+
+use crate::clock::{BootClock, Quality};
+
+pub mod ledger;
+pub mod memory;
+pub mod sqlite;
+
+/// Row id of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceId(pub i64);
+
+/// Row id of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StreamId(pub i64);
+
+/// Row id of a series.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SeriesId(pub i64);
+
+/// What is committed in one transaction.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// Authenticated devices asking where their stream stands.
+    pub logins: Vec<Login>,
+    /// Schemas to keep.
+    pub declares: Vec<Declare>,
+    /// Numbered entries of streams, in order of arrival.
+    pub entries: Vec<Entry>,
+    /// Measured device clocks to keep.
+    pub clocks: Vec<(DeviceId, BootClock)>,
+    /// What happened to devices, for the audit trail.
+    pub events: Vec<DeviceEvent>,
+}
+
+/// A device that proved its key and wants to continue a stream.
+#[derive(Clone, Debug)]
+pub struct Login {
+    /// The device's name.
+    pub device: String,
+    /// Number of the stream, below 2^63.
+    pub stream: u64,
+    /// The next sequence number the device will give out.
+    pub next_seq: u64,
+    /// Firmware version as the device tells it.
+    pub firmware: String,
+    /// The schema the device will send with, and its hash.
+    pub schema: Option<(u16, SchemaHash)>,
+    /// The clock of the present boot.
+    pub clock: BootClock,
+    /// Address of the peer, for the audit trail.
+    pub peer: String,
+    /// When, microseconds UTC.
+    pub at_us: i64,
+}
+
+/// First 8 bytes of the SHA-256 of a DECLARE's payload.
+pub type SchemaHash = [u8; 8];
+
+/// What became of a [`Login`].
+#[derive(Clone, Debug)]
+pub enum LoginOutcome {
+    /// The device may send; boxed because the others are small.
+    Admitted(Box<Admission>),
+    /// An operator disabled the device.
+    Disabled,
+    /// The device would number frames anew that are stored already: it must start a new stream.
+    StreamConflict,
+}
+
+/// Where a device's stream stands.
+#[derive(Clone, Debug)]
+pub struct Admission {
+    /// The device's row.
+    pub device: DeviceId,
+    /// What of its stream is durable.
+    pub receipt: Receipt,
+    /// The schema named in the login, if it is stored with that hash.
+    pub schema: Option<Arc<Schema>>,
+    /// Clocks of the device's latest boots (at most 8), the present one included.
+    pub clocks: Vec<BootClock>,
+}
+
+/// A schema to keep; immutable for a device once stored.
+#[derive(Clone, Debug)]
+pub struct Declare {
+    /// Who declares.
+    pub device: DeviceId,
+    /// The schema's number.
+    pub schema: u16,
+    /// Its hash.
+    pub hash: SchemaHash,
+    /// Its channels, in declared order, ids and names unique.
+    pub channels: Vec<DeclaredChannel>,
+}
+
+/// One channel of a [`Declare`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeclaredChannel {
+    /// Number within the schema.
+    pub id: u8,
+    /// Name, such as `temperature`.
+    pub name: String,
+    /// SenML unit, such as `Cel`; may be empty.
+    pub unit: String,
+    /// Type of its values.
+    pub kind: Kind,
+    /// Power of ten for integers.
+    pub exp10: i8,
+}
+
+/// What became of a [`Declare`].
+#[derive(Clone, Debug)]
+pub enum DeclareOutcome {
+    /// Stored now, or stored before with the same content.
+    Accepted(Arc<Schema>),
+    /// The number is taken by other content.
+    Conflict,
+}
+
+/// A stored schema, with the series its channels write to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Schema {
+    /// The schema's number.
+    pub schema: u16,
+    /// Its channels, in declared order.
+    pub channels: Vec<SchemaChannel>,
+}
+
+/// One channel of a [`Schema`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SchemaChannel {
+    /// Number within the schema.
+    pub id: u8,
+    /// Type of its values.
+    pub kind: Kind,
+    /// Power of ten for integers.
+    pub exp10: i8,
+    /// Where its readings go.
+    pub series: SeriesId,
+}
+
+/// One numbered entry of a stream: a sequenced frame, decoded.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Whose stream.
+    pub device: DeviceId,
+    /// Which stream.
+    pub stream: StreamId,
+    /// First sequence number it covers; differs from `seq` only for a gap.
+    pub first_seq: u64,
+    /// Its sequence number.
+    pub seq: u64,
+    /// Type on the wire, kept in the ledger.
+    pub frame_type: u8,
+    /// When it arrived, microseconds UTC.
+    pub received_at_us: i64,
+    /// What it carries.
+    pub content: Content,
+}
+
+/// What an [`Entry`] carries.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// Readings.
+    Readings(Readings),
+    /// The device lost what the entry's numbers covered.
+    Gap {
+        /// The device's reason code.
+        reason: u8,
+    },
+    /// Something the device reports about itself.
+    Event {
+        /// How its time became UTC.
+        time: ResolvedTime,
+        /// When, microseconds UTC.
+        at_us: i64,
+        /// Severity, 0 debug to 4 critical.
+        level: u8,
+        /// The device's own code.
+        code: u16,
+        /// Short text.
+        text: String,
+    },
+    /// A frame that was received whole and could not be understood.
+    Quarantined {
+        /// The NACK code.
+        code: u8,
+        /// Which rule it broke.
+        detail: String,
+        /// The frame as received.
+        bytes: Vec<u8>,
+        /// Address of the peer.
+        peer: String,
+    },
+}
+
+/// How device time became UTC: device time = resolved time - `offset_us`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResolvedTime {
+    /// What was added to the device's time, microseconds; 0 where the device sent UTC.
+    pub offset_us: i64,
+    /// How far it can be trusted.
+    pub quality: Quality,
+}
+
+/// The readings of a frame, by column: reading `r` of column `c` has time `times_us[r]`, series
+/// `series[c]` and value `values[c * times_us.len() + r]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Readings {
+    /// How device time became UTC.
+    pub time: ResolvedTime,
+    /// Microseconds UTC, strictly increasing.
+    pub times_us: Vec<i64>,
+    /// One for each column.
+    pub series: Vec<SeriesId>,
+    /// Column after column; NaN says "sampled, no valid value" and is stored as NULL.
+    pub values: Vec<f64>,
+}
+
+/// A line of the audit trail.
+#[derive(Clone, Debug)]
+pub struct DeviceEvent {
+    /// Whom it concerns.
+    pub device: DeviceId,
+    /// When, microseconds UTC.
+    pub at_us: i64,
+    /// What happened.
+    pub kind: DeviceEventKind,
+    /// BYE code of a disconnect, else 0.
+    pub code: u8,
+    /// For people.
+    pub detail: String,
+}
+
+/// What a [`DeviceEvent`] tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceEventKind {
+    /// A session began.
+    Connected,
+    /// A session ended.
+    Disconnected,
+}
+
+/// Proof that a stream is durable up to and including `durable_seq`.
+///
+/// Only a store can make one, and an ACK can be made only from one:
+///
+/// ```compile_fail
+/// use fieldgate::store::{Receipt, StreamId};
+/// let forged = Receipt { stream: StreamId(1), durable_seq: 7 };
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    stream: StreamId,
+    durable_seq: u64,
+}
+
+impl Receipt {
+    /// Which stream.
+    pub fn stream(&self) -> StreamId {
+        self.stream
+    }
+
+    /// The highest sequence number that is durable, with all before it.
+    pub fn durable_seq(&self) -> u64 {
+        self.durable_seq
+    }
+}
+
+/// What a commit did.
+#[derive(Debug, Default)]
+pub struct Committed {
+    /// One for each login, in order.
+    pub logins: Vec<LoginOutcome>,
+    /// One for each declare, in order.
+    pub declares: Vec<DeclareOutcome>,
+    /// One for each stream that has an entry in the batch, sorted by stream.
+    pub receipts: Vec<Receipt>,
+}
+
+/// Why nothing of a batch was committed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// May pass (disk full, database locked): try the same batch again.
+    #[error("{0}")]
+    Transient(String),
+    /// The store cannot be trusted any more (I/O or sync error, corruption): stop.
+    #[error("{0}")]
+    Fatal(String),
+}
+
+/// A place where batches become durable.
+pub trait Store: Send + 'static {
+    /// Commits a batch whole, synced, or not at all.
+    fn commit(
+        &mut self,
+        batch: &Batch,
+    ) -> impl Future<Output = Result<Committed, StoreError>> + Send;
+
+    /// Leaves the store tidy for the next start.
+    fn close(self) -> impl Future<Output = Result<(), StoreError>> + Send;
+}
