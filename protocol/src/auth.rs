@@ -1,0 +1,108 @@
+//! Keys and the two MACs of the handshake (R32 to R37).
+//!
+//! A CRC proves nothing about who sent a frame; these MACs prove, once for each connection, that both
+//! sides hold the device's key. Comparison takes the same time whatever the bytes are.
+
+use hkdf::Hkdf;
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::{Digest, Sha256};
+
+/// Bytes of a key, of a MAC and of a channel binding.
+pub const KEY_BYTES: usize = 32;
+/// Bytes of a nonce.
+pub const NONCE_BYTES: usize = 16;
+/// The channel binding of a plain TCP connection (R34).
+pub const NO_CHANNEL_BINDING: [u8; KEY_BYTES] = [0; KEY_BYTES];
+
+const DEVICE_KEY_LABEL: &[u8] = b"fieldgate device v1";
+const DEVICE_MAC_LABEL: &[u8] = b"fieldgate device v1";
+const GATEWAY_MAC_LABEL: &[u8] = b"fieldgate gateway v1";
+
+/// A device's key as derived from the fleet's (R32).
+pub fn derive_device_key(fleet_key: &[u8; KEY_BYTES], name: &str) -> [u8; KEY_BYTES] {
+    let mut key = [0; KEY_BYTES];
+    Hkdf::<Sha256>::new(None, fleet_key)
+        .expand_multi_info(&[DEVICE_KEY_LABEL, name.as_bytes()], &mut key)
+        .expect("32 bytes are within what HKDF-SHA256 can give");
+    key
+}
+
+/// The payloads exchanged so far, as a hash (R33).
+#[derive(Clone, Debug, Default)]
+pub struct Transcript(Sha256);
+
+impl Transcript {
+    /// Adds a payload, or the part of it before its MAC.
+    pub fn add(&mut self, payload: &[u8]) {
+        self.0.update(payload);
+    }
+
+    /// The device's MAC over HELLO, CHALLENGE and AUTH without its MAC (R35).
+    pub fn device_mac(
+        &self,
+        key: &[u8; KEY_BYTES],
+        channel_binding: &[u8; KEY_BYTES],
+    ) -> [u8; KEY_BYTES] {
+        self.mac(DEVICE_MAC_LABEL, key, channel_binding)
+            .finalize()
+            .into_bytes()
+            .into()
+    }
+
+    /// Whether `mac` is the device's, in constant time.
+    pub fn verify_device_mac(
+        &self,
+        key: &[u8; KEY_BYTES],
+        channel_binding: &[u8; KEY_BYTES],
+        mac: &[u8; KEY_BYTES],
+    ) -> bool {
+        self.mac(DEVICE_MAC_LABEL, key, channel_binding)
+            .verify_slice(mac)
+            .is_ok()
+    }
+
+    /// The gateway's MAC over all that, AUTH's MAC, and WELCOME without its MAC (R36).
+    pub fn gateway_mac(
+        &self,
+        key: &[u8; KEY_BYTES],
+        channel_binding: &[u8; KEY_BYTES],
+    ) -> [u8; KEY_BYTES] {
+        self.mac(GATEWAY_MAC_LABEL, key, channel_binding)
+            .finalize()
+            .into_bytes()
+            .into()
+    }
+
+    /// Whether `mac` is the gateway's, in constant time.
+    pub fn verify_gateway_mac(
+        &self,
+        key: &[u8; KEY_BYTES],
+        channel_binding: &[u8; KEY_BYTES],
+        mac: &[u8; KEY_BYTES],
+    ) -> bool {
+        self.mac(GATEWAY_MAC_LABEL, key, channel_binding)
+            .verify_slice(mac)
+            .is_ok()
+    }
+
+    fn mac(
+        &self,
+        label: &[u8],
+        key: &[u8; KEY_BYTES],
+        channel_binding: &[u8; KEY_BYTES],
+    ) -> Hmac<Sha256> {
+        let mut mac =
+            <Hmac<Sha256> as KeyInit>::new_from_slice(key).expect("HMAC takes keys of any length");
+        mac.update(label);
+        mac.update(channel_binding);
+        mac.update(&self.0.clone().finalize());
+        mac
+    }
+}
+
+/// What names a schema's content: the first 8 bytes of the SHA-256 of DECLARE's payload (R41).
+pub fn schema_hash(declare_payload: &[u8]) -> [u8; 8] {
+    let digest: [u8; 32] = Sha256::digest(declare_payload).into();
+    let [a, b, c, d, e, f, g, h, ..] = digest;
+    [a, b, c, d, e, f, g, h]
+}
