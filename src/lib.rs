@@ -3,5 +3,13 @@
 //! The way of the data, one room an arrow: `connection` (socket and codec) -> `session` ->
 //! `ingest` (queue, `batcher`) -> `store`; a `store::Receipt` travels back.
 
+pub mod batcher;
 pub mod clock;
+pub mod codec;
+pub mod connection;
+pub mod ingest;
+pub mod mailbox;
+pub mod registry;
+pub mod server;
+pub mod session;
 pub mod store;

@@ -1,0 +1,278 @@
+//! The only place where sockets meet sessions: one task for each connection, one select in it.
+//!
+//! It carries bytes to the session and from it, finds room in the ingest queue for what the session
+//! submits before it reads on, and empties the session's mailbox. What any of it means is the
+//! session's business.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use fieldgate_protocol::auth::NONCE_BYTES;
+use fieldgate_protocol::error::Code;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
+use tokio_util::codec::Decoder;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::SystemClock;
+use crate::codec::{CodecError, FrameCodec};
+use crate::ingest::{IngestQueue, STORE_RETRY_AFTER_MS};
+use crate::mailbox::{Mail, Mailbox};
+use crate::registry::Registry;
+use crate::session::{Close, Session, SessionSettings, Submission};
+
+/// What is read at once.
+const READ_BYTES: usize = 16 * 1024;
+/// A peer that lets more than this pile up does not read what it is told (R66).
+const OUTBOUND_BYTES_MAX: usize = 16 * 1024;
+/// How long a peer may take to read the last words and close.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// When there is no deadline: far enough to never matter.
+const NO_DEADLINE: Duration = Duration::from_secs(3600);
+
+/// What all connections of a gateway share.
+pub struct Shared {
+    /// For sessions.
+    pub settings: Arc<SessionSettings>,
+    /// Which sessions are live.
+    pub registry: Arc<Registry>,
+    /// The gateway's clocks.
+    pub clock: SystemClock,
+    /// Cancelled when the gateway goes down.
+    pub drain: CancellationToken,
+}
+
+/// Serves one connection until it ends.
+pub async fn serve(
+    socket: TcpStream,
+    peer: SocketAddr,
+    shared: Arc<Shared>,
+    queue: IngestQueue,
+) -> std::io::Result<()> {
+    // ACKs are small and must not wait for each other.
+    socket.set_nodelay(true)?;
+    let mut nonce = [0; NONCE_BYTES];
+    getrandom::fill(&mut nonce).map_err(std::io::Error::other)?;
+    let session = Session::new(
+        Arc::clone(&shared.settings),
+        peer,
+        nonce,
+        shared.clock.now(),
+    );
+    let mut connection = Connection {
+        socket,
+        session,
+        mailbox: Arc::default(),
+        input: BytesMut::new(),
+        waiting: None,
+        queue,
+        shared,
+    };
+    connection.run().await;
+    connection.finish(peer).await;
+    Ok(())
+}
+
+struct Connection {
+    socket: TcpStream,
+    session: Session,
+    mailbox: Arc<Mailbox>,
+    /// Received and not taken in yet; holds no memory while the peer is idle.
+    input: BytesMut,
+    /// A submission for which there was no room at once.
+    waiting: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    queue: IngestQueue,
+    shared: Arc<Shared>,
+}
+
+impl Connection {
+    async fn run(&mut self) {
+        let timer = sleep_until(self.deadline());
+        tokio::pin!(timer);
+        let drain = self.shared.drain.clone();
+        while self.session.closed().is_none() {
+            self.rearm(timer.as_mut());
+            let reads = self.waiting.is_none() && self.session.wants_input();
+            let writes = !self.session.outbound().bytes().is_empty();
+            tokio::select! {
+                mail = self.mailbox.take() => self.handle_mail(mail),
+                () = async { self.waiting.as_mut().expect("checked").await },
+                    if self.waiting.is_some() => {
+                    self.waiting = None;
+                    self.take_frames();
+                }
+                ready = self.socket.readable(), if reads => match ready {
+                    Ok(()) => self.read(),
+                    Err(error) => self.lose(&error),
+                },
+                ready = self.socket.writable(), if writes => {
+                    if let Err(error) = ready {
+                        self.lose(&error);
+                    }
+                }
+                () = timer.as_mut() => self.session.handle_timeout(self.shared.clock.now()),
+                () = drain.cancelled(), if !self.session.is_leaving() => self.session.handle_drain(),
+            }
+            self.write();
+        }
+    }
+
+    /// When the session wants to hear of the time.
+    fn deadline(&self) -> Instant {
+        match self.session.poll_deadline() {
+            Some(deadline_us) => self.shared.clock.instant(deadline_us).into(),
+            None => Instant::now() + NO_DEADLINE,
+        }
+    }
+
+    /// Moves the timer only where it would go off too late or has gone off: frames push the deadline
+    /// back all the time.
+    fn rearm(&self, timer: Pin<&mut Sleep>) {
+        let deadline = self.deadline();
+        if timer.is_elapsed() || deadline < timer.deadline() {
+            timer.reset(deadline);
+        }
+    }
+
+    fn read(&mut self) {
+        self.input.reserve(READ_BYTES);
+        match self.socket.try_read_buf(&mut self.input) {
+            Ok(0) => self.session.handle_end_of_input(),
+            Ok(_) => self.take_frames(),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => self.lose(&error),
+        }
+        if self.input.is_empty() {
+            self.input = BytesMut::new();
+        }
+    }
+
+    /// Hands frames to the session, until they are used up or one must wait for room.
+    fn take_frames(&mut self) {
+        while self.waiting.is_none() && self.session.wants_input() {
+            let mut codec = FrameCodec {
+                frame_bytes_max: self.session.frame_bytes_max(),
+            };
+            match codec.decode(&mut self.input) {
+                Ok(Some(frame)) => {
+                    let now = self.shared.clock.now();
+                    if let Some(submission) = self.session.handle_frame(&frame.frame(), now) {
+                        self.submit(submission);
+                    }
+                }
+                Ok(None) => {
+                    let is_partial = !self.input.is_empty();
+                    self.session
+                        .handle_partial_frame(is_partial, self.shared.clock.now());
+                    break;
+                }
+                Err(CodecError::Frame(error)) => self.session.handle_frame_error(error),
+                Err(CodecError::Io(error)) => self.lose(&error),
+            }
+        }
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        if let Some(submission) = self.queue.try_submit(submission, &self.mailbox) {
+            let queue = self.queue.clone();
+            let mailbox = Arc::clone(&self.mailbox);
+            self.waiting = Some(Box::pin(queue.submit(submission, mailbox)));
+        }
+    }
+
+    fn handle_mail(&mut self, mail: Mail) {
+        let now = self.shared.clock.now();
+        if let Some(outcome) = mail.login
+            && let Some(submission) = self.session.handle_login_outcome(outcome, now)
+        {
+            self.submit(submission);
+        }
+        if let Some(outcome) = mail.declare {
+            self.session.handle_declare_outcome(outcome);
+        }
+        if let Some((receipt, through_seq)) = mail.receipt {
+            self.session.handle_receipt(receipt, through_seq);
+        }
+        if let Some(is_down) = mail.store_is_down {
+            self.session
+                .handle_store_down(is_down, STORE_RETRY_AFTER_MS);
+        }
+        if let Some(close) = mail.close {
+            self.session.close(close);
+        }
+        // Frames that came in while an answer was awaited.
+        self.take_frames();
+    }
+
+    /// Sends what the socket takes now.
+    fn write(&mut self) {
+        let outbound = self.session.outbound();
+        while !outbound.bytes().is_empty() {
+            match self.socket.try_write(outbound.bytes()) {
+                Ok(count) => outbound.consume(count),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+                Err(error) => return self.lose(&error),
+            }
+        }
+        if outbound.bytes().len() > OUTBOUND_BYTES_MAX {
+            self.session
+                .handle_loss("peer does not read what it is told");
+        }
+    }
+
+    fn lose(&mut self, error: &std::io::Error) {
+        self.session
+            .handle_loss(format!("connection lost: {error}"));
+    }
+
+    /// Says the last words, leaves the device's place to the next session, and writes the last line of
+    /// the audit trail.
+    async fn finish(mut self, peer: SocketAddr) {
+        // A submission that found no room was not answered, so the device sends it again.
+        self.waiting = None;
+        if let Some(device) = self.session.device() {
+            self.shared.registry.leave(device, &self.mailbox);
+        }
+        if let Some(close) = self.session.closed() {
+            log_close(peer, close);
+            if close.code.is_some() {
+                let _ = timeout(FAREWELL, self.say_farewell()).await;
+            }
+        }
+        drop(self.socket);
+        if let Some(event) = self.session.handle_disconnect(self.shared.clock.now()) {
+            self.queue.submit(event, self.mailbox).await;
+        }
+    }
+
+    /// Sends what is left, then waits for the peer to close: closing over unread input would reset the
+    /// connection, and the last words could be lost with it.
+    async fn say_farewell(&mut self) -> std::io::Result<()> {
+        self.socket
+            .write_all(self.session.outbound().bytes())
+            .await?;
+        self.socket.shutdown().await?;
+        self.input.clear();
+        while self.socket.read_buf(&mut self.input).await? > 0 {
+            self.input.clear();
+        }
+        Ok(())
+    }
+}
+
+/// A client that vanishes is nothing to worry about; one that is refused is for the operator to see.
+fn log_close(peer: SocketAddr, close: &Close) {
+    let detail = &close.detail;
+    match close.code {
+        Some(code) if code >= Code::Protocol => {
+            tracing::info!(%peer, code = code as u8, %detail, "connection refused");
+        }
+        Some(code) => tracing::debug!(%peer, code = code as u8, %detail, "connection closed"),
+        None => tracing::debug!(%peer, %detail, "connection closed"),
+    }
+}

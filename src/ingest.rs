@@ -1,0 +1,230 @@
+//! The queue between sessions and store, and the one task that empties it.
+//!
+//! A connection finds room for a submission before it takes in the next frame, so a slow store is felt
+//! by the devices as back pressure. The task commits one batch after the other and answers sessions
+//! only from what a commit returned.
+//!
+//! Invariants
+//! - What waits is bounded in readings and in bytes (plus at most one submission for each connection,
+//!   held by its task).
+//! - After a transient failure the same batch is tried again; nothing is answered meanwhile.
+//! - After a fatal one the task ends without answering.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, mpsc};
+
+use crate::batcher::{BatchLimits, Batcher, Size, Tagged};
+use crate::clock::SystemClock;
+use crate::mailbox::Mailbox;
+use crate::registry::Registry;
+use crate::session::Submission;
+use crate::store::{Committed, LoginOutcome, Store, StoreError};
+
+/// First and longest wait before a batch is tried again.
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(1);
+/// What devices are told to wait while the store is down.
+pub const STORE_RETRY_AFTER_MS: u32 = 1000;
+
+/// Bounds of the queue. Each must be at least what the largest frame takes up.
+#[derive(Clone, Copy, Debug)]
+pub struct QueueLimits {
+    /// Readings that may wait.
+    pub readings_max: usize,
+    /// Bytes of memory that may wait.
+    pub bytes_max: usize,
+}
+
+/// The way into the queue. Clones share one queue; it closes when the last is gone.
+#[derive(Clone, Debug)]
+pub struct IngestQueue {
+    jobs: mpsc::UnboundedSender<Job>,
+    room: Arc<Room>,
+}
+
+#[derive(Debug)]
+struct Job {
+    submission: Submission,
+    mailbox: Arc<Mailbox>,
+}
+
+/// What is left of the queue's bounds. Permits are taken when a job enters and given back when its
+/// batch is durable; they bound the channel, which has no bound of its own.
+#[derive(Debug)]
+struct Room {
+    readings: Semaphore,
+    bytes: Semaphore,
+}
+
+/// A queue and the task's end of it.
+pub fn queue(limits: QueueLimits) -> (IngestQueue, IngestReceiver) {
+    let (jobs, receiver) = mpsc::unbounded_channel();
+    let room = Arc::new(Room {
+        readings: Semaphore::new(limits.readings_max),
+        bytes: Semaphore::new(limits.bytes_max),
+    });
+    (
+        IngestQueue {
+            jobs,
+            room: Arc::clone(&room),
+        },
+        IngestReceiver {
+            jobs: receiver,
+            room,
+        },
+    )
+}
+
+impl IngestQueue {
+    /// Queues a submission if there is room now; gives it back if not.
+    pub fn try_submit(&self, submission: Submission, mailbox: &Arc<Mailbox>) -> Option<Submission> {
+        let size = Size::of(&submission);
+        let Ok(readings) = self.room.readings.try_acquire_many(size.readings as u32) else {
+            return Some(submission);
+        };
+        let Ok(bytes) = self.room.bytes.try_acquire_many(size.bytes as u32) else {
+            return Some(submission);
+        };
+        readings.forget();
+        bytes.forget();
+        self.send(submission, mailbox);
+        None
+    }
+
+    /// Queues a submission as soon as there is room; those who wait are served in order.
+    ///
+    /// # Cancel safety
+    /// A cancelled call queues nothing and drops the submission.
+    pub async fn submit(self, submission: Submission, mailbox: Arc<Mailbox>) {
+        let size = Size::of(&submission);
+        let readings = self.room.readings.acquire_many(size.readings as u32).await;
+        let bytes = self.room.bytes.acquire_many(size.bytes as u32).await;
+        if let (Ok(readings), Ok(bytes)) = (readings, bytes) {
+            readings.forget();
+            bytes.forget();
+            self.send(submission, &mailbox);
+        }
+    }
+
+    fn send(&self, submission: Submission, mailbox: &Arc<Mailbox>) {
+        // Fails only when the store has failed for good: the whole gateway is ending.
+        let _ = self.jobs.send(Job {
+            submission,
+            mailbox: Arc::clone(mailbox),
+        });
+    }
+}
+
+/// The task's end of the queue.
+#[derive(Debug)]
+pub struct IngestReceiver {
+    jobs: mpsc::UnboundedReceiver<Job>,
+    room: Arc<Room>,
+}
+
+impl IngestReceiver {
+    /// Commits what comes in until every [`IngestQueue`] is gone and all is durable, then closes the
+    /// store.
+    pub async fn run<S: Store>(
+        mut self,
+        mut store: S,
+        limits: BatchLimits,
+        registry: Arc<Registry>,
+        clock: SystemClock,
+    ) -> Result<(), StoreError> {
+        let mut batcher = Batcher::new(limits);
+        loop {
+            while !batcher.is_full()
+                && let Ok(job) = self.jobs.try_recv()
+            {
+                batcher.push(job.submission, job.mailbox);
+            }
+            if let Some(tagged) = batcher.poll_batch(clock.now().mono_us) {
+                self.commit(&mut store, tagged, &registry).await?;
+                continue;
+            }
+            let due = batcher.poll_deadline().filter(|_| !batcher.is_empty());
+            tokio::select! {
+                job = self.jobs.recv() => match job {
+                    Some(job) => batcher.push(job.submission, job.mailbox),
+                    None => break,
+                },
+                () = sleep_until(due, &clock) => {}
+            }
+        }
+        // The queue is closed: what is left goes at once, whatever the least time between commits.
+        if let Some(tagged) = batcher.poll_batch(u64::MAX) {
+            self.commit(&mut store, tagged, &registry).await?;
+        }
+        store.close().await
+    }
+
+    async fn commit<S: Store>(
+        &self,
+        store: &mut S,
+        tagged: Tagged<Arc<Mailbox>>,
+        registry: &Registry,
+    ) -> Result<(), StoreError> {
+        let mut retry_after = RETRY_MIN;
+        let mut is_down = false;
+        let committed = loop {
+            match store.commit(&tagged.batch).await {
+                Ok(committed) => break committed,
+                Err(StoreError::Transient(reason)) => {
+                    if !is_down {
+                        tracing::warn!(%reason, "the store does not take data; trying again");
+                        is_down = true;
+                        registry.announce_store(true);
+                    }
+                    tokio::time::sleep(retry_after).await;
+                    retry_after = (retry_after * 2).min(RETRY_MAX);
+                }
+                Err(fatal @ StoreError::Fatal(_)) => return Err(fatal),
+            }
+        };
+        if is_down {
+            tracing::info!("the store takes data again");
+            registry.announce_store(false);
+        }
+        answer(&tagged, committed, registry);
+        self.room.readings.add_permits(tagged.size.readings);
+        self.room.bytes.add_permits(tagged.size.bytes);
+        Ok(())
+    }
+}
+
+async fn sleep_until(due_us: Option<u64>, clock: &SystemClock) {
+    match due_us {
+        Some(due_us) => tokio::time::sleep_until(clock.instant(due_us).into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Tells every session what became of its submissions; each hears once of a commit.
+fn answer(tagged: &Tagged<Arc<Mailbox>>, committed: Committed, registry: &Registry) {
+    for (mailbox, outcome) in tagged.declares.iter().zip(committed.declares) {
+        mailbox.put(|mail| mail.declare = Some(outcome));
+    }
+    let mut through: HashMap<*const Mailbox, usize> = HashMap::new();
+    for (i, mailbox) in tagged.entries.iter().enumerate() {
+        through.insert(Arc::as_ptr(mailbox), i);
+    }
+    for i in through.into_values() {
+        let entry = &tagged.batch.entries[i];
+        let receipt = committed
+            .receipts
+            .binary_search_by_key(&entry.stream, |receipt| receipt.stream())
+            .map(|found| committed.receipts[found])
+            .expect("a commit has a receipt for every stream of its batch");
+        tagged.entries[i].put(|mail| mail.receipt = Some((receipt, entry.seq)));
+    }
+    for (mailbox, outcome) in tagged.logins.iter().zip(committed.logins) {
+        if let LoginOutcome::Admitted(admission) = &outcome {
+            registry.admit(admission.device, mailbox);
+        }
+        mailbox.put(|mail| mail.login = Some(outcome));
+    }
+}

@@ -1,0 +1,55 @@
+//! What reaches a session from outside its connection: receipts, the store's answers, orders to close.
+//!
+//! Invariant: bounded however slow its reader is, for the newest of a kind stands for all before it.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+
+use crate::session::Close;
+use crate::store::{DeclareOutcome, LoginOutcome, Receipt};
+
+/// A session's mailbox.
+#[derive(Debug, Default)]
+pub struct Mailbox {
+    mail: Mutex<Mail>,
+    arrived: Notify,
+}
+
+/// What has arrived since the mailbox was last emptied.
+#[derive(Debug, Default)]
+pub struct Mail {
+    /// Answer to the session's login.
+    pub login: Option<LoginOutcome>,
+    /// Answer to the session's DECLARE.
+    pub declare: Option<DeclareOutcome>,
+    /// The latest commit, and the last number of this session's that it covered.
+    pub receipt: Option<(Receipt, u64)>,
+    /// Whether the store went down or came up.
+    pub store_is_down: Option<bool>,
+    /// An order to end.
+    pub close: Option<Close>,
+}
+
+impl Mailbox {
+    /// Puts something in and wakes the session.
+    pub fn put(&self, write: impl FnOnce(&mut Mail)) {
+        write(&mut self.lock());
+        self.arrived.notify_one();
+    }
+
+    /// Waits until something is in, and takes it all out.
+    ///
+    /// # Cancel safety
+    /// Nothing is taken out unless it is returned; a wake-up that was consumed by a cancelled call is
+    /// kept by [`Notify`].
+    pub async fn take(&self) -> Mail {
+        self.arrived.notified().await;
+        std::mem::take(&mut self.lock())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Mail> {
+        // A writer that panicked left whole fields behind: each is set in one assignment.
+        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

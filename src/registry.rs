@@ -1,0 +1,56 @@
+//! Which sessions are live: at most one for each device, the newest.
+//!
+//! It is told of admissions in the order of their commits, so "newest" means what the store saw last.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use fieldgate_protocol::error::Code;
+
+use crate::mailbox::Mailbox;
+use crate::session::Close;
+use crate::store::DeviceId;
+
+/// The live sessions by device.
+#[derive(Debug, Default)]
+pub struct Registry {
+    live: Mutex<HashMap<DeviceId, Arc<Mailbox>>>,
+}
+
+impl Registry {
+    /// A session was admitted: an older one of the same device is told to end.
+    pub fn admit(&self, device: DeviceId, mailbox: &Arc<Mailbox>) {
+        let older = self.lock().insert(device, Arc::clone(mailbox));
+        if let Some(older) = older.filter(|older| !Arc::ptr_eq(older, mailbox)) {
+            older.put(|mail| {
+                mail.close = Some(Close {
+                    code: Some(Code::TakenOver),
+                    retry_after_ms: 0,
+                    detail: "a newer connection of this device took over".into(),
+                });
+            });
+        }
+    }
+
+    /// A session ended; a newer one of the same device stays.
+    pub fn leave(&self, device: DeviceId, mailbox: &Arc<Mailbox>) {
+        let mut live = self.lock();
+        if live
+            .get(&device)
+            .is_some_and(|current| Arc::ptr_eq(current, mailbox))
+        {
+            live.remove(&device);
+        }
+    }
+
+    /// Tells every live session whether the store answers.
+    pub fn announce_store(&self, is_down: bool) {
+        for mailbox in self.lock().values() {
+            mailbox.put(|mail| mail.store_is_down = Some(is_down));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<DeviceId, Arc<Mailbox>>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,194 @@
+//! The states before WELCOME (SPEC R30 to R39): one struct for each thing that is awaited.
+//!
+//! Whatever the peer gets wrong about its identity looks the same from outside: BYE 50, and no sooner
+//! for an unknown device than for a wrong key.
+
+use std::net::SocketAddr;
+
+use fieldgate_protocol::auth::{
+    KEY_BYTES, NO_CHANNEL_BINDING, NONCE_BYTES, Transcript, derive_device_key,
+};
+use fieldgate_protocol::error::{Code, Violation};
+use fieldgate_protocol::frame::{Frame, VERSION};
+use fieldgate_protocol::message::{Auth, Challenge, Hello, Message, decode};
+
+use super::reply::{Outbound, WelcomeTerms};
+use super::stream::Stream;
+use super::{Close, SessionSettings};
+use crate::clock::{BootClock, Now};
+use crate::store::{Login, LoginOutcome};
+
+/// Nothing is known of the peer.
+pub(super) struct AwaitHello {
+    pub nonce: [u8; NONCE_BYTES],
+}
+
+impl AwaitHello {
+    pub(super) fn handle_frame(
+        &self,
+        frame: &Frame<'_>,
+        settings: &SessionSettings,
+        now: Now,
+        outbound: &mut Outbound,
+    ) -> Result<AwaitAuth, Close> {
+        let hello: Hello<'_> = expect(frame)?;
+        if !(hello.min_version..=hello.max_version).contains(&VERSION) {
+            return Err(Close::bye(Code::Version, "this gateway speaks version 1"));
+        }
+        let mut transcript = Transcript::default();
+        transcript.add(frame.payload());
+        let challenge = Challenge {
+            version: VERSION,
+            nonce: self.nonce,
+            rx_bytes_max: settings.frame_bytes_max,
+            caps: 0,
+            ext: &[],
+        };
+        outbound.challenge(&challenge, &mut transcript);
+        Ok(AwaitAuth {
+            key: derive_device_key(&settings.fleet_key, hello.name),
+            transcript,
+            device: hello.name.to_owned(),
+            stream: hello.stream,
+            next_seq: hello.next_seq,
+            firmware: hello.firmware.to_owned(),
+            schema: (hello.schema > 0).then_some((hello.schema, hello.schema_hash)),
+            boot: hello.boot,
+            challenged_at_us: now.utc_us,
+        })
+    }
+}
+
+/// The peer has said who it is and must prove it.
+pub(super) struct AwaitAuth {
+    key: [u8; KEY_BYTES],
+    transcript: Transcript,
+    device: String,
+    stream: u64,
+    next_seq: u64,
+    firmware: String,
+    schema: Option<(u16, [u8; 8])>,
+    boot: u32,
+    challenged_at_us: i64,
+}
+
+impl AwaitAuth {
+    pub(super) fn handle_frame(
+        &mut self,
+        frame: &Frame<'_>,
+        peer: SocketAddr,
+        now: Now,
+    ) -> Result<(AwaitAdmission, Login), Close> {
+        let auth: Auth<'_> = expect(frame)?;
+        let payload = frame.payload();
+        self.transcript.add(&payload[..payload.len() - KEY_BYTES]);
+        if !self
+            .transcript
+            .verify_device_mac(&self.key, &NO_CHANNEL_BINDING, &auth.mac)
+        {
+            return Err(Close::bye(Code::Authentication, "authentication failed"));
+        }
+        self.transcript.add(&auth.mac);
+        let login = Login {
+            device: self.device.clone(),
+            stream: self.stream,
+            next_seq: self.next_seq,
+            firmware: self.firmware.clone(),
+            schema: self.schema,
+            clock: self.clock(auth.mono_us, now),
+            peer: peer.to_string(),
+            at_us: now.utc_us,
+        };
+        let next = AwaitAdmission {
+            key: self.key,
+            transcript: self.transcript.clone(),
+            boot: self.boot,
+            peer,
+        };
+        Ok((next, login))
+    }
+
+    /// CHALLENGE to AUTH is a round trip that the gateway times itself; the device answered when it
+    /// sent AUTH. A gateway clock that stepped back in between makes it a trip of no length.
+    fn clock(&self, mono_us: u64, now: Now) -> BootClock {
+        let sent_us = self.challenged_at_us.min(now.utc_us);
+        BootClock::measure(self.boot, sent_us, mono_us, mono_us, now.utc_us)
+            .expect("a trip that ends no sooner than it begins is possible")
+    }
+}
+
+/// The device is who it says; the store is asked where its stream stands.
+pub(super) struct AwaitAdmission {
+    key: [u8; KEY_BYTES],
+    transcript: Transcript,
+    boot: u32,
+    peer: SocketAddr,
+}
+
+impl AwaitAdmission {
+    pub(super) fn handle_outcome(
+        &mut self,
+        outcome: LoginOutcome,
+        settings: &SessionSettings,
+        now: Now,
+        outbound: &mut Outbound,
+    ) -> Result<Stream, Close> {
+        let admission = match outcome {
+            LoginOutcome::Admitted(admission) => *admission,
+            LoginOutcome::Disabled => {
+                return Err(Close::bye(Code::Disabled, "device is disabled"));
+            }
+            LoginOutcome::StreamConflict => {
+                let detail = "numbers of this stream were given out before: start a new stream";
+                return Err(Close::bye(Code::StreamConflict, detail));
+            }
+        };
+        let terms = WelcomeTerms {
+            window_frames: settings.window_frames,
+            keepalive_s: settings.keepalive_s,
+            ack_timeout_s: settings.ack_timeout_s,
+            utc_us: now.utc_us,
+            schema_known: admission.schema.is_some(),
+        };
+        let transcript = std::mem::take(&mut self.transcript);
+        outbound.welcome(
+            admission.receipt,
+            terms,
+            transcript,
+            &self.key,
+            &NO_CHANNEL_BINDING,
+        );
+        Ok(Stream::new(
+            self.boot,
+            self.peer,
+            admission,
+            settings.window_frames,
+        ))
+    }
+}
+
+/// The one message that this state allows, whole and right.
+fn expect<'a, M: Message<'a>>(frame: &Frame<'a>) -> Result<M, Close> {
+    let header = frame.header;
+    if header.version != VERSION {
+        return Err(Close::bye(
+            Code::Version,
+            "the handshake is spoken in version 1",
+        ));
+    }
+    let refused = |detail: String| Close::bye(Code::Authentication, detail);
+    if header.frame_type != M::TYPE || header.seq != 0 {
+        let detail = format!(
+            "type {:#04x} is not the one expected here",
+            header.frame_type
+        );
+        return Err(refused(detail));
+    }
+    if !frame.intact {
+        return Err(refused("payload checksum wrong".into()));
+    }
+    if header.flags != 0 {
+        return Err(refused(Violation::Flags(header.flags).to_string()));
+    }
+    decode(frame.payload()).map_err(|violation| refused(violation.to_string()))
+}

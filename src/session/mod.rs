@@ -1,0 +1,419 @@
+//! One device's connection as a state machine: frames and receipts in, replies and submissions out.
+//!
+//! It leaves sockets, clocks and the queue to `connection`, and durability to `store`. A session awaits
+//! HELLO, then AUTH, then the store's word on the login, then serves the stream until it is closed:
+//! [`handshake`] holds what comes before WELCOME, [`stream`] what comes after.
+//!
+//! Invariants
+//! - At most one [`Submission`] comes out of a call, and `connection` takes in nothing more from the
+//!   peer until it is queued.
+//! - While the store's word on a login or a DECLARE is awaited, no frame is taken in.
+//! - What is acknowledged comes from a `Receipt` (see [`reply`]).
+
+pub mod handshake;
+pub mod reply;
+pub mod stream;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use fieldgate_protocol::auth::{KEY_BYTES, NONCE_BYTES};
+use fieldgate_protocol::error::Code;
+use fieldgate_protocol::frame::{
+    DEFAULT_FRAME_BYTES_MAX, Frame, FrameError, HANDSHAKE_FRAME_BYTES_MAX, types,
+};
+
+use self::handshake::{AwaitAdmission, AwaitAuth, AwaitHello};
+use self::reply::Outbound;
+use self::stream::Stream;
+use crate::clock::{BootClock, Now};
+use crate::store::{
+    Declare, DeclareOutcome, DeviceEvent, DeviceEventKind, DeviceId, Entry, Login, LoginOutcome,
+    Receipt,
+};
+
+/// What a session needs to know of the configuration.
+#[derive(Clone)]
+pub struct SessionSettings {
+    /// Device keys derive from it.
+    pub fleet_key: [u8; KEY_BYTES],
+    /// Longest frame after authentication.
+    pub frame_bytes_max: u16,
+    /// Frames a device may have in flight.
+    pub window_frames: u64,
+    /// From the first byte to WELCOME.
+    pub handshake_timeout_us: u64,
+    /// From a frame's first byte to its last.
+    pub frame_timeout_us: u64,
+    /// Without a whole frame.
+    pub idle_timeout_us: u64,
+    /// Told to devices.
+    pub keepalive_s: u16,
+    /// Told to devices.
+    pub ack_timeout_s: u16,
+}
+
+impl Default for SessionSettings {
+    fn default() -> Self {
+        SessionSettings {
+            fleet_key: [0; KEY_BYTES],
+            frame_bytes_max: DEFAULT_FRAME_BYTES_MAX as u16,
+            window_frames: 64,
+            handshake_timeout_us: 10_000_000,
+            frame_timeout_us: 30_000_000,
+            idle_timeout_us: 120_000_000,
+            keepalive_s: 40,
+            ack_timeout_s: 30,
+        }
+    }
+}
+
+/// What a session hands to the ingest queue.
+#[derive(Debug)]
+pub enum Submission {
+    /// Where does this device's stream stand? Answered by [`Session::handle_login_outcome`].
+    Login(Login),
+    /// Keep this schema. Answered by [`Session::handle_declare_outcome`].
+    Declare(Declare),
+    /// Store this. Answered by [`Session::handle_receipt`].
+    Entry(Entry),
+    /// Keep this measurement; not answered.
+    Clock(DeviceId, BootClock),
+    /// Keep this line of the audit trail; not answered.
+    Event(DeviceEvent),
+}
+
+/// Why and how a connection ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Close {
+    /// Sent in a BYE; `None` where nothing is said (the peer does not speak FWP, or left).
+    pub code: Option<Code>,
+    /// The peer shall not come back sooner.
+    pub retry_after_ms: u32,
+    /// For the log, the audit trail and the peer.
+    pub detail: String,
+}
+
+impl Close {
+    fn bye(code: Code, detail: impl Into<String>) -> Close {
+        Close {
+            code: Some(code),
+            retry_after_ms: 0,
+            detail: detail.into(),
+        }
+    }
+
+    fn silent(detail: impl Into<String>) -> Close {
+        Close {
+            code: None,
+            retry_after_ms: 0,
+            detail: detail.into(),
+        }
+    }
+}
+
+/// What a state makes of an input: perhaps a submission, or the end.
+type Step = Result<Option<Submission>, Close>;
+
+enum State {
+    AwaitHello(AwaitHello),
+    AwaitAuth(Box<AwaitAuth>),
+    AwaitAdmission(Box<AwaitAdmission>),
+    Serving(Box<Stream>),
+    /// With the device, if it was admitted.
+    Closed(Option<DeviceId>, Close),
+}
+
+/// The state machine; see the module's documentation.
+pub struct Session {
+    settings: Arc<SessionSettings>,
+    peer: SocketAddr,
+    state: State,
+    outbound: Outbound,
+    opened_at_us: u64,
+    /// When the latest whole frame came.
+    heard_at_us: u64,
+    /// When the first byte of a frame came whose last is still missing.
+    frame_begun_at_us: Option<u64>,
+    /// No more input; to be closed so as soon as what was taken in is acknowledged.
+    leaving: Option<Close>,
+}
+
+impl Session {
+    /// A session for a peer that has just connected. `nonce` is random.
+    pub fn new(
+        settings: Arc<SessionSettings>,
+        peer: SocketAddr,
+        nonce: [u8; NONCE_BYTES],
+        now: Now,
+    ) -> Session {
+        Session {
+            settings,
+            peer,
+            state: State::AwaitHello(AwaitHello { nonce }),
+            outbound: Outbound::default(),
+            opened_at_us: now.mono_us,
+            heard_at_us: now.mono_us,
+            frame_begun_at_us: None,
+            leaving: None,
+        }
+    }
+
+    /// Longest frame that is taken in now; a longer one is refused by its header alone.
+    pub fn frame_bytes_max(&self) -> usize {
+        match self.state {
+            State::Serving(_) => usize::from(self.settings.frame_bytes_max),
+            _ => HANDSHAKE_FRAME_BYTES_MAX,
+        }
+    }
+
+    /// Whether frames are taken in now.
+    pub fn wants_input(&self) -> bool {
+        match &self.state {
+            State::AwaitHello(_) | State::AwaitAuth(_) => true,
+            State::Serving(stream) => self.leaving.is_none() && !stream.awaits_declare(),
+            State::AwaitAdmission(_) | State::Closed(..) => false,
+        }
+    }
+
+    /// Takes in a frame from the device. Called only while [`Session::wants_input`].
+    pub fn handle_frame(&mut self, frame: &Frame<'_>, now: Now) -> Option<Submission> {
+        self.heard_at_us = now.mono_us;
+        self.frame_begun_at_us = None;
+        let step = if types::is_skippable(frame.header.frame_type) && frame.intact {
+            Ok(None)
+        } else {
+            self.route(frame, now)
+        };
+        self.finish_step(step)
+    }
+
+    fn route(&mut self, frame: &Frame<'_>, now: Now) -> Step {
+        match &mut self.state {
+            State::AwaitHello(state) => {
+                let next = state.handle_frame(frame, &self.settings, now, &mut self.outbound)?;
+                self.state = State::AwaitAuth(Box::new(next));
+                Ok(None)
+            }
+            State::AwaitAuth(state) => {
+                let (next, login) = state.handle_frame(frame, self.peer, now)?;
+                self.state = State::AwaitAdmission(Box::new(next));
+                Ok(Some(Submission::Login(login)))
+            }
+            State::Serving(stream) => stream.handle_frame(frame, now, &mut self.outbound),
+            State::AwaitAdmission(_) | State::Closed(..) => Ok(None),
+        }
+    }
+
+    /// The bytes from the peer hold no further frame.
+    pub fn handle_frame_error(&mut self, error: FrameError) {
+        let detail = error.to_string();
+        self.close(match error {
+            FrameError::Magic(_) => Close::silent(detail),
+            FrameError::HeaderCrc => Close::bye(Code::Header, detail),
+            FrameError::TooLarge { .. } => Close::bye(Code::TooLarge, detail),
+        });
+    }
+
+    /// Tells whether bytes of an unfinished frame are left after all whole ones were taken in.
+    pub fn handle_partial_frame(&mut self, is_partial: bool, now: Now) {
+        if !is_partial {
+            self.frame_begun_at_us = None;
+        } else if self.frame_begun_at_us.is_none() {
+            self.frame_begun_at_us = Some(now.mono_us);
+        }
+    }
+
+    /// The store's word on this session's login.
+    pub fn handle_login_outcome(&mut self, outcome: LoginOutcome, now: Now) -> Option<Submission> {
+        let State::AwaitAdmission(state) = &mut self.state else {
+            return None;
+        };
+        let step = match state.handle_outcome(outcome, &self.settings, now, &mut self.outbound) {
+            Ok(stream) => {
+                let device = stream.device();
+                self.heard_at_us = now.mono_us;
+                self.state = State::Serving(Box::new(stream));
+                Ok(Some(self.audit(
+                    device,
+                    DeviceEventKind::Connected,
+                    None,
+                    now,
+                )))
+            }
+            Err(close) => Err(close),
+        };
+        self.finish_step(step)
+    }
+
+    /// The store's word on this session's DECLARE.
+    pub fn handle_declare_outcome(&mut self, outcome: DeclareOutcome) {
+        if let State::Serving(stream) = &mut self.state {
+            stream.handle_declare_outcome(outcome, &mut self.outbound);
+        }
+        self.close_if_settled();
+    }
+
+    /// A commit covered entries of this session, the last of them `through_seq`.
+    pub fn handle_receipt(&mut self, receipt: Receipt, through_seq: u64) {
+        if let State::Serving(stream) = &mut self.state {
+            stream.handle_receipt(receipt, through_seq, &mut self.outbound);
+        }
+        self.close_if_settled();
+    }
+
+    /// The store does not answer, or does again.
+    pub fn handle_store_down(&mut self, is_down: bool, retry_after_ms: u32) {
+        match &mut self.state {
+            State::Serving(stream) if is_down => {
+                stream.handle_store_down(retry_after_ms, &mut self.outbound);
+            }
+            State::Serving(stream) => stream.handle_store_up(),
+            _ => {}
+        }
+    }
+
+    /// The gateway goes down: no more input; closed as soon as what was taken in is acknowledged.
+    pub fn handle_drain(&mut self) {
+        self.leave(Close::bye(Code::Shutdown, "gateway shuts down"));
+    }
+
+    /// The peer sends no more; it may still read.
+    pub fn handle_end_of_input(&mut self) {
+        self.leave(Close::silent("peer closed the connection"));
+    }
+
+    /// Whether only what was taken in is still awaited.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.is_some()
+    }
+
+    fn leave(&mut self, close: Close) {
+        self.leaving = Some(close);
+        self.close_if_settled();
+    }
+
+    fn close_if_settled(&mut self) {
+        let is_settled = match &self.state {
+            State::Serving(stream) => stream.is_settled(),
+            _ => true,
+        };
+        if is_settled && let Some(close) = self.leaving.take() {
+            self.close(close);
+        }
+    }
+
+    /// Ends the session; what is to be said is in [`Session::outbound`].
+    pub fn close(&mut self, close: Close) {
+        let device = match &self.state {
+            State::Closed(..) => return,
+            State::Serving(stream) => Some(stream.device()),
+            _ => None,
+        };
+        if let State::Serving(stream) = &mut self.state {
+            stream.write_due_ack(&mut self.outbound);
+        }
+        if let Some(code) = close.code {
+            self.outbound.bye(code, close.retry_after_ms, &close.detail);
+        }
+        self.state = State::Closed(device, close);
+    }
+
+    /// The connection failed, or is given up without a word.
+    pub fn handle_loss(&mut self, detail: impl Into<String>) {
+        self.close(Close::silent(detail));
+    }
+
+    /// Time has passed.
+    pub fn handle_timeout(&mut self, now: Now) {
+        if self
+            .poll_deadline()
+            .is_some_and(|deadline_us| now.mono_us >= deadline_us)
+        {
+            let detail = match self.state {
+                State::Serving(_) if self.frame_begun_at_us.is_some() => "stalled within a frame",
+                State::Serving(_) => "silent",
+                _ => "handshake not finished in time",
+            };
+            self.close(Close::bye(Code::Idle, detail));
+        }
+    }
+
+    /// The moment, on the monotonic clock, at which [`Session::handle_timeout`] ends the session if
+    /// nothing happens before.
+    pub fn poll_deadline(&self) -> Option<u64> {
+        let idle_us = self.heard_at_us + self.settings.idle_timeout_us;
+        match self.state {
+            State::Closed(..) => None,
+            // Silence is the peer's fault only while it is listened to.
+            State::Serving(_) if !self.wants_input() => None,
+            State::Serving(_) => Some(match self.frame_begun_at_us {
+                Some(begun_at_us) => idle_us.min(begun_at_us + self.settings.frame_timeout_us),
+                None => idle_us,
+            }),
+            _ => Some(self.opened_at_us + self.settings.handshake_timeout_us),
+        }
+    }
+
+    /// What is to be sent now; an ACK that is due is written first.
+    pub fn outbound(&mut self) -> &mut Outbound {
+        if let State::Serving(stream) = &mut self.state {
+            stream.write_due_ack(&mut self.outbound);
+        }
+        &mut self.outbound
+    }
+
+    /// The device, once it is admitted.
+    pub fn device(&self) -> Option<DeviceId> {
+        match &self.state {
+            State::Serving(stream) => Some(stream.device()),
+            State::Closed(device, _) => *device,
+            _ => None,
+        }
+    }
+
+    /// How the session was closed; `None` while it is open.
+    pub fn closed(&self) -> Option<&Close> {
+        match &self.state {
+            State::Closed(_, close) => Some(close),
+            _ => None,
+        }
+    }
+
+    /// The connection is gone: the last line of the audit trail, for a device that was admitted.
+    pub fn handle_disconnect(&mut self, now: Now) -> Option<Submission> {
+        self.handle_loss("connection lost");
+        let State::Closed(Some(device), close) = &self.state else {
+            return None;
+        };
+        Some(self.audit(*device, DeviceEventKind::Disconnected, Some(close), now))
+    }
+
+    fn audit(
+        &self,
+        device: DeviceId,
+        kind: DeviceEventKind,
+        close: Option<&Close>,
+        now: Now,
+    ) -> Submission {
+        Submission::Event(DeviceEvent {
+            device,
+            at_us: now.utc_us,
+            kind,
+            code: close
+                .and_then(|close| close.code)
+                .map_or(0, |code| code as u8),
+            detail: close.map_or_else(|| self.peer.to_string(), |close| close.detail.clone()),
+        })
+    }
+
+    fn finish_step(&mut self, step: Step) -> Option<Submission> {
+        match step {
+            Ok(submission) => submission,
+            Err(close) => {
+                self.close(close);
+                None
+            }
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Frames that the gateway sends, written to a session's outbound bytes.
+//!
+//! Invariant: an ACK, and the durable number in a WELCOME, are made from a [`Receipt`] and from nothing
+//! else.
+
+use fieldgate_protocol::auth::{KEY_BYTES, Transcript};
+use fieldgate_protocol::error::Code;
+use fieldgate_protocol::frame::{HANDSHAKE_FRAME_BYTES_MAX, HEADER_BYTES, TRAILER_BYTES, VERSION};
+use fieldgate_protocol::message::{
+    Ack, Bye, Challenge, DETAIL_BYTES_MAX, Message, Nack, Pong, Welcome, encode,
+};
+
+use crate::store::Receipt;
+
+/// What the gateway has to say and the socket has not taken yet.
+#[derive(Debug, Default)]
+pub struct Outbound(Vec<u8>);
+
+impl Outbound {
+    /// The bytes to send, oldest first.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The socket took the first `count` bytes. An empty buffer gives its memory back.
+    pub fn consume(&mut self, count: usize) {
+        if count == self.0.len() {
+            self.0 = Vec::new();
+        } else {
+            self.0.drain(..count);
+        }
+    }
+
+    /// Answers HELLO; the payload goes into the transcript.
+    pub(super) fn challenge(&mut self, challenge: &Challenge<'_>, transcript: &mut Transcript) {
+        let frame = self.push(challenge, 0);
+        transcript.add(&frame[HEADER_BYTES..frame.len() - TRAILER_BYTES]);
+    }
+
+    /// Answers AUTH: where the stream stands, signed with the device's key.
+    pub(super) fn welcome(
+        &mut self,
+        receipt: Receipt,
+        terms: WelcomeTerms,
+        mut transcript: Transcript,
+        key: &[u8; KEY_BYTES],
+        channel_binding: &[u8; KEY_BYTES],
+    ) {
+        let mut welcome = Welcome {
+            durable_seq: receipt.durable_seq(),
+            limit_seq: receipt.durable_seq() + terms.window_frames,
+            keepalive_s: terms.keepalive_s,
+            ack_timeout_s: terms.ack_timeout_s,
+            utc_us: terms.utc_us,
+            schema_known: u8::from(terms.schema_known),
+            ext: &[],
+            mac: [0; KEY_BYTES],
+        };
+        let unsigned = self.push(&welcome, 0);
+        let unsigned_bytes = unsigned.len();
+        transcript.add(&unsigned[HEADER_BYTES..unsigned_bytes - TRAILER_BYTES - KEY_BYTES]);
+        welcome.mac = transcript.gateway_mac(key, channel_binding);
+        self.0.truncate(self.0.len() - unsigned_bytes);
+        self.push(&welcome, 0);
+    }
+
+    /// Everything through the receipt's number is durable.
+    pub(super) fn ack(&mut self, receipt: Receipt, window_frames: u64) {
+        let durable_seq = receipt.durable_seq();
+        self.push(
+            &Ack {
+                limit_seq: durable_seq + window_frames,
+                ext: &[],
+            },
+            durable_seq,
+        );
+    }
+
+    /// Frame `seq` is refused.
+    pub(super) fn nack(
+        &mut self,
+        code: Code,
+        seq: u64,
+        expected_seq: u64,
+        retry_after_ms: u32,
+        detail: &str,
+    ) {
+        let detail = cut(detail);
+        let code = code as u8;
+        self.push(
+            &Nack {
+                code,
+                expected_seq,
+                retry_after_ms,
+                detail,
+                ext: &[],
+            },
+            seq,
+        );
+    }
+
+    /// Answers PING.
+    pub(super) fn pong(&mut self, pong: &Pong<'_>) {
+        self.push(pong, 0);
+    }
+
+    /// The connection ends.
+    pub(super) fn bye(&mut self, code: Code, retry_after_ms: u32, detail: &str) {
+        let (code, detail) = (code as u8, cut(detail));
+        let (min_version, max_version) = (VERSION, VERSION);
+        self.push(
+            &Bye {
+                code,
+                retry_after_ms,
+                min_version,
+                max_version,
+                detail,
+                ext: &[],
+            },
+            0,
+        );
+    }
+
+    /// Appends a frame and returns it.
+    fn push<'m>(&mut self, message: &impl Message<'m>, seq: u64) -> &[u8] {
+        let mut frame = [0; HANDSHAKE_FRAME_BYTES_MAX];
+        let frame_bytes =
+            encode(message, seq, &mut frame).expect("every message of a gateway fits 512 bytes");
+        let start = self.0.len();
+        self.0.extend_from_slice(&frame[..frame_bytes]);
+        &self.0[start..]
+    }
+}
+
+/// What a WELCOME tells besides the stream's state.
+pub(super) struct WelcomeTerms {
+    pub window_frames: u64,
+    pub keepalive_s: u16,
+    pub ack_timeout_s: u16,
+    pub utc_us: i64,
+    pub schema_known: bool,
+}
+
+/// The longest beginning of `detail` that a NACK or BYE can carry.
+fn cut(detail: &str) -> &str {
+    &detail[..detail.floor_char_boundary(DETAIL_BYTES_MAX)]
+}

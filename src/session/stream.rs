@@ -1,0 +1,510 @@
+//! The state after WELCOME: a device's stream, frame by frame (SPEC R44 to R76).
+//!
+//! What arrives in order is decoded and submitted; what arrives twice is acknowledged again; what
+//! cannot be understood is submitted to quarantine under its number, so that one bad frame never stops
+//! a stream.
+//!
+//! Invariants
+//! - `expected_seq` is one more than the last number submitted, or durable, whichever is more.
+//! - A NACK of class 3 is said only after a receipt covers the number, for the device forgets the
+//!   frame when it hears it.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use fieldgate_protocol::auth::schema_hash;
+use fieldgate_protocol::column::{
+    Kind, READINGS_MAX, ROWS_MAX, check_time, decode_times, decode_values,
+};
+use fieldgate_protocol::error::{Code, Violation};
+use fieldgate_protocol::frame::{Frame, SEQ_MAX, VERSION, types};
+use fieldgate_protocol::message::{Bye, Data, Declare, Event, Gap, Ping, Pong, decode};
+
+use super::reply::Outbound;
+use super::{Close, Step, Submission};
+use crate::clock::{BootClock, BootClocks, Now, resolve_utc};
+use crate::store::{
+    self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Readings, Receipt,
+    ResolvedTime, Schema,
+};
+
+/// Schemas kept for a session; DATA that uses an older one is asked to declare it again (R41).
+const SCHEMAS_MAX: usize = 8;
+/// Refusals of class 3 that a connection may cause within [`REFUSALS_WINDOW_US`] (R64).
+const REFUSALS_MAX: usize = 8;
+const REFUSALS_WINDOW_US: u64 = 60_000_000;
+const REFUSALS_RETRY_AFTER_MS: u32 = 60_000;
+
+/// A stream that is being served.
+pub(super) struct Stream {
+    boot: u32,
+    peer: SocketAddr,
+    device: DeviceId,
+    durable: Receipt,
+    window_frames: u64,
+    expected_seq: u64,
+    /// After a NACK of class 1 or 2: frames are dropped until `expected_seq` comes (R62).
+    awaits_resend: bool,
+    awaits_declare: bool,
+    store_is_down: bool,
+    store_retry_after_ms: u32,
+    ack_is_due: bool,
+    /// A number whose payload checksum was wrong once.
+    crc_failed_seq: Option<u64>,
+    /// Refusals to be said once their numbers are durable.
+    refusals: VecDeque<Refusal>,
+    /// When the latest refusals were, on the monotonic clock.
+    refused_at_us: VecDeque<u64>,
+    schemas: VecDeque<Arc<Schema>>,
+    clocks: BootClocks,
+}
+
+impl Stream {
+    pub(super) fn new(
+        boot: u32,
+        peer: SocketAddr,
+        admission: Admission,
+        window_frames: u64,
+    ) -> Stream {
+        Stream {
+            boot,
+            peer,
+            device: admission.device,
+            durable: admission.receipt,
+            window_frames,
+            expected_seq: admission.receipt.durable_seq() + 1,
+            awaits_resend: false,
+            awaits_declare: false,
+            store_is_down: false,
+            store_retry_after_ms: 0,
+            ack_is_due: false,
+            crc_failed_seq: None,
+            refusals: VecDeque::new(),
+            refused_at_us: VecDeque::new(),
+            schemas: admission.schema.into_iter().collect(),
+            clocks: BootClocks::new(admission.clocks),
+        }
+    }
+
+    pub(super) fn device(&self) -> DeviceId {
+        self.device
+    }
+
+    pub(super) fn awaits_declare(&self) -> bool {
+        self.awaits_declare
+    }
+
+    /// Whether everything taken in is durable.
+    pub(super) fn is_settled(&self) -> bool {
+        !self.awaits_declare && self.durable.durable_seq() + 1 >= self.expected_seq
+    }
+
+    pub(super) fn handle_frame(
+        &mut self,
+        frame: &Frame<'_>,
+        now: Now,
+        outbound: &mut Outbound,
+    ) -> Step {
+        let header = frame.header;
+        if !(1..=VERSION).contains(&header.version) {
+            return Err(Close::bye(
+                Code::Version,
+                "frame of a version that was not agreed",
+            ));
+        }
+        if types::is_sequenced(header.frame_type) {
+            return self.handle_sequenced(frame, now, outbound);
+        }
+        if header.seq != 0 {
+            return Err(Close::bye(
+                Code::Protocol,
+                "a number on an unsequenced frame (R12)",
+            ));
+        }
+        if !frame.intact {
+            outbound.nack(
+                Code::PayloadCrc,
+                0,
+                self.expected_seq,
+                0,
+                "payload checksum wrong",
+            );
+            return Ok(None);
+        }
+        if header.flags != 0 {
+            return Err(protocol(Violation::Flags(header.flags)));
+        }
+        match header.frame_type {
+            types::DECLARE => self.handle_declare(frame),
+            types::PING => self.handle_ping(frame, now, outbound),
+            types::BYE => {
+                let bye: Bye<'_> = decode(frame.payload()).map_err(protocol)?;
+                Err(Close::silent(format!(
+                    "device left: {} {}",
+                    bye.code, bye.detail
+                )))
+            }
+            other => {
+                let detail = format!("type {other:#04x} is not allowed here");
+                Err(Close::bye(Code::Protocol, detail))
+            }
+        }
+    }
+
+    fn handle_declare(&mut self, frame: &Frame<'_>) -> Step {
+        let declare: Declare<'_> = decode(frame.payload()).map_err(protocol)?;
+        self.awaits_declare = true;
+        Ok(Some(Submission::Declare(store::Declare {
+            device: self.device,
+            schema: declare.schema,
+            hash: schema_hash(frame.payload()),
+            channels: declare.channels.iter().map(declared).collect(),
+        })))
+    }
+
+    pub(super) fn handle_declare_outcome(
+        &mut self,
+        outcome: DeclareOutcome,
+        outbound: &mut Outbound,
+    ) {
+        self.awaits_declare = false;
+        match outcome {
+            DeclareOutcome::Accepted(schema) => {
+                self.schemas.retain(|known| known.schema != schema.schema);
+                if self.schemas.len() == SCHEMAS_MAX {
+                    self.schemas.pop_front();
+                }
+                self.schemas.push_back(schema);
+            }
+            DeclareOutcome::Conflict => {
+                let detail = "schema number is taken by other content";
+                outbound.nack(Code::SchemaConflict, 0, self.expected_seq, 0, detail);
+            }
+        }
+    }
+
+    fn handle_ping(&mut self, frame: &Frame<'_>, now: Now, outbound: &mut Outbound) -> Step {
+        let ping: Ping<'_> = decode(frame.payload()).map_err(protocol)?;
+        outbound.pong(&Pong {
+            mono_us: ping.mono_us,
+            received_us: now.utc_us,
+            sent_us: now.utc_us,
+            ext: &[],
+        });
+        let measured = (ping.pong_sent_us != 0)
+            .then(|| {
+                BootClock::measure(
+                    self.boot,
+                    ping.pong_sent_us,
+                    ping.pong_mono_us,
+                    ping.mono_us,
+                    now.utc_us,
+                )
+            })
+            .flatten()
+            .filter(|measured| self.clocks.improve(*measured));
+        Ok(measured.map(|measured| Submission::Clock(self.device, measured)))
+    }
+
+    /// The order of checks is R44's: number, credit, order, then content.
+    fn handle_sequenced(&mut self, frame: &Frame<'_>, now: Now, outbound: &mut Outbound) -> Step {
+        let seq = frame.header.seq;
+        if !(1..=SEQ_MAX).contains(&seq) {
+            return Err(Close::bye(
+                Code::Protocol,
+                "number of a sequenced frame (R12)",
+            ));
+        }
+        let first_seq = first_seq(frame);
+        if first_seq > self.durable.durable_seq() + self.window_frames {
+            return Err(Close::bye(Code::Credit, "sent beyond the limit"));
+        }
+        if seq < self.expected_seq {
+            self.ack_is_due |= seq <= self.durable.durable_seq();
+            return Ok(None);
+        }
+        if first_seq > self.expected_seq {
+            self.ask_for(
+                Code::SeqGap,
+                seq,
+                "frames before this one are missing",
+                outbound,
+            );
+            return Ok(None);
+        }
+        if self.store_is_down {
+            self.awaits_resend = false;
+            let detail = "the store does not answer";
+            self.ask_for(Code::StoreDown, seq, detail, outbound);
+            return Ok(None);
+        }
+        if !frame.intact {
+            return self.handle_damaged(frame, now, outbound);
+        }
+        self.awaits_resend = false;
+        self.crc_failed_seq = None;
+        match self.read_content(frame, now) {
+            Ok(Some(content)) => Ok(Some(self.submit(frame, first_seq, content, now))),
+            Ok(None) => {
+                self.ask_for(Code::UnknownSchema, seq, "declare the schema", outbound);
+                Ok(None)
+            }
+            Err(violation) => self.refuse(frame, violation.code(), violation.to_string(), now),
+        }
+    }
+
+    /// Asks for `expected_seq`, once; frames already on their way are dropped until it comes.
+    fn ask_for(&mut self, code: Code, seq: u64, detail: &str, outbound: &mut Outbound) {
+        if !self.awaits_resend {
+            self.awaits_resend = true;
+            let retry_after_ms = if code == Code::StoreDown {
+                self.store_retry_after_ms
+            } else {
+                0
+            };
+            outbound.nack(code, seq, self.expected_seq, retry_after_ms, detail);
+        }
+    }
+
+    /// A payload that was damaged on the way is asked for again; damaged twice, the link is not to
+    /// blame (R63).
+    fn handle_damaged(&mut self, frame: &Frame<'_>, now: Now, outbound: &mut Outbound) -> Step {
+        let seq = frame.header.seq;
+        self.awaits_resend = false;
+        if self.crc_failed_seq == Some(seq) {
+            let detail = "payload checksum wrong twice".to_owned();
+            return self.refuse(frame, Code::PayloadCrcTwice, detail, now);
+        }
+        self.crc_failed_seq = Some(seq);
+        self.ask_for(Code::PayloadCrc, seq, "payload checksum wrong", outbound);
+        Ok(None)
+    }
+
+    /// Sends the frame to quarantine under its number; the device hears of it once that is durable.
+    fn refuse(&mut self, frame: &Frame<'_>, code: Code, detail: String, now: Now) -> Step {
+        let since_us = now.mono_us.saturating_sub(REFUSALS_WINDOW_US);
+        self.refused_at_us.retain(|at_us| *at_us >= since_us);
+        if self.refused_at_us.len() == REFUSALS_MAX {
+            return Err(Close {
+                code: Some(Code::Protocol),
+                retry_after_ms: REFUSALS_RETRY_AFTER_MS,
+                detail: format!("too many refused frames, the latest: {detail}"),
+            });
+        }
+        self.refused_at_us.push_back(now.mono_us);
+        let seq = frame.header.seq;
+        tracing::info!(device = self.device.0, seq, code = code as u8, %detail, "frame quarantined");
+        self.refusals.push_back(Refusal {
+            seq,
+            code,
+            detail: detail.clone(),
+        });
+        let content = Content::Quarantined {
+            code: code as u8,
+            detail,
+            bytes: frame.bytes.to_vec(),
+            peer: self.peer.to_string(),
+        };
+        Ok(Some(self.submit(frame, self.expected_seq, content, now)))
+    }
+
+    fn submit(
+        &mut self,
+        frame: &Frame<'_>,
+        first_seq: u64,
+        content: Content,
+        now: Now,
+    ) -> Submission {
+        self.expected_seq = frame.header.seq + 1;
+        Submission::Entry(Entry {
+            device: self.device,
+            stream: self.durable.stream(),
+            first_seq,
+            seq: frame.header.seq,
+            frame_type: frame.header.frame_type,
+            received_at_us: now.utc_us,
+            content,
+        })
+    }
+
+    /// What an intact frame holds; `None` where its schema is not known here.
+    fn read_content(&self, frame: &Frame<'_>, now: Now) -> Result<Option<Content>, Violation> {
+        if frame.header.flags != 0 {
+            return Err(Violation::Flags(frame.header.flags));
+        }
+        match frame.header.frame_type {
+            types::DATA => {
+                let data: Data<'_> = decode(frame.payload())?;
+                match self
+                    .schemas
+                    .iter()
+                    .find(|known| known.schema == data.schema)
+                {
+                    Some(schema) => self.read_data(&data, schema, now).map(Some),
+                    None => Ok(None),
+                }
+            }
+            types::GAP => {
+                let gap: Gap<'_> = decode(frame.payload())?;
+                if gap.from_seq > frame.header.seq {
+                    return Err(Violation::Range("from_seq"));
+                }
+                Ok(Some(Content::Gap { reason: gap.reason }))
+            }
+            types::EVENT => {
+                let event: Event<'_> = decode(frame.payload())?;
+                check_time(event.clock, event.time_us)?;
+                let time =
+                    self.resolve(event.clock, event.boot, (event.time_us, event.time_us), now);
+                Ok(Some(Content::Event {
+                    time,
+                    at_us: event.time_us + time.offset_us,
+                    level: event.level,
+                    code: event.code,
+                    text: event.text.to_owned(),
+                }))
+            }
+            other => Err(Violation::UnknownType(other)),
+        }
+    }
+
+    fn read_data(&self, data: &Data<'_>, schema: &Schema, now: Now) -> Result<Content, Violation> {
+        let rows = usize::from(data.rows);
+        // Checked before anything of that size is allocated.
+        if !(1..=ROWS_MAX).contains(&rows) || rows * data.columns.len() > READINGS_MAX {
+            return Err(Violation::Rows);
+        }
+        let mut times_us = vec![0; rows];
+        decode_times(data, &mut times_us)?;
+        let mut series = Vec::with_capacity(data.columns.len());
+        let mut values = vec![0.0; rows * data.columns.len()];
+        for (column, values) in data.columns.iter().zip(values.chunks_exact_mut(rows)) {
+            let channel = schema
+                .channels
+                .iter()
+                .find(|channel| channel.id == column.channel)
+                .filter(|channel| !series.contains(&channel.series))
+                .ok_or(Violation::ColumnChannel(column.channel))?;
+            series.push(channel.series);
+            decode_values(column, channel.kind, channel.exp10, values)?;
+        }
+        if series.is_empty() {
+            return Err(Violation::ColumnChannel(0));
+        }
+        let span_us = (times_us[0], times_us[rows - 1]);
+        let time = self.resolve(data.clock, data.boot, span_us, now);
+        for time_us in &mut times_us {
+            *time_us += time.offset_us;
+        }
+        Ok(Content::Readings(Readings {
+            time,
+            times_us,
+            series,
+            values,
+        }))
+    }
+
+    fn resolve(
+        &self,
+        clock: u8,
+        boot: u32,
+        (oldest_us, newest_us): (i64, i64),
+        now: Now,
+    ) -> ResolvedTime {
+        if clock == 0 {
+            self.clocks.resolve_boot(boot, newest_us, now.utc_us)
+        } else {
+            resolve_utc(oldest_us, newest_us, now.utc_us)
+        }
+    }
+
+    pub(super) fn handle_receipt(
+        &mut self,
+        receipt: Receipt,
+        through_seq: u64,
+        outbound: &mut Outbound,
+    ) {
+        if receipt.durable_seq() > self.durable.durable_seq() {
+            self.durable = receipt;
+        }
+        let durable_seq = self.durable.durable_seq();
+        while let Some(refusal) = self
+            .refusals
+            .pop_front_if(|refusal| refusal.seq <= durable_seq)
+        {
+            let Refusal { seq, code, detail } = refusal;
+            outbound.nack(code, seq, self.expected_seq, 0, &detail);
+        }
+        self.ack_is_due = true;
+        // Entries of an earlier session of this stream may have moved it further than this one knows.
+        self.expected_seq = self.expected_seq.max(durable_seq + 1);
+        if receipt.durable_seq() < through_seq {
+            self.expected_seq = durable_seq + 1;
+            self.ask_for(
+                Code::SeqGap,
+                through_seq,
+                "frames before this one are missing",
+                outbound,
+            );
+        }
+    }
+
+    /// What was taken in may still be committed; the device sends it again all the same, and the
+    /// ledger absorbs it (R65).
+    pub(super) fn handle_store_down(&mut self, retry_after_ms: u32, outbound: &mut Outbound) {
+        self.store_is_down = true;
+        self.store_retry_after_ms = retry_after_ms;
+        if !self.is_settled() {
+            self.expected_seq = self.durable.durable_seq() + 1;
+            self.awaits_resend = false;
+            self.ask_for(
+                Code::StoreDown,
+                self.expected_seq,
+                "the store does not answer",
+                outbound,
+            );
+        }
+    }
+
+    pub(super) fn handle_store_up(&mut self) {
+        self.store_is_down = false;
+    }
+
+    /// One ACK for each commit, however many frames it covers.
+    pub(super) fn write_due_ack(&mut self, outbound: &mut Outbound) {
+        if std::mem::take(&mut self.ack_is_due) {
+            outbound.ack(self.durable, self.window_frames);
+        }
+    }
+}
+
+/// A refusal of class 3 that is not durable yet.
+struct Refusal {
+    seq: u64,
+    code: Code,
+    detail: String,
+}
+
+/// The first number a frame covers: differs from its own only for a GAP that can be read.
+fn first_seq(frame: &Frame<'_>) -> u64 {
+    let seq = frame.header.seq;
+    if frame.header.frame_type != types::GAP || !frame.intact {
+        return seq;
+    }
+    decode::<Gap<'_>>(frame.payload()).map_or(seq, |gap| gap.from_seq.min(seq))
+}
+
+fn declared(channel: &fieldgate_protocol::message::Channel<'_>) -> DeclaredChannel {
+    DeclaredChannel {
+        id: channel.id,
+        name: channel.name.to_owned(),
+        unit: channel.unit.to_owned(),
+        kind: Kind::from_wire(channel.kind).expect("checked when it was decoded"),
+        exp10: channel.exp10,
+    }
+}
+
+fn protocol(violation: Violation) -> Close {
+    Close::bye(Code::Protocol, violation.to_string())
+}
