@@ -164,3 +164,122 @@ impl<T> Batcher<T> {
             .map(|at_us| at_us + self.limits.interval_min_us)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::clock::Quality;
+    use crate::store::{DeviceId, Entry, Readings, ResolvedTime, SeriesId, StreamId};
+
+    fn entry(seq: u64, readings: usize) -> Submission {
+        let time = ResolvedTime {
+            offset_us: 0,
+            quality: Quality::Utc,
+        };
+        Submission::Entry(Entry {
+            device: DeviceId(1),
+            stream: StreamId(1),
+            first_seq: seq,
+            seq,
+            frame_type: 0x11,
+            received_at_us: 0,
+            content: Content::Readings(Readings {
+                time,
+                times_us: (0..readings as i64).collect(),
+                series: vec![SeriesId(1)],
+                values: vec![0.0; readings],
+            }),
+        })
+    }
+
+    /// What happens to a batcher.
+    #[derive(Clone, Debug)]
+    enum Input {
+        Push(usize),
+        Idle { after_us: u64 },
+    }
+
+    fn inputs() -> impl Strategy<Value = Vec<Input>> {
+        let push = (1usize..40).prop_map(Input::Push);
+        let idle = (0u64..50).prop_map(|after_us| Input::Idle { after_us });
+        prop::collection::vec(prop_oneof![3 => push, 1 => idle], 1..200)
+    }
+
+    proptest! {
+        /// Against a plain list: what goes in comes out once, in order, with its own tag; a batch is no
+        /// larger than its bound and its last entry; the least time between commits holds unless full.
+        #[test]
+        fn agrees_with_a_list(inputs in inputs(), interval_min_us in 0u64..40) {
+            let limits = BatchLimits { readings_max: 100, bytes_max: 1 << 20, interval_min_us };
+            let mut batcher = Batcher::new(limits);
+            let mut model: Vec<usize> = Vec::new();
+            let (mut pushed, mut taken, mut now_us) = (0u64, 0u64, 0u64);
+            let mut committed_at_us: Option<u64> = None;
+            for input in inputs {
+                let Input::Push(readings) = input else {
+                    let Input::Idle { after_us } = input else { unreachable!() };
+                    now_us += after_us;
+                    let is_full = model.iter().sum::<usize>() >= limits.readings_max;
+                    let is_due = committed_at_us.is_none_or(|at| now_us >= at + interval_min_us);
+                    let batch = batcher.poll_batch(now_us);
+                    prop_assert_eq!(batch.is_some(), !model.is_empty() && (is_full || is_due));
+                    if let Some(tagged) = batch {
+                        let readings: Vec<usize> = tagged.batch.entries.iter().map(|entry| {
+                            Size::of(&Submission::Entry(entry.clone())).readings
+                        }).collect();
+                        prop_assert_eq!(&readings, &model);
+                        for (entry, tag) in tagged.batch.entries.iter().zip(&tagged.entries) {
+                            taken += 1;
+                            prop_assert_eq!((entry.seq, *tag), (taken, taken));
+                        }
+                        let all_but_last: usize = model[..model.len() - 1].iter().sum();
+                        prop_assert!(all_but_last < limits.readings_max);
+                        model.clear();
+                        committed_at_us = Some(now_us);
+                    }
+                    continue;
+                };
+                if !batcher.is_full() {
+                    pushed += 1;
+                    batcher.push(entry(pushed, readings), pushed);
+                    model.push(readings);
+                }
+                prop_assert_eq!(
+                    batcher.is_full(),
+                    model.iter().sum::<usize>() >= limits.readings_max
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn an_idle_writer_gets_what_there_is_at_once() {
+        let limits = BatchLimits {
+            readings_max: 100,
+            bytes_max: 1 << 20,
+            interval_min_us: 0,
+        };
+        let mut batcher = Batcher::new(limits);
+        assert!(batcher.poll_batch(0).is_none());
+        batcher.push(entry(1, 1), ());
+        assert_eq!(batcher.poll_batch(0).unwrap().batch.entries.len(), 1);
+        assert!(batcher.is_empty());
+    }
+
+    #[test]
+    fn bytes_fill_a_batch_too() {
+        let limits = BatchLimits {
+            readings_max: 1000,
+            bytes_max: 600,
+            interval_min_us: 0,
+        };
+        let mut batcher = Batcher::new(limits);
+        batcher.push(entry(1, 1), ());
+        assert!(!batcher.is_full());
+        batcher.push(entry(2, 1), ());
+        batcher.push(entry(3, 1), ());
+        assert!(batcher.is_full());
+    }
+}
