@@ -1,12 +1,19 @@
 //! Readings into the bytes of a DATA frame, as firmware would pack them.
 //!
 //! What a frame holds is told by the plan; here it becomes columns: the coarsest time unit that is
-//! exact, and for integers whichever delta encoding is shorter.
+//! exact, and for integers whichever delta encoding is shorter. A malformed frame is made of the same
+//! readings, wrong in one way and right in its checksums.
 
-use fieldgate_protocol::column::{encode_f32, encode_f64, encode_integers, encode_times, encoding};
-use fieldgate_protocol::frame::{FRAME_BYTES_MAX, NoRoom};
+use fieldgate_protocol::column::{
+    ROWS_MAX, encode_f32, encode_f64, encode_integers, encode_times, encoding,
+};
+use fieldgate_protocol::error::Code;
+use fieldgate_protocol::frame::{
+    self, FRAME_BYTES_MAX, HEADER_BYTES, Header, NoRoom, OVERHEAD_BYTES, VERSION, types,
+};
 use fieldgate_protocol::message::{self, CHANNELS_MAX, Data};
 
+use crate::faults::Malformation;
 use crate::readings::{Column, Readings, Values};
 
 /// What a DATA tells besides its readings.
@@ -43,12 +50,13 @@ struct Packed {
 }
 
 impl Encoder {
-    /// Writes the DATA frame with number `seq`; returns its length in bytes.
+    /// Writes the DATA frame with number `seq`, right or `malformed`; returns its length in bytes.
     pub fn data_frame(
         &mut self,
         seq: u64,
         terms: DataTerms,
         readings: &Readings,
+        malformed: Option<Malformation>,
         out: &mut [u8],
     ) -> Result<usize, NoRoom> {
         let mut used = 0;
@@ -74,7 +82,7 @@ impl Encoder {
             };
             columns.push(column).map_err(|_| NoRoom)?;
         }
-        let data = Data {
+        let mut data = Data {
             schema: terms.schema,
             clock: terms.clock,
             time_unit,
@@ -86,7 +94,14 @@ impl Encoder {
             columns,
             ext: &[],
         };
-        message::encode(&data, seq, out)
+        match malformed {
+            None => message::encode(&data, seq, out),
+            Some(malformation) => {
+                spoil_fields(malformation, &mut data);
+                let frame_bytes = message::encode(&data, seq, out)?;
+                spoil_bytes(malformation, frame_bytes - OVERHEAD_BYTES, seq, out)
+            }
+        }
     }
 
     fn pack(&mut self, column: &Column, rows: usize, used: &mut usize) -> Result<Packed, NoRoom> {
@@ -151,4 +166,73 @@ fn time_unit(readings: &Readings) -> (u8, i64) {
             && readings.offsets_us.iter().all(|offset_us| offset_us % unit_us as u64 == 0)
     };
     [(2, 1_000_000), (1, 1_000)].into_iter().find(|(_, unit_us)| is_exact(*unit_us)).unwrap_or((0, 1))
+}
+
+fn spoil_fields(malformation: Malformation, data: &mut Data<'_>) {
+    match malformation {
+        Malformation::UnknownEncoding => data.columns[0].encoding = 200,
+        Malformation::RowCountMismatch => data.rows += 1,
+        Malformation::NonIncreasingTime => {
+            // A step of 0 from each row to the next; with one row, a step to a row that is not there.
+            const ZEROS: [u8; ROWS_MAX] = [0; ROWS_MAX];
+            data.step = 0;
+            data.dt = &ZEROS[..usize::from(data.rows - 1).max(1)];
+        }
+        Malformation::TruncatedPayload
+        | Malformation::TrailingBytes
+        | Malformation::OverlongVarint
+        | Malformation::UnknownType
+        | Malformation::ReservedFlag => {}
+    }
+}
+
+/// Changes header or payload of a whole frame, and makes its checksums right again.
+fn spoil_bytes(
+    malformation: Malformation,
+    payload_bytes: usize,
+    seq: u64,
+    out: &mut [u8],
+) -> Result<usize, NoRoom> {
+    let end = HEADER_BYTES + payload_bytes;
+    let mut header = Header {
+        version: VERSION,
+        frame_type: types::DATA,
+        flags: 0,
+        payload_bytes: payload_bytes as u16,
+        seq,
+    };
+    match malformation {
+        Malformation::TruncatedPayload => header.payload_bytes -= 1,
+        Malformation::TrailingBytes => {
+            *out.get_mut(end).ok_or(NoRoom)? = 0;
+            header.payload_bytes += 1;
+        }
+        Malformation::OverlongVarint => {
+            // The schema's number comes first and fits one byte.
+            out.get_mut(HEADER_BYTES..=end).ok_or(NoRoom)?.rotate_right(1);
+            out[HEADER_BYTES] = out[HEADER_BYTES + 1] | 0x80;
+            out[HEADER_BYTES + 1] = 0;
+            header.payload_bytes += 1;
+        }
+        Malformation::UnknownType => header.frame_type = 0x1E,
+        Malformation::ReservedFlag => header.flags = 1,
+        Malformation::UnknownEncoding
+        | Malformation::RowCountMismatch
+        | Malformation::NonIncreasingTime => {}
+    }
+    frame::seal(header, out)
+}
+
+/// The code with which a gateway refuses such a frame.
+pub fn refusal_code(malformation: Malformation) -> Code {
+    match malformation {
+        Malformation::TruncatedPayload
+        | Malformation::TrailingBytes
+        | Malformation::OverlongVarint => Code::Malformed,
+        Malformation::UnknownEncoding
+        | Malformation::RowCountMismatch
+        | Malformation::NonIncreasingTime => Code::Column,
+        Malformation::UnknownType => Code::UnknownType,
+        Malformation::ReservedFlag => Code::Critical,
+    }
 }

@@ -14,7 +14,7 @@ use fieldgate_protocol::message::{Auth, Challenge, Hello, Message, decode};
 
 use super::reply::{Outbound, WelcomeTerms};
 use super::stream::Stream;
-use super::{Close, SessionSettings};
+use super::{Close, SessionSettings, Submission};
 use crate::clock::{BootClock, Now};
 use crate::store::{Login, LoginOutcome};
 
@@ -95,14 +95,13 @@ impl AwaitAuth {
             next_seq: self.next_seq,
             firmware: self.firmware.clone(),
             schema: self.schema,
-            clock: self.clock(auth.mono_us, now),
             peer: peer.to_string(),
             at_us: now.utc_us,
         };
         let next = AwaitAdmission {
             key: self.key,
             transcript: self.transcript.clone(),
-            boot: self.boot,
+            clock: self.clock(auth.mono_us, now),
             peer,
         };
         Ok((next, login))
@@ -121,7 +120,7 @@ impl AwaitAuth {
 pub(super) struct AwaitAdmission {
     key: [u8; KEY_BYTES],
     transcript: Transcript,
-    boot: u32,
+    clock: BootClock,
     peer: SocketAddr,
 }
 
@@ -132,7 +131,7 @@ impl AwaitAdmission {
         settings: &SessionSettings,
         now: Now,
         outbound: &mut Outbound,
-    ) -> Result<Stream, Close> {
+    ) -> Result<(Stream, Option<Submission>), Close> {
         let admission = match outcome {
             LoginOutcome::Admitted(admission) => *admission,
             LoginOutcome::Disabled => {
@@ -158,12 +157,14 @@ impl AwaitAdmission {
             &self.key,
             &NO_CHANNEL_BINDING,
         );
-        Ok(Stream::new(
-            self.boot,
+        let mut stream = Stream::new(
+            self.clock.boot,
             self.peer,
             admission,
             settings.window_frames,
-        ))
+        );
+        let measured = stream.handle_clock(self.clock);
+        Ok((stream, measured))
     }
 }
 

@@ -230,16 +230,10 @@ impl Session {
             return None;
         };
         let step = match state.handle_outcome(outcome, &self.settings, now, &mut self.outbound) {
-            Ok(stream) => {
-                let device = stream.device();
+            Ok((stream, measured)) => {
                 self.heard_at_us = now.mono_us;
                 self.state = State::Serving(Box::new(stream));
-                Ok(Some(self.audit(
-                    device,
-                    DeviceEventKind::Connected,
-                    None,
-                    now,
-                )))
+                Ok(measured)
             }
             Err(close) => Err(close),
         };
@@ -386,25 +380,13 @@ impl Session {
         let State::Closed(Some(device), close) = &self.state else {
             return None;
         };
-        Some(self.audit(*device, DeviceEventKind::Disconnected, Some(close), now))
-    }
-
-    fn audit(
-        &self,
-        device: DeviceId,
-        kind: DeviceEventKind,
-        close: Option<&Close>,
-        now: Now,
-    ) -> Submission {
-        Submission::Event(DeviceEvent {
-            device,
+        Some(Submission::Event(DeviceEvent {
+            device: *device,
             at_us: now.utc_us,
-            kind,
-            code: close
-                .and_then(|close| close.code)
-                .map_or(0, |code| code as u8),
-            detail: close.map_or_else(|| self.peer.to_string(), |close| close.detail.clone()),
-        })
+            kind: DeviceEventKind::Disconnected,
+            code: close.code.map_or(0, |code| code as u8),
+            detail: close.detail.clone(),
+        }))
     }
 
     fn finish_step(&mut self, step: Step) -> Option<Submission> {

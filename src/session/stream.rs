@@ -91,6 +91,13 @@ impl Stream {
         self.device
     }
 
+    /// Takes in a measurement of the present boot's clock; one that is worth keeping is submitted.
+    pub(super) fn handle_clock(&mut self, measured: BootClock) -> Option<Submission> {
+        self.clocks
+            .improve(measured)
+            .then_some(Submission::Clock(self.device, measured))
+    }
+
     pub(super) fn awaits_declare(&self) -> bool {
         self.awaits_declare
     }
@@ -192,19 +199,17 @@ impl Stream {
             sent_us: now.utc_us,
             ext: &[],
         });
-        let measured = (ping.pong_sent_us != 0)
-            .then(|| {
-                BootClock::measure(
-                    self.boot,
-                    ping.pong_sent_us,
-                    ping.pong_mono_us,
-                    ping.mono_us,
-                    now.utc_us,
-                )
-            })
-            .flatten()
-            .filter(|measured| self.clocks.improve(*measured));
-        Ok(measured.map(|measured| Submission::Clock(self.device, measured)))
+        if ping.pong_sent_us == 0 {
+            return Ok(None);
+        }
+        let measured = BootClock::measure(
+            self.boot,
+            ping.pong_sent_us,
+            ping.pong_mono_us,
+            ping.mono_us,
+            now.utc_us,
+        );
+        Ok(measured.and_then(|measured| self.handle_clock(measured)))
     }
 
     /// The order of checks is R44's: number, credit, order, then content.

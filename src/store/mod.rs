@@ -60,8 +60,6 @@ pub struct Login {
     pub firmware: String,
     /// The schema the device will send with, and its hash.
     pub schema: Option<(u16, SchemaHash)>,
-    /// The clock of the present boot.
-    pub clock: BootClock,
     /// Address of the peer, for the audit trail.
     pub peer: String,
     /// When, microseconds UTC.
@@ -91,7 +89,7 @@ pub struct Admission {
     pub receipt: Receipt,
     /// The schema named in the login, if it is stored with that hash.
     pub schema: Option<Arc<Schema>>,
-    /// Clocks of the device's latest boots (at most 8), the present one included.
+    /// Clocks of the device's latest boots, at most 8.
     pub clocks: Vec<BootClock>,
 }
 
@@ -250,9 +248,7 @@ pub struct DeviceEvent {
 /// What a [`DeviceEvent`] tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceEventKind {
-    /// A session began.
-    Connected,
-    /// A session ended.
+    /// A session ended. (That one began, the store notes with its login.)
     Disconnected,
 }
 
