@@ -1,2 +1,2 @@
-//! The fleet simulator.
+//! The fleet simulator's command line.
 fn main() {}
