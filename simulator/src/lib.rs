@@ -8,5 +8,7 @@
 //! The content of every frame is a pure function of the plan, so the journal needs to hold only the
 //! plan and how far each device came, and the verifier can compute what must be stored.
 
+pub mod catalogue;
 pub mod hash;
 pub mod readings;
+pub mod signal;
