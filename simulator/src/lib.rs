@@ -9,6 +9,7 @@
 //! plan and how far each device came, and the verifier can compute what must be stored.
 
 pub mod catalogue;
+pub mod faults;
 pub mod hash;
 pub mod readings;
 pub mod signal;

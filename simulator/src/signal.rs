@@ -319,7 +319,7 @@ mod tests {
 
     #[test]
     fn samples_do_not_depend_on_where_a_span_begins() {
-        for channel in 0..CATALOGUE.len() {
+        for (channel, model) in CATALOGUE.iter().enumerate() {
             let whole = column(3, channel, span(0, 20_000));
             let part = column(3, channel, span(12_345, 777));
             let rows = 12_345..12_345 + 777;
@@ -330,7 +330,7 @@ mod tests {
                 (Values::Bool(whole), Values::Bool(part)) => whole[rows.clone()] == part[..],
                 _ => false,
             };
-            assert!(same, "{}", CATALOGUE[channel].name);
+            assert!(same, "{}", model.name);
             let nulls = |column: &Column, from: usize| -> Vec<bool> {
                 (from..from + 777)
                     .map(|row| column.nulls.contains(row))
