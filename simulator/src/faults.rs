@@ -107,7 +107,11 @@ impl FromStr for Chance {
         }
         let billionths = (share * 1e9).round() as u32;
         // Less than half a billionth would quietly become never.
-        if share > 0.0 && billionths == 0 { Err(()) } else { Ok(Self(billionths)) }
+        if share > 0.0 && billionths == 0 {
+            Err(())
+        } else {
+            Ok(Self(billionths))
+        }
     }
 }
 

@@ -9,7 +9,9 @@
 //! plan and how far each device came, and the verifier can compute what must be stored.
 
 pub mod catalogue;
+pub mod decimal;
 pub mod faults;
 pub mod hash;
 pub mod readings;
+pub mod replay;
 pub mod signal;
