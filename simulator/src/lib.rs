@@ -12,6 +12,8 @@ pub mod catalogue;
 pub mod decimal;
 pub mod faults;
 pub mod hash;
+pub mod pace;
+pub mod plan;
 pub mod readings;
 pub mod replay;
 pub mod signal;
