@@ -12,6 +12,7 @@ pub mod catalogue;
 pub mod decimal;
 pub mod faults;
 pub mod hash;
+pub mod journal;
 pub mod pace;
 pub mod plan;
 pub mod readings;
