@@ -8,6 +8,7 @@
 //! The content of every frame is a pure function of the plan, so the journal needs to hold only the
 //! plan and how far each device came, and the verifier can compute what must be stored.
 
+pub mod args;
 pub mod catalogue;
 pub mod decimal;
 pub mod faults;
@@ -15,6 +16,8 @@ pub mod hash;
 pub mod journal;
 pub mod pace;
 pub mod plan;
+pub mod progress;
 pub mod readings;
 pub mod replay;
+pub mod report;
 pub mod signal;
