@@ -30,16 +30,19 @@ pub enum JournalError {
     #[error("{path} exists already; remove it or name another journal", path = .0.display())]
     Exists(PathBuf),
     /// The file cannot be opened or read.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {cause}", path = path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// What the system said.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A line cannot be written.
-    #[error("cannot write the journal: {0}")]
-    Write(#[from] io::Error),
+    #[error("cannot write the journal: {cause}")]
+    Write {
+        /// What the system said.
+        cause: io::Error,
+    },
     /// The fleet reports what cannot be.
     #[error("device {device}: {reason}")]
     Progress {
@@ -66,6 +69,12 @@ pub enum JournalError {
         /// What is wrong with it.
         reason: String,
     },
+}
+
+impl From<io::Error> for JournalError {
+    fn from(cause: io::Error) -> Self {
+        Self::Write { cause }
+    }
 }
 
 /// Writes a journal. Holds 32 bytes per device.
@@ -97,11 +106,11 @@ struct Totals {
 impl Journal<BufWriter<File>> {
     /// Begins a journal in a new file.
     pub fn create(path: &Path, plan: &Plan) -> Result<Self, JournalError> {
-        let file = File::create_new(path).map_err(|source| match source.kind() {
+        let file = File::create_new(path).map_err(|cause| match cause.kind() {
             io::ErrorKind::AlreadyExists => JournalError::Exists(path.into()),
             _ => JournalError::Read {
                 path: path.into(),
-                source,
+                cause,
             },
         })?;
         Self::begin(BufWriter::new(file), plan)
@@ -267,9 +276,9 @@ pub struct DeviceLedger {
 impl Ledger {
     /// Reads and folds a journal, line by line.
     pub fn read(path: &Path) -> Result<Self, JournalError> {
-        let failed = |source| JournalError::Read {
+        let failed = |cause| JournalError::Read {
             path: path.into(),
-            source,
+            cause,
         };
         let mut input = BufReader::new(File::open(path).map_err(failed)?);
         let mut bytes = Vec::new();

@@ -49,12 +49,12 @@ pub struct Replay {
 #[derive(Debug, thiserror::Error)]
 pub enum ReplayError {
     /// The file cannot be read.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}: {cause}", path = path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// What the system said.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A line cannot be understood as a whole.
     #[error("{path}, line {line}: {reason}", path = path.display())]
@@ -85,9 +85,9 @@ pub enum ReplayError {
 impl Replay {
     /// Reads a whole file and cuts it into frames of at most `batch` rows.
     pub fn open(path: &Path, batch: usize) -> Result<Self, ReplayError> {
-        let failed = |source| ReplayError::Read {
+        let failed = |cause| ReplayError::Read {
             path: path.to_owned(),
-            source,
+            cause,
         };
         let place = std::path::absolute(path).map_err(failed)?;
         let file = File::open(path).map_err(failed)?;
@@ -410,10 +410,10 @@ fn split_header(header: &str) -> (&str, &str) {
 fn from_csv(path: &Path, error: csv::Error) -> ReplayError {
     let line = line_at(path, error.position().map_or(0, csv::Position::byte));
     let reason = match error.into_kind() {
-        csv::ErrorKind::Io(source) => {
+        csv::ErrorKind::Io(cause) => {
             return ReplayError::Read {
                 path: path.into(),
-                source,
+                cause,
             };
         }
         csv::ErrorKind::UnequalLengths {
