@@ -1,0 +1,271 @@
+//! The command line: what may be said, and what it comes to.
+//!
+//! Every flag can also be given as an environment variable, `FIELDGATE_SIM_` and the flag's name.
+//! Ranges are checked here, so that nothing else meets a fleet of no devices. Randomness and the time
+//! of day come from the caller, so that tests can decide them.
+
+use crate::catalogue::CHANNELS_MAX;
+use crate::faults::{Fault, Faults};
+use crate::pace::Pace;
+use crate::plan::{self, Clock, Plan, PlanError, Profile, Script};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Plays a fleet of field devices to a Fieldgate gateway, and proves what was stored
+#[derive(Debug, Parser)]
+#[command(name = "fieldgate-sim", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Send readings as a fleet of devices, and report how the gateway did
+    Run(RunArgs),
+    /// Prove that all readings acked in a run are in the store, once and unchanged; exit 0 only then
+    Verify(VerifyArgs),
+    /// Measure the limit of this machine, and how near the gateway comes to it
+    Bench(BenchArgs),
+}
+
+/// Flags of `run`.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// Gateway to send to, as host:port
+    #[arg(long, value_name = "ADDR", env = "FIELDGATE_SIM_GATEWAY", default_value = "127.0.0.1:7300",
+          value_parser = address)]
+    pub gateway: String,
+
+    /// File with the fleet key, from which each device derives its own
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "FIELDGATE_SIM_KEY_FILE",
+        default_value = "./fieldgate-data/fleet.key"
+    )]
+    pub key_file: PathBuf,
+
+    /// Number of devices, 1 to 100000
+    #[arg(long, value_name = "N", env = "FIELDGATE_SIM_DEVICES", default_value_t = 10,
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(plan::DEVICES_MAX)))]
+    pub devices: u32,
+
+    /// Channels of each device, 1 to 32
+    #[arg(long, value_name = "N", env = "FIELDGATE_SIM_CHANNELS", default_value_t = 4,
+          value_parser = clap::value_parser!(u8).range(1..=CHANNELS_MAX as i64))]
+    pub channels: u8,
+
+    /// Time from one sample of a channel to the next, such as 100ms or 1s, at most 1 day; with
+    /// --replay, the time from sending one row to the next
+    #[arg(long, value_name = "DUR", env = "FIELDGATE_SIM_INTERVAL", default_value = "1s",
+          value_parser = interval)]
+    pub interval: Duration,
+
+    /// Samples of each channel per frame, 1 to 1024
+    #[arg(long, value_name = "N", env = "FIELDGATE_SIM_BATCH", default_value_t = 15,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(plan::BATCH_MAX)))]
+    pub batch: u16,
+
+    /// How long to send, such as 90s or 2h [default: 30s, if neither --frames nor --replay ends the
+    /// run]
+    #[arg(long, value_name = "DUR", env = "FIELDGATE_SIM_DURATION", value_parser = duration)]
+    pub duration: Option<Duration>,
+
+    /// Frames that each device sends, instead of --duration [default: as many as the time allows]
+    #[arg(long, value_name = "N", env = "FIELDGATE_SIM_FRAMES", conflicts_with = "duration",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub frames: Option<u64>,
+
+    /// How frames are spread over time
+    #[arg(long, value_name = "PROFILE", env = "FIELDGATE_SIM_PROFILE", value_enum,
+          default_value_t = Profile::Steady)]
+    pub profile: Profile,
+
+    /// Frames that a device may have in flight without an ACK, 1 to 1024
+    #[arg(long, value_name = "N", env = "FIELDGATE_SIM_WINDOW", default_value_t = 16,
+          value_parser = clap::value_parser!(u16).range(1..=1_024))]
+    pub window: u16,
+
+    /// Number from which all values and faults follow; the same seed sends the same readings
+    /// [default: random, and printed]
+    #[arg(long, value_name = "N", env = "FIELDGATE_SIM_SEED")]
+    pub seed: Option<u64>,
+
+    /// CSV file to send instead of made-up readings, whole, as each device: a column of times with
+    /// their offset from UTC, and columns headed "name [unit]" [default: none]
+    #[arg(
+        long,
+        value_name = "FILE.csv",
+        env = "FIELDGATE_SIM_REPLAY",
+        conflicts_with = "channels"
+    )]
+    pub replay: Option<PathBuf>,
+
+    /// New file for the record of the run, which verify needs [default: none]
+    #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_JOURNAL")]
+    pub journal: Option<PathBuf>,
+
+    /// File for the figures of the run as JSON [default: none]
+    #[arg(long, value_name = "FILE.json", env = "FIELDGATE_SIM_REPORT")]
+    pub report: Option<PathBuf>,
+
+    /// Faults to make, as name or name=probability per frame, separated by commas, such as
+    /// disconnect=0.01,corrupt=0.1%,malformed; names are disconnect, duplicate, corrupt, malformed,
+    /// slow, abandon and all [default: none]
+    #[arg(long, value_name = "SPEC", env = "FIELDGATE_SIM_FAULTS")]
+    pub faults: Option<Faults>,
+
+    /// What the names of the devices begin with, at most 27 bytes; sim- makes sim-00000, sim-00001
+    #[arg(long, value_name = "PREFIX", env = "FIELDGATE_SIM_NAME_PREFIX", default_value = "sim-",
+          value_parser = name_prefix)]
+    pub name_prefix: String,
+
+    /// Which time the devices know
+    #[arg(long, value_name = "CLOCK", env = "FIELDGATE_SIM_CLOCK", value_enum,
+          default_value_t = Clock::Utc)]
+    pub clock: Clock,
+}
+
+/// Flags of `verify`.
+#[derive(Clone, Debug, Args)]
+pub struct VerifyArgs {
+    /// Record of the run, as written by run --journal
+    #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_JOURNAL")]
+    pub journal: PathBuf,
+
+    /// Store of the gateway, as sqlite://PATH or postgres://…
+    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", value_parser = store)]
+    pub store: String,
+}
+
+/// Flags of `bench`.
+#[derive(Clone, Debug, Args)]
+pub struct BenchArgs {
+    /// Store to measure, as sqlite://PATH or postgres://… [default: a new SQLite file, removed
+    /// afterwards]
+    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", value_parser = store)]
+    pub store: Option<String>,
+
+    /// Measure for a few seconds only, and less exactly [default: no]
+    #[arg(long, env = "FIELDGATE_SIM_QUICK")]
+    pub quick: bool,
+}
+
+/// How a plan is to be carried out: all that does not alter what the frames hold.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// Where the gateway listens, as host:port.
+    pub gateway: String,
+    /// File with the fleet key.
+    pub key_file: PathBuf,
+    /// When to stop, if the plan itself does not end.
+    pub duration: Option<Duration>,
+    /// Most frames of a device in flight.
+    pub window: u16,
+    /// Where the journal goes.
+    pub journal: Option<PathBuf>,
+    /// Where the figures go.
+    pub report: Option<PathBuf>,
+    /// What goes wrong on the way. The plan holds the probability of malformed content.
+    pub faults: Faults,
+}
+
+/// How long a run lasts that nothing else ends.
+pub const DURATION_DEFAULT: Duration = Duration::from_secs(30);
+
+impl RunArgs {
+    /// What is to be sent. `random` gives 64 fresh bits each for the seed, if none was given, and for
+    /// the nonce; `now_us` is the time in microseconds since 1970.
+    pub fn script(&self, random: [u64; 2], now_us: i64) -> Result<Script, PlanError> {
+        let mut plan = Plan {
+            format: plan::FORMAT,
+            seed: self.seed.unwrap_or(random[0]),
+            nonce: random[1],
+            name_prefix: self.name_prefix.clone(),
+            devices: self.devices,
+            channels: self.channels,
+            interval_us: self.interval.as_micros() as u64,
+            batch: self.batch,
+            frames: self.frames,
+            clock: self.clock,
+            start_us: now_us,
+            profile: self.profile,
+            malformed_billionths: self.options().faults.chance(Fault::Malformed).billionths(),
+            replay: None,
+        };
+        plan.start_us = now_us.saturating_sub_unsigned(Pace::new(&plan, 0).backlog_us());
+        match &self.replay {
+            Some(path) => plan.replaying(path),
+            None => plan.open(),
+        }
+    }
+
+    /// How it is to be sent.
+    pub fn options(&self) -> RunOptions {
+        let endless = self.frames.is_none() && self.replay.is_none();
+        RunOptions {
+            gateway: self.gateway.clone(),
+            key_file: self.key_file.clone(),
+            duration: self.duration.or(endless.then_some(DURATION_DEFAULT)),
+            window: self.window,
+            journal: self.journal.clone(),
+            report: self.report.clone(),
+            faults: self.faults.clone().unwrap_or_default(),
+        }
+    }
+}
+
+fn address(text: &str) -> Result<String, String> {
+    let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
+    let port: u16 = port.parse().unwrap_or(0);
+    // An IPv6 address without brackets would lose its last group to the port.
+    let ambiguous = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
+    match host.is_empty() || port == 0 || ambiguous {
+        true => Err("expected host:port, such as 127.0.0.1:7300 or [::1]:7300".to_owned()),
+        false => Ok(text.to_owned()),
+    }
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval = duration(text)?;
+    let fits = interval.as_micros() <= u128::from(plan::INTERVAL_US_MAX)
+        && interval.subsec_nanos().is_multiple_of(1_000);
+    match fits {
+        true => Ok(interval),
+        false => Err("expected whole microseconds, 1us to 1day".to_owned()),
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        Ok(_) => Err("must be longer than nothing".to_owned()),
+        Err(error) => Err(format!("{error}; expected a time such as 500ms, 30s or 2h")),
+    }
+}
+
+fn name_prefix(text: &str) -> Result<String, String> {
+    match plan::check_name_prefix(text) {
+        Ok(()) => Ok(text.to_owned()),
+        Err(range) => Err(format!("expected {range}")),
+    }
+}
+
+fn store(text: &str) -> Result<String, String> {
+    let known = ["sqlite://", "postgres://", "postgresql://"];
+    match known
+        .iter()
+        .any(|scheme| text.len() > scheme.len() && text.starts_with(scheme))
+    {
+        true => Ok(text.to_owned()),
+        false => Err("expected sqlite://PATH or postgres://…".to_owned()),
+    }
+}
+
+#[cfg(test)]
+#[path = "args_tests.rs"]
+mod tests;

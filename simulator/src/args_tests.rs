@@ -1,0 +1,182 @@
+//! Tests of the command line, beside it in a file of their own for their length.
+
+use super::*;
+use clap::CommandFactory;
+
+fn parse(line: &str) -> Result<Command, String> {
+    let words = std::iter::once("fieldgate-sim").chain(line.split_whitespace());
+    Cli::try_parse_from(words)
+        .map(|cli| cli.command)
+        .map_err(|error| error.to_string())
+}
+
+fn run(line: &str) -> RunArgs {
+    match parse(&format!("run {line}")) {
+        Ok(Command::Run(args)) => args,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn script(line: &str) -> Script {
+    run(line).script([11, 22], 1_000_000_000_000_000).unwrap()
+}
+
+#[test]
+fn the_definition_is_sound_and_every_flag_has_help_and_a_variable() {
+    let command = Cli::command();
+    command.clone().debug_assert();
+    for subcommand in command.get_subcommands() {
+        for arg in subcommand
+            .get_arguments()
+            .filter(|arg| arg.get_long() != Some("help"))
+        {
+            let long = arg.get_long().unwrap();
+            let variable = format!("FIELDGATE_SIM_{}", long.replace('-', "_").to_uppercase());
+            assert_eq!(arg.get_env().unwrap().to_str(), Some(variable.as_str()));
+            let help = arg.get_help().unwrap().to_string();
+            let default = !arg.get_default_values().is_empty() || help.contains("[default: ");
+            assert!(
+                default || subcommand.get_name() == "verify",
+                "--{long} tells no default"
+            );
+        }
+    }
+}
+
+#[test]
+fn without_flags_the_first_experience_works() {
+    let args = run("");
+    let options = args.options();
+    assert_eq!(
+        (options.gateway.as_str(), options.window),
+        ("127.0.0.1:7300", 16)
+    );
+    assert_eq!(
+        options.key_file,
+        PathBuf::from("./fieldgate-data/fleet.key")
+    );
+    assert_eq!(options.duration, Some(Duration::from_secs(30)));
+    assert_eq!(options.faults, Faults::default());
+    let script = script("");
+    let expected = Plan {
+        format: plan::FORMAT,
+        seed: 11,
+        nonce: 22,
+        name_prefix: "sim-".into(),
+        devices: 10,
+        channels: 4,
+        interval_us: 1_000_000,
+        batch: 15,
+        frames: None,
+        clock: Clock::Utc,
+        // One frame's worth before now: the first frame is due at once.
+        start_us: 1_000_000_000_000_000 - 15_000_000,
+        profile: Profile::Steady,
+        malformed_billionths: 0,
+        replay: None,
+    };
+    assert_eq!(script.plan(), &expected);
+}
+
+#[test]
+fn flags_reach_the_plan_and_the_options() {
+    let line = "--devices 3 --channels 32 --interval 20ms --batch 60 --frames 9 --seed 5 --clock boot \
+                --profile burst --faults malformed=0.01,slow --name-prefix a. --window 1";
+    let script = script(line);
+    let plan = script.plan();
+    assert_eq!(
+        (plan.seed, plan.devices, plan.channels, plan.batch),
+        (5, 3, 32, 60)
+    );
+    assert_eq!((plan.interval_us, plan.frames), (20_000, Some(9)));
+    assert_eq!((plan.clock, plan.profile), (Clock::Boot, Profile::Burst));
+    assert_eq!(
+        (plan.name_prefix.as_str(), plan.malformed_billionths),
+        ("a.", 10_000_000)
+    );
+    assert_eq!(plan.start_us, 1_000_000_000_000_000 - 10 * 60 * 20_000);
+    let options = run(line).options();
+    assert_eq!((options.duration, options.window), (None, 1));
+    assert_eq!(
+        options.faults.chance(Fault::Slow),
+        Fault::Slow.default_chance()
+    );
+}
+
+#[test]
+fn a_replay_ends_by_itself() {
+    let line = format!(
+        "--replay {}/data/water-flow.csv",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    assert_eq!(run(&line).options().duration, None);
+    assert_eq!(script(&line).frames(), Some(85));
+    assert_eq!(
+        run(&format!("{line} --duration 5s")).options().duration,
+        Some(Duration::from_secs(5))
+    );
+}
+
+#[test]
+fn wrong_values_are_refused_with_what_would_be_right() {
+    let cases = [
+        ("run --devices 0", "0 is not in 1..=100000"),
+        ("run --devices 100001", "100001 is not in 1..=100000"),
+        ("run --channels 33", "33 is not in 1..=32"),
+        ("run --channels 0", "0 is not in 1..=32"),
+        ("run --batch 1025", "1025 is not in 1..=1024"),
+        ("run --window 0", "0 is not in 1..=1024"),
+        ("run --frames 0", "0 is not in 1.."),
+        ("run --interval 0s", "must be longer than nothing"),
+        (
+            "run --interval 100ns",
+            "expected whole microseconds, 1us to 1day",
+        ),
+        (
+            "run --interval 25h",
+            "expected whole microseconds, 1us to 1day",
+        ),
+        (
+            "run --duration soon",
+            "expected a time such as 500ms, 30s or 2h",
+        ),
+        ("run --duration 1s --frames 1", "cannot be used with"),
+        ("run --channels 2 --replay a.csv", "cannot be used with"),
+        ("run --gateway 127.0.0.1", "expected host:port"),
+        ("run --gateway :7300", "expected host:port"),
+        ("run --gateway ::1:7300", "expected host:port"),
+        ("run --faults drop", "no fault is called \"drop\""),
+        (
+            "run --profile slow",
+            "possible values: steady, burst, ramp, storm",
+        ),
+        (
+            "run --name-prefix a/b",
+            "expected at most 27 letters, digits",
+        ),
+        ("verify --journal a", "--store <URL>"),
+        (
+            "verify --journal a --store b.db",
+            "expected sqlite://PATH or postgres://…",
+        ),
+        (
+            "bench --store sqlite://",
+            "expected sqlite://PATH or postgres://…",
+        ),
+    ];
+    for (line, expected) in cases {
+        let error = parse(line).unwrap_err();
+        assert!(error.contains(expected), "{line}: {error}");
+    }
+}
+
+#[test]
+fn verify_and_bench_take_their_flags() {
+    let verify = parse("verify --journal a.jsonl --store sqlite://b.db");
+    assert!(matches!(verify, Ok(Command::Verify(args)) if args.store == "sqlite://b.db"));
+    assert!(
+        matches!(parse("bench"), Ok(Command::Bench(args)) if !args.quick && args.store.is_none())
+    );
+    let quick = parse("bench --quick --store postgres://localhost/a");
+    assert!(matches!(quick, Ok(Command::Bench(args)) if args.quick && args.store.is_some()));
+}

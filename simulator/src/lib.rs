@@ -1,0 +1,23 @@
+//! The fleet simulator of Fieldgate, as a library under a thin `main.rs`.
+//!
+//! ```text
+//! args -> Plan -> Script -> frame(device, seq) -> the fleet -> gateway
+//!                    |                                |
+//!                    +---- the verifier <- journal <--+-> report, progress
+//! ```
+//! The content of every frame is a pure function of the plan, so the journal needs to hold only the
+//! plan and how far each device came, and the verifier can compute what must be stored.
+
+pub mod args;
+pub mod catalogue;
+pub mod decimal;
+pub mod faults;
+pub mod hash;
+pub mod journal;
+pub mod pace;
+pub mod plan;
+pub mod progress;
+pub mod readings;
+pub mod replay;
+pub mod report;
+pub mod signal;

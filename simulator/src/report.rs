@@ -1,0 +1,346 @@
+//! What a run came to, in numbers: a table for people, JSON for programs.
+//!
+//! Each task of the fleet counts into a [`Report`] of its own; they are added up in the end. Measuring
+//! is left to the fleet.
+//!
+//! Invariants: the rate counts only what was acked, for what was merely sent may be lost. The keys of
+//! the JSON are part of the command line's interface. A figure that was not measured is null, not 0.
+
+use comfy_table::{CellAlignment, Table, presets};
+use hdrhistogram::Histogram;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+/// Counts of a part of the fleet.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Devices that took part.
+    pub devices: u64,
+    /// Frames put on the wire, those sent again included.
+    pub frames_sent: u64,
+    /// Frames that are durable by word of the gateway, each counted once.
+    pub frames_acked: u64,
+    /// Readings put on the wire, those sent again included.
+    pub readings_sent: u64,
+    /// Readings that are durable by word of the gateway, each counted once.
+    pub readings_acked: u64,
+    /// Bytes of data frames put on the wire, headers and those sent again included.
+    pub bytes_sent: u64,
+    /// Connections after the first of each device.
+    pub reconnects: u64,
+    /// NACKs received, by code.
+    pub nacks: BTreeMap<u8, u64>,
+    ack_us: Histogram<u64>,
+}
+
+/// Longest time to an ACK that is told apart: an hour.
+const ACK_US_MAX: u64 = 3_600_000_000;
+
+impl Default for Report {
+    fn default() -> Self {
+        Self {
+            devices: 0,
+            frames_sent: 0,
+            frames_acked: 0,
+            readings_sent: 0,
+            readings_acked: 0,
+            bytes_sent: 0,
+            reconnects: 0,
+            nacks: BTreeMap::new(),
+            // Two digits, so 1% exact. A histogram grows to some 10 KiB; three digits would be 100.
+            ack_us: Histogram::new(2).expect("two digits are within the histogram's limits"),
+        }
+    }
+}
+
+impl Report {
+    /// Notes how long a frame waited for its ACK.
+    pub fn waited(&mut self, wait: Duration) {
+        let wait_us = u64::try_from(wait.as_micros())
+            .unwrap_or(ACK_US_MAX)
+            .min(ACK_US_MAX);
+        self.ack_us
+            .record(wait_us)
+            .expect("the histogram grows as needed");
+    }
+
+    /// Notes a NACK.
+    pub fn refused(&mut self, code: u8) {
+        *self.nacks.entry(code).or_default() += 1;
+    }
+
+    /// Adds the counts of another part of the fleet.
+    pub fn add(&mut self, other: &Self) {
+        self.devices += other.devices;
+        self.frames_sent += other.frames_sent;
+        self.frames_acked += other.frames_acked;
+        self.readings_sent += other.readings_sent;
+        self.readings_acked += other.readings_acked;
+        self.bytes_sent += other.bytes_sent;
+        self.reconnects += other.reconnects;
+        for (&code, count) in &other.nacks {
+            *self.nacks.entry(code).or_default() += count;
+        }
+        self.ack_us
+            .add(&other.ack_us)
+            .expect("the histogram grows as needed");
+    }
+
+    /// The figures of a run that took `duration`.
+    pub fn summary(&self, duration: Duration) -> Summary {
+        let duration_s = duration.as_secs_f64();
+        let over = |count: u64, by: f64| if by > 0.0 { count as f64 / by } else { 0.0 };
+        let percentile = |percent| {
+            let measured = !self.ack_us.is_empty();
+            measured.then(|| self.ack_us.value_at_quantile(percent / 100.0) as f64 / 1_000.0)
+        };
+        Summary {
+            devices: self.devices,
+            duration_s,
+            frames_sent: self.frames_sent,
+            frames_acked: self.frames_acked,
+            readings_sent: self.readings_sent,
+            readings_acked: self.readings_acked,
+            readings_per_s: over(self.readings_acked, duration_s),
+            bytes_sent: self.bytes_sent,
+            bytes_per_reading: over(self.bytes_sent, self.readings_sent as f64),
+            ack_ms: Percentiles {
+                p50: percentile(50.0),
+                p90: percentile(90.0),
+                p99: percentile(99.0),
+                max: percentile(100.0),
+            },
+            reconnects: self.reconnects,
+            nacks: self.nacks.clone(),
+        }
+    }
+}
+
+/// The figures of a run; serialized, they are the `--report`. Displayed, they are a table.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Summary {
+    /// See [`Report::devices`].
+    pub devices: u64,
+    /// How long the run took, in seconds.
+    pub duration_s: f64,
+    /// See [`Report::frames_sent`].
+    pub frames_sent: u64,
+    /// See [`Report::frames_acked`].
+    pub frames_acked: u64,
+    /// See [`Report::readings_sent`].
+    pub readings_sent: u64,
+    /// See [`Report::readings_acked`].
+    pub readings_acked: u64,
+    /// Readings acked per second.
+    pub readings_per_s: f64,
+    /// See [`Report::bytes_sent`].
+    pub bytes_sent: u64,
+    /// Bytes sent per reading sent.
+    pub bytes_per_reading: f64,
+    /// From sending a frame to its ACK, in milliseconds.
+    pub ack_ms: Percentiles,
+    /// See [`Report::reconnects`].
+    pub reconnects: u64,
+    /// See [`Report::nacks`].
+    pub nacks: BTreeMap<u8, u64>,
+}
+
+/// Percentiles in milliseconds, 1% exact; null if there was no ACK.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Percentiles {
+    /// Half waited no longer.
+    pub p50: Option<f64>,
+    /// 90% waited no longer.
+    pub p90: Option<f64>,
+    /// 99% waited no longer.
+    pub p99: Option<f64>,
+    /// The longest.
+    pub max: Option<f64>,
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ms =
+            |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1} ms"));
+        let ack = self.ack_ms;
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+        table.set_header(["", "sent", "acked"]);
+        table.add_row([
+            "frames",
+            &grouped(self.frames_sent),
+            &grouped(self.frames_acked),
+        ]);
+        table.add_row([
+            "readings",
+            &grouped(self.readings_sent),
+            &grouped(self.readings_acked),
+        ]);
+        for column in [1, 2] {
+            if let Some(column) = table.column_mut(column) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        writeln!(f, "{}", table.trim_fmt())?;
+        writeln!(
+            f,
+            "{} devices for {:.1} s: {} readings/s acked",
+            grouped(self.devices),
+            self.duration_s,
+            grouped(self.readings_per_s.round() as u64)
+        )?;
+        let bytes = grouped(self.bytes_sent);
+        writeln!(
+            f,
+            "{bytes} bytes sent, {:.2} bytes per reading",
+            self.bytes_per_reading
+        )?;
+        let (half, most, nearly_all) = (ms(ack.p50), ms(ack.p90), ms(ack.p99));
+        writeln!(
+            f,
+            "acked within: p50 {half}, p90 {most}, p99 {nearly_all}, max {}",
+            ms(ack.max)
+        )?;
+        write!(f, "reconnects: {}", grouped(self.reconnects))?;
+        if !self.nacks.is_empty() {
+            let nacks = self.nacks.iter();
+            let nacks: Vec<_> = nacks
+                .map(|(code, n)| format!("{} of code {code}", grouped(*n)))
+                .collect();
+            write!(f, "; NACKs: {}", nacks.join(", "))?;
+        }
+        Ok(())
+    }
+}
+
+/// `1234567` as `1,234,567`.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let groups: Vec<&str> = digits
+        .as_bytes()
+        .rchunks(3)
+        .rev()
+        .filter_map(|group| str::from_utf8(group).ok())
+        .collect();
+    groups.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(first_ms: u64, last_ms: u64) -> Report {
+        let mut report = Report {
+            devices: 5,
+            frames_sent: 1_100,
+            frames_acked: 1_000,
+            readings_sent: 66_000,
+            readings_acked: 60_000,
+            bytes_sent: 132_000,
+            reconnects: 1,
+            ..Report::default()
+        };
+        (first_ms..=last_ms).for_each(|ms| report.waited(Duration::from_millis(ms)));
+        report.refused(22);
+        report
+    }
+
+    #[test]
+    fn parts_add_up() {
+        let mut whole = report(1, 50);
+        let mut other = report(51, 100);
+        other.refused(30);
+        whole.add(&other);
+        let summary = whole.summary(Duration::from_secs(4));
+        assert_eq!(
+            (summary.devices, summary.frames_sent, summary.reconnects),
+            (10, 2_200, 2)
+        );
+        assert_eq!(summary.nacks, BTreeMap::from([(22, 2), (30, 1)]));
+        assert_eq!(
+            (summary.readings_per_s, summary.bytes_per_reading),
+            (30_000.0, 2.0)
+        );
+        let near = |value: Option<f64>, ms: f64| (value.unwrap() / ms - 1.0).abs() < 0.011;
+        let ack = summary.ack_ms;
+        assert!(
+            near(ack.p50, 50.0) && near(ack.p90, 90.0) && near(ack.p99, 99.0),
+            "{ack:?}"
+        );
+        assert!(near(ack.max, 100.0), "{ack:?}");
+    }
+
+    #[test]
+    fn the_json_has_exactly_the_keys_promised() {
+        let json = serde_json::to_value(report(1, 9).summary(Duration::from_secs(2))).unwrap();
+        let keys = |value: &serde_json::Value| -> Vec<String> {
+            let mut keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
+            keys.sort();
+            keys
+        };
+        let promised = [
+            "ack_ms",
+            "bytes_per_reading",
+            "bytes_sent",
+            "devices",
+            "duration_s",
+            "frames_acked",
+            "frames_sent",
+            "nacks",
+            "readings_acked",
+            "readings_per_s",
+            "readings_sent",
+            "reconnects",
+        ];
+        assert_eq!(keys(&json), promised);
+        assert_eq!(keys(&json["ack_ms"]), ["max", "p50", "p90", "p99"]);
+        assert_eq!(json["nacks"], serde_json::json!({"22": 1}));
+    }
+
+    #[test]
+    fn a_run_without_acks_claims_nothing() {
+        let json = serde_json::to_value(Report::default().summary(Duration::ZERO)).unwrap();
+        assert_eq!(json["ack_ms"]["p99"], serde_json::Value::Null);
+        assert_eq!(
+            (&json["readings_per_s"], &json["bytes_per_reading"]),
+            (&0.0.into(), &0.0.into())
+        );
+    }
+
+    #[test]
+    fn people_see_the_figures_in_a_few_lines() {
+        let text = report(10, 10).summary(Duration::from_secs(4)).to_string();
+        for figure in [
+            "1,100",
+            "60,000",
+            "5 devices for 4.0 s: 15,000 readings/s acked",
+            "2.00 bytes per reading",
+            "p99 10.",
+            "reconnects: 1; NACKs: 1 of code 22",
+        ] {
+            assert!(text.contains(figure), "{figure} is not in\n{text}");
+        }
+        assert!(
+            text.lines().count() < 12 && text.lines().all(|line| line.len() < 200),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn waits_beyond_an_hour_count_as_an_hour() {
+        let mut report = Report::default();
+        report.waited(Duration::MAX);
+        let max = report.summary(Duration::from_secs(1)).ack_ms.max.unwrap();
+        assert!((3_600_000.0..3_640_000.0).contains(&max), "{max}");
+    }
+
+    #[test]
+    fn long_numbers_are_grouped() {
+        assert_eq!(
+            [0, 999, 1_000, 1_234_567].map(grouped),
+            ["0", "999", "1,000", "1,234,567"]
+        );
+    }
+}
