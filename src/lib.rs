@@ -8,6 +8,7 @@ pub mod clock;
 pub mod codec;
 pub mod connection;
 pub mod ingest;
+pub mod keys;
 pub mod mailbox;
 pub mod registry;
 pub mod server;
