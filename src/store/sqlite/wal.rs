@@ -18,8 +18,9 @@ use tokio_util::sync::CancellationToken;
 use super::write::classify;
 use crate::store::StoreError;
 
-/// The log is copied when this much has been added.
-const COPY_BYTES: u64 = 16 << 20;
+/// The log is copied when this much has been added. A little at a time: commits wait while the copy is
+/// synced, and a long copy is felt in the latency of ACKs.
+const COPY_BYTES: u64 = 4 << 20;
 /// The log is begun anew once it is this long.
 pub(super) const RESTART_BYTES: u64 = 64 << 20;
 /// A page, and the log's header for it.
