@@ -101,7 +101,8 @@ pub struct Hello<'a> {
     pub boot: u32,
     /// Microseconds since that boot, at most [`MONO_US_MAX`].
     pub mono_us: u64,
-    /// The device's UTC in microseconds, 0 where it does not know it.
+    /// The device's UTC in microseconds, 0 where it does not know it. Any value is let through: a
+    /// wrong clock must not keep a device out.
     pub utc_us: i64,
     /// Longest frame it receives.
     pub rx_bytes_max: u16,
@@ -131,7 +132,6 @@ impl<'a> Message<'a> for Hello<'a> {
         check_range("oldest_seq", (1..=self.next_seq).contains(&self.oldest_seq))?;
         check_range("versions", self.min_version <= self.max_version)?;
         check_range("mono_us", self.mono_us <= MONO_US_MAX)?;
-        check_utc(self.utc_us)?;
         check_ext(self.ext)
     }
 }
