@@ -158,7 +158,7 @@ fn columns() -> Vec<Value> {
                 -0.0,
                 f64::INFINITY,
                 f64::NAN,
-                2.938_735_877_055_718_8e-39,
+                2.938_735_877_055_719e-39,
                 3.402_823_466_385_288_6e38,
             ],
             "R58: widened exactly, -0.0 keeps its sign, NaN is NULL",
