@@ -10,6 +10,7 @@ import hmac
 import json
 import math
 import pathlib
+import re
 import struct
 import sys
 
@@ -746,8 +747,25 @@ def check_exchanges(tally):
         tally.check(left, exchange["device_holds"], exchange["id"])
 
 
+def check_worked_example(tally):
+    """The frames of SPEC.md's example are those of the vectors, byte for byte."""
+    text = (HERE.parent / "SPEC.md").read_text().split("## 16 Worked example")[1]
+    blocks = text.split("## 17")[0].split("```")[1::2]
+    shown_frames = []
+    for block in blocks:
+        runs = [re.match(r"(?:[0-9a-f]{2}(?: |$))+", line) for line in block.splitlines()]
+        shown_frames.append("".join(run.group().replace(" ", "") for run in runs if run))
+    case = load("handshake.json")["handshakes"][0]
+    expected = [case[key] for key in ("hello", "challenge", "auth", "welcome")]
+    steps = load("exchanges.json")["exchanges"][1]["steps"]
+    wanted = ("DATA 2", "ACK 2, limit 66")
+    expected += [next(s["hex"] for s in steps if s["shows"] == what) for what in wanted]
+    tally.check(shown_frames, expected, "worked example")
+
+
 def main():
     tally = Tally()
+    check_worked_example(tally)
     check_checksums(tally)
     check_primitives(tally)
     check_columns(tally)
