@@ -6,8 +6,10 @@
 pub mod batcher;
 pub mod clock;
 pub mod codec;
+pub mod config;
 pub mod connection;
 pub mod ingest;
+pub mod keys;
 pub mod mailbox;
 pub mod registry;
 pub mod server;
