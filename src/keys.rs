@@ -1,5 +1,14 @@
-//! The fleet key and its file: 64 hexadecimal digits that nobody but the owner may read.
+//! The fleet key, from which every device's own key derives, and the directory it lives in.
+//!
+//! Deriving is the protocol's business. Unix only: the secrecy of the file rests on its mode.
+//!
+//! Invariants
+//! - The key is in no message of this module, nor in anything's `Debug`.
+//! - `fleet.key` is there whole or not at all, whatever moment the power fails: it is written and
+//!   synced under another name, and linked to its own only then.
+//! - A key that is there is never written over.
 
+use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
@@ -7,202 +16,383 @@ use std::path::{Path, PathBuf};
 
 use fieldgate_protocol::auth::KEY_BYTES;
 
-/// The key's file in the data directory.
+/// Name of the key's file within the data directory.
 pub const KEY_FILE: &str = "fleet.key";
 
-/// The secret from which every device's key derives.
-#[derive(Clone)]
+const KEY_DIGITS: usize = 2 * KEY_BYTES;
+/// Reading and writing, by the group and by others.
+const FOREIGN_ACCESS: u32 = 0o066;
+
+/// The key of a whole fleet.
+#[derive(Clone, PartialEq, Eq)]
 pub struct FleetKey([u8; KEY_BYTES]);
 
-/// Shows no secret.
-impl std::fmt::Debug for FleetKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("FleetKey(..)")
-    }
-}
-
-/// Whether a key was there.
+/// Where a key came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeyOrigin {
-    /// Made now.
+pub enum Origin {
+    /// Made just now, of the system's randomness.
     Created,
-    /// Found.
+    /// It was there.
     Loaded,
 }
 
-/// Why there is no key.
+/// Why there is no fleet key.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
-    /// No such file.
-    #[error("no key file at {0}; `fieldgate serve` makes one in its data directory")]
-    Missing(PathBuf),
-    /// Others may read it, so it is no secret any more.
-    #[error("{path} has mode {mode:04o}: others can read it; run `chmod 600 {path}`", path = path.display())]
-    Exposed {
-        /// The file.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-    },
-    /// Not a key.
-    #[error("{0} is not a key file: it must hold 64 hexadecimal digits")]
-    Malformed(PathBuf),
-    /// The system refuses.
-    #[error("cannot {action} {path}: {source}", path = path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
+    /// The data directory cannot be made or written.
+    #[error(
+        "cannot write the data directory {}: {source}; give this user access to it, or another \
+         --data-dir",
+        path.display()
+    )]
+    DataDir {
+        /// Which.
         path: PathBuf,
         /// The system's word.
         source: io::Error,
     },
+    /// The key's file cannot be read.
+    #[error("cannot read the fleet key {}: {source}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// The system's word.
+        source: io::Error,
+    },
+    /// The key's file cannot be made.
+    #[error("cannot write the fleet key {}: {source}", path.display())]
+    Write {
+        /// Which.
+        path: PathBuf,
+        /// The system's word.
+        source: io::Error,
+    },
+    /// Whoever could read the key may have it.
+    #[error("{0} has mode {mode:04o}: {1} can {2} it; run chmod 600 {0}", path.display(), whom(*mode), what(*mode))]
+    Exposed {
+        /// Which.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// Not 64 digits.
+    #[error(
+        "{} holds {digits} characters; a fleet key is {KEY_DIGITS} hexadecimal digits",
+        path.display()
+    )]
+    Length {
+        /// Which.
+        path: PathBuf,
+        /// How many characters there are, white space at the ends left out.
+        digits: usize,
+    },
+    /// Other characters than digits.
+    #[error(
+        "{} holds other characters than hexadecimal digits; a fleet key is {KEY_DIGITS} of them",
+        path.display()
+    )]
+    NotHex {
+        /// Which.
+        path: PathBuf,
+    },
+    /// The system gives no randomness.
+    #[error("the system gives no random numbers to make a fleet key of: {0}")]
+    Random(#[from] getrandom::Error),
 }
 
 impl FleetKey {
-    /// Loads the key of a data directory; makes directory (mode 0700) and key (0600) where there are
-    /// none.
-    pub fn create_or_load(data_dir: &Path) -> Result<(FleetKey, KeyOrigin), KeyError> {
-        let io = |action, path: &Path| {
-            let path = path.to_owned();
-            move |source| KeyError::Io {
-                action,
-                path,
-                source,
-            }
-        };
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(data_dir)
-            .map_err(io("create the data directory", data_dir))?;
-        let path = data_dir.join(KEY_FILE);
-        let created = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path);
-        let mut file = match created {
-            Ok(file) => file,
+    /// The key in the data directory `dir`; makes both where they are missing.
+    ///
+    /// # Errors
+    /// The directory cannot be written, or the key that is there is not fit for use.
+    pub fn create_or_load(dir: &Path) -> Result<(FleetKey, Origin), KeyError> {
+        create_data_dir(dir)?;
+        let path = dir.join(KEY_FILE);
+        // An exposed or damaged key must be seen, not replaced.
+        if fs::symlink_metadata(&path).is_ok() {
+            return Ok((FleetKey::load(&path)?, Origin::Loaded));
+        }
+        let key = FleetKey::generate()?;
+        match key.store(dir) {
+            Ok(()) => Ok((key, Origin::Created)),
+            // Another process was faster.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                return Ok((FleetKey::load(&path)?, KeyOrigin::Loaded));
+                Ok((FleetKey::load(&path)?, Origin::Loaded))
             }
-            Err(source) => return Err(io("write", &path)(source)),
-        };
-        let mut key = [0; KEY_BYTES];
-        getrandom::fill(&mut key)
-            .map_err(|error| io("draw a key for", &path)(io::Error::other(error)))?;
-        let mut text: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
-        text.push('\n');
-        // A key that devices were flashed with must not be lost with the power.
-        file.write_all(text.as_bytes())
-            .and_then(|()| file.sync_all())
-            .and_then(|()| File::open(data_dir)?.sync_all())
-            .map_err(io("write", &path))?;
-        Ok((FleetKey(key), KeyOrigin::Created))
+            Err(source) => Err(KeyError::Write { path, source }),
+        }
     }
 
-    /// Loads the key at `path`.
+    /// The key in the file `path`.
+    ///
+    /// # Errors
+    /// There is none, others can read or write it, or it holds something else.
     pub fn load(path: &Path) -> Result<FleetKey, KeyError> {
-        let io = |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => KeyError::Missing(path.to_owned()),
-            _ => KeyError::Io {
-                action: "read",
-                path: path.to_owned(),
-                source,
-            },
+        let read = |source| KeyError::Read {
+            path: path.to_owned(),
+            source,
         };
-        let mode = fs::metadata(path).map_err(io)?.permissions().mode() & 0o7777;
-        if mode & 0o077 != 0 {
-            return Err(KeyError::Exposed {
-                path: path.to_owned(),
-                mode,
-            });
+        let file = File::open(path).map_err(read)?;
+        let mode = file.metadata().map_err(read)?.permissions().mode() & 0o7777;
+        if mode & FOREIGN_ACCESS != 0 {
+            let path = path.to_owned();
+            return Err(KeyError::Exposed { path, mode });
         }
-        let mut text = String::new();
-        // A file of any length may be named by mistake.
-        let read = File::open(path)
-            .map_err(io)?
-            .take(200)
-            .read_to_string(&mut text);
-        match read {
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => {}
-            Err(error) => return Err(io(error)),
-        }
-        parse(text.trim_end())
-            .map(FleetKey)
-            .ok_or_else(|| KeyError::Malformed(path.to_owned()))
+        let mut text = Vec::new();
+        // More than a key, so that too long a file is seen, and not whatever the file holds.
+        file.take(4 * KEY_DIGITS as u64)
+            .read_to_end(&mut text)
+            .map_err(read)?;
+        FleetKey::parse(path, text.trim_ascii())
     }
 
-    /// The secret itself.
+    /// The key itself.
     pub fn as_bytes(&self) -> &[u8; KEY_BYTES] {
         &self.0
     }
+
+    fn generate() -> Result<FleetKey, KeyError> {
+        let mut key = [0; KEY_BYTES];
+        getrandom::fill(&mut key)?;
+        Ok(FleetKey(key))
+    }
+
+    fn parse(path: &Path, digits: &[u8]) -> Result<FleetKey, KeyError> {
+        if digits.len() != KEY_DIGITS {
+            return Err(KeyError::Length {
+                path: path.to_owned(),
+                digits: digits.len(),
+            });
+        }
+        let mut key = [0; KEY_BYTES];
+        for (byte, pair) in key.iter_mut().zip(digits.chunks_exact(2)) {
+            let (Some(high), Some(low)) = (nibble(pair[0]), nibble(pair[1])) else {
+                let path = path.to_owned();
+                return Err(KeyError::NotHex { path });
+            };
+            *byte = high << 4 | low;
+        }
+        Ok(FleetKey(key))
+    }
+
+    fn store(&self, dir: &Path) -> io::Result<()> {
+        let draft = dir.join(format!(".{KEY_FILE}.{:08x}", getrandom::u32()?));
+        let written = self.write(&draft).and_then(|()| {
+            // Unlike a rename, a link fails where there is a key already.
+            fs::hard_link(&draft, dir.join(KEY_FILE))
+        });
+        let removed = fs::remove_file(&draft);
+        written?;
+        removed?;
+        File::open(dir)?.sync_all()
+    }
+
+    fn write(&self, path: &Path) -> io::Result<()> {
+        let mut text = String::with_capacity(KEY_DIGITS + 1);
+        for byte in self.0 {
+            text.push_str(&format!("{byte:02x}"));
+        }
+        text.push('\n');
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()
+    }
 }
 
-fn parse(text: &str) -> Option<[u8; KEY_BYTES]> {
-    let digits = text.as_bytes();
-    if digits.len() != 2 * KEY_BYTES || !digits.iter().all(u8::is_ascii_hexdigit) {
-        return None;
+impl fmt::Debug for FleetKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("FleetKey(secret)")
     }
-    let mut key = [0; KEY_BYTES];
-    for (byte, pair) in key.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        let digit = |digit: u8| char::from(digit).to_digit(16);
-        *byte = (digit(pair[0])? * 16 + digit(pair[1])?) as u8;
+}
+
+/// Makes the data directory, for this user only, unless it is there; then it must be writable.
+///
+/// # Errors
+/// It cannot be made or written.
+pub fn create_data_dir(dir: &Path) -> Result<(), KeyError> {
+    let made = if dir.is_dir() { probe(dir) } else { make(dir) };
+    made.map_err(|source| KeyError::DataDir {
+        path: dir.to_owned(),
+        source,
+    })
+}
+
+fn make(dir: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    let parent = match dir.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    File::open(parent)?.sync_all()
+}
+
+/// Modes alone do not tell: the file system may be read-only, or have rules of its own.
+fn probe(dir: &Path) -> io::Result<()> {
+    let path = dir.join(format!(".probe.{:08x}", getrandom::u32()?));
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)?;
+    fs::remove_file(path)
+}
+
+fn nibble(digit: u8) -> Option<u8> {
+    char::from(digit)
+        .to_digit(16)
+        .and_then(|value| u8::try_from(value).ok())
+}
+
+fn whom(mode: u32) -> &'static str {
+    match (mode & 0o060 != 0, mode & 0o006 != 0) {
+        (true, false) => "its group",
+        _ => "others",
     }
-    Some(key)
+}
+
+fn what(mode: u32) -> &'static str {
+    match (mode & 0o044 != 0, mode & 0o022 != 0) {
+        (true, true) => "read and write",
+        (false, _) => "write",
+        _ => "read",
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_key_is_made_once_and_comes_back() {
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    fn chmod(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    /// A file that nobody else can read, with this text.
+    fn key_file(text: &str) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
-        let data_dir = dir.path().join("a/b");
-        let (made, origin) = FleetKey::create_or_load(&data_dir).unwrap();
-        assert_eq!(origin, KeyOrigin::Created);
-        let (found, origin) = FleetKey::create_or_load(&data_dir).unwrap();
-        assert_eq!(origin, KeyOrigin::Loaded);
-        assert_eq!(made.as_bytes(), found.as_bytes());
-        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!(
-            (mode(&data_dir), mode(&data_dir.join(KEY_FILE))),
-            (0o700, 0o600)
+        let path = dir.path().join(KEY_FILE);
+        fs::write(&path, text).unwrap();
+        chmod(&path, 0o600);
+        (dir, path)
+    }
+
+    #[test]
+    fn a_key_is_created_once_and_loaded_after() {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = tmp.path().join("a/data");
+        let (created, origin) = FleetKey::create_or_load(&dir).unwrap();
+        assert_eq!(origin, Origin::Created);
+        assert_eq!(mode(&dir), 0o700);
+        let path = dir.join(KEY_FILE);
+        assert_eq!(mode(&path), 0o600);
+        let text = fs::read_to_string(&path).unwrap();
+        assert_eq!(text.len(), 65);
+        assert!(
+            text.ends_with('\n')
+                && text
+                    .trim()
+                    .bytes()
+                    .all(|b| b"0123456789abcdef".contains(&b))
         );
-        assert_eq!(format!("{made:?}"), "FleetKey(..)");
+        // Nothing else is left behind: neither a draft nor a probe.
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
+
+        let (loaded, origin) = FleetKey::create_or_load(&dir).unwrap();
+        assert_eq!(origin, Origin::Loaded);
+        assert_eq!(loaded, created);
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
+        assert_eq!(FleetKey::load(&path).unwrap(), created);
+        assert_ne!(
+            FleetKey::create_or_load(&tmp.path().join("b")).unwrap().0,
+            created
+        );
     }
 
     #[test]
-    fn a_key_that_others_can_read_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        FleetKey::create_or_load(dir.path()).unwrap();
-        let path = dir.path().join(KEY_FILE);
-        for mode in [0o640, 0o604, 0o620] {
-            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-            assert!(
-                matches!(FleetKey::load(&path), Err(KeyError::Exposed { .. })),
-                "{mode:o}"
-            );
+    fn bytes_are_those_of_the_digits() {
+        let text: String = (0..32).map(|byte| format!("{:02X}", byte * 7)).collect();
+        let (_dir, path) = key_file(&text);
+        let key = FleetKey::load(&path).unwrap();
+        assert_eq!(key.as_bytes()[..3], [0, 7, 14]);
+        assert_eq!(key.as_bytes()[31], 217);
+    }
+
+    #[test]
+    fn a_key_that_others_can_touch_is_refused() {
+        let (dir, path) = key_file(&"ab".repeat(32));
+        for (mode, says) in [
+            (0o644, "has mode 0644: others can read it"),
+            (0o640, "has mode 0640: its group can read it"),
+            (0o602, "has mode 0602: others can write it"),
+            (0o620, "has mode 0620: its group can write it"),
+            (0o666, "has mode 0666: others can read and write it"),
+        ] {
+            chmod(&path, mode);
+            for refused in [
+                FleetKey::load(&path).unwrap_err(),
+                FleetKey::create_or_load(dir.path()).unwrap_err(),
+            ] {
+                let refused = refused.to_string();
+                assert!(refused.contains(says), "{refused}");
+                assert!(
+                    refused.ends_with(&format!("run chmod 600 {}", path.display())),
+                    "{refused}"
+                );
+            }
+        }
+        for mode in [0o600, 0o400] {
+            chmod(&path, mode);
+            assert!(FleetKey::load(&path).is_ok(), "{mode:o}");
         }
     }
 
     #[test]
-    fn what_is_no_key_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(KEY_FILE);
-        assert!(matches!(FleetKey::load(&path), Err(KeyError::Missing(_))));
-        let long = "0".repeat(65);
-        let foreign = "x".repeat(64);
-        for text in ["", "abc", long.as_str(), foreign.as_str(), "\u{fffd}\u{0}"] {
-            fs::write(&path, text).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-            assert!(
-                matches!(FleetKey::load(&path), Err(KeyError::Malformed(_))),
-                "{text}"
-            );
+    fn what_is_no_key_is_refused_and_kept() {
+        for (text, says) in [
+            ("", "holds 0 characters"),
+            (&*"ab".repeat(31), "holds 62 characters"),
+            (&*"ab".repeat(33), "holds 66 characters"),
+            (&*"xy".repeat(32), "other characters than hexadecimal"),
+            (&*"+1".repeat(32), "other characters than hexadecimal"),
+        ] {
+            let (dir, path) = key_file(text);
+            let refused = FleetKey::create_or_load(dir.path())
+                .unwrap_err()
+                .to_string();
+            assert!(refused.contains(says), "{text}: {refused}");
+            assert_eq!(fs::read_to_string(path).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn no_message_tells_the_key() {
+        let (_dir, path) = key_file(&"ab".repeat(32));
+        let shown = format!("{:?}", FleetKey::load(&path).unwrap());
+        assert_eq!(shown, "FleetKey(secret)");
+        let (_dir, path) = key_file(&"q1".repeat(32));
+        let error = FleetKey::load(&path).unwrap_err();
+        assert!(!format!("{error} {error:?}").contains("q1"));
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_made_is_one_line() {
+        let tmp = tempfile::tempdir().unwrap();
+        let file = tmp.path().join("file");
+        fs::write(&file, "").unwrap();
+        let refused = FleetKey::create_or_load(&file.join("data"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.starts_with("cannot write the data directory"),
+            "{refused}"
+        );
+        assert_eq!(refused.lines().count(), 1);
     }
 }

@@ -6,6 +6,7 @@
 pub mod batcher;
 pub mod clock;
 pub mod codec;
+pub mod config;
 pub mod connection;
 pub mod ingest;
 pub mod keys;

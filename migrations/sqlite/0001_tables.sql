@@ -88,7 +88,8 @@ CREATE TABLE quarantine (
     peer        TEXT    NOT NULL,
     code        INTEGER NOT NULL,
     detail      TEXT    NOT NULL,
-    bytes       BLOB    NOT NULL
+    bytes       BLOB    NOT NULL,
+    UNIQUE (stream_id, seq)
 ) STRICT;
 
 -- kind: connected, disconnected (code is the BYE's), event (reported by the device; frame_id tells by

@@ -521,6 +521,7 @@ impl DeviceTask {
             Some(Fault::NotOurGateway) => {
                 return Err(FleetError::NotOurGateway(self.fleet.terms.gateway));
             }
+            Some(Fault::FrameTooLong) => Code::TooLarge as u8,
             Some(Fault::Bye { code, .. }) => code,
             _ => return Ok(()),
         };

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use fieldgate::store::sqlite::{ReadError, open_reader};
 use fieldgate_protocol::column::scaled;
+use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 use sqlx::{Row, SqliteConnection};
 
@@ -51,8 +52,10 @@ pub struct Verdict {
     pub readings_acked: u64,
     /// Readings in the store.
     pub readings_stored: u64,
-    /// Frames in quarantine, as planned.
+    /// Frames in quarantine that were sent malformed.
     pub quarantined: u64,
+    /// Frames in quarantine because their payload was damaged on the way twice (code 35).
+    pub damaged: u64,
     /// How many things differ.
     pub differences: u64,
     /// The first of them.
@@ -77,8 +80,9 @@ impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} devices: {} frames acked, {} stored ({} of them quarantined as planned)",
-            self.devices, self.frames_acked, self.frames_stored, self.quarantined
+            "{} devices: {} frames acked, {} stored; {} of them in quarantine as sent malformed, {} as \
+             damaged on the way twice",
+            self.devices, self.frames_acked, self.frames_stored, self.quarantined, self.damaged
         )?;
         writeln!(
             f,
@@ -133,7 +137,12 @@ struct StoredFrame {
     frame_type: u8,
     readings: u64,
     clock_offset_us: i64,
+    /// Why it is in quarantine, if it is.
+    code: Option<u8>,
 }
+
+/// The code of a frame whose payload was damaged on the way twice.
+const DAMAGED: u8 = Code::PayloadCrcTwice as u8;
 
 /// A reading, in the order in which both sides are sorted: number, time on the device's clock, value.
 type Sample = (u64, i64, Option<u64>);
@@ -176,8 +185,7 @@ impl Comparison<'_> {
         };
         let frames = load_frames(store, stream).await?;
         self.compare_ledger(&frames, durable_seq as u64, verdict);
-        self.compare_quarantine(store, stream, &frames, verdict)
-            .await?;
+        self.compare_quarantine(&frames, verdict);
         self.compare_readings(store, device, &frames, verdict).await
     }
 
@@ -234,6 +242,7 @@ impl Comparison<'_> {
         let mut buffer = Readings::default();
         for frame in stored {
             let expected = match self.device.frame(frame.seq, &mut buffer) {
+                Some(_) if frame.code == Some(DAMAGED) => Some((frame.frame_type, 0)),
                 Some(FrameContent::Readings(readings)) => Some((types::DATA, readings.count())),
                 // The type on the wire is part of what may be wrong with it.
                 Some(FrameContent::Malformed { .. }) => Some((frame.frame_type, 0)),
@@ -257,42 +266,30 @@ impl Comparison<'_> {
         }
     }
 
-    /// Every malformed frame, and no other, is in quarantine, with the code of what is wrong with it.
-    async fn compare_quarantine(
-        &self,
-        store: &mut SqliteConnection,
-        stream: i64,
-        frames: &HashMap<i64, StoredFrame>,
-        verdict: &mut Verdict,
-    ) -> Result<(), sqlx::Error> {
-        let rows: Vec<(i64, u8)> =
-            sqlx::query_as("SELECT seq, code FROM quarantine WHERE stream_id = ? ORDER BY seq")
-                .bind(stream)
-                .fetch_all(store)
-                .await?;
+    /// Every malformed frame is in quarantine, with the code of what is wrong with it; so is whatever
+    /// the gateway said it put there. Others may be there only as damaged.
+    fn compare_quarantine(&self, frames: &HashMap<i64, StoredFrame>, verdict: &mut Verdict) {
         let mut buffer = Readings::default();
-        let mut expected: Vec<(i64, u8)> = frames
-            .values()
-            .filter_map(|frame| match self.device.frame(frame.seq, &mut buffer) {
-                Some(FrameContent::Malformed { variant, .. }) => {
-                    Some((frame.seq as i64, refusal_code(variant) as u8))
-                }
+        for frame in frames.values() {
+            let expected = match self.device.frame(frame.seq, &mut buffer) {
+                Some(FrameContent::Malformed { variant, .. }) => Some(refusal_code(variant) as u8),
                 _ => None,
-            })
-            .collect();
-        expected.sort_unstable();
-        verdict.quarantined += rows.len() as u64;
-        for difference in differing(&expected, &rows) {
-            let (found, (seq, code)) = difference;
-            let what = if found {
-                "in quarantine and not expected"
-            } else {
-                "not in quarantine"
             };
-            verdict.differ(|| format!("{}: frame {seq} {what}, code {code}", self.name()));
+            match frame.code {
+                Some(DAMAGED) => verdict.damaged += 1,
+                code if code == expected => verdict.quarantined += u64::from(code.is_some()),
+                code => verdict.differ(|| {
+                    let seq = frame.seq;
+                    format!(
+                        "{}: frame {seq} in quarantine as {code:?}, not {expected:?}",
+                        self.name()
+                    )
+                }),
+            }
         }
         for (seq, code) in &self.journaled.quarantined {
-            if !rows.contains(&(*seq as i64, *code)) {
+            let is_kept = |frame: &StoredFrame| frame.seq == *seq && frame.code == Some(*code);
+            if !frames.values().any(is_kept) {
                 verdict.differ(|| {
                     format!(
                         "{}: frame {seq} refused with {code} and not kept",
@@ -301,7 +298,6 @@ impl Comparison<'_> {
                 });
             }
         }
-        Ok(())
     }
 
     async fn compare_readings(
@@ -311,7 +307,8 @@ impl Comparison<'_> {
         frames: &HashMap<i64, StoredFrame>,
         verdict: &mut Verdict,
     ) -> Result<(), sqlx::Error> {
-        let mut seqs: Vec<u64> = frames.values().map(|frame| frame.seq).collect();
+        let understood = frames.values().filter(|frame| frame.code.is_none());
+        let mut seqs: Vec<u64> = understood.map(|frame| frame.seq).collect();
         seqs.sort_unstable();
         for (column, channel) in self.channels.iter().enumerate() {
             let expected = self.expected_samples(column, channel, &seqs, verdict);
@@ -386,8 +383,8 @@ async fn load_frames(
     stream: i64,
 ) -> Result<HashMap<i64, StoredFrame>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT id, seq, type, readings, coalesce(clock_offset_us, 0) FROM frames \
-         WHERE stream_id = ?",
+        "SELECT frames.id, frames.seq, type, readings, coalesce(clock_offset_us, 0), code \
+         FROM frames LEFT JOIN quarantine USING (stream_id, seq) WHERE stream_id = ?",
     )
     .bind(stream)
     .fetch_all(store)
@@ -399,6 +396,7 @@ async fn load_frames(
                 frame_type: row.try_get(2)?,
                 readings: row.try_get::<i64, _>(3)? as u64,
                 clock_offset_us: row.try_get(4)?,
+                code: row.try_get(5)?,
             };
             Ok((row.try_get(0)?, frame))
         })

@@ -1,0 +1,256 @@
+//! `fieldgate device`: who has connected, and all that is known of one of them.
+
+use std::io::Write;
+use std::path::Path;
+
+use clap::Subcommand;
+use fieldgate::store::sqlite::open_reader;
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteConnection};
+
+use super::Error;
+use super::nearest::near;
+use super::output::{self, Grid, count, utc, utc_text, write_facts};
+use super::quarantine::code_text;
+use super::value::Value;
+
+/// Lines of the audit trail that `show` shows.
+const EVENTS_SHOWN: i64 = 10;
+/// Gaps and streams that `show` shows; `query` shows all.
+const LINES_SHOWN: i64 = 20;
+
+#[derive(Debug, Subcommand)]
+pub enum DeviceCommand {
+    /// List all devices
+    List,
+    /// Show all that is known of a device
+    Show {
+        /// The device's name
+        name: String,
+    },
+}
+
+/// Does what was asked for.
+pub async fn device(path: &Path, command: &DeviceCommand) -> Result<(), Error> {
+    let mut connection = open_reader(path).await?;
+    match command {
+        DeviceCommand::List => list(&mut connection).await,
+        DeviceCommand::Show { name } => show(&mut connection, name).await,
+    }
+}
+
+async fn list(connection: &mut SqliteConnection) -> Result<(), Error> {
+    let rows = sqlx::query(
+        "SELECT d.name, CASE d.enabled WHEN 0 THEN 'no' ELSE 'yes' END, d.firmware, d.last_seen_at,
+             count(s.id), coalesce(sum(s.frames), 0), coalesce(sum(s.readings), 0)
+         FROM devices AS d LEFT JOIN streams AS s ON s.device_id = d.id
+         GROUP BY d.id ORDER BY d.name",
+    )
+    .fetch_all(connection)
+    .await?;
+    let headers = [
+        "name",
+        "enabled",
+        "firmware",
+        "last seen",
+        "streams",
+        "frames",
+        "readings",
+    ];
+    let mut out = output::stdout();
+    if rows.is_empty() {
+        writeln!(out, "no devices yet")?;
+    } else {
+        grid(headers, &rows, |row| show_utc(row, 3))?.write(&mut out)?;
+        writeln!(out, "({})", count(rows.len() as u64, "device"))?;
+    }
+    out.flush()?;
+    Ok(())
+}
+
+async fn show(connection: &mut SqliteConnection, name: &str) -> Result<(), Error> {
+    let device = sqlx::query(
+        "SELECT id, enabled, firmware, first_seen_at, last_seen_at FROM devices WHERE name = ?",
+    )
+    .bind(name)
+    .fetch_optional(&mut *connection)
+    .await?;
+    let Some(device) = device else {
+        return Err(unknown(connection, name).await?);
+    };
+    let id: i64 = device.try_get(0)?;
+    let mut out = output::stdout();
+    write_facts(&facts(name, &device)?, &mut out)?;
+    for section in SECTIONS {
+        write_section(connection, id, section, &mut out).await?;
+    }
+    out.flush()?;
+    Ok(())
+}
+
+async fn unknown(connection: &mut SqliteConnection, name: &str) -> Result<Error, Error> {
+    let names: Vec<String> = sqlx::query_scalar("SELECT name FROM devices")
+        .fetch_all(connection)
+        .await?;
+    let near = near(name, names.iter().map(String::as_str));
+    Ok(Error::Failed(if near.is_empty() {
+        format!("no device is named {name:?}; `fieldgate device list` shows all")
+    } else {
+        format!(
+            "no device is named {name:?}; did you mean {}?",
+            near.join(" or ")
+        )
+    }))
+}
+
+fn facts(name: &str, device: &SqliteRow) -> Result<Vec<(&'static str, String)>, Error> {
+    let time = |index| -> Result<String, Error> {
+        let us: Option<i64> = device.try_get(index)?;
+        Ok(us.map_or_else(|| "never".to_owned(), utc_text))
+    };
+    let is_enabled: bool = device.try_get(1)?;
+    let firmware: Option<String> = device.try_get(2)?;
+    Ok(vec![
+        ("device", name.to_owned()),
+        ("enabled", if is_enabled { "yes" } else { "no" }.to_owned()),
+        ("firmware", firmware.unwrap_or_default()),
+        ("first seen", time(3)?),
+        ("last seen", time(4)?),
+    ])
+}
+
+/// One table of `show`.
+struct Section {
+    title: &'static str,
+    /// Has the device's id as its only parameter, and rows limited.
+    sql: &'static str,
+    headers: &'static [&'static str],
+    /// Makes a row's values readable.
+    mend: fn(&mut [Value]),
+    /// Most rows that `sql` gives, where it limits them.
+    limit: Option<i64>,
+}
+
+const SECTIONS: [&Section; 6] = [
+    &Section {
+        title: "channels",
+        sql: "SELECT s.channel, s.unit,
+                  CASE s.kind WHEN 0 THEN 'integer' WHEN 1 THEN 'f32' WHEN 2 THEN 'f64'
+                      WHEN 3 THEN 'bool' ELSE s.kind END,
+                  (SELECT r.ts FROM readings AS r WHERE r.series_id = s.id
+                      ORDER BY r.ts DESC, r.frame_id DESC LIMIT 1),
+                  (SELECT r.value FROM readings AS r WHERE r.series_id = s.id
+                      ORDER BY r.ts DESC, r.frame_id DESC LIMIT 1)
+              FROM series AS s WHERE s.device_id = ? ORDER BY s.channel, s.unit, s.id",
+        headers: &["channel", "unit", "kind", "newest reading", "value"],
+        mend: |row| show_utc(row, 3),
+        limit: None,
+    },
+    &Section {
+        title: "schemas",
+        sql: "SELECT schema, hash FROM schemas WHERE device_id = ? ORDER BY schema",
+        headers: &["schema", "hash"],
+        mend: |_| (),
+        limit: None,
+    },
+    &Section {
+        title: "streams, newest first",
+        sql: "SELECT stream, durable_seq, frames, readings, created_at FROM streams
+              WHERE device_id = ?1 ORDER BY id DESC LIMIT ?2",
+        headers: &["stream", "durable seq", "frames", "readings", "created"],
+        mend: |row| show_utc(row, 4),
+        limit: Some(LINES_SHOWN),
+    },
+    &Section {
+        title: "gaps, newest first",
+        sql: "SELECT st.stream, g.from_seq, g.to_seq,
+                  CASE g.reason WHEN 0 THEN 'overwritten' WHEN 1 THEN 'queue damaged'
+                      WHEN 2 THEN 'erased' ELSE g.reason END, g.received_at
+              FROM streams AS st JOIN gaps AS g ON g.stream_id = st.id
+              WHERE st.device_id = ?1 ORDER BY g.received_at DESC, g.from_seq DESC LIMIT ?2",
+        headers: &["stream", "from seq", "to seq", "reason", "received"],
+        mend: |row| show_utc(row, 4),
+        limit: Some(LINES_SHOWN),
+    },
+    &Section {
+        title: "clocks, newest first",
+        sql: "SELECT boot, offset_us, delay_us, measured_at FROM clocks
+              WHERE device_id = ?1 ORDER BY measured_at DESC LIMIT ?2",
+        headers: &["boot", "offset us", "delay us", "measured"],
+        mend: |row| show_utc(row, 3),
+        limit: Some(LINES_SHOWN),
+    },
+    &Section {
+        title: "events, newest first",
+        sql: "SELECT at, kind, code, detail FROM device_events
+              WHERE device_id = ?1 ORDER BY at DESC, rowid DESC LIMIT ?2",
+        headers: &["time", "kind", "code", "detail"],
+        mend: mend_event,
+        limit: Some(EVENTS_SHOWN),
+    },
+];
+
+async fn write_section(
+    connection: &mut SqliteConnection,
+    device: i64,
+    section: &Section,
+    out: &mut impl Write,
+) -> Result<(), Error> {
+    let mut query = sqlx::query(section.sql).bind(device);
+    if let Some(limit) = section.limit {
+        query = query.bind(limit);
+    }
+    let rows = query.fetch_all(connection).await?;
+    if rows.is_empty() {
+        writeln!(
+            out,
+            "\nno {}",
+            section.title.split(',').next().unwrap_or_default()
+        )?;
+        return Ok(());
+    }
+    let is_full = section.limit == i64::try_from(rows.len()).ok();
+    let cut = if is_full {
+        " (at most so many are shown)"
+    } else {
+        ""
+    };
+    writeln!(out, "\n{}{cut}", section.title)?;
+    grid(section.headers.iter().copied(), &rows, section.mend)?.write(out)?;
+    Ok(())
+}
+
+fn grid<'a>(
+    headers: impl IntoIterator<Item = &'a str>,
+    rows: &[SqliteRow],
+    mend: fn(&mut [Value]),
+) -> Result<Grid, Error> {
+    let mut grid = Grid::new(headers);
+    for row in rows {
+        let mut values = Value::row(row)?;
+        mend(&mut values);
+        grid.push(values);
+    }
+    Ok(grid)
+}
+
+fn show_utc(row: &mut [Value], index: usize) {
+    let us = std::mem::replace(&mut row[index], Value::Null);
+    row[index] = utc(us);
+}
+
+/// What a session ended with is a code of the protocol; what a device reports is its own.
+fn mend_event(row: &mut [Value]) {
+    show_utc(row, 0);
+    match (&row[1], &row[2]) {
+        (Value::Text(kind), Value::Integer(code)) if kind != "event" => {
+            row[2] = if *code == 0 {
+                String::new()
+            } else {
+                code_text(*code)
+            }
+            .into();
+        }
+        _ => {}
+    }
+}

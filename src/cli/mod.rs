@@ -1,0 +1,287 @@
+//! The command line: what can be asked for, and a file for each subcommand that does it.
+//!
+//! A setting has one name, the long name of its flag: `--listen`, `FIELDGATE_LISTEN`, and the key
+//! `listen` of the file given by `--config`. A flag wins over the environment, which wins over the
+//! file (see [`settings_file`]).
+//!
+//! Invariants
+//! - What was asked for goes to stdout, everything else to stderr.
+//! - An error is one line, two at most, and says what failed, on what, and what to do.
+
+mod device;
+mod migrate;
+mod nearest;
+mod output;
+mod quarantine;
+mod query;
+mod serve;
+mod settings_file;
+mod statement;
+mod status;
+mod value;
+
+use std::ffi::OsString;
+use std::io;
+use std::path::PathBuf;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use fieldgate::config::{self, ConfigError, Settings};
+use fieldgate::keys::KeyError;
+use fieldgate::store::sqlite::{OpenError, ReadError};
+
+use self::settings_file::FileError;
+
+/// Takes sensor readings from field devices and puts them into SQL, each exactly once.
+#[derive(Debug, Parser)]
+#[command(name = "fieldgate", version, after_help = PRECEDENCE)]
+pub struct Cli {
+    #[command(flatten)]
+    global: GlobalArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const PRECEDENCE: &str = "Every flag --some-name is also the environment variable \
+    FIELDGATE_SOME_NAME and the key some-name of the file given by --config. A flag wins over the \
+    environment, which wins over the file. RUST_LOG sets log levels (default: info).";
+
+#[derive(Args, Debug)]
+struct GlobalArgs {
+    /// TOML file with settings; its keys are the long names of the flags. Paths in it are relative
+    /// to the working directory
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Directory of the fleet key and the database. Change it to where a service keeps its data,
+    /// such as /var/lib/fieldgate
+    #[arg(long, global = true, value_name = "DIR", default_value_os_t = Settings::default().data_dir)]
+    data_dir: PathBuf,
+
+    /// The database, as sqlite://PATH [default: fieldgate.db in the data directory]. Give it to keep
+    /// the database on another disk than the key
+    #[arg(long, global = true, value_name = "URL")]
+    store: Option<String>,
+
+    /// How log lines on stderr are written. Take json if a program reads them
+    #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+impl GlobalArgs {
+    fn store_path(&self) -> Result<PathBuf, ConfigError> {
+        config::store_path(&self.data_dir, self.store.as_deref())
+    }
+}
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the gateway; the first run makes the data directory, the database and the fleet key
+    Serve(serve::ServeArgs),
+    /// Run one SQL statement that reads, also beside a running gateway
+    Query(query::QueryArgs),
+    /// Look at devices
+    #[command(subcommand)]
+    Device(device::DeviceCommand),
+    /// Look at frames that arrived whole and could not be understood
+    #[command(subcommand)]
+    Quarantine(quarantine::QuarantineCommand),
+    /// Create the store's tables or bring them up to date, then exit; the gateway must not run
+    Migrate,
+    /// Show what is stored, in one screen
+    Status,
+}
+
+/// Why the program ends other than well.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Wrong arguments or environment.
+    #[error("{0}")]
+    Usage(String),
+    /// Something was shown instead of done, help mostly; `0` is the exit code.
+    #[error("")]
+    Shown(u8),
+    /// Wrong settings file.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Wrong settings.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// No fleet key.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// The store cannot be written.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The store cannot be looked at.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The store did not answer.
+    #[error("the store does not answer: {}", sql_message(.0))]
+    Store(#[from] sqlx::Error),
+    /// Whoever read the output is gone, or there is no room for it.
+    #[error("cannot write the output: {0}")]
+    Output(#[from] io::Error),
+    /// Anything else.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl Error {
+    /// What to tell; `None` if there is nobody to be told, or nothing to tell.
+    pub fn message(&self) -> Option<String> {
+        match self {
+            Error::Shown(_) => None,
+            // `| head` has seen enough.
+            Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => None,
+            error => Some(error.to_string()),
+        }
+    }
+
+    /// 0 done, 1 the run failed, 2 wrong usage or configuration.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Shown(code) => *code,
+            Error::Usage(_) | Error::File(_) | Error::Config(_) => 2,
+            Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
+            _ => 1,
+        }
+    }
+}
+
+/// Reads the arguments, the environment and the settings file. Help is shown here.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Error> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    // Once to find the file, and again with what is in it as defaults.
+    let matches = match_args(command(), &args)?;
+    let matches = match matches.get_one::<PathBuf>("config") {
+        None => matches,
+        Some(path) => match_args(settings_file::read(path)?.apply(command(), path)?, &args)?,
+    };
+    Cli::from_arg_matches(&matches).map_err(|error| usage_error(&error, &args))
+}
+
+fn match_args(command: clap::Command, args: &[OsString]) -> Result<clap::ArgMatches, Error> {
+    command
+        .try_get_matches_from(args)
+        .map_err(|error| usage_error(&error, args))
+}
+
+fn command() -> clap::Command {
+    with_environment(Cli::command())
+}
+
+/// Gives each flag its environment variable: no flag can be without.
+fn with_environment(command: clap::Command) -> clap::Command {
+    command
+        .mut_args(|arg| match arg.get_long().map(env_name) {
+            Some(name) => arg.env(name).hide_env_values(true),
+            None => arg,
+        })
+        .mut_subcommands(with_environment)
+}
+
+fn env_name(flag: &str) -> String {
+    format!("FIELDGATE_{}", flag.to_uppercase().replace('-', "_"))
+}
+
+/// Clap's message in two lines at most, without its repetition of the usage.
+fn usage_error(error: &clap::Error, args: &[OsString]) -> Error {
+    if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = error.print();
+        return Error::Shown(error.exit_code() as u8);
+    }
+    let rendered = error.render().to_string();
+    let mut paragraphs = rendered
+        .split("\n\n")
+        .map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "))
+        .filter(|paragraph| !paragraph.is_empty() && !paragraph.starts_with("Usage:"));
+    let mut message = paragraphs.next().unwrap_or_default();
+    if let Some(text) = message.strip_prefix("error: ") {
+        message = text.to_owned();
+    }
+    if let Some(name) = environment_of(error, args) {
+        message.push_str(&format!(" (from {name})"));
+    }
+    if let Some(more) = paragraphs.next() {
+        message.push_str(&format!("\n{more}"));
+    }
+    Error::Usage(message)
+}
+
+/// The environment variable that a refused value came from, if it was no argument.
+fn environment_of(error: &clap::Error, args: &[OsString]) -> Option<String> {
+    let Some(ContextValue::String(arg)) = error.get(ContextKind::InvalidArg) else {
+        return None;
+    };
+    let flag = arg.strip_prefix("--")?.split(' ').next()?;
+    let is_argument = args.iter().any(|arg| {
+        let arg = arg.to_string_lossy();
+        let given = arg.strip_prefix("--").unwrap_or_default();
+        given == flag || given.starts_with(&format!("{flag}="))
+    });
+    let name = env_name(flag);
+    (!is_argument && std::env::var_os(&name).is_some()).then_some(name)
+}
+
+impl Cli {
+    /// How to write the log.
+    pub fn log_format(&self) -> LogFormat {
+        self.global.log_format
+    }
+
+    /// Does what was asked for.
+    pub async fn carry_out(self) -> Result<(), Error> {
+        let path = self.global.store_path()?;
+        match self.command {
+            Command::Serve(args) => serve::serve(args.into_settings(self.global)).await,
+            Command::Query(args) => query::query(&path, &args).await,
+            Command::Device(command) => device::device(&path, &command).await,
+            Command::Quarantine(command) => quarantine::quarantine(&path, &command).await,
+            Command::Migrate => migrate::migrate(&self.global.data_dir, &path).await,
+            Command::Status => status::status(&path).await,
+        }
+    }
+}
+
+/// SQLite's own words, where they are.
+fn sql_message(error: &sqlx::Error) -> String {
+    match error.as_database_error() {
+        Some(error) => error.message().to_owned(),
+        None => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_has_its_environment_variable() {
+        fn check(command: &clap::Command) {
+            for arg in command.get_arguments() {
+                if let Some(long) = arg.get_long() {
+                    let name = arg.get_env().expect(long).to_str().unwrap();
+                    assert_eq!(name, env_name(long));
+                }
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&command());
+        assert_eq!(env_name("allow-plaintext"), "FIELDGATE_ALLOW_PLAINTEXT");
+    }
+}

@@ -1,0 +1,297 @@
+//! What people read: tables that fit their terminal, times, sizes.
+//!
+//! In a pipe nothing is wrapped or cut, so that `grep` and `awk` find whole lines.
+
+use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
+
+use comfy_table::{Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
+use jiff::Timestamp;
+
+use super::value::Value;
+
+/// Below this, columns of a table are too narrow to be read, and each row becomes a block of lines.
+const COLUMN_WIDTH_MIN: usize = 10;
+
+/// Standard output, buffered: flush it at the end to learn of errors.
+pub fn stdout() -> BufWriter<StdoutLock<'static>> {
+    BufWriter::new(io::stdout().lock())
+}
+
+/// Rows under headers, to be shown at once.
+#[derive(Debug)]
+pub struct Grid {
+    headers: Vec<String>,
+    rows: Vec<Vec<Value>>,
+}
+
+impl Grid {
+    /// Without rows.
+    pub fn new<H: Into<String>>(headers: impl IntoIterator<Item = H>) -> Grid {
+        Grid {
+            headers: headers.into_iter().map(Into::into).collect(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// With a value for each header.
+    pub fn push(&mut self, row: Vec<Value>) {
+        self.rows.push(row);
+    }
+
+    /// How many rows there are.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Writes it so that it fits where stdout goes.
+    pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        self.write_within(terminal_width(), out)
+    }
+
+    /// `width` is the terminal's, in characters; `None` for a pipe.
+    fn write_within(&self, width: Option<u16>, out: &mut impl Write) -> io::Result<()> {
+        let table = self.table();
+        let text = match width {
+            None => table.trim_fmt(),
+            Some(width) if self.fits(&table, width) => arranged(table, width),
+            Some(width) => self.blocks(width),
+        };
+        writeln!(out, "{text}")
+    }
+
+    fn table(&self) -> Table {
+        let mut table = blank_table(true);
+        table.set_header(&self.headers);
+        for row in &self.rows {
+            table.add_row(row.iter().map(cell));
+        }
+        for (index, column) in table.column_iter_mut().enumerate() {
+            let mut values = self.rows.iter().map(|row| &row[index]);
+            if values.clone().any(Value::is_number)
+                && values.all(|value| value.is_number() || *value == Value::Null)
+            {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        table
+    }
+
+    fn fits(&self, table: &Table, width: u16) -> bool {
+        let natural: usize = table
+            .column_max_content_widths()
+            .iter()
+            .map(|width| usize::from(*width) + 2)
+            .sum();
+        let width = usize::from(width);
+        natural <= width || width / self.headers.len().max(1) >= COLUMN_WIDTH_MIN
+    }
+
+    fn blocks(&self, width: u16) -> String {
+        let blocks: Vec<String> = self
+            .rows
+            .iter()
+            .map(|row| {
+                let mut block = blank_table(false);
+                for (header, value) in self.headers.iter().zip(row) {
+                    block.add_row([Cell::new(header), Cell::new(value.shown())]);
+                }
+                arranged(block, width)
+            })
+            .collect();
+        if blocks.is_empty() {
+            return self.headers.join(", ");
+        }
+        blocks.join("\n\n")
+    }
+}
+
+/// Names and values, a line each.
+pub fn write_facts(facts: &[(&str, String)], out: &mut impl Write) -> io::Result<()> {
+    let mut table = blank_table(false);
+    for (name, value) in facts {
+        let value = Value::from(value.as_str()).shown();
+        table.add_row([Cell::new(name), Cell::new(value)]);
+    }
+    match terminal_width() {
+        None => writeln!(out, "{}", table.trim_fmt()),
+        Some(width) => writeln!(out, "{}", arranged(table, width)),
+    }
+}
+
+fn arranged(mut table: Table, width: u16) -> String {
+    table
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_width(width);
+    table.trim_fmt()
+}
+
+fn blank_table(has_header: bool) -> Table {
+    let style = if has_header {
+        let rule = LineStyle::none().fill('─').junction('─');
+        TableStyle::new().header_separator(rule)
+    } else {
+        TableStyle::new()
+    };
+    let mut table = Table::new();
+    table.load_style(style);
+    table
+}
+
+fn cell(value: &Value) -> Cell {
+    let cell = Cell::new(value.shown());
+    if value.is_number() {
+        cell.set_alignment(CellAlignment::Right)
+    } else {
+        cell
+    }
+}
+
+fn terminal_width() -> Option<u16> {
+    if io::stdout().is_terminal() {
+        Table::new().width()
+    } else {
+        None
+    }
+}
+
+/// `1 frame`, `2 frames`.
+pub fn count(n: u64, noun: &str) -> String {
+    if n == 1 {
+        format!("1 {noun}")
+    } else {
+        format!("{n} {noun}s")
+    }
+}
+
+/// A time as the store keeps it, in UTC to the second; other values as they are.
+pub fn utc(value: Value) -> Value {
+    match value {
+        Value::Integer(us) => Value::Text(utc_text(us)),
+        value => value,
+    }
+}
+
+/// Microseconds UTC as text, to the second.
+pub fn utc_text(us: i64) -> String {
+    match Timestamp::from_microsecond(us) {
+        // Rounded down, so that nothing seems to have happened in the future.
+        Ok(time) => {
+            let time = Timestamp::from_second(time.as_microsecond().div_euclid(1_000_000));
+            time.map_or_else(|_| us.to_string(), |time| time.to_string())
+        }
+        // Beyond the year 9999: the number is still true.
+        Err(_) => us.to_string(),
+    }
+}
+
+/// How long ago something was, by its largest unit.
+pub fn age(us: i64, now_us: i64) -> String {
+    let ago_s = now_us.saturating_sub(us).div_euclid(1_000_000);
+    match ago_s {
+        ..0 => "in the future".to_owned(),
+        0..120 => format!("{ago_s} s ago"),
+        120..7200 => format!("{} min ago", ago_s / 60),
+        7200..172_800 => format!("{} h ago", ago_s / 3600),
+        _ => format!("{} days ago", ago_s / 86_400),
+    }
+}
+
+/// Bytes by the largest unit that leaves a digit before the point.
+pub fn bytes_text(bytes: u64) -> String {
+    let mut size = bytes as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if size < 1024.0 {
+            return if unit == "B" {
+                format!("{bytes} B")
+            } else {
+                format!("{size:.1} {unit}")
+            };
+        }
+        size /= 1024.0;
+    }
+    format!("{size:.1} TiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grid() -> Grid {
+        let mut grid = Grid::new(["name", "last seen", "frames", "readings", "firmware"]);
+        grid.push(vec![
+            "pump-1".into(),
+            utc(Value::Integer(1_772_000_000_000_000)),
+            7.into(),
+            Value::Null,
+            "1.0".into(),
+        ]);
+        grid.push(vec![
+            "pump-2".into(),
+            Value::Null,
+            12345.into(),
+            1.into(),
+            "".into(),
+        ]);
+        grid
+    }
+
+    fn written(grid: &Grid, width: Option<u16>) -> String {
+        let mut out = Vec::new();
+        grid.write_within(width, &mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn numbers_stand_to_the_right() {
+        let text = written(&grid(), None);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 4);
+        let end_of = |line: &str, word: &str| {
+            line.split(word).next().unwrap().chars().count() + word.chars().count()
+        };
+        assert_eq!(end_of(lines[0], "frames"), end_of(lines[2], " 7"));
+        assert_eq!(end_of(lines[0], "frames"), end_of(lines[3], "12345"));
+    }
+
+    #[test]
+    fn a_phone_sees_every_word_of_every_row() {
+        for width in [20, 30, 40, 60, 80] {
+            let text = written(&grid(), Some(width));
+            let widest = text.lines().map(|line| line.chars().count()).max().unwrap();
+            assert!(widest <= usize::from(width), "{width}:\n{text}");
+        }
+        let text = written(&grid(), Some(40));
+        assert!(text.contains("2026-02-25T06:13:20Z"), "{text}");
+    }
+
+    #[test]
+    fn a_pipe_gets_one_line_a_row() {
+        let mut grid = Grid::new(["text"]);
+        grid.push(vec!["word ".repeat(200).trim().into()]);
+        assert_eq!(written(&grid, None).lines().count(), 3);
+    }
+
+    #[test]
+    fn times_are_utc() {
+        assert_eq!(utc_text(0), "1970-01-01T00:00:00Z");
+        assert_eq!(utc_text(-1), "1969-12-31T23:59:59Z");
+        assert_eq!(utc_text(i64::MAX), i64::MAX.to_string());
+        assert_eq!(age(0, 119_999_999), "119 s ago");
+        assert_eq!(age(0, 7_199_000_000), "119 min ago");
+        assert_eq!(age(1, 0), "in the future");
+        assert_eq!(age(0, 172_800_000_000), "2 days ago");
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1536, "1.5 KiB"),
+            (1 << 30, "1.0 GiB"),
+            (1 << 50, "1024.0 TiB"),
+        ] {
+            assert_eq!(bytes_text(bytes), text);
+        }
+    }
+}

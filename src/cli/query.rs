@@ -1,0 +1,253 @@
+//! `fieldgate query`: one statement that reads, as a table, CSV or JSON.
+//!
+//! CSV and JSON are written as the rows come, so the size of a result does not matter. No signal is
+//! caught: Ctrl-C ends the process at once.
+
+use std::future::poll_fn;
+use std::io::{self, Write};
+use std::path::Path;
+
+use clap::{Args, ValueEnum};
+use fieldgate::store::sqlite::open_reader;
+use sqlx::{AssertSqlSafe, Column, Executor, SqlSafeStr, SqliteConnection, Statement};
+
+use super::output::{self, Grid};
+use super::value::{Value, csv_text, json_text};
+use super::{Error, sql_message, statement};
+
+/// A table is laid out as a whole, so it has to be held in memory.
+const TABLE_ROWS_MAX: usize = 10_000;
+
+#[derive(Args, Debug)]
+pub struct QueryArgs {
+    /// One statement that reads. Start from the views: telemetry, latest, telemetry_hourly,
+    /// device_status, missing_frames
+    #[arg(value_name = "SQL")]
+    sql: String,
+
+    /// How rows are written; csv and json stream results of any size, a table holds 10000 rows. While
+    /// a reader of a stream pauses (`| less`), the gateway cannot shorten its write-ahead log
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Table)]
+    format: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people; NULL is written NULL.
+    Table,
+    /// Comma-separated, with a line of headers; NULL is an empty field, an empty text is "".
+    Csv,
+    /// An array of objects.
+    Json,
+}
+
+/// Runs the statement.
+pub async fn query(path: &Path, args: &QueryArgs) -> Result<(), Error> {
+    statement::check(&args.sql).map_err(|refusal| Error::Failed(refusal.to_string()))?;
+    let mut connection = open_reader(path).await?;
+    let headers = prepare(&mut connection, &args.sql).await?;
+    let mut out = output::stdout();
+    match args.format {
+        Format::Table => {
+            let mut sink = Sheet::new(headers);
+            run(&mut connection, &args.sql, &mut sink).await?;
+            sink.write(&mut out)?;
+        }
+        Format::Csv => {
+            let mut sink = Csv { out: &mut out };
+            sink.headers(&headers)?;
+            run(&mut connection, &args.sql, &mut sink).await?;
+        }
+        Format::Json => {
+            let mut sink = Json::new(&mut out, &headers);
+            run(&mut connection, &args.sql, &mut sink).await?;
+            sink.end()?;
+        }
+    }
+    out.flush()?;
+    Ok(())
+}
+
+/// The names of the result's columns, so that an empty result has headers, too.
+async fn prepare(connection: &mut SqliteConnection, sql: &str) -> Result<Vec<String>, Error> {
+    let sql = AssertSqlSafe(sql.to_owned()).into_sql_str();
+    let statement = connection
+        .prepare(sql)
+        .await
+        .map_err(|error| query_error(&error))?;
+    let columns = statement.columns().iter();
+    Ok(columns.map(|column| column.name().to_owned()).collect())
+}
+
+async fn run(
+    connection: &mut SqliteConnection,
+    sql: &str,
+    sink: &mut impl Sink,
+) -> Result<(), Error> {
+    let query = sqlx::query(AssertSqlSafe(sql.to_owned())).persistent(false);
+    let mut rows = query.fetch(connection);
+    while let Some(row) = poll_fn(|context| rows.as_mut().poll_next(context)).await {
+        let row = row.and_then(|row| Value::row(&row));
+        let row = row.map_err(|error| query_error(&error))?;
+        if !sink.row(row)? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn query_error(error: &sqlx::Error) -> Error {
+    const SQLITE_READONLY: i32 = 8;
+    let code = error.as_database_error().and_then(|error| error.code());
+    let code: Option<i32> = code.and_then(|code| code.parse().ok());
+    // The low byte is the kind, the rest says more of it.
+    if code.is_some_and(|code| code & 0xFF == SQLITE_READONLY) {
+        return Error::Failed("query only reads the store, this statement would write".to_owned());
+    }
+    let message = sql_message(error).replace('\n', " ");
+    Error::Failed(format!("query failed: {message}"))
+}
+
+/// Where rows go, one at a time.
+trait Sink {
+    /// Whether more rows are wanted.
+    fn row(&mut self, row: Vec<Value>) -> io::Result<bool>;
+}
+
+struct Sheet {
+    grid: Grid,
+    is_cut: bool,
+}
+
+impl Sheet {
+    fn new(headers: Vec<String>) -> Sheet {
+        Sheet {
+            grid: Grid::new(headers),
+            is_cut: false,
+        }
+    }
+
+    fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        self.grid.write(out)?;
+        let rows = output::count(self.grid.len() as u64, "row");
+        if self.is_cut {
+            writeln!(out, "({rows}, and more: --format csv or json gives all)")
+        } else {
+            writeln!(out, "({rows})")
+        }
+    }
+}
+
+impl Sink for Sheet {
+    fn row(&mut self, row: Vec<Value>) -> io::Result<bool> {
+        self.is_cut = self.grid.len() == TABLE_ROWS_MAX;
+        if !self.is_cut {
+            self.grid.push(row);
+        }
+        Ok(!self.is_cut)
+    }
+}
+
+struct Csv<W> {
+    out: W,
+}
+
+impl<W: Write> Csv<W> {
+    fn headers(&mut self, headers: &[String]) -> io::Result<()> {
+        self.line(headers.iter().map(|header| csv_text(header)))
+    }
+
+    fn line(&mut self, fields: impl Iterator<Item = String>) -> io::Result<()> {
+        for (index, field) in fields.enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(self.out, "{comma}{field}")?;
+        }
+        writeln!(self.out)
+    }
+}
+
+impl<W: Write> Sink for Csv<W> {
+    fn row(&mut self, row: Vec<Value>) -> io::Result<bool> {
+        self.line(row.iter().map(Value::csv))?;
+        Ok(true)
+    }
+}
+
+struct Json<W> {
+    out: W,
+    keys: Vec<String>,
+    is_first: bool,
+}
+
+impl<W: Write> Json<W> {
+    fn new(out: W, headers: &[String]) -> Json<W> {
+        Json {
+            out,
+            keys: unique(headers).iter().map(|key| json_text(key)).collect(),
+            is_first: true,
+        }
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        writeln!(self.out, "{}", if self.is_first { "[]" } else { "\n]" })
+    }
+}
+
+impl<W: Write> Sink for Json<W> {
+    fn row(&mut self, row: Vec<Value>) -> io::Result<bool> {
+        write!(self.out, "{}", if self.is_first { "[\n{" } else { ",\n{" })?;
+        self.is_first = false;
+        for (index, (key, value)) in self.keys.iter().zip(&row).enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(self.out, "{comma}{key}:{}", value.json())?;
+        }
+        write!(self.out, "}}")?;
+        Ok(true)
+    }
+}
+
+/// Readers of JSON keep one value of a key, so the second `id` becomes `id_2`.
+fn unique(headers: &[String]) -> Vec<String> {
+    let mut keys: Vec<String> = Vec::with_capacity(headers.len());
+    for header in headers {
+        let mut key = header.clone();
+        let mut number = 1;
+        while keys.contains(&key) || (number > 1 && headers.contains(&key)) {
+            number += 1;
+            key = format!("{header}_{number}");
+        }
+        keys.push(key);
+    }
+    keys
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(texts: &[&str]) -> Vec<String> {
+        texts.iter().map(|text| (*text).to_owned()).collect()
+    }
+
+    #[test]
+    fn keys_are_unique() {
+        assert_eq!(unique(&strings(&["a", "b"])), ["a", "b"]);
+        assert_eq!(unique(&strings(&["a", "a", "a"])), ["a", "a_2", "a_3"]);
+        assert_eq!(unique(&strings(&["a", "a", "a_2"])), ["a", "a_3", "a_2"]);
+    }
+
+    #[test]
+    fn a_table_says_when_it_is_cut() {
+        let mut sheet = Sheet::new(strings(&["a"]));
+        for n in 0..TABLE_ROWS_MAX {
+            assert!(sheet.row(vec![(n as i64).into()]).unwrap());
+        }
+        let mut out = Vec::new();
+        sheet.write(&mut out).unwrap();
+        assert!(out.ends_with(b"\n(10000 rows)\n"));
+        assert!(!sheet.row(vec![0.into()]).unwrap());
+        out.clear();
+        sheet.write(&mut out).unwrap();
+        assert!(out.ends_with(b"(10000 rows, and more: --format csv or json gives all)\n"));
+    }
+}

@@ -1,0 +1,226 @@
+//! `fieldgate serve`: the gateway itself.
+
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use clap::Args;
+use clap::builder::BoolishValueParser;
+use fieldgate::batcher::BatchLimits;
+use fieldgate::config::{Config, Settings};
+use fieldgate::ingest::QueueLimits;
+use fieldgate::keys::{FleetKey, KEY_FILE, Origin};
+use fieldgate::server::{self, ServerSettings};
+use fieldgate::session::SessionSettings;
+use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::{Error, GlobalArgs, output};
+
+const SECOND_US: u64 = 1_000_000;
+
+#[derive(Args, Debug)]
+pub struct ServeArgs {
+    /// Address and port where devices connect, in plain text. Change it to be reached from other
+    /// machines, which takes --allow-plaintext, too
+    #[arg(long, value_name = "IP:PORT", default_value_t = Settings::default().listen)]
+    listen: SocketAddr,
+
+    /// Let other machines connect although nothing is encrypted. Only for a network that you trust,
+    /// such as a VPN
+    #[arg(long, value_parser = BoolishValueParser::new())]
+    allow_plaintext: bool,
+
+    /// Connections at once; further ones wait. Raise it for a larger fleet, together with the limit
+    /// of open files (ulimit -n)
+    #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().connections_max)]
+    connections_max: usize,
+
+    /// Seconds from a connection's first byte to the end of its handshake. Raise it for links of many
+    /// seconds' delay
+    #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().handshake_timeout_s)]
+    handshake_timeout_s: u64,
+
+    /// Seconds within which a frame that began must end. Raise it for links below 1 kbit/s
+    #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().frame_timeout_s)]
+    frame_timeout_s: u64,
+
+    /// Seconds without a whole frame after which a silent peer is cut off; more than --keepalive-s.
+    /// Lower it to notice sooner that a device is gone
+    #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().idle_timeout_s)]
+    idle_timeout_s: u64,
+
+    /// Seconds after which a device with nothing to send says that it is there. Raise it to save
+    /// traffic, as far as NAT on the way lets you
+    #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().keepalive_s)]
+    keepalive_s: u16,
+
+    /// Seconds that a device waits for an acknowledgement before it connects anew. Raise it if the
+    /// store may be away or slow for longer
+    #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().ack_timeout_s)]
+    ack_timeout_s: u16,
+
+    /// Frames that a device may have in flight without an acknowledgement. Raise it for fast links of
+    /// long delay, lower it to hold each device to less
+    #[arg(long, value_name = "FRAMES", default_value_t = Settings::default().window_frames)]
+    window_frames: u64,
+
+    /// Bytes of the longest frame, 4096 to 16384. Raise it for devices that send large batches; each
+    /// connection may hold a frame in memory
+    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().frame_bytes_max)]
+    frame_bytes_max: u16,
+
+    /// Readings of a full batch, which is one transaction. Lower it for shorter commits, raise it for
+    /// more readings a second
+    #[arg(long, value_name = "READINGS", default_value_t = Settings::default().batch_readings_max)]
+    batch_readings_max: usize,
+
+    /// Milliseconds from one commit to the next, at least. Raise it to spare flash storage: fewer and
+    /// larger writes, later acknowledgements
+    #[arg(long, value_name = "MS", default_value_t = Settings::default().commit_interval_min_ms)]
+    commit_interval_min_ms: u64,
+
+    /// Readings that may wait for the store, at least a full batch. Raise it to absorb longer bursts
+    #[arg(long, value_name = "READINGS", default_value_t = Settings::default().queue_readings_max)]
+    queue_readings_max: usize,
+
+    /// Bytes of memory that may wait for the store. Lower it on small machines, raise it to absorb
+    /// longer bursts
+    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().queue_bytes_max)]
+    queue_bytes_max: usize,
+
+    /// Seconds to answer what was taken in before leaving on Ctrl-C or SIGTERM. Keep it below what
+    /// your service manager waits before it kills
+    #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().drain_timeout_s)]
+    drain_timeout_s: u64,
+
+    /// Bytes of SQLite's page cache. Raise it for many series on a machine with memory to spare, lower
+    /// it on small machines
+    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().cache_bytes)]
+    cache_bytes: u64,
+
+    /// Bytes of SQLite's write-ahead log at which commits wait for readers that hold it. Lower it on
+    /// small disks
+    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().wal_bytes_max)]
+    wal_bytes_max: u64,
+}
+
+impl ServeArgs {
+    /// All settings of the gateway, not checked yet.
+    pub fn into_settings(self, global: GlobalArgs) -> Settings {
+        Settings {
+            data_dir: global.data_dir,
+            store: global.store,
+            listen: self.listen,
+            allow_plaintext: self.allow_plaintext,
+            connections_max: self.connections_max,
+            handshake_timeout_s: self.handshake_timeout_s,
+            frame_timeout_s: self.frame_timeout_s,
+            idle_timeout_s: self.idle_timeout_s,
+            keepalive_s: self.keepalive_s,
+            ack_timeout_s: self.ack_timeout_s,
+            window_frames: self.window_frames,
+            frame_bytes_max: self.frame_bytes_max,
+            batch_readings_max: self.batch_readings_max,
+            commit_interval_min_ms: self.commit_interval_min_ms,
+            queue_readings_max: self.queue_readings_max,
+            queue_bytes_max: self.queue_bytes_max,
+            drain_timeout_s: self.drain_timeout_s,
+            cache_bytes: self.cache_bytes,
+            wal_bytes_max: self.wal_bytes_max,
+        }
+    }
+}
+
+/// Runs the gateway until it is told to leave.
+pub async fn serve(settings: Settings) -> Result<(), Error> {
+    let config = Config::new(settings)?;
+    let (key, origin) = FleetKey::create_or_load(&config.data_dir)?;
+    let sqlite = SqliteSettings {
+        cache_bytes: config.cache_bytes,
+        wal_bytes_max: config.wal_bytes_max,
+    };
+    let store = SqliteStore::open(config.store_path(), sqlite).await?;
+    let listener = TcpListener::bind(config.listen).await;
+    let listener = listener.map_err(|error| cannot_listen(config.listen, &error))?;
+    // The port that the system chose, if it was left to it.
+    announce(&config, origin, listener.local_addr()?)?;
+    let drain = CancellationToken::new();
+    let leave = leave_when_told(drain.clone())?;
+    tokio::spawn(leave);
+    server::serve(listener, store, server_settings(&config, &key), drain)
+        .await
+        .map_err(|error| Error::Failed(error.to_string()))
+}
+
+fn server_settings(config: &Config, key: &FleetKey) -> ServerSettings {
+    ServerSettings {
+        session: SessionSettings {
+            fleet_key: *key.as_bytes(),
+            frame_bytes_max: config.frame_bytes_max,
+            window_frames: config.window_frames,
+            handshake_timeout_us: config.handshake_timeout_s * SECOND_US,
+            frame_timeout_us: config.frame_timeout_s * SECOND_US,
+            idle_timeout_us: config.idle_timeout_s * SECOND_US,
+            keepalive_s: config.keepalive_s,
+            ack_timeout_s: config.ack_timeout_s,
+        },
+        batch: BatchLimits {
+            readings_max: config.batch_readings_max,
+            // One batch is committed while the next comes together, both within the queue's bound.
+            bytes_max: config.queue_bytes_max / 2,
+            interval_min_us: config.commit_interval_min_ms * 1000,
+        },
+        queue: QueueLimits {
+            readings_max: config.queue_readings_max,
+            bytes_max: config.queue_bytes_max,
+        },
+        connections_max: config.connections_max,
+        drain_timeout: Duration::from_secs(config.drain_timeout_s),
+    }
+}
+
+fn cannot_listen(listen: SocketAddr, error: &io::Error) -> Error {
+    let mend = match error.kind() {
+        io::ErrorKind::AddrInUse => "stop what uses that port, or give another --listen",
+        io::ErrorKind::PermissionDenied => {
+            "ports below 1024 take privileges; give another --listen"
+        }
+        _ => "give an address of this machine as --listen",
+    };
+    Error::Failed(format!("cannot listen on {listen}: {error}; {mend}"))
+}
+
+fn announce(config: &Config, origin: Origin, listen: SocketAddr) -> Result<(), Error> {
+    let made = match origin {
+        Origin::Created => " (made now; devices need it, or keys derived from it)",
+        Origin::Loaded => "",
+    };
+    let key_file = config.data_dir.join(KEY_FILE);
+    let mut out = output::stdout();
+    writeln!(out, "data directory  {}", config.data_dir.display())?;
+    writeln!(out, "database        {}", config.store_path().display())?;
+    writeln!(out, "fleet key       {}{made}", key_file.display())?;
+    writeln!(out, "listening on    {listen}")?;
+    out.flush()?;
+    Ok(())
+}
+
+/// Starts the drain at the first Ctrl-C or SIGTERM, and ends the process at the second.
+fn leave_when_told(drain: CancellationToken) -> Result<impl Future<Output = ()>, Error> {
+    let listen = |kind| {
+        signal(kind).map_err(|error| Error::Failed(format!("cannot listen to signals: {error}")))
+    };
+    let mut interrupt = listen(SignalKind::interrupt())?;
+    let mut terminate = listen(SignalKind::terminate())?;
+    Ok(async move {
+        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+        tracing::info!("leaving: answering what was taken in; a second signal ends at once");
+        drain.cancel();
+        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+        tracing::warn!("left without answering; devices send again what was not acknowledged");
+        std::process::exit(1);
+    })
+}

@@ -1,0 +1,182 @@
+//! The settings file: its values become defaults of the flags, so that reading, checking and
+//! precedence are the command line's for all sources alike.
+//!
+//! Invariant: nothing in the file is passed over. A key that is no flag, and a value that its flag
+//! would not take, end the program before it does anything, also if the subcommand has no such flag.
+
+use std::any::TypeId;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::{Arg, ArgAction, Command};
+use toml::{Table, Value};
+
+use super::nearest::nearest;
+
+/// What is wrong with a settings file.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// Not there, or not readable.
+    #[error("cannot read the settings file {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// Not TOML.
+    #[error("settings file {}, line {line}: {message}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// What the parser says.
+        message: String,
+    },
+    /// Not a flag's name.
+    #[error("settings file {}: no setting is named {key:?}; the nearest is {nearest:?}", path.display())]
+    UnknownKey {
+        /// The file.
+        path: PathBuf,
+        /// What is there.
+        key: String,
+        /// What may be meant.
+        nearest: String,
+    },
+    /// Not what the flag takes.
+    #[error("settings file {}: {key} = {value}: {fault}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The setting.
+        key: String,
+        /// As it is in the file.
+        value: String,
+        /// What is wrong with it.
+        fault: String,
+    },
+}
+
+/// The content of a settings file.
+#[derive(Debug)]
+pub struct SettingsFile(Table);
+
+/// Reads a file, without looking at what its keys mean.
+pub fn read(path: &Path) -> Result<SettingsFile, FileError> {
+    let text = fs::read_to_string(path).map_err(|source| FileError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    let table = toml::from_str(&text).map_err(|error| {
+        let start = error.span().map_or(0, |span| span.start);
+        let before = &text.as_bytes()[..start.min(text.len())];
+        FileError::Syntax {
+            path: path.to_owned(),
+            line: before.iter().filter(|byte| **byte == b'\n').count() + 1,
+            message: error.message().replace('\n', "; "),
+        }
+    })?;
+    Ok(SettingsFile(table))
+}
+
+impl SettingsFile {
+    /// Makes the file's values the defaults of `command` and all its subcommands; `path` is for
+    /// errors.
+    pub fn apply(&self, mut command: Command, path: &Path) -> Result<Command, FileError> {
+        let mut flags = Vec::new();
+        collect_flags(&command, &mut flags);
+        for (key, value) in &self.0 {
+            let Some(flag) = flags.iter().find(|flag| flag.get_long() == Some(key)) else {
+                let names = flags.iter().filter_map(|flag| flag.get_long());
+                return Err(FileError::UnknownKey {
+                    path: path.to_owned(),
+                    key: key.clone(),
+                    nearest: nearest(key, names).unwrap_or_default().to_owned(),
+                });
+            };
+            let text = text_of(flag, value)
+                .map_err(str::to_owned)
+                .and_then(|text| try_out(flag, &text).map(|()| text))
+                .map_err(|fault| FileError::Value {
+                    path: path.to_owned(),
+                    key: key.clone(),
+                    value: value.to_string(),
+                    fault,
+                })?;
+            command = set_default(command, key, &text);
+        }
+        Ok(command)
+    }
+}
+
+/// Every flag of every subcommand that a file may set: all but the one that names the file.
+fn collect_flags(command: &Command, flags: &mut Vec<Arg>) {
+    let settable = command.get_arguments().filter(|arg| {
+        arg.get_long()
+            .is_some_and(|long| !matches!(long, "config" | "help" | "version"))
+    });
+    flags.extend(settable.cloned());
+    for subcommand in command.get_subcommands() {
+        collect_flags(subcommand, flags);
+    }
+}
+
+/// The value as it would be written on the command line, if it has the flag's type.
+fn text_of(flag: &Arg, value: &Value) -> Result<String, &'static str> {
+    let parser = flag.get_value_parser().type_id();
+    let is_number = [
+        TypeId::of::<u16>(),
+        TypeId::of::<u32>(),
+        TypeId::of::<u64>(),
+        TypeId::of::<usize>(),
+    ]
+    .iter()
+    .any(|number| parser == *number);
+    match (flag.get_action(), value) {
+        (ArgAction::SetTrue, Value::Boolean(value)) => Ok(value.to_string()),
+        (ArgAction::SetTrue, _) => Err("must be true or false"),
+        (_, Value::Integer(value)) if is_number => Ok(value.to_string()),
+        (_, _) if is_number => Err("must be a whole number"),
+        (_, Value::String(value)) => Ok(value.clone()),
+        (_, _) => Err("must be a text in quotes"),
+    }
+}
+
+/// Has the flag itself judge the value: as a default it would be taken for the program's own.
+fn try_out(flag: &Arg, text: &str) -> Result<(), String> {
+    let name = flag.get_long().unwrap_or_default();
+    let flag = flag
+        .clone()
+        .action(ArgAction::Set)
+        .num_args(1)
+        .env(None::<&'static str>);
+    let refused = Command::new("settings")
+        .no_binary_name(true)
+        .arg(flag)
+        .try_get_matches_from([format!("--{name}={text}")]);
+    let Err(error) = refused else {
+        return Ok(());
+    };
+    let rendered = error.render().to_string();
+    let paragraph = rendered.split("\n\n").next().unwrap_or_default();
+    let paragraph = paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
+    // "error: invalid value '0' for '--some-flag <N>': why", of which "why" is new here.
+    let why = match paragraph.split_once(">': ").or(paragraph.split_once(">' ")) {
+        Some((_, why)) => why.trim_matches(['[', ']']),
+        None => paragraph.trim_start_matches("error: "),
+    };
+    Err(why.to_owned())
+}
+
+fn set_default(command: Command, key: &str, text: &str) -> Command {
+    command
+        .mut_args(|arg| {
+            if arg.get_long() == Some(key) {
+                arg.default_value(text.to_owned())
+            } else {
+                arg
+            }
+        })
+        .mut_subcommands(|subcommand| set_default(subcommand, key, text))
+}

@@ -1,0 +1,456 @@
+//! Every setting and limit of the gateway, with its unit in its name, validated once.
+//!
+//! Where the values come from (flags, environment, a file) is the command line's business, and so is
+//! every file: nothing here touches the system.
+//!
+//! Invariant: a [`Config`] can be had only from [`Config::new`], so whoever holds one need not check
+//! anything again.
+
+use std::net::SocketAddr;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+
+use fieldgate_protocol::column::READINGS_MAX;
+use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX};
+
+/// Name of the database within the data directory, where `store` does not say otherwise.
+pub const DATABASE_FILE: &str = "fieldgate.db";
+
+const DAY_S: u64 = 86_400;
+const MIB: u64 = 1 << 20;
+const TIB: u64 = 1 << 40;
+
+/// What the gateway is asked to run with; [`Config::new`] says whether it can.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Holds the fleet key, and the database unless `store` names another.
+    pub data_dir: PathBuf,
+    /// `sqlite://PATH`; `None` for [`DATABASE_FILE`] in `data_dir`.
+    pub store: Option<String>,
+    /// Where devices connect, in plain text.
+    pub listen: SocketAddr,
+    /// Whether `listen` may be reachable from other machines.
+    pub allow_plaintext: bool,
+    /// Connections at once; further ones wait to be accepted.
+    pub connections_max: usize,
+    /// From the first byte of a connection to the end of its handshake.
+    pub handshake_timeout_s: u64,
+    /// From a frame's first byte to its last.
+    pub frame_timeout_s: u64,
+    /// Without a whole frame: the peer is gone.
+    pub idle_timeout_s: u64,
+    /// How often a device that has nothing to send says so; told to devices.
+    pub keepalive_s: u16,
+    /// How long a device waits for an ACK before it connects anew; told to devices.
+    pub ack_timeout_s: u16,
+    /// Frames that a device may have sent and not yet seen acknowledged.
+    pub window_frames: u64,
+    /// Longest frame after the handshake.
+    pub frame_bytes_max: u16,
+    /// Readings of a full batch, which is one transaction.
+    pub batch_readings_max: usize,
+    /// Least time from one commit to the next.
+    pub commit_interval_min_ms: u64,
+    /// Readings that may wait for the store.
+    pub queue_readings_max: usize,
+    /// Bytes of memory that may wait for the store.
+    pub queue_bytes_max: usize,
+    /// How long the gateway takes to leave after it was asked to.
+    pub drain_timeout_s: u64,
+    /// Bytes of SQLite's page cache.
+    pub cache_bytes: u64,
+    /// Bytes of write-ahead log at which commits wait for readers to let go of it.
+    pub wal_bytes_max: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            data_dir: PathBuf::from("./fieldgate-data"),
+            store: None,
+            listen: SocketAddr::from(([127, 0, 0, 1], 7300)),
+            allow_plaintext: false,
+            connections_max: 16_384,
+            handshake_timeout_s: 10,
+            frame_timeout_s: 30,
+            idle_timeout_s: 120,
+            keepalive_s: 40,
+            ack_timeout_s: 30,
+            window_frames: 64,
+            frame_bytes_max: DEFAULT_FRAME_BYTES_MAX as u16,
+            batch_readings_max: 200_000,
+            commit_interval_min_ms: 0,
+            queue_readings_max: 1_000_000,
+            queue_bytes_max: 256 * MIB as usize,
+            drain_timeout_s: 10,
+            cache_bytes: 256 * MIB,
+            wal_bytes_max: 1024 * MIB,
+        }
+    }
+}
+
+/// Why the gateway cannot run with some [`Settings`]; names them as the command line does.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Outside of what the setting can be.
+    #[error("{name} must be from {min} to {max}, and is {value}")]
+    OutOfRange {
+        /// The setting.
+        name: &'static str,
+        /// What it is.
+        value: u64,
+        /// The least it may be.
+        min: u64,
+        /// The most it may be.
+        max: u64,
+    },
+    /// Two settings that contradict each other.
+    #[error("{larger} ({larger_value}) must be {relation} {smaller} ({smaller_value}): {why}")]
+    Relation {
+        /// The setting that must be larger.
+        larger: &'static str,
+        /// What it is.
+        larger_value: u64,
+        /// How much larger.
+        relation: &'static str,
+        /// The setting that must be smaller.
+        smaller: &'static str,
+        /// What it is.
+        smaller_value: u64,
+        /// What would go wrong.
+        why: &'static str,
+    },
+    /// Readings and names of devices would cross a network for anybody to see.
+    #[error(
+        "listen {listen} can be reached from other machines, and what devices send there is not \
+         encrypted; listen on 127.0.0.1, or give --allow-plaintext if the network is trusted"
+    )]
+    PlaintextBeyondLoopback {
+        /// The address.
+        listen: SocketAddr,
+    },
+    /// Not the address of a store.
+    #[error("store {url:?} {fault}; give sqlite://PATH, such as sqlite:///var/lib/fieldgate.db")]
+    Store {
+        /// What was given.
+        url: String,
+        /// What is wrong with it.
+        fault: &'static str,
+    },
+}
+
+/// [`Settings`] that the gateway can run with.
+#[derive(Clone, Debug)]
+pub struct Config {
+    settings: Settings,
+    store_path: PathBuf,
+}
+
+impl Deref for Config {
+    type Target = Settings;
+
+    fn deref(&self) -> &Settings {
+        &self.settings
+    }
+}
+
+impl Config {
+    /// Checks every setting by itself and against the others.
+    ///
+    /// # Errors
+    /// The first setting that is wrong.
+    pub fn new(settings: Settings) -> Result<Config, ConfigError> {
+        let store_path = store_path(&settings.data_dir, settings.store.as_deref())?;
+        check_listen(&settings)?;
+        check_ranges(&settings)?;
+        check_relations(&settings)?;
+        Ok(Config {
+            settings,
+            store_path,
+        })
+    }
+
+    /// The database's file.
+    pub fn store_path(&self) -> &Path {
+        &self.store_path
+    }
+}
+
+/// The database's file: what `store` says, or the usual name in the data directory. What follows
+/// `sqlite://` is the path as it is, without percent-encoding or parameters.
+///
+/// # Errors
+/// `store` is not `sqlite://PATH`.
+pub fn store_path(data_dir: &Path, store: Option<&str>) -> Result<PathBuf, ConfigError> {
+    let Some(url) = store else {
+        return Ok(data_dir.join(DATABASE_FILE));
+    };
+    let wrong = |fault| {
+        let url = url.to_owned();
+        Err(ConfigError::Store { url, fault })
+    };
+    match url.split_once("://") {
+        Some(("sqlite", "")) => wrong("names no file"),
+        Some(("sqlite", path)) if path.starts_with(":memory:") => {
+            wrong("would be lost with the process")
+        }
+        Some(("sqlite", path)) if path.ends_with('/') => wrong("names a directory"),
+        Some(("sqlite", path)) => Ok(PathBuf::from(path)),
+        Some(_) => wrong("is of a kind that this version does not know"),
+        None => wrong("is not the address of a store"),
+    }
+}
+
+fn check_listen(settings: &Settings) -> Result<(), ConfigError> {
+    // 127.0.0.1 may be written as an IPv6 address, too.
+    let is_loopback = settings.listen.ip().to_canonical().is_loopback();
+    if is_loopback || settings.allow_plaintext {
+        return Ok(());
+    }
+    Err(ConfigError::PlaintextBeyondLoopback {
+        listen: settings.listen,
+    })
+}
+
+fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
+    // Devices may rely on the default (SPEC R8).
+    let frame_bytes = (DEFAULT_FRAME_BYTES_MAX as u64, FRAME_BYTES_MAX as u64);
+    // The largest frame must fit into an empty queue, or its device would wait for ever.
+    let frame_readings = READINGS_MAX as u64;
+    let u16_max = u64::from(u16::MAX);
+    let u32_max = u64::from(u32::MAX);
+    let ranges = [
+        ("connections-max", s.connections_max as u64, 1, 1_000_000),
+        ("handshake-timeout-s", s.handshake_timeout_s, 1, DAY_S),
+        ("frame-timeout-s", s.frame_timeout_s, 1, DAY_S),
+        ("idle-timeout-s", s.idle_timeout_s, 1, 7 * DAY_S),
+        ("keepalive-s", s.keepalive_s.into(), 1, u16_max),
+        ("ack-timeout-s", s.ack_timeout_s.into(), 1, u16_max),
+        ("window-frames", s.window_frames, 1, 65_536),
+        (
+            "frame-bytes-max",
+            s.frame_bytes_max.into(),
+            frame_bytes.0,
+            frame_bytes.1,
+        ),
+        (
+            "batch-readings-max",
+            s.batch_readings_max as u64,
+            1,
+            10_000_000,
+        ),
+        (
+            "commit-interval-min-ms",
+            s.commit_interval_min_ms,
+            0,
+            600_000,
+        ),
+        (
+            "queue-readings-max",
+            s.queue_readings_max as u64,
+            frame_readings,
+            u32_max,
+        ),
+        ("queue-bytes-max", s.queue_bytes_max as u64, MIB, TIB),
+        ("drain-timeout-s", s.drain_timeout_s, 0, DAY_S),
+        ("cache-bytes", s.cache_bytes, MIB, TIB),
+        ("wal-bytes-max", s.wal_bytes_max, 16 * MIB, TIB),
+    ];
+    for (name, value, min, max) in ranges {
+        if !(min..=max).contains(&value) {
+            return Err(ConfigError::OutOfRange {
+                name,
+                value,
+                min,
+                max,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn check_relations(s: &Settings) -> Result<(), ConfigError> {
+    more_than(
+        ("idle-timeout-s", s.idle_timeout_s),
+        ("keepalive-s", s.keepalive_s.into()),
+        "a device with nothing to send would be cut off again and again",
+    )?;
+    at_least(
+        ("queue-readings-max", s.queue_readings_max as u64),
+        ("batch-readings-max", s.batch_readings_max as u64),
+        "a full batch would never come together",
+    )?;
+    // In milliseconds, since that is how the smaller is given.
+    more_than(
+        (
+            "ack-timeout-s in ms",
+            u64::from(s.ack_timeout_s).saturating_mul(1000),
+        ),
+        ("commit-interval-min-ms", s.commit_interval_min_ms),
+        "devices would connect anew before their readings are committed",
+    )
+}
+
+type Named = (&'static str, u64);
+
+fn more_than(larger: Named, smaller: Named, why: &'static str) -> Result<(), ConfigError> {
+    if larger.1 > smaller.1 {
+        return Ok(());
+    }
+    Err(relation(larger, "more than", smaller, why))
+}
+
+fn at_least(larger: Named, smaller: Named, why: &'static str) -> Result<(), ConfigError> {
+    if larger.1 >= smaller.1 {
+        return Ok(());
+    }
+    Err(relation(larger, "at least", smaller, why))
+}
+
+fn relation(
+    (larger, larger_value): Named,
+    relation: &'static str,
+    (smaller, smaller_value): Named,
+    why: &'static str,
+) -> ConfigError {
+    ConfigError::Relation {
+        larger,
+        larger_value,
+        relation,
+        smaller,
+        smaller_value,
+        why,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(change: impl FnOnce(&mut Settings)) -> Option<String> {
+        let mut settings = Settings::default();
+        change(&mut settings);
+        Config::new(settings).err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn defaults_are_valid() {
+        let config = Config::new(Settings::default()).unwrap();
+        assert_eq!(
+            config.store_path(),
+            Path::new("./fieldgate-data/fieldgate.db")
+        );
+        assert_eq!(config.window_frames, 64);
+    }
+
+    #[test]
+    fn plain_text_stays_at_home_unless_allowed() {
+        for (listen, is_home) in [
+            ("127.0.0.1:7300", true),
+            ("127.9.9.9:1", true),
+            ("[::1]:7300", true),
+            ("[::ffff:127.0.0.1]:7300", true),
+            ("0.0.0.0:7300", false),
+            ("[::]:7300", false),
+            ("192.168.1.2:7300", false),
+        ] {
+            let refused = refusal(|s| s.listen = listen.parse().unwrap());
+            assert_eq!(refused.is_none(), is_home, "{listen}: {refused:?}");
+            let refused = refusal(|s| {
+                s.listen = listen.parse().unwrap();
+                s.allow_plaintext = true;
+            });
+            assert_eq!(refused, None, "{listen}");
+        }
+        let refused = refusal(|s| s.listen = "0.0.0.0:7300".parse().unwrap()).unwrap();
+        assert!(
+            refused.contains("0.0.0.0:7300") && refused.contains("--allow-plaintext"),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn each_limit_has_bounds() {
+        type Change = fn(&mut Settings);
+        let changes: [(&str, Change); 16] = [
+            ("connections-max", |s| s.connections_max = 0),
+            ("handshake-timeout-s", |s| s.handshake_timeout_s = 0),
+            ("frame-timeout-s", |s| s.frame_timeout_s = 0),
+            ("idle-timeout-s", |s| s.idle_timeout_s = u64::MAX),
+            ("keepalive-s", |s| s.keepalive_s = 0),
+            ("ack-timeout-s", |s| s.ack_timeout_s = 0),
+            ("window-frames", |s| s.window_frames = 0),
+            ("frame-bytes-max", |s| s.frame_bytes_max = 511),
+            ("frame-bytes-max", |s| s.frame_bytes_max = 16_385),
+            ("batch-readings-max", |s| s.batch_readings_max = 0),
+            ("commit-interval-min-ms", |s| {
+                s.commit_interval_min_ms = 600_001
+            }),
+            ("queue-readings-max", |s| s.queue_readings_max = 8191),
+            ("queue-bytes-max", |s| s.queue_bytes_max = 1000),
+            ("drain-timeout-s", |s| s.drain_timeout_s = u64::MAX),
+            ("cache-bytes", |s| s.cache_bytes = 0),
+            ("wal-bytes-max", |s| s.wal_bytes_max = 0),
+        ];
+        for (name, change) in changes {
+            let refused = refusal(change).unwrap_or_default();
+            assert!(
+                refused.starts_with(&format!("{name} must be from")),
+                "{name}: {refused}"
+            );
+        }
+        assert_eq!(refusal(|s| s.frame_bytes_max = 16_384), None);
+        assert_eq!(refusal(|s| s.drain_timeout_s = 0), None);
+    }
+
+    #[test]
+    fn settings_do_not_contradict_each_other() {
+        let refused = refusal(|s| s.keepalive_s = 120).unwrap();
+        assert!(
+            refused.starts_with("idle-timeout-s (120) must be more than keepalive-s (120)"),
+            "{refused}"
+        );
+        assert_eq!(refusal(|s| s.keepalive_s = 119), None);
+        let refused = refusal(|s| s.queue_readings_max = 199_999).unwrap();
+        assert!(
+            refused.contains("at least batch-readings-max (200000)"),
+            "{refused}"
+        );
+        assert_eq!(refusal(|s| s.queue_readings_max = 200_000), None);
+        let refused = refusal(|s| s.commit_interval_min_ms = 30_000).unwrap();
+        assert!(
+            refused.contains("more than commit-interval-min-ms (30000)"),
+            "{refused}"
+        );
+        assert_eq!(refusal(|s| s.commit_interval_min_ms = 29_999), None);
+    }
+
+    #[test]
+    fn a_store_is_a_file_of_sqlite() {
+        let dir = Path::new("data");
+        assert_eq!(
+            store_path(dir, None).unwrap(),
+            Path::new("data/fieldgate.db")
+        );
+        for (url, path) in [
+            ("sqlite://x.db", "x.db"),
+            ("sqlite:///var/lib/x.db", "/var/lib/x.db"),
+            ("sqlite://a b%20.db", "a b%20.db"),
+        ] {
+            assert_eq!(store_path(dir, Some(url)).unwrap(), Path::new(path));
+        }
+        for (url, says) in [
+            ("sqlite://", "names no file"),
+            ("sqlite://:memory:", "lost with the process"),
+            ("sqlite:///var/lib/", "names a directory"),
+            ("postgres://host/db", "does not know"),
+            ("x.db", "not the address of a store"),
+        ] {
+            let refused = store_path(dir, Some(url)).unwrap_err().to_string();
+            assert!(
+                refused.contains(says) && refused.contains("give sqlite://PATH"),
+                "{url}: {refused}"
+            );
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Tests that need the real binary, a file for each subject.
+
+mod cli;
