@@ -40,6 +40,19 @@ impl Kind {
         }
     }
 
+    /// Every kind.
+    pub const ALL: [Kind; 4] = [Kind::Integer, Kind::F32, Kind::F64, Kind::Bool];
+
+    /// The kind's name, as it stands in SQL.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::Integer => "integer",
+            Kind::F32 => "f32",
+            Kind::F64 => "f64",
+            Kind::Bool => "bool",
+        }
+    }
+
     /// Bytes of a value in [`encoding::RAW`].
     const fn width_bytes(self) -> usize {
         match self {

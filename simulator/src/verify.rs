@@ -11,7 +11,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use fieldgate::store::sqlite::{ReadError, open_reader};
+use fieldgate::store::sqlite::{OpenError, open_reader};
 use fieldgate_protocol::column::scaled;
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
@@ -33,7 +33,7 @@ pub enum VerifyError {
     Plan(#[from] PlanError),
     /// The store cannot be opened.
     #[error(transparent)]
-    Open(#[from] ReadError),
+    Open(#[from] OpenError),
     /// The store cannot be read.
     #[error("cannot read the store: {0}")]
     Read(#[from] sqlx::Error),
@@ -419,7 +419,7 @@ async fn load_samples(
     .bind(device)
     .bind(&channel.name)
     .bind(&channel.unit)
-    .bind(channel.kind as u8)
+    .bind(channel.kind.name())
     .fetch_all(store)
     .await?;
     let mut samples: Vec<Sample> = rows

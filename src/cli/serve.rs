@@ -138,11 +138,15 @@ impl ServeArgs {
 pub async fn serve(settings: Settings) -> Result<(), Error> {
     let config = Config::new(settings)?;
     let (key, origin) = FleetKey::create_or_load(&config.data_dir)?;
+    let defaults = SqliteSettings::default();
     let sqlite = SqliteSettings {
         cache_bytes: config.cache_bytes,
-        wal_bytes_max: config.wal_bytes_max,
+        wal_checkpoint_bytes: defaults.wal_checkpoint_bytes.min(config.wal_bytes_max / 4),
+        wal_soft_bytes: defaults.wal_soft_bytes.min(config.wal_bytes_max / 2),
+        wal_hard_bytes: config.wal_bytes_max,
+        ..defaults
     };
-    let store = SqliteStore::open(config.store_path(), sqlite).await?;
+    let store = SqliteStore::open(config.store_path(), &sqlite).await?;
     let listener = TcpListener::bind(config.listen).await;
     let listener = listener.map_err(|error| cannot_listen(config.listen, &error))?;
     // The port that the system chose, if it was left to it.

@@ -89,13 +89,6 @@ impl Stream {
         self.device
     }
 
-    /// Takes in a measurement of the present boot's clock; one that is worth keeping is submitted.
-    pub(super) fn handle_clock(&mut self, measured: BootClock) -> Option<Submission> {
-        self.clocks
-            .improve(measured)
-            .then_some(Submission::Clock(self.device, measured))
-    }
-
     pub(super) fn awaits_declare(&self) -> bool {
         self.awaits_declare
     }
@@ -207,7 +200,8 @@ impl Stream {
             ping.mono_us,
             now.utc_us,
         );
-        Ok(measured.and_then(|measured| self.handle_clock(measured)))
+        let better = measured.filter(|measured| self.clocks.improve(*measured));
+        Ok(better.map(|measured| Submission::Clock(self.device, measured)))
     }
 
     /// The order of checks is R44's: number, credit, order, then content.
