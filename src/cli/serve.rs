@@ -146,7 +146,12 @@ pub async fn serve(settings: Settings) -> Result<(), Error> {
     let listener = TcpListener::bind(config.listen).await;
     let listener = listener.map_err(|error| cannot_listen(config.listen, &error))?;
     // The port that the system chose, if it was left to it.
-    announce(&config, origin, listener.local_addr()?)?;
+    let listen = listener.local_addr().unwrap_or(config.listen);
+    // A service may have closed its output; that is no reason not to serve.
+    let _ = announce(&config, origin, listen);
+    if config.allow_plaintext {
+        tracing::warn!(%listen, "what devices send to this address is not encrypted");
+    }
     let drain = CancellationToken::new();
     let leave = leave_when_told(drain.clone())?;
     tokio::spawn(leave);
@@ -193,7 +198,7 @@ fn cannot_listen(listen: SocketAddr, error: &io::Error) -> Error {
     Error::Failed(format!("cannot listen on {listen}: {error}; {mend}"))
 }
 
-fn announce(config: &Config, origin: Origin, listen: SocketAddr) -> Result<(), Error> {
+fn announce(config: &Config, origin: Origin, listen: SocketAddr) -> io::Result<()> {
     let made = match origin {
         Origin::Created => " (made now; devices need it, or keys derived from it)",
         Origin::Loaded => "",
@@ -204,8 +209,7 @@ fn announce(config: &Config, origin: Origin, listen: SocketAddr) -> Result<(), E
     writeln!(out, "database        {}", config.store_path().display())?;
     writeln!(out, "fleet key       {}{made}", key_file.display())?;
     writeln!(out, "listening on    {listen}")?;
-    out.flush()?;
-    Ok(())
+    out.flush()
 }
 
 /// Starts the drain at the first Ctrl-C or SIGTERM, and ends the process at the second.
