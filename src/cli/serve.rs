@@ -145,16 +145,15 @@ pub async fn serve(settings: Settings) -> Result<(), Error> {
     let store = SqliteStore::open(config.store_path(), sqlite).await?;
     let listener = TcpListener::bind(config.listen).await;
     let listener = listener.map_err(|error| cannot_listen(config.listen, &error))?;
-    // The port that the system chose, if it was left to it.
+    // Before anybody is told that the gateway is there, and may tell it to leave.
+    let drain = CancellationToken::new();
+    tokio::spawn(leave_when_told(drain.clone())?);
     let listen = listener.local_addr().unwrap_or(config.listen);
     // A service may have closed its output; that is no reason not to serve.
     let _ = announce(&config, origin, listen);
     if config.allow_plaintext {
         tracing::warn!(%listen, "what devices send to this address is not encrypted");
     }
-    let drain = CancellationToken::new();
-    let leave = leave_when_told(drain.clone())?;
-    tokio::spawn(leave);
     server::serve(listener, store, server_settings(&config, &key), drain)
         .await
         .map_err(|error| Error::Failed(error.to_string()))

@@ -358,17 +358,17 @@ fn wrong_usage_is_two_lines_at_most() {
 #[tokio::test]
 async fn values_are_told_apart_in_every_format() {
     let (site, _store) = Site::with_readings().await;
-    let sql = "SELECT 7 AS n, NULL AS nothing, '' AS empty, 0.1 + 0.2 AS real, 9e999 AS big,
+    let sql = "SELECT 7 AS n, NULL AS missing, '' AS empty, 0.1 + 0.2 AS real, 9e999 AS big,
                x'00ff' AS bytes, 'a,\"b\"' AS text, 1 AS n";
     let json = site.query(sql, "json");
     let rows: serde_json::Value = serde_json::from_str(&json).unwrap();
     let expected = serde_json::json!([{
-        "n": 7, "nothing": null, "empty": "", "real": 0.1 + 0.2, "big": "Infinity",
+        "n": 7, "missing": null, "empty": "", "real": 0.1 + 0.2, "big": "Infinity",
         "bytes": "00ff", "text": "a,\"b\"", "n_2": 1,
     }]);
     assert_eq!(rows, expected);
     let order = [
-        "\"n\"", "nothing", "empty", "real", "big", "bytes", "\"text\"", "n_2",
+        "\"n\"", "missing", "empty", "real", "big", "bytes", "\"text\"", "n_2",
     ];
     let places: Vec<usize> = order.iter().map(|key| json.find(key).unwrap()).collect();
     assert!(places.is_sorted(), "{json}");
@@ -440,8 +440,8 @@ async fn what_would_write_is_refused() {
         .refused(1, &["one statement"]);
     site.run(&["query", "SELECT * FORM devices"])
         .refused(1, &["near \"FORM\""]);
-    site.run(&["query", "SELECT * FROM nothing"])
-        .refused(1, &["no such table: nothing"]);
+    site.run(&["query", "SELECT * FROM absent"])
+        .refused(1, &["no such table: absent"]);
     assert_eq!(
         site.query("SELECT count(*) AS n FROM devices", "csv"),
         "n\n2\n"
