@@ -176,7 +176,7 @@ impl FleetKey {
     }
 
     fn store(&self, dir: &Path) -> io::Result<()> {
-        let draft = dir.join(format!(".{KEY_FILE}.{:08x}", getrandom::u32()?));
+        let draft = dir.join(format!(".{KEY_FILE}.{:08x}", nonce()?));
         let written = self.write(&draft).and_then(|()| {
             // Unlike a rename, a link fails where there is a key already.
             fs::hard_link(&draft, dir.join(KEY_FILE))
@@ -232,13 +232,18 @@ fn make(dir: &Path) -> io::Result<()> {
 
 /// Modes alone do not tell: the file system may be read-only, or have rules of its own.
 fn probe(dir: &Path) -> io::Result<()> {
-    let path = dir.join(format!(".probe.{:08x}", getrandom::u32()?));
+    let path = dir.join(format!(".probe.{:08x}", nonce()?));
     OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
         .open(&path)?;
     fs::remove_file(path)
+}
+
+/// Keeps the names of files apart that several processes may make at once.
+fn nonce() -> io::Result<u32> {
+    getrandom::u32().map_err(|error| io::Error::other(error.to_string()))
 }
 
 fn nibble(digit: u8) -> Option<u8> {

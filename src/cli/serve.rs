@@ -149,11 +149,15 @@ pub async fn serve(settings: Settings) -> Result<(), Error> {
     let store = SqliteStore::open(config.store_path(), &sqlite).await?;
     let listener = TcpListener::bind(config.listen).await;
     let listener = listener.map_err(|error| cannot_listen(config.listen, &error))?;
-    // The port that the system chose, if it was left to it.
-    announce(&config, origin, listener.local_addr()?)?;
+    // Before anybody is told that the gateway is there, and may tell it to leave.
     let drain = CancellationToken::new();
-    let leave = leave_when_told(drain.clone())?;
-    tokio::spawn(leave);
+    tokio::spawn(leave_when_told(drain.clone())?);
+    let listen = listener.local_addr().unwrap_or(config.listen);
+    // A service may have closed its output; that is no reason not to serve.
+    let _ = announce(&config, origin, listen);
+    if config.allow_plaintext {
+        tracing::warn!(%listen, "what devices send to this address is not encrypted");
+    }
     server::serve(listener, store, server_settings(&config, &key), drain)
         .await
         .map_err(|error| Error::Failed(error.to_string()))
@@ -197,7 +201,7 @@ fn cannot_listen(listen: SocketAddr, error: &io::Error) -> Error {
     Error::Failed(format!("cannot listen on {listen}: {error}; {mend}"))
 }
 
-fn announce(config: &Config, origin: Origin, listen: SocketAddr) -> Result<(), Error> {
+fn announce(config: &Config, origin: Origin, listen: SocketAddr) -> io::Result<()> {
     let made = match origin {
         Origin::Created => " (made now; devices need it, or keys derived from it)",
         Origin::Loaded => "",
@@ -208,8 +212,7 @@ fn announce(config: &Config, origin: Origin, listen: SocketAddr) -> Result<(), E
     writeln!(out, "database        {}", config.store_path().display())?;
     writeln!(out, "fleet key       {}{made}", key_file.display())?;
     writeln!(out, "listening on    {listen}")?;
-    out.flush()?;
-    Ok(())
+    out.flush()
 }
 
 /// Starts the drain at the first Ctrl-C or SIGTERM, and ends the process at the second.

@@ -1,1 +1,632 @@
 //! The command line, as whoever types it sees it.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use fieldgate::clock::Quality;
+use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
+use fieldgate::store::{
+    Admission, Batch, Content, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
+    DeviceEventKind, Entry, Login, LoginOutcome, Readings, ResolvedTime, Store,
+};
+use fieldgate_protocol::column::Kind;
+use fieldgate_protocol::frame::types;
+
+const AT_US: i64 = 1_772_000_000_000_000;
+const DATABASE: &str = "fieldgate-data/fieldgate.db";
+
+/// A directory to work in, and what was said in it.
+struct Site {
+    dir: tempfile::TempDir,
+}
+
+#[derive(Debug)]
+struct Said {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Site {
+    fn new() -> Site {
+        let dir = tempfile::tempdir().unwrap();
+        Site { dir }
+    }
+
+    /// With a device that sent a frame of two readings, lost two frames, and sent one that could not
+    /// be understood; and with a second device that sent nothing. The store stays open, as under a
+    /// running gateway.
+    async fn with_readings() -> (Site, SqliteStore) {
+        let site = Site::new();
+        fs::create_dir(site.path("fieldgate-data")).unwrap();
+        let path = site.path(DATABASE);
+        let settings = SqliteSettings::default();
+        let mut store = SqliteStore::open(&path, settings).await.unwrap();
+        let batch = Batch {
+            logins: vec![login("pump-2"), login("pump-1")],
+            ..Batch::default()
+        };
+        let mut committed = store.commit(&batch).await.unwrap();
+        let Some(LoginOutcome::Admitted(pump)) = committed.logins.pop() else {
+            panic!("{committed:?}");
+        };
+        let batch = Batch {
+            declares: vec![declare(&pump)],
+            ..Batch::default()
+        };
+        let mut committed = store.commit(&batch).await.unwrap();
+        let Some(DeclareOutcome::Accepted(schema)) = committed.declares.pop() else {
+            panic!("{committed:?}");
+        };
+        let readings = Readings {
+            time: ResolvedTime {
+                offset_us: 0,
+                quality: Quality::Utc,
+            },
+            times_us: vec![AT_US - 1_000_000, AT_US],
+            series: vec![schema.channels[0].series],
+            values: vec![21.57, f64::NAN],
+        };
+        let batch = Batch {
+            entries: vec![
+                entry(&pump, 1..=1, types::DATA, Content::Readings(readings)),
+                entry(&pump, 2..=3, types::GAP, Content::Gap { reason: 0 }),
+                entry(&pump, 4..=4, types::DATA, quarantined()),
+            ],
+            events: vec![DeviceEvent {
+                device: pump.device,
+                at_us: AT_US,
+                kind: DeviceEventKind::Disconnected,
+                code: 42,
+                detail: "silent\u{1b}[2J".to_owned(),
+            }],
+            ..Batch::default()
+        };
+        store.commit(&batch).await.unwrap();
+        (site, store)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fieldgate"));
+        command.args(args).current_dir(self.dir.path());
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("FIELDGATE_") || name == "RUST_LOG" {
+                command.env_remove(name);
+            }
+        }
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Said {
+        self.run_with(args, &[])
+    }
+
+    fn run_with(&self, args: &[&str], environment: &[(&str, &str)]) -> Said {
+        let mut command = self.command(args);
+        let done = command.envs(environment.iter().copied()).output().unwrap();
+        Said {
+            code: done.status.code().unwrap(),
+            out: String::from_utf8(done.stdout).unwrap(),
+            err: String::from_utf8(done.stderr).unwrap(),
+        }
+    }
+
+    fn query(&self, sql: &str, format: &str) -> String {
+        let said = self.run(&["query", sql, "--format", format]);
+        assert_eq!((said.code, &*said.err), (0, ""), "{said:?}");
+        said.out
+    }
+}
+
+impl Said {
+    /// One line that has all these words in it, and nothing else.
+    #[track_caller]
+    fn refused(&self, code: i32, words: &[&str]) {
+        assert_eq!((self.code, &*self.out), (code, ""), "{self:?}");
+        assert!(self.err.starts_with("error: "), "{self:?}");
+        assert_eq!(self.err.lines().count(), 1, "{self:?}");
+        for word in words {
+            assert!(self.err.contains(word), "{word}: {self:?}");
+        }
+    }
+}
+
+fn login(device: &str) -> Login {
+    Login {
+        device: device.to_owned(),
+        stream: 77,
+        next_seq: 1,
+        firmware: "1.2.0".to_owned(),
+        schema: None,
+        peer: "127.0.0.1:5".to_owned(),
+        at_us: AT_US,
+    }
+}
+
+fn declare(admission: &Admission) -> Declare {
+    Declare {
+        device: admission.device,
+        schema: 1,
+        hash: [1; 8],
+        channels: vec![DeclaredChannel {
+            id: 0,
+            name: "temperature".to_owned(),
+            unit: "Cel".to_owned(),
+            kind: Kind::Integer,
+            exp10: -2,
+        }],
+    }
+}
+
+fn entry(
+    admission: &Admission,
+    seqs: std::ops::RangeInclusive<u64>,
+    frame_type: u8,
+    content: Content,
+) -> Entry {
+    Entry {
+        device: admission.device,
+        stream: admission.receipt.stream(),
+        first_seq: *seqs.start(),
+        seq: *seqs.end(),
+        frame_type,
+        received_at_us: AT_US,
+        content,
+    }
+}
+
+fn quarantined() -> Content {
+    Content::Quarantined {
+        code: 30,
+        detail: "R21".to_owned(),
+        bytes: (0xA0..0xC0).collect(),
+        peer: "127.0.0.1:5".to_owned(),
+    }
+}
+
+#[test]
+fn a_new_site_is_told_what_to_do() {
+    let site = Site::new();
+    let said = site.run(&["status"]);
+    assert_eq!(said.code, 0);
+    assert!(said.out.contains("nothing is stored yet") && said.out.contains("serve"));
+    for args in [
+        &["query", "SELECT 1"][..],
+        &["device", "list"],
+        &["device", "show", "x"],
+        &["quarantine", "list"],
+    ] {
+        site.run(args)
+            .refused(1, &["fieldgate-data/fieldgate.db", "fieldgate serve"]);
+    }
+    // Looking makes nothing.
+    assert_eq!(fs::read_dir(site.dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn migrate_makes_a_database_once() {
+    let site = Site::new();
+    let said = site.run(&["migrate"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(said.out.contains("fieldgate.db: created"), "{said:?}");
+    let said = site.run(&["migrate"]);
+    assert!(said.out.contains("up to date"), "{said:?}");
+    assert!(site.run(&["device", "list"]).out.contains("no devices yet"));
+    let empty = site.query("SELECT name, enabled FROM devices", "table");
+    assert!(
+        empty.contains("name") && empty.contains("(0 rows)"),
+        "{empty}"
+    );
+    assert_eq!(
+        site.query("SELECT name, enabled FROM devices", "csv"),
+        "name,enabled\n"
+    );
+    assert_eq!(site.query("SELECT name FROM devices", "json"), "[]\n");
+}
+
+#[tokio::test]
+async fn a_database_of_a_newer_version_is_refused() {
+    let (site, store) = Site::with_readings().await;
+    store.close().await.unwrap();
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(site.path(DATABASE));
+    let mut connection = sqlx::ConnectOptions::connect(&options).await.unwrap();
+    sqlx::query(
+        "INSERT INTO _sqlx_migrations(version, description, success, checksum, execution_time)
+         VALUES (9999, 'from the future', TRUE, x'00', 0)",
+    )
+    .execute(&mut connection)
+    .await
+    .unwrap();
+    drop(connection);
+    for args in [&["migrate"][..], &["status"], &["query", "SELECT 1"]] {
+        site.run(args).refused(1, &["fieldgate.db", "newer"]);
+    }
+}
+
+#[test]
+fn a_flag_wins_over_the_environment_which_wins_over_the_file() {
+    let site = Site::new();
+    site.write(
+        "f.toml",
+        "data-dir = \"from-file\"\nlisten = \"0.0.0.0:1\"\n",
+    );
+    let store_of = |args: &[&str], environment: &[(&str, &str)]| {
+        let said = site.run_with(args, environment);
+        assert_eq!(said.code, 0, "{said:?}");
+        let path = said.out.split("no database at ").nth(1).unwrap().to_owned();
+        path.split(';').next().unwrap().to_owned()
+    };
+    let environment = [("FIELDGATE_DATA_DIR", "from-env")];
+    assert_eq!(store_of(&["status"], &[]), "./fieldgate-data/fieldgate.db");
+    let file = ["status", "--config", "f.toml"];
+    assert_eq!(store_of(&file, &[]), "from-file/fieldgate.db");
+    let named = [("FIELDGATE_CONFIG", "f.toml")];
+    assert_eq!(store_of(&["status"], &named), "from-file/fieldgate.db");
+    assert_eq!(store_of(&file, &environment), "from-env/fieldgate.db");
+    for flag in [
+        &["--config", "f.toml", "--data-dir=flag", "status"][..],
+        &["--config", "f.toml", "status", "--data-dir", "flag"],
+    ] {
+        assert_eq!(store_of(flag, &environment), "flag/fieldgate.db");
+    }
+    let store = [("FIELDGATE_STORE", "sqlite://other.db")];
+    assert_eq!(store_of(&file, &store), "other.db");
+    // What the file says counts for `serve`, and is refused as a flag would be.
+    let refused = site.run(&["--config", "f.toml", "serve"]);
+    refused.refused(2, &["0.0.0.0:1", "--allow-plaintext"]);
+    let refused = site.run_with(&["serve"], &[("FIELDGATE_LISTEN", "0.0.0.0:2")]);
+    refused.refused(2, &["0.0.0.0:2", "--allow-plaintext"]);
+    assert!(!site.path("from-file").exists());
+}
+
+#[test]
+fn a_wrong_file_is_one_line_that_names_it() {
+    let site = Site::new();
+    let cases: [(&str, &[&str]); 10] = [
+        ("lisen = \"a\"", &["\"lisen\"", "nearest is \"listen\""]),
+        ("[listen]", &["listen = ", "text in quotes"]),
+        ("config = \"f.toml\"", &["\"config\"", "nearest"]),
+        ("connections_max = 5", &["nearest is \"connections-max\""]),
+        ("connections-max = \"5\"", &["\"5\"", "a whole number"]),
+        ("connections-max = -5", &["connections-max = -5"]),
+        ("frame-bytes-max = 70000", &["70000", "65535"]),
+        ("allow-plaintext = 1", &["true or false"]),
+        ("format = \"xml\"", &["xml", "table, csv, json"]),
+        ("a = 1\nb =", &["line 2"]),
+    ];
+    for (text, words) in cases {
+        site.write("f.toml", text);
+        // Also where the subcommand has no such flag.
+        let said = site.run(&["--config", "f.toml", "status"]);
+        said.refused(2, words);
+        said.refused(2, &["settings file f.toml"]);
+    }
+    site.run(&["--config", "none.toml", "status"])
+        .refused(2, &["cannot read the settings file none.toml"]);
+    site.write("f.toml", "keepalive-s = 500");
+    site.run(&["--config", "f.toml", "serve"])
+        .refused(2, &["idle-timeout-s (120)", "keepalive-s (500)"]);
+}
+
+#[test]
+fn wrong_usage_is_two_lines_at_most() {
+    let site = Site::new();
+    for (args, word) in [
+        (&["serve", "--listne", "1"][..], "--listen"),
+        (&["serve", "--listen", "somewhere"], "somewhere"),
+        (&["query"], "<SQL>"),
+        (&["stats"], "status"),
+        (
+            &["query", "SELECT 1", "--format", "xml"],
+            "table, csv, json",
+        ),
+        (
+            &["status", "--store", "postgres://host/db"],
+            "sqlite://PATH",
+        ),
+    ] {
+        let said = site.run(args);
+        assert_eq!((said.code, &*said.out), (2, ""), "{said:?}");
+        assert!(said.err.starts_with("error: ") && said.err.lines().count() <= 2);
+        assert!(said.err.contains(word), "{said:?}");
+    }
+    let said = site.run_with(&["serve"], &[("FIELDGATE_LISTEN", "nowhere")]);
+    assert!(said.err.contains("(from FIELDGATE_LISTEN)"), "{said:?}");
+    let said = site.run_with(&["status"], &[("RUST_LOG", "a=b=c")]);
+    said.refused(2, &["RUST_LOG"]);
+    let help = site.run(&["serve", "--help"]);
+    assert_eq!((help.code, &*help.err), (0, ""));
+    assert!(
+        help.out.contains("[env: FIELDGATE_WAL_BYTES_MAX]"),
+        "{}",
+        help.out
+    );
+    assert!(help.out.contains("[default: 16384]"));
+}
+
+#[tokio::test]
+async fn values_are_told_apart_in_every_format() {
+    let (site, _store) = Site::with_readings().await;
+    let sql = "SELECT 7 AS n, NULL AS missing, '' AS empty, 0.1 + 0.2 AS real, 9e999 AS big,
+               x'00ff' AS bytes, 'a,\"b\"' AS text, 1 AS n";
+    let json = site.query(sql, "json");
+    let rows: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let expected = serde_json::json!([{
+        "n": 7, "missing": null, "empty": "", "real": 0.1 + 0.2, "big": "Infinity",
+        "bytes": "00ff", "text": "a,\"b\"", "n_2": 1,
+    }]);
+    assert_eq!(rows, expected);
+    let order = [
+        "\"n\"", "missing", "empty", "real", "big", "bytes", "\"text\"", "n_2",
+    ];
+    let places: Vec<usize> = order.iter().map(|key| json.find(key).unwrap()).collect();
+    assert!(places.is_sorted(), "{json}");
+
+    let csv = site.query(sql, "csv");
+    let (_, line) = csv.trim_end().split_once('\n').unwrap();
+    assert!(
+        line.starts_with("7,,\"\",0.30000000000000004,Infinity,00ff,"),
+        "{line}"
+    );
+    let mut reader = csv::Reader::from_reader(csv.as_bytes());
+    let record = reader.records().next().unwrap().unwrap();
+    assert_eq!(&record[6], "a,\"b\"");
+
+    let table = site.query(sql, "table");
+    assert!(
+        table.contains("NULL") && table.ends_with("(1 row)\n"),
+        "{table}"
+    );
+}
+
+#[tokio::test]
+async fn readings_are_there_beside_a_running_gateway() {
+    let (site, _store) = Site::with_readings().await;
+    let csv = site.query(
+        "SELECT device, channel, unit, ts, value FROM telemetry",
+        "csv",
+    );
+    let expected = format!(
+        "device,channel,unit,ts,value\npump-1,temperature,Cel,{},21.57\n\
+         pump-1,temperature,Cel,{AT_US},\n",
+        AT_US - 1_000_000
+    );
+    assert_eq!(csv, expected);
+    let said = site.run(&["status"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    for (name, value) in [
+        ("devices", "2"),
+        ("streams", "2"),
+        ("frames", "3"),
+        ("readings", "2"),
+        ("quarantined", "1"),
+        ("gaps", "1, of 2 frames in all"),
+    ] {
+        let line = said.out.lines().find(|line| line.trim().starts_with(name));
+        let line = line.unwrap_or_default().trim();
+        assert_eq!(line.trim_start_matches(name).trim(), value, "{}", said.out);
+    }
+    assert!(said.out.contains("2026-02-25T06:13:20Z, "), "{}", said.out);
+}
+
+#[tokio::test]
+async fn what_would_write_is_refused() {
+    let (site, _store) = Site::with_readings().await;
+    let target = site.path("copy.db");
+    let vacuum = format!("VACUUM INTO '{}'", target.display());
+    for sql in [
+        "DELETE FROM devices",
+        "WITH a AS (SELECT 1) DELETE FROM devices",
+        "CREATE TEMP TABLE t (a)",
+        "PRAGMA wal_checkpoint(TRUNCATE)",
+        "ATTACH 'copy.db' AS copy",
+        &vacuum,
+    ] {
+        site.run(&["query", sql]).refused(1, &["query only reads"]);
+    }
+    assert!(!target.exists());
+    site.run(&["query", "SELECT 1; DELETE FROM devices"])
+        .refused(1, &["one statement"]);
+    site.run(&["query", "SELECT * FORM devices"])
+        .refused(1, &["near \"FORM\""]);
+    site.run(&["query", "SELECT * FROM absent"])
+        .refused(1, &["no such table: absent"]);
+    assert_eq!(
+        site.query("SELECT count(*) AS n FROM devices", "csv"),
+        "n\n2\n"
+    );
+}
+
+#[test]
+fn a_closed_pipe_ends_a_query_quietly() {
+    let site = Site::new();
+    assert_eq!(site.run(&["migrate"]).code, 0);
+    // Would go on for ever: that it ends shows that rows are streamed and that the pipe is heeded.
+    let endless = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT n FROM c";
+    for (format, first) in [("csv", "n\n"), ("json", "[\n")] {
+        let mut child = site
+            .command(&["query", endless, "--format", format])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        out.read_line(&mut line).unwrap();
+        assert_eq!(line, first);
+        drop(out);
+        let done = child.wait_with_output().unwrap();
+        assert_eq!((done.status.code(), &*done.stderr), (Some(0), &b""[..]));
+    }
+    let table = site.query(endless, "table");
+    assert!(table.ends_with("(10000 rows, and more: --format csv or json gives all)\n"));
+}
+
+#[tokio::test]
+async fn devices_are_listed_and_shown() {
+    let (site, _store) = Site::with_readings().await;
+    let said = site.run(&["device", "list"]);
+    let lines: Vec<&str> = said.out.lines().map(str::trim).collect();
+    let fields: Vec<&str> = lines[2].split_whitespace().collect();
+    assert_eq!(
+        fields,
+        [
+            "pump-1",
+            "yes",
+            "1.2.0",
+            "2026-02-25T06:13:20Z",
+            "1",
+            "3",
+            "2"
+        ]
+    );
+    assert!(
+        lines[3].starts_with("pump-2") && lines[4] == "(2 devices)",
+        "{said:?}"
+    );
+
+    let said = site.run(&["device", "show", "pump-1"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    for word in [
+        "temperature",
+        "Cel",
+        "integer",
+        "77",
+        "overwritten",
+        "disconnected",
+        "42 idle",
+        "0101010101010101",
+    ] {
+        assert!(said.out.contains(word), "{word}: {}", said.out);
+    }
+    // A device's words do not steer the terminal.
+    assert!(said.out.contains("silent\\u{1b}[2J") && !said.out.contains('\u{1b}'));
+
+    let said = site.run(&["device", "show", "pmup-1"]);
+    said.refused(1, &["\"pmup-1\"", "did you mean pump-1"]);
+    let said = site.run(&["device", "show", "turbine"]);
+    said.refused(1, &["\"turbine\"", "device list"]);
+}
+
+#[tokio::test]
+async fn quarantine_tells_what_was_wrong() {
+    let (site, _store) = Site::with_readings().await;
+    let said = site.run(&["quarantine", "list"]);
+    for word in [
+        "pump-1",
+        "30 malformed",
+        "R21",
+        "2026-02-25T06:13:20Z",
+        " 32 ",
+        "a0a1a2a3a4a5a6a7a8a9aaabacadaeaf",
+        "(1 of 1, newest first)",
+    ] {
+        assert!(said.out.contains(word), "{word}: {}", said.out);
+    }
+    assert!(!said.out.contains("afb0"), "{}", said.out);
+    let said = site.run(&["quarantine", "list", "--limit", "0"]);
+    assert!(said.out.contains("(0 of 1, newest first)"), "{said:?}");
+}
+
+/// A gateway that runs until it is dropped.
+struct Gateway {
+    child: Child,
+    announced: Vec<String>,
+}
+
+impl Gateway {
+    fn start(site: &Site) -> Gateway {
+        let mut child = site
+            .command(&["serve", "--listen", "127.0.0.1:0"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let announced = out.lines().map(Result::unwrap).take(4).collect();
+        Gateway { child, announced }
+    }
+
+    /// As a service manager ends it.
+    fn terminate(mut self) -> (Option<i32>, String) {
+        let pid = self.child.id().to_string();
+        let told = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+        assert!(told.success());
+        let mut log = String::new();
+        let mut err = self.child.stderr.take().unwrap();
+        err.read_to_string(&mut log).unwrap();
+        (self.child.wait().unwrap().code(), log)
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+#[test]
+fn the_first_serve_makes_all_it_needs_and_says_where() {
+    let site = Site::new();
+    let gateway = Gateway::start(&site);
+    let said = gateway.announced.join("\n");
+    for word in [
+        "./fieldgate-data",
+        "./fieldgate-data/fieldgate.db",
+        "./fieldgate-data/fleet.key (made now",
+        "127.0.0.1:",
+    ] {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+    assert_eq!(mode(&site.path("fieldgate-data")), 0o700);
+    assert_eq!(mode(&site.path("fieldgate-data/fleet.key")), 0o600);
+    let key = fs::read_to_string(site.path("fieldgate-data/fleet.key")).unwrap();
+    // Both at once is refused; looking is not.
+    site.run(&["serve", "--listen", "127.0.0.1:0"])
+        .refused(1, &["in use by another"]);
+    assert!(site.run(&["status"]).out.contains("none yet"));
+    let (code, log) = gateway.terminate();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(!log.contains(key.trim()) && !said.contains(key.trim()));
+
+    let again = Gateway::start(&site);
+    assert!(!again.announced.join("\n").contains("made now"));
+    assert_eq!(again.terminate().0, Some(0));
+    let kept = fs::read_to_string(site.path("fieldgate-data/fleet.key")).unwrap();
+    assert_eq!(kept, key);
+}
+
+#[test]
+fn a_key_that_others_can_read_is_refused() {
+    let site = Site::new();
+    Gateway::start(&site).terminate();
+    let path = site.path("fieldgate-data/fleet.key");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    site.run(&["serve"])
+        .refused(1, &["mode 0644", "others can read it", "chmod 600"]);
+}
+
+#[test]
+fn a_port_in_use_is_one_line() {
+    let site = Site::new();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = taken.local_addr().unwrap().to_string();
+    site.run(&["serve", "--listen", &listen])
+        .refused(1, &["cannot listen on", &listen, "another --listen"]);
+}
