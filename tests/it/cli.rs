@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use fieldgate::clock::BootClock;
 use fieldgate::clock::Quality;
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
 use fieldgate::store::{
@@ -44,7 +45,7 @@ impl Site {
         fs::create_dir(site.path("fieldgate-data")).unwrap();
         let path = site.path(DATABASE);
         let settings = SqliteSettings::default();
-        let mut store = SqliteStore::open(&path, settings).await.unwrap();
+        let mut store = SqliteStore::open(&path, &settings).await.unwrap();
         let batch = Batch {
             logins: vec![login("pump-2"), login("pump-1")],
             ..Batch::default()
@@ -149,7 +150,12 @@ fn login(device: &str) -> Login {
         next_seq: 1,
         firmware: "1.2.0".to_owned(),
         schema: None,
-        peer: "127.0.0.1:5".to_owned(),
+        clock: BootClock {
+            boot: 1,
+            offset_us: 0,
+            delay_us: 0,
+            measured_at_us: 0,
+        },
         at_us: AT_US,
     }
 }
