@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use fieldgate_protocol::column::READINGS_MAX;
 use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX};
 
+use crate::store::url::{StoreUrl, StoreUrlError};
+
 /// Name of the database within the data directory, where `store` does not say otherwise.
 pub const DATABASE_FILE: &str = "fieldgate.db";
 
@@ -130,13 +132,8 @@ pub enum ConfigError {
         listen: SocketAddr,
     },
     /// Not the address of a store.
-    #[error("store {url:?} {fault}; give sqlite://PATH, such as sqlite:///var/lib/fieldgate.db")]
-    Store {
-        /// What was given.
-        url: String,
-        /// What is wrong with it.
-        fault: &'static str,
-    },
+    #[error(transparent)]
+    Store(#[from] StoreUrlError),
 }
 
 /// [`Settings`] that the gateway can run with.
@@ -176,28 +173,14 @@ impl Config {
     }
 }
 
-/// The database's file: what `store` says, or the usual name in the data directory. What follows
-/// `sqlite://` is the path as it is, without percent-encoding or parameters.
+/// The database's file: what `store` says, or the usual name in the data directory.
 ///
 /// # Errors
-/// `store` is not `sqlite://PATH`.
+/// `store` is not the address of a store.
 pub fn store_path(data_dir: &Path, store: Option<&str>) -> Result<PathBuf, ConfigError> {
-    let Some(url) = store else {
-        return Ok(data_dir.join(DATABASE_FILE));
-    };
-    let wrong = |fault| {
-        let url = url.to_owned();
-        Err(ConfigError::Store { url, fault })
-    };
-    match url.split_once("://") {
-        Some(("sqlite", "")) => wrong("names no file"),
-        Some(("sqlite", path)) if path.starts_with(":memory:") => {
-            wrong("would be lost with the process")
-        }
-        Some(("sqlite", path)) if path.ends_with('/') => wrong("names a directory"),
-        Some(("sqlite", path)) => Ok(PathBuf::from(path)),
-        Some(_) => wrong("is of a kind that this version does not know"),
-        None => wrong("is not the address of a store"),
+    match store {
+        None => Ok(data_dir.join(DATABASE_FILE)),
+        Some(url) => Ok(url.parse::<StoreUrl>()?.path().to_owned()),
     }
 }
 
@@ -439,17 +422,17 @@ mod tests {
         ] {
             assert_eq!(store_path(dir, Some(url)).unwrap(), Path::new(path));
         }
-        for (url, says) in [
-            ("sqlite://", "names no file"),
-            ("sqlite://:memory:", "lost with the process"),
-            ("sqlite:///var/lib/", "names a directory"),
-            ("postgres://host/db", "does not know"),
-            ("x.db", "not the address of a store"),
+        for url in [
+            "sqlite://",
+            "sqlite://:memory:",
+            "sqlite:///var/lib/",
+            "pg://host/db",
+            "x.db",
         ] {
-            let refused = store_path(dir, Some(url)).unwrap_err().to_string();
+            let refused = store_path(dir, Some(url));
             assert!(
-                refused.contains(says) && refused.contains("give sqlite://PATH"),
-                "{url}: {refused}"
+                matches!(refused, Err(ConfigError::Store(_))),
+                "{url}: {refused:?}"
             );
         }
     }
