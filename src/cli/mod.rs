@@ -47,6 +47,7 @@ const PRECEDENCE: &str = "Every flag --some-name is also the environment variabl
     environment, which wins over the file. RUST_LOG sets log levels (default: info).";
 
 #[derive(Args, Debug)]
+#[command(next_help_heading = "Options of all subcommands")]
 struct GlobalArgs {
     /// TOML file with settings; its keys are the long names of the flags. Paths in it are relative
     /// to the working directory
