@@ -11,9 +11,7 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use fieldgate_protocol::column::READINGS_MAX;
-use fieldgate_protocol::frame::{
-    DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, HANDSHAKE_FRAME_BYTES_MAX,
-};
+use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX};
 
 /// Name of the database within the data directory, where `store` does not say otherwise.
 pub const DATABASE_FILE: &str = "fieldgate.db";
@@ -215,7 +213,8 @@ fn check_listen(settings: &Settings) -> Result<(), ConfigError> {
 }
 
 fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
-    let frame_bytes = (HANDSHAKE_FRAME_BYTES_MAX as u64, FRAME_BYTES_MAX as u64);
+    // Devices may rely on the default (SPEC R8).
+    let frame_bytes = (DEFAULT_FRAME_BYTES_MAX as u64, FRAME_BYTES_MAX as u64);
     // The largest frame must fit into an empty queue, or its device would wait for ever.
     let frame_readings = READINGS_MAX as u64;
     let u16_max = u64::from(u16::MAX);

@@ -1,51 +1,56 @@
--- Times are microseconds since 1970-01-01T00:00:00Z; ids are the gateway's own numbers.
+-- The store of a Fieldgate gateway.
+--
+-- Times are integer microseconds since 1970-01-01T00:00:00Z; the views show them as UTC text.
+-- A frame is stored in one transaction with the move of its stream's durable_seq: what is in here
+-- is exactly what was acknowledged, or is about to be.
+
+-- "FGat": tells a store from any other SQLite file before anything is written to it.
+PRAGMA application_id = 1179083124;
 
 CREATE TABLE devices (
     id            INTEGER PRIMARY KEY,
-    name          TEXT    NOT NULL UNIQUE,
+    name          TEXT NOT NULL UNIQUE,
     enabled       INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)),
-    firmware      TEXT    NOT NULL,
-    first_seen_at INTEGER NOT NULL,
-    last_seen_at  INTEGER NOT NULL
+    firmware      TEXT,
+    first_seen_at INTEGER,
+    last_seen_at  INTEGER
 ) STRICT;
 
--- How far each outgoing queue of a device is stored. durable_seq moves in the transaction that stores
--- what it covers; frames and readings are totals moved along with it, so that nobody needs to count.
--- Rows stay for ever: a device may come back after years and must not store anything twice.
+-- A device numbers its frames in a stream, and starts a new stream when it has lost count.
 CREATE TABLE streams (
     id          INTEGER PRIMARY KEY,
     device_id   INTEGER NOT NULL REFERENCES devices (id),
     stream      INTEGER NOT NULL,
     durable_seq INTEGER NOT NULL DEFAULT 0,
+    -- Running totals, moved together with durable_seq: no query has to count a large table.
     frames      INTEGER NOT NULL DEFAULT 0,
     readings    INTEGER NOT NULL DEFAULT 0,
     created_at  INTEGER NOT NULL,
     UNIQUE (device_id, stream)
 ) STRICT;
 
--- What devices declared; immutable. declaration is a JSON array of {id, name, unit, kind, exp10}.
+-- What a device declared, as it declared it; never changed.
 CREATE TABLE schemas (
     device_id   INTEGER NOT NULL REFERENCES devices (id),
     schema      INTEGER NOT NULL,
-    hash        BLOB    NOT NULL,
-    declaration TEXT    NOT NULL,
+    hash        BLOB NOT NULL,
+    declaration TEXT NOT NULL,
     PRIMARY KEY (device_id, schema)
 ) STRICT, WITHOUT ROWID;
 
--- kind: 0 integer, 1 f32, 2 f64, 3 bool. A series outlives firmware that keeps channel, unit and kind.
+-- Outlives a change of schema that keeps channel, unit and kind.
 CREATE TABLE series (
     id        INTEGER PRIMARY KEY,
     device_id INTEGER NOT NULL REFERENCES devices (id),
-    channel   TEXT    NOT NULL,
-    unit      TEXT    NOT NULL,
-    kind      INTEGER NOT NULL,
+    channel   TEXT NOT NULL,
+    unit      TEXT NOT NULL,
+    kind      TEXT NOT NULL,
     UNIQUE (device_id, channel, unit, kind)
 ) STRICT;
 
--- The ledger: one row for each number of a stream that was taken, quarantined ones included; a gap has
--- one row, under its last number. type is the wire's: 17 data, 18 gap, 19 result, 20 event.
--- quality: 0 utc, 1 anchored, 2 unanchored, 3 suspect; NULL where the frame has no time.
--- A reading's time on the device's own clock is readings.ts - clock_offset_us.
+-- The ledger: one row for each numbered frame that was stored, of whatever type; a gap has the
+-- number of its last frame. No foreign keys here and in `readings`: this is the hot path, and only
+-- the gateway writes it.
 CREATE TABLE frames (
     id              INTEGER PRIMARY KEY,
     stream_id       INTEGER NOT NULL,
@@ -53,24 +58,27 @@ CREATE TABLE frames (
     type            INTEGER NOT NULL,
     received_at     INTEGER NOT NULL,
     readings        INTEGER NOT NULL,
+    -- How device time became UTC: 0 utc, 1 anchored, 2 unanchored, 3 suspect; NULL for a frame that
+    -- carries no time. readings.ts - clock_offset_us is the device's own time.
     quality         INTEGER,
     clock_offset_us INTEGER,
     UNIQUE (stream_id, seq)
 ) STRICT;
 
--- value is NULL where the device reported no valid value. Two readings with one time both stay: their
--- frames differ.
+-- Clustered by series and time, which is how it is read. `frame_id` keeps two readings of one
+-- instant apart. `value` is a REAL, or NULL, which says: sampled, no valid value. It is declared ANY
+-- because SQLite keeps whole numbers of a REAL column as integers and so loses the sign of -0.0.
 CREATE TABLE readings (
     series_id INTEGER NOT NULL,
     ts        INTEGER NOT NULL,
     frame_id  INTEGER NOT NULL,
-    value     REAL,
+    value     ANY,
     PRIMARY KEY (series_id, ts, frame_id)
 ) STRICT, WITHOUT ROWID;
 
--- What devices lost before it could be sent. reason: 0 overwritten, 1 queue damaged, 2 erased.
+-- Frames that the device lost before it could send them, from_seq to to_seq inclusive.
 CREATE TABLE gaps (
-    stream_id   INTEGER NOT NULL,
+    stream_id   INTEGER NOT NULL REFERENCES streams (id),
     from_seq    INTEGER NOT NULL,
     to_seq      INTEGER NOT NULL,
     reason      INTEGER NOT NULL,
@@ -78,34 +86,36 @@ CREATE TABLE gaps (
     PRIMARY KEY (stream_id, from_seq)
 ) STRICT, WITHOUT ROWID;
 
--- Frames that came whole and could not be understood, as they came.
+-- Frames that arrived whole and could not be understood.
 CREATE TABLE quarantine (
     id          INTEGER PRIMARY KEY,
-    device_id   INTEGER NOT NULL,
-    stream_id   INTEGER NOT NULL,
+    device_id   INTEGER NOT NULL REFERENCES devices (id),
+    stream_id   INTEGER NOT NULL REFERENCES streams (id),
     seq         INTEGER NOT NULL,
     received_at INTEGER NOT NULL,
-    peer        TEXT    NOT NULL,
+    peer        TEXT NOT NULL,
     code        INTEGER NOT NULL,
-    detail      TEXT    NOT NULL,
-    bytes       BLOB    NOT NULL
+    detail      TEXT NOT NULL,
+    bytes       BLOB NOT NULL,
+    UNIQUE (stream_id, seq)
 ) STRICT;
+CREATE INDEX quarantine_by_device ON quarantine (device_id);
 
--- kind: connected, disconnected (code is the BYE's), event (reported by the device; frame_id tells by
--- which frame, level is 0 debug to 4 critical).
+-- kind: connected, disconnected (code is the reason's BYE code), event (level and code are the
+-- device's own).
 CREATE TABLE device_events (
     id        INTEGER PRIMARY KEY,
-    device_id INTEGER NOT NULL,
+    device_id INTEGER NOT NULL REFERENCES devices (id),
     at        INTEGER NOT NULL,
-    kind      TEXT    NOT NULL,
+    kind      TEXT NOT NULL CHECK (kind IN ('connected', 'disconnected', 'event')),
     level     INTEGER,
     code      INTEGER NOT NULL,
-    detail    TEXT    NOT NULL,
-    frame_id  INTEGER
+    detail    TEXT NOT NULL
 ) STRICT;
 CREATE INDEX device_events_by_device ON device_events (device_id, at);
 
--- UTC = time since that boot + offset_us; off by at most half of delay_us.
+-- A boot's clock against UTC, which is device time since boot + offset_us, off by half of delay_us
+-- at most when it was measured.
 CREATE TABLE clocks (
     device_id   INTEGER NOT NULL REFERENCES devices (id),
     boot        INTEGER NOT NULL,
@@ -114,6 +124,4 @@ CREATE TABLE clocks (
     measured_at INTEGER NOT NULL,
     PRIMARY KEY (device_id, boot)
 ) STRICT, WITHOUT ROWID;
-
--- Tells a Fieldgate database from any other SQLite file ("FGT1").
-PRAGMA application_id = 1179079729;
+CREATE INDEX clocks_by_time ON clocks (device_id, measured_at);

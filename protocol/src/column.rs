@@ -40,6 +40,19 @@ impl Kind {
         }
     }
 
+    /// Every kind.
+    pub const ALL: [Kind; 4] = [Kind::Integer, Kind::F32, Kind::F64, Kind::Bool];
+
+    /// The kind's name, as it stands in SQL.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::Integer => "integer",
+            Kind::F32 => "f32",
+            Kind::F64 => "f64",
+            Kind::Bool => "bool",
+        }
+    }
+
     /// Bytes of a value in [`encoding::RAW`].
     const fn width_bytes(self) -> usize {
         match self {
@@ -102,16 +115,43 @@ pub fn decode_times(data: &Data<'_>, out: &mut [i64]) -> Result<(), Violation> {
 /// Whether a device may stamp this time (R50): UTC within years 1 to 9999, time since boot within
 /// 285 years.
 pub fn check_time(clock: u8, time_us: i64) -> Result<(), Violation> {
-    let allowed = if clock == 0 {
-        0..=MONO_US_MAX as i64
-    } else {
-        UTC_US_MIN..=UTC_US_MAX
-    };
-    if allowed.contains(&time_us) {
+    if clock != 0 {
+        check_utc(time_us)
+    } else if (0..=MONO_US_MAX as i64).contains(&time_us) {
         Ok(())
     } else {
         Err(Violation::TimeRange)
     }
+}
+
+/// Whether this is a UTC of the years 1 to 9999 (R50), so that sums with it cannot overflow and every
+/// database can keep it.
+pub fn check_utc(utc_us: i64) -> Result<(), Violation> {
+    if (UTC_US_MIN..=UTC_US_MAX).contains(&utc_us) {
+        Ok(())
+    } else {
+        Err(Violation::TimeRange)
+    }
+}
+
+/// Checks rows, readings and channel numbers (R52, R53), before anything of that size is set aside.
+pub fn check_shape(data: &Data<'_>) -> Result<(), Violation> {
+    let rows = usize::from(data.rows);
+    if !(1..=ROWS_MAX).contains(&rows) || rows * data.columns.len() > READINGS_MAX {
+        return Err(Violation::Rows);
+    }
+    if data.columns.is_empty() {
+        return Err(Violation::ColumnChannel(0));
+    }
+    let mut seen = [0u64; 4];
+    for column in &data.columns {
+        let (word, bit) = (usize::from(column.channel / 64), column.channel % 64);
+        if seen[word] >> bit & 1 == 1 {
+            return Err(Violation::ColumnChannel(column.channel));
+        }
+        seen[word] |= 1 << bit;
+    }
+    Ok(())
 }
 
 /// Writes the value of each row into `out`, NaN where there is no valid one.

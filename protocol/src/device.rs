@@ -16,6 +16,15 @@ use crate::error::{Class, Code};
 use crate::frame::{Frame, HEADER_BYTES, NoRoom, TRAILER_BYTES, VERSION, types};
 use crate::message::{self, Ack, Auth, Bye, Challenge, Gap, Hello, Nack, Ping, Pong, Welcome};
 
+/// Longest wait that a gateway can ask for; more is taken as this (R92). BYE may come from whoever
+/// answers before a key is proved, and must not silence a device for weeks.
+pub const RETRY_AFTER_MS_MAX: u32 = 3_600_000;
+/// The clock is compared with the gateway's at least this often, however much is being sent (R72).
+pub const TIME_EXCHANGE_US: u64 = 600_000_000;
+/// Refusals of class 2 without an ACK in between before the connection is given up (R88): what eight
+/// attempts did not mend, the ninth will not.
+pub const MENDS_MAX: u32 = 8;
+
 /// What does not change while a device runs.
 #[derive(Clone)]
 pub struct Config<'a> {
@@ -56,7 +65,8 @@ pub trait Queue {
     /// Writes the whole frame with this number, the same bytes each time; returns its length.
     fn write_frame(&mut self, seq: u64, out: &mut [u8]) -> Result<usize, NoRoom>;
 
-    /// Writes the DECLARE of the schema that frame `seq` uses; returns its length.
+    /// Writes the DECLARE of the schema that frame `seq` uses, which the queue holds; returns its
+    /// length. For a frame that uses none, any of the device's schemas will do.
     fn write_declare(&mut self, seq: u64, out: &mut [u8]) -> Result<usize, NoRoom>;
 
     /// Frames through this number are stored by the gateway and may be forgotten.
@@ -108,6 +118,8 @@ pub enum Fault {
     Timeout,
     /// The schema's number is taken by other content: firmware must choose another number.
     SchemaConflict,
+    /// The next frame does not fit what this gateway receives, or the buffer given (R9).
+    FrameTooLong,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,12 +142,18 @@ pub struct Device<'a> {
     state: State,
     transcript: Transcript,
     handshake_deadline_us: u64,
-    /// Attempts since the last WELCOME.
+    /// Attempts since a connection last proved useful.
     attempts: u32,
+    /// Longest frame the gateway receives.
+    tx_bytes_max: usize,
+    /// The next frame is longer than that.
+    is_stuck: bool,
 
     durable_seq: u64,
     limit_seq: u64,
     next_send_seq: u64,
+    /// Refusals of class 2 since the latest progress.
+    mends: u32,
     /// The schema of the next frame must be declared before it is sent.
     declare_due: bool,
     /// Class 1: nothing sequenced before this moment.
@@ -146,6 +164,8 @@ pub struct Device<'a> {
     keepalive_us: u64,
     ack_timeout_us: u64,
     sent_at_us: u64,
+    /// When the gateway's time was last heard.
+    time_at_us: u64,
     ping_sent_at_us: Option<u64>,
     /// `sent_us` of the latest PONG, and when it arrived.
     pong: (i64, u64),
@@ -161,15 +181,19 @@ impl<'a> Device<'a> {
             transcript: Transcript::default(),
             handshake_deadline_us: 0,
             attempts: 0,
+            tx_bytes_max: 0,
+            is_stuck: false,
             durable_seq: 0,
             limit_seq: 0,
             next_send_seq: 1,
+            mends: 0,
             declare_due: false,
             paused_until_us: 0,
             progress_at_us: 0,
             keepalive_us: 0,
             ack_timeout_us: 0,
             sent_at_us: 0,
+            time_at_us: 0,
             ping_sent_at_us: None,
             pong: (0, 0),
         }
@@ -190,6 +214,7 @@ impl<'a> Device<'a> {
         self.transcript = Transcript::default();
         self.handshake_deadline_us = now_us + u64::from(self.config.handshake_timeout_ms) * 1000;
         self.declare_due = false;
+        self.mends = 0;
         self.paused_until_us = 0;
         self.ping_sent_at_us = None;
         self.pong = (0, 0);
@@ -200,6 +225,7 @@ impl<'a> Device<'a> {
     /// `random` is drawn evenly from all its values.
     pub fn disconnect(&mut self, fault: Option<Fault>, now_us: u64, random: u32) -> u64 {
         self.state = State::Offline;
+        self.is_stuck = false;
         let min_ms = u64::from(self.config.reconnect_min_ms);
         let max_ms = u64::from(self.config.reconnect_max_ms);
         let (asked_ms, ceiling_ms) = match fault {
@@ -207,15 +233,20 @@ impl<'a> Device<'a> {
                 code,
                 retry_after_ms,
             }) => {
-                let longest = Class::of(code) == Class::Operator;
+                // Whoever is taken over on the connection it uses has a twin: both hurrying back would
+                // take over from each other for ever.
+                let longest = Class::of(code) == Class::Operator || code == Code::TakenOver as u8;
                 let ceiling_ms = if longest {
                     max_ms
                 } else {
                     self.backoff_ms(min_ms, max_ms)
                 };
-                (u64::from(retry_after_ms), ceiling_ms)
+                (
+                    u64::from(retry_after_ms.min(RETRY_AFTER_MS_MAX)),
+                    ceiling_ms,
+                )
             }
-            Some(Fault::NotOurGateway | Fault::SchemaConflict) => (0, max_ms),
+            Some(Fault::NotOurGateway | Fault::SchemaConflict | Fault::FrameTooLong) => (0, max_ms),
             Some(Fault::Protocol(_) | Fault::Timeout) | None => {
                 (0, self.backoff_ms(min_ms, max_ms))
             }
@@ -324,39 +355,60 @@ impl<'a> Device<'a> {
     fn write_next(&mut self, queue: &mut impl Queue, now_us: u64, out: &mut [u8]) -> Option<usize> {
         let limit_seq = self
             .limit_seq
-            .min(self.durable_seq + self.config.window_frames);
+            .min(self.durable_seq.saturating_add(self.config.window_frames));
         let may_send = now_us >= self.paused_until_us
             && self.next_send_seq <= limit_seq
             && self.next_send_seq < queue.next_seq();
-        if !may_send {
-            return self.write_ping_if_due(now_us, out);
+        // A device that always has something to send must not lose count of the time over it.
+        if !may_send || now_us >= self.time_at_us + TIME_EXCHANGE_US {
+            let ping = self.write_ping_if_due(now_us, out);
+            if ping.is_some() || !may_send {
+                return ping;
+            }
         }
-        if self.declare_due {
-            let len = queue.write_declare(self.next_send_seq, out).ok()?;
+        let room = out.len().min(self.tx_bytes_max);
+        match self.write_sequenced(queue, now_us, &mut out[..room]) {
+            Ok(len) => Some(len),
+            Err(NoRoom) => {
+                self.is_stuck = true;
+                None
+            }
+        }
+    }
+
+    fn write_sequenced(
+        &mut self,
+        queue: &mut impl Queue,
+        now_us: u64,
+        out: &mut [u8],
+    ) -> Result<usize, NoRoom> {
+        let oldest_seq = queue.oldest_seq();
+        let is_lost = self.next_send_seq < oldest_seq;
+        if self.declare_due && !is_lost {
+            let len = queue.write_declare(self.next_send_seq, out)?;
             self.declare_due = false;
-            return Some(len);
+            return Ok(len);
         }
         if self.in_flight() == 0 {
             self.progress_at_us = now_us;
         }
-        let oldest_seq = queue.oldest_seq();
-        if self.next_send_seq < oldest_seq {
+        if is_lost {
             let gap = Gap {
                 from_seq: self.next_send_seq,
                 reason: 0,
                 ext: &[],
             };
-            let len = message::encode(&gap, oldest_seq - 1, out).ok()?;
+            let len = message::encode(&gap, oldest_seq - 1, out)?;
             self.next_send_seq = oldest_seq;
-            return Some(len);
+            return Ok(len);
         }
-        let len = queue.write_frame(self.next_send_seq, out).ok()?;
+        let len = queue.write_frame(self.next_send_seq, out)?;
         self.next_send_seq += 1;
-        Some(len)
+        Ok(len)
     }
 
     fn write_ping_if_due(&mut self, now_us: u64, out: &mut [u8]) -> Option<usize> {
-        if self.ping_sent_at_us.is_some() || now_us < self.sent_at_us + self.keepalive_us {
+        if self.ping_sent_at_us.is_some() || now_us < self.ping_due_us() {
             return None;
         }
         let (pong_sent_us, pong_mono_us) = self.pong;
@@ -371,15 +423,20 @@ impl<'a> Device<'a> {
         Some(len)
     }
 
+    fn ping_due_us(&self) -> u64 {
+        (self.sent_at_us + self.keepalive_us).min(self.time_at_us + TIME_EXCHANGE_US)
+    }
+
     /// When [`Device::handle_timeout`] wants to be called, if nothing else happens before.
     pub fn poll_deadline(&self) -> Option<u64> {
         match self.state {
             State::Offline => None,
+            State::Ready if self.is_stuck => Some(0),
             State::Ready => {
                 let paused = Some(self.paused_until_us).filter(|until_us| *until_us > 0);
                 let keepalive = match self.ping_sent_at_us {
                     Some(sent_at_us) => sent_at_us + self.ack_timeout_us,
-                    None => self.sent_at_us + self.keepalive_us,
+                    None => self.ping_due_us(),
                 };
                 [self.ack_deadline_us(), paused, Some(keepalive)]
                     .into_iter()
@@ -397,6 +454,9 @@ impl<'a> Device<'a> {
     /// Time has passed: tells whether it ran out, else that [`Device::poll_transmit`] may have
     /// something.
     pub fn handle_timeout(&mut self, now_us: u64) -> Result<(), Fault> {
+        if self.is_stuck {
+            return Err(Fault::FrameTooLong);
+        }
         let is_over = match self.state {
             State::Offline => false,
             State::Ready => {
@@ -454,6 +514,7 @@ impl<'a> Device<'a> {
         if challenge.version != VERSION {
             return Err(Fault::Protocol("version that was not offered"));
         }
+        self.tx_bytes_max = usize::from(challenge.rx_bytes_max);
         self.transcript.add(frame.payload());
         self.state = State::SendAuth;
         Ok(None)
@@ -479,7 +540,6 @@ impl<'a> Device<'a> {
             return Err(Fault::Protocol("durable beyond what was sent"));
         }
         self.state = State::Ready;
-        self.attempts = 0;
         self.durable_seq = welcome.durable_seq;
         self.limit_seq = welcome.limit_seq;
         self.next_send_seq = welcome.durable_seq + 1;
@@ -487,6 +547,7 @@ impl<'a> Device<'a> {
         self.keepalive_us = u64::from(welcome.keepalive_s) * 1_000_000;
         self.ack_timeout_us = u64::from(welcome.ack_timeout_s) * 1_000_000;
         self.progress_at_us = now_us;
+        self.time_at_us = now_us;
         queue.delete_through(welcome.durable_seq);
         Ok(Some(Notice::Welcomed {
             utc_us: welcome.utc_us,
@@ -508,6 +569,8 @@ impl<'a> Device<'a> {
         if through_seq <= self.durable_seq {
             return Ok(None);
         }
+        self.attempts = 0;
+        self.mends = 0;
         self.durable_seq = through_seq;
         // A gateway that still held frames of an earlier connection may be ahead of this one.
         self.next_send_seq = self.next_send_seq.max(through_seq + 1);
@@ -519,17 +582,27 @@ impl<'a> Device<'a> {
     fn handle_nack(&mut self, frame: &Frame<'_>, now_us: u64) -> Result<Option<Notice>, Fault> {
         let nack: Nack<'_> = parse(frame)?;
         let seq = frame.header.seq;
+        if Class::of(nack.code) == Class::Mend {
+            self.mends += 1;
+            if self.mends > MENDS_MAX {
+                return Err(Fault::Protocol("mended in vain"));
+            }
+        }
         match Class::of(nack.code) {
             Class::RetryLater => {
                 self.resume_at(nack.expected_seq)?;
-                self.paused_until_us = now_us + u64::from(nack.retry_after_ms.max(1)) * 1000;
+                let retry_after_ms = nack.retry_after_ms.clamp(1, RETRY_AFTER_MS_MAX);
+                self.paused_until_us = now_us + u64::from(retry_after_ms) * 1000;
                 self.progress_at_us = self.paused_until_us;
             }
             Class::Mend if nack.code == Code::SchemaConflict as u8 => {
                 return Err(Fault::SchemaConflict);
             }
+            // An unsequenced frame was damaged. If it was DECLARE it must be sent again, and saying it
+            // twice does no harm; the stream goes on where it is.
+            Class::Mend if seq == 0 => self.declare_due = true,
             Class::Mend => {
-                self.declare_due |= seq == 0 || nack.code == Code::UnknownSchema as u8;
+                self.declare_due |= nack.code == Code::UnknownSchema as u8;
                 self.resume_at(nack.expected_seq)?;
             }
             // The ACK that covers the number deletes it.
@@ -559,7 +632,9 @@ impl<'a> Device<'a> {
         if self.ping_sent_at_us.take() != Some(pong.mono_us) {
             return Err(Fault::Protocol("PONG without PING"));
         }
+        self.attempts = 0;
         self.pong = (pong.sent_us, now_us);
+        self.time_at_us = now_us;
         Ok(Some(Notice::Time {
             utc_us: pong.sent_us,
         }))

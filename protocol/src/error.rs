@@ -1,4 +1,4 @@
-//! Codes of NACK and BYE, and what each obliges the device to do (R60 to R64).
+//! Codes of NACK and BYE, and what each obliges the device to do (R60 to R66).
 
 /// Why a gateway refuses a frame (NACK, 10 to 35) or ends a connection (BYE, 40 to 52).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

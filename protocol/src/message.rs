@@ -9,7 +9,7 @@ use postcard::ser_flavors::Flavor;
 use serde::{Deserialize, Serialize};
 
 use crate::auth::{KEY_BYTES, NONCE_BYTES};
-use crate::column::Kind;
+use crate::column::{Kind, check_time, check_utc};
 use crate::error::Violation;
 use crate::frame::{self, NoRoom, SEQ_MAX, types};
 
@@ -99,9 +99,10 @@ pub struct Hello<'a> {
     pub next_seq: u64,
     /// Counts the device's boots, or is random for each.
     pub boot: u32,
-    /// Microseconds since that boot.
+    /// Microseconds since that boot, at most [`MONO_US_MAX`].
     pub mono_us: u64,
-    /// The device's UTC in microseconds, 0 where it does not know it.
+    /// The device's UTC in microseconds, 0 where it does not know it. Any value is let through: a
+    /// wrong clock must not keep a device out.
     pub utc_us: i64,
     /// Longest frame it receives.
     pub rx_bytes_max: u16,
@@ -130,6 +131,7 @@ impl<'a> Message<'a> for Hello<'a> {
         check_range("next_seq", (1..=SEQ_MAX).contains(&self.next_seq))?;
         check_range("oldest_seq", (1..=self.next_seq).contains(&self.oldest_seq))?;
         check_range("versions", self.min_version <= self.max_version)?;
+        check_range("mono_us", self.mono_us <= MONO_US_MAX)?;
         check_ext(self.ext)
     }
 }
@@ -210,6 +212,9 @@ impl<'a> Message<'a> for Welcome<'a> {
     fn check(&self) -> Result<(), Violation> {
         check_range("schema_known", self.schema_known <= 1)?;
         check_range("limit_seq", self.limit_seq >= self.durable_seq)?;
+        check_range("keepalive_s", self.keepalive_s >= 1)?;
+        check_range("ack_timeout_s", self.ack_timeout_s >= 1)?;
+        check_utc(self.utc_us)?;
         check_ext(self.ext)
     }
 }
@@ -374,6 +379,7 @@ impl<'a> Message<'a> for Event<'a> {
 
     fn check(&self) -> Result<(), Violation> {
         check_range("clock", self.clock <= 1)?;
+        check_time(self.clock, self.time_us)?;
         check_range("level", self.level <= 4)?;
         check_text(self.text, EVENT_TEXT_BYTES_MAX)?;
         check_ext(self.ext)
@@ -492,6 +498,7 @@ impl<'a> Message<'a> for Ping<'a> {
     fn check(&self) -> Result<(), Violation> {
         check_range("mono_us", self.mono_us <= MONO_US_MAX)?;
         check_range("pong_mono_us", self.pong_mono_us <= self.mono_us)?;
+        check_utc(self.pong_sent_us)?;
         check_ext(self.ext)
     }
 }
@@ -514,6 +521,8 @@ impl<'a> Message<'a> for Pong<'a> {
     const TYPE: u8 = types::PONG;
 
     fn check(&self) -> Result<(), Violation> {
+        check_utc(self.received_us)?;
+        check_utc(self.sent_us)?;
         check_ext(self.ext)
     }
 }

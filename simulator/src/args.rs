@@ -80,10 +80,14 @@ pub struct RunArgs {
           value_parser = clap::value_parser!(u64).range(1..))]
     pub frames: Option<u64>,
 
-    /// How frames are spread over time
-    #[arg(long, value_name = "PROFILE", env = "FIELDGATE_SIM_PROFILE", value_enum,
-          default_value_t = Profile::Steady)]
-    pub profile: Profile,
+    /// How frames are spread over time [default: steady; with --replay burst]
+    #[arg(
+        long,
+        value_name = "PROFILE",
+        env = "FIELDGATE_SIM_PROFILE",
+        value_enum
+    )]
+    pub profile: Option<Profile>,
 
     /// Frames that a device may have in flight without an ACK, 1 to 1024
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_WINDOW", default_value_t = 16,
@@ -193,7 +197,10 @@ impl RunArgs {
             frames: self.frames,
             clock: self.clock,
             start_us: now_us,
-            profile: self.profile,
+            profile: self.profile.unwrap_or(match self.replay {
+                Some(_) => Profile::Burst,
+                None => Profile::Steady,
+            }),
             malformed_billionths: self.options().faults.chance(Fault::Malformed).billionths(),
             replay: None,
         };

@@ -1,6 +1,7 @@
 //! Tests of the command line, beside it in a file of their own for their length.
 
 use super::*;
+use crate::pace::CUT_OFF_US;
 use clap::CommandFactory;
 
 fn parse(line: &str) -> Result<Command, String> {
@@ -94,7 +95,7 @@ fn flags_reach_the_plan_and_the_options() {
         (plan.name_prefix.as_str(), plan.malformed_billionths),
         ("a.", 10_000_000)
     );
-    assert_eq!(plan.start_us, 1_000_000_000_000_000 - 10 * 60 * 20_000);
+    assert_eq!(plan.start_us, 1_000_000_000_000_000 - CUT_OFF_US as i64);
     let options = run(line).options();
     assert_eq!((options.duration, options.window), (None, 1));
     assert_eq!(

@@ -167,6 +167,7 @@ mod tests {
             "123456789012345678901",
         ];
         for cell in inexact {
+            assert_eq!(column(&[cell]).0, Kind::F64, "{cell}");
             let expected = vec![0.5, cell.parse().unwrap()];
             assert_eq!(
                 column(&["0.5", cell]),

@@ -37,7 +37,11 @@ pub struct Encoder {
 
 impl Default for Encoder {
     fn default() -> Self {
-        Encoder { bytes: vec![0; 2 * FRAME_BYTES_MAX], dense: Vec::new(), times: Vec::new() }
+        Encoder {
+            bytes: vec![0; 2 * FRAME_BYTES_MAX],
+            dense: Vec::new(),
+            times: Vec::new(),
+        }
     }
 }
 
@@ -69,7 +73,8 @@ impl Encoder {
         let dt_start = used;
         if step == 0 && readings.rows > 1 {
             self.times.clear();
-            self.times.extend((0..readings.rows).map(|row| readings.time_us(row) / unit_us));
+            self.times
+                .extend((0..readings.rows).map(|row| readings.time_us(row) / unit_us));
             used += encode_times(&self.times, &mut self.bytes[used..])?;
         }
         let mut columns = heapless::Vec::new();
@@ -109,7 +114,10 @@ impl Encoder {
         if column.nulls.count() > 0 {
             let bitmap_bytes = rows.div_ceil(8);
             let bits = column.nulls.bits();
-            let room = self.bytes.get_mut(*used..*used + bitmap_bytes).ok_or(NoRoom)?;
+            let room = self
+                .bytes
+                .get_mut(*used..*used + bitmap_bytes)
+                .ok_or(NoRoom)?;
             room.fill(0);
             room[..bits.len()].copy_from_slice(bits);
             *used += bitmap_bytes;
@@ -129,12 +137,18 @@ impl Encoder {
                 self.dense.extend(valid.map(|row| i64::from(values[row])));
                 encode_integers(&self.dense, room)?
             }
-            Values::F32(values) => (encoding::RAW, pack_each(valid, room, |row, room| {
-                encode_f32(&values[row..=row], room)
-            })?),
-            Values::F64(values) => (encoding::RAW, pack_each(valid, room, |row, room| {
-                encode_f64(&values[row..=row], room)
-            })?),
+            Values::F32(values) => (
+                encoding::RAW,
+                pack_each(valid, room, |row, room| {
+                    encode_f32(&values[row..=row], room)
+                })?,
+            ),
+            Values::F64(values) => (
+                encoding::RAW,
+                pack_each(valid, room, |row, room| {
+                    encode_f64(&values[row..=row], room)
+                })?,
+            ),
         };
         *used += data_bytes;
         Ok(Packed {
@@ -162,10 +176,16 @@ fn pack_each(
 fn time_unit(readings: &Readings) -> (u8, i64) {
     let is_exact = |unit_us: i64| {
         readings.t0_us % unit_us == 0
-            && readings.step_us % unit_us as u64 == 0
-            && readings.offsets_us.iter().all(|offset_us| offset_us % unit_us as u64 == 0)
+            && readings.step_us.is_multiple_of(unit_us as u64)
+            && readings
+                .offsets_us
+                .iter()
+                .all(|offset_us| offset_us.is_multiple_of(unit_us as u64))
     };
-    [(2, 1_000_000), (1, 1_000)].into_iter().find(|(_, unit_us)| is_exact(*unit_us)).unwrap_or((0, 1))
+    [(2, 1_000_000), (1, 1_000)]
+        .into_iter()
+        .find(|(_, unit_us)| is_exact(*unit_us))
+        .unwrap_or((0, 1))
 }
 
 fn spoil_fields(malformation: Malformation, data: &mut Data<'_>) {
@@ -209,7 +229,9 @@ fn spoil_bytes(
         }
         Malformation::OverlongVarint => {
             // The schema's number comes first and fits one byte.
-            out.get_mut(HEADER_BYTES..=end).ok_or(NoRoom)?.rotate_right(1);
+            out.get_mut(HEADER_BYTES..=end)
+                .ok_or(NoRoom)?
+                .rotate_right(1);
             out[HEADER_BYTES] = out[HEADER_BYTES + 1] | 0x80;
             out[HEADER_BYTES + 1] = 0;
             header.payload_bytes += 1;

@@ -17,13 +17,13 @@ use std::str::FromStr;
 pub enum Fault {
     /// The device closes the connection right after the frame and does not wait for the ACK.
     Disconnect,
-    /// The frame is sent twice.
+    /// After the frame, one that was acked is sent again.
     Duplicate,
-    /// One bit of the frame is flipped on the way.
+    /// One bit of the frame's payload is flipped on the way.
     Corrupt,
     /// The frame is intact by its checksums, but its payload cannot be understood.
     Malformed,
-    /// The frame comes in small pieces with pauses between them.
+    /// The frame comes one byte at a time.
     Slow,
     /// The device vanishes in the middle of the frame and leaves the connection half sent.
     Abandon,
@@ -217,6 +217,13 @@ pub struct Strikes {
     pub abandon: bool,
     /// Evenly spread, for what remains to be chosen: which bit to flip, where to break off.
     pub bits: u64,
+}
+
+impl Strikes {
+    /// Whether there are any.
+    pub fn any(&self) -> bool {
+        self.disconnect || self.duplicate || self.corrupt || self.slow || self.abandon
+    }
 }
 
 /// How the content of a frame is wrong.

@@ -11,7 +11,9 @@
 pub mod args;
 pub mod catalogue;
 pub mod decimal;
+pub mod encode;
 pub mod faults;
+pub mod fleet;
 pub mod hash;
 pub mod journal;
 pub mod pace;
@@ -21,3 +23,4 @@ pub mod readings;
 pub mod replay;
 pub mod report;
 pub mod signal;
+pub mod verify;

@@ -2,40 +2,187 @@
 //!
 //! 0 done, 1 failed, 2 wrong usage or configuration.
 
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, anyhow};
 use clap::Parser;
-use fieldgate_simulator::args::{Cli, Command, RunArgs};
-use fieldgate_simulator::journal::Ledger;
-use std::process::ExitCode;
+use fieldgate::keys::FleetKey;
+use fieldgate_simulator::args::{Cli, Command, RunArgs, RunOptions, VerifyArgs};
+use fieldgate_simulator::fleet::{self, Counters, FleetError, Terms};
+use fieldgate_simulator::journal::{Journal, Ledger};
+use fieldgate_simulator::plan::Script;
+use fieldgate_simulator::progress::{self, Progress};
+use fieldgate_simulator::verify;
+use tokio_util::sync::CancellationToken;
 
-fn main() -> ExitCode {
-    match carry_out(Cli::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
+#[tokio::main]
+async fn main() -> ExitCode {
+    let carried_out = match Cli::parse().command {
+        Command::Run(args) => run(&args).await,
+        Command::Verify(args) => verify(&args).await,
+        Command::Bench(_) => Err(failure(anyhow!("bench"))),
+    };
+    match carried_out {
+        Ok(code) => code,
         Err(Failure { error, code }) => {
-            eprintln!("fieldgate-sim: {error:#}");
+            eprintln!("error: {error:#}");
             code
         }
     }
 }
 
-fn carry_out(command: Command) -> Result<(), Failure> {
-    match command {
-        Command::Run(args) => run(&args),
-        Command::Verify(args) => {
-            let ledger = Ledger::read(&args.journal).map_err(configuration)?;
-            ledger.plan.open().map_err(configuration)?;
-            Err(unbuilt("verify"))
+async fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
+    let now_us = jiff::Timestamp::now().as_microsecond();
+    let script = args
+        .script(random().map_err(failure)?, now_us)
+        .map_err(configuration)?;
+    let options = args.options();
+    let terms = terms(&options).await.map_err(configuration)?;
+    let journal = match &options.journal {
+        Some(path) => Some(Journal::create(path, script.plan()).map_err(configuration)?),
+        None => None,
+    };
+    println!("seed {}", script.plan().seed);
+    let script = Arc::new(script);
+    let counters = Arc::new(Counters::default());
+    let stop = CancellationToken::new();
+    tokio::spawn(stop_when_told(stop.clone()));
+    let bar = tokio::spawn(show_progress(
+        Arc::clone(&script),
+        terms.duration,
+        Arc::clone(&counters),
+    ));
+    let played = fleet::run(script, terms, journal, counters, stop).await;
+    bar.abort();
+    // Aborted or not, the bar is gone before the report is printed.
+    let _ = bar.await;
+    let summary = played.map_err(|error| match error {
+        FleetError::Connect { .. } | FleetError::Journal(_) => failure(error),
+        FleetError::Frames(_) => configuration(error),
+        error => failure(error),
+    })?;
+    println!("{summary}");
+    if let Some(path) = &options.report {
+        write_report(path, &summary).map_err(failure)?;
+    }
+    if summary.frames_acked == 0 {
+        return Err(failure(anyhow!("no frame was acked")));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Where and with which key.
+async fn terms(options: &RunOptions) -> anyhow::Result<Terms> {
+    let fleet_key = *FleetKey::load(&options.key_file)?.as_bytes();
+    let gateway: SocketAddr = tokio::net::lookup_host(&options.gateway)
+        .await
+        .with_context(|| format!("cannot look up {}", options.gateway))?
+        .next()
+        .with_context(|| format!("{} has no address", options.gateway))?;
+    Ok(Terms {
+        gateway,
+        fleet_key,
+        duration: options.duration,
+        window_frames: u64::from(options.window),
+        faults: options.faults.clone(),
+    })
+}
+
+fn write_report(path: &Path, summary: &impl serde::Serialize) -> anyhow::Result<()> {
+    let json = serde_json::to_string_pretty(summary)?;
+    std::fs::write(path, json + "\n").with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Ctrl-C or SIGTERM: no new frames; those in flight are awaited. A second one leaves at once.
+async fn stop_when_told(stop: CancellationToken) {
+    let Ok(mut terminate) =
+        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
+    else {
+        return;
+    };
+    loop {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminate.recv() => {}
         }
-        Command::Bench(_) => Err(unbuilt("bench")),
+        if stop.is_cancelled() {
+            std::process::exit(1);
+        }
+        eprintln!("stopping: waiting for the last ACKs; once more to leave at once");
+        stop.cancel();
     }
 }
 
-fn run(args: &RunArgs) -> Result<(), Failure> {
-    let random = random().map_err(failure)?;
-    let now_us = jiff::Timestamp::now().as_microsecond();
-    let script = args.script(random, now_us).map_err(configuration)?;
-    println!("seed {}", script.plan().seed);
-    Err(unbuilt("run"))
+/// Moves the bar twice a second: by frames where their number is known, else by time.
+async fn show_progress(script: Arc<Script>, duration: Option<Duration>, counters: Arc<Counters>) {
+    let started = Instant::now();
+    let frames = script
+        .frames()
+        .map(|frames| frames * u64::from(script.plan().devices));
+    let length = match (duration, frames) {
+        (Some(duration), _) => duration.as_millis() as u64,
+        (None, frames) => frames.unwrap_or(1),
+    };
+    let progress = BarOnDrop(Progress::new(length));
+    let mut tick = tokio::time::interval(Duration::from_millis(500));
+    loop {
+        tick.tick().await;
+        let elapsed = started.elapsed();
+        let position = match duration {
+            Some(_) => elapsed.as_millis() as u64,
+            None => counters.frames_acked.load(Relaxed),
+        };
+        let rate = progress::rate(counters.readings_acked.load(Relaxed), elapsed);
+        let ready = counters.devices_ready.load(Relaxed);
+        progress
+            .0
+            .show(position.min(length), format!("{ready} connected, {rate}"));
+    }
+}
+
+/// Takes the bar away when its task is ended.
+struct BarOnDrop(Progress);
+
+impl Drop for BarOnDrop {
+    fn drop(&mut self) {
+        self.0.clear();
+    }
+}
+
+async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
+    let ledger = Ledger::read(&args.journal).map_err(configuration)?;
+    if !ledger.complete {
+        eprintln!("the journal has no end: the run was killed; what it tells is compared");
+    }
+    let path = store_path(&args.store).map_err(configuration)?;
+    let progress = BarOnDrop(Progress::new(ledger.devices.len() as u64));
+    let verdict = verify::verify(ledger, &path, |done| {
+        progress.0.show(done, "devices".into())
+    })
+    .await
+    .map_err(|error| match error {
+        verify::VerifyError::Read(_) => failure(error),
+        error => configuration(error),
+    })?;
+    drop(progress);
+    println!("{verdict}");
+    Ok(if verdict.is_equal() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn store_path(url: &str) -> anyhow::Result<PathBuf> {
+    let path = url
+        .strip_prefix("sqlite://")
+        .context("only sqlite:// stores can be verified yet")?;
+    Ok(PathBuf::from(path))
 }
 
 fn random() -> anyhow::Result<[u64; 2]> {
@@ -64,8 +211,4 @@ fn configuration(error: impl Into<anyhow::Error>) -> Failure {
         error: error.into(),
         code: ExitCode::from(2),
     }
-}
-
-fn unbuilt(subcommand: &str) -> Failure {
-    failure(anyhow!("{subcommand} is not built in this commit"))
 }

@@ -3,13 +3,13 @@
 //! Pure arithmetic in microseconds since the start of the run; waiting, connecting and falling behind
 //! are left to the fleet.
 //!
-//! Invariants: the frames of a device fall due in the order of their numbers; on the whole every
-//! device sends `batch` rows each `interval * batch`, whatever the profile.
+//! Invariants: the frames of a device fall due in the order of their numbers. Except in a burst, every
+//! device sends `batch` rows each `interval * batch`.
 
 use crate::plan::{Plan, Profile};
 
-/// Frames that a device keeps and then sends together in [`Profile::Burst`].
-pub const BURST_FRAMES: u64 = 10;
+/// How long the devices were cut off before a run in [`Profile::Burst`], in microseconds: 30 days.
+pub const CUT_OFF_US: u64 = 30 * 86_400_000_000;
 /// How often the whole fleet reconnects in [`Profile::Storm`], in microseconds.
 pub const STORM_US: u64 = 10_000_000;
 
@@ -38,12 +38,16 @@ impl Pace {
     /// When frame `seq`, counted from 1, of a device is due, since the start of the run. Also when a
     /// device connects: for its frame 1.
     pub fn due_us(&self, device: u32, seq: u64) -> u64 {
-        let periods = match self.profile {
-            Profile::Burst => (seq - 1) / BURST_FRAMES * BURST_FRAMES,
-            _ => seq - 1,
-        };
+        if self.profile == Profile::Burst {
+            return 0;
+        }
         self.join_us(device)
-            .saturating_add(periods.saturating_mul(self.period_us))
+            .saturating_add((seq - 1).saturating_mul(self.period_us))
+    }
+
+    /// Whether frames fall due at their own time, however long the gateway takes with those before.
+    pub fn is_open_loop(&self) -> bool {
+        self.profile != Profile::Burst
     }
 
     /// When the fleet drops its connections at once for the `number`-th time, counted from 1; never in
@@ -56,7 +60,7 @@ impl Pace {
     /// last sample: the devices come with as much as they would have kept.
     pub fn backlog_us(&self) -> u64 {
         match self.profile {
-            Profile::Burst => self.period_us.saturating_mul(BURST_FRAMES),
+            Profile::Burst => CUT_OFF_US,
             _ => self.period_us,
         }
     }
@@ -106,7 +110,7 @@ mod tests {
         let cases = [(0, 1), (9, 1), (0, 2), (9, 12)];
         assert_eq!(due(Profile::Steady, cases), [0, 900, 1_000, 11_900]);
         assert_eq!(due(Profile::Storm, cases), [0, 900, 1_000, 11_900]);
-        assert_eq!(due(Profile::Burst, cases), [0, 0, 0, 10_000]);
+        assert_eq!(due(Profile::Burst, cases), [0, 0, 0, 0]);
         assert_eq!(due(Profile::Ramp, cases), [0, 27_000, 1_000, 38_000]);
     }
 

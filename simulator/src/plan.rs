@@ -86,7 +86,7 @@ pub enum Profile {
     /// Evenly: the devices take turns.
     #[default]
     Steady,
-    /// All devices send at the same moment, ten frames at a time.
+    /// The devices were cut off for a month and send what they kept as fast as it is taken.
     Burst,
     /// The devices join one after another during the first half of the run.
     Ramp,

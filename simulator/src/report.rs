@@ -56,6 +56,14 @@ impl Default for Report {
 }
 
 impl Report {
+    /// No counts yet, of a fleet of this many devices.
+    pub fn new(devices: u32) -> Self {
+        Self {
+            devices: u64::from(devices),
+            ..Self::default()
+        }
+    }
+
     /// Notes how long a frame waited for its ACK.
     pub fn waited(&mut self, wait: Duration) {
         let wait_us = u64::try_from(wait.as_micros())

@@ -135,8 +135,7 @@ const SECTIONS: [&Section; 6] = [
     &Section {
         title: "channels",
         sql: "SELECT s.channel, s.unit,
-                  CASE s.kind WHEN 0 THEN 'integer' WHEN 1 THEN 'f32' WHEN 2 THEN 'f64'
-                      WHEN 3 THEN 'bool' ELSE s.kind END,
+                  s.kind,
                   (SELECT r.ts FROM readings AS r WHERE r.series_id = s.id
                       ORDER BY r.ts DESC, r.frame_id DESC LIMIT 1),
                   (SELECT r.value FROM readings AS r WHERE r.series_id = s.id

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 
 use fieldgate::keys;
-use fieldgate::store::sqlite;
+use fieldgate::store::sqlite::{self, SqliteSettings};
 
 use super::{Error, output};
 
@@ -13,7 +13,7 @@ pub async fn migrate(data_dir: &Path, path: &Path) -> Result<(), Error> {
     if path.starts_with(data_dir) {
         keys::create_data_dir(data_dir)?;
     }
-    let (before, after) = sqlite::migrate(path).await?;
+    let (before, after) = sqlite::migrate(path, &SqliteSettings::default()).await?;
     let mut out = output::stdout();
     let path = path.display();
     match before {

@@ -28,7 +28,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use fieldgate::config::{self, ConfigError, Settings};
 use fieldgate::keys::KeyError;
-use fieldgate::store::sqlite::{OpenError, ReadError};
+use fieldgate::store::sqlite::OpenError;
 
 use self::settings_file::FileError;
 
@@ -120,12 +120,9 @@ pub enum Error {
     /// No fleet key.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// The store cannot be written.
+    /// The store cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The store cannot be looked at.
-    #[error(transparent)]
-    Read(#[from] ReadError),
     /// The store did not answer.
     #[error("the store does not answer: {}", sql_message(.0))]
     Store(#[from] sqlx::Error),

@@ -67,7 +67,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FRAMES", default_value_t = Settings::default().window_frames)]
     window_frames: u64,
 
-    /// Bytes of the longest frame, 512 to 16384. Raise it for devices that send large batches; each
+    /// Bytes of the longest frame, 4096 to 16384. Raise it for devices that send large batches; each
     /// connection may hold a frame in memory
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().frame_bytes_max)]
     frame_bytes_max: u16,
@@ -138,11 +138,15 @@ impl ServeArgs {
 pub async fn serve(settings: Settings) -> Result<(), Error> {
     let config = Config::new(settings)?;
     let (key, origin) = FleetKey::create_or_load(&config.data_dir)?;
+    let defaults = SqliteSettings::default();
     let sqlite = SqliteSettings {
         cache_bytes: config.cache_bytes,
-        wal_bytes_max: config.wal_bytes_max,
+        wal_checkpoint_bytes: defaults.wal_checkpoint_bytes.min(config.wal_bytes_max / 4),
+        wal_soft_bytes: defaults.wal_soft_bytes.min(config.wal_bytes_max / 2),
+        wal_hard_bytes: config.wal_bytes_max,
+        ..defaults
     };
-    let store = SqliteStore::open(config.store_path(), sqlite).await?;
+    let store = SqliteStore::open(config.store_path(), &sqlite).await?;
     let listener = TcpListener::bind(config.listen).await;
     let listener = listener.map_err(|error| cannot_listen(config.listen, &error))?;
     // Before anybody is told that the gateway is there, and may tell it to leave.

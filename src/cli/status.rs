@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::Path;
 
 use fieldgate::clock::SystemClock;
-use fieldgate::store::sqlite::{ReadError, open_reader};
+use fieldgate::store::sqlite::{OpenError, open_reader};
 use sqlx::{Row, SqliteConnection};
 
 use super::Error;
@@ -23,7 +23,7 @@ pub async fn status(path: &Path) -> Result<(), Error> {
             write_facts(&facts, &mut out)?;
         }
         // What a new site looks like; nothing has failed.
-        Err(ReadError::Missing(path)) => writeln!(
+        Err(OpenError::Missing(path)) => writeln!(
             out,
             "nothing is stored yet: there is no database at {}; `fieldgate serve` makes it",
             path.display()

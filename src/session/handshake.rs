@@ -14,7 +14,7 @@ use fieldgate_protocol::message::{Auth, Challenge, Hello, Message, decode};
 
 use super::reply::{Outbound, WelcomeTerms};
 use super::stream::Stream;
-use super::{Close, SessionSettings, Submission};
+use super::{Close, SessionSettings};
 use crate::clock::{BootClock, Now};
 use crate::store::{Login, LoginOutcome};
 
@@ -95,13 +95,13 @@ impl AwaitAuth {
             next_seq: self.next_seq,
             firmware: self.firmware.clone(),
             schema: self.schema,
-            peer: peer.to_string(),
+            clock: self.clock(auth.mono_us, now),
             at_us: now.utc_us,
         };
         let next = AwaitAdmission {
             key: self.key,
             transcript: self.transcript.clone(),
-            clock: self.clock(auth.mono_us, now),
+            boot: self.boot,
             peer,
         };
         Ok((next, login))
@@ -120,7 +120,7 @@ impl AwaitAuth {
 pub(super) struct AwaitAdmission {
     key: [u8; KEY_BYTES],
     transcript: Transcript,
-    clock: BootClock,
+    boot: u32,
     peer: SocketAddr,
 }
 
@@ -131,7 +131,7 @@ impl AwaitAdmission {
         settings: &SessionSettings,
         now: Now,
         outbound: &mut Outbound,
-    ) -> Result<(Stream, Option<Submission>), Close> {
+    ) -> Result<Stream, Close> {
         let admission = match outcome {
             LoginOutcome::Admitted(admission) => *admission,
             LoginOutcome::Disabled => {
@@ -157,14 +157,12 @@ impl AwaitAdmission {
             &self.key,
             &NO_CHANNEL_BINDING,
         );
-        let mut stream = Stream::new(
-            self.clock.boot,
+        Ok(Stream::new(
+            self.boot,
             self.peer,
             admission,
             settings.window_frames,
-        );
-        let measured = stream.handle_clock(self.clock);
-        Ok((stream, measured))
+        ))
     }
 }
 

@@ -230,10 +230,18 @@ impl Session {
             return None;
         };
         let step = match state.handle_outcome(outcome, &self.settings, now, &mut self.outbound) {
-            Ok((stream, measured)) => {
+            Ok(stream) => {
+                let device = stream.device();
+                let peer = self.peer.to_string();
                 self.heard_at_us = now.mono_us;
                 self.state = State::Serving(Box::new(stream));
-                Ok(measured)
+                Ok(Some(audit(
+                    device,
+                    DeviceEventKind::Connected,
+                    0,
+                    peer,
+                    now,
+                )))
             }
             Err(close) => Err(close),
         };
@@ -380,13 +388,14 @@ impl Session {
         let State::Closed(Some(device), close) = &self.state else {
             return None;
         };
-        Some(Submission::Event(DeviceEvent {
-            device: *device,
-            at_us: now.utc_us,
-            kind: DeviceEventKind::Disconnected,
-            code: close.code.map_or(0, |code| code as u8),
-            detail: close.detail.clone(),
-        }))
+        let code = close.code.map_or(0, |code| code as u8);
+        Some(audit(
+            *device,
+            DeviceEventKind::Disconnected,
+            code,
+            close.detail.clone(),
+            now,
+        ))
     }
 
     fn finish_step(&mut self, step: Step) -> Option<Submission> {
@@ -398,4 +407,21 @@ impl Session {
             }
         }
     }
+}
+
+/// A line for the audit trail.
+fn audit(
+    device: DeviceId,
+    kind: DeviceEventKind,
+    code: u8,
+    detail: String,
+    now: Now,
+) -> Submission {
+    Submission::Event(DeviceEvent {
+        device,
+        at_us: now.utc_us,
+        kind,
+        code,
+        detail,
+    })
 }

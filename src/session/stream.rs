@@ -14,9 +14,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use fieldgate_protocol::auth::schema_hash;
-use fieldgate_protocol::column::{
-    Kind, READINGS_MAX, ROWS_MAX, check_time, decode_times, decode_values,
-};
+use fieldgate_protocol::column::{Kind, check_shape, decode_times, decode_values};
 use fieldgate_protocol::error::{Code, Violation};
 use fieldgate_protocol::frame::{Frame, SEQ_MAX, VERSION, types};
 use fieldgate_protocol::message::{Bye, Data, Declare, Event, Gap, Ping, Pong, decode};
@@ -29,7 +27,7 @@ use crate::store::{
     ResolvedTime, Schema,
 };
 
-/// Schemas kept for a session; DATA that uses an older one is asked to declare it again (R41).
+/// Schemas kept for a session; DATA that uses an older one is asked to declare it again (R47).
 const SCHEMAS_MAX: usize = 8;
 /// Refusals of class 3 that a connection may cause within [`REFUSALS_WINDOW_US`] (R64).
 const REFUSALS_MAX: usize = 8;
@@ -89,13 +87,6 @@ impl Stream {
 
     pub(super) fn device(&self) -> DeviceId {
         self.device
-    }
-
-    /// Takes in a measurement of the present boot's clock; one that is worth keeping is submitted.
-    pub(super) fn handle_clock(&mut self, measured: BootClock) -> Option<Submission> {
-        self.clocks
-            .improve(measured)
-            .then_some(Submission::Clock(self.device, measured))
     }
 
     pub(super) fn awaits_declare(&self) -> bool {
@@ -209,7 +200,8 @@ impl Stream {
             ping.mono_us,
             now.utc_us,
         );
-        Ok(measured.and_then(|measured| self.handle_clock(measured)))
+        let better = measured.filter(|measured| self.clocks.improve(*measured));
+        Ok(better.map(|measured| Submission::Clock(self.device, measured)))
     }
 
     /// The order of checks is R44's: number, credit, order, then content.
@@ -359,7 +351,6 @@ impl Stream {
             }
             types::EVENT => {
                 let event: Event<'_> = decode(frame.payload())?;
-                check_time(event.clock, event.time_us)?;
                 let time =
                     self.resolve(event.clock, event.boot, (event.time_us, event.time_us), now);
                 Ok(Some(Content::Event {
@@ -375,11 +366,9 @@ impl Stream {
     }
 
     fn read_data(&self, data: &Data<'_>, schema: &Schema, now: Now) -> Result<Content, Violation> {
+        // Before anything of that size is allocated.
+        check_shape(data)?;
         let rows = usize::from(data.rows);
-        // Checked before anything of that size is allocated.
-        if !(1..=ROWS_MAX).contains(&rows) || rows * data.columns.len() > READINGS_MAX {
-            return Err(Violation::Rows);
-        }
         let mut times_us = vec![0; rows];
         decode_times(data, &mut times_us)?;
         let mut series = Vec::with_capacity(data.columns.len());
@@ -389,13 +378,9 @@ impl Stream {
                 .channels
                 .iter()
                 .find(|channel| channel.id == column.channel)
-                .filter(|channel| !series.contains(&channel.series))
                 .ok_or(Violation::ColumnChannel(column.channel))?;
             series.push(channel.series);
             decode_values(column, channel.kind, channel.exp10, values)?;
-        }
-        if series.is_empty() {
-            return Err(Violation::ColumnChannel(0));
         }
         let span_us = (times_us[0], times_us[rows - 1]);
         let time = self.resolve(data.clock, data.boot, span_us, now);

@@ -1,29 +1,41 @@
-//! What continues a stream, and what was there before: the rule by which every store is exactly-once.
+//! Which entries of a batch are stored: the rule of "once and in order", shared by every store.
+//!
+//! Pure: it neither reads nor writes anything. A store loads the watermarks of the batch's streams
+//! inside its transaction, asks [`Watermarks::admit`], and stores what comes back together with the
+//! watermarks it moved.
+//!
+//! Invariants
+//! - A watermark only grows, and only by entries that begin at the number after it.
+//! - What `admit` gives back for a stream is contiguous: each entry's `first_seq` is one more than
+//!   the `seq` of the one before.
 
 use std::collections::BTreeMap;
 
-use super::{Entry, Receipt, StreamId};
+use super::{Content, Entry, Receipt, StreamId};
+use crate::clock::BootClock;
 
-/// What a store does with an entry, given how far its stream is durable.
+/// The highest sequence number a store can keep: SQL integers are signed.
+pub const SEQ_MAX: u64 = i64::MAX as u64;
+
+/// What is to be done with an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It continues the stream: store it, and move the watermark to its number. A gap may begin among
-    /// what is durable; only the part from `first_seq` is missing.
+    /// Store it, from this number on: a gap may begin within what is durable already.
     Store {
-        /// First number it covers that is not durable yet.
+        /// First number that is not durable yet.
         first_seq: u64,
     },
-    /// All it covers is durable.
+    /// All of it is durable: nothing to store, acknowledge again.
     Duplicate,
-    /// What comes before it is not durable: not stored, the watermark stays.
+    /// It does not continue the stream: nothing to store, the watermark stays.
     OutOfOrder,
 }
 
-/// Judges numbers `first_seq..=seq` of a stream that is durable through `durable_seq`.
+/// Judges an entry that covers `first_seq..=seq` of a stream durable up to `durable_seq`.
 pub fn judge(durable_seq: u64, first_seq: u64, seq: u64) -> Verdict {
     if seq <= durable_seq {
         Verdict::Duplicate
-    } else if first_seq > durable_seq + 1 {
+    } else if first_seq > durable_seq + 1 || seq > SEQ_MAX {
         Verdict::OutOfOrder
     } else {
         Verdict::Store {
@@ -32,44 +44,119 @@ pub fn judge(durable_seq: u64, first_seq: u64, seq: u64) -> Verdict {
     }
 }
 
-/// How far each stream of a batch is durable, as its entries are judged one after the other.
+/// An entry that is to be stored.
+#[derive(Clone, Copy, Debug)]
+pub struct Admitted<'a> {
+    /// The entry.
+    pub entry: &'a Entry,
+    /// The first number it is stored for, up to and including `entry.seq`.
+    pub first_seq: u64,
+}
+
+impl Admitted<'_> {
+    /// How many readings it brings.
+    pub fn readings(&self) -> usize {
+        match &self.entry.content {
+            Content::Readings(readings) => readings.values.len(),
+            Content::Gap { .. } | Content::Event { .. } | Content::Quarantined { .. } => 0,
+        }
+    }
+}
+
+/// How far a stream has come within a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// The watermark, with what was admitted so far.
+    pub durable_seq: u64,
+    /// Entries admitted.
+    pub frames: u64,
+    /// Readings admitted.
+    pub readings: u64,
+}
+
+/// An entry names a stream that the store does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("stream {0:?} is not in the store")]
+pub struct UnknownStream(pub StreamId);
+
+/// The watermarks of the streams of one batch.
 #[derive(Debug, Default)]
 pub struct Watermarks {
-    durable_seqs: BTreeMap<StreamId, u64>,
+    streams: BTreeMap<StreamId, Progress>,
 }
 
 impl Watermarks {
-    /// From what the store holds.
-    pub fn new(stored: impl IntoIterator<Item = (StreamId, u64)>) -> Watermarks {
-        Watermarks {
-            durable_seqs: stored.into_iter().collect(),
+    /// Takes each stream's `durable_seq` as the store has it.
+    pub fn new(durable: impl IntoIterator<Item = (StreamId, u64)>) -> Self {
+        let start = |(stream, durable_seq)| {
+            (
+                stream,
+                Progress {
+                    durable_seq,
+                    frames: 0,
+                    readings: 0,
+                },
+            )
+        };
+        Self {
+            streams: durable.into_iter().map(start).collect(),
         }
     }
 
-    /// The entries to store, in order, each with the first number it covers anew. The watermarks are
-    /// moved past them.
-    pub fn admit<'e>(&mut self, entries: &'e [Entry]) -> Vec<(&'e Entry, u64)> {
+    /// Gives back the entries to store, in their order, and moves the watermarks over them.
+    ///
+    /// # Errors
+    /// A stream was not among those given to [`Watermarks::new`].
+    pub fn admit<'a>(&mut self, entries: &'a [Entry]) -> Result<Vec<Admitted<'a>>, UnknownStream> {
         let mut admitted = Vec::with_capacity(entries.len());
         for entry in entries {
-            let durable_seq = self.durable_seqs.entry(entry.stream).or_default();
-            if let Verdict::Store { first_seq } = judge(*durable_seq, entry.first_seq, entry.seq) {
-                *durable_seq = entry.seq;
-                admitted.push((entry, first_seq));
+            let progress = self
+                .streams
+                .get_mut(&entry.stream)
+                .ok_or(UnknownStream(entry.stream))?;
+            let verdict = judge(progress.durable_seq, entry.first_seq, entry.seq);
+            if let Verdict::Store { first_seq } = verdict {
+                let item = Admitted { entry, first_seq };
+                progress.durable_seq = entry.seq;
+                progress.frames += 1;
+                progress.readings += item.readings() as u64;
+                admitted.push(item);
             }
         }
-        admitted
+        Ok(admitted)
     }
 
-    /// A receipt for each stream, sorted by stream; to be given out after the commit.
-    pub fn receipts(&self) -> Vec<Receipt> {
-        self.durable_seqs
+    /// The streams whose watermark moved, in the order of their ids.
+    pub fn moved(&self) -> Vec<(StreamId, Progress)> {
+        let moved = self
+            .streams
             .iter()
-            .map(|(stream, durable_seq)| Receipt {
-                stream: *stream,
-                durable_seq: *durable_seq,
-            })
+            .filter(|(_, progress)| progress.frames > 0);
+        moved
+            .map(|(stream, progress)| (*stream, *progress))
             .collect()
     }
+
+    /// A receipt for each stream, sorted; to be handed out only once the batch is durable.
+    pub(super) fn receipts(&self) -> Vec<Receipt> {
+        let receipt = |(stream, progress): (&StreamId, &Progress)| Receipt {
+            stream: *stream,
+            durable_seq: progress.durable_seq,
+        };
+        self.streams.iter().map(receipt).collect()
+    }
+}
+
+/// A crystal of the usual 50 ppm drifts by one part in this many of *twice* the error, which is what
+/// a delay stands for.
+pub const DRIFT_PARTS: i64 = 10_000;
+
+/// Whether a login's measurement of a boot's clock replaces the one kept: it does unless the kept
+/// one was so much better that drift has not eaten its lead yet.
+pub fn replaces(kept: &BootClock, new: &BootClock) -> bool {
+    let lead_us = i128::from(new.delay_us) - i128::from(kept.delay_us);
+    let age_us = i128::from(new.measured_at_us) - i128::from(kept.measured_at_us);
+    lead_us <= age_us / i128::from(DRIFT_PARTS)
 }
 
 #[cfg(test)]
@@ -77,7 +164,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::store::{Content, DeviceId};
+    use crate::store::DeviceId;
 
     fn entry(stream: i64, first_seq: u64, seq: u64) -> Entry {
         Entry {
@@ -91,45 +178,98 @@ mod tests {
         }
     }
 
-    proptest! {
-        /// However entries are repeated, reordered or overlap: each number is stored at most once, what
-        /// is stored is contiguous, and nothing that continues the stream is left out.
-        #[test]
-        fn stores_each_number_once_and_in_order(
-            spans in prop::collection::vec((1i64..3, 1u64..12, 0u64..4), 0..80),
-            start in 0u64..5,
-        ) {
-            let entries: Vec<Entry> = spans
-                .iter()
-                .map(|(stream, first_seq, more)| entry(*stream, *first_seq, first_seq + more))
-                .collect();
-            let mut watermarks = Watermarks::new([(StreamId(1), start), (StreamId(2), start)]);
-            let admitted = watermarks.admit(&entries);
-            for stream in [StreamId(1), StreamId(2)] {
-                let mut durable_seq = start;
-                for entry in entries.iter().filter(|entry| entry.stream == stream) {
-                    if entry.first_seq <= durable_seq + 1 && entry.seq > durable_seq {
-                        durable_seq = entry.seq;
-                    }
-                }
-                let mut covered = start;
-                for (entry, first_seq) in admitted.iter().filter(|(e, _)| e.stream == stream) {
-                    prop_assert_eq!(*first_seq, covered + 1);
-                    prop_assert!(entry.first_seq <= *first_seq && *first_seq <= entry.seq);
-                    covered = entry.seq;
-                }
-                prop_assert_eq!(covered, durable_seq);
-                let receipts = watermarks.receipts();
-                let receipt = receipts.iter().find(|receipt| receipt.stream == stream).unwrap();
-                prop_assert_eq!(receipt.durable_seq, durable_seq);
-            }
+    #[test]
+    fn verdicts() {
+        let store = |first_seq| Verdict::Store { first_seq };
+        for (durable, first, seq, expected) in [
+            (0, 1, 1, store(1)),
+            (7, 8, 8, store(8)),
+            (7, 7, 7, Verdict::Duplicate),
+            (7, 1, 3, Verdict::Duplicate),
+            (7, 9, 9, Verdict::OutOfOrder),
+            (7, 5, 12, store(8)),
+            (7, 8, 12, store(8)),
+            (7, 9, 12, Verdict::OutOfOrder),
+            (0, 0, 0, Verdict::Duplicate),
+            (0, 1, SEQ_MAX, store(1)),
+            (0, 1, SEQ_MAX + 1, Verdict::OutOfOrder),
+            (0, 1, u64::MAX, Verdict::OutOfOrder),
+            (SEQ_MAX, SEQ_MAX, u64::MAX, Verdict::OutOfOrder),
+        ] {
+            assert_eq!(
+                judge(durable, first, seq),
+                expected,
+                "{durable} {first}..={seq}"
+            );
         }
     }
 
     #[test]
-    fn a_gap_that_overlaps_what_is_durable_begins_after_it() {
-        assert_eq!(judge(5, 3, 9), Verdict::Store { first_seq: 6 });
-        assert_eq!(judge(9, 3, 9), Verdict::Duplicate);
-        assert_eq!(judge(1, 3, 9), Verdict::OutOfOrder);
+    fn an_unknown_stream_is_an_error() {
+        let entries = [entry(3, 1, 1)];
+        let unknown = Watermarks::new([(StreamId(2), 0)])
+            .admit(&entries)
+            .unwrap_err();
+        assert_eq!(unknown, UnknownStream(StreamId(3)));
+    }
+
+    #[test]
+    fn a_precise_measurement_is_kept_until_drift_outweighs_it() {
+        let clock = |delay_us, measured_at_us| BootClock {
+            boot: 1,
+            offset_us: 0,
+            delay_us,
+            measured_at_us,
+        };
+        let kept = clock(10_000, 0);
+        assert!(replaces(&kept, &clock(10_000, 0)));
+        assert!(replaces(&kept, &clock(9_000, 0)));
+        assert!(!replaces(&kept, &clock(50_000, 60_000_000)));
+        assert!(replaces(&kept, &clock(50_000, 400_000_000)));
+    }
+
+    /// The naive model: which numbers are stored, one by one.
+    fn model(entries: &[Entry]) -> BTreeMap<StreamId, Vec<u64>> {
+        let mut stored: BTreeMap<StreamId, Vec<u64>> = BTreeMap::new();
+        for entry in entries {
+            let numbers = stored.entry(entry.stream).or_default();
+            let fresh: Vec<u64> = (entry.first_seq..=entry.seq)
+                .filter(|seq| !numbers.contains(seq))
+                .collect();
+            if fresh.first() == Some(&(numbers.len() as u64 + 1)) {
+                numbers.extend(fresh);
+            }
+        }
+        stored
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_arrives_each_number_is_stored_once_in_order(
+            arrivals in prop::collection::vec((0_i64..3, 1_u64..24, 0_u64..5), 0..120),
+            batch_len in 1_usize..40,
+        ) {
+            let entries: Vec<Entry> =
+                arrivals.iter().map(|&(stream, seq, more)| entry(stream, seq, seq + more)).collect();
+            let mut durable: BTreeMap<StreamId, u64> = (0..3).map(|id| (StreamId(id), 0)).collect();
+            let mut stored: BTreeMap<StreamId, Vec<u64>> = BTreeMap::new();
+            for batch in entries.chunks(batch_len) {
+                let mut watermarks = Watermarks::new(durable.clone());
+                for item in watermarks.admit(batch).unwrap() {
+                    let numbers = stored.entry(item.entry.stream).or_default();
+                    prop_assert_eq!(item.first_seq, numbers.last().copied().unwrap_or(0) + 1);
+                    numbers.extend(item.first_seq..=item.entry.seq);
+                }
+                for receipt in watermarks.receipts() {
+                    durable.insert(receipt.stream(), receipt.durable_seq());
+                }
+            }
+            let mut expected = model(&entries);
+            expected.retain(|_, numbers| !numbers.is_empty());
+            prop_assert_eq!(&stored, &expected);
+            for (stream, numbers) in &stored {
+                prop_assert_eq!(durable[stream], numbers.len() as u64);
+            }
+        }
     }
 }

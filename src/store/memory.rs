@@ -1,184 +1,183 @@
-//! A store in memory: what simulation runs over, and the plainest statement of what every store does.
+//! A store in memory, for deterministic simulation: the semantics of the real ones, in maps.
+//!
+//! Handles are cheap to clone and share one state, so that a test can look at what was stored while
+//! the gateway owns the store. What a restart would forget, it does not model: "durable" means here
+//! "survives the session", and dropping the last handle is the end.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::ledger::Watermarks;
+use super::ledger::{self, Watermarks};
 use super::{
-    Admission, Batch, Committed, Content, Declare, DeclareOutcome, DeviceEvent, DeviceId, Entry,
-    Login, LoginOutcome, Receipt, Schema, SchemaChannel, SchemaHash, SeriesId, Store, StoreError,
-    StreamId,
+    Admission, Batch, BootClock, Committed, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
+    DeviceId, Entry, Kind, Login, LoginOutcome, Receipt, Schema, SchemaChannel, SchemaHash,
+    SeriesId, Store, StoreError, StreamId,
 };
-use crate::clock::BootClock;
 
-/// Clocks that a login brings back.
-const BOOTS_MAX: usize = 8;
+/// How many boots' clocks a login gets.
+const CLOCKS_MAX: usize = 8;
 
-/// A store whose durability lasts as long as the value.
-#[derive(Debug, Default)]
+/// The store; see the module.
+#[derive(Clone, Debug, Default)]
 pub struct MemoryStore {
-    devices: HashMap<String, DeviceId>,
-    disabled: Vec<DeviceId>,
-    streams: HashMap<(DeviceId, u64), StreamId>,
-    durable_seqs: HashMap<StreamId, u64>,
+    state: Arc<Mutex<State>>,
+}
+
+/// An entry as it was stored.
+#[derive(Clone, Debug)]
+pub struct StoredEntry {
+    /// The first number it was stored for: that of the entry, or a later one for a gap that
+    /// overlapped what was durable.
+    pub first_seq: u64,
+    /// The entry.
+    pub entry: Entry,
+}
+
+/// What tells one series from another.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SeriesKey {
+    /// Whose.
+    pub device: DeviceId,
+    /// The channel's name.
+    pub channel: String,
+    /// The channel's unit.
+    pub unit: String,
+    /// Type of its values.
+    pub kind: Kind,
+}
+
+#[derive(Clone, Debug, Default)]
+struct State {
+    failures_left: u32,
+    devices: Vec<Device>,
+    device_ids: HashMap<String, DeviceId>,
+    streams: Vec<Stream>,
+    stream_ids: HashMap<(DeviceId, u64), StreamId>,
     schemas: HashMap<(DeviceId, u16), (SchemaHash, Arc<Schema>)>,
-    series: HashMap<(DeviceId, String, String, u8), SeriesId>,
-    clocks: HashMap<DeviceId, Vec<BootClock>>,
-    ledger: BTreeMap<(StreamId, u64), (u64, Content)>,
+    series: Vec<SeriesKey>,
+    series_ids: HashMap<SeriesKey, SeriesId>,
     events: Vec<DeviceEvent>,
-    transient_failures: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Device {
+    name: String,
+    enabled: bool,
+    clocks: BTreeMap<u32, BootClock>,
+}
+
+#[derive(Clone, Debug)]
+struct Stream {
+    device: DeviceId,
+    durable_seq: u64,
+    entries: BTreeMap<u64, StoredEntry>,
 }
 
 impl MemoryStore {
-    /// The next `count` commits fail and do nothing.
-    pub fn fail_next(&mut self, count: usize) {
-        self.transient_failures = count;
+    /// An empty store.
+    pub fn new() -> Self {
+        Self::default()
     }
 
-    /// An operator disables a device.
-    pub fn disable(&mut self, device: &str) {
-        self.disabled.extend(self.devices.get(device));
+    /// Makes the next `n` commits fail with [`StoreError::Transient`], storing nothing.
+    pub fn fail_next_commits(&self, n: u32) {
+        self.state().failures_left = n;
     }
 
-    /// What is stored of a device's stream: number, first number covered, content.
-    pub fn stored(&self, device: &str, stream: u64) -> Vec<(u64, u64, &Content)> {
-        let Some(stream) = self
-            .devices
-            .get(device)
-            .and_then(|device| self.streams.get(&(*device, stream)))
-        else {
-            return Vec::new();
+    /// Lets a device in or keeps it out at its next login; `false` if there is no such device.
+    pub fn set_enabled(&self, device: &str, enabled: bool) -> bool {
+        let mut state = self.state();
+        let Some(id) = state.device_ids.get(device).copied() else {
+            return false;
         };
-        self.ledger
-            .range((*stream, 0)..=(*stream, u64::MAX))
-            .map(|((_, seq), (first_seq, content))| (*seq, *first_seq, content))
+        state.device_mut(id).enabled = enabled;
+        true
+    }
+
+    /// All streams, with the name of their device.
+    pub fn streams(&self) -> Vec<(StreamId, String)> {
+        let state = self.state();
+        let name = |stream: &Stream| state.devices[row(stream.device.0)].name.clone();
+        (1..)
+            .map(StreamId)
+            .zip(state.streams.iter().map(name))
             .collect()
     }
 
-    /// The audit trail.
-    pub fn events(&self) -> &[DeviceEvent] {
-        &self.events
-    }
-
-    fn login(&mut self, login: &Login) -> LoginOutcome {
-        let next_device = DeviceId(self.devices.len() as i64 + 1);
-        let device = *self
-            .devices
-            .entry(login.device.clone())
-            .or_insert(next_device);
-        if self.disabled.contains(&device) {
-            return LoginOutcome::Disabled;
-        }
-        let next_stream = StreamId(self.streams.len() as i64 + 1);
-        let stream = *self
+    /// How far a stream is durable; 0 for one that does not exist.
+    pub fn durable_seq(&self, stream: StreamId) -> u64 {
+        self.state()
             .streams
-            .entry((device, login.stream))
-            .or_insert(next_stream);
-        let durable_seq = *self.durable_seqs.entry(stream).or_default();
-        if login.next_seq <= durable_seq {
-            return LoginOutcome::StreamConflict;
-        }
-        let schema = login.schema.and_then(|(number, hash)| {
-            let (stored, schema) = self.schemas.get(&(device, number))?;
-            (*stored == hash).then(|| Arc::clone(schema))
-        });
-        let receipt = Receipt {
-            stream,
-            durable_seq,
-        };
-        let clocks = self.clocks.get(&device).cloned().unwrap_or_default();
-        LoginOutcome::Admitted(Box::new(Admission {
-            device,
-            receipt,
-            schema,
-            clocks,
-        }))
+            .get(row(stream.0))
+            .map_or(0, |stream| stream.durable_seq)
     }
 
-    fn declare(&mut self, declare: &Declare) -> DeclareOutcome {
-        if let Some((hash, schema)) = self.schemas.get(&(declare.device, declare.schema)) {
-            return if *hash == declare.hash {
-                DeclareOutcome::Accepted(Arc::clone(schema))
-            } else {
-                DeclareOutcome::Conflict
-            };
-        }
-        let mut channels = Vec::new();
-        for channel in &declare.channels {
-            let key = (
-                declare.device,
-                channel.name.clone(),
-                channel.unit.clone(),
-                channel.kind as u8,
-            );
-            let next = SeriesId(self.series.len() as i64 + 1);
-            let series = *self.series.entry(key).or_insert(next);
-            let (id, kind, exp10) = (channel.id, channel.kind, channel.exp10);
-            channels.push(SchemaChannel {
-                id,
-                kind,
-                exp10,
-                series,
-            });
-        }
-        let schema = Arc::new(Schema {
-            schema: declare.schema,
-            channels,
-        });
-        let kept = (declare.hash, Arc::clone(&schema));
-        self.schemas.insert((declare.device, declare.schema), kept);
-        DeclareOutcome::Accepted(schema)
+    /// What is stored of a stream, by sequence number.
+    pub fn entries(&self, stream: StreamId) -> BTreeMap<u64, StoredEntry> {
+        let state = self.state();
+        state
+            .streams
+            .get(row(stream.0))
+            .map(|stream| stream.entries.clone())
+            .unwrap_or_default()
     }
 
-    fn store(&mut self, entries: &[Entry]) -> Vec<Receipt> {
-        let stored = entries.iter().map(|entry| {
-            (
-                entry.stream,
-                self.durable_seqs
-                    .get(&entry.stream)
-                    .copied()
-                    .unwrap_or_default(),
-            )
-        });
-        let mut watermarks = Watermarks::new(stored);
-        for (entry, first_seq) in watermarks.admit(entries) {
-            let key = (entry.stream, entry.seq);
-            let before = self.ledger.insert(key, (first_seq, entry.content.clone()));
-            assert!(before.is_none(), "the ledger takes each number once");
-        }
-        let receipts = watermarks.receipts();
-        for receipt in &receipts {
-            self.durable_seqs
-                .insert(receipt.stream, receipt.durable_seq);
-        }
-        receipts
+    /// What a series stands for.
+    pub fn series(&self, series: SeriesId) -> Option<SeriesKey> {
+        self.state().series.get(row(series.0)).cloned()
     }
 
-    fn keep_clock(&mut self, device: DeviceId, clock: BootClock) {
-        let clocks = self.clocks.entry(device).or_default();
-        clocks.retain(|known| known.boot != clock.boot);
-        clocks.insert(0, clock);
-        clocks.truncate(BOOTS_MAX);
+    /// All clocks kept of a device, by boot.
+    pub fn clocks(&self, device: DeviceId) -> Vec<BootClock> {
+        let state = self.state();
+        let device = state.devices.get(row(device.0));
+        device
+            .map(|device| device.clocks.values().copied().collect())
+            .unwrap_or_default()
+    }
+
+    /// The audit trail of sessions, in order.
+    pub fn events(&self) -> Vec<DeviceEvent> {
+        self.state().events.clone()
+    }
+
+    /// A test that panicked with the lock held has failed already; the maps are whole all the same.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Store for MemoryStore {
     async fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
-        if self.transient_failures > 0 {
-            self.transient_failures -= 1;
-            return Err(StoreError::Transient("failure on order".into()));
+        self.state().commit(batch)
+    }
+
+    async fn close(self) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
+impl State {
+    fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
+        if self.failures_left > 0 {
+            self.failures_left -= 1;
+            return Err(StoreError::Transient(
+                "a fault injected by the test".to_owned(),
+            ));
         }
+        // Entries first: theirs is the only step that can fail, and nothing may be half done then.
+        // Declares do not depend on it.
+        let receipts = self.store_entries(&batch.entries)?;
         let declares = batch
             .declares
             .iter()
             .map(|declare| self.declare(declare))
             .collect();
-        let receipts = self.store(&batch.entries);
         let logins = batch.logins.iter().map(|login| self.login(login)).collect();
         for (device, clock) in &batch.clocks {
-            self.keep_clock(*device, *clock);
+            self.device_mut(*device).clocks.insert(clock.boot, *clock);
         }
-        self.events.extend(batch.events.iter().cloned());
+        self.events.extend_from_slice(&batch.events);
         Ok(Committed {
             logins,
             declares,
@@ -186,7 +185,285 @@ impl Store for MemoryStore {
         })
     }
 
-    async fn close(self) -> Result<(), StoreError> {
-        Ok(())
+    fn store_entries(&mut self, entries: &[Entry]) -> Result<Vec<Receipt>, StoreError> {
+        let durable = entries.iter().filter_map(|entry| {
+            let stream = self.streams.get(row(entry.stream.0))?;
+            Some((entry.stream, stream.durable_seq))
+        });
+        let mut watermarks = Watermarks::new(durable);
+        let admitted = watermarks
+            .admit(entries)
+            .map_err(|error| StoreError::Fatal(error.to_string()))?;
+        for item in admitted {
+            let stored = StoredEntry {
+                first_seq: item.first_seq,
+                entry: item.entry.clone(),
+            };
+            self.stream_mut(item.entry.stream)
+                .entries
+                .insert(item.entry.seq, stored);
+        }
+        for (stream, progress) in watermarks.moved() {
+            self.stream_mut(stream).durable_seq = progress.durable_seq;
+        }
+        Ok(watermarks.receipts())
+    }
+
+    fn declare(&mut self, declare: &Declare) -> DeclareOutcome {
+        let key = (declare.device, declare.schema);
+        if let Some((hash, schema)) = self.schemas.get(&key) {
+            return if *hash == declare.hash {
+                DeclareOutcome::Accepted(Arc::clone(schema))
+            } else {
+                DeclareOutcome::Conflict
+            };
+        }
+        let channels = declare
+            .channels
+            .iter()
+            .map(|channel| self.channel(declare.device, channel));
+        let schema = Arc::new(Schema {
+            schema: declare.schema,
+            channels: channels.collect(),
+        });
+        self.schemas
+            .insert(key, (declare.hash, Arc::clone(&schema)));
+        DeclareOutcome::Accepted(schema)
+    }
+
+    fn channel(&mut self, device: DeviceId, declared: &DeclaredChannel) -> SchemaChannel {
+        let key = SeriesKey {
+            device,
+            channel: declared.name.clone(),
+            unit: declared.unit.clone(),
+            kind: declared.kind,
+        };
+        let series = *self.series_ids.entry(key).or_insert_with_key(|key| {
+            self.series.push(key.clone());
+            SeriesId(self.series.len() as i64)
+        });
+        SchemaChannel {
+            id: declared.id,
+            kind: declared.kind,
+            exp10: declared.exp10,
+            series,
+        }
+    }
+
+    fn login(&mut self, login: &Login) -> LoginOutcome {
+        let device = self.find_or_create_device(&login.device);
+        if !self.device_mut(device).enabled {
+            return LoginOutcome::Disabled;
+        }
+        let stream = self.find_or_create_stream(device, login.stream);
+        let durable_seq = self.stream_mut(stream).durable_seq;
+        if login.next_seq <= durable_seq {
+            return LoginOutcome::StreamConflict;
+        }
+        let kept = self
+            .device_mut(device)
+            .clocks
+            .entry(login.clock.boot)
+            .or_insert(login.clock);
+        if ledger::replaces(kept, &login.clock) {
+            *kept = login.clock;
+        }
+        LoginOutcome::Admitted(Box::new(Admission {
+            device,
+            receipt: Receipt {
+                stream,
+                durable_seq,
+            },
+            schema: login.schema.and_then(|(schema, hash)| {
+                let (stored, schema) = self.schemas.get(&(device, schema))?;
+                (*stored == hash).then(|| Arc::clone(schema))
+            }),
+            clocks: self.latest_clocks(device),
+        }))
+    }
+
+    fn find_or_create_device(&mut self, name: &str) -> DeviceId {
+        if let Some(id) = self.device_ids.get(name) {
+            return *id;
+        }
+        let device = Device {
+            name: name.to_owned(),
+            enabled: true,
+            clocks: BTreeMap::new(),
+        };
+        self.devices.push(device);
+        let id = DeviceId(self.devices.len() as i64);
+        self.device_ids.insert(name.to_owned(), id);
+        id
+    }
+
+    fn find_or_create_stream(&mut self, device: DeviceId, stream: u64) -> StreamId {
+        *self.stream_ids.entry((device, stream)).or_insert_with(|| {
+            self.streams.push(Stream {
+                device,
+                durable_seq: 0,
+                entries: BTreeMap::new(),
+            });
+            StreamId(self.streams.len() as i64)
+        })
+    }
+
+    fn latest_clocks(&mut self, device: DeviceId) -> Vec<BootClock> {
+        let mut clocks: Vec<BootClock> = self.device_mut(device).clocks.values().copied().collect();
+        clocks.sort_by_key(|clock| std::cmp::Reverse((clock.measured_at_us, clock.boot)));
+        clocks.truncate(CLOCKS_MAX);
+        clocks
+    }
+
+    /// Ids come from this store, so there is a row for each.
+    fn device_mut(&mut self, device: DeviceId) -> &mut Device {
+        &mut self.devices[row(device.0)]
+    }
+
+    fn stream_mut(&mut self, stream: StreamId) -> &mut Stream {
+        &mut self.streams[row(stream.0)]
+    }
+}
+
+/// Ids count from 1, as SQL's do; no id below is ever given out.
+fn row(id: i64) -> usize {
+    usize::try_from(id - 1).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::contract::{Dump, Harness, contract};
+    use crate::store::{Content, DeviceEventKind, Readings, ResolvedTime};
+
+    contract!(MemoryStore);
+
+    impl Harness for MemoryStore {
+        type Store = Self;
+
+        async fn create() -> Self {
+            Self::new()
+        }
+
+        fn store(&mut self) -> &mut Self {
+            self
+        }
+
+        async fn reopen(self) -> Self {
+            self
+        }
+
+        async fn disable(&mut self, device: &str) {
+            assert!(self.set_enabled(device, false));
+        }
+
+        async fn fill_disk(&mut self) {
+            self.fail_next_commits(1);
+        }
+
+        async fn free_disk(&mut self) {}
+
+        async fn dump(&mut self) -> Dump {
+            let mut dump = Dump::default();
+            for (stream, device) in self.streams() {
+                for (seq, stored) in self.entries(stream) {
+                    dump_entry(self, &mut dump, &device, stream, seq, &stored);
+                }
+            }
+            let names: Vec<String> = self
+                .state()
+                .devices
+                .iter()
+                .map(|device| device.name.clone())
+                .collect();
+            for (id, name) in (1..).zip(&names) {
+                let clock = |c: BootClock| (name.clone(), c.boot, c.offset_us, c.delay_us);
+                dump.clocks
+                    .extend(self.clocks(DeviceId(id)).into_iter().map(clock));
+            }
+            dump.events.extend(self.events().into_iter().map(|event| {
+                let kind = match event.kind {
+                    DeviceEventKind::Connected => "connected",
+                    DeviceEventKind::Disconnected => "disconnected",
+                };
+                let name = names[row(event.device.0)].clone();
+                (
+                    name,
+                    event.at_us,
+                    kind.to_owned(),
+                    event.code.into(),
+                    event.detail,
+                )
+            }));
+            dump.readings.sort();
+            dump.events.sort();
+            dump
+        }
+    }
+
+    fn dump_entry(
+        store: &MemoryStore,
+        dump: &mut Dump,
+        device: &str,
+        stream: StreamId,
+        seq: u64,
+        stored: &StoredEntry,
+    ) {
+        let mut time: Option<ResolvedTime> = None;
+        match stored.entry.content.clone() {
+            Content::Readings(readings) => {
+                time = Some(readings.time);
+                dump_readings(store, dump, device, seq, &readings);
+            }
+            Content::Gap { reason } => dump.gaps.push((stream.0, stored.first_seq, seq, reason)),
+            Content::Event {
+                time: at,
+                at_us,
+                code,
+                text,
+                ..
+            } => {
+                time = Some(at);
+                dump.events
+                    .push((device.to_owned(), at_us, "event".to_owned(), code, text));
+            }
+            Content::Quarantined {
+                code,
+                detail,
+                bytes,
+                ..
+            } => {
+                dump.quarantine.push((stream.0, seq, code, detail, bytes));
+            }
+        }
+        let (quality, offset_us) = time.map(|t| (t.quality as u8, t.offset_us)).unzip();
+        let frame_type = stored.entry.frame_type;
+        dump.frames.push((
+            device.to_owned(),
+            stream.0,
+            seq,
+            frame_type,
+            quality,
+            offset_us,
+        ));
+    }
+
+    fn dump_readings(
+        store: &MemoryStore,
+        dump: &mut Dump,
+        device: &str,
+        seq: u64,
+        readings: &Readings,
+    ) {
+        for (column, series) in readings.series.iter().enumerate() {
+            let key = store.series(*series).unwrap();
+            for (r, ts_us) in readings.times_us.iter().enumerate() {
+                let value = readings.values[column * readings.times_us.len() + r];
+                let bits = (!value.is_nan()).then_some(value.to_bits());
+                let (channel, unit) = (key.channel.clone(), key.unit.clone());
+                dump.readings
+                    .push((device.to_owned(), channel, unit, *ts_us, seq, bits));
+            }
+        }
     }
 }

@@ -16,9 +16,12 @@ use fieldgate_protocol::column::Kind;
 
 use crate::clock::{BootClock, Quality};
 
+#[cfg(test)]
+mod contract;
 pub mod ledger;
 pub mod memory;
 pub mod sqlite;
+pub mod url;
 
 /// Row id of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -60,8 +63,8 @@ pub struct Login {
     pub firmware: String,
     /// The schema the device will send with, and its hash.
     pub schema: Option<(u16, SchemaHash)>,
-    /// Address of the peer, for the audit trail.
-    pub peer: String,
+    /// The clock of the present boot.
+    pub clock: BootClock,
     /// When, microseconds UTC.
     pub at_us: i64,
 }
@@ -89,7 +92,7 @@ pub struct Admission {
     pub receipt: Receipt,
     /// The schema named in the login, if it is stored with that hash.
     pub schema: Option<Arc<Schema>>,
-    /// Clocks of the device's latest boots, at most 8.
+    /// Clocks of the device's latest boots (at most 8), the present one included.
     pub clocks: Vec<BootClock>,
 }
 
@@ -248,7 +251,9 @@ pub struct DeviceEvent {
 /// What a [`DeviceEvent`] tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceEventKind {
-    /// A session ended. (That one began, the store notes with its login.)
+    /// A session began.
+    Connected,
+    /// A session ended.
     Disconnected,
 }
 

@@ -1,365 +1,258 @@
-//! The store in one SQLite file: opening it, and what must be true before it is trusted.
+//! The store in one SQLite file.
 //!
-//! `write` carries out commits, `wal` keeps the write-ahead log short, `read` is for everything that
-//! only looks.
+//! One process and one connection write, in write-ahead-log mode, and every commit is synced before
+//! it returns. `open` gets the connections, `write` turns a batch into a transaction (`rows`,
+//! `admit`, `bulk` have its statements), `checkpoint` keeps the log short. Here they are put
+//! together, and errors become [`StoreError`]s.
 //!
 //! Invariants
-//! - WAL with `synchronous=FULL`, set and read back: a commit that returned is on the disk.
-//! - One writer: the file next to the database is locked for as long as the store is open.
-//! - SQLite is at least 3.51.3: older ones can lose committed transactions of a WAL that two
-//!   connections use (the WAL-reset race).
+//! - A transient error leaves nothing behind: the same batch may be committed again.
+//! - After a fatal error nothing is written any more, not even the checkpoint that SQLite makes when
+//!   its last connection closes.
 
-mod read;
-mod wal;
+use std::fs::File;
+use std::path::Path;
+
+use sqlx::Connection;
+
+use self::checkpoint::{Checkpoints, Limits};
+use self::open::WriterSettings;
+pub use self::open::{OpenError, migrate, open_reader};
+use self::write::Writer;
+use super::{Batch, Committed, Content, Store, StoreError};
+
+mod admit;
+mod bulk;
+mod checkpoint;
+mod open;
+mod rows;
+#[cfg(test)]
+mod tests;
 mod write;
 
-use std::fs::{File, TryLockError};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+// SQLite's primary result codes, the low byte of an extended one.
+const PERM: i32 = 3;
+const BUSY: i32 = 5;
+const LOCKED: i32 = 6;
+const NOMEM: i32 = 7;
+const READONLY: i32 = 8;
+const FULL: i32 = 13;
+const CANTOPEN: i32 = 14;
+const NOTADB: i32 = 26;
+/// Extended code of an I/O error: the log's index, which is rebuilt at every start, could not grow.
+/// It is how a full disk shows there.
+const IOERR_SHMSIZE: i32 = 10 | (19 << 8);
 
-use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
-use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
+/// After how many readings statistics are looked after for the first time; then each time after
+/// twice as many, up to the second figure.
+const OPTIMIZE_AFTER_READINGS: (u64, u64) = (100_000, 50_000_000);
 
-pub use self::read::{ReadError, open_reader};
-use self::wal::{Checkpointer, WalLimits};
-use self::write::Statements;
-use super::{Batch, Committed, Store, StoreError};
-
-static MIGRATIONS: Migrator = sqlx::migrate!("./migrations/sqlite");
-
-/// The number in the file's header that says "Fieldgate"; set by the first migration.
-const APPLICATION_ID: i32 = 1_179_079_729;
-const VERSION_MIN: (u32, u32, u32) = (3, 51, 3);
-/// Readers never make a writer wait in WAL; a checkpoint or another program may.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How a store uses memory and disk.
-#[derive(Clone, Copy, Debug)]
+/// How the store uses memory and disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SqliteSettings {
-    /// Bytes of SQLite's page cache.
+    /// Memory for pages on the writer's connection.
     pub cache_bytes: u64,
-    /// Bytes of write-ahead log at which commits stop until readers let go of it.
-    pub wal_bytes_max: u64,
+    /// Bytes of a page, a power of two from 512 to 65536; counts only when the file is created.
+    pub page_bytes: u32,
+    /// Pages are moved from the write-ahead log into the database, beside commits, when so much of
+    /// it has not been moved.
+    pub wal_checkpoint_bytes: u64,
+    /// When the write-ahead log is longer than this, the rest of it is moved between two commits.
+    pub wal_soft_bytes: u64,
+    /// When a reader keeps the write-ahead log from being reset and it is longer than this, commits
+    /// are refused as transient until the reader is gone.
+    pub wal_hard_bytes: u64,
 }
 
+/// Measured with frames of 1 and of 60 readings, in batches of 20,000 and 200,000: pages of 8 KiB take
+/// no more time than others in any of them, and the log is moved seldom because a page that many
+/// batches write is then moved once.
 impl Default for SqliteSettings {
     fn default() -> Self {
-        SqliteSettings {
+        Self {
             cache_bytes: 256 << 20,
-            wal_bytes_max: 1 << 30,
+            page_bytes: 8192,
+            wal_checkpoint_bytes: 64 << 20,
+            wal_soft_bytes: 128 << 20,
+            wal_hard_bytes: 1 << 30,
         }
     }
 }
 
-/// Why a store was not opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// Directory or file cannot be created or written.
-    #[error("cannot write {path}: {source}")]
-    NotWritable {
-        /// Which file.
-        path: PathBuf,
-        /// The system's word.
-        source: std::io::Error,
-    },
-    /// Another process has the store.
-    #[error(
-        "{0} is in use by another fieldgate; stop that one first, or choose another --data-dir"
-    )]
-    InUse(PathBuf),
-    /// Some other file.
-    #[error("{0} is not a Fieldgate database; give another --store or --data-dir")]
-    Foreign(PathBuf),
-    /// A later version of this program made it.
-    #[error(
-        "{path} was made by a newer version of fieldgate (its schema has step {step}, this program \
-         knows up to {known}); use that version"
-    )]
-    Newer {
-        /// Which database.
-        path: PathBuf,
-        /// A migration this program does not have.
-        step: i64,
-        /// The last migration it has.
-        known: i64,
-    },
-    /// A setting on which the promise rests did not take.
-    #[error("{path}: {setting} is {found}, and must be {wanted}")]
-    Setting {
-        /// Which database.
-        path: PathBuf,
-        /// Which setting.
-        setting: &'static str,
-        /// What it is.
-        found: String,
-        /// What it must be.
-        wanted: &'static str,
-    },
-    /// Anything else SQLite says.
-    #[error("cannot open {path}: {source}")]
-    Sqlite {
-        /// Which database.
-        path: PathBuf,
-        /// SQLite's word.
-        source: sqlx::Error,
-    },
-    /// A migration failed.
-    #[error("cannot bring {path} up to date: {source}")]
-    Migrate {
-        /// Which database.
-        path: PathBuf,
-        /// Why.
-        source: MigrateError,
-    },
-}
-
-/// The store in one SQLite file.
-#[derive(Debug)]
+/// The store; see the module.
 pub struct SqliteStore {
-    connection: SqliteConnection,
-    statements: Statements,
-    /// Highest id in `frames`.
-    last_frame_id: i64,
-    checkpointer: Checkpointer,
-    /// Holds the lock.
+    /// `None` after a fatal error.
+    writer: Option<Writer>,
+    checkpoints: Checkpoints,
+    statistics: Statistics,
+    /// Held while the store is open.
     _lock: File,
 }
 
+/// When to look after the statistics that the query planner goes by.
+struct Statistics {
+    readings: u64,
+    due_at_readings: u64,
+}
+
 impl SqliteStore {
-    /// Opens or creates the database at `path` and brings its tables up to date.
-    pub async fn open(path: &Path, settings: SqliteSettings) -> Result<SqliteStore, OpenError> {
-        let lock = lock(path)?;
-        let options = write_options(path, settings);
+    /// Opens the database at `path`, creating it if there is none, and brings its schema up to date.
+    ///
+    /// # Errors
+    /// [`OpenError`] says in one line what is wrong and what to do.
+    pub async fn open(
+        path: impl AsRef<Path>,
+        settings: &SqliteSettings,
+    ) -> Result<Self, OpenError> {
+        if settings.wal_checkpoint_bytes > settings.wal_soft_bytes
+            || settings.wal_soft_bytes > settings.wal_hard_bytes
+        {
+            return Err(OpenError::Settings(
+                "the limits of the write-ahead log must not shrink from checkpoint to soft to hard",
+            ));
+        }
+        let (path, lock) = open::claim(path.as_ref())?;
+        let writer_settings = WriterSettings::of(settings);
         let sqlite = |source| OpenError::Sqlite {
-            path: path.to_owned(),
+            path: path.clone(),
             source,
         };
-        let mut connection = options
-            .connect()
-            .await
-            .map_err(|error| foreign(path, error))?;
-        check_identity(path, &mut connection).await?;
-        MIGRATIONS
-            .run(&mut connection)
-            .await
-            .map_err(|error| migrate_error(path, error))?;
-        check_settings(path, &mut connection).await?;
-        let last_frame_id = sqlx::query_scalar("SELECT coalesce(max(id), 0) FROM frames")
-            .fetch_one(&mut connection)
-            .await
-            .map_err(sqlite)?;
-        sqlx::query("PRAGMA optimize=0x10002")
-            .execute(&mut connection)
-            .await
-            .map_err(sqlite)?;
-        let limits = WalLimits::new(settings.wal_bytes_max);
-        let checkpoints = write_options(
-            path,
-            SqliteSettings {
-                cache_bytes: 1 << 20,
-                ..settings
+        let mut conn = open::writer(&path, &writer_settings).await?;
+        optimize(&mut conn).await.map_err(sqlite)?;
+        let page_size = sqlx::query_scalar("SELECT page_size FROM pragma_page_size");
+        let page_bytes: u32 = page_size.fetch_one(&mut conn).await.map_err(sqlite)?;
+        let mut checkpoints = Checkpoints::start(
+            open::checkpointer(&path).await?,
+            Limits {
+                wake_bytes: settings.wal_checkpoint_bytes,
+                soft_bytes: settings.wal_soft_bytes,
+                hard_bytes: settings.wal_hard_bytes,
+                page_bytes: u64::from(page_bytes),
             },
         );
-        let checkpoints = checkpoints.connect().await.map_err(sqlite)?;
-        Ok(SqliteStore {
-            connection,
-            statements: Statements::new(),
-            last_frame_id,
-            checkpointer: Checkpointer::start(checkpoints, limits),
+        // A crash may have left a long log behind.
+        checkpoints.observe(&mut conn).await.map_err(sqlite)?;
+        Ok(Self {
+            writer: Some(Writer::new(conn).await.map_err(sqlite)?),
+            checkpoints,
+            statistics: Statistics {
+                readings: 0,
+                due_at_readings: OPTIMIZE_AFTER_READINGS.0,
+            },
             _lock: lock,
         })
+    }
+
+    async fn try_commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
+        let Some(writer) = &mut self.writer else {
+            return Err(StoreError::Fatal("the store has failed before".to_owned()));
+        };
+        self.checkpoints.make_room().await?;
+        self.statistics.look_after(writer).await?;
+        let committed = writer
+            .commit(batch)
+            .await
+            .map_err(|error| classify(&error, "commit"))?;
+        self.statistics.count(batch);
+        // The batch is durable whatever this says: an error is no reason to withhold receipts, and
+        // a real one comes back with the next batch.
+        if let Err(error) = self.checkpoints.observe(&mut writer.conn).await {
+            tracing::warn!(%error, "the length of the write-ahead log is not known");
+        }
+        Ok(committed)
+    }
+
+    /// Gives the writer up without closing it: closing the last connection would try a checkpoint
+    /// once more, and after a failed sync that may seem to succeed and delete the log, which alone
+    /// still has what was acknowledged.
+    fn abandon(&mut self) {
+        std::mem::forget(self.writer.take());
     }
 }
 
 impl Store for SqliteStore {
     async fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
-        self.checkpointer.make_room(&mut self.connection).await?;
-        let (statements, last_frame_id) = (&self.statements, self.last_frame_id);
-        let written = write::commit(&mut self.connection, statements, last_frame_id, batch).await?;
-        self.last_frame_id = written.last_frame_id;
-        self.checkpointer.after_commit(&mut self.connection).await?;
-        Ok(written.committed)
+        let result = self.try_commit(batch).await;
+        if let Err(StoreError::Fatal(_)) = result {
+            self.abandon();
+        }
+        result
     }
 
     async fn close(mut self) -> Result<(), StoreError> {
-        self.checkpointer.stop().await;
-        for tidy in ["PRAGMA optimize", "PRAGMA wal_checkpoint(TRUNCATE)"] {
-            sqlx::query(tidy)
-                .execute(&mut self.connection)
-                .await
-                .map_err(write::classify)?;
+        let Some(mut writer) = self.writer.take() else {
+            return Ok(());
+        };
+        if let Some(reason) = self.checkpoints.stop().await {
+            std::mem::forget(writer);
+            return Err(StoreError::Fatal(reason));
         }
-        self.connection.close().await.map_err(write::classify)
-    }
-}
-
-/// What a migration run found and left: the last step before, and after; 0 before a new database.
-pub async fn migrate(path: &Path) -> Result<(i64, i64), OpenError> {
-    let _lock = lock(path)?;
-    let options = write_options(path, SqliteSettings::default());
-    let mut connection = options
-        .connect()
-        .await
-        .map_err(|error| foreign(path, error))?;
-    check_identity(path, &mut connection).await?;
-    let before = schema_step(&mut connection).await;
-    MIGRATIONS
-        .run(&mut connection)
-        .await
-        .map_err(|error| migrate_error(path, error))?;
-    let after = schema_step(&mut connection).await;
-    let sqlite = |source| OpenError::Sqlite {
-        path: path.to_owned(),
-        source,
-    };
-    connection.close().await.map_err(sqlite)?;
-    Ok((before, after))
-}
-
-/// The last migration a database has had; 0 where there is none.
-async fn schema_step(connection: &mut SqliteConnection) -> i64 {
-    sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
-        .fetch_one(connection)
-        .await
-        .unwrap_or(0)
-}
-
-/// The last migration this program has.
-fn known_step() -> i64 {
-    MIGRATIONS
-        .iter()
-        .map(|migration| migration.version)
-        .max()
-        .unwrap_or(0)
-}
-
-fn write_options(path: &Path, settings: SqliteSettings) -> SqliteConnectOptions {
-    let cache_kib = i64::try_from(settings.cache_bytes / 1024).unwrap_or(i64::MAX);
-    SqliteConnectOptions::new()
-        .filename(path)
-        .create_if_missing(true)
-        .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Full)
-        .busy_timeout(BUSY_TIMEOUT)
-        .statement_cache_capacity(100)
-        .pragma("cache_size", format!("-{cache_kib}"))
-        // Checkpoints are `wal`'s business, off the way of commits.
-        .pragma("wal_autocheckpoint", "0")
-        .pragma("journal_size_limit", wal::RESTART_BYTES.to_string())
-        .pragma("analysis_limit", "400")
-}
-
-fn lock(path: &Path) -> Result<File, OpenError> {
-    let lock_path = PathBuf::from(format!("{}.lock", path.display()));
-    let not_writable = |source| OpenError::NotWritable {
-        path: lock_path.clone(),
-        source,
-    };
-    let file = File::options()
-        .create(true)
-        .write(true)
-        .truncate(false)
-        .open(&lock_path)
-        .map_err(not_writable)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(OpenError::InUse(path.to_owned())),
-        Err(TryLockError::Error(source)) => Err(not_writable(source)),
-    }
-}
-
-async fn check_identity(path: &Path, connection: &mut SqliteConnection) -> Result<(), OpenError> {
-    let sqlite = |source| OpenError::Sqlite {
-        path: path.to_owned(),
-        source,
-    };
-    let version: String = sqlx::query_scalar("SELECT sqlite_version()")
-        .fetch_one(&mut *connection)
-        .await
-        .map_err(sqlite)?;
-    if parse_version(&version).is_none_or(|version| version < VERSION_MIN) {
-        let wanted = "3.51.3 or later";
-        let path = path.to_owned();
-        return Err(OpenError::Setting {
-            path,
-            setting: "SQLite",
-            found: version,
-            wanted,
-        });
-    }
-    let tables: i64 = sqlx::query_scalar("SELECT count(*) FROM sqlite_schema")
-        .fetch_one(&mut *connection)
-        .await
-        .map_err(sqlite)?;
-    let application_id: i32 = sqlx::query_scalar("PRAGMA application_id")
-        .fetch_one(&mut *connection)
-        .await
-        .map_err(sqlite)?;
-    if tables > 0 && application_id != APPLICATION_ID {
-        return Err(OpenError::Foreign(path.to_owned()));
-    }
-    Ok(())
-}
-
-fn parse_version(version: &str) -> Option<(u32, u32, u32)> {
-    let mut parts = version.split('.').map(|part| part.parse().ok());
-    Some((parts.next()??, parts.next()??, parts.next()??))
-}
-
-async fn check_settings(path: &Path, connection: &mut SqliteConnection) -> Result<(), OpenError> {
-    let checks = [
-        ("PRAGMA journal_mode", "journal_mode", "wal"),
-        ("PRAGMA synchronous", "synchronous", "2"),
-    ];
-    for (sql, setting, wanted) in checks {
-        let row = sqlx::query(sql)
-            .fetch_one(&mut *connection)
+        optimize(&mut writer.conn)
             .await
-            .map_err(|source| OpenError::Sqlite {
-                path: path.to_owned(),
-                source,
-            })?;
-        let found = row
-            .try_get::<String, _>(0)
-            .or_else(|_| row.try_get::<i64, _>(0).map(|number| number.to_string()))
-            .unwrap_or_default();
-        if found != wanted {
-            return Err(OpenError::Setting {
-                path: path.to_owned(),
-                setting,
-                found,
-                wanted,
-            });
-        }
-    }
-    Ok(())
-}
-
-/// SQLite says "file is not a database" where the first bytes are not its own.
-fn foreign(path: &Path, error: sqlx::Error) -> OpenError {
-    const SQLITE_NOTADB: &str = "26";
-    let code = error.as_database_error().and_then(|error| error.code());
-    if code.as_deref() == Some(SQLITE_NOTADB) {
-        OpenError::Foreign(path.to_owned())
-    } else {
-        OpenError::Sqlite {
-            path: path.to_owned(),
-            source: error,
-        }
+            .map_err(|error| classify(&error, "optimize"))?;
+        // A reader may hold on to the log; what is not moved now is moved at the next start.
+        let truncate = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&mut writer.conn);
+        truncate
+            .await
+            .map_err(|error| classify(&error, "checkpoint"))?;
+        writer
+            .conn
+            .close()
+            .await
+            .map_err(|error| classify(&error, "close"))
     }
 }
 
-fn migrate_error(path: &Path, error: MigrateError) -> OpenError {
-    let path = path.to_owned();
-    match error {
-        MigrateError::VersionMissing(step) | MigrateError::VersionTooNew(step, _) => {
-            OpenError::Newer {
-                path,
-                step,
-                known: known_step(),
-            }
+impl Statistics {
+    fn count(&mut self, batch: &Batch) {
+        let readings = batch.entries.iter().map(|entry| match &entry.content {
+            Content::Readings(readings) => readings.values.len() as u64,
+            _ => 0,
+        });
+        self.readings += readings.sum::<u64>();
+    }
+
+    async fn look_after(&mut self, writer: &mut Writer) -> Result<(), StoreError> {
+        if self.readings < self.due_at_readings {
+            return Ok(());
         }
-        source => OpenError::Migrate { path, source },
+        self.due_at_readings = self.readings + self.readings.min(OPTIMIZE_AFTER_READINGS.1);
+        match optimize(&mut writer.conn)
+            .await
+            .map_err(|error| classify(&error, "optimize"))
+        {
+            // Statistics only serve speed.
+            Ok(()) | Err(StoreError::Transient(_)) => Ok(()),
+            Err(fatal) => Err(fatal),
+        }
+    }
+}
+
+/// Has SQLite renew the statistics of tables that have none or have grown tenfold; 0x10000 means all
+/// tables, since this connection runs no queries that would need them.
+async fn optimize(conn: &mut sqlx::SqliteConnection) -> Result<(), sqlx::Error> {
+    sqlx::query("PRAGMA optimize = 0x10002")
+        .execute(conn)
+        .await
+        .map(drop)
+}
+
+fn primary_code(error: &sqlx::Error) -> Option<i32> {
+    extended_code(error).map(|code| code & 0xff)
+}
+
+fn extended_code(error: &sqlx::Error) -> Option<i32> {
+    error.as_database_error()?.code()?.parse().ok()
+}
+
+/// Whether the store can be trusted after an error: a disk that is full or a lock that is held may
+/// pass, but after a failed read, write or sync nobody knows what is on the disk.
+fn classify(error: &sqlx::Error, doing: &str) -> StoreError {
+    let text = format!("{doing}: {error}");
+    match (primary_code(error), extended_code(error)) {
+        (Some(BUSY | LOCKED | NOMEM | FULL), _) | (_, Some(IOERR_SHMSIZE)) => {
+            StoreError::Transient(text)
+        }
+        _ => StoreError::Fatal(text),
     }
 }

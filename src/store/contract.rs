@@ -1,0 +1,641 @@
+//! What every store has to do, as tests that run over each of them.
+
+use std::future::Future;
+
+use super::*;
+use crate::clock::{BootClock, Quality};
+
+/// A store under test, and a way to look behind it.
+pub(super) trait Harness: Sized + Send {
+    type Store: Store;
+    /// A new, empty store.
+    fn create() -> impl Future<Output = Self>;
+    fn store(&mut self) -> &mut Self::Store;
+    /// Closes the store and opens it again.
+    fn reopen(self) -> impl Future<Output = Self>;
+    fn disable(&mut self, device: &str) -> impl Future<Output = ()>;
+    /// Makes the next commit fail as a full disk does, half way if the store has such a thing.
+    fn fill_disk(&mut self) -> impl Future<Output = ()>;
+    fn free_disk(&mut self) -> impl Future<Output = ()>;
+    fn dump(&mut self) -> impl Future<Output = Dump>;
+}
+
+type FrameRow = (String, i64, u64, u8, Option<u8>, Option<i64>);
+type ReadingRow = (String, String, String, i64, u64, Option<u64>);
+
+/// All that is stored, sorted, in terms that every store shares.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Dump {
+    /// Device, stream, seq, type, quality, offset.
+    pub(super) frames: Vec<FrameRow>,
+    /// Device, channel, unit, time, seq, the value's bits.
+    pub(super) readings: Vec<ReadingRow>,
+    /// Stream, from, to, reason.
+    pub(super) gaps: Vec<(i64, u64, u64, u8)>,
+    /// Stream, seq, code, detail, bytes.
+    pub(super) quarantine: Vec<(i64, u64, u8, String, Vec<u8>)>,
+    /// Device, time, kind, code, detail.
+    pub(super) events: Vec<(String, i64, String, u16, String)>,
+    /// Device, boot, offset, delay.
+    pub(super) clocks: Vec<(String, u32, i64, u64)>,
+}
+
+const AT_US: i64 = 1_700_000_000_000_000;
+
+pub(super) fn login(device: &str, stream: u64, next_seq: u64) -> Login {
+    Login {
+        device: device.to_owned(),
+        stream,
+        next_seq,
+        firmware: "1.0".to_owned(),
+        schema: None,
+        clock: clock(1, AT_US),
+        at_us: AT_US,
+    }
+}
+
+fn clock(boot: u32, measured_at_us: i64) -> BootClock {
+    BootClock {
+        boot,
+        offset_us: 5,
+        delay_us: 1000,
+        measured_at_us,
+    }
+}
+
+fn channel(id: u8, name: &str) -> DeclaredChannel {
+    DeclaredChannel {
+        id,
+        name: name.to_owned(),
+        unit: "Cel".to_owned(),
+        kind: Kind::F64,
+        exp10: -2,
+    }
+}
+
+fn declare(device: DeviceId, schema: u16, hash: u8, names: &[&str]) -> Declare {
+    let channels = (0..)
+        .zip(names)
+        .map(|(id, name)| channel(id, name))
+        .collect();
+    Declare {
+        device,
+        schema,
+        hash: [hash; 8],
+        channels,
+    }
+}
+
+/// An admitted device with a schema of one channel.
+pub(super) struct Peer {
+    pub(super) device: DeviceId,
+    pub(super) stream: StreamId,
+    pub(super) series: SeriesId,
+}
+
+pub(super) async fn admitted(store: &mut impl Store, login: Login) -> Box<Admission> {
+    let batch = Batch {
+        logins: vec![login],
+        ..Batch::default()
+    };
+    match store.commit(&batch).await.unwrap().logins.remove(0) {
+        LoginOutcome::Admitted(admission) => admission,
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn declared(store: &mut impl Store, declare: Declare) -> DeclareOutcome {
+    let batch = Batch {
+        declares: vec![declare],
+        ..Batch::default()
+    };
+    store.commit(&batch).await.unwrap().declares.remove(0)
+}
+
+async fn accepted(store: &mut impl Store, declare: Declare) -> Arc<Schema> {
+    match declared(store, declare).await {
+        DeclareOutcome::Accepted(schema) => schema,
+        DeclareOutcome::Conflict => panic!("conflict"),
+    }
+}
+
+pub(super) async fn peer(store: &mut impl Store, name: &str) -> Peer {
+    let admission = admitted(store, login(name, 1, 1)).await;
+    let schema = accepted(store, declare(admission.device, 1, 1, &["temperature"])).await;
+    let stream = admission.receipt.stream();
+    Peer {
+        device: admission.device,
+        stream,
+        series: schema.channels[0].series,
+    }
+}
+
+impl Peer {
+    fn entry(&self, first_seq: u64, seq: u64, frame_type: u8, content: Content) -> Entry {
+        let (device, stream) = (self.device, self.stream);
+        Entry {
+            device,
+            stream,
+            first_seq,
+            seq,
+            frame_type,
+            received_at_us: AT_US,
+            content,
+        }
+    }
+
+    pub(super) fn readings(&self, seq: u64, rows: &[(i64, f64)]) -> Entry {
+        let readings = Readings {
+            time: ResolvedTime {
+                offset_us: 77,
+                quality: Quality::Anchored,
+            },
+            times_us: rows.iter().map(|(ts, _)| *ts).collect(),
+            series: vec![self.series],
+            values: rows.iter().map(|(_, value)| *value).collect(),
+        };
+        self.entry(seq, seq, 0x11, Content::Readings(readings))
+    }
+
+    pub(super) fn gap(&self, first_seq: u64, seq: u64) -> Entry {
+        self.entry(first_seq, seq, 0x12, Content::Gap { reason: 3 })
+    }
+}
+
+fn entries(entries: Vec<Entry>) -> Batch {
+    Batch {
+        entries,
+        ..Batch::default()
+    }
+}
+
+async fn durable(store: &mut impl Store, batch: &Batch) -> Vec<u64> {
+    let committed = store.commit(batch).await.unwrap();
+    committed
+        .receipts
+        .iter()
+        .map(Receipt::durable_seq)
+        .collect()
+}
+
+fn seqs(dump: &Dump) -> Vec<u64> {
+    dump.frames.iter().map(|frame| frame.2).collect()
+}
+
+pub(super) async fn what_arrives_twice_is_stored_once<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let first = entries(vec![
+        peer.readings(1, &[(10, 1.0)]),
+        peer.readings(1, &[(10, 1.0)]),
+        peer.readings(2, &[(11, 2.0), (12, 3.0)]),
+    ]);
+    assert_eq!(durable(h.store(), &first).await, [2]);
+    assert_eq!(durable(h.store(), &first).await, [2]);
+    assert_eq!(
+        durable(h.store(), &entries(vec![peer.readings(1, &[])])).await,
+        [2]
+    );
+    let dump = h.dump().await;
+    assert_eq!(seqs(&dump), [1, 2]);
+    assert_eq!(dump.readings.len(), 3);
+    assert_eq!(dump.frames[0], ("a".into(), 1, 1, 0x11, Some(1), Some(77)));
+}
+
+pub(super) async fn what_does_not_continue_the_stream_waits<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let batch = entries(vec![
+        peer.readings(2, &[(2, 2.0)]),
+        peer.readings(1, &[(1, 1.0)]),
+    ]);
+    assert_eq!(durable(h.store(), &batch).await, [1]);
+    assert_eq!(
+        durable(h.store(), &entries(vec![peer.gap(3, 9)])).await,
+        [1]
+    );
+    assert_eq!(seqs(&h.dump().await), [1]);
+}
+
+pub(super) async fn a_gap_is_kept_from_what_is_durable_on<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let batch = entries(vec![peer.gap(1, 4), peer.gap(3, 9), peer.gap(2, 9)]);
+    assert_eq!(durable(h.store(), &batch).await, [9]);
+    let dump = h.dump().await;
+    assert_eq!(dump.gaps, [(1, 1, 4, 3), (1, 5, 9, 3)]);
+    assert_eq!(seqs(&dump), [4, 9]);
+    // The longest gap that can be kept, and one that cannot.
+    let batch = entries(vec![peer.gap(10, u64::MAX), peer.gap(10, ledger::SEQ_MAX)]);
+    assert_eq!(durable(h.store(), &batch).await, [ledger::SEQ_MAX]);
+}
+
+pub(super) async fn quarantine_moves_the_watermark<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let content = Content::Quarantined {
+        code: 31,
+        detail: "column 'x'".to_owned(),
+        bytes: vec![0, 255, 39],
+        peer: "192.0.2.1:9".to_owned(),
+    };
+    let batch = entries(vec![
+        peer.entry(1, 1, 0x11, content),
+        peer.readings(2, &[(5, 5.0)]),
+    ]);
+    assert_eq!(durable(h.store(), &batch).await, [2]);
+    let dump = h.dump().await;
+    assert_eq!(
+        dump.quarantine,
+        [(1, 1, 31, "column 'x'".to_owned(), vec![0, 255, 39])]
+    );
+    assert_eq!(dump.frames[0], ("a".into(), 1, 1, 0x11, None, None));
+}
+
+pub(super) async fn values_keep_their_bits<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let values = [
+        f64::INFINITY,
+        f64::NEG_INFINITY,
+        0.0,
+        -0.0,
+        21.57,
+        3.0,
+        -1.0,
+        9_007_199_254_740_993.0,
+        f64::MIN_POSITIVE,
+        5e-324,
+        f64::MAX,
+        1e18,
+        -9_223_372_036_854_775_808.0,
+    ];
+    let mut rows: Vec<(i64, f64)> = (0..).zip(values).collect();
+    rows.push((1000, f64::NAN));
+    rows.push((i64::MAX, 1.0));
+    durable(h.store(), &entries(vec![peer.readings(1, &rows)])).await;
+    let stored: Vec<_> = h
+        .dump()
+        .await
+        .readings
+        .into_iter()
+        .map(|r| (r.3, r.5))
+        .collect();
+    let sent = |(ts, value): &(i64, f64)| (*ts, (!value.is_nan()).then_some(value.to_bits()));
+    assert_eq!(stored, rows.iter().map(sent).collect::<Vec<_>>());
+}
+
+pub(super) async fn readings_of_one_instant_both_stay<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let batch = entries(vec![
+        peer.readings(1, &[(10, 1.0), (20, 2.0)]),
+        peer.readings(2, &[(10, 1.0)]),
+    ]);
+    durable(h.store(), &batch).await;
+    let stored: Vec<_> = h
+        .dump()
+        .await
+        .readings
+        .into_iter()
+        .map(|r| (r.3, r.4))
+        .collect();
+    assert_eq!(stored, [(10, 1), (10, 2), (20, 1)]);
+}
+
+pub(super) async fn a_login_sees_the_entries_before_it<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let batch = Batch {
+        logins: vec![
+            login("a", 1, 2),
+            login("a", 1, 3),
+            login("a", 2, 1),
+            login("a", 2, 1),
+        ],
+        entries: vec![peer.readings(1, &[]), peer.readings(2, &[])],
+        ..Batch::default()
+    };
+    let committed = h.store().commit(&batch).await.unwrap();
+    assert!(matches!(committed.logins[0], LoginOutcome::StreamConflict));
+    let receipt = |outcome: &LoginOutcome| match outcome {
+        LoginOutcome::Admitted(admission) => admission.receipt,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(receipt(&committed.logins[1]).durable_seq(), 2);
+    assert_eq!(receipt(&committed.logins[1]).stream(), peer.stream);
+    assert_eq!(receipt(&committed.logins[2]).durable_seq(), 0);
+    assert_ne!(receipt(&committed.logins[2]).stream(), peer.stream);
+    assert_eq!(receipt(&committed.logins[2]), receipt(&committed.logins[3]));
+}
+
+pub(super) async fn a_disabled_device_stays_out<H: Harness>() {
+    let mut h = H::create().await;
+    peer(h.store(), "a").await;
+    h.disable("a").await;
+    let batch = Batch {
+        logins: vec![login("a", 1, 1), login("b", 1, 1)],
+        ..Batch::default()
+    };
+    let logins = h.store().commit(&batch).await.unwrap().logins;
+    assert!(matches!(logins[0], LoginOutcome::Disabled));
+    assert!(matches!(logins[1], LoginOutcome::Admitted(_)));
+}
+
+pub(super) async fn a_schema_never_changes<H: Harness>() {
+    let mut h = H::create().await;
+    let device = admitted(h.store(), login("a", 1, 1)).await.device;
+    let batch = Batch {
+        declares: vec![
+            declare(device, 1, 1, &["x", "y"]),
+            declare(device, 1, 2, &["z"]),
+            declare(device, 1, 1, &["x", "y"]),
+            declare(device, 2, 3, &["y", "z"]),
+        ],
+        ..Batch::default()
+    };
+    let declares = h.store().commit(&batch).await.unwrap().declares;
+    let [
+        DeclareOutcome::Accepted(one),
+        DeclareOutcome::Conflict,
+        again,
+        two,
+    ] = &declares[..]
+    else {
+        panic!("{declares:?}");
+    };
+    let (DeclareOutcome::Accepted(again), DeclareOutcome::Accepted(two)) = (again, two) else {
+        panic!("{declares:?}");
+    };
+    assert_eq!(one, again);
+    assert_eq!(
+        one.channels[1].series, two.channels[0].series,
+        "a series outlives its schema"
+    );
+    assert_ne!(one.channels[0].series, two.channels[1].series);
+
+    let mut h = h.reopen().await;
+    let mut known = login("a", 1, 1);
+    known.schema = Some((1, [1; 8]));
+    assert_eq!(
+        admitted(h.store(), known.clone()).await.schema.as_ref(),
+        Some(one)
+    );
+    known.schema = Some((1, [9; 8]));
+    assert_eq!(admitted(h.store(), known.clone()).await.schema, None);
+    known.schema = Some((7, [1; 8]));
+    assert_eq!(admitted(h.store(), known).await.schema, None);
+    let other = declared(h.store(), declare(device, 1, 2, &["z"])).await;
+    assert!(matches!(other, DeclareOutcome::Conflict));
+}
+
+pub(super) async fn hostile_names_come_back_unchanged<H: Harness>() {
+    let mut h = H::create().await;
+    let names = [
+        "'; DROP TABLE readings; --",
+        "\"q\\u0041%_?1$1",
+        "Zähler 🌡 \u{202e}",
+        "a\0b",
+        "",
+    ];
+    for name in names {
+        let device = admitted(h.store(), login(name, 1, 1)).await.device;
+        let mut declare = declare(device, 1, 1, &[name]);
+        declare.channels[0].unit = name.to_owned();
+        accepted(h.store(), declare).await;
+    }
+    let mut h = h.reopen().await;
+    for name in names {
+        let mut login = login(name, 1, 1);
+        login.schema = Some((1, [1; 8]));
+        let admission = admitted(h.store(), login).await;
+        let schema = admission.schema.expect("a stored schema");
+        let peer = Peer {
+            device: admission.device,
+            stream: admission.receipt.stream(),
+            series: schema.channels[0].series,
+        };
+        durable(h.store(), &entries(vec![peer.readings(1, &[(1, 1.0)])])).await;
+    }
+    let mut stored: Vec<_> = h
+        .dump()
+        .await
+        .readings
+        .into_iter()
+        .map(|r| (r.0, r.1, r.2))
+        .collect();
+    stored.sort();
+    let mut sent: Vec<_> = names
+        .map(|n| (n.to_owned(), n.to_owned(), n.to_owned()))
+        .into();
+    sent.sort();
+    assert_eq!(stored, sent);
+}
+
+pub(super) async fn watermarks_outlive_the_process<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    durable(h.store(), &entries(vec![peer.readings(1, &[(1, 1.0)])])).await;
+    let before = h.dump().await;
+    let mut h = h.reopen().await;
+    assert_eq!(h.dump().await, before);
+    assert_eq!(
+        admitted(h.store(), login("a", 1, 2))
+            .await
+            .receipt
+            .durable_seq(),
+        1
+    );
+    let again = entries(vec![
+        peer.readings(1, &[(1, 1.0)]),
+        peer.readings(2, &[(2, 1.0)]),
+    ]);
+    assert_eq!(durable(h.store(), &again).await, [2]);
+    assert_eq!(seqs(&h.dump().await), [1, 2]);
+}
+
+pub(super) async fn receipts_are_sorted_by_stream<H: Harness>() {
+    let mut h = H::create().await;
+    let mut peers = Vec::new();
+    for n in 0..23 {
+        peers.push(peer(h.store(), &format!("d{n}")).await);
+    }
+    let batch = entries(
+        peers
+            .iter()
+            .rev()
+            .map(|peer| peer.readings(1, &[(1, 1.0)]))
+            .collect(),
+    );
+    let receipts = h.store().commit(&batch).await.unwrap().receipts;
+    let streams: Vec<StreamId> = receipts.iter().map(Receipt::stream).collect();
+    assert_eq!(
+        streams,
+        peers.iter().map(|peer| peer.stream).collect::<Vec<_>>()
+    );
+    assert!(receipts.iter().all(|receipt| receipt.durable_seq() == 1));
+}
+
+pub(super) async fn after_a_transient_error_the_same_batch_commits_once<H: Harness>() {
+    let mut h = H::create().await;
+    let one = peer(h.store(), "a").await;
+    durable(h.store(), &entries(vec![one.readings(1, &[(1, 1.0)])])).await;
+    let rows: Vec<(i64, f64)> = (0..20_000).map(|ts| (ts, ts as f64)).collect();
+    let batch = Batch {
+        logins: vec![login("b", 1, 1)],
+        declares: vec![declare(one.device, 2, 2, &["new"])],
+        entries: vec![one.readings(2, &rows), one.gap(3, 5)],
+        clocks: vec![(one.device, clock(9, AT_US))],
+        events: vec![],
+    };
+    let before = h.dump().await;
+    h.fill_disk().await;
+    let failed = h.store().commit(&batch).await;
+    assert!(
+        matches!(failed, Err(StoreError::Transient(_))),
+        "{failed:?}"
+    );
+    h.free_disk().await;
+    assert_eq!(h.dump().await, before);
+    let committed = h.store().commit(&batch).await.unwrap();
+    assert_eq!(committed.receipts[0].durable_seq(), 5);
+    assert!(matches!(committed.logins[0], LoginOutcome::Admitted(_)));
+    assert_eq!(
+        durable(h.store(), &entries(vec![one.readings(6, &[(6, 6.0)])])).await,
+        [6]
+    );
+    let dump = h.dump().await;
+    assert_eq!(seqs(&dump), [1, 2, 5, 6]);
+    assert_eq!(dump.readings.len(), 20_002);
+}
+
+pub(super) async fn clocks_of_the_latest_boots_come_back<H: Harness>() {
+    let mut h = H::create().await;
+    for boot in 1..=9_u32 {
+        let mut login = login("a", 1, 1);
+        login.clock = clock(boot, AT_US + i64::from(boot));
+        admitted(h.store(), login).await;
+    }
+    // The device forgot its count of boots: its latest is number 1 again, told to be worse than what
+    // is kept of that number, but years later.
+    let mut again = login("a", 1, 1);
+    again.clock = BootClock {
+        offset_us: 6,
+        delay_us: 2000,
+        ..clock(1, AT_US + 1_000_000_000_000)
+    };
+    let admission = admitted(h.store(), again.clone()).await;
+    let boots: Vec<u32> = admission.clocks.iter().map(|clock| clock.boot).collect();
+    assert_eq!(boots, [1, 9, 8, 7, 6, 5, 4, 3]);
+    assert_eq!(admission.clocks[0], again.clock);
+    // A worse measurement right after it is not kept; what a session decided is.
+    let mut worse = again.clone();
+    worse.clock.delay_us = 50_000;
+    assert_eq!(
+        admitted(h.store(), worse.clone()).await.clocks[0],
+        again.clock
+    );
+    let batch = Batch {
+        clocks: vec![(admission.device, worse.clock)],
+        ..Batch::default()
+    };
+    h.store().commit(&batch).await.unwrap();
+    assert!(h.dump().await.clocks.contains(&("a".into(), 1, 6, 50_000)));
+}
+
+pub(super) async fn events_are_kept<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let content = Content::Event {
+        time: ResolvedTime {
+            offset_us: 0,
+            quality: Quality::Utc,
+        },
+        at_us: 5,
+        level: 4,
+        code: 65_535,
+        text: "pump's dry".to_owned(),
+    };
+    let event = |kind, at_us, code| DeviceEvent {
+        device: peer.device,
+        at_us,
+        kind,
+        code,
+        detail: "192.0.2.1:9".to_owned(),
+    };
+    let batch = Batch {
+        entries: vec![
+            peer.entry(1, 1, 0x14, content.clone()),
+            peer.entry(1, 1, 0x14, content),
+        ],
+        events: vec![
+            event(DeviceEventKind::Connected, 1, 0),
+            event(DeviceEventKind::Disconnected, 9, 42),
+        ],
+        ..Batch::default()
+    };
+    assert_eq!(durable(h.store(), &batch).await, [1]);
+    let line = |at, kind: &str, code, detail: &str| {
+        ("a".to_owned(), at, kind.to_owned(), code, detail.to_owned())
+    };
+    assert_eq!(
+        h.dump().await.events,
+        [
+            line(1, "connected", 0, "192.0.2.1:9"),
+            line(5, "event", 65_535, "pump's dry"),
+            line(9, "disconnected", 42, "192.0.2.1:9"),
+        ]
+    );
+}
+
+pub(super) async fn an_empty_batch_commits<H: Harness>() {
+    let mut h = H::create().await;
+    let committed = h.store().commit(&Batch::default()).await.unwrap();
+    assert!(committed.receipts.is_empty() && committed.logins.is_empty());
+}
+
+pub(super) async fn an_unknown_stream_is_fatal<H: Harness>() {
+    let mut h = H::create().await;
+    let mut peer = peer(h.store(), "a").await;
+    peer.stream = StreamId(4711);
+    let failed = h
+        .store()
+        .commit(&entries(vec![peer.readings(1, &[])]))
+        .await;
+    assert!(matches!(failed, Err(StoreError::Fatal(_))), "{failed:?}");
+}
+
+/// The tests over one store.
+macro_rules! contract {
+    ($harness:ty) => {
+        contract!(
+            $harness:
+            what_arrives_twice_is_stored_once,
+            what_does_not_continue_the_stream_waits,
+            a_gap_is_kept_from_what_is_durable_on,
+            quarantine_moves_the_watermark,
+            values_keep_their_bits,
+            readings_of_one_instant_both_stay,
+            a_login_sees_the_entries_before_it,
+            a_disabled_device_stays_out,
+            a_schema_never_changes,
+            hostile_names_come_back_unchanged,
+            watermarks_outlive_the_process,
+            receipts_are_sorted_by_stream,
+            after_a_transient_error_the_same_batch_commits_once,
+            clocks_of_the_latest_boots_come_back,
+            events_are_kept,
+            an_empty_batch_commits,
+            an_unknown_stream_is_fatal,
+        );
+    };
+    ($harness:ty: $($test:ident,)*) => {
+        $(
+            #[tokio::test]
+            async fn $test() {
+                $crate::store::contract::$test::<$harness>().await;
+            }
+        )*
+    };
+}
+pub(super) use contract;

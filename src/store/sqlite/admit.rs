@@ -1,0 +1,527 @@
+//! Logins and declares, each step of them as a few statements for the whole batch: after a restart
+//! every device of the fleet comes back at once.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use fieldgate_protocol::column::Kind;
+use serde::{Deserialize, Serialize};
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteConnection};
+
+use super::bulk::{Bulk, Params, SIZES};
+use crate::clock::BootClock;
+use crate::store::ledger::DRIFT_PARTS;
+use crate::store::{
+    Admission, Declare, DeclareOutcome, DeclaredChannel, DeviceId, Login, LoginOutcome, Receipt,
+    Schema, SchemaChannel, SchemaHash, SeriesId, StreamId,
+};
+
+/// The statements.
+pub(super) struct Admissions {
+    upsert_devices: Bulk,
+    find_streams: Bulk,
+    insert_streams: Bulk,
+    offer_clocks: Bulk,
+    latest_clocks: Bulk,
+    find_schemas: Bulk,
+    insert_schemas: Bulk,
+    find_series: Bulk,
+    insert_series: Bulk,
+}
+
+/// A channel as it stands in `schemas.declaration`.
+#[derive(Serialize, Deserialize)]
+struct ChannelJson<'a> {
+    id: u8,
+    name: std::borrow::Cow<'a, str>,
+    unit: std::borrow::Cow<'a, str>,
+    kind: std::borrow::Cow<'a, str>,
+    exp10: i8,
+}
+
+/// A row of `schemas`.
+struct StoredSchema {
+    hash: Vec<u8>,
+    declaration: String,
+}
+
+type StoredSchemas = HashMap<(DeviceId, u16), StoredSchema>;
+
+/// Where a stream stands.
+#[derive(Clone, Copy)]
+struct StreamRow {
+    id: StreamId,
+    durable_seq: u64,
+}
+
+/// The series of some devices.
+#[derive(Default)]
+struct SeriesIndex(HashMap<DeviceId, Vec<SeriesRow>>);
+
+struct SeriesRow {
+    id: SeriesId,
+    channel: String,
+    unit: String,
+    kind: String,
+}
+
+impl Admissions {
+    pub(super) fn new() -> Self {
+        let bulk = |head: &str, columns, tail: &str| Bulk::new(head, columns, tail, SIZES);
+        Self {
+            upsert_devices: bulk(
+                "INSERT INTO devices(name, firmware, first_seen_at, last_seen_at)",
+                4,
+                "ON CONFLICT (name) DO UPDATE SET firmware = excluded.firmware,
+                    first_seen_at = coalesce(first_seen_at, excluded.first_seen_at),
+                    last_seen_at = excluded.last_seen_at
+                RETURNING name, id, enabled",
+            ),
+            find_streams: bulk(
+                "WITH wanted(device_id, stream) AS (",
+                2,
+                ") SELECT s.device_id, s.stream, s.id, s.durable_seq
+                FROM wanted CROSS JOIN streams AS s USING (device_id, stream)",
+            ),
+            insert_streams: bulk(
+                "INSERT INTO streams(device_id, stream, created_at)",
+                3,
+                "RETURNING device_id, stream, id, durable_seq",
+            ),
+            offer_clocks: bulk(
+                "INSERT INTO clocks(device_id, boot, offset_us, delay_us, measured_at)",
+                5,
+                // The rule of `ledger::replaces`.
+                &format!(
+                    "ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
+                        delay_us = excluded.delay_us, measured_at = excluded.measured_at
+                    WHERE excluded.delay_us - delay_us
+                        <= (excluded.measured_at - measured_at) / {DRIFT_PARTS}"
+                ),
+            ),
+            latest_clocks: bulk(
+                "WITH wanted(device_id) AS (",
+                1,
+                ") SELECT c.device_id, c.boot, c.offset_us, c.delay_us, c.measured_at
+                FROM wanted AS w CROSS JOIN clocks AS c ON c.device_id = w.device_id
+                    AND c.boot IN (
+                        SELECT boot FROM clocks AS l WHERE l.device_id = w.device_id
+                        ORDER BY l.measured_at DESC, l.boot DESC LIMIT 8
+                    )
+                ORDER BY c.device_id, c.measured_at DESC, c.boot DESC",
+            ),
+            find_schemas: bulk(
+                "WITH wanted(device_id, schema) AS (",
+                2,
+                ") SELECT s.device_id, s.schema, s.hash, s.declaration
+                FROM wanted CROSS JOIN schemas AS s USING (device_id, schema)",
+            ),
+            insert_schemas: bulk(
+                "INSERT INTO schemas(device_id, schema, hash, declaration)",
+                4,
+                "",
+            ),
+            find_series: bulk(
+                "WITH wanted(device_id) AS (",
+                1,
+                ") SELECT s.device_id, s.id, s.channel, s.unit, s.kind
+                FROM wanted CROSS JOIN series AS s USING (device_id)",
+            ),
+            insert_series: bulk(
+                "INSERT INTO series(device_id, channel, unit, kind)",
+                4,
+                "ON CONFLICT (device_id, channel, unit, kind) DO NOTHING",
+            ),
+        }
+    }
+
+    /// Says of each login whether its device may send, and from where on.
+    pub(super) async fn login(
+        &self,
+        conn: &mut SqliteConnection,
+        logins: &[Login],
+    ) -> Result<Vec<LoginOutcome>, sqlx::Error> {
+        let devices = self.upsert_devices(conn, logins).await?;
+        let enabled: Vec<(DeviceId, &Login)> = logins
+            .iter()
+            .filter_map(|login| {
+                let (device, enabled) = devices.get(&login.device)?;
+                enabled.then_some((*device, login))
+            })
+            .collect();
+        let streams = self.find_or_create_streams(conn, &enabled).await?;
+        let continues = |(device, login): &(DeviceId, &Login)| {
+            let stream = streams.get(&(*device, login.stream));
+            stream.is_some_and(|stream| login.next_seq > stream.durable_seq)
+        };
+        let admitted: Vec<_> = enabled.into_iter().filter(continues).collect();
+        let clocks = self.offer_clocks(conn, &admitted).await?;
+        let wanted = admitted
+            .iter()
+            .filter_map(|(device, login)| login.schema.map(|(schema, _)| (*device, schema)));
+        let schemas = self.find_schemas(conn, wanted.collect()).await?;
+        let series = self
+            .find_series(conn, schemas.keys().map(|(device, _)| *device).collect())
+            .await?;
+
+        logins
+            .iter()
+            .map(|login| {
+                let (device, enabled) = *devices.get(&login.device).ok_or_else(unreturned)?;
+                if !enabled {
+                    return Ok(LoginOutcome::Disabled);
+                }
+                let stream = streams
+                    .get(&(device, login.stream))
+                    .ok_or_else(unreturned)?;
+                if login.next_seq <= stream.durable_seq {
+                    return Ok(LoginOutcome::StreamConflict);
+                }
+                Ok(LoginOutcome::Admitted(Box::new(Admission {
+                    device,
+                    receipt: Receipt {
+                        stream: stream.id,
+                        durable_seq: stream.durable_seq,
+                    },
+                    schema: login_schema(login, device, &schemas, &series)?,
+                    clocks: clocks.get(&device).cloned().unwrap_or_default(),
+                })))
+            })
+            .collect()
+    }
+
+    /// Says of each declare whether it is kept, and where its channels' readings go.
+    pub(super) async fn declare(
+        &self,
+        conn: &mut SqliteConnection,
+        declares: &[Declare],
+    ) -> Result<Vec<DeclareOutcome>, sqlx::Error> {
+        let wanted = declares
+            .iter()
+            .map(|declare| (declare.device, declare.schema))
+            .collect();
+        let stored = self.find_schemas(conn, wanted).await?;
+        let mut hashes: HashMap<(DeviceId, u16), Vec<u8>> = stored
+            .into_iter()
+            .map(|(key, schema)| (key, schema.hash))
+            .collect();
+        let mut new = Vec::new();
+        let mut accepted = Vec::with_capacity(declares.len());
+        for declare in declares {
+            let hash = hashes
+                .entry((declare.device, declare.schema))
+                .or_insert_with(|| {
+                    new.push(declare);
+                    declare.hash.to_vec()
+                });
+            accepted.push(*hash == declare.hash);
+        }
+        self.insert_schemas(conn, &new).await?;
+        let series = self
+            .find_series(
+                conn,
+                declares.iter().map(|declare| declare.device).collect(),
+            )
+            .await?;
+        let outcome = |(declare, accepted): (&Declare, bool)| {
+            if !accepted {
+                return Ok(DeclareOutcome::Conflict);
+            }
+            let channels = declare.channels.iter().map(|channel| {
+                series
+                    .channel(declare.device, channel)
+                    .ok_or_else(unreturned)
+            });
+            let channels = channels.collect::<Result<_, _>>()?;
+            Ok(DeclareOutcome::Accepted(Arc::new(Schema {
+                schema: declare.schema,
+                channels,
+            })))
+        };
+        declares.iter().zip(accepted).map(outcome).collect()
+    }
+
+    async fn upsert_devices(
+        &self,
+        conn: &mut SqliteConnection,
+        logins: &[Login],
+    ) -> Result<HashMap<String, (DeviceId, bool)>, sqlx::Error> {
+        let bind = |params: &mut Params, login: &Login| {
+            params
+                .bind(login.device.as_str())
+                .bind(login.firmware.as_str())
+                .bind(login.at_us)
+                .bind(login.at_us);
+        };
+        let rows = self.upsert_devices.fetch(conn, logins.iter(), bind).await?;
+        let device = |row: &SqliteRow| {
+            let enabled = row.try_get::<i64, _>(2)? != 0;
+            Ok((row.try_get(0)?, (DeviceId(row.try_get(1)?), enabled)))
+        };
+        rows.iter().map(device).collect()
+    }
+
+    async fn find_or_create_streams(
+        &self,
+        conn: &mut SqliteConnection,
+        logins: &[(DeviceId, &Login)],
+    ) -> Result<HashMap<(DeviceId, u64), StreamRow>, sqlx::Error> {
+        let bind_wanted = |params: &mut Params, (device, login): &(DeviceId, &Login)| {
+            params.bind(device.0).bind(login.stream.cast_signed());
+        };
+        let found = self
+            .find_streams
+            .fetch(conn, logins.iter(), bind_wanted)
+            .await?;
+        let mut streams = found
+            .iter()
+            .map(stream_row)
+            .collect::<Result<HashMap<_, _>, _>>()?;
+
+        let mut seen = HashSet::new();
+        let is_new = |(device, login): &&(DeviceId, &Login)| {
+            let key = (*device, login.stream);
+            !streams.contains_key(&key) && seen.insert(key)
+        };
+        let new: Vec<_> = logins.iter().filter(is_new).collect();
+        let bind_new = |params: &mut Params, (device, login): &(DeviceId, &Login)| {
+            params
+                .bind(device.0)
+                .bind(login.stream.cast_signed())
+                .bind(login.at_us);
+        };
+        let created = self
+            .insert_streams
+            .fetch(conn, new.into_iter(), bind_new)
+            .await?;
+        for row in &created {
+            streams.extend([stream_row(row)?]);
+        }
+        Ok(streams)
+    }
+
+    /// Keeps the logins' clocks where they are better than what is kept, and reads the latest.
+    async fn offer_clocks(
+        &self,
+        conn: &mut SqliteConnection,
+        logins: &[(DeviceId, &Login)],
+    ) -> Result<HashMap<DeviceId, Vec<BootClock>>, sqlx::Error> {
+        let offer = |params: &mut Params, (device, login): &(DeviceId, &Login)| {
+            params
+                .bind(device.0)
+                .bind(i64::from(login.clock.boot))
+                .bind(login.clock.offset_us)
+                .bind(login.clock.delay_us.cast_signed())
+                .bind(login.clock.measured_at_us);
+        };
+        self.offer_clocks
+            .execute(conn, logins.iter(), offer)
+            .await?;
+        let devices: BTreeSet<DeviceId> = logins.iter().map(|(device, _)| *device).collect();
+        let rows = self
+            .latest_clocks
+            .fetch(conn, devices.into_iter(), bind_device)
+            .await?;
+        let mut clocks: HashMap<DeviceId, Vec<BootClock>> = HashMap::new();
+        for row in &rows {
+            clocks
+                .entry(DeviceId(row.try_get(0)?))
+                .or_default()
+                .push(BootClock {
+                    boot: row.try_get(1)?,
+                    offset_us: row.try_get(2)?,
+                    delay_us: row.try_get::<i64, _>(3)?.cast_unsigned(),
+                    measured_at_us: row.try_get(4)?,
+                });
+        }
+        Ok(clocks)
+    }
+
+    async fn find_schemas(
+        &self,
+        conn: &mut SqliteConnection,
+        wanted: BTreeSet<(DeviceId, u16)>,
+    ) -> Result<StoredSchemas, sqlx::Error> {
+        let bind = |params: &mut Params, (device, schema): (DeviceId, u16)| {
+            params.bind(device.0).bind(i64::from(schema));
+        };
+        let rows = self
+            .find_schemas
+            .fetch(conn, wanted.into_iter(), bind)
+            .await?;
+        let schema = |row: &SqliteRow| {
+            let key = (DeviceId(row.try_get(0)?), row.try_get(1)?);
+            Ok((
+                key,
+                StoredSchema {
+                    hash: row.try_get(2)?,
+                    declaration: row.try_get(3)?,
+                },
+            ))
+        };
+        rows.iter().map(schema).collect()
+    }
+
+    async fn insert_schemas(
+        &self,
+        conn: &mut SqliteConnection,
+        declares: &[&Declare],
+    ) -> Result<(), sqlx::Error> {
+        let declarations = declares
+            .iter()
+            .map(|declare| declaration(&declare.channels));
+        let declarations = declarations.collect::<Result<Vec<_>, _>>()?;
+        let rows: Vec<_> = declares.iter().zip(&declarations).collect();
+        self.insert_schemas
+            .execute(conn, rows.into_iter(), |params, (declare, declaration)| {
+                params
+                    .bind(declare.device.0)
+                    .bind(i64::from(declare.schema))
+                    .bind(declare.hash.as_slice())
+                    .bind(declaration.as_str());
+            })
+            .await?;
+        let channels = declares.iter().flat_map(|declare| {
+            declare
+                .channels
+                .iter()
+                .map(|channel| (declare.device, channel))
+        });
+        let channels: Vec<_> = channels.collect();
+        self.insert_series
+            .execute(conn, channels.into_iter(), |params, (device, channel)| {
+                params
+                    .bind(device.0)
+                    .bind(channel.name.as_str())
+                    .bind(channel.unit.as_str())
+                    .bind(channel.kind.name());
+            })
+            .await
+    }
+
+    async fn find_series(
+        &self,
+        conn: &mut SqliteConnection,
+        devices: BTreeSet<DeviceId>,
+    ) -> Result<SeriesIndex, sqlx::Error> {
+        let rows = self
+            .find_series
+            .fetch(conn, devices.into_iter(), bind_device)
+            .await?;
+        let mut index = SeriesIndex::default();
+        for row in &rows {
+            index
+                .0
+                .entry(DeviceId(row.try_get(0)?))
+                .or_default()
+                .push(SeriesRow {
+                    id: SeriesId(row.try_get(1)?),
+                    channel: row.try_get(2)?,
+                    unit: row.try_get(3)?,
+                    kind: row.try_get(4)?,
+                });
+        }
+        Ok(index)
+    }
+}
+
+impl SeriesIndex {
+    fn channel(&self, device: DeviceId, declared: &DeclaredChannel) -> Option<SchemaChannel> {
+        let series = self.0.get(&device)?.iter().find(|series| {
+            series.channel == declared.name
+                && series.unit == declared.unit
+                && series.kind == declared.kind.name()
+        })?;
+        Some(SchemaChannel {
+            id: declared.id,
+            kind: declared.kind,
+            exp10: declared.exp10,
+            series: series.id,
+        })
+    }
+}
+
+/// The schema that a login names, if it is stored with the same hash.
+fn login_schema(
+    login: &Login,
+    device: DeviceId,
+    schemas: &StoredSchemas,
+    series: &SeriesIndex,
+) -> Result<Option<Arc<Schema>>, sqlx::Error> {
+    let Some((schema, hash)) = login.schema else {
+        return Ok(None);
+    };
+    let Some(stored) = schemas.get(&(device, schema)) else {
+        return Ok(None);
+    };
+    if stored.hash != SchemaHash::as_slice(&hash) {
+        return Ok(None);
+    }
+    let channels = parse_declaration(&stored.declaration)?;
+    let channels = channels
+        .iter()
+        .map(|channel| series.channel(device, channel).ok_or_else(unreturned))
+        .collect::<Result<_, _>>()?;
+    Ok(Some(Arc::new(Schema { schema, channels })))
+}
+
+fn declaration(channels: &[DeclaredChannel]) -> Result<String, sqlx::Error> {
+    let channels: Vec<ChannelJson<'_>> = channels
+        .iter()
+        .map(|channel| ChannelJson {
+            id: channel.id,
+            name: channel.name.as_str().into(),
+            unit: channel.unit.as_str().into(),
+            kind: channel.kind.name().into(),
+            exp10: channel.exp10,
+        })
+        .collect();
+    serde_json::to_string(&channels).map_err(|error| sqlx::Error::Encode(error.into()))
+}
+
+fn parse_declaration(declaration: &str) -> Result<Vec<DeclaredChannel>, sqlx::Error> {
+    let damaged =
+        |what: String| sqlx::Error::Protocol(format!("schemas.declaration cannot be read: {what}"));
+    let channels: Vec<ChannelJson<'_>> =
+        serde_json::from_str(declaration).map_err(|error| damaged(error.to_string()))?;
+    let channel = |channel: ChannelJson<'_>| {
+        let kind = parse_kind(&channel.kind);
+        Ok(DeclaredChannel {
+            id: channel.id,
+            kind: kind.ok_or_else(|| damaged(format!("kind {}", channel.kind)))?,
+            name: channel.name.into_owned(),
+            unit: channel.unit.into_owned(),
+            exp10: channel.exp10,
+        })
+    };
+    channels.into_iter().map(channel).collect()
+}
+
+fn parse_kind(word: &str) -> Option<Kind> {
+    Kind::ALL.into_iter().find(|kind| kind.name() == word)
+}
+
+fn stream_row(row: &SqliteRow) -> Result<((DeviceId, u64), StreamRow), sqlx::Error> {
+    let key = (
+        DeviceId(row.try_get(0)?),
+        row.try_get::<i64, _>(1)?.cast_unsigned(),
+    );
+    let id = StreamId(row.try_get(2)?);
+    Ok((
+        key,
+        StreamRow {
+            id,
+            durable_seq: row.try_get::<i64, _>(3)?.cast_unsigned(),
+        },
+    ))
+}
+
+fn bind_device(params: &mut Params, device: DeviceId) {
+    params.bind(device.0);
+}
+
+/// A row that was written a moment ago in the same transaction was not found again.
+fn unreturned() -> sqlx::Error {
+    sqlx::Error::RowNotFound
+}

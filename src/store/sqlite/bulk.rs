@@ -1,0 +1,150 @@
+//! One statement over many rows, in a few fixed sizes, so that each is prepared once and then found
+//! in the statement cache whatever the number of rows.
+//!
+//! Invariant: parameters are anonymous (`?`). Numbered ones would be looked up by name at each bind,
+//! in time quadratic in the number of rows.
+
+use std::sync::Arc;
+
+use sqlx::sqlite::{SqliteArguments, SqliteRow};
+use sqlx::{Arguments, AssertSqlSafe, Encode, Sqlite, SqliteConnection, Type};
+
+/// Numbers of rows for statements that are not the hot path.
+pub(super) const SIZES: &[usize] = &[100, 10];
+
+/// A statement that has `VALUES (?, …), (?, …), …` in its middle.
+pub(super) struct Bulk {
+    columns: usize,
+    /// Rows and text, most rows first, one row last.
+    sizes: Vec<(usize, Arc<str>)>,
+}
+
+/// The parameters of a statement in the making.
+pub(super) struct Params {
+    arguments: SqliteArguments,
+    failure: Option<sqlx::Error>,
+}
+
+impl Params {
+    fn with_capacity(params: usize) -> Self {
+        let mut arguments = SqliteArguments::default();
+        arguments.reserve(params, 0);
+        Self {
+            arguments,
+            failure: None,
+        }
+    }
+
+    /// Adds the next parameter.
+    pub(super) fn bind<'q, T: Encode<'q, Sqlite> + Type<Sqlite>>(&mut self, value: T) -> &mut Self {
+        if let Err(error) = self.arguments.add(value) {
+            self.failure.get_or_insert(sqlx::Error::Encode(error));
+        }
+        self
+    }
+}
+
+impl Bulk {
+    /// `head` comes before the rows of so many `columns`, `tail` after them. `sizes` are the numbers
+    /// of rows to prepare for besides 1, descending.
+    pub(super) fn new(head: &str, columns: usize, tail: &str, sizes: &[usize]) -> Self {
+        let row = format!("({})", vec!["?"; columns].join(","));
+        let sizes = sizes.iter().chain(&[1]).map(|&rows| {
+            let sql = format!(
+                "{head} VALUES {} {tail}",
+                vec![row.as_str(); rows].join(",")
+            );
+            (rows, Arc::from(sql))
+        });
+        Self {
+            columns,
+            sizes: sizes.collect(),
+        }
+    }
+
+    /// Runs the statement over all rows.
+    pub(super) async fn execute<R: Send>(
+        &self,
+        conn: &mut SqliteConnection,
+        rows: impl ExactSizeIterator<Item = R> + Send,
+        bind: impl Fn(&mut Params, R) + Send + Sync,
+    ) -> Result<(), sqlx::Error> {
+        let mut rows = rows;
+        let mut next = self.take(&mut rows, &bind)?;
+        while let Some((sql, arguments)) = next.take() {
+            let run = sqlx::query_with(AssertSqlSafe(sql), arguments).execute(&mut *conn);
+            // SQLite works in a thread of its own: bind the next rows meanwhile.
+            let (done, bound) = tokio::join!(run, async { self.take(&mut rows, &bind) });
+            done?;
+            next = bound?;
+        }
+        Ok(())
+    }
+
+    /// Runs the statement over all rows and collects what it returns.
+    pub(super) async fn fetch<R: Send>(
+        &self,
+        conn: &mut SqliteConnection,
+        rows: impl ExactSizeIterator<Item = R> + Send,
+        bind: impl Fn(&mut Params, R) + Send + Sync,
+    ) -> Result<Vec<SqliteRow>, sqlx::Error> {
+        let mut rows = rows;
+        let mut returned = Vec::with_capacity(rows.len());
+        while let Some((sql, arguments)) = self.take(&mut rows, &bind)? {
+            returned.extend(
+                sqlx::query_with(AssertSqlSafe(sql), arguments)
+                    .fetch_all(&mut *conn)
+                    .await?,
+            );
+        }
+        Ok(returned)
+    }
+
+    /// The next statement and its parameters; `None` when no row is left.
+    fn take<R>(
+        &self,
+        rows: &mut impl ExactSizeIterator<Item = R>,
+        bind: &impl Fn(&mut Params, R),
+    ) -> Result<Option<(Arc<str>, SqliteArguments)>, sqlx::Error> {
+        let left = rows.len();
+        let Some((size, sql)) = self.sizes.iter().find(|(size, _)| *size <= left) else {
+            return Ok(None);
+        };
+        let mut params = Params::with_capacity(size * self.columns);
+        for row in rows.take(*size) {
+            bind(&mut params, row);
+        }
+        match params.failure {
+            Some(error) => Err(error),
+            None => Ok(Some((Arc::clone(sql), params.arguments))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{Connection, Row};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn every_row_is_bound_once_whatever_the_count() {
+        let mut conn = SqliteConnection::connect("sqlite::memory:").await.unwrap();
+        let echo = Bulk::new("WITH t(a, b) AS (", 2, ") SELECT a, b FROM t", &[10, 4]);
+        for count in [0, 1, 3, 4, 9, 10, 11, 37] {
+            let rows = (0..count)
+                .map(|n: i64| (n, -n))
+                .collect::<Vec<_>>()
+                .into_iter();
+            let bind = |params: &mut Params, (a, b): (i64, i64)| {
+                params.bind(a).bind(b);
+            };
+            let returned = echo.fetch(&mut conn, rows, bind).await.unwrap();
+            let pairs: Vec<(i64, i64)> = returned
+                .iter()
+                .map(|row| (row.get(0), row.get(1)))
+                .collect();
+            assert_eq!(pairs, (0..count).map(|n| (n, -n)).collect::<Vec<_>>());
+        }
+    }
+}

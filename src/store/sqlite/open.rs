@@ -1,0 +1,393 @@
+//! Opens a database file, or says in one line why not and what to do.
+//!
+//! Invariants
+//! - A file that is not a store of this program is never written to.
+//! - One process writes: it holds a lock on `<database>.lock` for as long as the store is open.
+//! - Nobody gets a connection that does not sync each commit.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sqlx::migrate::{Migrate, MigrateError, Migrator};
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqliteConnection};
+
+use super::{SqliteSettings, checkpoint};
+
+/// Every version of the tables and views.
+static MIGRATIONS: Migrator = sqlx::migrate!("migrations/sqlite");
+/// sqlx's own table of the migrations that were applied.
+const MIGRATIONS_TABLE: &str = "_sqlx_migrations";
+/// "FGat", set by the first migration.
+const APPLICATION_ID: i64 = 1_179_083_124;
+/// The first release without the race between a reset of the log and a commit.
+const SQLITE_MIN: (u32, u32, u32) = (3, 51, 3);
+/// Every statement has a place in the cache of the writer's connection, in each of its sizes.
+const STATEMENTS_MAX: usize = 256;
+
+/// Why a database could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A reader found no file.
+    #[error("no database at {}: start `fieldgate serve` first or give --store", .0.display())]
+    Missing(PathBuf),
+    /// The directory of the file does not exist.
+    #[error("no directory {} to keep the database in: create it", .0.display())]
+    NoDirectory(PathBuf),
+    /// The file or its directory cannot be opened or written.
+    #[error("cannot write {}: {source}: give this user access to it and its directory", path.display())]
+    Inaccessible {
+        /// What was to be opened.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Another process writes to it.
+    #[error("{} is in use by another gateway: stop that one or give another --store", .0.display())]
+    InUse(PathBuf),
+    /// The file has other content.
+    #[error("{} is not an SQLite database: give another --store", .0.display())]
+    NotADatabase(PathBuf),
+    /// The file is a database of something else.
+    #[error("{} is the database of another program: give another --store", .0.display())]
+    Foreign(PathBuf),
+    /// A later release of this program wrote it.
+    #[error("{} was written by a newer fieldgate (its schema is version {found}, this program knows {known}): use that release", path.display())]
+    Newer {
+        /// The database.
+        path: PathBuf,
+        /// Version of its schema.
+        found: i64,
+        /// The latest version this program knows.
+        known: i64,
+    },
+    /// A reader found a database that has still to be brought up to date.
+    #[error("{} has the schema of an older fieldgate: start `fieldgate serve` once to bring it up to date", .0.display())]
+    Older(PathBuf),
+    /// A migration was changed after it was applied, or broke off.
+    #[error("the schema of {} cannot be brought up to date: {reason}", path.display())]
+    Migration {
+        /// The database.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The SQLite that was linked may lose data.
+    #[error("SQLite {0} can lose committed data: build with SQLite 3.51.3 or later")]
+    SqliteTooOld(String),
+    /// A setting that durability or bounds rest on was not taken.
+    #[error("SQLite does not accept {pragma} = {wanted} for {} (it says {found}): is this file system fit for a database?", path.display())]
+    Setting {
+        /// The database.
+        path: PathBuf,
+        /// Name of the setting.
+        pragma: &'static str,
+        /// Value that was asked for.
+        wanted: String,
+        /// Value read back.
+        found: String,
+    },
+    /// The settings contradict each other.
+    #[error("the store's settings are wrong: {0}")]
+    Settings(&'static str),
+    /// Anything else SQLite says.
+    #[error("cannot open {}: {source}", path.display())]
+    Sqlite {
+        /// The database.
+        path: PathBuf,
+        /// What it says.
+        source: sqlx::Error,
+    },
+}
+
+/// What a connection that writes is set to.
+pub(super) struct WriterSettings {
+    pub(super) cache_bytes: u64,
+    pub(super) page_bytes: u32,
+    pub(super) log_kept_bytes: u64,
+}
+
+impl WriterSettings {
+    pub(super) fn of(settings: &SqliteSettings) -> Self {
+        Self {
+            cache_bytes: settings.cache_bytes,
+            page_bytes: settings.page_bytes,
+            log_kept_bytes: settings.wal_soft_bytes,
+        }
+    }
+}
+
+/// Takes the lock and creates the file if there is none; the path comes back absolute.
+pub(super) fn claim(path: &Path) -> Result<(PathBuf, File), OpenError> {
+    let inaccessible = |path: &Path, source| OpenError::Inaccessible {
+        path: path.into(),
+        source,
+    };
+    let created = private().create_new(true).write(true).open(path);
+    match created {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let directory = path
+                .parent()
+                .filter(|directory| !directory.as_os_str().is_empty());
+            return Err(OpenError::NoDirectory(
+                directory.unwrap_or(Path::new(".")).into(),
+            ));
+        }
+        Err(error) => return Err(inaccessible(path, error)),
+    }
+    // By any other name, or through a link, it must be the same lock.
+    let path = path
+        .canonicalize()
+        .map_err(|error| inaccessible(path, error))?;
+    if path.is_dir() {
+        return Err(OpenError::NotADatabase(path));
+    }
+    let mut lock_path = path.clone().into_os_string();
+    lock_path.push(".lock");
+    let lock_path = PathBuf::from(lock_path);
+    let lock = private()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&lock_path);
+    let lock = lock.map_err(|error| inaccessible(&lock_path, error))?;
+    match lock.try_lock() {
+        Ok(()) => Ok((path, lock)),
+        Err(TryLockError::WouldBlock) => Err(OpenError::InUse(path)),
+        Err(TryLockError::Error(error)) => Err(inaccessible(&lock_path, error)),
+    }
+}
+
+/// Readings are nobody else's business; SQLite gives the log the mode of the database.
+fn private() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options
+}
+
+/// Opens the connection that writes and brings the schema up to date.
+pub(super) async fn writer(
+    path: &Path,
+    settings: &WriterSettings,
+) -> Result<SqliteConnection, OpenError> {
+    let sqlite = |source| sqlite_error(path, source);
+    let mut conn = options(path).connect().await.map_err(sqlite)?;
+    refuse_old_sqlite(&mut conn).await.map_err(sqlite)??;
+    let is_new = refuse_foreign(&mut conn, path).await?;
+    if is_new {
+        let page_size = format!("PRAGMA page_size = {}", settings.page_bytes);
+        sqlx::query(AssertSqlSafe(page_size))
+            .execute(&mut conn)
+            .await
+            .map_err(sqlite)?;
+    } else {
+        // Before anything is set: a newer schema is not ours to touch.
+        refuse_newer(&mut conn, path).await?;
+    }
+    set(&mut conn, path, "journal_mode", "wal", "wal").await?;
+    set(&mut conn, path, "synchronous", "FULL", "2").await?;
+    set(&mut conn, path, "fullfsync", "ON", "1").await?;
+    set(&mut conn, path, "checkpoint_fullfsync", "ON", "1").await?;
+    set(&mut conn, path, "foreign_keys", "ON", "1").await?;
+    // Bounds ANALYZE, which PRAGMA optimize may run: it looks at so many rows of an index.
+    set(&mut conn, path, "analysis_limit", "1000", "1000").await?;
+    let cache_kib = format!("-{}", settings.cache_bytes / 1024);
+    set(&mut conn, path, "cache_size", &cache_kib, &cache_kib).await?;
+    checkpoint::configure(&mut conn, settings.log_kept_bytes)
+        .await
+        .map_err(sqlite)?;
+    MIGRATIONS
+        .run(&mut conn)
+        .await
+        .map_err(|error| migration_error(path, error))?;
+    Ok(conn)
+}
+
+/// Opens the connection that moves the log into the database.
+pub(super) async fn checkpointer(path: &Path) -> Result<SqliteConnection, OpenError> {
+    // How long a checkpoint that has to reset the log waits for readers to leave.
+    let options = options(path).busy_timeout(Duration::from_millis(200));
+    let mut conn = options
+        .connect()
+        .await
+        .map_err(|source| sqlite_error(path, source))?;
+    set(&mut conn, path, "synchronous", "FULL", "2").await?;
+    set(&mut conn, path, "checkpoint_fullfsync", "ON", "1").await?;
+    let configured = checkpoint::configure(&mut conn, 0).await;
+    configured.map_err(|source| sqlite_error(path, source))?;
+    Ok(conn)
+}
+
+/// Creates the database at `path` or brings its schema up to date; gives back the schema's version
+/// before (0 where there was none) and after.
+///
+/// # Errors
+/// As for [`super::SqliteStore::open`].
+pub async fn migrate(path: &Path, settings: &SqliteSettings) -> Result<(i64, i64), OpenError> {
+    let (path, _lock) = claim(path)?;
+    let sqlite = |source| sqlite_error(&path, source);
+    let mut conn = options(&path).connect().await.map_err(sqlite)?;
+    let before = match refuse_foreign(&mut conn, &path).await? {
+        true => 0,
+        false => refuse_newer(&mut conn, &path).await?,
+    };
+    conn.close().await.map_err(sqlite)?;
+    let conn = writer(&path, &WriterSettings::of(settings)).await?;
+    conn.close().await.map_err(sqlite)?;
+    Ok((before, latest_known()))
+}
+
+/// Opens a connection that cannot write; for use beside a running gateway.
+///
+/// Keep its transactions short: while one is open, the gateway's write-ahead log grows.
+///
+/// # Errors
+/// There is no database at `path`, or it is not one of this program's present schema.
+pub async fn open_reader(path: &Path) -> Result<SqliteConnection, OpenError> {
+    let absolute = path.canonicalize().map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => OpenError::Missing(path.into()),
+        _ => OpenError::Inaccessible {
+            path: path.into(),
+            source,
+        },
+    })?;
+    let options = options(&absolute).read_only(true);
+    let mut conn = options
+        .connect()
+        .await
+        .map_err(|source| sqlite_error(path, source))?;
+    if refuse_foreign(&mut conn, path).await? {
+        return Err(OpenError::Missing(path.into()));
+    }
+    let applied = refuse_newer(&mut conn, path).await?;
+    if applied < latest_known() {
+        return Err(OpenError::Older(path.into()));
+    }
+    set(&mut conn, path, "query_only", "ON", "1").await?;
+    Ok(conn)
+}
+
+fn options(path: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .busy_timeout(Duration::from_secs(5))
+        .statement_cache_capacity(STATEMENTS_MAX)
+        .disable_statement_logging()
+}
+
+async fn refuse_old_sqlite(
+    conn: &mut SqliteConnection,
+) -> Result<Result<(), OpenError>, sqlx::Error> {
+    let found: String = sqlx::query_scalar("SELECT sqlite_version()")
+        .fetch_one(conn)
+        .await?;
+    let mut parts = found.split('.').map(|part| part.parse().unwrap_or(0));
+    let mut part = || parts.next().unwrap_or(0);
+    let version = (part(), part(), part());
+    Ok(if version < SQLITE_MIN {
+        Err(OpenError::SqliteTooOld(found))
+    } else {
+        Ok(())
+    })
+}
+
+/// `true` if the database is empty.
+async fn refuse_foreign(conn: &mut SqliteConnection, path: &Path) -> Result<bool, OpenError> {
+    let found: Result<(i64, i64), sqlx::Error> = sqlx::query_as(
+        "SELECT application_id, (SELECT count(*) FROM sqlite_schema) FROM pragma_application_id",
+    )
+    .fetch_one(conn)
+    .await;
+    match found.map_err(|source| sqlite_error(path, source))? {
+        (APPLICATION_ID, _) => Ok(false),
+        (0, 0) => Ok(true),
+        // Broke off between sqlx's table and the first migration.
+        (0, 1) => Ok(true),
+        _ => Err(OpenError::Foreign(path.into())),
+    }
+}
+
+/// Gives back the version of the schema.
+async fn refuse_newer(conn: &mut SqliteConnection, path: &Path) -> Result<i64, OpenError> {
+    let applied = conn.list_applied_migrations(MIGRATIONS_TABLE).await;
+    let applied = applied.map_err(|error| migration_error(path, error))?;
+    let found = applied
+        .iter()
+        .map(|migration| migration.version)
+        .max()
+        .unwrap_or(0);
+    let known = latest_known();
+    if found > known {
+        return Err(OpenError::Newer {
+            path: path.into(),
+            found,
+            known,
+        });
+    }
+    Ok(found)
+}
+
+fn latest_known() -> i64 {
+    MIGRATIONS
+        .iter()
+        .map(|migration| migration.version)
+        .max()
+        .unwrap_or(0)
+}
+
+/// Sets a pragma and demands that it reads back as `expected`.
+async fn set(
+    conn: &mut SqliteConnection,
+    path: &Path,
+    pragma: &'static str,
+    wanted: &str,
+    expected: &str,
+) -> Result<(), OpenError> {
+    let sqlite = |source| sqlite_error(path, source);
+    let sql = format!("PRAGMA {pragma} = {wanted}");
+    sqlx::query(AssertSqlSafe(sql))
+        .execute(&mut *conn)
+        .await
+        .map_err(sqlite)?;
+    let read_back = format!("SELECT CAST({pragma} AS TEXT) FROM pragma_{pragma}");
+    let found = sqlx::query_scalar(AssertSqlSafe(read_back))
+        .fetch_one(conn)
+        .await;
+    let found: String = found.map_err(sqlite)?;
+    if found == expected {
+        return Ok(());
+    }
+    Err(OpenError::Setting {
+        path: path.into(),
+        pragma,
+        wanted: wanted.to_owned(),
+        found,
+    })
+}
+
+fn sqlite_error(path: &Path, source: sqlx::Error) -> OpenError {
+    let path = path.to_owned();
+    match super::primary_code(&source) {
+        Some(super::NOTADB) => OpenError::NotADatabase(path),
+        Some(super::CANTOPEN | super::READONLY | super::PERM) => OpenError::Inaccessible {
+            path,
+            source: io::Error::other(source),
+        },
+        _ => OpenError::Sqlite { path, source },
+    }
+}
+
+fn migration_error(path: &Path, error: MigrateError) -> OpenError {
+    match error {
+        MigrateError::Execute(source) => sqlite_error(path, source),
+        other => OpenError::Migration {
+            path: path.into(),
+            reason: other.to_string(),
+        },
+    }
+}

@@ -1,0 +1,347 @@
+//! What entries, clocks and the audit trail become in SQL.
+
+use sqlx::SqliteConnection;
+
+use super::bulk::{Bulk, SIZES};
+use crate::clock::BootClock;
+use crate::store::ledger::Admitted;
+use crate::store::{Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, ResolvedTime};
+
+/// Rows in one INSERT of readings; more than a thousand gains nothing.
+const READINGS_SIZES: &[usize] = &[1000, 100, 10];
+
+/// An admitted entry and the ledger row it gets.
+pub(super) struct Frame<'a> {
+    pub(super) id: i64,
+    pub(super) item: Admitted<'a>,
+}
+
+/// The values of one series in one frame: readings in the order of time.
+struct Run<'a> {
+    series: i64,
+    frame: i64,
+    times_us: &'a [i64],
+    values: &'a [f64],
+}
+
+/// A row of `device_events`.
+struct EventRow<'a> {
+    device: DeviceId,
+    at_us: i64,
+    kind: &'static str,
+    level: Option<u8>,
+    code: u16,
+    detail: &'a str,
+}
+
+/// The statements.
+pub(super) struct Rows {
+    frames: Bulk,
+    readings: Bulk,
+    gaps: Bulk,
+    quarantine: Bulk,
+    clocks: Bulk,
+    events: Bulk,
+}
+
+impl Rows {
+    pub(super) fn new() -> Self {
+        let insert = |into: &str, columns: usize, tail: &str, sizes: &[usize]| {
+            Bulk::new(&format!("INSERT INTO {into}"), columns, tail, sizes)
+        };
+        Self {
+            frames: insert(
+                "frames(id, stream_id, seq, type, received_at, readings, quality, clock_offset_us)",
+                8,
+                "",
+                SIZES,
+            ),
+            readings: insert(
+                "readings(series_id, ts, frame_id, value)",
+                4,
+                "",
+                READINGS_SIZES,
+            ),
+            gaps: insert(
+                "gaps(stream_id, from_seq, to_seq, reason, received_at)",
+                5,
+                "",
+                SIZES,
+            ),
+            quarantine: insert(
+                "quarantine(device_id, stream_id, seq, received_at, peer, code, detail, bytes)",
+                8,
+                "",
+                SIZES,
+            ),
+            clocks: insert(
+                "clocks(device_id, boot, offset_us, delay_us, measured_at)",
+                5,
+                "ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
+                    delay_us = excluded.delay_us, measured_at = excluded.measured_at",
+                SIZES,
+            ),
+            events: insert(
+                "device_events(device_id, at, kind, level, code, detail)",
+                6,
+                "",
+                SIZES,
+            ),
+        }
+    }
+
+    /// Writes the ledger and what the entries carry, apart from their events.
+    pub(super) async fn store(
+        &self,
+        conn: &mut SqliteConnection,
+        frames: &[Frame<'_>],
+    ) -> Result<(), sqlx::Error> {
+        self.store_ledger(conn, frames).await?;
+        self.store_readings(conn, frames).await?;
+        self.store_gaps(conn, frames).await?;
+        self.store_quarantine(conn, frames).await
+    }
+
+    async fn store_ledger(
+        &self,
+        conn: &mut SqliteConnection,
+        frames: &[Frame<'_>],
+    ) -> Result<(), sqlx::Error> {
+        self.frames
+            .execute(conn, frames.iter(), |params, frame| {
+                let entry = frame.item.entry;
+                let time = resolved_time(entry);
+                params
+                    .bind(frame.id)
+                    .bind(entry.stream.0)
+                    .bind(entry.seq.cast_signed())
+                    .bind(i64::from(entry.frame_type))
+                    .bind(entry.received_at_us)
+                    .bind(frame.item.readings() as i64)
+                    .bind(time.map(|time| time.quality as i64))
+                    .bind(time.map(|time| time.offset_us));
+            })
+            .await
+    }
+
+    /// Readings go in by series and time, the order of the table: an insert then mostly lands beside
+    /// the one before it. Runs are sorted, not readings: two runs of a series overlap in time only
+    /// when a device's clock stepped back, and then SQLite just has to look for the place.
+    async fn store_readings(
+        &self,
+        conn: &mut SqliteConnection,
+        frames: &[Frame<'_>],
+    ) -> Result<(), sqlx::Error> {
+        let mut runs: Vec<Run<'_>> = frames.iter().flat_map(runs).collect();
+        runs.sort_unstable_by_key(|run| (run.series, run.times_us.first().copied(), run.frame));
+        let count = runs.iter().map(|run| run.times_us.len()).sum();
+        let readings = Counted {
+            left: count,
+            items: runs.iter().flat_map(Run::readings),
+        };
+        self.readings
+            .execute(conn, readings, |params, (series, ts_us, frame, value)| {
+                params.bind(series).bind(ts_us).bind(frame).bind(value);
+            })
+            .await
+    }
+
+    async fn store_gaps(
+        &self,
+        conn: &mut SqliteConnection,
+        frames: &[Frame<'_>],
+    ) -> Result<(), sqlx::Error> {
+        let gaps: Vec<_> = frames
+            .iter()
+            .filter_map(|frame| match &frame.item.entry.content {
+                Content::Gap { reason } => Some((frame.item, *reason)),
+                _ => None,
+            })
+            .collect();
+        self.gaps
+            .execute(conn, gaps.into_iter(), |params, (item, reason)| {
+                params
+                    .bind(item.entry.stream.0)
+                    .bind(item.first_seq.cast_signed())
+                    .bind(item.entry.seq.cast_signed())
+                    .bind(i64::from(reason))
+                    .bind(item.entry.received_at_us);
+            })
+            .await
+    }
+
+    async fn store_quarantine(
+        &self,
+        conn: &mut SqliteConnection,
+        frames: &[Frame<'_>],
+    ) -> Result<(), sqlx::Error> {
+        let quarantined: Vec<_> = frames
+            .iter()
+            .map(|frame| frame.item.entry)
+            .filter(|entry| matches!(entry.content, Content::Quarantined { .. }))
+            .collect();
+        self.quarantine
+            .execute(conn, quarantined.into_iter(), |params, entry| {
+                let Content::Quarantined {
+                    code,
+                    detail,
+                    bytes,
+                    peer,
+                } = &entry.content
+                else {
+                    return;
+                };
+                params
+                    .bind(entry.device.0)
+                    .bind(entry.stream.0)
+                    .bind(entry.seq.cast_signed())
+                    .bind(entry.received_at_us)
+                    .bind(peer.as_str())
+                    .bind(i64::from(*code))
+                    .bind(detail.as_str())
+                    .bind(bytes.as_slice());
+            })
+            .await
+    }
+
+    /// Keeps clocks as they are told, in place of what was kept of the same boot.
+    pub(super) async fn store_clocks(
+        &self,
+        conn: &mut SqliteConnection,
+        clocks: &[(DeviceId, BootClock)],
+    ) -> Result<(), sqlx::Error> {
+        self.clocks
+            .execute(conn, clocks.iter(), |params, (device, clock)| {
+                params
+                    .bind(device.0)
+                    .bind(i64::from(clock.boot))
+                    .bind(clock.offset_us)
+                    .bind(clock.delay_us.cast_signed())
+                    .bind(clock.measured_at_us);
+            })
+            .await
+    }
+
+    /// Writes the audit trail: what devices reported in entries, and what happened to their sessions.
+    pub(super) async fn store_events(
+        &self,
+        conn: &mut SqliteConnection,
+        frames: &[Frame<'_>],
+        events: &[DeviceEvent],
+    ) -> Result<(), sqlx::Error> {
+        let reported = frames
+            .iter()
+            .filter_map(|frame| reported_event(frame.item.entry));
+        let rows: Vec<EventRow<'_>> = reported.chain(events.iter().map(session_event)).collect();
+        self.events
+            .execute(conn, rows.into_iter(), |params, row| {
+                params
+                    .bind(row.device.0)
+                    .bind(row.at_us)
+                    .bind(row.kind)
+                    .bind(row.level.map(i64::from))
+                    .bind(i64::from(row.code))
+                    .bind(row.detail);
+            })
+            .await
+    }
+}
+
+fn resolved_time(entry: &Entry) -> Option<ResolvedTime> {
+    match &entry.content {
+        Content::Readings(readings) => Some(readings.time),
+        Content::Event { time, .. } => Some(*time),
+        Content::Gap { .. } | Content::Quarantined { .. } => None,
+    }
+}
+
+fn reported_event(entry: &Entry) -> Option<EventRow<'_>> {
+    let Content::Event {
+        at_us,
+        level,
+        code,
+        text,
+        ..
+    } = &entry.content
+    else {
+        return None;
+    };
+    Some(EventRow {
+        device: entry.device,
+        at_us: *at_us,
+        kind: "event",
+        level: Some(*level),
+        code: *code,
+        detail: text,
+    })
+}
+
+fn session_event(event: &DeviceEvent) -> EventRow<'_> {
+    EventRow {
+        device: event.device,
+        at_us: event.at_us,
+        kind: match event.kind {
+            DeviceEventKind::Connected => "connected",
+            DeviceEventKind::Disconnected => "disconnected",
+        },
+        level: None,
+        code: u16::from(event.code),
+        detail: &event.detail,
+    }
+}
+
+fn runs<'a>(frame: &Frame<'a>) -> impl Iterator<Item = Run<'a>> + use<'a> {
+    let id = frame.id;
+    let readings = match &frame.item.entry.content {
+        Content::Readings(readings) if !readings.times_us.is_empty() => Some(readings),
+        _ => None,
+    };
+    readings.into_iter().flat_map(move |readings| {
+        let columns = readings.values.chunks_exact(readings.times_us.len());
+        readings
+            .series
+            .iter()
+            .zip(columns)
+            .map(move |(series, values)| Run {
+                series: series.0,
+                frame: id,
+                times_us: &readings.times_us,
+                values,
+            })
+    })
+}
+
+impl Run<'_> {
+    fn readings(&self) -> impl Iterator<Item = (i64, i64, i64, Option<f64>)> {
+        let rows = self.times_us.iter().zip(self.values);
+        rows.map(|(ts_us, value)| {
+            (
+                self.series,
+                *ts_us,
+                self.frame,
+                (!value.is_nan()).then_some(*value),
+            )
+        })
+    }
+}
+
+/// An iterator whose length was counted beforehand.
+struct Counted<I> {
+    left: usize,
+    items: I,
+}
+
+impl<I: Iterator> Iterator for Counted<I> {
+    type Item = I::Item;
+
+    fn next(&mut self) -> Option<I::Item> {
+        self.left = self.left.saturating_sub(1);
+        self.items.next()
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.left, Some(self.left))
+    }
+}
+
+impl<I: Iterator> ExactSizeIterator for Counted<I> {}
