@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use fieldgate_protocol::column::READINGS_MAX;
 use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX};
 
+use crate::store::url::StoreUrl;
+
 /// Name of the database within the data directory, where `store` does not say otherwise.
 pub const DATABASE_FILE: &str = "fieldgate.db";
 
@@ -25,8 +27,8 @@ const TIB: u64 = 1 << 40;
 pub struct Settings {
     /// Holds the fleet key, and the database unless `store` names another.
     pub data_dir: PathBuf,
-    /// `sqlite://PATH`; `None` for [`DATABASE_FILE`] in `data_dir`.
-    pub store: Option<String>,
+    /// The database; `None` for [`DATABASE_FILE`] in `data_dir`.
+    pub store: Option<StoreUrl>,
     /// Where devices connect, in plain text.
     pub listen: SocketAddr,
     /// Whether `listen` may be reachable from other machines.
@@ -129,14 +131,6 @@ pub enum ConfigError {
         /// The address.
         listen: SocketAddr,
     },
-    /// Not the address of a store.
-    #[error("store {url:?} {fault}; give sqlite://PATH, such as sqlite:///var/lib/fieldgate.db")]
-    Store {
-        /// What was given.
-        url: String,
-        /// What is wrong with it.
-        fault: &'static str,
-    },
 }
 
 /// [`Settings`] that the gateway can run with.
@@ -160,7 +154,7 @@ impl Config {
     /// # Errors
     /// The first setting that is wrong.
     pub fn new(settings: Settings) -> Result<Config, ConfigError> {
-        let store_path = store_path(&settings.data_dir, settings.store.as_deref())?;
+        let store_path = store_path(&settings.data_dir, settings.store.as_ref());
         check_listen(&settings)?;
         check_ranges(&settings)?;
         check_relations(&settings)?;
@@ -176,28 +170,11 @@ impl Config {
     }
 }
 
-/// The database's file: what `store` says, or the usual name in the data directory. What follows
-/// `sqlite://` is the path as it is, without percent-encoding or parameters.
-///
-/// # Errors
-/// `store` is not `sqlite://PATH`.
-pub fn store_path(data_dir: &Path, store: Option<&str>) -> Result<PathBuf, ConfigError> {
-    let Some(url) = store else {
-        return Ok(data_dir.join(DATABASE_FILE));
-    };
-    let wrong = |fault| {
-        let url = url.to_owned();
-        Err(ConfigError::Store { url, fault })
-    };
-    match url.split_once("://") {
-        Some(("sqlite", "")) => wrong("names no file"),
-        Some(("sqlite", path)) if path.starts_with(":memory:") => {
-            wrong("would be lost with the process")
-        }
-        Some(("sqlite", path)) if path.ends_with('/') => wrong("names a directory"),
-        Some(("sqlite", path)) => Ok(PathBuf::from(path)),
-        Some(_) => wrong("is of a kind that this version does not know"),
-        None => wrong("is not the address of a store"),
+/// The database's file: what `store` says, or the usual name in the data directory.
+pub fn store_path(data_dir: &Path, store: Option<&StoreUrl>) -> PathBuf {
+    match store {
+        Some(StoreUrl::Sqlite(path)) => path.clone(),
+        None => data_dir.join(DATABASE_FILE),
     }
 }
 
@@ -426,31 +403,12 @@ mod tests {
     }
 
     #[test]
-    fn a_store_is_a_file_of_sqlite() {
-        let dir = Path::new("data");
-        assert_eq!(
-            store_path(dir, None).unwrap(),
-            Path::new("data/fieldgate.db")
-        );
-        for (url, path) in [
-            ("sqlite://x.db", "x.db"),
-            ("sqlite:///var/lib/x.db", "/var/lib/x.db"),
-            ("sqlite://a b%20.db", "a b%20.db"),
-        ] {
-            assert_eq!(store_path(dir, Some(url)).unwrap(), Path::new(path));
-        }
-        for (url, says) in [
-            ("sqlite://", "names no file"),
-            ("sqlite://:memory:", "lost with the process"),
-            ("sqlite:///var/lib/", "names a directory"),
-            ("postgres://host/db", "does not know"),
-            ("x.db", "not the address of a store"),
-        ] {
-            let refused = store_path(dir, Some(url)).unwrap_err().to_string();
-            assert!(
-                refused.contains(says) && refused.contains("give sqlite://PATH"),
-                "{url}: {refused}"
-            );
-        }
+    fn the_store_may_be_elsewhere_than_the_key() {
+        let settings = Settings {
+            store: Some("sqlite:///other/x.db".parse().unwrap()),
+            ..Settings::default()
+        };
+        let config = Config::new(settings).unwrap();
+        assert_eq!(config.store_path(), Path::new("/other/x.db"));
     }
 }
