@@ -29,6 +29,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use fieldgate::config::{self, ConfigError, Settings};
 use fieldgate::keys::KeyError;
 use fieldgate::store::sqlite::OpenError;
+use fieldgate::store::url::StoreUrl;
 
 use self::settings_file::FileError;
 
@@ -47,6 +48,7 @@ const PRECEDENCE: &str = "Every flag --some-name is also the environment variabl
     environment, which wins over the file. RUST_LOG sets log levels (default: info).";
 
 #[derive(Args, Debug)]
+#[command(next_help_heading = "Options of all subcommands")]
 struct GlobalArgs {
     /// TOML file with settings; its keys are the long names of the flags. Paths in it are relative
     /// to the working directory
@@ -61,7 +63,7 @@ struct GlobalArgs {
     /// The database, as sqlite://PATH [default: fieldgate.db in the data directory]. Give it to keep
     /// the database on another disk than the key
     #[arg(long, global = true, value_name = "URL")]
-    store: Option<String>,
+    store: Option<StoreUrl>,
 
     /// How log lines on stderr are written. Take json if a program reads them
     #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Text)]
@@ -69,8 +71,8 @@ struct GlobalArgs {
 }
 
 impl GlobalArgs {
-    fn store_path(&self) -> Result<PathBuf, ConfigError> {
-        config::store_path(&self.data_dir, self.store.as_deref())
+    fn store_path(&self) -> PathBuf {
+        config::store_path(&self.data_dir, self.store.as_ref())
     }
 }
 
@@ -238,7 +240,7 @@ impl Cli {
 
     /// Does what was asked for.
     pub async fn carry_out(self) -> Result<(), Error> {
-        let path = self.global.store_path()?;
+        let path = self.global.store_path();
         match self.command {
             Command::Serve(args) => serve::serve(args.into_settings(self.global)).await,
             Command::Query(args) => query::query(&path, &args).await,

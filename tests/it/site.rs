@@ -1,0 +1,240 @@
+//! What tests work in: a directory, the binary that runs in it, and a store with something in it.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use fieldgate::clock::{BootClock, Quality};
+use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
+use fieldgate::store::{
+    Admission, Batch, Content, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
+    DeviceEventKind, Entry, Login, LoginOutcome, Readings, ResolvedTime, Store,
+};
+use fieldgate_protocol::column::Kind;
+use fieldgate_protocol::frame::types;
+
+/// 2026-02-25T06:13:20Z
+pub const AT_US: i64 = 1_772_000_000_000_000;
+/// Where the binary keeps its database within its working directory.
+pub const DATABASE: &str = "fieldgate-data/fieldgate.db";
+
+/// A directory to work in, and what was said in it.
+pub struct Site {
+    pub dir: tempfile::TempDir,
+}
+
+#[derive(Debug)]
+pub struct Said {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl Site {
+    pub fn new() -> Site {
+        let dir = tempfile::tempdir().unwrap();
+        Site { dir }
+    }
+
+    /// With a device that sent a frame of two readings, lost two frames, and sent one that could not
+    /// be understood; and with a second device that sent nothing. The store stays open, as under a
+    /// running gateway.
+    pub async fn with_readings() -> (Site, SqliteStore) {
+        let site = Site::new();
+        fs::create_dir(site.path("fieldgate-data")).unwrap();
+        let path = site.path(DATABASE);
+        let settings = SqliteSettings::default();
+        let mut store = SqliteStore::open(&path, &settings).await.unwrap();
+        let batch = Batch {
+            logins: vec![login("pump-2"), login("pump-1")],
+            ..Batch::default()
+        };
+        let mut committed = store.commit(&batch).await.unwrap();
+        let Some(LoginOutcome::Admitted(pump)) = committed.logins.pop() else {
+            panic!("{committed:?}");
+        };
+        let batch = Batch {
+            declares: vec![declare(&pump)],
+            ..Batch::default()
+        };
+        let mut committed = store.commit(&batch).await.unwrap();
+        let Some(DeclareOutcome::Accepted(schema)) = committed.declares.pop() else {
+            panic!("{committed:?}");
+        };
+        let readings = Readings {
+            time: ResolvedTime {
+                offset_us: 0,
+                quality: Quality::Utc,
+            },
+            times_us: vec![AT_US - 1_000_000, AT_US],
+            series: vec![schema.channels[0].series],
+            values: vec![21.57, f64::NAN],
+        };
+        let batch = Batch {
+            entries: vec![
+                entry(&pump, 1..=1, types::DATA, Content::Readings(readings)),
+                entry(&pump, 2..=3, types::GAP, Content::Gap { reason: 0 }),
+                entry(&pump, 4..=4, types::DATA, quarantined()),
+            ],
+            events: vec![DeviceEvent {
+                device: pump.device,
+                at_us: AT_US,
+                kind: DeviceEventKind::Disconnected,
+                code: 42,
+                detail: "silent\u{1b}[2J".to_owned(),
+            }],
+            ..Batch::default()
+        };
+        store.commit(&batch).await.unwrap();
+        (site, store)
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn write(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fieldgate"));
+        command.args(args).current_dir(self.dir.path());
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("FIELDGATE_") || name == "RUST_LOG" {
+                command.env_remove(name);
+            }
+        }
+        command
+    }
+
+    pub fn run(&self, args: &[&str]) -> Said {
+        self.run_with(args, &[])
+    }
+
+    pub fn run_with(&self, args: &[&str], environment: &[(&str, &str)]) -> Said {
+        let mut command = self.command(args);
+        let done = command.envs(environment.iter().copied()).output().unwrap();
+        Said {
+            code: done.status.code().unwrap(),
+            out: String::from_utf8(done.stdout).unwrap(),
+            err: String::from_utf8(done.stderr).unwrap(),
+        }
+    }
+
+    pub fn query(&self, sql: &str, format: &str) -> String {
+        let said = self.run(&["query", sql, "--format", format]);
+        assert_eq!((said.code, &*said.err), (0, ""), "{said:?}");
+        said.out
+    }
+}
+
+impl Said {
+    /// One line that has all these words in it, and nothing else.
+    #[track_caller]
+    pub fn refused(&self, code: i32, words: &[&str]) {
+        assert_eq!((self.code, &*self.out), (code, ""), "{self:?}");
+        assert!(self.err.starts_with("error: "), "{self:?}");
+        assert_eq!(self.err.lines().count(), 1, "{self:?}");
+        for word in words {
+            assert!(self.err.contains(word), "{word}: {self:?}");
+        }
+    }
+}
+
+fn login(device: &str) -> Login {
+    Login {
+        device: device.to_owned(),
+        stream: 77,
+        next_seq: 1,
+        firmware: "1.2.0".to_owned(),
+        schema: None,
+        clock: BootClock {
+            boot: 1,
+            offset_us: AT_US,
+            delay_us: 20_000,
+            measured_at_us: AT_US,
+        },
+        at_us: AT_US,
+    }
+}
+
+fn declare(admission: &Admission) -> Declare {
+    Declare {
+        device: admission.device,
+        schema: 1,
+        hash: [1; 8],
+        channels: vec![DeclaredChannel {
+            id: 0,
+            name: "temperature".to_owned(),
+            unit: "Cel".to_owned(),
+            kind: Kind::Integer,
+            exp10: -2,
+        }],
+    }
+}
+
+fn entry(
+    admission: &Admission,
+    seqs: std::ops::RangeInclusive<u64>,
+    frame_type: u8,
+    content: Content,
+) -> Entry {
+    Entry {
+        device: admission.device,
+        stream: admission.receipt.stream(),
+        first_seq: *seqs.start(),
+        seq: *seqs.end(),
+        frame_type,
+        received_at_us: AT_US,
+        content,
+    }
+}
+
+fn quarantined() -> Content {
+    Content::Quarantined {
+        code: 30,
+        detail: "R21".to_owned(),
+        bytes: (0xA0..0xC0).collect(),
+        peer: "127.0.0.1:5".to_owned(),
+    }
+}
+
+/// A gateway that runs until it is dropped.
+pub struct Gateway {
+    child: Child,
+    pub announced: Vec<String>,
+}
+
+impl Gateway {
+    pub fn start(site: &Site) -> Gateway {
+        let mut child = site
+            .command(&["serve", "--listen", "127.0.0.1:0"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let announced = out.lines().map(Result::unwrap).take(4).collect();
+        Gateway { child, announced }
+    }
+
+    /// As a service manager ends it.
+    pub fn terminate(mut self) -> (Option<i32>, String) {
+        let pid = self.child.id().to_string();
+        let told = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+        assert!(told.success());
+        let mut log = String::new();
+        let mut err = self.child.stderr.take().unwrap();
+        err.read_to_string(&mut log).unwrap();
+        (self.child.wait().unwrap().code(), log)
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
