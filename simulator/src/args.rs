@@ -9,6 +9,7 @@ use crate::faults::{Fault, Faults};
 use crate::pace::Pace;
 use crate::plan::{self, Clock, Plan, PlanError, Profile, Script};
 use clap::{Args, Parser, Subcommand};
+use fieldgate::store::url::{StoreUrl, StoreUrlError};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -141,18 +142,19 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_JOURNAL")]
     pub journal: PathBuf,
 
-    /// Store of the gateway, as sqlite://PATH or postgres://…
-    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", value_parser = store)]
-    pub store: String,
+    /// Store of the gateway, as sqlite://PATH
+    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", value_parser = store,
+          default_value = "sqlite://fieldgate-data/fieldgate.db")]
+    pub store: StoreUrl,
 }
 
 /// Flags of `bench`.
 #[derive(Clone, Debug, Args)]
 pub struct BenchArgs {
-    /// Store to measure, as sqlite://PATH or postgres://… [default: a new SQLite file, removed
-    /// afterwards]
-    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", value_parser = store)]
-    pub store: Option<String>,
+    /// Store to measure, as sqlite://PATH: new files beside PATH, removed afterwards; the disk counts
+    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", value_parser = store,
+          default_value = "sqlite://bench.db")]
+    pub store: StoreUrl,
 
     /// Measure for a few seconds only, and less exactly [default: no]
     #[arg(long, env = "FIELDGATE_SIM_QUICK")]
@@ -262,15 +264,9 @@ fn name_prefix(text: &str) -> Result<String, String> {
     }
 }
 
-fn store(text: &str) -> Result<String, String> {
-    let known = ["sqlite://", "postgres://", "postgresql://"];
-    match known
-        .iter()
-        .any(|scheme| text.len() > scheme.len() && text.starts_with(scheme))
-    {
-        true => Ok(text.to_owned()),
-        false => Err("expected sqlite://PATH or postgres://…".to_owned()),
-    }
+fn store(text: &str) -> Result<StoreUrl, String> {
+    text.parse()
+        .map_err(|error: StoreUrlError| error.to_string())
 }
 
 #[cfg(test)]

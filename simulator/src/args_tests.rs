@@ -155,15 +155,13 @@ fn wrong_values_are_refused_with_what_would_be_right() {
             "run --name-prefix a/b",
             "expected at most 27 letters, digits",
         ),
-        ("verify --journal a", "--store <URL>"),
+        ("verify", "--journal <FILE>"),
+        ("verify --journal a --store b.db", "write sqlite://b.db"),
         (
-            "verify --journal a --store b.db",
-            "expected sqlite://PATH or postgres://…",
+            "verify --journal a --store postgres://b",
+            "is not supported",
         ),
-        (
-            "bench --store sqlite://",
-            "expected sqlite://PATH or postgres://…",
-        ),
+        ("bench --store sqlite://", "names no file"),
     ];
     for (line, expected) in cases {
         let error = parse(line).unwrap_err();
@@ -174,10 +172,9 @@ fn wrong_values_are_refused_with_what_would_be_right() {
 #[test]
 fn verify_and_bench_take_their_flags() {
     let verify = parse("verify --journal a.jsonl --store sqlite://b.db");
-    assert!(matches!(verify, Ok(Command::Verify(args)) if args.store == "sqlite://b.db"));
     assert!(
-        matches!(parse("bench"), Ok(Command::Bench(args)) if !args.quick && args.store.is_none())
+        matches!(verify, Ok(Command::Verify(args)) if args.store.to_string() == "sqlite://b.db")
     );
-    let quick = parse("bench --quick --store postgres://localhost/a");
-    assert!(matches!(quick, Ok(Command::Bench(args)) if args.quick && args.store.is_some()));
+    assert!(matches!(parse("bench"), Ok(Command::Bench(args)) if !args.quick));
+    assert!(matches!(parse("bench --quick"), Ok(Command::Bench(args)) if args.quick));
 }

@@ -9,6 +9,7 @@
 //! plan and how far each device came, and the verifier can compute what must be stored.
 
 pub mod args;
+pub mod bench;
 pub mod catalogue;
 pub mod decimal;
 pub mod encode;

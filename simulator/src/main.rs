@@ -3,7 +3,7 @@
 //! 0 done, 1 failed, 2 wrong usage or configuration.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use clap::Parser;
 use fieldgate::keys::FleetKey;
-use fieldgate_simulator::args::{Cli, Command, RunArgs, RunOptions, VerifyArgs};
+use fieldgate_simulator::args::{BenchArgs, Cli, Command, RunArgs, RunOptions, VerifyArgs};
+use fieldgate_simulator::bench;
 use fieldgate_simulator::fleet::{self, Counters, FleetError, Terms};
 use fieldgate_simulator::journal::{Journal, Ledger};
 use fieldgate_simulator::plan::Script;
@@ -25,7 +26,7 @@ async fn main() -> ExitCode {
     let carried_out = match Cli::parse().command {
         Command::Run(args) => run(&args).await,
         Command::Verify(args) => verify(&args).await,
-        Command::Bench(_) => Err(failure(anyhow!("bench"))),
+        Command::Bench(args) => bench(&args).await,
     };
     match carried_out {
         Ok(code) => code,
@@ -159,9 +160,8 @@ async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     if !ledger.complete {
         eprintln!("the journal has no end: the run was killed; what it tells is compared");
     }
-    let path = store_path(&args.store).map_err(configuration)?;
     let progress = BarOnDrop(Progress::new(ledger.devices.len() as u64));
-    let verdict = verify::verify(ledger, &path, |done| {
+    let verdict = verify::verify(ledger, args.store.path(), |done| {
         progress.0.show(done, "devices".into())
     })
     .await
@@ -178,11 +178,16 @@ async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
     })
 }
 
-fn store_path(url: &str) -> anyhow::Result<PathBuf> {
-    let path = url
-        .strip_prefix("sqlite://")
-        .context("only sqlite:// stores can be verified yet")?;
-    Ok(PathBuf::from(path))
+async fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
+    let parent = args
+        .store
+        .path()
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    let dir = parent.unwrap_or(Path::new("."));
+    let measured = bench::run(dir, args.quick).await.map_err(failure)?;
+    println!("{measured}");
+    Ok(ExitCode::SUCCESS)
 }
 
 fn random() -> anyhow::Result<[u64; 2]> {

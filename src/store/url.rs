@@ -1,12 +1,11 @@
 //! The address of a store, as it is given on the command line and in the configuration.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// Where readings are stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum StoreUrl {
     /// `sqlite://path`, relative to the working directory or absolute (`sqlite:///var/lib/…`).
     Sqlite(PathBuf),
@@ -29,6 +28,14 @@ pub enum StoreUrlError {
     /// `:memory:` and the like.
     #[error("`{0}` is no file: a store has to outlive the process")]
     NotAFile(String),
+}
+
+impl StoreUrl {
+    /// The database's file.
+    pub fn path(&self) -> &Path {
+        let Self::Sqlite(path) = self;
+        path
+    }
 }
 
 impl FromStr for StoreUrl {

@@ -65,14 +65,15 @@ pub struct SqliteSettings {
 }
 
 /// Measured with frames of 1 and of 60 readings, in batches of 20,000 and 200,000: pages of 8 KiB take
-/// no more time than others in any of them, and the log is moved seldom because a page that many
-/// batches write is then moved once.
+/// no more time than others in any of them. The log is moved a little at a time: commits wait while the
+/// database is synced, and at 1,000 frames a second the p99 of ACKs was 37 ms with 4 MiB at a time and
+/// 42 to 49 ms with 64 MiB, for the same throughput.
 impl Default for SqliteSettings {
     fn default() -> Self {
         Self {
             cache_bytes: 256 << 20,
             page_bytes: 8192,
-            wal_checkpoint_bytes: 64 << 20,
+            wal_checkpoint_bytes: 4 << 20,
             wal_soft_bytes: 128 << 20,
             wal_hard_bytes: 1 << 30,
         }
