@@ -173,7 +173,7 @@ impl Config {
 /// The database's file: what `store` says, or the usual name in the data directory.
 pub fn store_path(data_dir: &Path, store: Option<&StoreUrl>) -> PathBuf {
     match store {
-        Some(StoreUrl::Sqlite(path)) => path.clone(),
+        Some(url) => url.path().to_owned(),
         None => data_dir.join(DATABASE_FILE),
     }
 }
