@@ -8,7 +8,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::migrate::{Migrate, MigrateError, Migrator};
 use sqlx::sqlite::SqliteConnectOptions;
@@ -26,6 +26,10 @@ const APPLICATION_ID: i64 = 1_179_083_124;
 const SQLITE_MIN: (u32, u32, u32) = (3, 51, 3);
 /// Every statement has a place in the cache of the writer's connection, in each of its sizes.
 const STATEMENTS_MAX: usize = 256;
+
+/// A gateway that was killed may hold the lock while the system takes it apart.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// Why a database could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -155,10 +159,16 @@ pub(super) fn claim(path: &Path) -> Result<(PathBuf, File), OpenError> {
         .write(true)
         .open(&lock_path);
     let lock = lock.map_err(|error| inaccessible(&lock_path, error))?;
-    match lock.try_lock() {
-        Ok(()) => Ok((path, lock)),
-        Err(TryLockError::WouldBlock) => Err(OpenError::InUse(path)),
-        Err(TryLockError::Error(error)) => Err(inaccessible(&lock_path, error)),
+    let patience_ends = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok((path, lock)),
+            Err(TryLockError::WouldBlock) if Instant::now() < patience_ends => {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            Err(TryLockError::WouldBlock) => return Err(OpenError::InUse(path)),
+            Err(TryLockError::Error(error)) => return Err(inaccessible(&lock_path, error)),
+        }
     }
 }
 
@@ -299,7 +309,8 @@ async fn refuse_old_sqlite(
 /// `true` if the database is empty.
 async fn refuse_foreign(conn: &mut SqliteConnection, path: &Path) -> Result<bool, OpenError> {
     let found: Result<(i64, i64), sqlx::Error> = sqlx::query_as(
-        "SELECT application_id, (SELECT count(*) FROM sqlite_schema) FROM pragma_application_id",
+        "SELECT application_id, (SELECT count(*) FROM sqlite_schema WHERE type = 'table') \
+         FROM pragma_application_id",
     )
     .fetch_one(conn)
     .await;
