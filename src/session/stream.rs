@@ -112,6 +112,11 @@ impl Stream {
         outbound: &mut Outbound,
     ) -> Step {
         let header = frame.header;
+        // An intact one was passed over; of another, no header field counts (R101).
+        if types::is_skippable(header.frame_type) {
+            self.refuse_damaged_unsequenced(outbound);
+            return Ok(None);
+        }
         if !(1..=VERSION).contains(&header.version) {
             return Err(Close::bye(
                 Code::Version,
@@ -128,13 +133,7 @@ impl Stream {
             ));
         }
         if !frame.intact {
-            outbound.nack(
-                Code::PayloadCrc,
-                0,
-                self.expected_seq,
-                0,
-                "payload checksum wrong",
-            );
+            self.refuse_damaged_unsequenced(outbound);
             return Ok(None);
         }
         if header.flags != 0 {
@@ -155,6 +154,12 @@ impl Stream {
                 Err(Close::bye(Code::Protocol, detail))
             }
         }
+    }
+
+    /// Changes nothing else (R108).
+    fn refuse_damaged_unsequenced(&self, outbound: &mut Outbound) {
+        let detail = "payload checksum wrong";
+        outbound.nack(Code::PayloadCrc, 0, self.expected_seq, 0, detail);
     }
 
     fn handle_declare(&mut self, frame: &Frame<'_>) -> Step {
