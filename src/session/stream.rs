@@ -48,7 +48,7 @@ pub(super) struct Stream {
     store_is_down: bool,
     store_retry_after_ms: u32,
     ack_is_due: bool,
-    /// A number whose payload checksum was wrong once.
+    /// The latest number whose payload checksum was wrong once on this connection.
     crc_failed_seq: Option<u64>,
     /// Refusals to be said once their numbers are durable.
     refusals: VecDeque<Refusal>,
@@ -251,7 +251,6 @@ impl Stream {
             return self.handle_damaged(frame, now, outbound);
         }
         self.awaits_resend = false;
-        self.crc_failed_seq = None;
         match self.read_content(frame, now) {
             Ok(Some(content)) => Ok(Some(self.submit(frame, first_seq, content, now))),
             Ok(None) => {
