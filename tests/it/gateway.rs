@@ -64,9 +64,12 @@ impl Gateway {
     /// A gateway on what another left in `data_dir`.
     pub fn start_in(data_dir: &Path, flags: &[&str]) -> Gateway {
         let data_dir = data_dir.to_owned();
-        let mut process = command(&["serve", "--listen", "127.0.0.1:0", "--data-dir"])
-            .arg(&data_dir)
-            .args(flags)
+        let mut serve = command(&["serve"]);
+        serve.arg("--data-dir").arg(&data_dir).args(flags);
+        if !flags.contains(&"--listen") {
+            serve.args(["--listen", "127.0.0.1:0"]);
+        }
+        let mut process = serve
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

@@ -2,5 +2,11 @@
 
 mod cli;
 mod client;
+mod fuzzed;
 mod gateway;
+mod handshake;
 mod malformed;
+mod quarantine;
+mod session;
+mod start;
+mod stored;
