@@ -128,7 +128,7 @@ fn a_frame_over_the_limit_is_refused_by_its_header_alone() {
 fn a_stall_or_silence_ends_the_connection() {
     let gateway = Gateway::start(&[
         "--handshake-timeout-s",
-        "1",
+        "2",
         "--frame-timeout-s",
         "1",
         "--idle-timeout-s",
