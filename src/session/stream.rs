@@ -48,7 +48,7 @@ pub(super) struct Stream {
     store_is_down: bool,
     store_retry_after_ms: u32,
     ack_is_due: bool,
-    /// A number whose payload checksum was wrong once.
+    /// The latest number whose payload checksum was wrong once on this connection.
     crc_failed_seq: Option<u64>,
     /// Refusals to be said once their numbers are durable.
     refusals: VecDeque<Refusal>,
@@ -105,6 +105,11 @@ impl Stream {
         outbound: &mut Outbound,
     ) -> Step {
         let header = frame.header;
+        // An intact one was passed over; of another, no header field counts (R101).
+        if types::is_skippable(header.frame_type) {
+            self.refuse_damaged_unsequenced(outbound);
+            return Ok(None);
+        }
         if !(1..=VERSION).contains(&header.version) {
             return Err(Close::bye(
                 Code::Version,
@@ -121,13 +126,7 @@ impl Stream {
             ));
         }
         if !frame.intact {
-            outbound.nack(
-                Code::PayloadCrc,
-                0,
-                self.expected_seq,
-                0,
-                "payload checksum wrong",
-            );
+            self.refuse_damaged_unsequenced(outbound);
             return Ok(None);
         }
         if header.flags != 0 {
@@ -148,6 +147,12 @@ impl Stream {
                 Err(Close::bye(Code::Protocol, detail))
             }
         }
+    }
+
+    /// Changes nothing else (R108).
+    fn refuse_damaged_unsequenced(&self, outbound: &mut Outbound) {
+        let detail = "payload checksum wrong";
+        outbound.nack(Code::PayloadCrc, 0, self.expected_seq, 0, detail);
     }
 
     fn handle_declare(&mut self, frame: &Frame<'_>) -> Step {
@@ -240,7 +245,6 @@ impl Stream {
             return self.handle_damaged(frame, now, outbound);
         }
         self.awaits_resend = false;
-        self.crc_failed_seq = None;
         match self.read_content(frame, now) {
             Ok(Some(content)) => Ok(Some(self.submit(frame, first_seq, content, now))),
             Ok(None) => {

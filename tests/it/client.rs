@@ -1,0 +1,561 @@
+//! A device for tests: blocking, on a plain socket, and able to get every step wrong.
+//!
+//! Whatever it waits for, it waits for with a deadline, and fails the test when that is over.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::time::Duration;
+
+use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING, Transcript, schema_hash};
+use fieldgate_protocol::column::encoding;
+use fieldgate_protocol::error::Code;
+use fieldgate_protocol::frame::{
+    FRAME_BYTES_MAX, Frame, HEADER_BYTES, Header, OVERHEAD_BYTES, TRAILER_BYTES, VERSION, decode,
+    seal, types,
+};
+use fieldgate_protocol::message::{
+    self, Ack, Auth, Bye, Challenge, Channel, Column, Data, Declare, Event, Gap, Hello, Message,
+    Nack, Ping, Pong, Welcome,
+};
+
+/// Longer than anything takes that the gateway does on its own.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The schema that [`declare`] declares, and [`readings`] uses.
+pub const SCHEMA: u16 = 1;
+/// Channel "temperature": integer, hundredths.
+pub const TEMPERATURE: u8 = 1;
+/// Channel "level": binary64.
+pub const LEVEL: u8 = 2;
+/// Channel "open": bool.
+pub const OPEN: u8 = 3;
+/// Channel "flow": binary32.
+pub const FLOW: u8 = 4;
+
+/// 2025-10-09T08:53:20Z.
+pub const T0_US: i64 = 1_760_000_000_000_000;
+
+/// What a HELLO says and who signs the AUTH after it.
+#[derive(Clone, Debug)]
+pub struct Login {
+    pub name: String,
+    pub key: [u8; KEY_BYTES],
+    pub stream: u64,
+    pub oldest_seq: u64,
+    pub next_seq: u64,
+    pub boot: u32,
+    pub mono_us: u64,
+    pub firmware: String,
+    pub schema: u16,
+    pub schema_hash: [u8; 8],
+    pub versions: (u8, u8),
+}
+
+impl Login {
+    /// HELLO as a frame.
+    pub fn hello(&self) -> Vec<u8> {
+        let hello = Hello {
+            min_version: self.versions.0,
+            max_version: self.versions.1,
+            name: &self.name,
+            stream: self.stream,
+            oldest_seq: self.oldest_seq,
+            next_seq: self.next_seq,
+            boot: self.boot,
+            mono_us: self.mono_us,
+            utc_us: 0,
+            rx_bytes_max: 4096,
+            firmware: &self.firmware,
+            schema: self.schema,
+            schema_hash: self.schema_hash,
+            nonce: *b"a test's nonce 1",
+            caps: 0,
+            ext: &[],
+        };
+        frame(&hello, 0)
+    }
+
+    /// AUTH as a frame, and what was exchanged including it.
+    pub fn auth(&self, mut transcript: Transcript) -> (Vec<u8>, Transcript) {
+        let mut auth = Auth {
+            mono_us: self.mono_us,
+            ext: &[],
+            mac: [0; KEY_BYTES],
+        };
+        let unsigned = frame(&auth, 0);
+        let payload = payload(&unsigned);
+        transcript.add(&payload[..payload.len() - KEY_BYTES]);
+        auth.mac = transcript.device_mac(&self.key, &NO_CHANNEL_BINDING);
+        transcript.add(&auth.mac);
+        (frame(&auth, 0), transcript)
+    }
+}
+
+/// A WELCOME whose MAC was found right.
+#[derive(Clone, Copy, Debug)]
+pub struct Welcomed {
+    pub durable_seq: u64,
+    pub limit_seq: u64,
+    pub keepalive_s: u16,
+    pub ack_timeout_s: u16,
+    pub schema_known: bool,
+}
+
+/// What the gateway said, or did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Heard {
+    Challenge(Vec<u8>),
+    Welcome(Vec<u8>),
+    Ack {
+        seq: u64,
+        limit_seq: u64,
+    },
+    Nack {
+        seq: u64,
+        code: u8,
+        expected_seq: u64,
+        retry_after_ms: u32,
+    },
+    Pong {
+        mono_us: u64,
+        received_us: i64,
+        sent_us: i64,
+    },
+    Bye {
+        code: u8,
+        retry_after_ms: u32,
+        versions: (u8, u8),
+        detail: String,
+    },
+    Closed,
+}
+
+/// A connection to a gateway.
+#[derive(Debug)]
+pub struct Link {
+    socket: TcpStream,
+    input: Vec<u8>,
+}
+
+impl Link {
+    /// Connects, and says nothing yet.
+    pub fn open(addr: SocketAddr) -> Link {
+        let socket = TcpStream::connect_timeout(&addr, PATIENCE).expect("connects");
+        socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        socket.set_write_timeout(Some(PATIENCE)).expect("timeout");
+        socket.set_nodelay(true).expect("nodelay");
+        Link {
+            socket,
+            input: Vec::new(),
+        }
+    }
+
+    /// Connects and goes through the whole handshake.
+    pub fn login(addr: SocketAddr, login: &Login) -> (Link, Welcomed) {
+        let mut link = Link::open(addr);
+        let transcript = link.challenge(login);
+        let welcomed = link.authenticate(login, transcript);
+        (link, welcomed)
+    }
+
+    /// HELLO, CHALLENGE: what was exchanged.
+    pub fn challenge(&mut self, login: &Login) -> Transcript {
+        let hello = login.hello();
+        self.send(&hello);
+        let Heard::Challenge(challenge) = self.hear() else {
+            panic!("no CHALLENGE")
+        };
+        let mut transcript = Transcript::default();
+        transcript.add(payload(&hello));
+        transcript.add(&challenge);
+        transcript
+    }
+
+    /// AUTH, WELCOME.
+    pub fn authenticate(&mut self, login: &Login, transcript: Transcript) -> Welcomed {
+        let (auth, mut transcript) = login.auth(transcript);
+        self.send(&auth);
+        let bytes = match self.hear() {
+            Heard::Welcome(bytes) => bytes,
+            other => panic!("{other:?} instead of WELCOME"),
+        };
+        let welcome: Welcome<'_> = message::decode(&bytes).expect("WELCOME");
+        transcript.add(&bytes[..bytes.len() - KEY_BYTES]);
+        assert!(
+            transcript.verify_gateway_mac(&login.key, &NO_CHANNEL_BINDING, &welcome.mac),
+            "the gateway's proof"
+        );
+        Welcomed {
+            durable_seq: welcome.durable_seq,
+            limit_seq: welcome.limit_seq,
+            keepalive_s: welcome.keepalive_s,
+            ack_timeout_s: welcome.ack_timeout_s,
+            schema_known: welcome.schema_known == 1,
+        }
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.socket.write_all(bytes).expect("sends");
+    }
+
+    /// Sends what the gateway may well not want to hear to the end.
+    pub fn send_in_vain(&mut self, bytes: &[u8]) {
+        let _ = self.socket.write_all(bytes);
+    }
+
+    /// Says that nothing more will come; listens on.
+    pub fn finish(&mut self) {
+        // The gateway may have been faster.
+        let _ = self.socket.shutdown(Shutdown::Write);
+    }
+
+    /// The next thing the gateway says.
+    pub fn hear(&mut self) -> Heard {
+        loop {
+            if let Some(frame) = decode(&self.input, FRAME_BYTES_MAX).expect("a frame") {
+                let (heard, count) = (read(&frame), frame.bytes.len());
+                self.input.drain(..count);
+                return heard;
+            }
+            let mut bytes = [0; 4096];
+            match self.socket.read(&mut bytes) {
+                Ok(0) => {
+                    assert!(self.input.is_empty(), "closed within a frame");
+                    return Heard::Closed;
+                }
+                Ok(count) => self.input.extend_from_slice(&bytes[..count]),
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Heard::Closed,
+                Err(error) => panic!("nothing heard: {error}"),
+            }
+        }
+    }
+
+    /// ACK of `seq`; ACKs of less may come before.
+    pub fn expect_ack(&mut self, seq: u64) {
+        loop {
+            match self.hear() {
+                Heard::Ack { seq: heard, .. } if heard < seq => {}
+                Heard::Ack { seq: heard, .. } if heard == seq => return,
+                other => panic!("{other:?} instead of ACK {seq}"),
+            }
+        }
+    }
+
+    /// NACK of `seq` with `code`.
+    pub fn expect_nack(&mut self, seq: u64, code: Code, expected_seq: u64) {
+        match self.hear() {
+            Heard::Nack {
+                seq: s,
+                code: c,
+                expected_seq: e,
+                ..
+            } if (s, c, e) == (seq, code as u8, expected_seq) => {}
+            other => panic!(
+                "{other:?} instead of NACK {} of {seq}, expecting {expected_seq}",
+                code as u8
+            ),
+        }
+    }
+
+    /// BYE with `code`, which tells of a wait of `retry_after_ms` and of version 1, then the end.
+    pub fn expect_bye_after(&mut self, code: Code, retry_after_ms: u32) {
+        match self.hear() {
+            Heard::Bye {
+                code: c,
+                retry_after_ms: r,
+                versions,
+                detail,
+            } if c == code as u8 => {
+                assert_eq!((r, versions), (retry_after_ms, (1, 1)), "{detail}");
+                assert!(!detail.is_empty());
+            }
+            other => panic!("{other:?} instead of BYE {}", code as u8),
+        }
+        self.expect_closed();
+    }
+
+    /// BYE with `code`, then the end.
+    pub fn expect_bye(&mut self, code: Code) {
+        self.expect_bye_after(code, 0);
+    }
+
+    /// The end, and nothing before it.
+    pub fn expect_closed(&mut self) {
+        assert_eq!(self.hear(), Heard::Closed);
+    }
+
+    /// PING, and whatever ACKs come before its PONG: what was sent before has been taken in. Gives the
+    /// highest number acknowledged meanwhile.
+    pub fn take_in(&mut self) -> u64 {
+        self.send(&ping(77, 0, 0));
+        let mut acked = 0;
+        loop {
+            match self.hear() {
+                Heard::Pong { mono_us: 77, .. } => return acked,
+                Heard::Ack { seq, .. } => acked = seq,
+                other => panic!("{other:?} instead of PONG"),
+            }
+        }
+    }
+
+    /// PING, and its PONG as the next thing heard: what was sent before has been taken in, and none of
+    /// it was answered at once.
+    pub fn ping(&mut self) {
+        self.send(&ping(77, 0, 0));
+        match self.hear() {
+            Heard::Pong { mono_us: 77, .. } => {}
+            other => panic!("{other:?} instead of PONG"),
+        }
+    }
+}
+
+fn read(frame: &Frame<'_>) -> Heard {
+    let (header, payload) = (frame.header, frame.payload());
+    assert!(frame.intact, "a damaged frame from the gateway");
+    assert_eq!((header.version, header.flags), (VERSION, 0));
+    match header.frame_type {
+        types::CHALLENGE => {
+            let challenge: Challenge<'_> = message::decode(payload).expect("CHALLENGE");
+            assert_eq!(challenge.version, VERSION);
+            Heard::Challenge(payload.to_vec())
+        }
+        types::WELCOME => Heard::Welcome(payload.to_vec()),
+        types::ACK => {
+            let ack: Ack<'_> = message::decode(payload).expect("ACK");
+            Heard::Ack {
+                seq: header.seq,
+                limit_seq: ack.limit_seq,
+            }
+        }
+        types::NACK => {
+            let nack: Nack<'_> = message::decode(payload).expect("NACK");
+            assert!(!nack.detail.is_empty());
+            Heard::Nack {
+                seq: header.seq,
+                code: nack.code,
+                expected_seq: nack.expected_seq,
+                retry_after_ms: nack.retry_after_ms,
+            }
+        }
+        types::PONG => {
+            let pong: Pong<'_> = message::decode(payload).expect("PONG");
+            Heard::Pong {
+                mono_us: pong.mono_us,
+                received_us: pong.received_us,
+                sent_us: pong.sent_us,
+            }
+        }
+        types::BYE => {
+            let bye: Bye<'_> = message::decode(payload).expect("BYE");
+            Heard::Bye {
+                code: bye.code,
+                retry_after_ms: bye.retry_after_ms,
+                versions: (bye.min_version, bye.max_version),
+                detail: bye.detail.to_owned(),
+            }
+        }
+        other => panic!("type {other:#04x} from the gateway"),
+    }
+}
+
+/// A header for a frame of `frame_type`, right but for its length.
+pub fn header(frame_type: u8, seq: u64) -> Header {
+    Header {
+        version: VERSION,
+        frame_type,
+        flags: 0,
+        payload_bytes: 0,
+        seq,
+    }
+}
+
+/// Any header around any payload, with right checksums.
+pub fn sealed(header: Header, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0; payload.len() + OVERHEAD_BYTES];
+    bytes[HEADER_BYTES..HEADER_BYTES + payload.len()].copy_from_slice(payload);
+    let payload_bytes = u16::try_from(payload.len()).expect("fits a header");
+    let header = Header {
+        payload_bytes,
+        ..header
+    };
+    seal(header, &mut bytes).expect("fits");
+    bytes
+}
+
+/// A message as a frame.
+pub fn frame<'m>(message: &impl Message<'m>, seq: u64) -> Vec<u8> {
+    let mut bytes = vec![0; FRAME_BYTES_MAX];
+    let count = message::encode(message, seq, &mut bytes).expect("fits");
+    bytes.truncate(count);
+    bytes
+}
+
+/// What is between header and trailer.
+pub fn payload(frame: &[u8]) -> &[u8] {
+    &frame[HEADER_BYTES..frame.len() - TRAILER_BYTES]
+}
+
+/// `frame` with one bit of its payload turned, under the checksum that it had.
+pub fn damaged(mut frame: Vec<u8>) -> Vec<u8> {
+    frame[HEADER_BYTES] ^= 0x10;
+    frame
+}
+
+/// A message with other header fields, as `change` leaves them.
+pub fn reheaded(frame: &[u8], change: impl FnOnce(&mut Header)) -> Vec<u8> {
+    let header = decode(frame, FRAME_BYTES_MAX)
+        .expect("a frame")
+        .expect("whole")
+        .header;
+    let mut changed = header;
+    change(&mut changed);
+    sealed(changed, payload(frame))
+}
+
+fn channel(
+    id: u8,
+    name: &'static str,
+    unit: &'static str,
+    kind: u8,
+    exp10: i8,
+) -> Channel<'static> {
+    Channel {
+        id,
+        name,
+        unit,
+        kind,
+        exp10,
+    }
+}
+
+/// DECLARE of schema `schema` with any channels.
+pub fn declare_channels(schema: u16, channels: &[Channel<'_>]) -> Vec<u8> {
+    let channels = channels.iter().copied().collect();
+    frame(
+        &Declare {
+            schema,
+            channels,
+            ext: &[],
+        },
+        0,
+    )
+}
+
+/// DECLARE of the usual channels.
+pub fn declare(schema: u16) -> Vec<u8> {
+    let channels = [
+        channel(TEMPERATURE, "temperature", "Cel", 0, -2),
+        channel(LEVEL, "level", "m", 2, 0),
+        channel(OPEN, "open", "", 3, 0),
+        channel(FLOW, "flow", "l/s", 1, 0),
+    ];
+    declare_channels(schema, &channels)
+}
+
+/// Hash of what [`declare`] declares.
+pub fn declared_hash(schema: u16) -> [u8; 8] {
+    schema_hash(payload(&declare(schema)))
+}
+
+/// A DATA without columns: UTC, microseconds, a row each second.
+pub fn no_columns(rows: u16) -> Data<'static> {
+    Data {
+        schema: SCHEMA,
+        clock: 1,
+        time_unit: 0,
+        boot: 7,
+        t0: T0_US,
+        rows,
+        step: u32::from(rows > 1) * 1_000_000,
+        dt: &[],
+        columns: std::iter::empty().collect(),
+        ext: &[],
+    }
+}
+
+/// `data` with these columns, as a frame.
+pub fn with_columns(data: Data<'_>, seq: u64, columns: &[Column<'_>]) -> Vec<u8> {
+    let columns = columns.iter().copied().collect();
+    frame(&Data { columns, ..data }, seq)
+}
+
+/// A raw column without nulls.
+pub fn raw(channel: u8, data: &[u8]) -> Column<'_> {
+    Column {
+        channel,
+        encoding: encoding::RAW,
+        nulls: &[],
+        data,
+    }
+}
+
+/// DATA `seq`: temperatures in hundredths, the first at `t0_us`.
+pub fn readings_at(seq: u64, t0_us: i64, hundredths: &[i64]) -> Vec<u8> {
+    let bytes: Vec<u8> = hundredths.iter().flat_map(|h| h.to_le_bytes()).collect();
+    let data = Data {
+        t0: t0_us,
+        ..no_columns(hundredths.len() as u16)
+    };
+    with_columns(data, seq, &[raw(TEMPERATURE, &bytes)])
+}
+
+/// DATA `seq` with one reading, of as many hundredths as its number.
+pub fn readings(seq: u64) -> Vec<u8> {
+    readings_at(seq, T0_US + seq as i64 * 60_000_000, &[seq as i64])
+}
+
+/// GAP of `from_seq` to `seq`.
+pub fn gap(from_seq: u64, seq: u64, reason: u8) -> Vec<u8> {
+    frame(
+        &Gap {
+            from_seq,
+            reason,
+            ext: &[],
+        },
+        seq,
+    )
+}
+
+/// EVENT `seq` with a UTC stamp.
+pub fn event(seq: u64, level: u8, code: u16, text: &str) -> Vec<u8> {
+    frame(
+        &Event {
+            clock: 1,
+            boot: 7,
+            time_us: T0_US,
+            level,
+            code,
+            text,
+            ext: &[],
+        },
+        seq,
+    )
+}
+
+/// PING.
+pub fn ping(mono_us: u64, pong_sent_us: i64, pong_mono_us: u64) -> Vec<u8> {
+    frame(
+        &Ping {
+            mono_us,
+            pong_sent_us,
+            pong_mono_us,
+            ext: &[],
+        },
+        0,
+    )
+}
+
+/// BYE of a device that leaves.
+pub fn bye() -> Vec<u8> {
+    frame(
+        &Bye {
+            code: 0,
+            retry_after_ms: 0,
+            min_version: 0,
+            max_version: 0,
+            detail: "",
+            ext: &[],
+        },
+        0,
+    )
+}

@@ -1,0 +1,301 @@
+//! A gateway for tests: the real binary in a directory of its own, on a port of its own.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Duration;
+
+use fieldgate::store::sqlite::open_reader;
+use fieldgate_protocol::auth::{KEY_BYTES, derive_device_key};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteRow};
+use sqlx::{AssertSqlSafe, ConnectOptions, FromRow, SqliteConnection};
+use tempfile::TempDir;
+use tokio::runtime::{Builder, Runtime};
+
+use crate::client::{Link, Login, Welcomed, declare};
+
+/// Longer than a start or an end takes on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// `fieldgate` with `args`, not started yet, and nothing set by whoever runs the tests.
+pub fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fieldgate"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("FIELDGATE_") || name == "RUST_LOG" {
+            command.env_remove(name);
+        }
+    }
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+/// A process that ran to its end.
+#[derive(Debug)]
+pub struct Ended {
+    pub status: ExitStatus,
+    pub stderr: String,
+}
+
+/// A running gateway; dropped, it is killed, and must not have panicked.
+#[derive(Debug)]
+pub struct Gateway {
+    pub addr: SocketAddr,
+    process: Child,
+    /// All of stderr, once that is closed.
+    stderr: Receiver<String>,
+    ended: Option<ExitStatus>,
+    data_dir: PathBuf,
+    /// Removed with the gateway that made it.
+    _dir: Option<TempDir>,
+}
+
+impl Gateway {
+    /// A gateway in a new directory, with further `flags`.
+    pub fn start(flags: &[&str]) -> Gateway {
+        let dir = TempDir::new().expect("a directory");
+        let mut gateway = Gateway::start_in(dir.path(), flags);
+        gateway._dir = Some(dir);
+        gateway
+    }
+
+    /// A gateway on what another left in `data_dir`.
+    pub fn start_in(data_dir: &Path, flags: &[&str]) -> Gateway {
+        let data_dir = data_dir.to_owned();
+        let mut serve = command(&["serve"]);
+        serve.arg("--data-dir").arg(&data_dir).args(flags);
+        if !flags.contains(&"--listen") {
+            serve.args(["--listen", "127.0.0.1:0"]);
+        }
+        let mut process = serve
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("starts");
+        let stderr = collect(process.stderr.take().expect("piped"));
+        let stdout = process.stdout.take().expect("piped");
+        let (told, listening) = channel();
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if let Some(addr) = line.strip_prefix("listening on    ") {
+                    let _ = told.send(addr.parse().expect("an address"));
+                }
+            }
+        });
+        let Ok(addr) = listening.recv_timeout(PATIENCE) else {
+            let _ = process.kill();
+            panic!("not listening: {}", stderr.recv().unwrap_or_default());
+        };
+        Gateway {
+            addr,
+            process,
+            stderr,
+            ended: None,
+            data_dir,
+            _dir: None,
+        }
+    }
+
+    pub fn data_dir(&self) -> &Path {
+        &self.data_dir
+    }
+
+    /// A device of this fleet that has never been here.
+    pub fn device(&self, name: &str) -> Login {
+        Login {
+            name: name.to_owned(),
+            key: derive_device_key(&self.fleet_key(), name),
+            stream: 0x1122_3344_5566_7788,
+            oldest_seq: 1,
+            next_seq: 1_000_000,
+            boot: 7,
+            mono_us: 1_000_000,
+            firmware: "2.4.1".to_owned(),
+            schema: 0,
+            schema_hash: [0; 8],
+            versions: (1, 1),
+        }
+    }
+
+    /// A device logged in that has declared its schema.
+    pub fn connect(&self, name: &str) -> (Link, Welcomed) {
+        let (mut link, welcomed) = Link::login(self.addr, &self.device(name));
+        link.send(&declare(crate::client::SCHEMA));
+        (link, welcomed)
+    }
+
+    fn fleet_key(&self) -> [u8; KEY_BYTES] {
+        let digits = std::fs::read_to_string(self.data_dir.join("fleet.key")).expect("a key");
+        let digits = digits.trim();
+        std::array::from_fn(|i| u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).expect("hex"))
+    }
+
+    /// A reader of this gateway's database.
+    pub fn database(&self) -> Database {
+        Database::open(&self.data_dir.join("fieldgate.db"))
+    }
+
+    /// Whether the process lives.
+    pub fn is_alive(&mut self) -> bool {
+        self.process.try_wait().expect("a child").is_none()
+    }
+
+    /// kill -9.
+    pub fn kill(mut self) -> Ended {
+        self.process.kill().expect("kills");
+        self.wait()
+    }
+
+    /// SIGTERM.
+    pub fn terminate(&self) {
+        let kill = format!("kill -TERM {}", self.process.id());
+        let status = Command::new("sh").args(["-c", &kill]).status();
+        assert!(status.expect("sh").success());
+    }
+
+    /// Waits for the end of the process.
+    pub fn wait(&mut self) -> Ended {
+        let stderr = self.stderr.recv_timeout(PATIENCE).expect("an end");
+        let status = self.process.wait().expect("a child");
+        self.ended = Some(status);
+        assert!(!stderr.contains("panicked"), "{stderr}");
+        Ended { status, stderr }
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        if self.ended.is_some() {
+            return;
+        }
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let stderr = self.stderr.recv_timeout(PATIENCE).unwrap_or_default();
+        if thread::panicking() {
+            eprintln!("--- stderr of the gateway\n{stderr}");
+        } else {
+            assert!(!stderr.contains("panicked"), "{stderr}");
+        }
+    }
+}
+
+/// Runs `fieldgate` with `args`, which must end by itself.
+pub fn run(args: &[&str]) -> Ended {
+    let mut process = command(args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let stderr = collect(process.stderr.take().expect("piped"));
+    match stderr.recv_timeout(PATIENCE) {
+        Ok(stderr) => Ended {
+            status: process.wait().expect("a child"),
+            stderr,
+        },
+        Err(_) => {
+            let _ = process.kill();
+            panic!("{args:?} does not end");
+        }
+    }
+}
+
+fn collect(mut pipe: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = pipe.read_to_end(&mut bytes);
+        let _ = sender.send(String::from_utf8_lossy(&bytes).into_owned());
+    });
+    receiver
+}
+
+/// What is stored, as another connection sees it.
+pub struct Database {
+    runtime: Runtime,
+    connection: SqliteConnection,
+}
+
+impl Database {
+    pub fn open(path: &Path) -> Database {
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let connection = runtime.block_on(open_reader(path)).expect("a database");
+        Database {
+            runtime,
+            connection,
+        }
+    }
+
+    /// All rows of a query.
+    pub fn rows<T>(&mut self, sql: &str) -> Vec<T>
+    where
+        T: for<'r> FromRow<'r, SqliteRow> + Send + Unpin,
+    {
+        let query = sqlx::query_as(AssertSqlSafe(sql.to_owned())).fetch_all(&mut self.connection);
+        self.runtime.block_on(query).expect(sql)
+    }
+
+    /// The one number that a query gives.
+    pub fn count(&mut self, sql: &str) -> i64 {
+        self.rows::<(i64,)>(sql)[0].0
+    }
+
+    /// Numbers of a device's stream that were taken, with their types, in order.
+    pub fn frames(&mut self, device: &str) -> Vec<(i64, i64)> {
+        self.rows(&format!(
+            "SELECT f.seq, f.type FROM frames f JOIN streams s ON s.id = f.stream_id \
+             JOIN devices d ON d.id = s.device_id WHERE d.name = '{device}' ORDER BY f.seq, f.id"
+        ))
+    }
+
+    /// A device's readings as (time, value), in order of time.
+    pub fn readings(&mut self, device: &str) -> Vec<(i64, Option<f64>)> {
+        self.rows(&format!(
+            "SELECT r.ts, r.value FROM readings r JOIN series s ON s.id = r.series_id \
+             JOIN devices d ON d.id = s.device_id WHERE d.name = '{device}' \
+             ORDER BY r.ts, s.channel, r.frame_id"
+        ))
+    }
+
+    /// What a device has in quarantine, as (number, code, bytes).
+    pub fn quarantine(&mut self, device: &str) -> Vec<(i64, i64, Vec<u8>)> {
+        self.rows(&format!(
+            "SELECT q.seq, q.code, q.bytes FROM quarantine q JOIN devices d ON d.id = q.device_id \
+             WHERE d.name = '{device}' ORDER BY q.seq"
+        ))
+    }
+
+    /// The durable number of a device's only stream.
+    pub fn durable_seq(&mut self, device: &str) -> i64 {
+        self.count(&format!(
+            "SELECT max(durable_seq) FROM streams s JOIN devices d ON d.id = s.device_id \
+             WHERE d.name = '{device}'"
+        ))
+    }
+}
+
+/// Changes a database behind everybody's back.
+pub fn meddle(path: &Path, sql: &'static str) {
+    let runtime = Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        let mut connection = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .busy_timeout(PATIENCE)
+            .connect()
+            .await
+            .expect("a database");
+        sqlx::raw_sql(sql)
+            .execute(&mut connection)
+            .await
+            .expect(sql);
+        sqlx::Connection::close(connection).await.expect("closes");
+    });
+}
