@@ -120,15 +120,20 @@ SELECT
     (SELECT count(*) FROM quarantine AS q WHERE q.device_id = d.id) AS quarantined
 FROM devices AS d;
 
--- What devices lost before they could send it. `reason` is the device's own code.
+-- What devices lost before they could send it.
 CREATE VIEW missing_frames AS
 SELECT
     d.name AS device,
     st.stream,
     g.from_seq,
     g.to_seq,
-    g.to_seq - g.from_seq + 1 AS n,
-    g.reason,
+    g.to_seq - g.from_seq + 1 AS frames,
+    CASE g.reason
+        WHEN 0 THEN 'overwritten'
+        WHEN 1 THEN 'queue damaged'
+        WHEN 2 THEN 'erased'
+        ELSE 'reason ' || g.reason
+    END AS reason,
     strftime('%Y-%m-%dT%H:%M:%SZ', g.received_at / 1000000, 'unixepoch') AS received_at
 FROM devices AS d
 CROSS JOIN streams AS st ON st.device_id = d.id

@@ -24,8 +24,8 @@ fn assert_stored_once(gateway: &Gateway, name: &str, last: i64) {
     assert_eq!(stored, values);
     assert_eq!(database.durable_seq(name), last);
     let totals = "SELECT frames, readings FROM device_status WHERE device = '";
-    let totals: Vec<(f64, f64)> = database.rows(&format!("{totals}{name}'"));
-    assert_eq!(totals, [(last as f64, last as f64)]);
+    let totals: Vec<(i64, i64)> = database.rows(&format!("{totals}{name}'"));
+    assert_eq!(totals, [(last, last)]);
 }
 
 #[test]

@@ -74,7 +74,7 @@ fn a_database_of_a_newer_version_is_refused_and_left_alone() {
          VALUES (9999, 'of the future', '2030-01-01', 1, x'00', 1)",
     );
     let before = fs::read(&path).expect("reads");
-    assert_refused(dir.path(), &[], 1, &["newer version", "9999"]);
+    assert_refused(dir.path(), &[], 1, &["newer fieldgate", "9999"]);
     assert!(fs::read(&path).expect("reads") == before, "changed");
 }
 
@@ -92,9 +92,9 @@ fn foreign_database(dir: &TempDir) -> PathBuf {
 fn a_database_of_something_else_is_refused() {
     let dir = directory();
     let path = foreign_database(&dir);
-    assert_refused(dir.path(), &[], 1, &["is not a Fieldgate database"]);
+    assert_refused(dir.path(), &[], 1, &["is the database of another program"]);
     fs::write(&path, "no database at all, just a file that is in the way").expect("writes");
-    assert_refused(dir.path(), &[], 1, &["is not a Fieldgate database"]);
+    assert_refused(dir.path(), &[], 1, &["is not an SQLite database"]);
 }
 
 #[test]
@@ -102,7 +102,7 @@ fn a_database_of_something_else_is_left_alone() {
     let dir = directory();
     let path = foreign_database(&dir);
     let before = fs::read(&path).expect("reads");
-    assert_refused(dir.path(), &[], 1, &["is not a Fieldgate database"]);
+    assert_refused(dir.path(), &[], 1, &["is the database of another program"]);
     // Its journal mode is its owner's business, too.
     assert!(fs::read(&path).expect("reads") == before, "changed");
 }
@@ -110,7 +110,7 @@ fn a_database_of_something_else_is_left_alone() {
 #[test]
 fn a_second_gateway_on_the_same_directory_is_refused() {
     let gateway = Gateway::start(&[]);
-    let words = ["in use by another fieldgate", "--data-dir"];
+    let words = ["in use by another gateway", "--data-dir"];
     assert_refused(gateway.data_dir(), &[], 1, &words);
     // The first one is none the worse for it.
     let (mut link, _) = gateway.connect("pump");

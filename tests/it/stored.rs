@@ -293,16 +293,19 @@ fn events_are_kept_as_they_are() {
     link.expect_ack(2);
     link.send(&bye());
     link.expect_closed();
-    let (_newer, _) = gateway.connect("pump");
+    let (mut newer, _) = gateway.connect("pump");
+    newer.send(&event(3, 1, 7, "valve free"));
+    newer.expect_ack(3);
     let mut database = gateway.database();
     let events: Vec<(i64, Option<i64>, i64, String)> = database
         .rows("SELECT at, level, code, detail FROM device_events WHERE kind = 'event' ORDER BY id");
     let expected = [
         (T0_US, Some(3), 65_535, "valve stuck".to_owned()),
         (T0_US, Some(0), 0, String::new()),
+        (T0_US, Some(1), 7, "valve free".to_owned()),
     ];
     assert_eq!(events, expected);
-    assert_eq!(database.frames("pump"), [(1, 20), (2, 20)]);
+    assert_eq!(database.frames("pump"), [(1, 20), (2, 20), (3, 20)]);
     let connected = "SELECT count(*) FROM device_events WHERE kind = 'connected'";
     assert_eq!(database.count(connected), 2);
 }

@@ -49,13 +49,13 @@ pub enum OpenError {
         source: io::Error,
     },
     /// Another process writes to it.
-    #[error("{} is in use by another gateway: stop that one or give another --store", .0.display())]
+    #[error("{} is in use by another gateway: stop that one, or give another --data-dir or --store", .0.display())]
     InUse(PathBuf),
     /// The file has other content.
-    #[error("{} is not an SQLite database: give another --store", .0.display())]
+    #[error("{} is not an SQLite database: give another --data-dir or --store", .0.display())]
     NotADatabase(PathBuf),
     /// The file is a database of something else.
-    #[error("{} is the database of another program: give another --store", .0.display())]
+    #[error("{} is the database of another program: give another --data-dir or --store", .0.display())]
     Foreign(PathBuf),
     /// A later release of this program wrote it.
     #[error("{} was written by a newer fieldgate (its schema is version {found}, this program knows {known}): use that release", path.display())]
@@ -309,16 +309,15 @@ async fn refuse_old_sqlite(
 /// `true` if the database is empty.
 async fn refuse_foreign(conn: &mut SqliteConnection, path: &Path) -> Result<bool, OpenError> {
     let found: Result<(i64, i64), sqlx::Error> = sqlx::query_as(
-        "SELECT application_id, (SELECT count(*) FROM sqlite_schema WHERE type = 'table') \
-         FROM pragma_application_id",
+        // sqlx's own table stands alone where the first migration broke off.
+        "SELECT application_id, (SELECT count(*) FROM sqlite_schema \
+         WHERE tbl_name <> '_sqlx_migrations') FROM pragma_application_id",
     )
     .fetch_one(conn)
     .await;
     match found.map_err(|source| sqlite_error(path, source))? {
         (APPLICATION_ID, _) => Ok(false),
         (0, 0) => Ok(true),
-        // Broke off between sqlx's table and the first migration.
-        (0, 1) => Ok(true),
         _ => Err(OpenError::Foreign(path.into())),
     }
 }

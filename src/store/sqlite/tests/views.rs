@@ -184,7 +184,7 @@ async fn status_tells_what_is_missing() {
     expected.extend(some(&["b", "new", "0", "0", "0", "0"]));
     expected.push(None);
     assert_eq!(texts(h.conn(), sql).await, expected);
-    let sql = "SELECT device, CAST(from_seq AS TEXT), CAST(to_seq AS TEXT), CAST(n AS TEXT)
+    let sql = "SELECT device, CAST(from_seq AS TEXT), CAST(to_seq AS TEXT), CAST(frames AS TEXT)
         FROM missing_frames ORDER BY from_seq";
     assert_eq!(
         texts(h.conn(), sql).await,
