@@ -13,6 +13,8 @@
 pub mod handshake;
 pub mod reply;
 pub mod stream;
+#[cfg(test)]
+mod tests;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,0 +1,322 @@
+//! A session against a model of the order rules (SPEC R44, R60 to R66): whatever a device sends and
+//! whenever commits come, the two say the same.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, derive_device_key};
+use fieldgate_protocol::device::{Config, Device, Queue};
+use fieldgate_protocol::frame::{self, HEADER_BYTES, NoRoom, types};
+use fieldgate_protocol::message::{self, Ack, Event, Gap, Nack};
+use proptest::prelude::*;
+
+use super::*;
+use crate::store::memory::MemoryStore;
+use crate::store::{Batch, Store};
+
+/// What a device does, and what its numbers are relative to: the next number that is expected.
+#[derive(Clone, Copy, Debug)]
+enum Input {
+    Good(i64),
+    Gap(i64, u64),
+    Damaged(i64),
+    Malformed(i64),
+    Commit,
+}
+
+/// What the gateway says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reply {
+    Ack {
+        seq: u64,
+    },
+    Nack {
+        code: u8,
+        seq: u64,
+        expected_seq: u64,
+    },
+}
+
+fn input() -> impl Strategy<Value = Input> {
+    let near = -4i64..4;
+    prop_oneof![
+        6 => prop_oneof![3 => Just(0), 1 => near.clone()].prop_map(Input::Good),
+        1 => (near.clone(), 0u64..3).prop_map(|(from, more)| Input::Gap(from, more)),
+        2 => prop_oneof![3 => Just(0), 1 => near.clone()].prop_map(Input::Damaged),
+        1 => near.prop_map(Input::Malformed),
+        2 => Just(Input::Commit),
+    ]
+}
+
+/// The rules, as plainly as they can be said.
+#[derive(Default)]
+struct Model {
+    durable: u64,
+    expected: u64,
+    awaits: bool,
+    damaged: Option<u64>,
+    /// Taken since the last commit, with the code of those that are refused.
+    taken: Vec<(u64, Option<Code>)>,
+    refusals: usize,
+}
+
+impl Model {
+    fn frame(&mut self, first: u64, seq: u64, input: Input) -> Vec<Reply> {
+        if seq < self.expected {
+            let is_durable = seq <= self.durable;
+            return is_durable
+                .then_some(Reply::Ack { seq: self.durable })
+                .into_iter()
+                .collect();
+        }
+        if first > self.expected {
+            return self.ask(Code::SeqGap, seq);
+        }
+        self.awaits = false;
+        let code = match input {
+            Input::Damaged(_) if self.damaged == Some(seq) => Some(Code::PayloadCrcTwice),
+            Input::Damaged(_) => {
+                self.damaged = Some(seq);
+                return self.ask(Code::PayloadCrc, seq);
+            }
+            Input::Malformed(_) => Some(Code::Malformed),
+            _ => None,
+        };
+        self.refusals += usize::from(code.is_some());
+        self.taken.push((seq, code));
+        self.expected = seq + 1;
+        Vec::new()
+    }
+
+    fn ask(&mut self, code: Code, seq: u64) -> Vec<Reply> {
+        let is_asked = std::mem::replace(&mut self.awaits, true);
+        let nack = Reply::Nack {
+            code: code as u8,
+            seq,
+            expected_seq: self.expected,
+        };
+        (!is_asked).then_some(nack).into_iter().collect()
+    }
+
+    fn commit(&mut self) -> Vec<Reply> {
+        let Some((last, _)) = self.taken.last() else {
+            return Vec::new();
+        };
+        self.durable = *last;
+        let expected_seq = self.expected;
+        let refused = self.taken.drain(..).filter_map(|(seq, code)| {
+            code.map(|code| Reply::Nack {
+                code: code as u8,
+                seq,
+                expected_seq,
+            })
+        });
+        let mut said: Vec<Reply> = refused.collect();
+        said.push(Reply::Ack { seq: self.durable });
+        said
+    }
+}
+
+/// A session that has been welcomed, over a store in memory.
+struct Bench {
+    session: Session,
+    store: MemoryStore,
+    waiting: Batch,
+}
+
+const NOW: Now = Now {
+    mono_us: 1_000_000,
+    utc_us: 1_700_000_000_000_000,
+};
+
+struct Empty;
+
+impl Queue for Empty {
+    fn oldest_seq(&self) -> u64 {
+        1
+    }
+    fn next_seq(&self) -> u64 {
+        1_000
+    }
+    fn write_frame(&mut self, _seq: u64, _out: &mut [u8]) -> Result<usize, NoRoom> {
+        Err(NoRoom)
+    }
+    fn write_declare(&mut self, _seq: u64, _out: &mut [u8]) -> Result<usize, NoRoom> {
+        Err(NoRoom)
+    }
+    fn delete_through(&mut self, _seq: u64) {}
+}
+
+impl Bench {
+    async fn welcomed() -> Bench {
+        let settings = Arc::new(SessionSettings::default());
+        let key = derive_device_key(&settings.fleet_key, "pump");
+        let mut device = Device::new(Config {
+            name: "pump",
+            key,
+            firmware: "1",
+            stream: 5,
+            boot: 1,
+            schema: 0,
+            schema_hash: [0; 8],
+            rx_bytes_max: 4096,
+            window_frames: 1,
+            reconnect_min_ms: 1,
+            reconnect_max_ms: 1,
+            handshake_timeout_ms: 1000,
+        });
+        let peer = SocketAddr::from(([127, 0, 0, 1], 9));
+        let session = Session::new(settings, peer, [7; 16], NOW);
+        let mut bench = Bench {
+            session,
+            store: MemoryStore::new(),
+            waiting: Batch::default(),
+        };
+        device.connect([9; 16], NO_CHANNEL_BINDING, 0, 0);
+        for _ in 0..2 {
+            let mut out = [0; 512];
+            let sent = device
+                .poll_transmit(&mut Empty, 0, &mut out)
+                .expect("HELLO, then AUTH");
+            bench.take(&out[..sent]);
+            bench.commit().await;
+            let said = bench.say();
+            let heard = frame::decode(&said, 4096)
+                .unwrap()
+                .expect("CHALLENGE, then WELCOME");
+            device
+                .handle_frame(&heard, &mut Empty, 0)
+                .expect("in order");
+        }
+        assert!(device.is_ready());
+        bench
+    }
+
+    fn take(&mut self, bytes: &[u8]) {
+        let frame = frame::decode(bytes, 4096).unwrap().expect("whole");
+        match self.session.handle_frame(&frame, NOW) {
+            Some(Submission::Login(login)) => self.waiting.logins.push(login),
+            Some(Submission::Entry(entry)) => self.waiting.entries.push(entry),
+            Some(other) => panic!("not expected here: {other:?}"),
+            None => {}
+        }
+    }
+
+    async fn commit(&mut self) {
+        let batch = std::mem::take(&mut self.waiting);
+        let committed = self.store.commit(&batch).await.expect("commits");
+        for outcome in committed.logins {
+            self.session.handle_login_outcome(outcome, NOW);
+        }
+        if let Some(last) = batch.entries.last() {
+            self.session.handle_receipt(committed.receipts[0], last.seq);
+        }
+    }
+
+    fn say(&mut self) -> Vec<u8> {
+        let outbound = self.session.outbound();
+        let said = outbound.bytes().to_vec();
+        outbound.consume(said.len());
+        said
+    }
+
+    fn replies(&mut self) -> Vec<Reply> {
+        let said = self.say();
+        let (mut rest, mut replies) = (said.as_slice(), Vec::new());
+        while let Some(frame) = frame::decode(rest, 4096).unwrap() {
+            let seq = frame.header.seq;
+            replies.push(match frame.header.frame_type {
+                types::ACK => {
+                    let ack: Ack<'_> = message::decode(frame.payload()).unwrap();
+                    assert_eq!(ack.limit_seq, seq + 64);
+                    Reply::Ack { seq }
+                }
+                types::NACK => {
+                    let nack: Nack<'_> = message::decode(frame.payload()).unwrap();
+                    Reply::Nack {
+                        code: nack.code,
+                        seq,
+                        expected_seq: nack.expected_seq,
+                    }
+                }
+                other => panic!("type {other:#04x} is not expected here"),
+            });
+            rest = &rest[frame.bytes.len()..];
+        }
+        replies
+    }
+}
+
+fn frame_for(input: Input, first: u64, seq: u64) -> Vec<u8> {
+    let mut out = vec![0; 512];
+    let written = if let Input::Gap(..) = input {
+        message::encode(
+            &Gap {
+                from_seq: first,
+                reason: 0,
+                ext: &[],
+            },
+            seq,
+            &mut out,
+        )
+    } else {
+        let (clock, boot, time_us) = (1, 1, NOW.utc_us);
+        let event = Event {
+            clock,
+            boot,
+            time_us,
+            level: 1,
+            code: 2,
+            text: "x",
+            ext: &[],
+        };
+        message::encode(&event, seq, &mut out)
+    };
+    out.truncate(written.expect("fits"));
+    match input {
+        Input::Damaged(_) => out[HEADER_BYTES] ^= 1,
+        Input::Malformed(_) => {
+            let mut header = frame::decode_header(&out, 4096).unwrap().unwrap();
+            header.payload_bytes -= 1;
+            frame::seal(header, &mut out).expect("shorter than it was");
+            out.truncate(header.frame_bytes());
+        }
+        _ => {}
+    }
+    out
+}
+
+proptest! {
+    #[test]
+    fn a_session_agrees_with_the_rules(inputs in prop::collection::vec(input(), 1..60)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let mut bench = Bench::welcomed().await;
+            let mut model = Model { expected: 1, ..Model::default() };
+            for input in inputs {
+                let (offset, more) = match input {
+                    Input::Good(offset) | Input::Damaged(offset) | Input::Malformed(offset) => {
+                        (offset, 0)
+                    }
+                    Input::Gap(offset, more) => (offset, more),
+                    Input::Commit => {
+                        bench.commit().await;
+                        prop_assert_eq!(bench.replies(), model.commit());
+                        continue;
+                    }
+                };
+                let first = model.expected.saturating_add_signed(offset).max(1);
+                let is_over = first + more > model.durable + 60 || model.refusals == 8;
+                if is_over {
+                    break;
+                }
+                bench.take(&frame_for(input, first, first + more));
+                prop_assert_eq!(bench.replies(), model.frame(first, first + more, input));
+            }
+            // Nothing was acknowledged that is not stored.
+            let streams = bench.store.streams();
+            prop_assert_eq!(bench.store.durable_seq(streams[0].0), model.durable);
+            Ok(())
+        })?;
+    }
+}
