@@ -1,0 +1,398 @@
+//! One device of the fleet: it joins, sends what is due with the faults that strike, and comes back
+//! after every loss.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::BytesMut;
+use fieldgate::codec::FrameCodec;
+use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, NONCE_BYTES, derive_device_key, schema_hash};
+use fieldgate_protocol::device::{Config, Device, Fault, Notice};
+use fieldgate_protocol::error::{Class, Code};
+use fieldgate_protocol::frame::{
+    DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, HEADER_BYTES, TRAILER_BYTES, types,
+};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::task::yield_now;
+use tokio::time::{sleep_until, timeout};
+use tokio_util::codec::Decoder;
+
+use super::link::Link;
+use super::outbox::Outbox;
+use super::{Fleet, FleetError, SCHEMA};
+use crate::faults::Strikes;
+use crate::plan::Clock;
+
+const RECONNECT_MIN_MS: u32 = 50;
+const RECONNECT_MAX_MS: u32 = 2_000;
+const HANDSHAKE_TIMEOUT_MS: u32 = 10_000;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Connections that a device has abandoned and still holds open.
+const ABANDONED_MAX: usize = 8;
+/// What is written to the socket at once.
+const WRITE_BYTES: usize = 16 * 1024;
+
+/// How a connection ended.
+enum Ended {
+    /// All is acked.
+    Done,
+    /// Something went wrong: connect again after a while.
+    Lost(Option<Fault>),
+    /// The device dropped the connection on purpose: connect again at once.
+    Dropped,
+    /// The device leaves the connection open and never speaks on it again: connect again at once.
+    Abandoned,
+}
+
+pub(super) struct DeviceTask {
+    fleet: Arc<Fleet>,
+    outbox: Outbox,
+    /// The device's own clock when the run began.
+    uptime_at_start_us: u64,
+    /// Frames sent, for the faults to be drawn anew.
+    attempts: u32,
+    abandoned: VecDeque<TcpStream>,
+    storms: u64,
+    was_welcomed: bool,
+    /// Whether the end of the run has been noticed.
+    is_stopping: bool,
+}
+
+impl DeviceTask {
+    pub(super) fn new(fleet: Arc<Fleet>, index: u32) -> DeviceTask {
+        let script = fleet.script.device(index);
+        let uptime_at_start_us = script.uptime_us(utc_us()).max(0) as u64;
+        let outbox = Outbox::new(Arc::clone(&fleet), script);
+        DeviceTask {
+            fleet,
+            outbox,
+            uptime_at_start_us,
+            attempts: 0,
+            abandoned: VecDeque::new(),
+            storms: 0,
+            was_welcomed: false,
+            is_stopping: false,
+        }
+    }
+
+    pub(super) async fn run(mut self) -> Result<(), FleetError> {
+        let fleet = Arc::clone(&self.fleet);
+        let name = self.outbox.script.name().to_owned();
+        let declare = &fleet.declare;
+        let mut device = Device::new(Config {
+            name: &name,
+            key: derive_device_key(&fleet.terms.fleet_key, &name),
+            firmware: concat!("fieldgate-sim ", env!("CARGO_PKG_VERSION")),
+            stream: self.outbox.script.stream(),
+            boot: self.outbox.script.boot(),
+            schema: SCHEMA,
+            schema_hash: schema_hash(&declare[HEADER_BYTES..declare.len() - TRAILER_BYTES]),
+            rx_bytes_max: DEFAULT_FRAME_BYTES_MAX as u16,
+            window_frames: fleet.terms.window_frames,
+            reconnect_min_ms: RECONNECT_MIN_MS,
+            reconnect_max_ms: RECONNECT_MAX_MS,
+            handshake_timeout_ms: HANDSHAKE_TIMEOUT_MS,
+        });
+        let join_us = fleet.pace.due_us(self.outbox.script.index(), 1);
+        tokio::select! {
+            () = sleep_until(fleet.instant(join_us)) => {}
+            () = fleet.stop.cancelled() => return Ok(()),
+        }
+        let mut is_again = false;
+        while !self.outbox.is_done() {
+            let fault = match self.connect_and_serve(&mut device, is_again).await? {
+                Ended::Done => break,
+                Ended::Dropped | Ended::Abandoned => {
+                    device.disconnect(None, self.uptime_us(), 0);
+                    is_again = true;
+                    continue;
+                }
+                Ended::Lost(fault) => fault,
+            };
+            self.check_refusal(fault)?;
+            let again_us = device.disconnect(fault, self.uptime_us(), random());
+            sleep_until(fleet.instant(again_us - self.uptime_at_start_us)).await;
+            is_again = true;
+        }
+        Ok(())
+    }
+
+    /// A refusal that waiting cannot mend ends the run, if the device never got in.
+    fn check_refusal(&self, fault: Option<Fault>) -> Result<(), FleetError> {
+        let code = match fault {
+            Some(Fault::NotOurGateway) => {
+                return Err(FleetError::NotOurGateway(self.fleet.terms.gateway));
+            }
+            Some(Fault::FrameTooLong) => Code::TooLarge as u8,
+            Some(Fault::Bye { code, .. }) => code,
+            _ => return Ok(()),
+        };
+        let advice = match Code::from_wire(code) {
+            Some(Code::TooLarge) => {
+                "its frames are longer than the gateway takes: lower --batch or --channels"
+            }
+            Some(Code::Authentication) => "is --key-file the gateway's fleet key?",
+            _ => "see the gateway's log",
+        };
+        let is_final = code == Code::TooLarge as u8 || Class::of(code) == Class::Operator;
+        if self.was_welcomed && code != Code::TooLarge as u8 || !is_final {
+            return Ok(());
+        }
+        Err(FleetError::Refused {
+            device: self.outbox.script.name().to_owned(),
+            code,
+            name: Code::from_wire(code).map_or("unknown", Code::name),
+            advice,
+        })
+    }
+
+    /// The device's own clock: microseconds since its boot.
+    fn uptime_us(&self) -> u64 {
+        self.uptime_at_start_us + self.fleet.now_us()
+    }
+
+    async fn connect_and_serve(
+        &mut self,
+        device: &mut Device<'_>,
+        is_again: bool,
+    ) -> Result<Ended, FleetError> {
+        let connecting = timeout(
+            CONNECT_TIMEOUT,
+            TcpStream::connect(self.fleet.terms.gateway),
+        );
+        let Ok(Ok(socket)) = connecting.await else {
+            return Ok(Ended::Lost(None));
+        };
+        if is_again {
+            self.fleet.report().reconnects += 1;
+        }
+        // Fails only where the connection is gone already, which the first read tells.
+        let _ = socket.set_nodelay(true);
+        self.outbox.advance(self.fleet.now_us());
+        let utc_us = match self.fleet.script.plan().clock {
+            Clock::Utc => utc_us(),
+            Clock::Boot => 0,
+        };
+        let mut nonce = [0; NONCE_BYTES];
+        getrandom::fill(&mut nonce).expect("the system has random numbers");
+        device.connect(nonce, NO_CHANNEL_BINDING, self.uptime_us(), utc_us);
+        let mut link = Link::new(socket);
+        let ended = self.serve(device, &mut link).await;
+        if device.is_ready() {
+            self.fleet.counters.devices_ready.fetch_sub(1, Relaxed);
+        }
+        if let Ok(Ended::Abandoned) = ended {
+            self.abandoned.push_back(link.socket);
+            if self.abandoned.len() > ABANDONED_MAX {
+                self.abandoned.pop_front();
+            }
+        }
+        ended
+    }
+
+    async fn serve(
+        &mut self,
+        device: &mut Device<'_>,
+        link: &mut Link,
+    ) -> Result<Ended, FleetError> {
+        let fleet = Arc::clone(&self.fleet);
+        loop {
+            let next_due_us = self.outbox.advance(fleet.now_us());
+            match self.transmit(device, link).await? {
+                Transmitted::All => {}
+                Transmitted::Ended(ended) => return Ok(ended),
+            }
+            if device.is_ready() && self.outbox.is_done() {
+                link.leave().await;
+                return Ok(Ended::Done);
+            }
+            let storm_us = fleet.pace.storm_us(self.storms + 1);
+            let deadline_us = device
+                .poll_deadline()
+                .map(|deadline_us| deadline_us.saturating_sub(self.uptime_at_start_us));
+            let wake_us = [next_due_us, deadline_us, storm_us]
+                .into_iter()
+                .flatten()
+                .min();
+            link.rest();
+            tokio::select! {
+                ready = link.socket.readable() => {
+                    if ready.is_err() || !link.read() {
+                        return Ok(Ended::Lost(None));
+                    }
+                    if let Err(fault) = self.receive(device, link)? {
+                        return Ok(Ended::Lost(Some(fault)));
+                    }
+                }
+                () = sleep_until(fleet.instant(wake_us.unwrap_or(u64::MAX))) => {
+                    if storm_us.is_some_and(|storm_us| fleet.now_us() >= storm_us) {
+                        self.storms += 1;
+                        return Ok(Ended::Dropped);
+                    }
+                    if let Err(fault) = device.handle_timeout(self.uptime_us()) {
+                        return Ok(Ended::Lost(Some(fault)));
+                    }
+                }
+                () = fleet.stop.cancelled(), if !self.is_stopping => self.is_stopping = true,
+            }
+        }
+    }
+
+    /// Sends what the device has to send, with the faults that strike.
+    async fn transmit(
+        &mut self,
+        device: &mut Device<'_>,
+        link: &mut Link,
+    ) -> Result<Transmitted, FleetError> {
+        const LOST: Transmitted = Transmitted::Ended(Ended::Lost(None));
+        loop {
+            let start = link.output.len();
+            link.output.resize(start + FRAME_BYTES_MAX, 0);
+            let (uptime_us, room) = (self.uptime_us(), &mut link.output[start..]);
+            let written = device.poll_transmit(&mut self.outbox, uptime_us, room);
+            link.output.truncate(start + written.unwrap_or(0));
+            let Some(_) = written else {
+                break;
+            };
+            if link.output[start + 2] == types::DATA
+                && let Some(strikes) = self.note_data(&link.output[start..])?
+            {
+                let frame = link.output.split_off(start);
+                match self.send_struck(link, frame, strikes).await {
+                    Ok(None) => {}
+                    Ok(Some(ended)) => return Ok(Transmitted::Ended(ended)),
+                    Err(_) => return Ok(LOST),
+                }
+            }
+            if link.output.len() >= WRITE_BYTES && link.flush().await.is_err() {
+                return Ok(LOST);
+            }
+        }
+        Ok(if link.flush().await.is_ok() {
+            Transmitted::All
+        } else {
+            LOST
+        })
+    }
+
+    /// Notes a DATA frame before it leaves, for its ACK may follow at once; tells the faults that
+    /// strike it.
+    fn note_data(&mut self, frame: &[u8]) -> Result<Option<Strikes>, FleetError> {
+        let seq = u64::from_le_bytes(frame[6..14].try_into().expect("8 bytes"));
+        let index = self.outbox.script.index();
+        self.fleet
+            .with_journal(|journal| journal.sent(index, seq))?;
+        let seed = self.fleet.script.plan().seed;
+        let strikes = self
+            .fleet
+            .terms
+            .faults
+            .on_attempt(seed, index, seq, self.attempts);
+        self.attempts = self.attempts.wrapping_add(1);
+        Ok(strikes.any().then_some(strikes))
+    }
+
+    async fn send_struck(
+        &mut self,
+        link: &mut Link,
+        mut frame: BytesMut,
+        strikes: Strikes,
+    ) -> io::Result<Option<Ended>> {
+        if strikes.corrupt {
+            let payload_bits = (frame.len() - HEADER_BYTES - TRAILER_BYTES) * 8;
+            let bit = strikes.bits as usize % payload_bits;
+            frame[HEADER_BYTES + bit / 8] ^= 1 << (bit % 8);
+        }
+        link.flush().await?;
+        if strikes.abandon {
+            let cut = 1 + strikes.bits as usize % (frame.len() - 1);
+            link.socket.write_all(&frame[..cut]).await?;
+            return Ok(Some(Ended::Abandoned));
+        }
+        if strikes.slow {
+            for byte in frame.iter() {
+                link.socket.write_all(std::slice::from_ref(byte)).await?;
+                yield_now().await;
+            }
+        } else {
+            link.output.extend_from_slice(&frame);
+        }
+        if strikes.duplicate && self.outbox.durable_seq > 0 {
+            // A frame that was acked, sent again.
+            let start = link.output.len();
+            link.output.resize(start + FRAME_BYTES_MAX, 0);
+            let made = self
+                .outbox
+                .make(self.outbox.durable_seq, &mut link.output[start..]);
+            let frame_bytes = made.map_or(0, |(frame_bytes, _)| frame_bytes);
+            link.output.truncate(start + frame_bytes);
+            self.fleet.report().bytes_sent += frame_bytes as u64;
+        }
+        link.flush().await?;
+        Ok(strikes.disconnect.then_some(Ended::Dropped))
+    }
+
+    /// Takes in what the gateway said.
+    fn receive(
+        &mut self,
+        device: &mut Device<'_>,
+        link: &mut Link,
+    ) -> Result<Result<(), Fault>, FleetError> {
+        let index = self.outbox.script.index();
+        let mut codec = FrameCodec {
+            frame_bytes_max: DEFAULT_FRAME_BYTES_MAX,
+        };
+        loop {
+            let frame = match codec.decode(&mut link.input) {
+                Ok(Some(frame)) => frame,
+                Ok(None) => return Ok(Ok(())),
+                Err(_) => return Ok(Err(Fault::Protocol("not a frame"))),
+            };
+            let uptime_us = self.uptime_us();
+            let notice = match device.handle_frame(&frame.frame(), &mut self.outbox, uptime_us) {
+                Ok(notice) => notice,
+                Err(fault) => return Ok(Err(fault)),
+            };
+            match notice {
+                Some(Notice::Acked { through_seq }) => {
+                    self.fleet
+                        .with_journal(|journal| journal.acked(index, through_seq))?;
+                }
+                Some(Notice::Welcomed { .. }) => {
+                    self.was_welcomed = true;
+                    self.fleet.counters.devices_ready.fetch_add(1, Relaxed);
+                    let durable_seq = self.outbox.durable_seq;
+                    self.fleet
+                        .with_journal(|journal| journal.acked(index, durable_seq))?;
+                }
+                Some(Notice::Refused { seq, code }) => {
+                    self.fleet.report().refused(code);
+                    if Class::of(code) == Class::Refused {
+                        self.fleet
+                            .with_journal(|journal| journal.quarantined(index, seq, code))?;
+                    }
+                }
+                Some(Notice::Time { .. }) | None => {}
+            }
+        }
+    }
+}
+
+enum Transmitted {
+    All,
+    Ended(Ended),
+}
+
+fn utc_us() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_micros() as i64)
+}
+
+fn random() -> u32 {
+    getrandom::u32().unwrap_or(u32::MAX / 2)
+}

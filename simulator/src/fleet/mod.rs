@@ -1,0 +1,272 @@
+//! The fleet on the wire: a task for each device, around the state machine that firmware links.
+//!
+//! What frames hold is the script's business, when they are due the pace's. A device keeps no queue:
+//! frames that must be sent again are made again from the plan.
+//!
+//! Here is the fleet as a whole; [`device`] is one device's task, [`outbox`] its queue, [`link`] its
+//! connection.
+
+mod device;
+mod link;
+mod outbox;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use fieldgate_protocol::column::READINGS_MAX;
+use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, NoRoom};
+use fieldgate_protocol::message;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use self::device::DeviceTask;
+use crate::encode::{DataTerms, Encoder};
+use crate::faults::Faults;
+use crate::journal::{Journal, JournalError};
+use crate::pace::Pace;
+use crate::plan::{FrameContent, Script};
+use crate::readings::Readings;
+use crate::report::{Report, Summary};
+
+/// The schema's number, of every device.
+const SCHEMA: u16 = 1;
+/// How long after the last frame the ACKs may take.
+const SETTLE: Duration = Duration::from_secs(30);
+
+/// How the fleet meets the gateway: all that does not alter what the frames hold.
+#[derive(Debug)]
+pub struct Terms {
+    /// Where the gateway listens.
+    pub gateway: SocketAddr,
+    /// Device keys derive from it.
+    pub fleet_key: [u8; 32],
+    /// After this no new frames are made; `None`: when all frames of the script are acked.
+    pub duration: Option<Duration>,
+    /// Most frames of a device sent and not yet acked.
+    pub window_frames: u64,
+    /// What goes wrong on the way.
+    pub faults: Faults,
+}
+
+/// Why a run ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum FleetError {
+    /// Nobody listens.
+    #[error("cannot connect to {gateway}: {source}; is `fieldgate serve` running there?")]
+    Connect {
+        /// Where.
+        gateway: SocketAddr,
+        /// The system's word.
+        source: io::Error,
+    },
+    /// The gateway refuses a device for good.
+    #[error("the gateway refuses device {device}: code {code} ({name}); {advice}")]
+    Refused {
+        /// Which device.
+        device: String,
+        /// The BYE's code.
+        code: u8,
+        /// What it stands for.
+        name: &'static str,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The peer does not hold the fleet key.
+    #[error("{0} is not this fleet's gateway: it does not hold the fleet key; check --key-file")]
+    NotOurGateway(SocketAddr),
+    /// A frame would be longer than the protocol allows.
+    #[error("frames of {0} samples would be too long: lower --batch or --channels")]
+    Frames(u16),
+    /// The journal cannot be kept.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// Counters that the progress bar reads.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Readings acked.
+    pub readings_acked: AtomicU64,
+    /// Frames acked.
+    pub frames_acked: AtomicU64,
+    /// Devices that are connected and welcomed.
+    pub devices_ready: AtomicU64,
+}
+
+/// The file a journal goes to.
+type JournalFile = Journal<io::BufWriter<std::fs::File>>;
+
+/// A run under way.
+struct Fleet {
+    script: Arc<Script>,
+    terms: Terms,
+    pace: Pace,
+    started: Instant,
+    declare: Vec<u8>,
+    report: Mutex<Report>,
+    journal: Option<Mutex<JournalFile>>,
+    counters: Arc<Counters>,
+    /// No new frames are made once this is cancelled.
+    stop: CancellationToken,
+}
+
+/// Plays the script against the gateway until it is done, `stop` is cancelled, or nothing can work.
+pub async fn run(
+    script: Arc<Script>,
+    terms: Terms,
+    journal: Option<JournalFile>,
+    counters: Arc<Counters>,
+    stop: CancellationToken,
+) -> Result<Summary, FleetError> {
+    check_frames(&script)?;
+    let gateway = terms.gateway;
+    // One connection that says nothing, so that a wrong address is told at once.
+    TcpStream::connect(gateway)
+        .await
+        .map_err(|source| FleetError::Connect { gateway, source })?;
+    let duration_us = terms
+        .duration
+        .map_or(u64::MAX, |duration| duration.as_micros() as u64);
+    let declare = declare_frame(&script);
+    let fleet = Arc::new(Fleet {
+        pace: Pace::new(script.plan(), duration_us),
+        report: Mutex::new(Report::new(script.plan().devices)),
+        journal: journal.map(Mutex::new),
+        started: Instant::now(),
+        script,
+        terms,
+        declare,
+        counters,
+        stop,
+    });
+    let mut devices = JoinSet::new();
+    for index in 0..fleet.script.plan().devices {
+        devices.spawn(DeviceTask::new(Arc::clone(&fleet), index).run());
+    }
+    let ended = fleet.watch(&mut devices).await;
+    devices.shutdown().await;
+    let elapsed = fleet.started.elapsed();
+    let Fleet {
+        report, journal, ..
+    } = Arc::into_inner(fleet).expect("every device has ended");
+    if let Some(journal) = journal {
+        let journal = journal.into_inner().unwrap_or_else(PoisonError::into_inner);
+        journal.complete(elapsed.as_micros() as u64)?;
+    }
+    ended?;
+    let report = report.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(report.summary(elapsed))
+}
+
+impl Fleet {
+    fn now_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
+    /// The instant at which a time of the run is reached.
+    fn instant(&self, run_us: u64) -> tokio::time::Instant {
+        // A century, where nothing is awaited.
+        let wait = Duration::from_micros(run_us.min(3_000_000_000_000_000));
+        (self.started + wait).into()
+    }
+
+    fn report(&self) -> MutexGuard<'_, Report> {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ticks the journal and ends the run in time.
+    async fn watch(&self, devices: &mut JoinSet<Result<(), FleetError>>) -> Result<(), FleetError> {
+        let mut tick = tokio::time::interval(Duration::from_millis(250));
+        let mut settle_until = None;
+        loop {
+            tokio::select! {
+                ended = devices.join_next() => match ended {
+                    None => return Ok(()),
+                    Some(Ok(ended)) => ended?,
+                    Some(Err(panicked)) => std::panic::resume_unwind(panicked.into_panic()),
+                },
+                _ = tick.tick() => {
+                    self.with_journal(|journal| journal.tick(self.now_us()).map(drop))?;
+                    let is_over = self.terms.duration
+                        .is_some_and(|duration| self.started.elapsed() >= duration);
+                    if is_over {
+                        self.stop.cancel();
+                    }
+                    if self.stop.is_cancelled() {
+                        let until = *settle_until.get_or_insert(Instant::now() + SETTLE);
+                        if Instant::now() >= until {
+                            return Ok(());
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn with_journal(
+        &self,
+        write: impl FnOnce(&mut JournalFile) -> Result<(), JournalError>,
+    ) -> Result<(), FleetError> {
+        match &self.journal {
+            Some(journal) => {
+                let mut journal = journal.lock().unwrap_or_else(PoisonError::into_inner);
+                Ok(write(&mut journal)?)
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Whether frames of this size can be sent at all. Later frames differ by a few bytes at most, which
+/// the gateway's own, smaller limit leaves room for.
+fn check_frames(script: &Arc<Script>) -> Result<(), FleetError> {
+    let too_long = FleetError::Frames(script.plan().batch);
+    let readings = usize::from(script.plan().batch) * script.channels().len();
+    if readings > READINGS_MAX {
+        return Err(too_long);
+    }
+    let device = script.device(0);
+    let mut buffer = Readings::default();
+    let Some(FrameContent::Readings(readings) | FrameContent::Malformed { readings, .. }) =
+        device.frame(1, &mut buffer)
+    else {
+        return Ok(());
+    };
+    let terms = DataTerms {
+        schema: SCHEMA,
+        clock: 0,
+        boot: 0,
+    };
+    let mut out = vec![0; FRAME_BYTES_MAX];
+    let made = Encoder::default().data_frame(1, terms, readings, None, &mut out);
+    made.map(drop).map_err(|NoRoom| too_long)
+}
+
+/// The DECLARE that every device of the fleet sends.
+fn declare_frame(script: &Script) -> Vec<u8> {
+    let channels = script
+        .channels()
+        .iter()
+        .enumerate()
+        .map(|(i, channel)| message::Channel {
+            id: i as u8 + 1,
+            name: &channel.name,
+            unit: &channel.unit,
+            kind: channel.kind as u8,
+            exp10: channel.exp10,
+        });
+    let declare = message::Declare {
+        schema: SCHEMA,
+        channels: channels.collect(),
+        ext: &[],
+    };
+    let mut frame = vec![0; DEFAULT_FRAME_BYTES_MAX];
+    let frame_bytes = message::encode(&declare, 0, &mut frame)
+        .expect("32 channels with names and units of at most 48 bytes fit a frame");
+    frame.truncate(frame_bytes);
+    frame
+}

@@ -1,0 +1,166 @@
+//! A device's queue, made again from the script whenever it is looked at, so that it takes no memory.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use fieldgate_protocol::device::Queue;
+use fieldgate_protocol::frame::NoRoom;
+
+use super::{Fleet, SCHEMA};
+use crate::encode::{DataTerms, Encoder};
+use crate::plan::{Clock, DeviceScript, FrameContent};
+use crate::readings::Readings;
+
+thread_local! {
+    /// Buffers for making a frame; a device needs them only for that long.
+    static WORKBENCH: std::cell::RefCell<(Encoder, Readings)> = std::cell::RefCell::default();
+}
+
+/// The queue of one device.
+pub(super) struct Outbox {
+    pub(super) fleet: Arc<Fleet>,
+    pub(super) script: DeviceScript,
+    pub(super) durable_seq: u64,
+    /// The last frame that is due.
+    due_seq: u64,
+    /// The last frame that was sent, on any connection.
+    sent_seq: u64,
+    /// For each frame sent and not yet acked: its number, since when it is waited for, its readings.
+    in_flight: VecDeque<(u64, u64, u64)>,
+}
+
+impl Outbox {
+    pub(super) fn new(fleet: Arc<Fleet>, script: DeviceScript) -> Outbox {
+        Outbox {
+            fleet,
+            script,
+            durable_seq: 0,
+            due_seq: 0,
+            sent_seq: 0,
+            in_flight: VecDeque::new(),
+        }
+    }
+
+    /// Moves `due_seq` on; returns when the next frame will be due.
+    pub(super) fn advance(&mut self, now_us: u64) -> Option<u64> {
+        let last = self.fleet.script.frames().unwrap_or(u64::MAX);
+        // A device in a burst always has more than its window lets out.
+        let ahead = self.sent_seq + self.fleet.terms.window_frames + 1;
+        while self.due_seq < last.min(ahead) && !self.fleet.stop.is_cancelled() {
+            let due_us = self
+                .fleet
+                .pace
+                .due_us(self.script.index(), self.due_seq + 1);
+            if due_us > now_us {
+                return Some(due_us);
+            }
+            self.due_seq += 1;
+        }
+        None
+    }
+
+    /// Whether all that will ever be due is acked.
+    pub(super) fn is_done(&self) -> bool {
+        let last = self.fleet.script.frames().unwrap_or(u64::MAX);
+        let end = if self.fleet.stop.is_cancelled() {
+            self.sent_seq
+        } else {
+            last
+        };
+        self.durable_seq >= end
+    }
+
+    fn terms(&self) -> DataTerms {
+        let clock = match self.fleet.script.plan().clock {
+            Clock::Boot => 0,
+            Clock::Utc => 1,
+        };
+        DataTerms {
+            schema: SCHEMA,
+            clock,
+            boot: self.script.boot(),
+        }
+    }
+
+    /// Writes frame `seq`; returns its length and how many readings are to be stored of it.
+    pub(super) fn make(&self, seq: u64, out: &mut [u8]) -> Result<(usize, u64), NoRoom> {
+        WORKBENCH.with_borrow_mut(|(encoder, readings)| {
+            let content = self.script.frame(seq, readings).ok_or(NoRoom)?;
+            let (readings, malformed) = match content {
+                FrameContent::Readings(readings) => (readings, None),
+                FrameContent::Malformed { variant, readings } => (readings, Some(variant)),
+            };
+            let count = if malformed.is_some() {
+                0
+            } else {
+                readings.count()
+            };
+            let bytes = encoder.data_frame(seq, self.terms(), readings, malformed, out)?;
+            Ok((bytes, count))
+        })
+    }
+}
+
+impl Queue for Outbox {
+    fn oldest_seq(&self) -> u64 {
+        self.durable_seq + 1
+    }
+
+    fn next_seq(&self) -> u64 {
+        self.due_seq + 1
+    }
+
+    fn write_frame(&mut self, seq: u64, out: &mut [u8]) -> Result<usize, NoRoom> {
+        let (bytes, readings) = self.make(seq, out)?;
+        if seq > self.sent_seq {
+            self.sent_seq = seq;
+            let now_us = self.fleet.now_us();
+            // A frame waits from when it was due, not from when the device got round to it; in a burst
+            // everything is due from the start, and what counts is how long the gateway takes.
+            let due_us = self.fleet.pace.due_us(self.script.index(), seq);
+            let since_us = if self.fleet.pace.is_open_loop() {
+                due_us
+            } else {
+                now_us
+            };
+            self.in_flight
+                .push_back((seq, since_us.min(now_us), readings));
+        }
+        let mut report = self.fleet.report();
+        report.frames_sent += 1;
+        report.readings_sent += readings;
+        report.bytes_sent += bytes as u64;
+        Ok(bytes)
+    }
+
+    fn write_declare(&mut self, _seq: u64, out: &mut [u8]) -> Result<usize, NoRoom> {
+        let declare = &self.fleet.declare;
+        out.get_mut(..declare.len())
+            .ok_or(NoRoom)?
+            .copy_from_slice(declare);
+        self.fleet.report().bytes_sent += declare.len() as u64;
+        Ok(declare.len())
+    }
+
+    fn delete_through(&mut self, seq: u64) {
+        self.durable_seq = seq;
+        let now_us = self.fleet.now_us();
+        let (mut frames, mut acked) = (0, 0);
+        let mut report = self.fleet.report();
+        while let Some((_, since_us, readings)) = self
+            .in_flight
+            .pop_front_if(|(in_flight, ..)| *in_flight <= seq)
+        {
+            report.waited(Duration::from_micros(now_us.saturating_sub(since_us)));
+            frames += 1;
+            acked += readings;
+        }
+        report.frames_acked += frames;
+        report.readings_acked += acked;
+        drop(report);
+        self.fleet.counters.frames_acked.fetch_add(frames, Relaxed);
+        self.fleet.counters.readings_acked.fetch_add(acked, Relaxed);
+    }
+}
