@@ -228,12 +228,13 @@ fn spoil_bytes(
             header.payload_bytes += 1;
         }
         Malformation::OverlongVarint => {
-            // The schema's number comes first and fits one byte.
-            out.get_mut(HEADER_BYTES..=end)
-                .ok_or(NoRoom)?
-                .rotate_right(1);
-            out[HEADER_BYTES] = out[HEADER_BYTES + 1] | 0x80;
-            out[HEADER_BYTES + 1] = 0;
+            // The schema's number comes first: one byte more, of no bits, at its end.
+            let number = out.get(HEADER_BYTES..end).ok_or(NoRoom)?;
+            let last = number.iter().position(|byte| *byte < 0x80).ok_or(NoRoom)?;
+            let rest = out.get_mut(HEADER_BYTES + last..=end).ok_or(NoRoom)?;
+            rest.rotate_right(1);
+            rest[0] = rest[1] | 0x80;
+            rest[1] = 0;
             header.payload_bytes += 1;
         }
         Malformation::UnknownType => header.frame_type = 0x1E,

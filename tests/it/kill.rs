@@ -148,7 +148,7 @@ impl Drop for Fleet {
     }
 }
 
-fn verify(data_dir: &Path, journal: &Path) {
+pub fn verify(data_dir: &Path, journal: &Path) {
     let store = format!("sqlite://{}", data_dir.join("fieldgate.db").display());
     let output = simulator("verify")
         .arg("--journal")
@@ -165,7 +165,7 @@ fn verify(data_dir: &Path, journal: &Path) {
     );
 }
 
-fn simulator(subcommand: &str) -> Command {
+pub fn simulator(subcommand: &str) -> Command {
     let path = PathBuf::from(env!("CARGO_BIN_EXE_fieldgate")).with_file_name("fieldgate-sim");
     assert!(
         path.exists(),

@@ -9,6 +9,7 @@ mod kill;
 mod malformed;
 mod quarantine;
 mod session;
+mod simulator;
 mod site;
 mod start;
 mod stored;

@@ -23,7 +23,7 @@ use tokio_util::codec::Decoder;
 
 use super::link::Link;
 use super::outbox::Outbox;
-use super::{Fleet, FleetError, SCHEMA};
+use super::{Fleet, FleetError};
 use crate::faults::Strikes;
 use crate::plan::Clock;
 
@@ -89,7 +89,7 @@ impl DeviceTask {
             firmware: concat!("fieldgate-sim ", env!("CARGO_PKG_VERSION")),
             stream: self.outbox.script.stream(),
             boot: self.outbox.script.boot(),
-            schema: SCHEMA,
+            schema: fleet.schema,
             schema_hash: schema_hash(&declare[HEADER_BYTES..declare.len() - TRAILER_BYTES]),
             rx_bytes_max: DEFAULT_FRAME_BYTES_MAX as u16,
             window_frames: fleet.terms.window_frames,
@@ -126,6 +126,9 @@ impl DeviceTask {
         let code = match fault {
             Some(Fault::NotOurGateway) => {
                 return Err(FleetError::NotOurGateway(self.fleet.terms.gateway));
+            }
+            Some(Fault::SchemaConflict) => {
+                return Err(FleetError::Schema(self.outbox.script.name().to_owned()));
             }
             Some(Fault::FrameTooLong) => Code::TooLarge as u8,
             Some(Fault::Bye { code, .. }) => code,

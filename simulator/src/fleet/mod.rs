@@ -16,8 +16,11 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use fieldgate_protocol::auth::schema_hash;
 use fieldgate_protocol::column::READINGS_MAX;
-use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, NoRoom};
+use fieldgate_protocol::frame::{
+    DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, HEADER_BYTES, NoRoom, TRAILER_BYTES,
+};
 use fieldgate_protocol::message;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -32,8 +35,6 @@ use crate::plan::{FrameContent, Script};
 use crate::readings::Readings;
 use crate::report::{Report, Summary};
 
-/// The schema's number, of every device.
-const SCHEMA: u16 = 1;
 /// How long after the last frame the ACKs may take.
 const SETTLE: Duration = Duration::from_secs(30);
 
@@ -75,6 +76,12 @@ pub enum FleetError {
         /// What to do.
         advice: &'static str,
     },
+    /// The device has sent something else under this schema's number.
+    #[error(
+        "the gateway knows other channels of device {0} under this schema's number; \
+         give another --name-prefix"
+    )]
+    Schema(String),
     /// The peer does not hold the fleet key.
     #[error("{0} is not this fleet's gateway: it does not hold the fleet key; check --key-file")]
     NotOurGateway(SocketAddr),
@@ -106,6 +113,8 @@ struct Fleet {
     terms: Terms,
     pace: Pace,
     started: Instant,
+    /// The schema's number, the same for every device.
+    schema: u16,
     declare: Vec<u8>,
     report: Mutex<Report>,
     journal: Option<Mutex<JournalFile>>,
@@ -131,7 +140,8 @@ pub async fn run(
     let duration_us = terms
         .duration
         .map_or(u64::MAX, |duration| duration.as_micros() as u64);
-    let declare = declare_frame(&script);
+    let schema = schema_number(&script);
+    let declare = declare_frame(&script, schema);
     let fleet = Arc::new(Fleet {
         pace: Pace::new(script.plan(), duration_us),
         report: Mutex::new(Report::new(script.plan().devices)),
@@ -139,6 +149,7 @@ pub async fn run(
         started: Instant::now(),
         script,
         terms,
+        schema,
         declare,
         counters,
         stop,
@@ -230,6 +241,7 @@ fn check_frames(script: &Arc<Script>) -> Result<(), FleetError> {
         return Err(too_long);
     }
     let device = script.device(0);
+    let schema = schema_number(script);
     let mut buffer = Readings::default();
     let Some(FrameContent::Readings(readings) | FrameContent::Malformed { readings, .. }) =
         device.frame(1, &mut buffer)
@@ -237,7 +249,7 @@ fn check_frames(script: &Arc<Script>) -> Result<(), FleetError> {
         return Ok(());
     };
     let terms = DataTerms {
-        schema: SCHEMA,
+        schema,
         clock: 0,
         boot: 0,
     };
@@ -246,8 +258,16 @@ fn check_frames(script: &Arc<Script>) -> Result<(), FleetError> {
     made.map(drop).map_err(|NoRoom| too_long)
 }
 
+/// A number that goes with the channels: a device that measured something else in an earlier run has
+/// used another, and schemas are immutable.
+fn schema_number(script: &Script) -> u16 {
+    let frame = declare_frame(script, 1);
+    let hash = schema_hash(&frame[HEADER_BYTES..frame.len() - TRAILER_BYTES]);
+    u16::from_le_bytes([hash[0], hash[1]]).max(1)
+}
+
 /// The DECLARE that every device of the fleet sends.
-fn declare_frame(script: &Script) -> Vec<u8> {
+fn declare_frame(script: &Script, schema: u16) -> Vec<u8> {
     let channels = script
         .channels()
         .iter()
@@ -260,7 +280,7 @@ fn declare_frame(script: &Script) -> Vec<u8> {
             exp10: channel.exp10,
         });
     let declare = message::Declare {
-        schema: SCHEMA,
+        schema,
         channels: channels.collect(),
         ext: &[],
     };

@@ -8,7 +8,7 @@ use std::time::Duration;
 use fieldgate_protocol::device::Queue;
 use fieldgate_protocol::frame::NoRoom;
 
-use super::{Fleet, SCHEMA};
+use super::Fleet;
 use crate::encode::{DataTerms, Encoder};
 use crate::plan::{Clock, DeviceScript, FrameContent};
 use crate::readings::Readings;
@@ -78,7 +78,7 @@ impl Outbox {
             Clock::Utc => 1,
         };
         DataTerms {
-            schema: SCHEMA,
+            schema: self.fleet.schema,
             clock,
             boot: self.script.boot(),
         }

@@ -1,0 +1,76 @@
+//! The simulator against the real gateway, as people use it.
+
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use crate::gateway::Gateway;
+use crate::kill::{simulator, verify};
+
+/// Runs the simulator to its end and proves what it sent.
+fn run(gateway: &Gateway, dir: &TempDir, journal: &str, flags: &[&str]) {
+    let journal = dir.path().join(journal);
+    let output = simulator("run")
+        .args(["--gateway", &gateway.addr.to_string(), "--journal"])
+        .arg(&journal)
+        .arg("--key-file")
+        .arg(gateway.data_dir().join("fleet.key"))
+        .args(flags)
+        .output()
+        .expect("starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{flags:?}: {said}");
+    verify(gateway.data_dir(), &journal);
+}
+
+fn water_flow() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("simulator/data/water-flow.csv")
+}
+
+#[test]
+fn one_name_may_send_real_data_and_then_something_else() {
+    let gateway = Gateway::start(&[]);
+    let dir = TempDir::new().expect("a directory");
+    let csv = water_flow();
+    let csv = csv.to_str().expect("text");
+    run(&gateway, &dir, "real", &["--devices", "1", "--replay", csv]);
+    run(
+        &gateway,
+        &dir,
+        "made-up",
+        &["--devices", "2", "--frames", "3", "--profile", "burst"],
+    );
+    run(
+        &gateway,
+        &dir,
+        "again",
+        &["--devices", "1", "--replay", csv],
+    );
+
+    // The daily mean, computed from the file's first day in UTC by another way.
+    let mut database = gateway.database();
+    let first_day: Vec<(f64, i64)> = database.rows(
+        "SELECT round(avg(value), 2), count(*) FROM telemetry WHERE channel = 'Water flow' \
+         AND ts < unixepoch('2022-03-21') * 1000000",
+    );
+    assert_eq!(first_day, [(100.98, 28)]);
+}
+
+#[test]
+fn every_fault_at_once_loses_nothing() {
+    let gateway = Gateway::start(&[]);
+    let dir = TempDir::new().expect("a directory");
+    let faults =
+        "disconnect=0.05,duplicate=0.05,corrupt=0.05,slow=0.05,abandon=0.05,malformed=0.01";
+    let flags = [
+        "--devices",
+        "10",
+        "--frames",
+        "60",
+        "--profile",
+        "burst",
+        "--faults",
+        faults,
+    ];
+    run(&gateway, &dir, "faults", &flags);
+}
