@@ -152,6 +152,8 @@ pub struct Device<'a> {
     durable_seq: u64,
     limit_seq: u64,
     next_send_seq: u64,
+    /// The highest number sent on this connection, or durable, whichever is more.
+    sent_seq: u64,
     /// Refusals of class 2 since the latest progress.
     mends: u32,
     /// The schema of the next frame must be declared before it is sent.
@@ -186,6 +188,7 @@ impl<'a> Device<'a> {
             durable_seq: 0,
             limit_seq: 0,
             next_send_seq: 1,
+            sent_seq: 0,
             mends: 0,
             declare_due: false,
             paused_until_us: 0,
@@ -400,9 +403,11 @@ impl<'a> Device<'a> {
             };
             let len = message::encode(&gap, oldest_seq - 1, out)?;
             self.next_send_seq = oldest_seq;
+            self.sent_seq = self.sent_seq.max(oldest_seq - 1);
             return Ok(len);
         }
         let len = queue.write_frame(self.next_send_seq, out)?;
+        self.sent_seq = self.sent_seq.max(self.next_send_seq);
         self.next_send_seq += 1;
         Ok(len)
     }
@@ -543,6 +548,7 @@ impl<'a> Device<'a> {
         self.durable_seq = welcome.durable_seq;
         self.limit_seq = welcome.limit_seq;
         self.next_send_seq = welcome.durable_seq + 1;
+        self.sent_seq = welcome.durable_seq;
         self.declare_due = welcome.schema_known == 0;
         self.keepalive_us = u64::from(welcome.keepalive_s) * 1_000_000;
         self.ack_timeout_us = u64::from(welcome.ack_timeout_s) * 1_000_000;
@@ -574,6 +580,7 @@ impl<'a> Device<'a> {
         self.durable_seq = through_seq;
         // A gateway that still held frames of an earlier connection may be ahead of this one.
         self.next_send_seq = self.next_send_seq.max(through_seq + 1);
+        self.sent_seq = self.sent_seq.max(through_seq);
         self.progress_at_us = now_us;
         queue.delete_through(through_seq);
         Ok(Some(Notice::Acked { through_seq }))
@@ -617,8 +624,10 @@ impl<'a> Device<'a> {
         }))
     }
 
+    /// Sending may jump ahead here: after it went back for a NACK, the gateway may have taken frames that
+    /// were still on their way, and ask for the one after them.
     fn resume_at(&mut self, expected_seq: u64) -> Result<(), Fault> {
-        if !(self.durable_seq + 1..=self.next_send_seq).contains(&expected_seq) {
+        if !(self.durable_seq + 1..=self.sent_seq + 1).contains(&expected_seq) {
             return Err(Fault::Protocol(
                 "NACK expects what was never sent or is durable",
             ));

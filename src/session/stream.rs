@@ -259,6 +259,8 @@ impl Stream {
     fn ask_for(&mut self, code: Code, seq: u64, detail: &str, outbound: &mut Outbound) {
         if !self.awaits_resend {
             self.awaits_resend = true;
+            // `expected_seq` may rest on a receipt that the device has not heard of.
+            self.write_due_ack(outbound);
             let retry_after_ms = if code == Code::StoreDown {
                 self.store_retry_after_ms
             } else {
