@@ -425,6 +425,8 @@ impl Stream {
             self.durable = receipt;
         }
         let durable_seq = self.durable.durable_seq();
+        // Entries of an earlier session of this stream may have moved it further than this one knows.
+        self.expected_seq = self.expected_seq.max(durable_seq + 1);
         while let Some(refusal) = self
             .refusals
             .pop_front_if(|refusal| refusal.seq <= durable_seq)
@@ -433,8 +435,6 @@ impl Stream {
             outbound.nack(code, seq, self.expected_seq, 0, &detail);
         }
         self.ack_is_due = true;
-        // Entries of an earlier session of this stream may have moved it further than this one knows.
-        self.expected_seq = self.expected_seq.max(durable_seq + 1);
         if receipt.durable_seq() < through_seq {
             self.expected_seq = durable_seq + 1;
             self.ask_for(
