@@ -204,7 +204,7 @@ async fn sleep_until(due_us: Option<u64>, clock: &SystemClock) {
 }
 
 /// Tells every session what became of its submissions; each hears once of a commit.
-fn answer(tagged: &Tagged<Arc<Mailbox>>, committed: Committed, registry: &Registry) {
+pub(crate) fn answer(tagged: &Tagged<Arc<Mailbox>>, committed: Committed, registry: &Registry) {
     for (mailbox, outcome) in tagged.declares.iter().zip(committed.declares) {
         mailbox.put(|mail| mail.declare = Some(outcome));
     }

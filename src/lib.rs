@@ -14,4 +14,6 @@ pub mod mailbox;
 pub mod registry;
 pub mod server;
 pub mod session;
+#[cfg(test)]
+mod simulation;
 pub mod store;
