@@ -131,8 +131,8 @@ impl World {
         let faults_per_mille = [5, 15, 40][random.index(3)];
         let fault_kinds = random.bits() | random.bits();
         let mut record = Record::default();
-        for device in &devices {
-            record.add_device(device.stream);
+        for _ in &devices {
+            record.add_device();
         }
         World {
             house: House::new(&mut random),
@@ -277,7 +277,7 @@ impl World {
             5 => self.crash(),
             6 | 7 => {
                 let count = 1 + self.random.index(4);
-                self.house.store.fail_next(count);
+                self.house.store.fail_next_commits(count as u32);
             }
             8 => {
                 let count = 1 + self.random.below(5);
@@ -545,7 +545,7 @@ impl World {
     /// Nothing goes wrong any more, and everyone does at once what can be done.
     fn calm_down(&mut self) {
         self.is_calm = true;
-        self.house.store.fail_next(0);
+        self.house.store.fail_next_commits(0);
         let began_us = self.now.mono_us;
         let mut steps = 0;
         while !self.devices.iter().all(FieldDevice::is_settled) {

@@ -15,7 +15,6 @@ pub(super) type Tally = BTreeMap<&'static str, u64>;
 
 #[derive(Default)]
 struct DeviceRecord {
-    stream: u64,
     made: BTreeMap<u64, Made>,
     /// Overwritten before they were acknowledged.
     lost: BTreeSet<u64>,
@@ -33,9 +32,8 @@ pub(super) struct Record {
 }
 
 impl Record {
-    pub(super) fn add_device(&mut self, stream: u64) {
+    pub(super) fn add_device(&mut self) {
         self.devices.push(DeviceRecord {
-            stream,
             ..DeviceRecord::default()
         });
     }
@@ -109,7 +107,7 @@ impl Record {
     /// I2, I3 and I4 for what was committed since the last time.
     pub(super) fn check_store(&mut self, store: &MemoryStore) {
         for (record, name) in self.devices.iter_mut().zip(NAMES) {
-            let rows = store.stored(name, record.stream);
+            let rows = stored(store, name);
             for (seq, first_seq, content) in &rows[record.rows..] {
                 assert_eq!(*first_seq, record.durable_seq + 1, "{name}: not contiguous");
                 assert!(first_seq <= seq, "{name}: {first_seq} to {seq}");
@@ -135,6 +133,18 @@ impl Record {
             );
         }
     }
+}
+
+/// What is stored of a device's one stream: number, first number covered, content.
+fn stored(store: &MemoryStore, name: &str) -> Vec<(u64, u64, Content)> {
+    let streams = store
+        .streams()
+        .into_iter()
+        .filter(|(_, device)| device == name);
+    streams
+        .flat_map(|(stream, _)| store.entries(stream))
+        .map(|(seq, stored)| (seq, stored.first_seq, stored.entry.content))
+        .collect()
 }
 
 impl DeviceRecord {
