@@ -39,8 +39,11 @@ fn directory() -> TempDir {
 fn used_directory() -> TempDir {
     let dir = directory();
     let mut gateway = Gateway::start_in(dir.path(), &[]);
+    // Whoever is served can rely on it that signals are listened to.
+    gateway.connect("first").0.ping();
     gateway.terminate();
-    assert!(gateway.wait().status.success());
+    let ended = gateway.wait();
+    assert!(ended.status.success(), "{ended:?}");
     dir
 }
 
