@@ -191,7 +191,16 @@ fn time_unit(readings: &Readings) -> (u8, i64) {
 fn spoil_fields(malformation: Malformation, data: &mut Data<'_>) {
     match malformation {
         Malformation::UnknownEncoding => data.columns[0].encoding = 200,
-        Malformation::RowCountMismatch => data.rows += 1,
+        Malformation::RowCountMismatch => {
+            // Columns may well hold a row more: a packed one's spare bits say that nothing changed. So
+            // the times are told one by one, and there is none for that row.
+            const ONES: [u8; ROWS_MAX] = [1; ROWS_MAX];
+            if data.step != 0 {
+                data.step = 0;
+                data.dt = &ONES[..usize::from(data.rows - 1)];
+            }
+            data.rows += 1;
+        }
         Malformation::NonIncreasingTime => {
             // A step of 0 from each row to the next; with one row, a step to a row that is not there.
             const ZEROS: [u8; ROWS_MAX] = [0; ROWS_MAX];
