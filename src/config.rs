@@ -59,6 +59,10 @@ pub struct Settings {
     pub queue_bytes_max: usize,
     /// How long the gateway takes to leave after it was asked to.
     pub drain_timeout_s: u64,
+    /// Connections that write to Postgres.
+    pub postgres_writers: usize,
+    /// Whether a Postgres that may lose what it says is committed will do.
+    pub allow_postgres_data_loss: bool,
     /// Bytes of SQLite's page cache.
     pub cache_bytes: u64,
     /// Bytes of write-ahead log at which commits wait for readers to let go of it.
@@ -85,6 +89,8 @@ impl Default for Settings {
             queue_readings_max: 1_000_000,
             queue_bytes_max: 256 * MIB as usize,
             drain_timeout_s: 10,
+            postgres_writers: 2,
+            allow_postgres_data_loss: false,
             cache_bytes: 256 * MIB,
             wal_bytes_max: 1024 * MIB,
         }
@@ -137,7 +143,7 @@ pub enum ConfigError {
 #[derive(Clone, Debug)]
 pub struct Config {
     settings: Settings,
-    store_path: PathBuf,
+    store: StoreUrl,
 }
 
 impl Deref for Config {
@@ -154,27 +160,24 @@ impl Config {
     /// # Errors
     /// The first setting that is wrong.
     pub fn new(settings: Settings) -> Result<Config, ConfigError> {
-        let store_path = store_path(&settings.data_dir, settings.store.as_ref());
+        let store = store_url(&settings.data_dir, settings.store.as_ref());
         check_listen(&settings)?;
         check_ranges(&settings)?;
         check_relations(&settings)?;
-        Ok(Config {
-            settings,
-            store_path,
-        })
+        Ok(Config { settings, store })
     }
 
-    /// The database's file.
-    pub fn store_path(&self) -> &Path {
-        &self.store_path
+    /// The database.
+    pub fn store(&self) -> &StoreUrl {
+        &self.store
     }
 }
 
-/// The database's file: what `store` says, or the usual name in the data directory.
-pub fn store_path(data_dir: &Path, store: Option<&StoreUrl>) -> PathBuf {
+/// The database: what `store` says, or the usual file in the data directory.
+pub fn store_url(data_dir: &Path, store: Option<&StoreUrl>) -> StoreUrl {
     match store {
-        Some(url) => url.path().to_owned(),
-        None => data_dir.join(DATABASE_FILE),
+        Some(url) => url.clone(),
+        None => StoreUrl::Sqlite(data_dir.join(DATABASE_FILE)),
     }
 }
 
@@ -230,6 +233,7 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
         ),
         ("queue-bytes-max", s.queue_bytes_max as u64, MIB, TIB),
         ("drain-timeout-s", s.drain_timeout_s, 0, DAY_S),
+        ("postgres-writers", s.postgres_writers as u64, 1, 64),
         ("cache-bytes", s.cache_bytes, MIB, TIB),
         ("wal-bytes-max", s.wal_bytes_max, 16 * MIB, TIB),
     ];
@@ -314,8 +318,8 @@ mod tests {
     fn defaults_are_valid() {
         let config = Config::new(Settings::default()).unwrap();
         assert_eq!(
-            config.store_path(),
-            Path::new("./fieldgate-data/fieldgate.db")
+            config.store().to_string(),
+            "sqlite://./fieldgate-data/fieldgate.db"
         );
         assert_eq!(config.window_frames, 64);
     }
@@ -409,6 +413,6 @@ mod tests {
             ..Settings::default()
         };
         let config = Config::new(settings).unwrap();
-        assert_eq!(config.store_path(), Path::new("/other/x.db"));
+        assert_eq!(config.store().to_string(), "sqlite:///other/x.db");
     }
 }

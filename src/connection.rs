@@ -178,6 +178,9 @@ impl Connection {
     }
 
     fn submit(&mut self, submission: Submission) {
+        if let Submission::Login(login) = &submission {
+            self.queue.take_lane_of(&login.device);
+        }
         if let Some(submission) = self.queue.try_submit(submission, &self.mailbox) {
             let queue = self.queue.clone();
             let mailbox = Arc::clone(&self.mailbox);

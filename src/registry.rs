@@ -14,15 +14,27 @@ use crate::store::DeviceId;
 /// The live sessions by device.
 #[derive(Debug, Default)]
 pub struct Registry {
-    live: Mutex<HashMap<DeviceId, Arc<Mailbox>>>,
+    live: Mutex<HashMap<DeviceId, Live>>,
+}
+
+/// A session that was admitted.
+#[derive(Debug)]
+struct Live {
+    /// Lane of the ingest queue that answers it.
+    lane: usize,
+    mailbox: Arc<Mailbox>,
 }
 
 impl Registry {
     /// A session was admitted: an older one of the same device is told to end.
-    pub fn admit(&self, device: DeviceId, mailbox: &Arc<Mailbox>) {
-        let older = self.lock().insert(device, Arc::clone(mailbox));
-        if let Some(older) = older.filter(|older| !Arc::ptr_eq(older, mailbox)) {
-            older.put(|mail| {
+    pub fn admit(&self, device: DeviceId, lane: usize, mailbox: &Arc<Mailbox>) {
+        let live = Live {
+            lane,
+            mailbox: Arc::clone(mailbox),
+        };
+        let older = self.lock().insert(device, live);
+        if let Some(older) = older.filter(|older| !Arc::ptr_eq(&older.mailbox, mailbox)) {
+            older.mailbox.put(|mail| {
                 mail.close = Some(Close {
                     code: Some(Code::TakenOver),
                     retry_after_ms: 0,
@@ -37,20 +49,23 @@ impl Registry {
         let mut live = self.lock();
         if live
             .get(&device)
-            .is_some_and(|current| Arc::ptr_eq(current, mailbox))
+            .is_some_and(|current| Arc::ptr_eq(&current.mailbox, mailbox))
         {
             live.remove(&device);
         }
     }
 
-    /// Tells every live session whether the store answers.
-    pub fn announce_store(&self, is_down: bool) {
-        for mailbox in self.lock().values() {
-            mailbox.put(|mail| mail.store_is_down = Some(is_down));
+    /// Tells every live session of a lane whether the store answers.
+    pub fn announce_store(&self, lane: usize, is_down: bool) {
+        let live = self.lock();
+        for session in live.values().filter(|session| session.lane == lane) {
+            session
+                .mailbox
+                .put(|mail| mail.store_is_down = Some(is_down));
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<DeviceId, Arc<Mailbox>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<DeviceId, Live>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::task::JoinError;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -53,18 +53,21 @@ pub enum ServeError {
     DrainTimeout,
 }
 
-/// Serves `listener` until `drain` is cancelled, then answers what was taken in and ends.
+/// Serves `listener` until `drain` is cancelled, then answers what was taken in and ends. `stores` are
+/// the ways into one store that can be used at once.
 pub async fn serve<S: Store>(
     listener: TcpListener,
-    store: S,
+    stores: Vec<S>,
     settings: ServerSettings,
     drain: CancellationToken,
 ) -> Result<(), ServeError> {
     let clock = SystemClock::start();
     let registry = Arc::new(Registry::default());
-    let (queue, receiver) = ingest::queue(settings.queue);
-    let ingest = receiver.run(store, settings.batch, Arc::clone(&registry), clock);
-    let mut ingest = tokio::spawn(ingest);
+    let (queue, receivers) = ingest::queue(settings.queue, stores.len());
+    let mut ingest = JoinSet::new();
+    for (receiver, store) in receivers.into_iter().zip(stores) {
+        ingest.spawn(receiver.run(store, settings.batch, Arc::clone(&registry), clock));
+    }
     let shared = Arc::new(Shared {
         settings: Arc::new(settings.session),
         registry,
@@ -75,7 +78,8 @@ pub async fn serve<S: Store>(
     tokio::select! {
         () = accept(&listener, settings.connections_max, &connections, &shared, &queue) => {}
         () = drain.cancelled() => {}
-        ended = &mut ingest => return Ok(ended??),
+        // While there is a queue, a lane ends only by failing.
+        ended = all_ended(&mut ingest) => return ended,
     }
     drop(listener);
     drop(queue);
@@ -83,15 +87,20 @@ pub async fn serve<S: Store>(
     let drained = async {
         // The queue closes when the last connection is gone; then the store closes.
         connections.wait().await;
-        (&mut ingest).await
+        all_ended(&mut ingest).await
     };
     match timeout(settings.drain_timeout, drained).await {
-        Ok(ended) => Ok(ended??),
-        Err(_) => {
-            ingest.abort();
-            Err(ServeError::DrainTimeout)
-        }
+        Ok(ended) => ended,
+        Err(_) => Err(ServeError::DrainTimeout),
     }
+}
+
+/// Waits until all lanes have ended, or one has failed.
+async fn all_ended(ingest: &mut JoinSet<Result<(), StoreError>>) -> Result<(), ServeError> {
+    while let Some(ended) = ingest.join_next().await {
+        ended??;
+    }
+    Ok(())
 }
 
 /// Takes connections in for ever, each under a permit that was had before.

@@ -161,7 +161,7 @@ async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
         eprintln!("the journal has no end: the run was killed; what it tells is compared");
     }
     let progress = BarOnDrop(Progress::new(ledger.devices.len() as u64));
-    let verdict = verify::verify(ledger, args.store.path(), |done| {
+    let verdict = verify::verify(ledger, sqlite_path(&args.store), |done| {
         progress.0.show(done, "devices".into())
     })
     .await
@@ -179,15 +179,20 @@ async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
 }
 
 async fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
-    let parent = args
-        .store
-        .path()
+    let parent = sqlite_path(&args.store)
         .parent()
         .filter(|parent| !parent.as_os_str().is_empty());
     let dir = parent.unwrap_or(Path::new("."));
     let measured = bench::run(dir, args.quick).await.map_err(failure)?;
     println!("{measured}");
     Ok(ExitCode::SUCCESS)
+}
+
+fn sqlite_path(store: &fieldgate::store::url::StoreUrl) -> &Path {
+    match store {
+        fieldgate::store::url::StoreUrl::Sqlite(path) => path,
+        fieldgate::store::url::StoreUrl::Postgres(_) => Path::new(""),
+    }
 }
 
 fn random() -> anyhow::Result<[u64; 2]> {

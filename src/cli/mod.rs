@@ -28,6 +28,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use fieldgate::config::{self, ConfigError, Settings};
 use fieldgate::keys::KeyError;
+use fieldgate::store::postgres;
 use fieldgate::store::sqlite::OpenError;
 use fieldgate::store::url::StoreUrl;
 
@@ -60,8 +61,8 @@ struct GlobalArgs {
     #[arg(long, global = true, value_name = "DIR", default_value_os_t = Settings::default().data_dir)]
     data_dir: PathBuf,
 
-    /// The database, as sqlite://PATH [default: fieldgate.db in the data directory]. Give it to keep
-    /// the database on another disk than the key
+    /// The database, as sqlite://PATH or postgres://USER@HOST/DATABASE [default: fieldgate.db in the
+    /// data directory]. A password is better left to PGPASSWORD or ~/.pgpass
     #[arg(long, global = true, value_name = "URL")]
     store: Option<StoreUrl>,
 
@@ -71,8 +72,8 @@ struct GlobalArgs {
 }
 
 impl GlobalArgs {
-    fn store_path(&self) -> PathBuf {
-        config::store_path(&self.data_dir, self.store.as_ref())
+    fn store(&self) -> StoreUrl {
+        config::store_url(&self.data_dir, self.store.as_ref())
     }
 }
 
@@ -124,6 +125,9 @@ pub enum Error {
     /// The store cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The store cannot be opened.
+    #[error(transparent)]
+    OpenPostgres(#[from] postgres::OpenError),
     /// The store did not answer.
     #[error("the store does not answer: {}", sql_message(.0))]
     Store(#[from] sqlx::Error),
@@ -240,7 +244,10 @@ impl Cli {
 
     /// Does what was asked for.
     pub async fn carry_out(self) -> Result<(), Error> {
-        let path = self.global.store_path();
+        let path = match self.global.store() {
+            StoreUrl::Sqlite(path) => path,
+            StoreUrl::Postgres(_) => PathBuf::new(),
+        };
         match self.command {
             Command::Serve(args) => serve::serve(args.into_settings(self.global)).await,
             Command::Query(args) => query::query(&path, &args).await,

@@ -12,7 +12,10 @@ use fieldgate::ingest::QueueLimits;
 use fieldgate::keys::{FleetKey, KEY_FILE, Origin};
 use fieldgate::server::{self, ServerSettings};
 use fieldgate::session::SessionSettings;
+use fieldgate::store::Store;
+use fieldgate::store::postgres::{PostgresSettings, PostgresStore};
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
+use fieldgate::store::url::{PostgresUrl, StoreUrl};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -96,6 +99,16 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().drain_timeout_s)]
     drain_timeout_s: u64,
 
+    /// Connections that write to Postgres, each with its own share of the devices. Raise it if the
+    /// server has more cores than two and is not busy otherwise
+    #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().postgres_writers)]
+    postgres_writers: usize,
+
+    /// Take a Postgres that runs with fsync, full_page_writes or synchronous_commit off, and may lose
+    /// acknowledged readings when it crashes. For tests
+    #[arg(long, value_parser = BoolishValueParser::new())]
+    allow_postgres_data_loss: bool,
+
     /// Bytes of SQLite's page cache. Raise it for many series on a machine with memory to spare, lower
     /// it on small machines
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().cache_bytes)]
@@ -128,6 +141,8 @@ impl ServeArgs {
             queue_readings_max: self.queue_readings_max,
             queue_bytes_max: self.queue_bytes_max,
             drain_timeout_s: self.drain_timeout_s,
+            postgres_writers: self.postgres_writers,
+            allow_postgres_data_loss: self.allow_postgres_data_loss,
             cache_bytes: self.cache_bytes,
             wal_bytes_max: self.wal_bytes_max,
         }
@@ -138,15 +153,24 @@ impl ServeArgs {
 pub async fn serve(settings: Settings) -> Result<(), Error> {
     let config = Config::new(settings)?;
     let (key, origin) = FleetKey::create_or_load(&config.data_dir)?;
-    let defaults = SqliteSettings::default();
-    let sqlite = SqliteSettings {
-        cache_bytes: config.cache_bytes,
-        wal_checkpoint_bytes: defaults.wal_checkpoint_bytes.min(config.wal_bytes_max / 4),
-        wal_soft_bytes: defaults.wal_soft_bytes.min(config.wal_bytes_max / 2),
-        wal_hard_bytes: config.wal_bytes_max,
-        ..defaults
-    };
-    let store = SqliteStore::open(config.store_path(), &sqlite).await?;
+    match config.store() {
+        StoreUrl::Sqlite(path) => {
+            let store = SqliteStore::open(path, &sqlite_settings(&config)).await?;
+            serve_into(vec![store], &config, &key, origin).await
+        }
+        StoreUrl::Postgres(url) => {
+            let stores = PostgresStore::open(postgres_settings(&config, url)).await?;
+            serve_into(stores, &config, &key, origin).await
+        }
+    }
+}
+
+async fn serve_into<S: Store>(
+    stores: Vec<S>,
+    config: &Config,
+    key: &FleetKey,
+    origin: Origin,
+) -> Result<(), Error> {
     let listener = TcpListener::bind(config.listen).await;
     let listener = listener.map_err(|error| cannot_listen(config.listen, &error))?;
     // Before anybody is told that the gateway is there, and may tell it to leave.
@@ -154,13 +178,32 @@ pub async fn serve(settings: Settings) -> Result<(), Error> {
     tokio::spawn(leave_when_told(drain.clone())?);
     let listen = listener.local_addr().unwrap_or(config.listen);
     // A service may have closed its output; that is no reason not to serve.
-    let _ = announce(&config, origin, listen);
+    let _ = announce(config, origin, listen);
     if config.allow_plaintext {
         tracing::warn!(%listen, "what devices send to this address is not encrypted");
     }
-    server::serve(listener, store, server_settings(&config, &key), drain)
+    server::serve(listener, stores, server_settings(config, key), drain)
         .await
         .map_err(|error| Error::Failed(error.to_string()))
+}
+
+fn sqlite_settings(config: &Config) -> SqliteSettings {
+    let defaults = SqliteSettings::default();
+    SqliteSettings {
+        cache_bytes: config.cache_bytes,
+        wal_checkpoint_bytes: defaults.wal_checkpoint_bytes.min(config.wal_bytes_max / 4),
+        wal_soft_bytes: defaults.wal_soft_bytes.min(config.wal_bytes_max / 2),
+        wal_hard_bytes: config.wal_bytes_max,
+        ..defaults
+    }
+}
+
+fn postgres_settings(config: &Config, url: &PostgresUrl) -> PostgresSettings {
+    PostgresSettings {
+        url: url.clone(),
+        writers: config.postgres_writers,
+        allows_data_loss: config.allow_postgres_data_loss,
+    }
 }
 
 fn server_settings(config: &Config, key: &FleetKey) -> ServerSettings {
@@ -209,7 +252,10 @@ fn announce(config: &Config, origin: Origin, listen: SocketAddr) -> io::Result<(
     let key_file = config.data_dir.join(KEY_FILE);
     let mut out = output::stdout();
     writeln!(out, "data directory  {}", config.data_dir.display())?;
-    writeln!(out, "database        {}", config.store_path().display())?;
+    match config.store() {
+        StoreUrl::Sqlite(path) => writeln!(out, "database        {}", path.display())?,
+        StoreUrl::Postgres(url) => writeln!(out, "database        {url}")?,
+    }
     writeln!(out, "fleet key       {}{made}", key_file.display())?;
     writeln!(out, "listening on    {listen}")?;
     out.flush()

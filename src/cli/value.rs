@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use sqlx::decode::Decode;
 use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, TypeInfo, ValueRef};
+use sqlx::{Row, Sqlite, TypeInfo, ValueRef};
 
 /// What a column of a row can hold.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,10 +29,10 @@ impl Value {
         }
         // The value's own type: SQLite's columns do not bind theirs.
         let value = match raw.type_info().name() {
-            "INTEGER" => i64::decode(raw).map(Value::Integer),
-            "REAL" => f64::decode(raw).map(Value::Real),
-            "BLOB" => Vec::<u8>::decode(raw).map(Value::Blob),
-            _ => <&[u8]>::decode(raw)
+            "INTEGER" => <i64 as Decode<Sqlite>>::decode(raw).map(Value::Integer),
+            "REAL" => <f64 as Decode<Sqlite>>::decode(raw).map(Value::Real),
+            "BLOB" => <Vec<u8> as Decode<Sqlite>>::decode(raw).map(Value::Blob),
+            _ => <&[u8] as Decode<Sqlite>>::decode(raw)
                 .map(|text| Value::Text(String::from_utf8_lossy(text).into_owned())),
         };
         value.map_err(sqlx::Error::Decode)

@@ -24,6 +24,8 @@ use crate::session::{Session, SessionSettings, Submission};
 use crate::store::memory::MemoryStore;
 use crate::store::{Committed, Store, StoreError};
 
+/// There is one way into the memory store.
+const LANE: usize = 0;
 /// Submissions that may wait for the store.
 const ROOM: usize = 12;
 
@@ -245,7 +247,7 @@ impl House {
                     Ok(committed) => Work::Committed(tagged, committed),
                     Err(StoreError::Transient(_)) => {
                         if !std::mem::replace(&mut self.is_down, true) {
-                            self.registry.announce_store(true);
+                            self.registry.announce_store(LANE, true);
                         }
                         Work::Taken(tagged)
                     }
@@ -255,9 +257,9 @@ impl House {
             }
             Work::Committed(tagged, committed) => {
                 if std::mem::take(&mut self.is_down) {
-                    self.registry.announce_store(false);
+                    self.registry.announce_store(LANE, false);
                 }
-                answer(&tagged, committed, &self.registry);
+                answer(LANE, &tagged, committed, &self.registry);
                 self.in_work = 0;
                 true
             }

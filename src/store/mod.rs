@@ -16,10 +16,13 @@ use fieldgate_protocol::column::Kind;
 
 use crate::clock::{BootClock, Quality};
 
+mod admission;
 #[cfg(test)]
 mod contract;
 pub mod ledger;
 pub mod memory;
+pub mod postgres;
+mod rows;
 pub mod sqlite;
 pub mod url;
 

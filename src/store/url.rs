@@ -1,15 +1,45 @@
 //! The address of a store, as it is given on the command line and in the configuration.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
+
+use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
 /// Where readings are stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreUrl {
     /// `sqlite://path`, relative to the working directory or absolute (`sqlite:///var/lib/…`).
     Sqlite(PathBuf),
+    /// `postgres://user@host:port/database`.
+    Postgres(PostgresUrl),
 }
+
+/// The address of a Postgres database. What the text leaves out comes from `PGHOST`, `PGUSER`,
+/// `PGPASSWORD` and the like, and from `~/.pgpass`, as for every client of Postgres.
+///
+/// Shown without its password, also by `Debug`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PostgresUrl(String);
+
+/// Parameters that a Postgres address may have after `?`. One that is misspelt must not be passed
+/// over: `sslmode` is among them.
+const POSTGRES_PARAMETERS: [&str; 14] = [
+    "sslmode",
+    "ssl-mode",
+    "sslrootcert",
+    "ssl-root-cert",
+    "ssl-ca",
+    "sslcert",
+    "ssl-cert",
+    "sslkey",
+    "ssl-key",
+    "host",
+    "port",
+    "user",
+    "dbname",
+    "options",
+];
 
 /// Why a text is no address of a store.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -19,7 +49,8 @@ pub enum StoreUrlError {
     NoScheme(String),
     /// A store that this program does not know.
     #[error(
-        "`{0}://` is not supported: a store is sqlite://PATH, such as sqlite:///var/lib/fieldgate/fieldgate.db"
+        "`{0}://` is not supported: a store is sqlite://PATH, such as \
+         sqlite:///var/lib/fieldgate/fieldgate.db, or postgres://USER@HOST/DATABASE"
     )]
     UnknownScheme(String),
     /// A scheme and nothing after it.
@@ -28,14 +59,16 @@ pub enum StoreUrlError {
     /// `:memory:` and the like.
     #[error("`{0}` is no file: a store has to outlive the process")]
     NotAFile(String),
-}
-
-impl StoreUrl {
-    /// The database's file.
-    pub fn path(&self) -> &Path {
-        let Self::Sqlite(path) = self;
-        path
-    }
+    /// Not an address, or a parameter with a wrong value. The address may hold a password, so only
+    /// what is wrong with it is told.
+    #[error(
+        "the Postgres address is wrong: {0}; write postgres://USER@HOST:PORT/DATABASE, with special \
+         characters percent-encoded"
+    )]
+    Postgres(String),
+    /// A parameter that is not known.
+    #[error("the Postgres address has an unknown parameter `{0}`; known are {list}", list = POSTGRES_PARAMETERS.join(", "))]
+    PostgresParameter(String),
 }
 
 impl FromStr for StoreUrl {
@@ -43,20 +76,82 @@ impl FromStr for StoreUrl {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let no_scheme = || StoreUrlError::NoScheme(text.to_owned());
-        let (scheme, path) = text.split_once("://").ok_or_else(no_scheme)?;
-        if scheme != "sqlite" {
-            return Err(StoreUrlError::UnknownScheme(scheme.to_owned()));
+        let (scheme, rest) = text.split_once("://").ok_or_else(no_scheme)?;
+        match scheme {
+            "sqlite" => sqlite_path(rest).map(Self::Sqlite),
+            "postgres" | "postgresql" => PostgresUrl::new(text).map(Self::Postgres),
+            other => Err(StoreUrlError::UnknownScheme(other.to_owned())),
         }
-        match path {
-            "" => Err(StoreUrlError::NoPath),
-            memory if memory.starts_with(":memory:") => {
-                Err(StoreUrlError::NotAFile(memory.to_owned()))
+    }
+}
+
+fn sqlite_path(path: &str) -> Result<PathBuf, StoreUrlError> {
+    if path.is_empty() {
+        Err(StoreUrlError::NoPath)
+    } else if path.starts_with(":memory:") || path.ends_with('/') {
+        Err(StoreUrlError::NotAFile(path.to_owned()))
+    } else {
+        Ok(PathBuf::from(path))
+    }
+}
+
+impl PostgresUrl {
+    fn new(text: &str) -> Result<Self, StoreUrlError> {
+        let query = text.split_once('?').map_or("", |(_, query)| query);
+        for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
+            let name = parameter.split('=').next().unwrap_or_default();
+            if !POSTGRES_PARAMETERS.contains(&name) && !name.starts_with("options[") {
+                return Err(StoreUrlError::PostgresParameter(name.to_owned()));
             }
-            directory if directory.ends_with('/') => {
-                Err(StoreUrlError::NotAFile(directory.to_owned()))
-            }
-            path => Ok(Self::Sqlite(PathBuf::from(path))),
         }
+        match text.parse::<PgConnectOptions>() {
+            Ok(_) => Ok(Self(text.to_owned())),
+            Err(sqlx::Error::Configuration(error)) => {
+                Err(StoreUrlError::Postgres(error.to_string()))
+            }
+            Err(error) => Err(StoreUrlError::Postgres(error.to_string())),
+        }
+    }
+
+    /// How to connect.
+    pub fn options(&self) -> PgConnectOptions {
+        let options: PgConnectOptions = self.0.parse().expect("checked when it was made");
+        options.application_name("fieldgate")
+    }
+
+    /// The same server, another database.
+    pub fn with_database(&self, database: &str) -> PostgresUrl {
+        let (address, query) = match self.0.split_once('?') {
+            Some((address, query)) => (address, format!("?{query}")),
+            None => (self.0.as_str(), String::new()),
+        };
+        let host_at = address.find("://").map_or(0, |at| at + 3);
+        let server_ends = address[host_at..].find('/').map(|at| host_at + at);
+        let server = &address[..server_ends.unwrap_or(address.len())];
+        PostgresUrl(format!("{server}/{database}{query}"))
+    }
+}
+
+impl fmt::Display for PostgresUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let options = self.options();
+        let user = options.get_username();
+        write!(f, "postgres://{user}@")?;
+        match options.get_socket() {
+            Some(socket) => write!(f, "{}", socket.display())?,
+            None => write!(f, "{}:{}", options.get_host(), options.get_port())?,
+        }
+        write!(f, "/{}", options.get_database().unwrap_or(user))?;
+        match options.get_ssl_mode() {
+            PgSslMode::Prefer => Ok(()),
+            mode => write!(f, " ({mode:?})"),
+        }
+    }
+}
+
+impl fmt::Debug for PostgresUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
     }
 }
 
@@ -64,6 +159,7 @@ impl fmt::Display for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Sqlite(path) => write!(f, "sqlite://{}", path.display()),
+            Self::Postgres(url) => url.fmt(f),
         }
     }
 }
@@ -97,10 +193,48 @@ mod tests {
             ("sqlite://:memory:", "outlive the process"),
             ("sqlite://", "names no file"),
             ("sqlite:///var/lib/", "is no file"),
-            ("postgres://host/db", "`postgres://` is not supported"),
+            ("mysql://host/db", "`mysql://` is not supported"),
+            (
+                "postgres://u:s3cret@host:x/db",
+                "the Postgres address is wrong",
+            ),
+            (
+                "postgres://host/db?sslmod=require",
+                "unknown parameter `sslmod`",
+            ),
+            (
+                "postgres://host/db?sslmode=of",
+                "the Postgres address is wrong",
+            ),
         ] {
             let error = text.parse::<StoreUrl>().unwrap_err().to_string();
             assert!(error.contains(says), "{text}: {error}");
+            assert!(!error.contains("s3cret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_password_is_never_shown() {
+        let text = "postgresql://ann:s3cret@db.example:5433/site?sslmode=require";
+        let StoreUrl::Postgres(url) = text.parse().unwrap() else {
+            panic!("not Postgres");
+        };
+        let shown = "postgres://ann@db.example:5433/site (Require)";
+        assert_eq!(url.to_string(), shown);
+        assert_eq!(format!("{url:?}"), shown);
+    }
+
+    #[test]
+    fn another_database_of_the_same_server() {
+        for (text, other) in [
+            (
+                "postgres://a:b@h:1/d?sslmode=disable",
+                "postgres://a:b@h:1/x?sslmode=disable",
+            ),
+            ("postgres://h", "postgres://h/x"),
+            ("postgres:///d?host=/tmp", "postgres:///x?host=/tmp"),
+        ] {
+            assert_eq!(PostgresUrl(text.to_owned()).with_database("x").0, other);
         }
     }
 }

@@ -2,20 +2,17 @@
 //! every device of the fleet comes back at once.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::sync::Arc;
 
-use fieldgate_protocol::column::Kind;
-use serde::{Deserialize, Serialize};
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, SqliteConnection};
 
 use super::bulk::{Bulk, Params, SIZES};
 use crate::clock::BootClock;
-use crate::store::ledger::DRIFT_PARTS;
-use crate::store::{
-    Admission, Declare, DeclareOutcome, DeclaredChannel, DeviceId, Login, LoginOutcome, Receipt,
-    Schema, SchemaChannel, SchemaHash, SeriesId, StreamId,
+use crate::store::admission::{
+    Found, SeriesIndex, SeriesRow, StoredSchema, StoredSchemas, StreamRow, declaration,
 };
+use crate::store::ledger::DRIFT_PARTS;
+use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, SeriesId, StreamId};
 
 /// The statements.
 pub(super) struct Admissions {
@@ -28,42 +25,6 @@ pub(super) struct Admissions {
     insert_schemas: Bulk,
     find_series: Bulk,
     insert_series: Bulk,
-}
-
-/// A channel as it stands in `schemas.declaration`.
-#[derive(Serialize, Deserialize)]
-struct ChannelJson<'a> {
-    id: u8,
-    name: std::borrow::Cow<'a, str>,
-    unit: std::borrow::Cow<'a, str>,
-    kind: std::borrow::Cow<'a, str>,
-    exp10: i8,
-}
-
-/// A row of `schemas`.
-struct StoredSchema {
-    hash: Vec<u8>,
-    declaration: String,
-}
-
-type StoredSchemas = HashMap<(DeviceId, u16), StoredSchema>;
-
-/// Where a stream stands.
-#[derive(Clone, Copy)]
-struct StreamRow {
-    id: StreamId,
-    durable_seq: u64,
-}
-
-/// The series of some devices.
-#[derive(Default)]
-struct SeriesIndex(HashMap<DeviceId, Vec<SeriesRow>>);
-
-struct SeriesRow {
-    id: SeriesId,
-    channel: String,
-    unit: String,
-    kind: String,
 }
 
 impl Admissions {
@@ -165,30 +126,14 @@ impl Admissions {
             .find_series(conn, schemas.keys().map(|(device, _)| *device).collect())
             .await?;
 
-        logins
-            .iter()
-            .map(|login| {
-                let (device, enabled) = *devices.get(&login.device).ok_or_else(unreturned)?;
-                if !enabled {
-                    return Ok(LoginOutcome::Disabled);
-                }
-                let stream = streams
-                    .get(&(device, login.stream))
-                    .ok_or_else(unreturned)?;
-                if login.next_seq <= stream.durable_seq {
-                    return Ok(LoginOutcome::StreamConflict);
-                }
-                Ok(LoginOutcome::Admitted(Box::new(Admission {
-                    device,
-                    receipt: Receipt {
-                        stream: stream.id,
-                        durable_seq: stream.durable_seq,
-                    },
-                    schema: login_schema(login, device, &schemas, &series)?,
-                    clocks: clocks.get(&device).cloned().unwrap_or_default(),
-                })))
-            })
-            .collect()
+        let found = Found {
+            devices,
+            streams,
+            clocks,
+            schemas,
+            series,
+        };
+        logins.iter().map(|login| found.outcome(login)).collect()
     }
 
     /// Says of each declare whether it is kept, and where its channels' readings go.
@@ -224,20 +169,9 @@ impl Admissions {
                 declares.iter().map(|declare| declare.device).collect(),
             )
             .await?;
-        let outcome = |(declare, accepted): (&Declare, bool)| {
-            if !accepted {
-                return Ok(DeclareOutcome::Conflict);
-            }
-            let channels = declare.channels.iter().map(|channel| {
-                series
-                    .channel(declare.device, channel)
-                    .ok_or_else(unreturned)
-            });
-            let channels = channels.collect::<Result<_, _>>()?;
-            Ok(DeclareOutcome::Accepted(Arc::new(Schema {
-                schema: declare.schema,
-                channels,
-            })))
+        let outcome = |(declare, accepted): (&Declare, bool)| match accepted {
+            true => series.accepted(declare),
+            false => Ok(DeclareOutcome::Conflict),
         };
         declares.iter().zip(accepted).map(outcome).collect()
     }
@@ -411,95 +345,18 @@ impl Admissions {
             .await?;
         let mut index = SeriesIndex::default();
         for row in &rows {
-            index
-                .0
-                .entry(DeviceId(row.try_get(0)?))
-                .or_default()
-                .push(SeriesRow {
+            index.add(
+                DeviceId(row.try_get(0)?),
+                SeriesRow {
                     id: SeriesId(row.try_get(1)?),
                     channel: row.try_get(2)?,
                     unit: row.try_get(3)?,
                     kind: row.try_get(4)?,
-                });
+                },
+            );
         }
         Ok(index)
     }
-}
-
-impl SeriesIndex {
-    fn channel(&self, device: DeviceId, declared: &DeclaredChannel) -> Option<SchemaChannel> {
-        let series = self.0.get(&device)?.iter().find(|series| {
-            series.channel == declared.name
-                && series.unit == declared.unit
-                && series.kind == declared.kind.name()
-        })?;
-        Some(SchemaChannel {
-            id: declared.id,
-            kind: declared.kind,
-            exp10: declared.exp10,
-            series: series.id,
-        })
-    }
-}
-
-/// The schema that a login names, if it is stored with the same hash.
-fn login_schema(
-    login: &Login,
-    device: DeviceId,
-    schemas: &StoredSchemas,
-    series: &SeriesIndex,
-) -> Result<Option<Arc<Schema>>, sqlx::Error> {
-    let Some((schema, hash)) = login.schema else {
-        return Ok(None);
-    };
-    let Some(stored) = schemas.get(&(device, schema)) else {
-        return Ok(None);
-    };
-    if stored.hash != SchemaHash::as_slice(&hash) {
-        return Ok(None);
-    }
-    let channels = parse_declaration(&stored.declaration)?;
-    let channels = channels
-        .iter()
-        .map(|channel| series.channel(device, channel).ok_or_else(unreturned))
-        .collect::<Result<_, _>>()?;
-    Ok(Some(Arc::new(Schema { schema, channels })))
-}
-
-fn declaration(channels: &[DeclaredChannel]) -> Result<String, sqlx::Error> {
-    let channels: Vec<ChannelJson<'_>> = channels
-        .iter()
-        .map(|channel| ChannelJson {
-            id: channel.id,
-            name: channel.name.as_str().into(),
-            unit: channel.unit.as_str().into(),
-            kind: channel.kind.name().into(),
-            exp10: channel.exp10,
-        })
-        .collect();
-    serde_json::to_string(&channels).map_err(|error| sqlx::Error::Encode(error.into()))
-}
-
-fn parse_declaration(declaration: &str) -> Result<Vec<DeclaredChannel>, sqlx::Error> {
-    let damaged =
-        |what: String| sqlx::Error::Protocol(format!("schemas.declaration cannot be read: {what}"));
-    let channels: Vec<ChannelJson<'_>> =
-        serde_json::from_str(declaration).map_err(|error| damaged(error.to_string()))?;
-    let channel = |channel: ChannelJson<'_>| {
-        let kind = parse_kind(&channel.kind);
-        Ok(DeclaredChannel {
-            id: channel.id,
-            kind: kind.ok_or_else(|| damaged(format!("kind {}", channel.kind)))?,
-            name: channel.name.into_owned(),
-            unit: channel.unit.into_owned(),
-            exp10: channel.exp10,
-        })
-    };
-    channels.into_iter().map(channel).collect()
-}
-
-fn parse_kind(word: &str) -> Option<Kind> {
-    Kind::ALL.into_iter().find(|kind| kind.name() == word)
 }
 
 fn stream_row(row: &SqliteRow) -> Result<((DeviceId, u64), StreamRow), sqlx::Error> {
@@ -519,9 +376,4 @@ fn stream_row(row: &SqliteRow) -> Result<((DeviceId, u64), StreamRow), sqlx::Err
 
 fn bind_device(params: &mut Params, device: DeviceId) {
     params.bind(device.0);
-}
-
-/// A row that was written a moment ago in the same transaction was not found again.
-fn unreturned() -> sqlx::Error {
-    sqlx::Error::RowNotFound
 }

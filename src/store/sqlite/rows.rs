@@ -4,35 +4,11 @@ use sqlx::SqliteConnection;
 
 use super::bulk::{Bulk, SIZES};
 use crate::clock::BootClock;
-use crate::store::ledger::Admitted;
-use crate::store::{Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, ResolvedTime};
+use crate::store::rows::{EventRow, Frame, Run, resolved_time, sorted_runs};
+use crate::store::{Content, DeviceEvent, DeviceId};
 
 /// Rows in one INSERT of readings; more than a thousand gains nothing.
 const READINGS_SIZES: &[usize] = &[1000, 100, 10];
-
-/// An admitted entry and the ledger row it gets.
-pub(super) struct Frame<'a> {
-    pub(super) id: i64,
-    pub(super) item: Admitted<'a>,
-}
-
-/// The values of one series in one frame: readings in the order of time.
-struct Run<'a> {
-    series: i64,
-    frame: i64,
-    times_us: &'a [i64],
-    values: &'a [f64],
-}
-
-/// A row of `device_events`.
-struct EventRow<'a> {
-    device: DeviceId,
-    at_us: i64,
-    kind: &'static str,
-    level: Option<u8>,
-    code: u16,
-    detail: &'a str,
-}
 
 /// The statements.
 pub(super) struct Rows {
@@ -82,8 +58,8 @@ impl Rows {
                 SIZES,
             ),
             events: insert(
-                "device_events(device_id, at, kind, level, code, detail)",
-                6,
+                "device_events(device_id, at, kind, level, code, detail, frame_id)",
+                7,
                 "",
                 SIZES,
             ),
@@ -124,16 +100,13 @@ impl Rows {
             .await
     }
 
-    /// Readings go in by series and time, the order of the table: an insert then mostly lands beside
-    /// the one before it. Runs are sorted, not readings: two runs of a series overlap in time only
-    /// when a device's clock stepped back, and then SQLite just has to look for the place.
+    /// Readings go in by series and time, the order of the table.
     async fn store_readings(
         &self,
         conn: &mut SqliteConnection,
         frames: &[Frame<'_>],
     ) -> Result<(), sqlx::Error> {
-        let mut runs: Vec<Run<'_>> = frames.iter().flat_map(runs).collect();
-        runs.sort_unstable_by_key(|run| (run.series, run.times_us.first().copied(), run.frame));
+        let runs = sorted_runs(frames);
         let count = runs.iter().map(|run| run.times_us.len()).sum();
         let readings = Counted {
             left: count,
@@ -229,10 +202,8 @@ impl Rows {
         frames: &[Frame<'_>],
         events: &[DeviceEvent],
     ) -> Result<(), sqlx::Error> {
-        let reported = frames
-            .iter()
-            .filter_map(|frame| reported_event(frame.item.entry));
-        let rows: Vec<EventRow<'_>> = reported.chain(events.iter().map(session_event)).collect();
+        let reported = frames.iter().filter_map(EventRow::reported);
+        let rows: Vec<EventRow<'_>> = reported.chain(events.iter().map(EventRow::of)).collect();
         self.events
             .execute(conn, rows.into_iter(), |params, row| {
                 params
@@ -241,87 +212,10 @@ impl Rows {
                     .bind(row.kind)
                     .bind(row.level.map(i64::from))
                     .bind(i64::from(row.code))
-                    .bind(row.detail);
+                    .bind(row.detail)
+                    .bind(row.frame);
             })
             .await
-    }
-}
-
-fn resolved_time(entry: &Entry) -> Option<ResolvedTime> {
-    match &entry.content {
-        Content::Readings(readings) => Some(readings.time),
-        Content::Event { time, .. } => Some(*time),
-        Content::Gap { .. } | Content::Quarantined { .. } => None,
-    }
-}
-
-fn reported_event(entry: &Entry) -> Option<EventRow<'_>> {
-    let Content::Event {
-        at_us,
-        level,
-        code,
-        text,
-        ..
-    } = &entry.content
-    else {
-        return None;
-    };
-    Some(EventRow {
-        device: entry.device,
-        at_us: *at_us,
-        kind: "event",
-        level: Some(*level),
-        code: *code,
-        detail: text,
-    })
-}
-
-fn session_event(event: &DeviceEvent) -> EventRow<'_> {
-    EventRow {
-        device: event.device,
-        at_us: event.at_us,
-        kind: match event.kind {
-            DeviceEventKind::Connected => "connected",
-            DeviceEventKind::Disconnected => "disconnected",
-        },
-        level: None,
-        code: u16::from(event.code),
-        detail: &event.detail,
-    }
-}
-
-fn runs<'a>(frame: &Frame<'a>) -> impl Iterator<Item = Run<'a>> + use<'a> {
-    let id = frame.id;
-    let readings = match &frame.item.entry.content {
-        Content::Readings(readings) if !readings.times_us.is_empty() => Some(readings),
-        _ => None,
-    };
-    readings.into_iter().flat_map(move |readings| {
-        let columns = readings.values.chunks_exact(readings.times_us.len());
-        readings
-            .series
-            .iter()
-            .zip(columns)
-            .map(move |(series, values)| Run {
-                series: series.0,
-                frame: id,
-                times_us: &readings.times_us,
-                values,
-            })
-    })
-}
-
-impl Run<'_> {
-    fn readings(&self) -> impl Iterator<Item = (i64, i64, i64, Option<f64>)> {
-        let rows = self.times_us.iter().zip(self.values);
-        rows.map(|(ts_us, value)| {
-            (
-                self.series,
-                *ts_us,
-                self.frame,
-                (!value.is_nan()).then_some(*value),
-            )
-        })
     }
 }
 

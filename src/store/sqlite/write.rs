@@ -13,8 +13,9 @@ use sqlx::{Row, SqliteConnection};
 
 use super::admit::Admissions;
 use super::bulk::{Bulk, Params, SIZES};
-use super::rows::{Frame, Rows};
+use super::rows::Rows;
 use crate::store::ledger::Watermarks;
+use crate::store::rows::Frame;
 use crate::store::{Batch, Committed, Entry, StreamId};
 
 /// The connection that writes, and what it keeps between batches.

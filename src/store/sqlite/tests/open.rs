@@ -155,7 +155,8 @@ async fn an_older_schema_is_for_the_gateway_to_bring_up_to_date() {
         .map(|view| format!("DROP VIEW {view};"))
         .collect();
     let (_directory, path) = altered(&format!(
-        "DELETE FROM _sqlx_migrations WHERE version = 2; {drop}"
+        "DELETE FROM _sqlx_migrations WHERE version >= 2; {drop}
+         ALTER TABLE device_events DROP COLUMN frame_id;"
     ))
     .await;
     let says = open_reader(&path).await.unwrap_err().to_string();

@@ -1,0 +1,145 @@
+-- The store of Fieldgate gateways, any number of them.
+--
+-- The same tables as in SQLite; times are timestamptz here. A frame is stored in one transaction with
+-- the move of its stream's durable_seq: what is in here is exactly what was acknowledged, or is about
+-- to be.
+
+CREATE TABLE devices (
+    id            bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name          text NOT NULL UNIQUE,
+    -- A number, not a boolean, so that a query is written alike for both stores.
+    enabled       integer NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)),
+    firmware      text,
+    first_seen_at timestamptz,
+    last_seen_at  timestamptz
+);
+
+-- A device numbers its frames in a stream, and starts a new stream when it has lost count. Its row is
+-- what two gateways lock: whoever stores frames of a stream holds it until they are committed. Every
+-- commit updates it, so pages keep room for the new version beside the old one.
+CREATE TABLE streams (
+    id          bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    device_id   bigint NOT NULL REFERENCES devices (id),
+    stream      bigint NOT NULL,
+    durable_seq bigint NOT NULL DEFAULT 0,
+    -- Running totals, moved together with durable_seq: no query has to count a large table.
+    frames      bigint NOT NULL DEFAULT 0,
+    readings    bigint NOT NULL DEFAULT 0,
+    created_at  timestamptz NOT NULL,
+    UNIQUE (device_id, stream)
+) WITH (fillfactor = 50);
+
+-- What a device declared, as it declared it; never changed.
+CREATE TABLE schemas (
+    device_id   bigint NOT NULL REFERENCES devices (id),
+    schema      integer NOT NULL,
+    hash        bytea NOT NULL,
+    declaration text NOT NULL,
+    PRIMARY KEY (device_id, schema)
+);
+
+-- Outlives a change of schema that keeps channel, unit and kind.
+CREATE TABLE series (
+    id        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    device_id bigint NOT NULL REFERENCES devices (id),
+    channel   text NOT NULL,
+    unit      text NOT NULL,
+    kind      text NOT NULL,
+    UNIQUE (device_id, channel, unit, kind)
+);
+
+-- A writer takes the ids of its frames from here, 1024 at a time: n stands for n * 1024 and the 1023
+-- numbers after it.
+CREATE SEQUENCE frame_id_blocks;
+
+-- The ledger: one row for each numbered frame that was stored, of whatever type; a gap has the
+-- number of its last frame. No foreign keys here and in `readings`: this is the hot path, and only
+-- the gateway writes it.
+CREATE TABLE frames (
+    id              bigint PRIMARY KEY,
+    stream_id       bigint NOT NULL,
+    seq             bigint NOT NULL,
+    type            smallint NOT NULL,
+    received_at     timestamptz NOT NULL,
+    readings        integer NOT NULL,
+    -- How device time became UTC: 0 utc, 1 anchored, 2 unanchored, 3 suspect; NULL for a frame that
+    -- carries no time. readings.ts less clock_offset_us is the device's own time.
+    quality         smallint,
+    clock_offset_us bigint,
+    UNIQUE (stream_id, seq)
+);
+
+-- One partition for each UTC day, made by the gateway; times far off the present are in
+-- `readings_default`. `frame_id` keeps two readings of one instant apart. `value` is NULL where the
+-- device said: sampled, no valid value.
+--
+-- The gateway looks whether this table is partitioned, and makes partitions only then. So another
+-- scheme may hold it, such as a hypertable of TimescaleDB, as long as the columns stay.
+CREATE TABLE readings (
+    series_id bigint NOT NULL,
+    ts        timestamptz NOT NULL,
+    frame_id  bigint NOT NULL,
+    value     double precision
+) PARTITION BY RANGE (ts);
+CREATE INDEX readings_by_series ON readings (series_id, ts);
+CREATE TABLE readings_default PARTITION OF readings DEFAULT;
+
+-- Frames that the device lost before it could send them, from_seq to to_seq inclusive.
+CREATE TABLE gaps (
+    stream_id   bigint NOT NULL REFERENCES streams (id),
+    from_seq    bigint NOT NULL,
+    to_seq      bigint NOT NULL,
+    reason      smallint NOT NULL,
+    received_at timestamptz NOT NULL,
+    PRIMARY KEY (stream_id, from_seq)
+);
+
+-- Frames that arrived whole and could not be understood.
+CREATE TABLE quarantine (
+    id          bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    device_id   bigint NOT NULL REFERENCES devices (id),
+    stream_id   bigint NOT NULL REFERENCES streams (id),
+    seq         bigint NOT NULL,
+    received_at timestamptz NOT NULL,
+    peer        text NOT NULL,
+    code        smallint NOT NULL,
+    detail      text NOT NULL,
+    bytes       bytea NOT NULL,
+    UNIQUE (stream_id, seq)
+);
+CREATE INDEX quarantine_by_device ON quarantine (device_id);
+
+-- kind: connected, disconnected (code is the reason's BYE code), event (level and code are the
+-- device's own, frame_id is the frame that told it).
+CREATE TABLE device_events (
+    id        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    device_id bigint NOT NULL REFERENCES devices (id),
+    at        timestamptz NOT NULL,
+    kind      text NOT NULL CHECK (kind IN ('connected', 'disconnected', 'event')),
+    level     smallint,
+    code      integer NOT NULL,
+    detail    text NOT NULL,
+    frame_id  bigint
+);
+CREATE INDEX device_events_by_device ON device_events (device_id, at);
+
+-- A boot's clock against UTC, which is device time since boot + offset_us, off by half of delay_us
+-- at most when it was measured.
+CREATE TABLE clocks (
+    device_id   bigint NOT NULL REFERENCES devices (id),
+    boot        bigint NOT NULL,
+    offset_us   bigint NOT NULL,
+    delay_us    bigint NOT NULL,
+    measured_at timestamptz NOT NULL,
+    PRIMARY KEY (device_id, boot)
+);
+CREATE INDEX clocks_by_time ON clocks (device_id, measured_at);
+
+-- At most one row: the gateway that acknowledges from its own spool. While it is here, no other
+-- gateway writes to this database, for only that one knows what it has acknowledged.
+CREATE TABLE spool (
+    is_only       boolean PRIMARY KEY DEFAULT true CHECK (is_only),
+    id            uuid NOT NULL,
+    host          text NOT NULL,
+    registered_at timestamptz NOT NULL DEFAULT now()
+);

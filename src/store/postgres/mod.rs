@@ -1,0 +1,157 @@
+//! The store in a Postgres database, which several gateways may share.
+//!
+//! A gateway has a few connections that write, each with its own transactions; a device always has
+//! the same one. `open` gets connections, `write` turns a batch into a transaction (`admit` has the
+//! statements of logins and declares, `copy` and `timestamp` the binary format of COPY), `partitions`
+//! keeps a table for each day. Here they are put together, and errors become [`StoreError`]s.
+//!
+//! Invariants
+//! - The rows of a batch's streams are locked, in the order of their ids, before anything of it is
+//!   written: two gateways that have frames of one stream take turns, and the second sees what the
+//!   first has stored.
+//! - After an error, and after a COMMIT of which nothing is known, the connection is given up. The
+//!   batch comes again on a new one, and the ledger passes over what is stored already.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::{Connection, PgConnection};
+
+pub use self::open::{OpenError, migrate, open_reader};
+use self::partitions::Partitions;
+pub use self::timestamp::Timestamp;
+use self::write::{CommitError, Writer};
+use super::{Batch, Committed, Store, StoreError};
+use crate::store::url::PostgresUrl;
+
+mod admit;
+mod copy;
+mod open;
+mod partitions;
+mod timestamp;
+mod write;
+
+/// A server that has not answered for so long is given up, and connected to anew: the network may have
+/// lost the connection without a word.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How the store is reached and used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PostgresSettings {
+    /// The database.
+    pub url: PostgresUrl,
+    /// Connections that write.
+    pub writers: usize,
+    /// Whether a server that may lose what it says is committed will do.
+    pub allows_data_loss: bool,
+}
+
+/// One of the connections that write; see the module.
+pub struct PostgresStore {
+    settings: Arc<PostgresSettings>,
+    partitions: Arc<Partitions>,
+    /// `None` after an error, until the next commit.
+    writer: Option<Writer>,
+}
+
+impl PostgresStore {
+    /// Connects, brings the tables up to date, and gives back as many writers as `settings` say.
+    ///
+    /// # Errors
+    /// [`OpenError`] says in one line what is wrong and what to do.
+    pub async fn open(settings: PostgresSettings) -> Result<Vec<Self>, OpenError> {
+        let settings = Arc::new(settings);
+        let mut first = open::connect(&settings.url, settings.allows_data_loss).await?;
+        open::bring_up_to_date(&mut first, &settings.url).await?;
+        let partitions = Partitions::new(first, settings.url.clone());
+        let partitions = Arc::new(partitions.await?);
+        let mut stores = Vec::with_capacity(settings.writers);
+        for _ in 0..settings.writers {
+            let conn = open::connect(&settings.url, settings.allows_data_loss).await?;
+            stores.push(Self {
+                settings: Arc::clone(&settings),
+                partitions: Arc::clone(&partitions),
+                writer: Some(Writer::new(conn)),
+            });
+        }
+        Ok(stores)
+    }
+
+    async fn writer(&mut self) -> Result<Writer, StoreError> {
+        if let Some(writer) = self.writer.take() {
+            return Ok(writer);
+        }
+        // Whatever is wrong with the server now was not when the gateway began: it may be mended.
+        let connected = open::connect(&self.settings.url, self.settings.allows_data_loss).await;
+        let conn = connected.map_err(|error| StoreError::Transient(error.to_string()))?;
+        Ok(Writer::new(conn))
+    }
+}
+
+impl Store for PostgresStore {
+    async fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
+        let mut writer = self.writer().await?;
+        let attempt = async {
+            self.partitions.make_for(&batch.entries).await;
+            writer.commit(batch).await
+        };
+        match tokio::time::timeout(COMMIT_TIMEOUT, attempt).await {
+            Ok(Ok(committed)) => {
+                self.writer = Some(writer);
+                Ok(committed)
+            }
+            Ok(Err(error)) => Err(classify(&error)),
+            Err(_) => Err(StoreError::Transient(format!(
+                "no answer within {} s",
+                COMMIT_TIMEOUT.as_secs()
+            ))),
+        }
+    }
+
+    async fn close(self) -> Result<(), StoreError> {
+        let Some(writer) = self.writer else {
+            return Ok(());
+        };
+        // Everything is durable already; this is only to be polite.
+        let _ = writer.conn.close().await;
+        Ok(())
+    }
+}
+
+fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+    error.as_database_error()?.code()
+}
+
+/// Whether an SQLSTATE tells of a state that may pass: lost connections (08), conflicts of
+/// transactions (40), a lack of room (53), locks (55), shutdown and cancellation (57), I/O errors of
+/// the server (58; those that endanger what is committed, it does not survive), and a server that has
+/// become a standby.
+fn is_passing(code: &str) -> bool {
+    const CLASSES: [&str; 6] = ["08", "40", "53", "55", "57", "58"];
+    CLASSES.iter().any(|class| code.starts_with(class)) || code == "25006"
+}
+
+fn classify(error: &CommitError) -> StoreError {
+    let text = error.to_string();
+    let CommitError::Sql(error) = error else {
+        return StoreError::Fatal(text);
+    };
+    match (error, code(error)) {
+        (_, Some(code)) if is_passing(&code) => StoreError::Transient(text),
+        (_, Some(_)) => StoreError::Fatal(text),
+        // A connection that breaks in the middle of a message may show as a breach of protocol.
+        (sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_), None) => {
+            StoreError::Transient(text)
+        }
+        _ => StoreError::Fatal(text),
+    }
+}
+
+/// A text that is SQL without parameters, by the simple protocol.
+async fn run(conn: &mut PgConnection, sql: impl Into<String>) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql.into()))
+        .execute(conn)
+        .await
+        .map(drop)
+}

@@ -1,0 +1,54 @@
+//! Microseconds UTC, as Postgres has them.
+
+use sqlx::encode::IsNull;
+use sqlx::error::BoxDynError;
+use sqlx::postgres::{PgArgumentBuffer, PgHasArrayType, PgTypeInfo, PgValueFormat, PgValueRef};
+use sqlx::{Decode, Encode, Postgres, Type};
+
+/// Postgres counts from 2000-01-01T00:00:00Z.
+const EPOCH_US: i64 = 946_684_800_000_000;
+
+/// A `timestamptz`: microseconds since 1970-01-01T00:00:00Z.
+///
+/// Its range is that of the protocol's times and more: years 1 to 9999 (SPEC R50), with the lifetime
+/// of a device on either side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timestamp(pub i64);
+
+impl Timestamp {
+    /// As it is sent.
+    pub(super) fn to_be_bytes(self) -> [u8; 8] {
+        (self.0 - EPOCH_US).to_be_bytes()
+    }
+}
+
+impl Type<Postgres> for Timestamp {
+    fn type_info() -> PgTypeInfo {
+        PgTypeInfo::with_name("timestamptz")
+    }
+}
+
+impl PgHasArrayType for Timestamp {
+    fn array_type_info() -> PgTypeInfo {
+        PgTypeInfo::with_name("_timestamptz")
+    }
+}
+
+impl Encode<'_, Postgres> for Timestamp {
+    fn encode_by_ref(&self, buffer: &mut PgArgumentBuffer) -> Result<IsNull, BoxDynError> {
+        buffer.extend_from_slice(&self.to_be_bytes());
+        Ok(IsNull::No)
+    }
+}
+
+impl Decode<'_, Postgres> for Timestamp {
+    fn decode(value: PgValueRef<'_>) -> Result<Self, BoxDynError> {
+        match value.format() {
+            PgValueFormat::Binary => {
+                let since_epoch = i64::from_be_bytes(value.as_bytes()?.try_into()?);
+                Ok(Self(since_epoch.saturating_add(EPOCH_US)))
+            }
+            PgValueFormat::Text => Err("a timestamp was asked for in binary form".into()),
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! The writer: one batch in one transaction, on one connection. `admit` has the statements of logins
+//! and declares.
+//!
+//! Invariants
+//! - The watermarks are read under a lock on their streams' rows, in the transaction that moves them.
+//! - Everything that a batch does may be done again, after a COMMIT of which nothing is known: frames
+//!   by the ledger, logins, declares and clocks by their keys, the audit trail by looking first.
+
+use std::collections::BTreeSet;
+
+use sqlx::PgConnection;
+
+use super::admit::Admissions;
+use super::copy::copy;
+use super::open::reason;
+use super::run;
+use super::timestamp::Timestamp;
+use crate::clock::BootClock;
+use crate::store::ledger::{UnknownStream, Watermarks};
+use crate::store::rows::{EventRow, Frame, resolved_time, sorted_runs};
+use crate::store::{Batch, Committed, Content, DeviceEvent, DeviceId, Entry, StreamId};
+
+/// Ids in one block of the sequence `frame_id_blocks`.
+const FRAME_IDS_IN_BLOCK: i64 = 1024;
+
+/// Why a batch was not committed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CommitError {
+    /// The server, or the way there.
+    #[error("{}", reason(.0))]
+    Sql(#[from] sqlx::Error),
+    /// The database is not the one that this gateway began with.
+    #[error(transparent)]
+    UnknownStream(#[from] UnknownStream),
+}
+
+/// A connection that writes, and what it keeps between batches.
+pub(super) struct Writer {
+    pub(super) conn: PgConnection,
+    /// Ids taken from the sequence and not given to a frame.
+    frame_ids: std::ops::Range<i64>,
+}
+
+impl Writer {
+    pub(super) fn new(conn: PgConnection) -> Self {
+        Self {
+            conn,
+            frame_ids: 0..0,
+        }
+    }
+
+    /// Commits the batch. After an error the connection must be given up.
+    pub(super) async fn commit(&mut self, batch: &Batch) -> Result<Committed, CommitError> {
+        // Each statement must see what another gateway has committed while this one waited for a lock.
+        run(&mut self.conn, "BEGIN ISOLATION LEVEL READ COMMITTED").await?;
+        let mut admissions = Admissions::new(&mut self.conn);
+        let declares = admissions.declare(&batch.declares).await?;
+        let mut watermarks = self.lock_watermarks(&batch.entries).await?;
+        let mut admitted = watermarks.admit(&batch.entries)?;
+        // By stream, as the ledger's index is. The sort is stable: a stream keeps its order.
+        admitted.sort_by_key(|item| item.entry.stream);
+        let ids = self.take_frame_ids(admitted.len()).await?;
+        let frames: Vec<Frame<'_>> = ids
+            .into_iter()
+            .zip(admitted)
+            .map(|(id, item)| Frame { id, item })
+            .collect();
+        self.store_ledger(&frames).await?;
+        self.store_readings(&frames).await?;
+        self.store_gaps(&frames).await?;
+        self.store_quarantine(&frames).await?;
+        self.store_watermarks(&watermarks).await?;
+        let mut admissions = Admissions::new(&mut self.conn);
+        let logins = admissions.login(&batch.logins).await?;
+        self.store_clocks(&batch.clocks).await?;
+        self.store_events(&frames, &batch.events).await?;
+        run(&mut self.conn, "COMMIT").await?;
+        Ok(Committed {
+            logins,
+            declares,
+            receipts: watermarks.receipts(),
+        })
+    }
+
+    async fn lock_watermarks(&mut self, entries: &[Entry]) -> Result<Watermarks, sqlx::Error> {
+        let streams: BTreeSet<StreamId> = entries.iter().map(|entry| entry.stream).collect();
+        if streams.is_empty() {
+            return Ok(Watermarks::default());
+        }
+        let ids: Vec<i64> = streams.iter().map(|stream| stream.0).collect();
+        let found: Vec<(i64, i64)> = sqlx::query_as(
+            "SELECT id, durable_seq FROM streams WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE",
+        )
+        .bind(ids)
+        .fetch_all(&mut self.conn)
+        .await?;
+        let durable = found
+            .into_iter()
+            .map(|(id, durable_seq)| (StreamId(id), durable_seq.cast_unsigned()));
+        Ok(Watermarks::new(durable))
+    }
+
+    /// As many ids as there are frames. Those of a transaction that fails are never used.
+    async fn take_frame_ids(&mut self, count: usize) -> Result<Vec<i64>, sqlx::Error> {
+        let mut ids: Vec<i64> = self.frame_ids.by_ref().take(count).collect();
+        let missing = (count - ids.len()) as i64;
+        if missing > 0 {
+            let blocks = (missing + FRAME_IDS_IN_BLOCK - 1) / FRAME_IDS_IN_BLOCK;
+            let blocks: Vec<i64> =
+                sqlx::query_scalar("SELECT nextval('frame_id_blocks') FROM generate_series(1, $1)")
+                    .bind(blocks)
+                    .fetch_all(&mut self.conn)
+                    .await?;
+            for block in blocks {
+                self.frame_ids = block * FRAME_IDS_IN_BLOCK..(block + 1) * FRAME_IDS_IN_BLOCK;
+                ids.extend(self.frame_ids.by_ref().take(count - ids.len()));
+            }
+        }
+        Ok(ids)
+    }
+
+    async fn store_ledger(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
+        let table =
+            "frames (id, stream_id, seq, type, received_at, readings, quality, clock_offset_us)";
+        copy(&mut self.conn, table, frames, |rows, frame| {
+            let entry = frame.item.entry;
+            rows.row(8)
+                .int8(frame.id)
+                .int8(entry.stream.0)
+                .int8(entry.seq.cast_signed())
+                .int2(entry.frame_type.into())
+                .timestamptz(entry.received_at_us)
+                .int4(frame.item.readings() as i32);
+            match resolved_time(entry) {
+                Some(time) => rows.int2(time.quality as i16).int8(time.offset_us),
+                None => rows.null().null(),
+            };
+        })
+        .await
+    }
+
+    /// Without ON CONFLICT: the ledger has passed over what is stored.
+    async fn store_readings(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
+        let runs = sorted_runs(frames);
+        let table = "readings (series_id, ts, frame_id, value)";
+        copy(&mut self.conn, table, &runs, |rows, run| {
+            for (series, ts_us, frame, value) in run.readings() {
+                rows.row(4)
+                    .int8(series)
+                    .timestamptz(ts_us)
+                    .int8(frame)
+                    .float8(value);
+            }
+        })
+        .await
+    }
+
+    async fn store_gaps(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
+        let mut gaps = Vec::new();
+        for frame in frames {
+            if let Content::Gap { reason } = &frame.item.entry.content {
+                gaps.push((frame.item, *reason));
+            }
+        }
+        let table = "gaps (stream_id, from_seq, to_seq, reason, received_at)";
+        copy(&mut self.conn, table, &gaps, |rows, (item, reason)| {
+            rows.row(5)
+                .int8(item.entry.stream.0)
+                .int8(item.first_seq.cast_signed())
+                .int8(item.entry.seq.cast_signed())
+                .int2((*reason).into())
+                .timestamptz(item.entry.received_at_us);
+        })
+        .await
+    }
+
+    async fn store_quarantine(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
+        for frame in frames {
+            let entry = frame.item.entry;
+            let Content::Quarantined {
+                code,
+                detail,
+                bytes,
+                peer,
+            } = &entry.content
+            else {
+                continue;
+            };
+            sqlx::query(
+                "INSERT INTO quarantine (device_id, stream_id, seq, received_at, peer, code, detail,
+                     bytes)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+            )
+            .bind(entry.device.0)
+            .bind(entry.stream.0)
+            .bind(entry.seq.cast_signed())
+            .bind(Timestamp(entry.received_at_us))
+            .bind(peer)
+            .bind(i16::from(*code))
+            .bind(detail)
+            .bind(bytes)
+            .execute(&mut self.conn)
+            .await?;
+        }
+        Ok(())
+    }
+
+    async fn store_watermarks(&mut self, watermarks: &Watermarks) -> Result<(), sqlx::Error> {
+        let moved = watermarks.moved();
+        if moved.is_empty() {
+            return Ok(());
+        }
+        let column = |value: fn(&(StreamId, crate::store::ledger::Progress)) -> i64| {
+            moved.iter().map(value).collect::<Vec<i64>>()
+        };
+        sqlx::query(
+            "UPDATE streams SET durable_seq = moved.durable_seq,
+                 frames = streams.frames + moved.frames,
+                 readings = streams.readings + moved.readings
+             FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[])
+                 AS moved (id, durable_seq, frames, readings)
+             WHERE streams.id = moved.id",
+        )
+        .bind(column(|(stream, _)| stream.0))
+        .bind(column(|(_, progress)| progress.durable_seq.cast_signed()))
+        .bind(column(|(_, progress)| progress.frames.cast_signed()))
+        .bind(column(|(_, progress)| progress.readings.cast_signed()))
+        .execute(&mut self.conn)
+        .await
+        .map(drop)
+    }
+
+    /// Keeps clocks as they are told, in place of what was kept of the same boot.
+    async fn store_clocks(&mut self, clocks: &[(DeviceId, BootClock)]) -> Result<(), sqlx::Error> {
+        // Of several for one boot the last one holds, and a statement may change a row only once.
+        let latest: std::collections::BTreeMap<(DeviceId, u32), BootClock> = clocks
+            .iter()
+            .map(|(device, clock)| ((*device, clock.boot), *clock))
+            .collect();
+        if latest.is_empty() {
+            return Ok(());
+        }
+        let devices: Vec<i64> = latest.keys().map(|(device, _)| device.0).collect();
+        let boots: Vec<i64> = latest.keys().map(|(_, boot)| i64::from(*boot)).collect();
+        let offsets: Vec<i64> = latest.values().map(|clock| clock.offset_us).collect();
+        let delays = latest.values().map(|clock| clock.delay_us.cast_signed());
+        let measured = latest.values().map(|clock| Timestamp(clock.measured_at_us));
+        sqlx::query(
+            "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at)
+             SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[],
+                 $5::timestamptz[])
+             ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
+                 delay_us = excluded.delay_us, measured_at = excluded.measured_at",
+        )
+        .bind(devices)
+        .bind(boots)
+        .bind(offsets)
+        .bind(delays.collect::<Vec<i64>>())
+        .bind(measured.collect::<Vec<Timestamp>>())
+        .execute(&mut self.conn)
+        .await
+        .map(drop)
+    }
+
+    /// Writes the audit trail. What devices reported is new, as its frame is; what happened to sessions
+    /// may have been written by a COMMIT of which nothing was known.
+    async fn store_events(
+        &mut self,
+        frames: &[Frame<'_>],
+        events: &[DeviceEvent],
+    ) -> Result<(), sqlx::Error> {
+        let reported = frames.iter().filter_map(EventRow::reported);
+        let rows: Vec<EventRow<'_>> = reported.chain(events.iter().map(EventRow::of)).collect();
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let level = |row: &EventRow<'_>| row.level.map(i16::from);
+        sqlx::query(
+            "INSERT INTO device_events (device_id, at, kind, level, code, detail, frame_id)
+             SELECT * FROM unnest($1::bigint[], $2::timestamptz[], $3::text[], $4::smallint[],
+                 $5::integer[], $6::text[], $7::bigint[])
+                 AS new (device_id, at, kind, level, code, detail, frame_id)
+             WHERE new.frame_id IS NOT NULL OR NOT EXISTS (
+                 SELECT FROM device_events AS old
+                 WHERE old.device_id = new.device_id AND old.at = new.at AND old.kind = new.kind
+                     AND old.detail = new.detail
+             )",
+        )
+        .bind(rows.iter().map(|row| row.device.0).collect::<Vec<_>>())
+        .bind(
+            rows.iter()
+                .map(|row| Timestamp(row.at_us))
+                .collect::<Vec<_>>(),
+        )
+        .bind(rows.iter().map(|row| row.kind).collect::<Vec<_>>())
+        .bind(rows.iter().map(level).collect::<Vec<_>>())
+        .bind(
+            rows.iter()
+                .map(|row| i32::from(row.code))
+                .collect::<Vec<_>>(),
+        )
+        .bind(rows.iter().map(|row| row.detail).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.frame).collect::<Vec<_>>())
+        .execute(&mut self.conn)
+        .await
+        .map(drop)
+    }
+}

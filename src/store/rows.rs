@@ -1,0 +1,125 @@
+//! What a batch comes to as rows, whatever the database.
+
+use super::ledger::Admitted;
+use super::{Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, ResolvedTime};
+
+/// An admitted entry and the ledger row it gets.
+pub(super) struct Frame<'a> {
+    pub(super) id: i64,
+    pub(super) item: Admitted<'a>,
+}
+
+/// The values of one series in one frame: readings in the order of time.
+pub(super) struct Run<'a> {
+    pub(super) series: i64,
+    pub(super) frame: i64,
+    pub(super) times_us: &'a [i64],
+    values: &'a [f64],
+}
+
+/// A row of `device_events`.
+pub(super) struct EventRow<'a> {
+    pub(super) device: DeviceId,
+    pub(super) at_us: i64,
+    pub(super) kind: &'static str,
+    pub(super) level: Option<u8>,
+    pub(super) code: u16,
+    pub(super) detail: &'a str,
+    /// The frame that told it.
+    pub(super) frame: Option<i64>,
+}
+
+/// How the time of an entry's content became UTC; `None` where there is no time in it.
+pub(super) fn resolved_time(entry: &Entry) -> Option<ResolvedTime> {
+    match &entry.content {
+        Content::Readings(readings) => Some(readings.time),
+        Content::Event { time, .. } => Some(*time),
+        Content::Gap { .. } | Content::Quarantined { .. } => None,
+    }
+}
+
+/// The readings of all frames by series and time, the order in which they are looked for: an insert
+/// then mostly lands beside the one before it. Runs are sorted, not readings: two runs of a series
+/// overlap in time only when a device's clock stepped back.
+pub(super) fn sorted_runs<'a>(frames: &[Frame<'a>]) -> Vec<Run<'a>> {
+    let mut runs: Vec<Run<'a>> = frames.iter().flat_map(runs).collect();
+    runs.sort_unstable_by_key(|run| (run.series, run.times_us.first().copied(), run.frame));
+    runs
+}
+
+fn runs<'a>(frame: &Frame<'a>) -> impl Iterator<Item = Run<'a>> + use<'a> {
+    let id = frame.id;
+    let readings = match &frame.item.entry.content {
+        Content::Readings(readings) if !readings.times_us.is_empty() => Some(readings),
+        _ => None,
+    };
+    readings.into_iter().flat_map(move |readings| {
+        let columns = readings.values.chunks_exact(readings.times_us.len());
+        readings
+            .series
+            .iter()
+            .zip(columns)
+            .map(move |(series, values)| Run {
+                series: series.0,
+                frame: id,
+                times_us: &readings.times_us,
+                values,
+            })
+    })
+}
+
+impl Run<'_> {
+    /// Series, time, frame and value of each reading.
+    pub(super) fn readings(&self) -> impl Iterator<Item = (i64, i64, i64, Option<f64>)> {
+        let rows = self.times_us.iter().zip(self.values);
+        rows.map(|(ts_us, value)| {
+            (
+                self.series,
+                *ts_us,
+                self.frame,
+                (!value.is_nan()).then_some(*value),
+            )
+        })
+    }
+}
+
+impl<'a> EventRow<'a> {
+    /// What a device reported in a frame, if it is one of that type.
+    pub(super) fn reported(frame: &Frame<'a>) -> Option<EventRow<'a>> {
+        let Content::Event {
+            at_us,
+            level,
+            code,
+            text,
+            ..
+        } = &frame.item.entry.content
+        else {
+            return None;
+        };
+        Some(EventRow {
+            device: frame.item.entry.device,
+            at_us: *at_us,
+            kind: "event",
+            level: Some(*level),
+            code: *code,
+            detail: text,
+            frame: Some(frame.id),
+        })
+    }
+
+    /// What happened to a session.
+    pub(super) fn of(event: &'a DeviceEvent) -> EventRow<'a> {
+        EventRow {
+            device: event.device,
+            at_us: event.at_us,
+            kind: match event.kind {
+                DeviceEventKind::Connected => "connected",
+                DeviceEventKind::Disconnected => "disconnected",
+            },
+            level: None,
+            code: u16::from(event.code),
+            detail: &event.detail,
+            frame: None,
+        }
+    }
+}
