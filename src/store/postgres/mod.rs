@@ -29,6 +29,8 @@ mod admit;
 mod copy;
 mod open;
 mod partitions;
+#[cfg(test)]
+mod tests;
 mod timestamp;
 mod write;
 

@@ -1,0 +1,138 @@
+//! Which day gets a partition, and what happens to readings that were there before it.
+
+use super::*;
+use crate::store::contract::{Peer, peer};
+
+const DAY_US: i64 = 86_400_000_000;
+
+fn now_us() -> i64 {
+    jiff::Timestamp::now().as_microsecond()
+}
+
+/// Partition and number of readings of each that has any.
+async fn filled(database: &Database) -> Vec<(String, i64)> {
+    sqlx::query_as("SELECT tableoid::regclass::text, count(*) FROM readings GROUP BY 1 ORDER BY 1")
+        .fetch_all(&mut database.connect().await)
+        .await
+        .unwrap()
+}
+
+fn name_of(us: i64) -> String {
+    let time = jiff::Timestamp::from_microsecond(us).unwrap();
+    time.strftime("readings_%Y%m%d").to_string()
+}
+
+async fn store(h: &mut OnServer, peer: &Peer, seq: u64, times_us: &[i64]) {
+    let rows: Vec<(i64, f64)> = times_us.iter().map(|us| (*us, 1.0)).collect();
+    let batch = Batch {
+        entries: vec![peer.readings(seq, &rows)],
+        ..Batch::default()
+    };
+    h.store().commit(&batch).await.unwrap();
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn days_near_the_present_have_their_own_table() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    let now_us = now_us();
+    let (late_us, too_late_us) = (now_us - 30 * DAY_US, now_us - 400 * DAY_US);
+    let (soon_us, too_soon_us) = (now_us + DAY_US, now_us + 400 * DAY_US);
+    let times_us = [too_late_us, late_us, now_us, soon_us, too_soon_us];
+    store(&mut h, &peer, 1, &times_us).await;
+    let mut expected = vec![
+        (name_of(late_us), 1),
+        (name_of(now_us), 1),
+        (name_of(soon_us), 1),
+        ("readings_default".to_owned(), 2),
+    ];
+    expected.sort();
+    assert_eq!(filled(&h.database).await, expected);
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn readings_that_were_there_first_move_to_the_table_of_their_day() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    let now_us = now_us();
+    store(&mut h, &peer, 1, &[now_us]).await;
+    // As if the day had been far in the future when its first readings came.
+    let day = name_of(now_us);
+    let moved = format!(
+        "ALTER TABLE readings DETACH PARTITION {day}; INSERT INTO readings SELECT * FROM {day};
+         DROP TABLE {day}"
+    );
+    h.run(&moved).await;
+    assert_eq!(
+        filled(&h.database).await,
+        [("readings_default".to_owned(), 1)]
+    );
+    let mut h = h.reopen().await;
+    assert_eq!(filled(&h.database).await, [(day.clone(), 1)]);
+    store(&mut h, &peer, 2, &[now_us]).await;
+    assert_eq!(filled(&h.database).await, [(day, 2)]);
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_long_query_keeps_nothing_from_being_stored() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    let mut reader = h.database.connect().await;
+    run(&mut reader, "BEGIN; SELECT count(*) FROM readings")
+        .await
+        .unwrap();
+    let late_us = now_us() - 7 * DAY_US;
+    store(&mut h, &peer, 1, &[late_us]).await;
+    assert_eq!(
+        filled(&h.database).await,
+        [("readings_default".to_owned(), 1)]
+    );
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn gateways_that_make_the_same_table_at_once_agree() {
+    let first = OnServer::create().await;
+    let mut stores = Vec::new();
+    for _ in 0..4 {
+        stores.extend(
+            PostgresStore::open(first.database.settings())
+                .await
+                .unwrap(),
+        );
+    }
+    let late_us = now_us() - 7 * DAY_US;
+    let mut making = tokio::task::JoinSet::new();
+    for (n, mut store) in stores.into_iter().enumerate() {
+        making.spawn(async move {
+            let peer = peer(&mut store, &format!("device-{n}")).await;
+            let batch = Batch {
+                entries: vec![peer.readings(1, &[(late_us, 1.0)])],
+                ..Batch::default()
+            };
+            store.commit(&batch).await.unwrap();
+        });
+    }
+    making.join_all().await;
+    assert_eq!(filled(&first.database).await, [(name_of(late_us), 4)]);
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_table_of_another_scheme_is_left_alone() {
+    let h = OnServer::create().await;
+    // What an extension that partitions by itself leaves behind looks like a plain table.
+    h.run(
+        "DROP TABLE readings CASCADE;
+         CREATE TABLE readings (series_id bigint NOT NULL, ts timestamptz NOT NULL,
+             frame_id bigint NOT NULL, value double precision)",
+    )
+    .await;
+    let mut h = h.reopen().await;
+    let peer = peer(h.store(), "a").await;
+    store(&mut h, &peer, 1, &[now_us()]).await;
+    assert_eq!(filled(&h.database).await, [("readings".to_owned(), 1)]);
+}
