@@ -17,6 +17,8 @@ use crate::store::url::StoreUrl;
 
 /// Name of the database within the data directory, where `store` does not say otherwise.
 pub const DATABASE_FILE: &str = "fieldgate.db";
+/// Name of the spool within the data directory.
+pub const SPOOL_FILE: &str = "spool.db";
 
 const DAY_S: u64 = 86_400;
 const MIB: u64 = 1 << 20;
@@ -63,6 +65,10 @@ pub struct Settings {
     pub postgres_writers: usize,
     /// Whether a Postgres that may lose what it says is committed will do.
     pub allow_postgres_data_loss: bool,
+    /// Whether to acknowledge from a local spool, which is drained into Postgres.
+    pub spool: bool,
+    /// Bytes of the spool's file at which nothing more is taken.
+    pub spool_bytes_max: u64,
     /// Bytes of SQLite's page cache.
     pub cache_bytes: u64,
     /// Bytes of write-ahead log at which commits wait for readers to let go of it.
@@ -91,6 +97,8 @@ impl Default for Settings {
             drain_timeout_s: 10,
             postgres_writers: 2,
             allow_postgres_data_loss: false,
+            spool: false,
+            spool_bytes_max: 4096 * MIB,
             cache_bytes: 256 * MIB,
             wal_bytes_max: 1024 * MIB,
         }
@@ -128,6 +136,9 @@ pub enum ConfigError {
         /// What would go wrong.
         why: &'static str,
     },
+    /// A spool in front of a file that is as local as itself.
+    #[error("--spool is for a store in Postgres: give --store postgres://…, or leave --spool out")]
+    SpoolWithoutPostgres,
     /// Readings and names of devices would cross a network for anybody to see.
     #[error(
         "listen {listen} can be reached from other machines, and what devices send there is not \
@@ -164,12 +175,20 @@ impl Config {
         check_listen(&settings)?;
         check_ranges(&settings)?;
         check_relations(&settings)?;
+        if settings.spool && !matches!(store, StoreUrl::Postgres(_)) {
+            return Err(ConfigError::SpoolWithoutPostgres);
+        }
         Ok(Config { settings, store })
     }
 
     /// The database.
     pub fn store(&self) -> &StoreUrl {
         &self.store
+    }
+
+    /// The file of the spool, whether it is used or not.
+    pub fn spool_path(&self) -> PathBuf {
+        self.settings.data_dir.join(SPOOL_FILE)
     }
 }
 
@@ -234,6 +253,7 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
         ("queue-bytes-max", s.queue_bytes_max as u64, MIB, TIB),
         ("drain-timeout-s", s.drain_timeout_s, 0, DAY_S),
         ("postgres-writers", s.postgres_writers as u64, 1, 64),
+        ("spool-bytes-max", s.spool_bytes_max, 16 * MIB, TIB),
         ("cache-bytes", s.cache_bytes, MIB, TIB),
         ("wal-bytes-max", s.wal_bytes_max, 16 * MIB, TIB),
     ];

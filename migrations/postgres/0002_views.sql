@@ -125,6 +125,7 @@ SELECT
         WHEN 0 THEN 'overwritten'
         WHEN 1 THEN 'queue damaged'
         WHEN 2 THEN 'erased'
+        WHEN 254 THEN 'lost by the store'
         ELSE 'reason ' || g.reason
     END AS reason,
     utc_text_s(g.received_at) AS received_at

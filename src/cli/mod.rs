@@ -29,6 +29,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use fieldgate::config::{self, ConfigError, Settings};
 use fieldgate::keys::KeyError;
 use fieldgate::store::postgres;
+use fieldgate::store::spool::SpoolError;
 use fieldgate::store::sqlite::OpenError;
 use fieldgate::store::url::StoreUrl;
 
@@ -128,6 +129,9 @@ pub enum Error {
     /// The store cannot be opened.
     #[error(transparent)]
     OpenPostgres(#[from] postgres::OpenError),
+    /// The spool cannot be opened.
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
     /// The store did not answer.
     #[error("the store does not answer: {}", sql_message(.0))]
     Store(#[from] sqlx::Error),

@@ -14,6 +14,7 @@ use fieldgate::server::{self, ServerSettings};
 use fieldgate::session::SessionSettings;
 use fieldgate::store::Store;
 use fieldgate::store::postgres::{PostgresSettings, PostgresStore};
+use fieldgate::store::spool::{self, SpoolStore};
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
 use tokio::net::TcpListener;
@@ -109,6 +110,16 @@ pub struct ServeArgs {
     #[arg(long, value_parser = BoolishValueParser::new())]
     allow_postgres_data_loss: bool,
 
+    /// Acknowledge readings when they are in spool.db in the data directory, and bring them to Postgres
+    /// from there: devices go on while Postgres is away. No other gateway may write to that database
+    #[arg(long, value_parser = BoolishValueParser::new())]
+    spool: bool,
+
+    /// Bytes of the spool at which nothing more is taken until Postgres is back. Raise it to bridge
+    /// longer outages; a reading takes about 30 bytes
+    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().spool_bytes_max)]
+    spool_bytes_max: u64,
+
     /// Bytes of SQLite's page cache. Raise it for many series on a machine with memory to spare, lower
     /// it on small machines
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().cache_bytes)]
@@ -143,6 +154,8 @@ impl ServeArgs {
             drain_timeout_s: self.drain_timeout_s,
             postgres_writers: self.postgres_writers,
             allow_postgres_data_loss: self.allow_postgres_data_loss,
+            spool: self.spool,
+            spool_bytes_max: self.spool_bytes_max,
             cache_bytes: self.cache_bytes,
             wal_bytes_max: self.wal_bytes_max,
         }
@@ -158,8 +171,20 @@ pub async fn serve(settings: Settings) -> Result<(), Error> {
             let store = SqliteStore::open(path, &sqlite_settings(&config)).await?;
             serve_into(vec![store], &config, &key, origin).await
         }
+        StoreUrl::Postgres(url) if config.spool => {
+            let store = SpoolStore::open(
+                &config.spool_path(),
+                &sqlite_settings(&config),
+                config.spool_bytes_max,
+                postgres_settings(&config, url),
+            )
+            .await?;
+            serve_into(vec![store], &config, &key, origin).await
+        }
         StoreUrl::Postgres(url) => {
-            let stores = PostgresStore::open(postgres_settings(&config, url)).await?;
+            let postgres = postgres_settings(&config, url);
+            spool::leave(&config.spool_path(), &sqlite_settings(&config), &postgres).await?;
+            let stores = PostgresStore::open(postgres).await?;
             serve_into(stores, &config, &key, origin).await
         }
     }
@@ -203,6 +228,7 @@ fn postgres_settings(config: &Config, url: &PostgresUrl) -> PostgresSettings {
         url: url.clone(),
         writers: config.postgres_writers,
         allows_data_loss: config.allow_postgres_data_loss,
+        spool: None,
     }
 }
 
@@ -255,6 +281,9 @@ fn announce(config: &Config, origin: Origin, listen: SocketAddr) -> io::Result<(
     match config.store() {
         StoreUrl::Sqlite(path) => writeln!(out, "database        {}", path.display())?,
         StoreUrl::Postgres(url) => writeln!(out, "database        {url}")?,
+    }
+    if config.spool {
+        writeln!(out, "spool           {}", config.spool_path().display())?;
     }
     writeln!(out, "fleet key       {}{made}", key_file.display())?;
     writeln!(out, "listening on    {listen}")?;

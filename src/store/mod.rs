@@ -23,6 +23,7 @@ pub mod ledger;
 pub mod memory;
 pub mod postgres;
 mod rows;
+pub mod spool;
 pub mod sqlite;
 pub mod url;
 

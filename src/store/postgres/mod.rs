@@ -3,7 +3,7 @@
 //! A gateway has a few connections that write, each with its own transactions; a device always has
 //! the same one. `open` gets connections, `write` turns a batch into a transaction (`admit` has the
 //! statements of logins and declares, `copy` and `timestamp` the binary format of COPY), `partitions`
-//! keeps a table for each day. Here they are put together, and errors become [`StoreError`]s.
+//! keeps a table for each day, `feed` is for a spool that feeds the database. Here they are put together, and errors become [`StoreError`]s.
 //!
 //! Invariants
 //! - The rows of a batch's streams are locked, in the order of their ids, before anything of it is
@@ -27,10 +27,11 @@ use crate::store::url::PostgresUrl;
 
 mod admit;
 mod copy;
+pub(super) mod feed;
 mod open;
 mod partitions;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod timestamp;
 mod write;
 
@@ -47,6 +48,8 @@ pub struct PostgresSettings {
     pub writers: usize,
     /// Whether a server that may lose what it says is committed will do.
     pub allows_data_loss: bool,
+    /// Identity of the spool that this gateway writes for, if it has one.
+    pub spool: Option<String>,
 }
 
 /// One of the connections that write; see the module.
@@ -70,7 +73,7 @@ impl PostgresStore {
         let partitions = Arc::new(partitions.await?);
         let mut stores = Vec::with_capacity(settings.writers);
         for _ in 0..settings.writers {
-            let conn = open::connect(&settings.url, settings.allows_data_loss).await?;
+            let conn = connect(&settings).await?;
             stores.push(Self {
                 settings: Arc::clone(&settings),
                 partitions: Arc::clone(&partitions),
@@ -85,10 +88,17 @@ impl PostgresStore {
             return Ok(writer);
         }
         // Whatever is wrong with the server now was not when the gateway began: it may be mended.
-        let connected = open::connect(&self.settings.url, self.settings.allows_data_loss).await;
+        let connected = connect(&self.settings).await;
         let conn = connected.map_err(|error| StoreError::Transient(error.to_string()))?;
         Ok(Writer::new(conn))
     }
+}
+
+/// A connection that may write.
+async fn connect(settings: &PostgresSettings) -> Result<PgConnection, OpenError> {
+    let mut conn = open::connect(&settings.url, settings.allows_data_loss).await?;
+    feed::enter(&mut conn, &settings.url, settings.spool.as_deref()).await?;
+    Ok(conn)
 }
 
 impl Store for PostgresStore {
@@ -104,10 +114,7 @@ impl Store for PostgresStore {
                 Ok(committed)
             }
             Ok(Err(error)) => Err(classify(&error)),
-            Err(_) => Err(StoreError::Transient(format!(
-                "no answer within {} s",
-                COMMIT_TIMEOUT.as_secs()
-            ))),
+            Err(_) => Err(no_answer()),
         }
     }
 
@@ -119,6 +126,11 @@ impl Store for PostgresStore {
         let _ = writer.conn.close().await;
         Ok(())
     }
+}
+
+fn no_answer() -> StoreError {
+    let seconds = COMMIT_TIMEOUT.as_secs();
+    StoreError::Transient(format!("no answer within {seconds} s"))
 }
 
 fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {

@@ -24,7 +24,7 @@ static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     migrator
 });
 /// Tables that another program may have, under the same names.
-const TABLES: [&str; 10] = [
+const TABLES: [&str; 11] = [
     "devices",
     "streams",
     "schemas",
@@ -35,6 +35,7 @@ const TABLES: [&str; 10] = [
     "quarantine",
     "device_events",
     "clocks",
+    "spool",
 ];
 /// `server_version_num` of the oldest release that is tested.
 const VERSION_MIN: i32 = 140_000;
@@ -122,6 +123,32 @@ pub enum OpenError {
         url: PostgresUrl,
         /// Which settings.
         settings: String,
+    },
+    /// A gateway acknowledges from its spool, and nobody else knows what.
+    #[error(
+        "{url} is fed by the spool of a gateway on {host}, and no other gateway may write to it: let that one drain it and start without --spool (if its disk is lost, DELETE FROM spool gives the database free)"
+    )]
+    Spooled {
+        /// The database.
+        url: PostgresUrl,
+        /// Where that gateway runs.
+        host: String,
+    },
+    /// Somebody gave the database free although this gateway's spool feeds it.
+    #[error(
+        "{url} does not know this gateway's spool any more: other gateways may have written to it; start without --spool once nothing is left in the spool, or restore the row in its table spool"
+    )]
+    SpoolForgotten {
+        /// The database.
+        url: PostgresUrl,
+    },
+    /// A spool cannot begin while others write.
+    #[error(
+        "another gateway writes to {url}: stop it first, for a database is fed by one gateway with --spool, or by any number without"
+    )]
+    InUse {
+        /// The database.
+        url: PostgresUrl,
     },
     /// A reader found no tables.
     #[error("no store in {url}: start `fieldgate serve` first or give another --store")]
@@ -225,8 +252,9 @@ pub(super) async fn bring_up_to_date(
 ) -> Result<i64, OpenError> {
     let before = refuse_foreign(conn, url).await?;
     if before < latest_known() {
+        // `run` is the same behind a trait that keeps a task from awaiting it.
         MIGRATIONS
-            .run(&mut *conn)
+            .run_direct(None, &mut *conn, false)
             .await
             .map_err(|error| migration_error(url, error))?;
     }

@@ -27,8 +27,8 @@ const LATE_DAYS: i64 = 35;
 /// How many days after today have a partition.
 const AHEAD_DAYS: i64 = 2;
 const DAY_US: i64 = 86_400_000_000;
-/// "FGat": gateways on one database make partitions one at a time.
-const GATEWAYS_LOCK: i64 = 1_179_083_124;
+/// "FGpt": gateways on one database make partitions one at a time.
+const MAKERS_LOCK: i64 = 1_179_086_964;
 /// A partition waits so long for queries that read the default partition, and no longer: what is
 /// stored meanwhile would have to wait as well.
 const LOCK_TIMEOUT_MS: u64 = 1000;
@@ -155,7 +155,7 @@ async fn make(conn: &mut PgConnection, day: i64) -> Result<(), sqlx::Error> {
         conn,
         format!(
             "BEGIN; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; \
-             SELECT pg_advisory_xact_lock({GATEWAYS_LOCK})"
+             SELECT pg_advisory_xact_lock({MAKERS_LOCK})"
         ),
     )
     .await?;

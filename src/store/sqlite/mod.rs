@@ -16,8 +16,8 @@ use std::path::Path;
 use sqlx::Connection;
 
 use self::checkpoint::{Checkpoints, Limits};
-use self::open::WriterSettings;
 pub use self::open::{OpenError, migrate, open_reader};
+use self::open::{Purpose, WriterSettings};
 use self::write::Writer;
 use super::{Batch, Committed, Content, Store, StoreError};
 
@@ -26,6 +26,7 @@ mod bulk;
 mod checkpoint;
 mod open;
 mod rows;
+pub(super) mod spool;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -105,6 +106,14 @@ impl SqliteStore {
         path: impl AsRef<Path>,
         settings: &SqliteSettings,
     ) -> Result<Self, OpenError> {
+        Self::open_as(Purpose::Store, path.as_ref(), settings).await
+    }
+
+    async fn open_as(
+        purpose: Purpose,
+        path: &Path,
+        settings: &SqliteSettings,
+    ) -> Result<Self, OpenError> {
         if settings.wal_checkpoint_bytes > settings.wal_soft_bytes
             || settings.wal_soft_bytes > settings.wal_hard_bytes
         {
@@ -112,8 +121,8 @@ impl SqliteStore {
                 "the limits of the write-ahead log must not shrink from checkpoint to soft to hard",
             ));
         }
-        let (path, lock) = open::claim(path.as_ref())?;
-        let writer_settings = WriterSettings::of(settings);
+        let (path, lock) = open::claim(path)?;
+        let writer_settings = WriterSettings::of(settings, purpose);
         let sqlite = |source| OpenError::Sqlite {
             path: path.clone(),
             source,
@@ -155,12 +164,19 @@ impl SqliteStore {
             .await
             .map_err(|error| classify(&error, "commit"))?;
         self.statistics.count(batch);
-        // The batch is durable whatever this says: an error is no reason to withhold receipts, and
-        // a real one comes back with the next batch.
+        self.observe_log().await;
+        Ok(committed)
+    }
+
+    /// After a commit. What was committed is durable whatever this finds: an error is no reason to
+    /// withhold receipts, and a real one comes back with the next batch.
+    async fn observe_log(&mut self) {
+        let Some(writer) = &mut self.writer else {
+            return;
+        };
         if let Err(error) = self.checkpoints.observe(&mut writer.conn).await {
             tracing::warn!(%error, "the length of the write-ahead log is not known");
         }
-        Ok(committed)
     }
 
     /// Gives the writer up without closing it: closing the last connection would try a checkpoint

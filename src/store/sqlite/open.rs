@@ -8,6 +8,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use sqlx::migrate::{Migrate, MigrateError, Migrator};
@@ -18,10 +19,17 @@ use super::{SqliteSettings, checkpoint};
 
 /// Every version of the tables and views.
 static MIGRATIONS: Migrator = sqlx::migrate!("migrations/sqlite");
+/// The same, and what makes a spool of a store.
+static SPOOL_MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
+    let spool = sqlx::migrate!("migrations/spool");
+    Migrator::with_migrations(MIGRATIONS.iter().chain(spool.iter()).cloned().collect())
+});
 /// sqlx's own table of the migrations that were applied.
 const MIGRATIONS_TABLE: &str = "_sqlx_migrations";
 /// "FGat", set by the first migration.
 const APPLICATION_ID: i64 = 1_179_083_124;
+/// "FGsp", set by the first migration of a spool.
+const SPOOL_APPLICATION_ID: i64 = 1_179_087_728;
 /// The first release without the race between a reset of the log and a commit.
 const SQLITE_MIN: (u32, u32, u32) = (3, 51, 3);
 /// Every statement has a place in the cache of the writer's connection, in each of its sizes.
@@ -106,16 +114,48 @@ pub enum OpenError {
     },
 }
 
+/// What a file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// What was received, for good.
+    Store,
+    /// What was received, until it is in another store.
+    Spool,
+}
+
+impl Purpose {
+    fn migrations(self) -> &'static Migrator {
+        match self {
+            Self::Store => &MIGRATIONS,
+            Self::Spool => &SPOOL_MIGRATIONS,
+        }
+    }
+
+    fn application_id(self) -> i64 {
+        match self {
+            Self::Store => APPLICATION_ID,
+            Self::Spool => SPOOL_APPLICATION_ID,
+        }
+    }
+
+    fn latest_known(self) -> i64 {
+        let versions = self.migrations().iter().map(|migration| migration.version);
+        versions.max().unwrap_or(0)
+    }
+}
+
 /// What a connection that writes is set to.
 pub(super) struct WriterSettings {
+    pub(super) purpose: Purpose,
     pub(super) cache_bytes: u64,
     pub(super) page_bytes: u32,
     pub(super) log_kept_bytes: u64,
 }
 
 impl WriterSettings {
-    pub(super) fn of(settings: &SqliteSettings) -> Self {
+    pub(super) fn of(settings: &SqliteSettings, purpose: Purpose) -> Self {
         Self {
+            purpose,
             cache_bytes: settings.cache_bytes,
             page_bytes: settings.page_bytes,
             log_kept_bytes: settings.wal_soft_bytes,
@@ -188,7 +228,7 @@ pub(super) async fn writer(
     let sqlite = |source| sqlite_error(path, source);
     let mut conn = options(path).connect().await.map_err(sqlite)?;
     refuse_old_sqlite(&mut conn).await.map_err(sqlite)??;
-    let is_new = refuse_foreign(&mut conn, path).await?;
+    let is_new = refuse_foreign(&mut conn, path, settings.purpose).await?;
     if is_new {
         let page_size = format!("PRAGMA page_size = {}", settings.page_bytes);
         sqlx::query(AssertSqlSafe(page_size))
@@ -197,7 +237,7 @@ pub(super) async fn writer(
             .map_err(sqlite)?;
     } else {
         // Before anything is set: a newer schema is not ours to touch.
-        refuse_newer(&mut conn, path).await?;
+        refuse_newer(&mut conn, path, settings.purpose).await?;
     }
     set(&mut conn, path, "journal_mode", "wal", "wal").await?;
     set(&mut conn, path, "synchronous", "FULL", "2").await?;
@@ -211,7 +251,8 @@ pub(super) async fn writer(
     checkpoint::configure(&mut conn, settings.log_kept_bytes)
         .await
         .map_err(sqlite)?;
-    MIGRATIONS
+    let migrations = settings.purpose.migrations();
+    migrations
         .run(&mut conn)
         .await
         .map_err(|error| migration_error(path, error))?;
@@ -242,14 +283,14 @@ pub async fn migrate(path: &Path, settings: &SqliteSettings) -> Result<(i64, i64
     let (path, _lock) = claim(path)?;
     let sqlite = |source| sqlite_error(&path, source);
     let mut conn = options(&path).connect().await.map_err(sqlite)?;
-    let before = match refuse_foreign(&mut conn, &path).await? {
+    let before = match refuse_foreign(&mut conn, &path, Purpose::Store).await? {
         true => 0,
-        false => refuse_newer(&mut conn, &path).await?,
+        false => refuse_newer(&mut conn, &path, Purpose::Store).await?,
     };
     conn.close().await.map_err(sqlite)?;
-    let conn = writer(&path, &WriterSettings::of(settings)).await?;
+    let conn = writer(&path, &WriterSettings::of(settings, Purpose::Store)).await?;
     conn.close().await.map_err(sqlite)?;
-    Ok((before, latest_known()))
+    Ok((before, Purpose::Store.latest_known()))
 }
 
 /// Opens a connection that cannot write; for use beside a running gateway.
@@ -259,6 +300,13 @@ pub async fn migrate(path: &Path, settings: &SqliteSettings) -> Result<(i64, i64
 /// # Errors
 /// There is no database at `path`, or it is not one of this program's present schema.
 pub async fn open_reader(path: &Path) -> Result<SqliteConnection, OpenError> {
+    open_reader_of(path, Purpose::Store).await
+}
+
+pub(super) async fn open_reader_of(
+    path: &Path,
+    purpose: Purpose,
+) -> Result<SqliteConnection, OpenError> {
     let absolute = path.canonicalize().map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => OpenError::Missing(path.into()),
         _ => OpenError::Inaccessible {
@@ -271,11 +319,11 @@ pub async fn open_reader(path: &Path) -> Result<SqliteConnection, OpenError> {
         .connect()
         .await
         .map_err(|source| sqlite_error(path, source))?;
-    if refuse_foreign(&mut conn, path).await? {
+    if refuse_foreign(&mut conn, path, purpose).await? {
         return Err(OpenError::Missing(path.into()));
     }
-    let applied = refuse_newer(&mut conn, path).await?;
-    if applied < latest_known() {
+    let applied = refuse_newer(&mut conn, path, purpose).await?;
+    if applied < purpose.latest_known() {
         return Err(OpenError::Older(path.into()));
     }
     set(&mut conn, path, "query_only", "ON", "1").await?;
@@ -307,23 +355,43 @@ async fn refuse_old_sqlite(
 }
 
 /// `true` if the database is empty.
-async fn refuse_foreign(conn: &mut SqliteConnection, path: &Path) -> Result<bool, OpenError> {
+async fn refuse_foreign(
+    conn: &mut SqliteConnection,
+    path: &Path,
+    purpose: Purpose,
+) -> Result<bool, OpenError> {
     let found: Result<(i64, i64), sqlx::Error> = sqlx::query_as(
         // sqlx's own table stands alone where the first migration broke off.
         "SELECT application_id, (SELECT count(*) FROM sqlite_schema \
          WHERE tbl_name <> '_sqlx_migrations') FROM pragma_application_id",
     )
-    .fetch_one(conn)
+    .fetch_one(&mut *conn)
     .await;
     match found.map_err(|source| sqlite_error(path, source))? {
-        (APPLICATION_ID, _) => Ok(false),
+        (id, _) if id == purpose.application_id() => Ok(false),
         (0, 0) => Ok(true),
+        // A spool that was killed while it was made is a store until its last migration.
+        (APPLICATION_ID, _) if purpose == Purpose::Spool => match has_devices(conn).await {
+            Ok(false) => Ok(false),
+            Ok(true) => Err(OpenError::Foreign(path.into())),
+            Err(source) => Err(sqlite_error(path, source)),
+        },
         _ => Err(OpenError::Foreign(path.into())),
     }
 }
 
+async fn has_devices(conn: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM devices)")
+        .fetch_one(conn)
+        .await
+}
+
 /// Gives back the version of the schema.
-async fn refuse_newer(conn: &mut SqliteConnection, path: &Path) -> Result<i64, OpenError> {
+async fn refuse_newer(
+    conn: &mut SqliteConnection,
+    path: &Path,
+    purpose: Purpose,
+) -> Result<i64, OpenError> {
     let applied = conn.list_applied_migrations(MIGRATIONS_TABLE).await;
     let applied = applied.map_err(|error| migration_error(path, error))?;
     let found = applied
@@ -331,7 +399,7 @@ async fn refuse_newer(conn: &mut SqliteConnection, path: &Path) -> Result<i64, O
         .map(|migration| migration.version)
         .max()
         .unwrap_or(0);
-    let known = latest_known();
+    let known = purpose.latest_known();
     if found > known {
         return Err(OpenError::Newer {
             path: path.into(),
@@ -340,14 +408,6 @@ async fn refuse_newer(conn: &mut SqliteConnection, path: &Path) -> Result<i64, O
         });
     }
     Ok(found)
-}
-
-fn latest_known() -> i64 {
-    MIGRATIONS
-        .iter()
-        .map(|migration| migration.version)
-        .max()
-        .unwrap_or(0)
 }
 
 /// Sets a pragma and demands that it reads back as `expected`.

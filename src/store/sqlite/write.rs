@@ -87,7 +87,9 @@ impl Writer {
     async fn settle(&mut self) -> Result<(), sqlx::Error> {
         self.rollback().await;
         let max = sqlx::query_scalar("SELECT coalesce(max(id), 0) FROM frames");
-        self.last_frame_id = max.fetch_one(&mut self.conn).await?;
+        let in_file: i64 = max.fetch_one(&mut self.conn).await?;
+        // A spool forgets its latest frames, too; their ids must not come again while it is open.
+        self.last_frame_id = self.last_frame_id.max(in_file);
         self.unsettled = false;
         Ok(())
     }

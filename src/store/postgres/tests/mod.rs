@@ -2,7 +2,7 @@
 //!
 //! Each test makes a database of its own on the server of `FIELDGATE_TEST_POSTGRES_URL`.
 
-use sqlx::{AssertSqlSafe, ConnectOptions, PgConnection, Row};
+use sqlx::{ConnectOptions, PgConnection, Row};
 
 use super::*;
 use crate::store::contract::{Dump, Harness, contract};
@@ -16,13 +16,13 @@ contract!(
 );
 
 /// A database that goes when the test ends.
-struct Database {
+pub(in crate::store) struct Database {
     server: PostgresUrl,
     name: String,
 }
 
 impl Database {
-    async fn create() -> Self {
+    pub(in crate::store) async fn create() -> Self {
         let server = std::env::var("FIELDGATE_TEST_POSTGRES_URL")
             .expect("FIELDGATE_TEST_POSTGRES_URL names a server for tests");
         let StoreUrl::Postgres(server) = server.parse().unwrap() else {
@@ -39,15 +39,16 @@ impl Database {
         self.server.with_database(&self.name)
     }
 
-    async fn connect(&self) -> PgConnection {
+    pub(in crate::store) async fn connect(&self) -> PgConnection {
         self.url().options().connect().await.unwrap()
     }
 
-    fn settings(&self) -> PostgresSettings {
+    pub(in crate::store) fn settings(&self) -> PostgresSettings {
         PostgresSettings {
             url: self.url(),
             writers: 1,
             allows_data_loss: true,
+            spool: None,
         }
     }
 }
@@ -130,7 +131,7 @@ impl Harness for OnServer {
     }
 }
 
-async fn dump(conn: &mut PgConnection) -> Dump {
+pub(in crate::store) async fn dump(conn: &mut PgConnection) -> Dump {
     let mut dump = Dump::default();
     let mut rows = async |sql: &'static str| sqlx::query(sql).fetch_all(&mut *conn).await.unwrap();
     let frames = "SELECT d.name, f.stream_id, f.seq, f.type, f.quality, f.clock_offset_us

@@ -1,0 +1,319 @@
+//! What a spool needs of the database: to be the only one that writes to it, and to have devices,
+//! streams and series made as it knows them.
+//!
+//! While a spool holds frames that it has acknowledged, nobody else knows where their streams stand. So
+//! a spool registers itself in the table `spool`, and whoever writes looks there first. Gateways hold
+//! [`WRITERS_LOCK`] together for as long as they are connected, so that none of them can be writing
+//! already when a spool registers.
+
+use std::time::Duration;
+
+use sqlx::{Connection, PgConnection, Row};
+use tokio::time::error::Elapsed;
+use tokio::time::timeout;
+
+use super::open::{OpenError, bring_up_to_date, connect, open_error};
+use super::timestamp::Timestamp;
+use super::write::Writer;
+use super::{COMMIT_TIMEOUT, PostgresSettings, PostgresStore, classify};
+use crate::clock::BootClock;
+use crate::store::sqlite::spool::{DeviceRow, SchemaRow, SeriesRow, Standing, StreamRow};
+use crate::store::url::PostgresUrl;
+use crate::store::{DeviceId, SeriesId, StoreError, StreamId};
+
+/// "FGat": held together by gateways that write, and alone by one that registers its spool.
+const WRITERS_LOCK: i64 = 1_179_083_124;
+/// A gateway that was killed may hold the lock while the server takes its connection apart.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+const LOCK_RETRY: Duration = Duration::from_millis(50);
+
+/// Makes sure that a connection may write: `spool` is the one it writes for, if any.
+pub(super) async fn enter(
+    conn: &mut PgConnection,
+    url: &PostgresUrl,
+    spool: Option<&str>,
+) -> Result<(), OpenError> {
+    let sql = |error| open_error(url, error);
+    if spool.is_none() {
+        // Waits only for a spool that is just registering.
+        let lock = sqlx::query("SELECT pg_advisory_lock_shared($1)").bind(WRITERS_LOCK);
+        lock.execute(&mut *conn).await.map_err(sql)?;
+    }
+    let registered = registered(conn).await.map_err(sql)?;
+    match registered {
+        Some((id, host)) if spool != Some(id.as_str()) => Err(OpenError::Spooled {
+            url: url.clone(),
+            host,
+        }),
+        None if spool.is_some() => Err(OpenError::SpoolForgotten { url: url.clone() }),
+        _ => Ok(()),
+    }
+}
+
+/// Makes `spool` the only one that writes to the database, and tells it where all streams stand.
+///
+/// # Errors
+/// As [`PostgresStore::open`]; and another gateway writes to it, by a spool or directly.
+pub(in crate::store) async fn register(
+    settings: &PostgresSettings,
+    spool: &str,
+) -> Result<Standing, OpenError> {
+    let url = &settings.url;
+    let mut conn = connect(url, settings.allows_data_loss).await?;
+    bring_up_to_date(&mut conn, url).await?;
+    await_writers(&mut conn, url).await?;
+    let taken = sqlx::query(
+        "INSERT INTO spool (id, host)
+         VALUES ($1, coalesce(host(inet_client_addr()), 'the host of the database'))
+         ON CONFLICT DO NOTHING",
+    )
+    .bind(spool)
+    .execute(&mut conn)
+    .await;
+    taken.map_err(|error| open_error(url, error))?;
+    enter(&mut conn, url, Some(spool)).await?;
+    let standing = standing(&mut conn).await;
+    let standing = standing.map_err(|error| open_error(url, error))?;
+    // The lock goes with the connection.
+    conn.close().await.map_err(|error| open_error(url, error))?;
+    Ok(standing)
+}
+
+/// Gives the database free for other gateways. The spool must be empty, and stay so.
+///
+/// # Errors
+/// As [`PostgresStore::open`].
+pub(in crate::store) async fn release(
+    settings: &PostgresSettings,
+    spool: &str,
+) -> Result<(), OpenError> {
+    let url = &settings.url;
+    let mut conn = connect(url, settings.allows_data_loss).await?;
+    bring_up_to_date(&mut conn, url).await?;
+    let released = sqlx::query("DELETE FROM spool WHERE id = $1").bind(spool);
+    let released = released.execute(&mut conn).await;
+    released.map_err(|error| open_error(url, error))?;
+    conn.close().await.map_err(|error| open_error(url, error))
+}
+
+async fn registered(conn: &mut PgConnection) -> Result<Option<(String, String)>, sqlx::Error> {
+    sqlx::query_as("SELECT id, host FROM spool")
+        .fetch_optional(conn)
+        .await
+}
+
+/// Takes the lock alone: then no gateway is connected that does not look at the table `spool`.
+async fn await_writers(conn: &mut PgConnection, url: &PostgresUrl) -> Result<(), OpenError> {
+    let patience_ends = tokio::time::Instant::now() + LOCK_PATIENCE;
+    loop {
+        let lock = sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(WRITERS_LOCK);
+        let is_alone = lock.fetch_one(&mut *conn).await;
+        if is_alone.map_err(|error| open_error(url, error))? {
+            return Ok(());
+        }
+        if tokio::time::Instant::now() > patience_ends {
+            return Err(OpenError::InUse { url: url.clone() });
+        }
+        tokio::time::sleep(LOCK_RETRY).await;
+    }
+}
+
+async fn standing(conn: &mut PgConnection) -> Result<Standing, sqlx::Error> {
+    let mut standing = Standing::default();
+    let devices = "SELECT id, name, enabled, firmware, first_seen_at, last_seen_at FROM devices";
+    for row in sqlx::query(devices).fetch_all(&mut *conn).await? {
+        let time_us = |column| -> Result<Option<i64>, sqlx::Error> {
+            let time: Option<Timestamp> = row.try_get(column)?;
+            Ok(time.map(|time| time.0))
+        };
+        let device = DeviceRow {
+            name: row.try_get(1)?,
+            is_enabled: row.try_get::<i32, _>(2)? != 0,
+            firmware: row.try_get(3)?,
+            first_seen_us: time_us(4)?,
+            last_seen_us: time_us(5)?,
+        };
+        standing.devices.push((DeviceId(row.try_get(0)?), device));
+    }
+    let streams = "SELECT device_id, stream, durable_seq, created_at FROM streams";
+    for row in sqlx::query(streams).fetch_all(&mut *conn).await? {
+        standing.streams.push(StreamRow {
+            device: DeviceId(row.try_get(0)?),
+            number: row.try_get(1)?,
+            durable_seq: row.try_get(2)?,
+            created_us: row.try_get::<Timestamp, _>(3)?.0,
+        });
+    }
+    let schemas = "SELECT device_id, schema, hash, declaration FROM schemas";
+    for row in sqlx::query(schemas).fetch_all(&mut *conn).await? {
+        let schema: i32 = row.try_get(1)?;
+        standing.schemas.push(SchemaRow {
+            device: DeviceId(row.try_get(0)?),
+            schema: u16::try_from(schema).map_err(|error| sqlx::Error::Decode(error.into()))?,
+            hash: row.try_get(2)?,
+            declaration: row.try_get(3)?,
+        });
+    }
+    let series = "SELECT device_id, channel, unit, kind FROM series";
+    for row in sqlx::query(series).fetch_all(&mut *conn).await? {
+        standing.series.push(SeriesRow {
+            device: DeviceId(row.try_get(0)?),
+            channel: row.try_get(1)?,
+            unit: row.try_get(2)?,
+            kind: row.try_get(3)?,
+        });
+    }
+    let clocks = "SELECT device_id, boot, offset_us, delay_us, measured_at FROM clocks";
+    for row in sqlx::query(clocks).fetch_all(&mut *conn).await? {
+        let boot: i64 = row.try_get(1)?;
+        let clock = BootClock {
+            boot: u32::try_from(boot).map_err(|error| sqlx::Error::Decode(error.into()))?,
+            offset_us: row.try_get(2)?,
+            delay_us: row.try_get::<i64, _>(3)?.cast_unsigned(),
+            measured_at_us: row.try_get::<Timestamp, _>(4)?.0,
+        };
+        standing.clocks.push((DeviceId(row.try_get(0)?), clock));
+    }
+    Ok(standing)
+}
+
+/// Rows that a spool made and the database may not have: found or inserted, each on its own, so that it
+/// does no harm to do it again. The ids come back in the order of the rows.
+impl PostgresStore {
+    pub(in crate::store) async fn adopt_devices(
+        &mut self,
+        rows: &[&DeviceRow],
+    ) -> Result<Vec<DeviceId>, StoreError> {
+        let mut writer = self.writer().await?;
+        let adopted = timeout(COMMIT_TIMEOUT, adopt_devices(&mut writer.conn, rows)).await;
+        self.keep_unless_failed(writer, adopted)
+    }
+
+    pub(in crate::store) async fn adopt_streams(
+        &mut self,
+        rows: &[StreamRow],
+    ) -> Result<Vec<StreamId>, StoreError> {
+        let mut writer = self.writer().await?;
+        let adopted = timeout(COMMIT_TIMEOUT, adopt_streams(&mut writer.conn, rows)).await;
+        self.keep_unless_failed(writer, adopted)
+    }
+
+    pub(in crate::store) async fn adopt_series(
+        &mut self,
+        rows: &[SeriesRow],
+    ) -> Result<Vec<SeriesId>, StoreError> {
+        let mut writer = self.writer().await?;
+        let adopted = timeout(COMMIT_TIMEOUT, adopt_series(&mut writer.conn, rows)).await;
+        self.keep_unless_failed(writer, adopted)
+    }
+
+    pub(in crate::store) async fn adopt_schemas(
+        &mut self,
+        rows: &[SchemaRow],
+    ) -> Result<(), StoreError> {
+        let mut writer = self.writer().await?;
+        let adopted = timeout(COMMIT_TIMEOUT, adopt_schemas(&mut writer.conn, rows)).await;
+        self.keep_unless_failed(writer, adopted)
+    }
+
+    fn keep_unless_failed<T>(
+        &mut self,
+        writer: Writer,
+        done: Result<Result<T, sqlx::Error>, Elapsed>,
+    ) -> Result<T, StoreError> {
+        match done {
+            Ok(Ok(done)) => {
+                self.writer = Some(writer);
+                Ok(done)
+            }
+            Ok(Err(error)) => Err(classify(&error.into())),
+            Err(_) => Err(super::no_answer()),
+        }
+    }
+}
+
+async fn adopt_devices(
+    conn: &mut PgConnection,
+    rows: &[&DeviceRow],
+) -> Result<Vec<DeviceId>, sqlx::Error> {
+    let time = |us: Option<i64>| us.map(Timestamp);
+    let mut ids = Vec::with_capacity(rows.len());
+    for row in rows {
+        // Whether a device may connect is decided in the database.
+        let id = sqlx::query_scalar(
+            "INSERT INTO devices (name, firmware, first_seen_at, last_seen_at)
+             VALUES ($1, $2, $3, $4)
+             ON CONFLICT (name) DO UPDATE SET firmware = excluded.firmware,
+                 first_seen_at = least(devices.first_seen_at, excluded.first_seen_at),
+                 last_seen_at = greatest(devices.last_seen_at, excluded.last_seen_at)
+             RETURNING id",
+        )
+        .bind(&row.name)
+        .bind(&row.firmware)
+        .bind(time(row.first_seen_us))
+        .bind(time(row.last_seen_us))
+        .fetch_one(&mut *conn)
+        .await?;
+        ids.push(DeviceId(id));
+    }
+    Ok(ids)
+}
+
+async fn adopt_streams(
+    conn: &mut PgConnection,
+    rows: &[StreamRow],
+) -> Result<Vec<StreamId>, sqlx::Error> {
+    let mut ids = Vec::with_capacity(rows.len());
+    for row in rows {
+        let id = sqlx::query_scalar(
+            "INSERT INTO streams (device_id, stream, created_at) VALUES ($1, $2, $3)
+             ON CONFLICT (device_id, stream) DO UPDATE SET created_at = streams.created_at
+             RETURNING id",
+        )
+        .bind(row.device.0)
+        .bind(row.number)
+        .bind(Timestamp(row.created_us))
+        .fetch_one(&mut *conn)
+        .await?;
+        ids.push(StreamId(id));
+    }
+    Ok(ids)
+}
+
+async fn adopt_series(
+    conn: &mut PgConnection,
+    rows: &[SeriesRow],
+) -> Result<Vec<SeriesId>, sqlx::Error> {
+    let mut ids = Vec::with_capacity(rows.len());
+    for row in rows {
+        let id = sqlx::query_scalar(
+            "INSERT INTO series (device_id, channel, unit, kind) VALUES ($1, $2, $3, $4)
+             ON CONFLICT (device_id, channel, unit, kind) DO UPDATE SET kind = excluded.kind
+             RETURNING id",
+        )
+        .bind(row.device.0)
+        .bind(&row.channel)
+        .bind(&row.unit)
+        .bind(&row.kind)
+        .fetch_one(&mut *conn)
+        .await?;
+        ids.push(SeriesId(id));
+    }
+    Ok(ids)
+}
+
+async fn adopt_schemas(conn: &mut PgConnection, rows: &[SchemaRow]) -> Result<(), sqlx::Error> {
+    for row in rows {
+        sqlx::query(
+            "INSERT INTO schemas (device_id, schema, hash, declaration)
+             VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING",
+        )
+        .bind(row.device.0)
+        .bind(i32::from(row.schema))
+        .bind(&row.hash)
+        .bind(&row.declaration)
+        .execute(&mut *conn)
+        .await?;
+    }
+    Ok(())
+}

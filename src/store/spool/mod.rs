@@ -1,0 +1,444 @@
+//! A local SQLite file in front of Postgres: frames are acknowledged when they are in the file, and a task
+//! drains it into the database, in the order of arrival, whenever that is there.
+//!
+//! Frames always take this way, also while Postgres answers: so an ACK means the same at all times, and
+//! nothing has to be decided when the database goes or comes back. A crash on either side leaves frames
+//! in the file that are in the database already; they are sent again, and its ledger passes over them.
+//!
+//! Invariants
+//! - Nothing is forgotten here before a receipt of the database covers it.
+//! - While the spool is registered, no other gateway writes to the database, so the spool alone knows
+//!   where every stream stands, with the database or without it.
+//! - The file stays within its bound, and one batch: then nothing is taken until room has come free.
+
+use std::collections::{BTreeSet, HashMap};
+use std::hash::Hash;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fieldgate_protocol::frame::types;
+use tokio::sync::{Mutex, Notify};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::postgres::{self, PostgresSettings, PostgresStore, feed};
+use super::sqlite::spool::{Change, Chunk, Cursor, SpoolReader};
+use super::sqlite::{self, SqliteSettings, SqliteStore};
+use super::{Batch, Committed, Content, DeviceId, Entry, SeriesId, Store, StoreError, StreamId};
+
+#[cfg(test)]
+mod tests;
+
+/// How long the drain waits before it tries an absent database again.
+const RETRY: Duration = Duration::from_secs(1);
+/// Reason of a gap that no device reported: the database has lost what it had (it was restored from a
+/// backup, say), and what is drained now comes after that.
+const REASON_LOST_BY_STORE: u8 = 254;
+
+/// Why a spool could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum SpoolError {
+    /// The file.
+    #[error(transparent)]
+    File(#[from] sqlite::OpenError),
+    /// The database, which has to be there when a spool begins.
+    #[error(transparent)]
+    Database(#[from] postgres::OpenError),
+    /// The file does not do what it is told.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A gateway without a spool would not know where the streams stand.
+    #[error(
+        "{frames} acknowledged frames wait in {path} for the database: start with --spool until they \
+         are there (`fieldgate status` shows how many are left)"
+    )]
+    NotDrained {
+        /// How many.
+        frames: u64,
+        /// The spool.
+        path: String,
+    },
+}
+
+/// The store; see the module.
+pub struct SpoolStore {
+    spool: Arc<Mutex<SqliteStore>>,
+    bytes_max: u64,
+    arrived: Arc<Notify>,
+    stop: CancellationToken,
+    /// Ends the drain when dropped.
+    drain: JoinSet<()>,
+}
+
+impl SpoolStore {
+    /// Opens the spool at `path`, creating it if there is none, and begins to drain it. The database
+    /// has to be there only for a spool that it does not know yet.
+    ///
+    /// # Errors
+    /// [`SpoolError`] says in one line what is wrong and what to do.
+    pub async fn open(
+        path: &Path,
+        sqlite: &SqliteSettings,
+        bytes_max: u64,
+        postgres: PostgresSettings,
+    ) -> Result<Self, SpoolError> {
+        let mut spool = SqliteStore::open_spool(path, sqlite).await?;
+        let identity = spool.identity().await?;
+        if !identity.is_registered {
+            let standing = feed::register(&postgres, &identity.id).await?;
+            spool.take_over(&standing).await?;
+        }
+        let spool = Arc::new(Mutex::new(spool));
+        let (arrived, stop) = (Arc::new(Notify::new()), CancellationToken::new());
+        let drain = Drain {
+            settings: PostgresSettings {
+                spool: Some(identity.id),
+                writers: 1,
+                ..postgres
+            },
+            reader: SpoolReader::open(path).await?,
+            spool: Arc::clone(&spool),
+            arrived: Arc::clone(&arrived),
+            stop: stop.clone(),
+            connected: None,
+            next: None,
+        };
+        let mut task = JoinSet::new();
+        task.spawn(drain.run());
+        Ok(Self {
+            spool,
+            bytes_max,
+            arrived,
+            stop,
+            drain: task,
+        })
+    }
+}
+
+/// Makes sure that a gateway may do without the spool at `path`, if there is one: an empty one is given
+/// up, and the database given free.
+///
+/// # Errors
+/// [`SpoolError::NotDrained`], and as [`SpoolStore::open`].
+pub async fn leave(
+    path: &Path,
+    sqlite: &SqliteSettings,
+    postgres: &PostgresSettings,
+) -> Result<(), SpoolError> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let mut spool = SqliteStore::open_spool(path, sqlite).await?;
+    let identity = spool.identity().await?;
+    let frames = spool.frames_waiting().await?;
+    if frames > 0 {
+        let path = path.display().to_string();
+        return Err(SpoolError::NotDrained { frames, path });
+    }
+    if identity.is_registered {
+        // In this order: a spool that does not know that it was given up would trust what it knows.
+        spool.set_unregistered().await?;
+    }
+    feed::release(postgres, &identity.id).await?;
+    spool.close().await?;
+    Ok(())
+}
+
+impl Store for SpoolStore {
+    async fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
+        let mut spool = self.spool.lock().await;
+        let used_bytes = spool.used_bytes().await?;
+        if used_bytes > self.bytes_max {
+            return Err(StoreError::Transient(format!(
+                "the spool is full, {} MiB, and waits for Postgres to be drained into",
+                used_bytes >> 20
+            )));
+        }
+        let committed = spool.commit(batch).await?;
+        drop(spool);
+        self.arrived.notify_one();
+        Ok(committed)
+    }
+
+    async fn close(mut self) -> Result<(), StoreError> {
+        // The drain goes on until nothing is left or the database does not answer.
+        self.stop.cancel();
+        while self.drain.join_next().await.is_some() {}
+        let spool = Arc::into_inner(self.spool).map(Mutex::into_inner);
+        let Some(mut spool) = spool else {
+            return Err(StoreError::Fatal("the drain has not ended".to_owned()));
+        };
+        let frames = spool.frames_waiting().await?;
+        if frames > 0 {
+            tracing::warn!(
+                frames,
+                "frames are left in the spool; the next start drains them"
+            );
+        }
+        spool.close().await
+    }
+}
+
+/// The task that drains.
+struct Drain {
+    settings: PostgresSettings,
+    reader: SpoolReader,
+    spool: Arc<Mutex<SqliteStore>>,
+    arrived: Arc<Notify>,
+    stop: CancellationToken,
+    /// `None` while the database is away.
+    connected: Option<Connected>,
+    /// Read while what comes before it was committed.
+    next: Option<Chunk>,
+}
+
+/// The database, and the ids that rows of the spool have there.
+struct Connected {
+    store: PostgresStore,
+    devices: HashMap<DeviceId, DeviceId>,
+    streams: HashMap<StreamId, StreamId>,
+    series: HashMap<SeriesId, SeriesId>,
+}
+
+impl Drain {
+    async fn run(mut self) {
+        let mut absent: Option<String> = None;
+        loop {
+            let wait = match self.drain_some().await {
+                Ok(is_empty) => {
+                    if absent.take().is_some() {
+                        tracing::info!("Postgres takes data again; draining the spool");
+                    }
+                    if !is_empty {
+                        continue;
+                    }
+                    None
+                }
+                Err(error) => {
+                    // Ids may be other ones when the database comes back.
+                    self.connected = None;
+                    self.next = None;
+                    let reason = error.to_string();
+                    if absent.as_ref() != Some(&reason) {
+                        tracing::warn!(%reason, "Postgres does not take data; frames stay in the spool");
+                        absent = Some(reason);
+                    }
+                    Some(RETRY)
+                }
+            };
+            if self.stop.is_cancelled() {
+                return;
+            }
+            tokio::select! {
+                () = self.stop.cancelled() => {}
+                () = self.arrived.notified(), if wait.is_none() => {}
+                () = tokio::time::sleep(wait.unwrap_or_default()), if wait.is_some() => {}
+            }
+        }
+    }
+
+    /// Moves the oldest of what waits; `true` if nothing waits.
+    async fn drain_some(&mut self) -> Result<bool, StoreError> {
+        let mut chunk = match self.next.take() {
+            Some(chunk) => chunk,
+            None => read(&mut self.reader, Cursor::default()).await?,
+        };
+        if chunk.is_empty() {
+            return Ok(true);
+        }
+        if self.connected.is_none() {
+            self.connected = Some(Connected::open(&self.settings).await?);
+        }
+        let Some(connected) = &mut self.connected else {
+            return Ok(false);
+        };
+        let mut batch = connected.translate(&mut chunk, &mut self.reader).await?;
+        let (committed, next) = tokio::join!(
+            connected.commit(&mut batch),
+            read(&mut self.reader, chunk.end)
+        );
+        committed?;
+        self.spool.lock().await.forget(&chunk).await?;
+        // An empty one may have been read before more came.
+        self.next = Some(next?).filter(|next| !next.is_empty());
+        Ok(false)
+    }
+}
+
+async fn read(reader: &mut SpoolReader, after: Cursor) -> Result<Chunk, StoreError> {
+    let chunk = reader.chunk(after).await;
+    chunk.map_err(|error| StoreError::Transient(error.to_string()))
+}
+
+impl Connected {
+    async fn open(settings: &PostgresSettings) -> Result<Self, StoreError> {
+        let stores = PostgresStore::open(settings.clone()).await;
+        let mut stores = stores.map_err(|error| StoreError::Transient(error.to_string()))?;
+        Ok(Self {
+            store: stores.swap_remove(0),
+            devices: HashMap::new(),
+            streams: HashMap::new(),
+            series: HashMap::new(),
+        })
+    }
+
+    /// Takes a chunk's content as a batch, with the ids of the database; rows that it has not are made.
+    async fn translate(
+        &mut self,
+        chunk: &mut Chunk,
+        reader: &mut SpoolReader,
+    ) -> Result<Batch, StoreError> {
+        let damaged = |error: sqlx::Error| StoreError::Transient(error.to_string());
+        let mut devices = Vec::new();
+        let mut schemas = Vec::new();
+        let mut clocks = Vec::new();
+        for change in std::mem::take(&mut chunk.changes) {
+            match change {
+                Change::Device(device, row) => devices.push((device, row)),
+                Change::Schema(row) => schemas.push(row),
+                Change::Clock(device, clock) => clocks.push((device, clock)),
+            }
+        }
+        let named = chunk.entries.iter().map(|entry| entry.device);
+        let named = named.chain(chunk.events.iter().map(|event| event.device));
+        let named = named.chain(schemas.iter().map(|row| row.device));
+        let named = named.chain(clocks.iter().map(|(device, _)| *device));
+        let named = missing(named, &self.devices);
+        devices.extend(reader.devices(named).await.map_err(damaged)?);
+        self.adopt_devices(devices).await?;
+
+        let streams = missing(
+            chunk.entries.iter().map(|entry| entry.stream),
+            &self.streams,
+        );
+        let streams = reader.streams(streams).await.map_err(damaged)?;
+        self.adopt_streams(streams).await?;
+        let of_readings = chunk.entries.iter().flat_map(|entry| match &entry.content {
+            Content::Readings(readings) => readings.series.as_slice(),
+            _ => &[],
+        });
+        let series = missing(of_readings.copied(), &self.series);
+        let series = reader.series(series).await.map_err(damaged)?;
+        self.adopt_series(series).await?;
+        for schema in &mut schemas {
+            schema.device = self.devices[&schema.device];
+        }
+        self.store.adopt_schemas(&schemas).await?;
+
+        let mut batch = Batch {
+            entries: std::mem::take(&mut chunk.entries),
+            events: std::mem::take(&mut chunk.events),
+            clocks,
+            ..Batch::default()
+        };
+        for entry in &mut batch.entries {
+            entry.device = self.devices[&entry.device];
+            entry.stream = self.streams[&entry.stream];
+            if let Content::Readings(readings) = &mut entry.content {
+                for series in &mut readings.series {
+                    *series = self.series[series];
+                }
+            }
+        }
+        for event in &mut batch.events {
+            event.device = self.devices[&event.device];
+        }
+        for (device, _) in &mut batch.clocks {
+            *device = self.devices[device];
+        }
+        Ok(batch)
+    }
+
+    async fn adopt_devices(
+        &mut self,
+        rows: Vec<(DeviceId, sqlite::spool::DeviceRow)>,
+    ) -> Result<(), StoreError> {
+        let only_rows: Vec<_> = rows.iter().map(|(_, row)| row).collect();
+        let ids = self.store.adopt_devices(&only_rows).await?;
+        self.devices
+            .extend(rows.iter().map(|(device, _)| *device).zip(ids));
+        Ok(())
+    }
+
+    async fn adopt_streams(
+        &mut self,
+        rows: Vec<(StreamId, sqlite::spool::StreamRow)>,
+    ) -> Result<(), StoreError> {
+        // A stream's device may not have been named by anything else.
+        let (here, mut rows): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
+        for row in &mut rows {
+            row.device = self.devices[&row.device];
+        }
+        let ids = self.store.adopt_streams(&rows).await?;
+        self.streams.extend(here.into_iter().zip(ids));
+        Ok(())
+    }
+
+    async fn adopt_series(
+        &mut self,
+        rows: Vec<(SeriesId, sqlite::spool::SeriesRow)>,
+    ) -> Result<(), StoreError> {
+        let (here, mut rows): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
+        for row in &mut rows {
+            row.device = self.devices[&row.device];
+        }
+        let ids = self.store.adopt_series(&rows).await?;
+        self.series.extend(here.into_iter().zip(ids));
+        Ok(())
+    }
+
+    /// Commits the batch, with a gap before it where the database lacks what it once had.
+    async fn commit(&mut self, batch: &mut Batch) -> Result<(), StoreError> {
+        let committed = self.store.commit(batch).await?;
+        let lost = lost_ranges(&batch.entries, &committed);
+        if lost.is_empty() {
+            return Ok(());
+        }
+        for gap in &lost {
+            tracing::error!(
+                stream = gap.stream.0,
+                from_seq = gap.first_seq,
+                to_seq = gap.seq,
+                "Postgres lacks frames that it had; recorded as a gap"
+            );
+        }
+        batch.entries.splice(0..0, lost);
+        let committed = self.store.commit(batch).await?;
+        if lost_ranges(&batch.entries, &committed).is_empty() {
+            return Ok(());
+        }
+        let reason = "Postgres does not take frames that continue their streams";
+        Err(StoreError::Transient(reason.to_owned()))
+    }
+}
+
+/// The ids that `known` does not have.
+fn missing<I: Ord + Hash>(ids: impl Iterator<Item = I>, known: &HashMap<I, I>) -> BTreeSet<I> {
+    ids.filter(|id| !known.contains_key(id)).collect()
+}
+
+/// Gaps that stand for what has to be in the database for `entries` to be taken, and is not.
+fn lost_ranges(entries: &[Entry], committed: &Committed) -> Vec<Entry> {
+    let durable: HashMap<StreamId, u64> = committed
+        .receipts
+        .iter()
+        .map(|receipt| (receipt.stream(), receipt.durable_seq()))
+        .collect();
+    // What is read of a stream is contiguous, so its first entry tells.
+    let mut seen = BTreeSet::new();
+    let firsts = entries.iter().filter(|entry| seen.insert(entry.stream));
+    let lacking = |first: &Entry| {
+        let durable_seq = durable.get(&first.stream).copied().unwrap_or(0);
+        (durable_seq + 1 < first.first_seq).then(|| Entry {
+            first_seq: durable_seq + 1,
+            seq: first.first_seq - 1,
+            frame_type: types::GAP,
+            content: Content::Gap {
+                reason: REASON_LOST_BY_STORE,
+            },
+            ..first.clone()
+        })
+    };
+    firsts.filter_map(lacking).collect()
+}

@@ -1,0 +1,257 @@
+//! The contract over a spool and the database that it feeds, and what only a spool does.
+
+use sqlx::{AssertSqlSafe, PgConnection};
+use tempfile::TempDir;
+
+use super::*;
+use crate::store::contract::{Dump, Harness, Peer, contract, peer};
+use crate::store::postgres::tests::{Database, dump};
+
+contract!(
+    #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+    Spooled
+);
+
+struct Spooled {
+    store: SpoolStore,
+    directory: TempDir,
+    database: Database,
+}
+
+const BYTES_MAX: u64 = 1 << 30;
+
+impl Spooled {
+    async fn open(directory: TempDir, database: Database) -> Self {
+        let store = open(&directory, &database).await.unwrap();
+        Self {
+            store,
+            directory,
+            database,
+        }
+    }
+
+    /// Waits until everything is in the database.
+    async fn drained(&mut self) -> PgConnection {
+        let path = self.directory.path().join("spool.db");
+        let mut reader = SpoolReader::open(&path).await.unwrap();
+        while !reader.chunk(Cursor::default()).await.unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        self.database.connect().await
+    }
+
+    async fn readings(&mut self, peer: &Peer, seqs: std::ops::Range<u64>) {
+        let entry = |seq: u64| peer.readings(seq, &[(seq.cast_signed(), seq as f64)]);
+        let batch = Batch {
+            entries: seqs.map(entry).collect(),
+            ..Batch::default()
+        };
+        self.store.commit(&batch).await.unwrap();
+    }
+}
+
+async fn open(directory: &TempDir, database: &Database) -> Result<SpoolStore, SpoolError> {
+    let path = directory.path().join("spool.db");
+    let settings = SqliteSettings::default();
+    SpoolStore::open(&path, &settings, BYTES_MAX, database.settings()).await
+}
+
+async fn run(conn: &mut PgConnection, sql: &str) {
+    let sql = AssertSqlSafe(sql.to_owned());
+    sqlx::raw_sql(sql).execute(conn).await.unwrap();
+}
+
+impl Harness for Spooled {
+    type Store = SpoolStore;
+
+    async fn create() -> Self {
+        Self::open(tempfile::tempdir().unwrap(), Database::create().await).await
+    }
+
+    fn store(&mut self) -> &mut SpoolStore {
+        &mut self.store
+    }
+
+    async fn reopen(self) -> Self {
+        self.store.close().await.unwrap();
+        Self::open(self.directory, self.database).await
+    }
+
+    async fn disable(&mut self, device: &str) {
+        let mut spool = self.store.spool.lock().await;
+        spool.disable(device).await;
+    }
+
+    async fn fill_disk(&mut self) {
+        self.store.bytes_max = 0;
+    }
+
+    async fn free_disk(&mut self) {
+        self.store.bytes_max = BYTES_MAX;
+    }
+
+    async fn dump(&mut self) -> Dump {
+        dump(&mut self.drained().await).await
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn what_was_drained_and_not_forgotten_is_stored_once() {
+    let mut h = Spooled::create().await;
+    let peer = peer(&mut h.store, "a").await;
+    h.readings(&peer, 1..4).await;
+    h.drained().await;
+    // As if the process had died after the commit there and before the deletion here: what is drained
+    // now begins with what is there.
+    let mut spool = h.store.spool.lock().await;
+    let spooled = Batch {
+        entries: (1..6)
+            .map(|seq: u64| peer.readings(seq, &[(seq.cast_signed(), seq as f64)]))
+            .collect(),
+        ..Batch::default()
+    };
+    spool.set_durable_seq(0).await;
+    spool.commit(&spooled).await.unwrap();
+    drop(spool);
+    h.store.arrived.notify_one();
+    let dump = h.dump().await;
+    let seqs: Vec<u64> = dump.frames.iter().map(|frame| frame.2).collect();
+    assert_eq!(seqs, [1, 2, 3, 4, 5]);
+    assert_eq!(dump.readings.len(), 5);
+    assert!(dump.gaps.is_empty());
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn what_the_database_lost_is_a_gap() {
+    let mut h = Spooled::create().await;
+    let peer = peer(&mut h.store, "a").await;
+    h.readings(&peer, 1..8).await;
+    // As a backup of an hour ago has it.
+    let restored = "DELETE FROM readings; DELETE FROM frames WHERE seq > 3;
+        UPDATE streams SET durable_seq = 3, frames = 3, readings = 3";
+    run(&mut h.drained().await, restored).await;
+    h.readings(&peer, 8..10).await;
+    let dump = h.dump().await;
+    assert_eq!(dump.gaps, [(1, 4, 7, REASON_LOST_BY_STORE)]);
+    let seqs: Vec<u64> = dump.frames.iter().map(|frame| frame.2).collect();
+    assert_eq!(seqs, [1, 2, 3, 7, 8, 9]);
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_full_spool_takes_more_when_it_is_drained() {
+    let mut h = Spooled::create().await;
+    let peer = peer(&mut h.store, "a").await;
+    let mut blocker = h.drained().await;
+    run(
+        &mut blocker,
+        "BEGIN; LOCK TABLE streams IN ACCESS EXCLUSIVE MODE",
+    )
+    .await;
+    h.store.bytes_max = 1 << 20;
+    let batch = |first: u64| Batch {
+        entries: (first..first + 1000)
+            .map(|seq| peer.readings(seq, &[(seq.cast_signed(), 1.0)]))
+            .collect(),
+        ..Batch::default()
+    };
+    let mut next = 1;
+    let refused = loop {
+        match h.store.commit(&batch(next)).await {
+            Ok(_) => next += 1000,
+            Err(refused) => break refused,
+        }
+    };
+    assert!(matches!(&refused, StoreError::Transient(why) if why.contains("full")));
+    assert!(next > 1);
+    run(&mut blocker, "COMMIT").await;
+    h.drained().await;
+    h.store.commit(&batch(next)).await.unwrap();
+    assert_eq!(h.dump().await.frames.len() as u64, next + 999);
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_spool_knows_where_streams_stood_before_it() {
+    let database = Database::create().await;
+    let mut direct = PostgresStore::open(database.settings()).await.unwrap();
+    let first = peer(&mut direct[0], "a").await;
+    let batch = Batch {
+        entries: (1..4).map(|seq| first.readings(seq, &[(1, 1.0)])).collect(),
+        ..Batch::default()
+    };
+    direct[0].commit(&batch).await.unwrap();
+    for store in direct {
+        store.close().await.unwrap();
+    }
+    let mut h = Spooled::open(tempfile::tempdir().unwrap(), database).await;
+    let login = crate::store::contract::login("a", 1, 4);
+    let admission = crate::store::contract::admitted(&mut h.store, login).await;
+    assert_eq!(admission.receipt.durable_seq(), 3);
+    let again = Peer {
+        device: admission.device,
+        stream: admission.receipt.stream(),
+        series: first.series,
+    };
+    let batch = Batch {
+        entries: vec![again.gap(2, 4), again.gap(5, 5)],
+        ..Batch::default()
+    };
+    h.store.commit(&batch).await.unwrap();
+    let seqs: Vec<u64> = h.dump().await.frames.iter().map(|frame| frame.2).collect();
+    assert_eq!(seqs, [1, 2, 3, 4, 5]);
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_database_is_fed_by_one_spool_or_by_gateways_without() {
+    let database = Database::create().await;
+    let direct = PostgresStore::open(database.settings()).await.unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let refused = open(&directory, &database).await.err().unwrap().to_string();
+    assert!(refused.contains("another gateway writes to"), "{refused}");
+    for store in direct {
+        store.close().await.unwrap();
+    }
+    let mut h = Spooled::open(directory, database).await;
+    let refused = PostgresStore::open(h.database.settings()).await;
+    let refused = refused.err().unwrap().to_string();
+    assert!(refused.contains("is fed by the spool of"), "{refused}");
+    let other = tempfile::tempdir().unwrap();
+    let refused = open(&other, &h.database).await.err().unwrap().to_string();
+    assert!(refused.contains("is fed by the spool of"), "{refused}");
+
+    // With something in it, it cannot be left.
+    let (path, settings) = (
+        h.directory.path().join("spool.db"),
+        SqliteSettings::default(),
+    );
+    let peer = peer(&mut h.store, "a").await;
+    let mut blocker = h.drained().await;
+    run(
+        &mut blocker,
+        "BEGIN; LOCK TABLE streams IN ACCESS EXCLUSIVE MODE",
+    )
+    .await;
+    h.readings(&peer, 1..2).await;
+    let Spooled {
+        mut store,
+        directory,
+        database,
+    } = h;
+    store.drain.shutdown().await;
+    drop(store);
+    let refused = leave(&path, &settings, &database.settings()).await;
+    let refused = refused.err().unwrap().to_string();
+    assert!(refused.contains("1 acknowledged frames wait"), "{refused}");
+    run(&mut blocker, "COMMIT").await;
+    let mut h = Spooled::open(directory, database).await;
+    h.drained().await;
+    h.store.close().await.unwrap();
+    leave(&path, &settings, &h.database.settings())
+        .await
+        .unwrap();
+    PostgresStore::open(h.database.settings()).await.unwrap();
+}

@@ -1,0 +1,772 @@
+//! A spool: a store in which frames stay only until they are in another one. Written by the same code
+//! as every SQLite store; here is what reads it in the order of arrival, and what forgets.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+
+use sqlx::{AssertSqlSafe, Row, SqliteConnection};
+
+use super::open::{OpenError, Purpose, open_reader_of};
+use super::{SqliteSettings, SqliteStore, classify};
+use crate::clock::{BootClock, Quality};
+use crate::store::{
+    Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, ResolvedTime, SeriesId,
+    StoreError, StreamId,
+};
+
+/// Readings of a chunk, and frames of one that has few readings.
+const CHUNK_READINGS: i64 = 50_000;
+const CHUNK_FRAMES: i64 = 4096;
+/// Lines of the audit trail in a chunk, and as many changes of devices, schemas and clocks.
+const CHUNK_LINES: i64 = 1000;
+
+/// Who a spool is to the store it feeds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::store) struct SpoolIdentity {
+    /// Random, made with the spool.
+    pub(in crate::store) id: String,
+    /// Whether the spool knows where the store's streams stand.
+    pub(in crate::store) is_registered: bool,
+}
+
+/// A row of `devices`, without its id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::store) struct DeviceRow {
+    pub(in crate::store) name: String,
+    pub(in crate::store) is_enabled: bool,
+    pub(in crate::store) firmware: Option<String>,
+    pub(in crate::store) first_seen_us: Option<i64>,
+    pub(in crate::store) last_seen_us: Option<i64>,
+}
+
+/// A row of `schemas`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::store) struct SchemaRow {
+    pub(in crate::store) device: DeviceId,
+    pub(in crate::store) schema: u16,
+    pub(in crate::store) hash: Vec<u8>,
+    pub(in crate::store) declaration: String,
+}
+
+/// A row of `streams`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::store) struct StreamRow {
+    pub(in crate::store) device: DeviceId,
+    pub(in crate::store) number: i64,
+    pub(in crate::store) durable_seq: i64,
+    pub(in crate::store) created_us: i64,
+}
+
+/// A row of `series`, without its id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::store) struct SeriesRow {
+    pub(in crate::store) device: DeviceId,
+    pub(in crate::store) channel: String,
+    pub(in crate::store) unit: String,
+    pub(in crate::store) kind: String,
+}
+
+/// What a spool has to know of the store before it may answer devices in its place.
+#[derive(Clone, Debug, Default)]
+pub(in crate::store) struct Standing {
+    pub(in crate::store) devices: Vec<(DeviceId, DeviceRow)>,
+    pub(in crate::store) streams: Vec<StreamRow>,
+    pub(in crate::store) schemas: Vec<SchemaRow>,
+    pub(in crate::store) series: Vec<SeriesRow>,
+    pub(in crate::store) clocks: Vec<(DeviceId, BootClock)>,
+}
+
+/// Something that is waiting to be told to the store.
+#[derive(Debug)]
+pub(in crate::store) enum Change {
+    Device(DeviceId, DeviceRow),
+    Schema(SchemaRow),
+    Clock(DeviceId, BootClock),
+}
+
+/// How far a spool was read.
+#[derive(Clone, Copy, Debug, Default)]
+pub(in crate::store) struct Cursor {
+    frame: i64,
+    event: i64,
+    change: i64,
+}
+
+/// A part of what waits, in the order in which it came.
+#[derive(Debug, Default)]
+pub(in crate::store) struct Chunk {
+    pub(in crate::store) entries: Vec<Entry>,
+    pub(in crate::store) events: Vec<DeviceEvent>,
+    pub(in crate::store) changes: Vec<Change>,
+    /// Where the next one begins.
+    pub(in crate::store) end: Cursor,
+    event_ids: Vec<i64>,
+    change_ids: Vec<i64>,
+}
+
+impl Chunk {
+    pub(in crate::store) fn is_empty(&self) -> bool {
+        self.entries.is_empty() && self.events.is_empty() && self.changes.is_empty()
+    }
+}
+
+impl SqliteStore {
+    /// Opens the spool at `path`, creating it if there is none.
+    ///
+    /// # Errors
+    /// As [`SqliteStore::open`]; a store is not taken for a spool.
+    pub(in crate::store) async fn open_spool(
+        path: &Path,
+        settings: &SqliteSettings,
+    ) -> Result<Self, OpenError> {
+        Self::open_as(Purpose::Spool, path, settings).await
+    }
+
+    fn spool_conn(&mut self) -> Result<&mut SqliteConnection, StoreError> {
+        let failed = || StoreError::Fatal("the spool has failed before".to_owned());
+        Ok(&mut self.writer.as_mut().ok_or_else(failed)?.conn)
+    }
+
+    pub(in crate::store) async fn identity(&mut self) -> Result<SpoolIdentity, StoreError> {
+        let row: (String, bool) = sqlx::query_as("SELECT id, is_registered FROM spool")
+            .fetch_one(self.spool_conn()?)
+            .await
+            .map_err(|error| classify(&error, "read the spool's identity"))?;
+        Ok(SpoolIdentity {
+            id: row.0,
+            is_registered: row.1,
+        })
+    }
+
+    /// Bytes that are in use in the file; what was forgotten leaves room in it and is not counted.
+    pub(in crate::store) async fn used_bytes(&mut self) -> Result<u64, StoreError> {
+        let pages = "SELECT (page_count - freelist_count) * page_size
+            FROM pragma_page_count, pragma_freelist_count, pragma_page_size";
+        let bytes: i64 = sqlx::query_scalar(pages)
+            .fetch_one(self.spool_conn()?)
+            .await
+            .map_err(|error| classify(&error, "measure the spool"))?;
+        Ok(bytes.unsigned_abs())
+    }
+
+    /// How many frames wait.
+    pub(in crate::store) async fn frames_waiting(&mut self) -> Result<u64, StoreError> {
+        let count: i64 = sqlx::query_scalar("SELECT count(*) FROM frames")
+            .fetch_one(self.spool_conn()?)
+            .await
+            .map_err(|error| classify(&error, "count the spool's frames"))?;
+        Ok(count.unsigned_abs())
+    }
+
+    /// Takes over where the store's streams stand: from now on the spool answers devices.
+    pub(in crate::store) async fn take_over(
+        &mut self,
+        standing: &Standing,
+    ) -> Result<(), StoreError> {
+        let conn = self.spool_conn()?;
+        begin(conn).await?;
+        let taken = write_standing(conn, standing).await;
+        let taken = end(conn, taken).await;
+        taken.map_err(|error| classify(&error, "take over the store's streams"))
+    }
+
+    /// From now on the store's streams may move without this spool.
+    pub(in crate::store) async fn set_unregistered(&mut self) -> Result<(), StoreError> {
+        sqlx::query("UPDATE spool SET is_registered = 0")
+            .execute(self.spool_conn()?)
+            .await
+            .map(drop)
+            .map_err(|error| classify(&error, "give up the spool"))
+    }
+
+    /// Forgets what is in the store.
+    pub(in crate::store) async fn forget(&mut self, chunk: &Chunk) -> Result<(), StoreError> {
+        self.checkpoints.make_room().await?;
+        let conn = self.spool_conn()?;
+        begin(conn).await?;
+        let forgotten = delete_read(conn, chunk).await;
+        let forgotten = end(conn, forgotten).await;
+        let forgotten = forgotten.map_err(|error| classify(&error, "forget what was drained"));
+        if let Err(StoreError::Fatal(_)) = forgotten {
+            self.abandon();
+        }
+        forgotten?;
+        self.observe_log().await;
+        Ok(())
+    }
+}
+
+async fn begin(conn: &mut SqliteConnection) -> Result<(), StoreError> {
+    let begun = sqlx::query("BEGIN IMMEDIATE").execute(conn).await;
+    begun.map(drop).map_err(|error| classify(&error, "begin"))
+}
+
+/// Commits what was done, or rolls back what failed.
+async fn end(
+    conn: &mut SqliteConnection,
+    done: Result<(), sqlx::Error>,
+) -> Result<(), sqlx::Error> {
+    let done = match done {
+        Ok(()) => sqlx::query("COMMIT").execute(&mut *conn).await.map(drop),
+        Err(error) => Err(error),
+    };
+    if done.is_err() {
+        // SQLite may have rolled back by itself; then this one means nothing.
+        let _ = sqlx::query("ROLLBACK").execute(conn).await;
+    }
+    done
+}
+
+async fn delete_read(conn: &mut SqliteConnection, chunk: &Chunk) -> Result<(), sqlx::Error> {
+    // What hangs on frames goes before them, and by them.
+    for sql in [
+        "DELETE FROM gaps WHERE (stream_id, to_seq) IN
+             (SELECT stream_id, seq FROM frames WHERE id <= ?)",
+        "DELETE FROM quarantine WHERE (stream_id, seq) IN
+             (SELECT stream_id, seq FROM frames WHERE id <= ?)",
+        "DELETE FROM device_events WHERE frame_id <= ?",
+        "DELETE FROM readings WHERE frame_id <= ?",
+        "DELETE FROM frames WHERE id <= ?",
+    ] {
+        let delete = sqlx::query(sql).bind(chunk.end.frame);
+        delete.execute(&mut *conn).await?;
+    }
+    for (sql, ids) in [
+        ("DELETE FROM device_events WHERE id = ?", &chunk.event_ids),
+        ("DELETE FROM changes WHERE id = ?", &chunk.change_ids),
+    ] {
+        for id in ids {
+            sqlx::query(sql).bind(id).execute(&mut *conn).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn write_standing(
+    conn: &mut SqliteConnection,
+    standing: &Standing,
+) -> Result<(), sqlx::Error> {
+    let mut ids: HashMap<DeviceId, i64> = HashMap::new();
+    for (device, row) in &standing.devices {
+        let id = sqlx::query_scalar(
+            "INSERT INTO devices (name, enabled, firmware, first_seen_at, last_seen_at)
+             VALUES (?, ?, ?, ?, ?)
+             ON CONFLICT (name) DO UPDATE SET enabled = excluded.enabled RETURNING id",
+        )
+        .bind(&row.name)
+        .bind(row.is_enabled)
+        .bind(&row.firmware)
+        .bind(row.first_seen_us)
+        .bind(row.last_seen_us)
+        .fetch_one(&mut *conn)
+        .await?;
+        ids.insert(*device, id);
+    }
+    let id_of = |device: &DeviceId| ids.get(device).copied().ok_or(sqlx::Error::RowNotFound);
+    for row in &standing.streams {
+        sqlx::query(
+            "INSERT INTO streams (device_id, stream, durable_seq, created_at) VALUES (?, ?, ?, ?)
+             ON CONFLICT (device_id, stream) DO UPDATE
+                 SET durable_seq = max(durable_seq, excluded.durable_seq)",
+        )
+        .bind(id_of(&row.device)?)
+        .bind(row.number)
+        .bind(row.durable_seq)
+        .bind(row.created_us)
+        .execute(&mut *conn)
+        .await?;
+    }
+    for row in &standing.schemas {
+        sqlx::query(
+            "INSERT INTO schemas (device_id, schema, hash, declaration) VALUES (?, ?, ?, ?)
+             ON CONFLICT DO NOTHING",
+        )
+        .bind(id_of(&row.device)?)
+        .bind(row.schema)
+        .bind(&row.hash)
+        .bind(&row.declaration)
+        .execute(&mut *conn)
+        .await?;
+    }
+    for row in &standing.series {
+        sqlx::query(
+            "INSERT INTO series (device_id, channel, unit, kind) VALUES (?, ?, ?, ?)
+             ON CONFLICT DO NOTHING",
+        )
+        .bind(id_of(&row.device)?)
+        .bind(&row.channel)
+        .bind(&row.unit)
+        .bind(&row.kind)
+        .execute(&mut *conn)
+        .await?;
+    }
+    for (device, clock) in &standing.clocks {
+        sqlx::query(
+            "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at)
+             VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        )
+        .bind(id_of(device)?)
+        .bind(clock.boot)
+        .bind(clock.offset_us)
+        .bind(clock.delay_us.cast_signed())
+        .bind(clock.measured_at_us)
+        .execute(&mut *conn)
+        .await?;
+    }
+    // What came from the store need not be told to it.
+    sqlx::query("DELETE FROM changes")
+        .execute(&mut *conn)
+        .await?;
+    let registered = sqlx::query("UPDATE spool SET is_registered = 1");
+    registered.execute(conn).await.map(drop)
+}
+
+/// Reads a spool beside its writer.
+pub(in crate::store) struct SpoolReader {
+    conn: SqliteConnection,
+}
+
+/// Where a frame of the ledger stands while its content is looked for.
+struct Ledger {
+    id: i64,
+    entry: Entry,
+    time: Option<ResolvedTime>,
+}
+
+impl SpoolReader {
+    pub(in crate::store) async fn open(path: &Path) -> Result<Self, OpenError> {
+        let conn = open_reader_of(path, Purpose::Spool).await?;
+        Ok(Self { conn })
+    }
+
+    /// The oldest of what waits beyond `after`.
+    pub(in crate::store) async fn chunk(&mut self, after: Cursor) -> Result<Chunk, sqlx::Error> {
+        // One moment for all of it: an entry that is read has its device and its schema read, too.
+        sqlx::query("BEGIN").execute(&mut self.conn).await?;
+        let chunk = self.read_chunk(after).await;
+        sqlx::query("COMMIT").execute(&mut self.conn).await?;
+        chunk
+    }
+
+    async fn read_chunk(&mut self, after: Cursor) -> Result<Chunk, sqlx::Error> {
+        let mut chunk = Chunk {
+            end: after,
+            ..Chunk::default()
+        };
+        self.read_changes(&mut chunk).await?;
+        self.read_events(&mut chunk).await?;
+        let ledger = self.read_ledger(after.frame).await?;
+        if let (Some(first), Some(last)) = (ledger.first(), ledger.last()) {
+            let span = (first.id, last.id);
+            chunk.end.frame = last.id;
+            chunk.entries = self.read_contents(ledger, span).await?;
+        }
+        Ok(chunk)
+    }
+
+    async fn read_ledger(&mut self, after: i64) -> Result<Vec<Ledger>, sqlx::Error> {
+        let rows = sqlx::query(
+            "SELECT f.id, s.device_id, f.stream_id, f.seq, f.type, f.received_at, f.readings,
+                 f.quality, f.clock_offset_us
+             FROM frames AS f JOIN streams AS s ON s.id = f.stream_id
+             WHERE f.id > ? ORDER BY f.id LIMIT ?",
+        )
+        .bind(after)
+        .bind(CHUNK_FRAMES)
+        .fetch_all(&mut self.conn)
+        .await?;
+        let mut ledger = Vec::new();
+        let mut readings = 0;
+        for row in &rows {
+            readings += row.try_get::<i64, _>(6)?;
+            if readings > CHUNK_READINGS && !ledger.is_empty() {
+                break;
+            }
+            let seq = row.try_get::<i64, _>(3)?.cast_unsigned();
+            let time = match row.try_get::<Option<u8>, _>(7)? {
+                Some(quality) => Some(ResolvedTime {
+                    offset_us: row.try_get(8)?,
+                    quality: quality_of(quality)?,
+                }),
+                None => None,
+            };
+            ledger.push(Ledger {
+                id: row.try_get(0)?,
+                entry: Entry {
+                    device: DeviceId(row.try_get(1)?),
+                    stream: StreamId(row.try_get(2)?),
+                    first_seq: seq,
+                    seq,
+                    frame_type: row.try_get(4)?,
+                    received_at_us: row.try_get(5)?,
+                    content: Content::Gap { reason: 0 },
+                },
+                time,
+            });
+        }
+        Ok(ledger)
+    }
+
+    /// Gives each frame what it carried.
+    async fn read_contents(
+        &mut self,
+        ledger: Vec<Ledger>,
+        span: (i64, i64),
+    ) -> Result<Vec<Entry>, sqlx::Error> {
+        let mut readings = self.read_readings(span).await?;
+        let mut others = self.read_others(span).await?;
+        let mut entries = Vec::with_capacity(ledger.len());
+        for Ledger {
+            id,
+            mut entry,
+            time,
+        } in ledger
+        {
+            entry.content = match (others.remove(&id), time) {
+                (Some(Other::Gap { from_seq, reason }), None) => {
+                    entry.first_seq = from_seq;
+                    Content::Gap { reason }
+                }
+                (Some(Other::Content(content)), None) => content,
+                (Some(Other::Event(event)), Some(time)) => Content::Event {
+                    time,
+                    at_us: event.at_us,
+                    level: event.level,
+                    code: event.code,
+                    text: event.text,
+                },
+                (None, Some(time)) => {
+                    let columns = readings.remove(&id).unwrap_or_default();
+                    Content::Readings(columns.into_readings(time)?)
+                }
+                _ => return Err(damaged("a frame's content is missing")),
+            };
+            entries.push(entry);
+        }
+        Ok(entries)
+    }
+
+    async fn read_readings(
+        &mut self,
+        span: (i64, i64),
+    ) -> Result<HashMap<i64, Columns>, sqlx::Error> {
+        let rows: Vec<(i64, i64, i64, Option<f64>)> = sqlx::query_as(
+            "SELECT frame_id, series_id, ts, value FROM readings
+             WHERE frame_id BETWEEN ? AND ? ORDER BY frame_id, series_id, ts",
+        )
+        .bind(span.0)
+        .bind(span.1)
+        .fetch_all(&mut self.conn)
+        .await?;
+        let mut frames: HashMap<i64, Columns> = HashMap::new();
+        for (frame, series, ts_us, value) in rows {
+            frames.entry(frame).or_default().push(series, ts_us, value);
+        }
+        Ok(frames)
+    }
+
+    /// What frames other than readings carried.
+    async fn read_others(&mut self, span: (i64, i64)) -> Result<HashMap<i64, Other>, sqlx::Error> {
+        let mut others = HashMap::new();
+        let gaps: Vec<(i64, i64, u8)> = sqlx::query_as(
+            "SELECT f.id, g.from_seq, g.reason FROM gaps AS g
+             JOIN frames AS f ON f.stream_id = g.stream_id AND f.seq = g.to_seq
+             WHERE f.id BETWEEN ? AND ?",
+        )
+        .bind(span.0)
+        .bind(span.1)
+        .fetch_all(&mut self.conn)
+        .await?;
+        for (frame, from_seq, reason) in gaps {
+            let from_seq = from_seq.cast_unsigned();
+            others.insert(frame, Other::Gap { from_seq, reason });
+        }
+        let quarantined: Vec<(i64, u8, String, Vec<u8>, String)> = sqlx::query_as(
+            "SELECT f.id, q.code, q.detail, q.bytes, q.peer FROM quarantine AS q
+             JOIN frames AS f USING (stream_id, seq) WHERE f.id BETWEEN ? AND ?",
+        )
+        .bind(span.0)
+        .bind(span.1)
+        .fetch_all(&mut self.conn)
+        .await?;
+        for (frame, code, detail, bytes, peer) in quarantined {
+            let content = Content::Quarantined {
+                code,
+                detail,
+                bytes,
+                peer,
+            };
+            others.insert(frame, Other::Content(content));
+        }
+        let events: Vec<(i64, i64, u8, u16, String)> = sqlx::query_as(
+            "SELECT frame_id, at, level, code, detail FROM device_events
+             WHERE frame_id BETWEEN ? AND ?",
+        )
+        .bind(span.0)
+        .bind(span.1)
+        .fetch_all(&mut self.conn)
+        .await?;
+        for (frame, at_us, level, code, text) in events {
+            let event = ReportedEvent {
+                at_us,
+                level,
+                code,
+                text,
+            };
+            others.insert(frame, Other::Event(event));
+        }
+        Ok(others)
+    }
+
+    async fn read_events(&mut self, chunk: &mut Chunk) -> Result<(), sqlx::Error> {
+        let rows: Vec<(i64, i64, i64, String, u8, String)> = sqlx::query_as(
+            "SELECT id, device_id, at, kind, code, detail FROM device_events
+             WHERE id > ? AND frame_id IS NULL ORDER BY id LIMIT ?",
+        )
+        .bind(chunk.end.event)
+        .bind(CHUNK_LINES)
+        .fetch_all(&mut self.conn)
+        .await?;
+        for (id, device, at_us, kind, code, detail) in rows {
+            chunk.end.event = id;
+            chunk.event_ids.push(id);
+            chunk.events.push(DeviceEvent {
+                device: DeviceId(device),
+                at_us,
+                kind: match kind.as_str() {
+                    "connected" => DeviceEventKind::Connected,
+                    "disconnected" => DeviceEventKind::Disconnected,
+                    _ => return Err(damaged("an event of an unknown kind")),
+                },
+                code,
+                detail,
+            });
+        }
+        Ok(())
+    }
+
+    async fn read_changes(&mut self, chunk: &mut Chunk) -> Result<(), sqlx::Error> {
+        let rows: Vec<(i64, String, i64, i64)> = sqlx::query_as(
+            "SELECT id, what, device_id, key FROM changes WHERE id > ? ORDER BY id LIMIT ?",
+        )
+        .bind(chunk.end.change)
+        .bind(CHUNK_LINES)
+        .fetch_all(&mut self.conn)
+        .await?;
+        for (id, what, device, key) in rows {
+            chunk.end.change = id;
+            chunk.change_ids.push(id);
+            let device = DeviceId(device);
+            chunk.changes.push(match what.as_str() {
+                "device" => Change::Device(device, self.device(device).await?),
+                "schema" => Change::Schema(self.schema(device, key).await?),
+                "clock" => Change::Clock(device, self.clock(device, key).await?),
+                _ => return Err(damaged("a change of an unknown kind")),
+            });
+        }
+        Ok(())
+    }
+
+    async fn device(&mut self, device: DeviceId) -> Result<DeviceRow, sqlx::Error> {
+        let row = sqlx::query(
+            "SELECT name, enabled, firmware, first_seen_at, last_seen_at FROM devices WHERE id = ?",
+        )
+        .bind(device.0)
+        .fetch_one(&mut self.conn)
+        .await?;
+        Ok(DeviceRow {
+            name: row.try_get(0)?,
+            is_enabled: row.try_get(1)?,
+            firmware: row.try_get(2)?,
+            first_seen_us: row.try_get(3)?,
+            last_seen_us: row.try_get(4)?,
+        })
+    }
+
+    async fn schema(&mut self, device: DeviceId, key: i64) -> Result<SchemaRow, sqlx::Error> {
+        let row = sqlx::query(
+            "SELECT schema, hash, declaration FROM schemas WHERE device_id = ? AND schema = ?",
+        )
+        .bind(device.0)
+        .bind(key)
+        .fetch_one(&mut self.conn)
+        .await?;
+        Ok(SchemaRow {
+            device,
+            schema: row.try_get(0)?,
+            hash: row.try_get(1)?,
+            declaration: row.try_get(2)?,
+        })
+    }
+
+    async fn clock(&mut self, device: DeviceId, key: i64) -> Result<BootClock, sqlx::Error> {
+        let row = sqlx::query(
+            "SELECT boot, offset_us, delay_us, measured_at FROM clocks
+             WHERE device_id = ? AND boot = ?",
+        )
+        .bind(device.0)
+        .bind(key)
+        .fetch_one(&mut self.conn)
+        .await?;
+        Ok(BootClock {
+            boot: row.try_get(0)?,
+            offset_us: row.try_get(1)?,
+            delay_us: row.try_get::<i64, _>(2)?.cast_unsigned(),
+            measured_at_us: row.try_get(3)?,
+        })
+    }
+
+    /// The devices with these ids.
+    pub(in crate::store) async fn devices(
+        &mut self,
+        ids: BTreeSet<DeviceId>,
+    ) -> Result<Vec<(DeviceId, DeviceRow)>, sqlx::Error> {
+        let mut devices = Vec::with_capacity(ids.len());
+        for id in ids {
+            devices.push((id, self.device(id).await?));
+        }
+        Ok(devices)
+    }
+
+    /// The streams with these ids.
+    pub(in crate::store) async fn streams(
+        &mut self,
+        ids: BTreeSet<StreamId>,
+    ) -> Result<Vec<(StreamId, StreamRow)>, sqlx::Error> {
+        let rows = self
+            .rows_with_ids(
+                "SELECT id, device_id, stream, durable_seq, created_at FROM streams",
+                ids.iter().map(|id| id.0),
+            )
+            .await?;
+        let stream = |row: &sqlx::sqlite::SqliteRow| {
+            let stream = StreamRow {
+                device: DeviceId(row.try_get(1)?),
+                number: row.try_get(2)?,
+                durable_seq: row.try_get(3)?,
+                created_us: row.try_get(4)?,
+            };
+            Ok((StreamId(row.try_get(0)?), stream))
+        };
+        rows.iter().map(stream).collect()
+    }
+
+    /// The series with these ids.
+    pub(in crate::store) async fn series(
+        &mut self,
+        ids: BTreeSet<SeriesId>,
+    ) -> Result<Vec<(SeriesId, SeriesRow)>, sqlx::Error> {
+        let rows = self
+            .rows_with_ids(
+                "SELECT id, device_id, channel, unit, kind FROM series",
+                ids.iter().map(|id| id.0),
+            )
+            .await?;
+        let series = |row: &sqlx::sqlite::SqliteRow| {
+            let series = SeriesRow {
+                device: DeviceId(row.try_get(1)?),
+                channel: row.try_get(2)?,
+                unit: row.try_get(3)?,
+                kind: row.try_get(4)?,
+            };
+            Ok((SeriesId(row.try_get(0)?), series))
+        };
+        rows.iter().map(series).collect()
+    }
+
+    async fn rows_with_ids(
+        &mut self,
+        select: &'static str,
+        ids: impl Iterator<Item = i64>,
+    ) -> Result<Vec<sqlx::sqlite::SqliteRow>, sqlx::Error> {
+        // Numbers only, so that any count of them is one statement.
+        let ids: Vec<String> = ids.map(|id| id.to_string()).collect();
+        let sql = format!("{select} WHERE id IN (SELECT value FROM json_each(?))");
+        sqlx::query(AssertSqlSafe(sql))
+            .bind(format!("[{}]", ids.join(",")))
+            .fetch_all(&mut self.conn)
+            .await
+    }
+}
+
+/// The content of a frame that is not readings.
+enum Other {
+    Gap { from_seq: u64, reason: u8 },
+    Content(Content),
+    Event(ReportedEvent),
+}
+
+struct ReportedEvent {
+    at_us: i64,
+    level: u8,
+    code: u16,
+    text: String,
+}
+
+/// The readings of a frame as they come: series after series, each with the same times.
+#[derive(Default)]
+struct Columns {
+    times_us: Vec<i64>,
+    series: Vec<SeriesId>,
+    values: Vec<f64>,
+}
+
+impl Columns {
+    fn push(&mut self, series: i64, ts_us: i64, value: Option<f64>) {
+        if self.series.last() != Some(&SeriesId(series)) {
+            self.series.push(SeriesId(series));
+        }
+        if self.series.len() == 1 {
+            self.times_us.push(ts_us);
+        }
+        self.values.push(value.unwrap_or(f64::NAN));
+    }
+
+    fn into_readings(self, time: ResolvedTime) -> Result<Readings, sqlx::Error> {
+        if self.values.len() != self.times_us.len() * self.series.len() {
+            return Err(damaged("a frame lacks readings"));
+        }
+        Ok(Readings {
+            time,
+            times_us: self.times_us,
+            series: self.series,
+            values: self.values,
+        })
+    }
+}
+
+fn quality_of(number: u8) -> Result<Quality, sqlx::Error> {
+    let known = [
+        Quality::Utc,
+        Quality::Anchored,
+        Quality::Unanchored,
+        Quality::Suspect,
+    ];
+    let quality = known.into_iter().find(|known| *known as u8 == number);
+    quality.ok_or_else(|| damaged("a quality of time that is not known"))
+}
+
+fn damaged(what: &str) -> sqlx::Error {
+    sqlx::Error::Protocol(format!("the spool is damaged: {what}"))
+}
+
+#[cfg(test)]
+impl SqliteStore {
+    /// Keeps a device out at its next login.
+    pub(in crate::store) async fn disable(&mut self, device: &str) {
+        sqlx::query("UPDATE devices SET enabled = 0 WHERE name = ?")
+            .bind(device)
+            .execute(self.spool_conn().unwrap())
+            .await
+            .unwrap();
+    }
+
+    /// Lets all streams begin again behind this number.
+    pub(in crate::store) async fn set_durable_seq(&mut self, seq: i64) {
+        sqlx::query("UPDATE streams SET durable_seq = ?")
+            .bind(seq)
+            .execute(self.spool_conn().unwrap())
+            .await
+            .unwrap();
+    }
+}
