@@ -2,16 +2,18 @@
 --
 -- Filter by `ts`, which the partitions and the index carry: WHERE ts >= now() - interval '5 minutes'.
 -- `time` is the same as UTC text, for reading only.
+--
+-- May be run again by hand, after `readings` was replaced by a table of another scheme.
 
-CREATE FUNCTION utc_text(at timestamptz) RETURNS text
+CREATE OR REPLACE FUNCTION utc_text(at timestamptz) RETURNS text
 LANGUAGE sql STABLE PARALLEL SAFE
 RETURN to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"');
 
-CREATE FUNCTION utc_text_s(at timestamptz) RETURNS text
+CREATE OR REPLACE FUNCTION utc_text_s(at timestamptz) RETURNS text
 LANGUAGE sql STABLE PARALLEL SAFE
 RETURN to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
 
-CREATE FUNCTION quality_text(quality smallint) RETURNS text
+CREATE OR REPLACE FUNCTION quality_text(quality smallint) RETURNS text
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN CASE quality
     WHEN 0 THEN 'utc'
@@ -20,7 +22,7 @@ RETURN CASE quality
     WHEN 3 THEN 'suspect'
 END;
 
-CREATE VIEW telemetry AS
+CREATE OR REPLACE VIEW telemetry AS
 SELECT
     d.name AS device,
     s.channel,
@@ -39,7 +41,7 @@ LEFT JOIN frames AS f ON f.id = r.frame_id;
 -- its receipt is passed over, so that a device whose clock once stood in the future does not freeze
 -- here; a series without any other reading shows NULL. (The bound by the present time says the same
 -- of most such rows in a way the index can carry out.)
-CREATE VIEW latest AS
+CREATE OR REPLACE VIEW latest AS
 SELECT
     d.name AS device,
     s.channel,
@@ -65,7 +67,7 @@ LEFT JOIN LATERAL (
 -- By UTC hour, of the valid values; `n` counts them. Name a device: without one, every reading in
 -- the store is read. For hours of one short range in a large store, group `telemetry` by
 -- `date_trunc('hour', ts)` with a filter on `ts`.
-CREATE VIEW telemetry_hourly AS
+CREATE OR REPLACE VIEW telemetry_hourly AS
 SELECT
     d.name AS device,
     s.channel,
@@ -82,7 +84,7 @@ GROUP BY d.name, s.channel, s.unit, date_trunc('hour', r.ts, 'UTC');
 
 -- One row for each device. `missing` are frames that the device lost, `quarantined` those that could
 -- not be understood; `state` is the last thing its sessions told, 'new' before the first.
-CREATE VIEW device_status AS
+CREATE OR REPLACE VIEW device_status AS
 SELECT
     d.name AS device,
     d.enabled,
@@ -114,7 +116,7 @@ SELECT
 FROM devices AS d;
 
 -- What devices lost before they could send it.
-CREATE VIEW missing_frames AS
+CREATE OR REPLACE VIEW missing_frames AS
 SELECT
     d.name AS device,
     st.stream,
