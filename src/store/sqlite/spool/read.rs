@@ -1,17 +1,17 @@
-//! A spool: a store in which frames stay only until they are in another one. Written by the same code
-//! as every SQLite store; here is what reads it in the order of arrival, and what forgets.
+//! Reads a spool in the order in which frames came.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
+use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
-use super::open::{OpenError, Purpose, open_reader_of};
-use super::{SqliteSettings, SqliteStore, classify};
+use super::{Change, Chunk, Cursor, DeviceRow, SchemaRow, SeriesRow, StreamRow};
 use crate::clock::{BootClock, Quality};
+use crate::store::sqlite::open::{OpenError, Purpose, open_reader_of};
 use crate::store::{
     Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, ResolvedTime, SeriesId,
-    StoreError, StreamId,
+    StreamId,
 };
 
 /// Readings of a chunk, and frames of one that has few readings.
@@ -19,307 +19,6 @@ const CHUNK_READINGS: i64 = 50_000;
 const CHUNK_FRAMES: i64 = 4096;
 /// Lines of the audit trail in a chunk, and as many changes of devices, schemas and clocks.
 const CHUNK_LINES: i64 = 1000;
-
-/// Who a spool is to the store it feeds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::store) struct SpoolIdentity {
-    /// Random, made with the spool.
-    pub(in crate::store) id: String,
-    /// Whether the spool knows where the store's streams stand.
-    pub(in crate::store) is_registered: bool,
-}
-
-/// A row of `devices`, without its id.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::store) struct DeviceRow {
-    pub(in crate::store) name: String,
-    pub(in crate::store) is_enabled: bool,
-    pub(in crate::store) firmware: Option<String>,
-    pub(in crate::store) first_seen_us: Option<i64>,
-    pub(in crate::store) last_seen_us: Option<i64>,
-}
-
-/// A row of `schemas`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::store) struct SchemaRow {
-    pub(in crate::store) device: DeviceId,
-    pub(in crate::store) schema: u16,
-    pub(in crate::store) hash: Vec<u8>,
-    pub(in crate::store) declaration: String,
-}
-
-/// A row of `streams`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::store) struct StreamRow {
-    pub(in crate::store) device: DeviceId,
-    pub(in crate::store) number: i64,
-    pub(in crate::store) durable_seq: i64,
-    pub(in crate::store) created_us: i64,
-}
-
-/// A row of `series`, without its id.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::store) struct SeriesRow {
-    pub(in crate::store) device: DeviceId,
-    pub(in crate::store) channel: String,
-    pub(in crate::store) unit: String,
-    pub(in crate::store) kind: String,
-}
-
-/// What a spool has to know of the store before it may answer devices in its place.
-#[derive(Clone, Debug, Default)]
-pub(in crate::store) struct Standing {
-    pub(in crate::store) devices: Vec<(DeviceId, DeviceRow)>,
-    pub(in crate::store) streams: Vec<StreamRow>,
-    pub(in crate::store) schemas: Vec<SchemaRow>,
-    pub(in crate::store) series: Vec<SeriesRow>,
-    pub(in crate::store) clocks: Vec<(DeviceId, BootClock)>,
-}
-
-/// Something that is waiting to be told to the store.
-#[derive(Debug)]
-pub(in crate::store) enum Change {
-    Device(DeviceId, DeviceRow),
-    Schema(SchemaRow),
-    Clock(DeviceId, BootClock),
-}
-
-/// How far a spool was read.
-#[derive(Clone, Copy, Debug, Default)]
-pub(in crate::store) struct Cursor {
-    frame: i64,
-    event: i64,
-    change: i64,
-}
-
-/// A part of what waits, in the order in which it came.
-#[derive(Debug, Default)]
-pub(in crate::store) struct Chunk {
-    pub(in crate::store) entries: Vec<Entry>,
-    pub(in crate::store) events: Vec<DeviceEvent>,
-    pub(in crate::store) changes: Vec<Change>,
-    /// Where the next one begins.
-    pub(in crate::store) end: Cursor,
-    event_ids: Vec<i64>,
-    change_ids: Vec<i64>,
-}
-
-impl Chunk {
-    pub(in crate::store) fn is_empty(&self) -> bool {
-        self.entries.is_empty() && self.events.is_empty() && self.changes.is_empty()
-    }
-}
-
-impl SqliteStore {
-    /// Opens the spool at `path`, creating it if there is none.
-    ///
-    /// # Errors
-    /// As [`SqliteStore::open`]; a store is not taken for a spool.
-    pub(in crate::store) async fn open_spool(
-        path: &Path,
-        settings: &SqliteSettings,
-    ) -> Result<Self, OpenError> {
-        Self::open_as(Purpose::Spool, path, settings).await
-    }
-
-    fn spool_conn(&mut self) -> Result<&mut SqliteConnection, StoreError> {
-        let failed = || StoreError::Fatal("the spool has failed before".to_owned());
-        Ok(&mut self.writer.as_mut().ok_or_else(failed)?.conn)
-    }
-
-    pub(in crate::store) async fn identity(&mut self) -> Result<SpoolIdentity, StoreError> {
-        let row: (String, bool) = sqlx::query_as("SELECT id, is_registered FROM spool")
-            .fetch_one(self.spool_conn()?)
-            .await
-            .map_err(|error| classify(&error, "read the spool's identity"))?;
-        Ok(SpoolIdentity {
-            id: row.0,
-            is_registered: row.1,
-        })
-    }
-
-    /// Bytes that are in use in the file; what was forgotten leaves room in it and is not counted.
-    pub(in crate::store) async fn used_bytes(&mut self) -> Result<u64, StoreError> {
-        let pages = "SELECT (page_count - freelist_count) * page_size
-            FROM pragma_page_count, pragma_freelist_count, pragma_page_size";
-        let bytes: i64 = sqlx::query_scalar(pages)
-            .fetch_one(self.spool_conn()?)
-            .await
-            .map_err(|error| classify(&error, "measure the spool"))?;
-        Ok(bytes.unsigned_abs())
-    }
-
-    /// How many frames wait.
-    pub(in crate::store) async fn frames_waiting(&mut self) -> Result<u64, StoreError> {
-        let count: i64 = sqlx::query_scalar("SELECT count(*) FROM frames")
-            .fetch_one(self.spool_conn()?)
-            .await
-            .map_err(|error| classify(&error, "count the spool's frames"))?;
-        Ok(count.unsigned_abs())
-    }
-
-    /// Takes over where the store's streams stand: from now on the spool answers devices.
-    pub(in crate::store) async fn take_over(
-        &mut self,
-        standing: &Standing,
-    ) -> Result<(), StoreError> {
-        let conn = self.spool_conn()?;
-        begin(conn).await?;
-        let taken = write_standing(conn, standing).await;
-        let taken = end(conn, taken).await;
-        taken.map_err(|error| classify(&error, "take over the store's streams"))
-    }
-
-    /// From now on the store's streams may move without this spool.
-    pub(in crate::store) async fn set_unregistered(&mut self) -> Result<(), StoreError> {
-        sqlx::query("UPDATE spool SET is_registered = 0")
-            .execute(self.spool_conn()?)
-            .await
-            .map(drop)
-            .map_err(|error| classify(&error, "give up the spool"))
-    }
-
-    /// Forgets what is in the store.
-    pub(in crate::store) async fn forget(&mut self, chunk: &Chunk) -> Result<(), StoreError> {
-        self.checkpoints.make_room().await?;
-        let conn = self.spool_conn()?;
-        begin(conn).await?;
-        let forgotten = delete_read(conn, chunk).await;
-        let forgotten = end(conn, forgotten).await;
-        let forgotten = forgotten.map_err(|error| classify(&error, "forget what was drained"));
-        if let Err(StoreError::Fatal(_)) = forgotten {
-            self.abandon();
-        }
-        forgotten?;
-        self.observe_log().await;
-        Ok(())
-    }
-}
-
-async fn begin(conn: &mut SqliteConnection) -> Result<(), StoreError> {
-    let begun = sqlx::query("BEGIN IMMEDIATE").execute(conn).await;
-    begun.map(drop).map_err(|error| classify(&error, "begin"))
-}
-
-/// Commits what was done, or rolls back what failed.
-async fn end(
-    conn: &mut SqliteConnection,
-    done: Result<(), sqlx::Error>,
-) -> Result<(), sqlx::Error> {
-    let done = match done {
-        Ok(()) => sqlx::query("COMMIT").execute(&mut *conn).await.map(drop),
-        Err(error) => Err(error),
-    };
-    if done.is_err() {
-        // SQLite may have rolled back by itself; then this one means nothing.
-        let _ = sqlx::query("ROLLBACK").execute(conn).await;
-    }
-    done
-}
-
-async fn delete_read(conn: &mut SqliteConnection, chunk: &Chunk) -> Result<(), sqlx::Error> {
-    // What hangs on frames goes before them, and by them.
-    for sql in [
-        "DELETE FROM gaps WHERE (stream_id, to_seq) IN
-             (SELECT stream_id, seq FROM frames WHERE id <= ?)",
-        "DELETE FROM quarantine WHERE (stream_id, seq) IN
-             (SELECT stream_id, seq FROM frames WHERE id <= ?)",
-        "DELETE FROM device_events WHERE frame_id <= ?",
-        "DELETE FROM readings WHERE frame_id <= ?",
-        "DELETE FROM frames WHERE id <= ?",
-    ] {
-        let delete = sqlx::query(sql).bind(chunk.end.frame);
-        delete.execute(&mut *conn).await?;
-    }
-    for (sql, ids) in [
-        ("DELETE FROM device_events WHERE id = ?", &chunk.event_ids),
-        ("DELETE FROM changes WHERE id = ?", &chunk.change_ids),
-    ] {
-        for id in ids {
-            sqlx::query(sql).bind(id).execute(&mut *conn).await?;
-        }
-    }
-    Ok(())
-}
-
-async fn write_standing(
-    conn: &mut SqliteConnection,
-    standing: &Standing,
-) -> Result<(), sqlx::Error> {
-    let mut ids: HashMap<DeviceId, i64> = HashMap::new();
-    for (device, row) in &standing.devices {
-        let id = sqlx::query_scalar(
-            "INSERT INTO devices (name, enabled, firmware, first_seen_at, last_seen_at)
-             VALUES (?, ?, ?, ?, ?)
-             ON CONFLICT (name) DO UPDATE SET enabled = excluded.enabled RETURNING id",
-        )
-        .bind(&row.name)
-        .bind(row.is_enabled)
-        .bind(&row.firmware)
-        .bind(row.first_seen_us)
-        .bind(row.last_seen_us)
-        .fetch_one(&mut *conn)
-        .await?;
-        ids.insert(*device, id);
-    }
-    let id_of = |device: &DeviceId| ids.get(device).copied().ok_or(sqlx::Error::RowNotFound);
-    for row in &standing.streams {
-        sqlx::query(
-            "INSERT INTO streams (device_id, stream, durable_seq, created_at) VALUES (?, ?, ?, ?)
-             ON CONFLICT (device_id, stream) DO UPDATE
-                 SET durable_seq = max(durable_seq, excluded.durable_seq)",
-        )
-        .bind(id_of(&row.device)?)
-        .bind(row.number)
-        .bind(row.durable_seq)
-        .bind(row.created_us)
-        .execute(&mut *conn)
-        .await?;
-    }
-    for row in &standing.schemas {
-        sqlx::query(
-            "INSERT INTO schemas (device_id, schema, hash, declaration) VALUES (?, ?, ?, ?)
-             ON CONFLICT DO NOTHING",
-        )
-        .bind(id_of(&row.device)?)
-        .bind(row.schema)
-        .bind(&row.hash)
-        .bind(&row.declaration)
-        .execute(&mut *conn)
-        .await?;
-    }
-    for row in &standing.series {
-        sqlx::query(
-            "INSERT INTO series (device_id, channel, unit, kind) VALUES (?, ?, ?, ?)
-             ON CONFLICT DO NOTHING",
-        )
-        .bind(id_of(&row.device)?)
-        .bind(&row.channel)
-        .bind(&row.unit)
-        .bind(&row.kind)
-        .execute(&mut *conn)
-        .await?;
-    }
-    for (device, clock) in &standing.clocks {
-        sqlx::query(
-            "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at)
-             VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-        )
-        .bind(id_of(device)?)
-        .bind(clock.boot)
-        .bind(clock.offset_us)
-        .bind(clock.delay_us.cast_signed())
-        .bind(clock.measured_at_us)
-        .execute(&mut *conn)
-        .await?;
-    }
-    // What came from the store need not be told to it.
-    sqlx::query("DELETE FROM changes")
-        .execute(&mut *conn)
-        .await?;
-    let registered = sqlx::query("UPDATE spool SET is_registered = 1");
-    registered.execute(conn).await.map(drop)
-}
 
 /// Reads a spool beside its writer.
 pub(in crate::store) struct SpoolReader {
@@ -639,7 +338,7 @@ impl SpoolReader {
                 ids.iter().map(|id| id.0),
             )
             .await?;
-        let stream = |row: &sqlx::sqlite::SqliteRow| {
+        let stream = |row: &SqliteRow| {
             let stream = StreamRow {
                 device: DeviceId(row.try_get(1)?),
                 number: row.try_get(2)?,
@@ -662,7 +361,7 @@ impl SpoolReader {
                 ids.iter().map(|id| id.0),
             )
             .await?;
-        let series = |row: &sqlx::sqlite::SqliteRow| {
+        let series = |row: &SqliteRow| {
             let series = SeriesRow {
                 device: DeviceId(row.try_get(1)?),
                 channel: row.try_get(2)?,
@@ -678,7 +377,7 @@ impl SpoolReader {
         &mut self,
         select: &'static str,
         ids: impl Iterator<Item = i64>,
-    ) -> Result<Vec<sqlx::sqlite::SqliteRow>, sqlx::Error> {
+    ) -> Result<Vec<SqliteRow>, sqlx::Error> {
         // Numbers only, so that any count of them is one statement.
         let ids: Vec<String> = ids.map(|id| id.to_string()).collect();
         let sql = format!("{select} WHERE id IN (SELECT value FROM json_each(?))");
@@ -748,25 +447,4 @@ fn quality_of(number: u8) -> Result<Quality, sqlx::Error> {
 
 fn damaged(what: &str) -> sqlx::Error {
     sqlx::Error::Protocol(format!("the spool is damaged: {what}"))
-}
-
-#[cfg(test)]
-impl SqliteStore {
-    /// Keeps a device out at its next login.
-    pub(in crate::store) async fn disable(&mut self, device: &str) {
-        sqlx::query("UPDATE devices SET enabled = 0 WHERE name = ?")
-            .bind(device)
-            .execute(self.spool_conn().unwrap())
-            .await
-            .unwrap();
-    }
-
-    /// Lets all streams begin again behind this number.
-    pub(in crate::store) async fn set_durable_seq(&mut self, seq: i64) {
-        sqlx::query("UPDATE streams SET durable_seq = ?")
-            .bind(seq)
-            .execute(self.spool_conn().unwrap())
-            .await
-            .unwrap();
-    }
 }
