@@ -10,6 +10,9 @@ use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Cli, Error, LogFormat};
 
+/// What Postgres says as it goes down, the store says better.
+const LEVELS: &str = "info,sqlx::postgres::notice=error";
+
 fn main() -> ExitCode {
     let done = cli::parse(std::env::args_os()).and_then(carry_out);
     let Err(error) = done else {
@@ -38,7 +41,7 @@ fn carry_out(cli: Cli) -> Result<(), Error> {
 fn start_log(format: LogFormat) -> Result<(), Error> {
     let levels = match std::env::var("RUST_LOG") {
         Ok(levels) if !levels.is_empty() => levels,
-        _ => "info".to_owned(),
+        _ => LEVELS.to_owned(),
     };
     let filter = EnvFilter::try_new(&levels)
         .map_err(|error| Error::Usage(format!("RUST_LOG={levels:?}: {error}")))?;

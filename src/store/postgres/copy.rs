@@ -4,6 +4,8 @@
 //! for each field its length (-1 for NULL) and its value, all big-endian; -1 at the end. See
 //! <https://www.postgresql.org/docs/current/sql-copy.html>, "Binary Format".
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use sqlx::PgConnection;
 
 use super::timestamp::Timestamp;
@@ -12,6 +14,21 @@ const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 const TRAILER: [u8; 2] = (-1_i16).to_be_bytes();
 /// What is sent at once: the server works on it while the next is put together.
 const CHUNK_BYTES: usize = 64 * 1024;
+
+/// Whether the server still takes something: how long a large batch may take is for the server to say.
+#[derive(Debug, Default)]
+pub(super) struct Progress(AtomicU64);
+
+impl Progress {
+    fn make(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Grows as long as there is some.
+    pub(super) fn made(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
 
 /// Rows in the making.
 pub(super) struct Rows {
@@ -70,6 +87,7 @@ pub(super) async fn copy<T: Sync>(
     conn: &mut PgConnection,
     table: &str,
     items: &[T],
+    progress: &Progress,
     write: impl Fn(&mut Rows, &T) + Send,
 ) -> Result<(), sqlx::Error> {
     if items.is_empty() {
@@ -86,6 +104,7 @@ pub(super) async fn copy<T: Sync>(
         write(&mut rows, item);
         if rows.bytes.len() >= CHUNK_BYTES {
             copy.send(rows.bytes.as_slice()).await?;
+            progress.make();
             rows.bytes.clear();
         }
     }

@@ -13,11 +13,13 @@
 //!   batch comes again on a new one, and the ledger passes over what is stored already.
 
 use std::borrow::Cow;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::{Connection, PgConnection};
 
+use self::copy::Progress;
 pub use self::open::{OpenError, migrate, open_reader};
 use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
@@ -35,7 +37,7 @@ pub(super) mod tests;
 mod timestamp;
 mod write;
 
-/// A server that has not answered for so long is given up, and connected to anew: the network may have
+/// A server that has not gone on for so long is given up, and connected to anew: the network may have
 /// lost the connection without a word.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -104,18 +106,15 @@ async fn connect(settings: &PostgresSettings) -> Result<PgConnection, OpenError>
 impl Store for PostgresStore {
     async fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
         let mut writer = self.writer().await?;
+        let progress = Arc::clone(&writer.progress);
         let attempt = async {
             self.partitions.make_for(&batch.entries).await;
             writer.commit(batch).await
         };
-        match tokio::time::timeout(COMMIT_TIMEOUT, attempt).await {
-            Ok(Ok(committed)) => {
-                self.writer = Some(writer);
-                Ok(committed)
-            }
-            Ok(Err(error)) => Err(classify(&error)),
-            Err(_) => Err(no_answer()),
-        }
+        let committed = while_answering(attempt, &progress).await?;
+        let committed = committed.map_err(|error| classify(&error))?;
+        self.writer = Some(writer);
+        Ok(committed)
     }
 
     async fn close(self) -> Result<(), StoreError> {
@@ -125,6 +124,22 @@ impl Store for PostgresStore {
         // Everything is durable already; this is only to be polite.
         let _ = writer.conn.close().await;
         Ok(())
+    }
+}
+
+/// Awaits something that the server does, for as long as it goes on with it.
+async fn while_answering<T>(
+    attempt: impl Future<Output = T>,
+    progress: &Progress,
+) -> Result<T, StoreError> {
+    let mut attempt = pin!(attempt);
+    let mut made = progress.made();
+    loop {
+        match tokio::time::timeout(COMMIT_TIMEOUT, &mut attempt).await {
+            Ok(done) => return Ok(done),
+            Err(_) if progress.made() > made => made = progress.made(),
+            Err(_) => return Err(no_answer()),
+        }
     }
 }
 

@@ -5,13 +5,14 @@
 //! - Nobody gets a connection that writes to a server that does not sync each commit, unless the
 //!   operator has said that this may be.
 
+use std::io;
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use sqlx::migrate::{Migrate, MigrateError, Migrator};
 use sqlx::{ConnectOptions, Connection, PgConnection};
 
-use super::code;
+use super::{code, run};
 use crate::store::url::PostgresUrl;
 
 /// Name of the table of the migrations that were applied; the database may hold other things, which
@@ -41,6 +42,13 @@ const TABLES: [&str; 11] = [
 const VERSION_MIN: i32 = 140_000;
 /// Without these, a server that crashes may have lost what it said was committed.
 const DURABILITY_SETTINGS: [&str; 3] = ["fsync", "full_page_writes", "synchronous_commit"];
+
+/// The locks of a gateway that froze, or whose network is gone, are what other gateways wait for: the
+/// server shall find out.
+const WRITER_SETTINGS: &str = "SET default_transaction_read_only = off;
+    SET idle_in_transaction_session_timeout = '30s'; SET tcp_keepalives_idle = 30;
+    SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3";
+const READER_SETTINGS: &str = "SET default_transaction_read_only = on";
 
 /// How long the server may take to let a connection in.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -219,7 +227,7 @@ pub(super) async fn connect(
     url: &PostgresUrl,
     allows_data_loss: bool,
 ) -> Result<PgConnection, OpenError> {
-    let mut conn = connect_as(url, "off").await?;
+    let mut conn = connect_as(url, WRITER_SETTINGS).await?;
     refuse_unfit(&mut conn, url).await?;
     let lacking = unsafe_settings(&mut conn).await;
     let lacking = lacking.map_err(|error| open_error(url, error))?;
@@ -238,7 +246,7 @@ pub(super) async fn connect(
 /// # Errors
 /// As for [`super::PostgresStore::open`].
 pub async fn migrate(url: &PostgresUrl) -> Result<(i64, i64), OpenError> {
-    let mut conn = connect_as(url, "off").await?;
+    let mut conn = connect_as(url, WRITER_SETTINGS).await?;
     refuse_unfit(&mut conn, url).await?;
     let before = bring_up_to_date(&mut conn, url).await?;
     conn.close().await.map_err(|error| open_error(url, error))?;
@@ -266,7 +274,7 @@ pub(super) async fn bring_up_to_date(
 /// # Errors
 /// The server does not let us in, or what is there is no store of this program's present schema.
 pub async fn open_reader(url: &PostgresUrl) -> Result<PgConnection, OpenError> {
-    let mut conn = connect_as(url, "on").await?;
+    let mut conn = connect_as(url, READER_SETTINGS).await?;
     match refuse_foreign(&mut conn, url).await? {
         0 => Err(OpenError::Missing { url: url.clone() }),
         found if found < latest_known() => Err(OpenError::Older { url: url.clone() }),
@@ -274,12 +282,14 @@ pub async fn open_reader(url: &PostgresUrl) -> Result<PgConnection, OpenError> {
     }
 }
 
-async fn connect_as(url: &PostgresUrl, read_only: &str) -> Result<PgConnection, OpenError> {
-    let options = url
-        .options()
-        .options([("default_transaction_read_only", read_only)])
-        .disable_statement_logging();
-    match tokio::time::timeout(CONNECT_TIMEOUT, options.connect()).await {
+async fn connect_as(url: &PostgresUrl, settings: &str) -> Result<PgConnection, OpenError> {
+    let options = url.options().disable_statement_logging();
+    let connecting = async {
+        let mut conn = options.connect().await?;
+        run(&mut conn, settings).await?;
+        Ok(conn)
+    };
+    match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
         Ok(connected) => connected.map_err(|error| open_error(url, error)),
         Err(_) => Err(OpenError::Unreachable {
             url: url.clone(),
@@ -366,6 +376,9 @@ fn latest_known() -> i64 {
 pub(super) fn reason(error: &sqlx::Error) -> String {
     match error {
         sqlx::Error::Database(error) => error.message().to_owned(),
+        sqlx::Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            "the server closed the connection".to_owned()
+        }
         sqlx::Error::Io(error) => error.to_string(),
         error => error.to_string(),
     }

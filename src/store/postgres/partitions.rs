@@ -96,7 +96,6 @@ impl Partitions {
                         reason = reason(&error),
                         "no partition could be made for a day; its readings go to the default one"
                     );
-                    *maker = None;
                     self.lock().retry_at = Some(Instant::now() + RETRY_AFTER);
                     return;
                 }
@@ -132,14 +131,17 @@ impl Partitions {
     }
 
     async fn make(&self, maker: &mut Option<PgConnection>, day: i64) -> Result<(), sqlx::Error> {
-        if maker.is_none() {
-            let connected = super::open::connect(&self.url, true).await;
-            *maker = Some(connected.map_err(|error| sqlx::Error::Protocol(error.to_string()))?);
-        }
-        let Some(conn) = maker else {
-            return Ok(());
+        // Given up unless all goes well, and if this is cancelled.
+        let mut conn = match maker.take() {
+            Some(conn) => conn,
+            None => {
+                let connected = super::open::connect(&self.url, true).await;
+                connected.map_err(|error| sqlx::Error::Protocol(error.to_string()))?
+            }
         };
-        make(conn, day).await
+        make(&mut conn, day).await?;
+        *maker = Some(conn);
+        Ok(())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Known> {

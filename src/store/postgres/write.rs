@@ -7,16 +7,17 @@
 //!   by the ledger, logins, declares and clocks by their keys, the audit trail by looking first.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use sqlx::PgConnection;
 
 use super::admit::Admissions;
-use super::copy::copy;
+use super::copy::{Progress, copy};
 use super::open::reason;
 use super::run;
 use super::timestamp::Timestamp;
 use crate::clock::BootClock;
-use crate::store::ledger::{UnknownStream, Watermarks};
+use crate::store::ledger::{self, UnknownStream, Watermarks};
 use crate::store::rows::{EventRow, Frame, resolved_time, sorted_runs};
 use crate::store::{Batch, Committed, Content, DeviceEvent, DeviceId, Entry, StreamId};
 
@@ -39,6 +40,7 @@ pub(super) struct Writer {
     pub(super) conn: PgConnection,
     /// Ids taken from the sequence and not given to a frame.
     frame_ids: std::ops::Range<i64>,
+    pub(super) progress: Arc<Progress>,
 }
 
 impl Writer {
@@ -46,6 +48,7 @@ impl Writer {
         Self {
             conn,
             frame_ids: 0..0,
+            progress: Arc::default(),
         }
     }
 
@@ -122,20 +125,26 @@ impl Writer {
     async fn store_ledger(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
         let table =
             "frames (id, stream_id, seq, type, received_at, readings, quality, clock_offset_us)";
-        copy(&mut self.conn, table, frames, |rows, frame| {
-            let entry = frame.item.entry;
-            rows.row(8)
-                .int8(frame.id)
-                .int8(entry.stream.0)
-                .int8(entry.seq.cast_signed())
-                .int2(entry.frame_type.into())
-                .timestamptz(entry.received_at_us)
-                .int4(frame.item.readings() as i32);
-            match resolved_time(entry) {
-                Some(time) => rows.int2(time.quality as i16).int8(time.offset_us),
-                None => rows.null().null(),
-            };
-        })
+        copy(
+            &mut self.conn,
+            table,
+            frames,
+            &self.progress,
+            |rows, frame| {
+                let entry = frame.item.entry;
+                rows.row(8)
+                    .int8(frame.id)
+                    .int8(entry.stream.0)
+                    .int8(entry.seq.cast_signed())
+                    .int2(entry.frame_type.into())
+                    .timestamptz(entry.received_at_us)
+                    .int4(frame.item.readings() as i32);
+                match resolved_time(entry) {
+                    Some(time) => rows.int2(time.quality as i16).int8(time.offset_us),
+                    None => rows.null().null(),
+                };
+            },
+        )
         .await
     }
 
@@ -143,7 +152,7 @@ impl Writer {
     async fn store_readings(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
         let runs = sorted_runs(frames);
         let table = "readings (series_id, ts, frame_id, value)";
-        copy(&mut self.conn, table, &runs, |rows, run| {
+        copy(&mut self.conn, table, &runs, &self.progress, |rows, run| {
             for (series, ts_us, frame, value) in run.readings() {
                 rows.row(4)
                     .int8(series)
@@ -163,14 +172,20 @@ impl Writer {
             }
         }
         let table = "gaps (stream_id, from_seq, to_seq, reason, received_at)";
-        copy(&mut self.conn, table, &gaps, |rows, (item, reason)| {
-            rows.row(5)
-                .int8(item.entry.stream.0)
-                .int8(item.first_seq.cast_signed())
-                .int8(item.entry.seq.cast_signed())
-                .int2((*reason).into())
-                .timestamptz(item.entry.received_at_us);
-        })
+        copy(
+            &mut self.conn,
+            table,
+            &gaps,
+            &self.progress,
+            |rows, (item, reason)| {
+                rows.row(5)
+                    .int8(item.entry.stream.0)
+                    .int8(item.first_seq.cast_signed())
+                    .int8(item.entry.seq.cast_signed())
+                    .int2((*reason).into())
+                    .timestamptz(item.entry.received_at_us);
+            },
+        )
         .await
     }
 
@@ -210,7 +225,7 @@ impl Writer {
         if moved.is_empty() {
             return Ok(());
         }
-        let column = |value: fn(&(StreamId, crate::store::ledger::Progress)) -> i64| {
+        let column = |value: fn(&(StreamId, ledger::Progress)) -> i64| {
             moved.iter().map(value).collect::<Vec<i64>>()
         };
         sqlx::query(
