@@ -142,7 +142,8 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_JOURNAL")]
     pub journal: PathBuf,
 
-    /// Store of the gateway, as sqlite://PATH
+    /// Store of the gateway, as sqlite://PATH or postgres://USER@HOST/DATABASE; a password is better
+    /// left to PGPASSWORD or ~/.pgpass
     #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", value_parser = store,
           default_value = "sqlite://fieldgate-data/fieldgate.db")]
     pub store: StoreUrl,

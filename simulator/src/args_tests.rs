@@ -157,10 +157,7 @@ fn wrong_values_are_refused_with_what_would_be_right() {
         ),
         ("verify", "--journal <FILE>"),
         ("verify --journal a --store b.db", "write sqlite://b.db"),
-        (
-            "verify --journal a --store postgres://b",
-            "is not supported",
-        ),
+        ("verify --journal a --store mysql://b", "is not supported"),
         ("bench --store sqlite://", "names no file"),
     ];
     for (line, expected) in cases {
@@ -174,6 +171,10 @@ fn verify_and_bench_take_their_flags() {
     let verify = parse("verify --journal a.jsonl --store sqlite://b.db");
     assert!(
         matches!(verify, Ok(Command::Verify(args)) if args.store.to_string() == "sqlite://b.db")
+    );
+    let verify = parse("verify --journal a.jsonl --store postgres://ann:secret@b/c");
+    assert!(
+        matches!(verify, Ok(Command::Verify(args)) if args.store.to_string() == "postgres://ann@b:5432/c")
     );
     assert!(matches!(parse("bench"), Ok(Command::Bench(args)) if !args.quick));
     assert!(matches!(parse("bench --quick"), Ok(Command::Bench(args)) if args.quick));

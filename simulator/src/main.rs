@@ -161,7 +161,7 @@ async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
         eprintln!("the journal has no end: the run was killed; what it tells is compared");
     }
     let progress = BarOnDrop(Progress::new(ledger.devices.len() as u64));
-    let verdict = verify::verify(ledger, sqlite_path(&args.store), |done| {
+    let verdict = verify::verify(ledger, &args.store, |done| {
         progress.0.show(done, "devices".into())
     })
     .await

@@ -8,14 +8,13 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::path::Path;
 use std::sync::Arc;
 
-use fieldgate::store::sqlite::{OpenError, open_reader};
+use fieldgate::store::reader::{OpenError, ReadError, Reader, Row};
+use fieldgate::store::url::StoreUrl;
 use fieldgate_protocol::column::scaled;
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
-use sqlx::{Row, SqliteConnection};
 
 use crate::encode::refusal_code;
 use crate::journal::{DeviceLedger, Ledger};
@@ -36,7 +35,7 @@ pub enum VerifyError {
     Open(#[from] OpenError),
     /// The store cannot be read.
     #[error("cannot read the store: {0}")]
-    Read(#[from] sqlx::Error),
+    Read(#[from] ReadError),
 }
 
 /// What came of the comparison.
@@ -107,14 +106,14 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// Compares a journal with the store at `path`. `progress` hears of every device done.
+/// Compares a journal with the store. `progress` hears of every device done.
 pub async fn verify(
     ledger: Ledger,
-    path: &Path,
+    store: &StoreUrl,
     mut progress: impl FnMut(u64),
 ) -> Result<Verdict, VerifyError> {
     let script = Arc::new(ledger.plan.open()?);
-    let mut store = open_reader(path).await?;
+    let mut store = Reader::open(store).await?;
     let mut verdict = Verdict::default();
     for (index, journaled) in ledger.devices.iter().enumerate() {
         let device = script.device(index as u32);
@@ -134,15 +133,15 @@ pub async fn verify(
 #[derive(Clone, Copy)]
 struct StoredFrame {
     seq: u64,
-    frame_type: u8,
+    frame_type: i64,
     readings: u64,
     clock_offset_us: i64,
     /// Why it is in quarantine, if it is.
-    code: Option<u8>,
+    code: Option<i64>,
 }
 
 /// The code of a frame whose payload was damaged on the way twice.
-const DAMAGED: u8 = Code::PayloadCrcTwice as u8;
+const DAMAGED: i64 = Code::PayloadCrcTwice as i64;
 
 /// A reading, in the order in which both sides are sorted: number, time on the device's clock, value.
 type Sample = (u64, i64, Option<u64>);
@@ -155,23 +154,21 @@ struct Comparison<'a> {
 }
 
 impl Comparison<'_> {
-    async fn run(
-        &self,
-        store: &mut SqliteConnection,
-        verdict: &mut Verdict,
-    ) -> Result<(), sqlx::Error> {
+    async fn run(&self, store: &mut Reader, verdict: &mut Verdict) -> Result<(), ReadError> {
         verdict.devices += 1;
         verdict.frames_acked += self.journaled.acked;
-        let stream: Option<(i64, i64, i64)> = sqlx::query_as(
-            "SELECT devices.id, streams.id, streams.durable_seq FROM devices \
-             JOIN streams ON streams.device_id = devices.id \
-             WHERE devices.name = ? AND streams.stream = ?",
-        )
-        .bind(self.device.name())
-        .bind(self.device.stream() as i64)
-        .fetch_optional(&mut *store)
-        .await?;
-        let Some((device, stream, durable_seq)) = stream else {
+        let found = store
+            .rows(
+                "SELECT devices.id, streams.id, streams.durable_seq FROM devices \
+                 JOIN streams ON streams.device_id = devices.id \
+                 WHERE devices.name = $1 AND streams.stream = $2",
+                &[
+                    self.device.name().into(),
+                    self.device.stream().cast_signed().into(),
+                ],
+            )
+            .await?;
+        let Some(found) = found.first() else {
             if self.journaled.acked > 0 {
                 verdict.differ(|| {
                     let acked = self.journaled.acked;
@@ -183,8 +180,10 @@ impl Comparison<'_> {
             }
             return Ok(());
         };
+        let (device, stream) = (found.integer(0)?, found.integer(1)?);
+        let durable_seq = found.integer(2)?.cast_unsigned();
         let frames = load_frames(store, stream).await?;
-        self.compare_ledger(&frames, durable_seq as u64, verdict);
+        self.compare_ledger(&frames, durable_seq, verdict);
         self.compare_quarantine(&frames, verdict);
         self.compare_readings(store, device, &frames, verdict).await
     }
@@ -243,7 +242,9 @@ impl Comparison<'_> {
         for frame in stored {
             let expected = match self.device.frame(frame.seq, &mut buffer) {
                 Some(_) if frame.code == Some(DAMAGED) => Some((frame.frame_type, 0)),
-                Some(FrameContent::Readings(readings)) => Some((types::DATA, readings.count())),
+                Some(FrameContent::Readings(readings)) => {
+                    Some((types::DATA.into(), readings.count()))
+                }
                 // The type on the wire is part of what may be wrong with it.
                 Some(FrameContent::Malformed { .. }) => Some((frame.frame_type, 0)),
                 None => None,
@@ -272,7 +273,7 @@ impl Comparison<'_> {
         let mut buffer = Readings::default();
         for frame in frames.values() {
             let expected = match self.device.frame(frame.seq, &mut buffer) {
-                Some(FrameContent::Malformed { variant, .. }) => Some(refusal_code(variant) as u8),
+                Some(FrameContent::Malformed { variant, .. }) => Some(refusal_code(variant) as i64),
                 _ => None,
             };
             match frame.code {
@@ -288,7 +289,8 @@ impl Comparison<'_> {
             }
         }
         for (seq, code) in &self.journaled.quarantined {
-            let is_kept = |frame: &StoredFrame| frame.seq == *seq && frame.code == Some(*code);
+            let is_kept =
+                |frame: &StoredFrame| frame.seq == *seq && frame.code == Some((*code).into());
             if !frames.values().any(is_kept) {
                 verdict.differ(|| {
                     format!(
@@ -302,11 +304,11 @@ impl Comparison<'_> {
 
     async fn compare_readings(
         &self,
-        store: &mut SqliteConnection,
+        store: &mut Reader,
         device: i64,
         frames: &HashMap<i64, StoredFrame>,
         verdict: &mut Verdict,
-    ) -> Result<(), sqlx::Error> {
+    ) -> Result<(), ReadError> {
         let understood = frames.values().filter(|frame| frame.code.is_none());
         let mut seqs: Vec<u64> = understood.map(|frame| frame.seq).collect();
         seqs.sort_unstable();
@@ -379,62 +381,72 @@ fn stored_bits(readings: &Readings, column: usize, row: usize, exp10: i8) -> Opt
 }
 
 async fn load_frames(
-    store: &mut SqliteConnection,
+    store: &mut Reader,
     stream: i64,
-) -> Result<HashMap<i64, StoredFrame>, sqlx::Error> {
-    let rows = sqlx::query(
-        "SELECT frames.id, frames.seq, type, readings, coalesce(clock_offset_us, 0), code \
-         FROM frames LEFT JOIN quarantine USING (stream_id, seq) WHERE stream_id = ?",
-    )
-    .bind(stream)
-    .fetch_all(store)
-    .await?;
-    rows.iter()
-        .map(|row| {
-            let frame = StoredFrame {
-                seq: row.try_get::<i64, _>(1)? as u64,
-                frame_type: row.try_get(2)?,
-                readings: row.try_get::<i64, _>(3)? as u64,
-                clock_offset_us: row.try_get(4)?,
-                code: row.try_get(5)?,
-            };
-            Ok((row.try_get(0)?, frame))
-        })
-        .collect()
+) -> Result<HashMap<i64, StoredFrame>, ReadError> {
+    let rows = store
+        .rows(
+            "SELECT frames.id, frames.seq, type, readings, coalesce(clock_offset_us, 0), code \
+             FROM frames LEFT JOIN quarantine USING (stream_id, seq) WHERE stream_id = $1",
+            &[stream.into()],
+        )
+        .await?;
+    let frame = |row: &Row| {
+        let frame = StoredFrame {
+            seq: row.integer(1)?.cast_unsigned(),
+            frame_type: row.integer(2)?,
+            readings: row.integer(3)?.cast_unsigned(),
+            clock_offset_us: row.integer(4)?,
+            code: row.integer_or_null(5)?,
+        };
+        Ok((row.integer(0)?, frame))
+    };
+    rows.iter().map(frame).collect()
 }
 
 /// The readings of a channel that came with one of `frames`; other streams write to the same series.
 async fn load_samples(
-    store: &mut SqliteConnection,
+    store: &mut Reader,
     device: i64,
     channel: &Channel,
     frames: &HashMap<i64, StoredFrame>,
-) -> Result<Vec<Sample>, sqlx::Error> {
-    let rows: Vec<(i64, i64, Option<f64>)> = sqlx::query_as(
-        "SELECT readings.frame_id, readings.ts, readings.value FROM series \
-         CROSS JOIN readings ON readings.series_id = series.id \
-         WHERE series.device_id = ? AND series.channel = ? AND series.unit = ? \
-         AND series.kind = ?",
-    )
-    .bind(device)
-    .bind(&channel.name)
-    .bind(&channel.unit)
-    .bind(channel.kind.name())
-    .fetch_all(store)
-    .await?;
-    let mut samples: Vec<Sample> = rows
-        .into_iter()
-        .filter_map(|(frame_id, ts_us, value)| {
-            let frame = frames.get(&frame_id)?;
-            Some((
-                frame.seq,
-                ts_us - frame.clock_offset_us,
-                value.map(f64::to_bits),
-            ))
-        })
-        .collect();
+) -> Result<Vec<Sample>, ReadError> {
+    let series = store
+        .rows(
+            "SELECT id FROM series \
+             WHERE device_id = $1 AND channel = $2 AND unit = $3 AND kind = $4",
+            &[
+                device.into(),
+                channel.name.as_str().into(),
+                channel.unit.as_str().into(),
+                channel.kind.name().into(),
+            ],
+        )
+        .await?;
+    let mut samples = Vec::new();
+    let Some(series) = series.first() else {
+        return Ok(samples);
+    };
+    let sql = "SELECT frame_id, ts, value FROM readings WHERE series_id = $1";
+    let on_row = |row: Row| {
+        samples.extend(sample(&row, frames)?);
+        Ok(())
+    };
+    store
+        .each(sql, &[series.integer(0)?.into()], on_row)
+        .await?;
     samples.sort_unstable();
     Ok(samples)
+}
+
+/// `None` if it came with a frame of another stream.
+fn sample(row: &Row, frames: &HashMap<i64, StoredFrame>) -> Result<Option<Sample>, ReadError> {
+    let Some(frame) = frames.get(&row.integer(0)?) else {
+        return Ok(None);
+    };
+    let time_us = row.integer(1)? - frame.clock_offset_us;
+    let bits = row.real_or_null(2)?.map(f64::to_bits);
+    Ok(Some((frame.seq, time_us, bits)))
 }
 
 /// What only one of two sorted lists has; `true` for the second. Repeated items count.

@@ -1,16 +1,14 @@
 //! `fieldgate device`: who has connected, and all that is known of one of them.
 
 use std::io::Write;
-use std::path::Path;
 
 use clap::Subcommand;
-use fieldgate::store::sqlite::open_reader;
-use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, SqliteConnection};
+use fieldgate::store::reader::{Argument, Reader, Row};
+use fieldgate::store::url::StoreUrl;
 
 use super::Error;
 use super::nearest::near;
-use super::output::{self, Grid, count, utc, utc_text, write_facts};
+use super::output::{self, Grid, count, show_utc, utc_text, write_facts};
 use super::quarantine::code_text;
 use super::value::Value;
 
@@ -31,23 +29,25 @@ pub enum DeviceCommand {
 }
 
 /// Does what was asked for.
-pub async fn device(path: &Path, command: &DeviceCommand) -> Result<(), Error> {
-    let mut connection = open_reader(path).await?;
+pub async fn device(store: &StoreUrl, command: &DeviceCommand) -> Result<(), Error> {
+    let mut reader = Reader::open(store).await?;
     match command {
-        DeviceCommand::List => list(&mut connection).await,
-        DeviceCommand::Show { name } => show(&mut connection, name).await,
+        DeviceCommand::List => list(&mut reader).await,
+        DeviceCommand::Show { name } => show(&mut reader, name).await,
     }
 }
 
-async fn list(connection: &mut SqliteConnection) -> Result<(), Error> {
-    let rows = sqlx::query(
-        "SELECT d.name, CASE d.enabled WHEN 0 THEN 'no' ELSE 'yes' END, d.firmware, d.last_seen_at,
-             count(s.id), coalesce(sum(s.frames), 0), coalesce(sum(s.readings), 0)
-         FROM devices AS d LEFT JOIN streams AS s ON s.device_id = d.id
-         GROUP BY d.id ORDER BY d.name",
-    )
-    .fetch_all(connection)
-    .await?;
+async fn list(reader: &mut Reader) -> Result<(), Error> {
+    let rows = reader
+        .rows(
+            "SELECT d.name, CASE d.enabled WHEN 0 THEN 'no' ELSE 'yes' END, d.firmware,
+                 d.last_seen_at, count(s.id), CAST(coalesce(sum(s.frames), 0) AS BIGINT),
+                 CAST(coalesce(sum(s.readings), 0) AS BIGINT)
+             FROM devices AS d LEFT JOIN streams AS s ON s.device_id = d.id
+             GROUP BY d.id ORDER BY d.name COLLATE \"C\"",
+            &[],
+        )
+        .await?;
     let headers = [
         "name",
         "enabled",
@@ -61,38 +61,42 @@ async fn list(connection: &mut SqliteConnection) -> Result<(), Error> {
     if rows.is_empty() {
         writeln!(out, "no devices yet")?;
     } else {
-        grid(headers, &rows, |row| show_utc(row, 3))?.write(&mut out)?;
-        writeln!(out, "({})", count(rows.len() as u64, "device"))?;
+        let devices = count(rows.len() as u64, "device");
+        grid(headers, rows, |row| show_utc(row, 3)).write(&mut out)?;
+        writeln!(out, "({devices})")?;
     }
     out.flush()?;
     Ok(())
 }
 
-async fn show(connection: &mut SqliteConnection, name: &str) -> Result<(), Error> {
-    let device = sqlx::query(
-        "SELECT id, enabled, firmware, first_seen_at, last_seen_at FROM devices WHERE name = ?",
-    )
-    .bind(name)
-    .fetch_optional(&mut *connection)
-    .await?;
-    let Some(device) = device else {
-        return Err(unknown(connection, name).await?);
-    };
-    let id: i64 = device.try_get(0)?;
-    let mut out = output::stdout();
-    write_facts(&facts(name, &device)?, &mut out)?;
-    for section in SECTIONS {
-        write_section(connection, id, section, &mut out).await?;
-    }
-    out.flush()?;
-    Ok(())
-}
-
-async fn unknown(connection: &mut SqliteConnection, name: &str) -> Result<Error, Error> {
-    let names: Vec<String> = sqlx::query_scalar("SELECT name FROM devices")
-        .fetch_all(connection)
+async fn show(reader: &mut Reader, name: &str) -> Result<(), Error> {
+    let device = reader
+        .rows(
+            "SELECT id, enabled, firmware, first_seen_at, last_seen_at FROM devices
+             WHERE name = $1",
+            &[name.into()],
+        )
         .await?;
-    let near = near(name, names.iter().map(String::as_str));
+    let Some(device) = device.first() else {
+        return Err(unknown(reader, name).await?);
+    };
+    let id = device.integer(0)?;
+    let mut out = output::stdout();
+    write_facts(&facts(name, device)?, &mut out)?;
+    for section in SECTIONS {
+        write_section(reader, id, section, &mut out).await?;
+    }
+    out.flush()?;
+    Ok(())
+}
+
+async fn unknown(reader: &mut Reader, name: &str) -> Result<Error, Error> {
+    let rows = reader.rows("SELECT name FROM devices", &[]).await?;
+    let mut names = Vec::with_capacity(rows.len());
+    for row in &rows {
+        names.extend(row.text_or_null(0)?);
+    }
+    let near = near(name, names);
     Ok(Error::Failed(if near.is_empty() {
         format!("no device is named {name:?}; `fieldgate device list` shows all")
     } else {
@@ -103,17 +107,17 @@ async fn unknown(connection: &mut SqliteConnection, name: &str) -> Result<Error,
     }))
 }
 
-fn facts(name: &str, device: &SqliteRow) -> Result<Vec<(&'static str, String)>, Error> {
-    let time = |index| -> Result<String, Error> {
-        let us: Option<i64> = device.try_get(index)?;
+fn facts(name: &str, device: &Row) -> Result<Vec<(&'static str, String)>, Error> {
+    let time = |column| -> Result<String, Error> {
+        let us = device.integer_or_null(column)?;
         Ok(us.map_or_else(|| "never".to_owned(), utc_text))
     };
-    let is_enabled: bool = device.try_get(1)?;
-    let firmware: Option<String> = device.try_get(2)?;
+    let is_enabled = device.integer(1)? != 0;
+    let firmware = device.text_or_null(2)?;
     Ok(vec![
         ("device", name.to_owned()),
         ("enabled", if is_enabled { "yes" } else { "no" }.to_owned()),
-        ("firmware", firmware.unwrap_or_default()),
+        ("firmware", firmware.unwrap_or_default().to_owned()),
         ("first seen", time(3)?),
         ("last seen", time(4)?),
     ])
@@ -140,14 +144,15 @@ const SECTIONS: [&Section; 6] = [
                       ORDER BY r.ts DESC, r.frame_id DESC LIMIT 1),
                   (SELECT r.value FROM readings AS r WHERE r.series_id = s.id
                       ORDER BY r.ts DESC, r.frame_id DESC LIMIT 1)
-              FROM series AS s WHERE s.device_id = ? ORDER BY s.channel, s.unit, s.id",
+              FROM series AS s WHERE s.device_id = $1
+              ORDER BY s.channel COLLATE \"C\", s.unit COLLATE \"C\", s.id",
         headers: &["channel", "unit", "kind", "newest reading", "value"],
         mend: |row| show_utc(row, 3),
         limit: None,
     },
     &Section {
         title: "schemas",
-        sql: "SELECT schema, hash FROM schemas WHERE device_id = ? ORDER BY schema",
+        sql: "SELECT schema, hash FROM schemas WHERE device_id = $1 ORDER BY schema",
         headers: &["schema", "hash"],
         mend: |_| (),
         limit: None,
@@ -155,7 +160,7 @@ const SECTIONS: [&Section; 6] = [
     &Section {
         title: "streams, newest first",
         sql: "SELECT stream, durable_seq, frames, readings, created_at FROM streams
-              WHERE device_id = ?1 ORDER BY id DESC LIMIT ?2",
+              WHERE device_id = $1 ORDER BY id DESC LIMIT $2",
         headers: &["stream", "durable seq", "frames", "readings", "created"],
         mend: |row| show_utc(row, 4),
         limit: Some(LINES_SHOWN),
@@ -164,9 +169,9 @@ const SECTIONS: [&Section; 6] = [
         title: "gaps, newest first",
         sql: "SELECT st.stream, g.from_seq, g.to_seq,
                   CASE g.reason WHEN 0 THEN 'overwritten' WHEN 1 THEN 'queue damaged'
-                      WHEN 2 THEN 'erased' ELSE g.reason END, g.received_at
+                      WHEN 2 THEN 'erased' ELSE CAST(g.reason AS TEXT) END, g.received_at
               FROM streams AS st JOIN gaps AS g ON g.stream_id = st.id
-              WHERE st.device_id = ?1 ORDER BY g.received_at DESC, g.from_seq DESC LIMIT ?2",
+              WHERE st.device_id = $1 ORDER BY g.received_at DESC, g.from_seq DESC LIMIT $2",
         headers: &["stream", "from seq", "to seq", "reason", "received"],
         mend: |row| show_utc(row, 4),
         limit: Some(LINES_SHOWN),
@@ -174,7 +179,7 @@ const SECTIONS: [&Section; 6] = [
     &Section {
         title: "clocks, newest first",
         sql: "SELECT boot, offset_us, delay_us, measured_at FROM clocks
-              WHERE device_id = ?1 ORDER BY measured_at DESC LIMIT ?2",
+              WHERE device_id = $1 ORDER BY measured_at DESC LIMIT $2",
         headers: &["boot", "offset us", "delay us", "measured"],
         mend: |row| show_utc(row, 3),
         limit: Some(LINES_SHOWN),
@@ -182,7 +187,7 @@ const SECTIONS: [&Section; 6] = [
     &Section {
         title: "events, newest first",
         sql: "SELECT at, kind, code, detail FROM device_events
-              WHERE device_id = ?1 ORDER BY at DESC, rowid DESC LIMIT ?2",
+              WHERE device_id = $1 ORDER BY at DESC, id DESC LIMIT $2",
         headers: &["time", "kind", "code", "detail"],
         mend: mend_event,
         limit: Some(EVENTS_SHOWN),
@@ -190,16 +195,14 @@ const SECTIONS: [&Section; 6] = [
 ];
 
 async fn write_section(
-    connection: &mut SqliteConnection,
+    reader: &mut Reader,
     device: i64,
     section: &Section,
     out: &mut impl Write,
 ) -> Result<(), Error> {
-    let mut query = sqlx::query(section.sql).bind(device);
-    if let Some(limit) = section.limit {
-        query = query.bind(limit);
-    }
-    let rows = query.fetch_all(connection).await?;
+    let mut arguments = vec![Argument::from(device)];
+    arguments.extend(section.limit.map(Argument::from));
+    let rows = reader.rows(section.sql, &arguments).await?;
     if rows.is_empty() {
         writeln!(
             out,
@@ -215,27 +218,21 @@ async fn write_section(
         ""
     };
     writeln!(out, "\n{}{cut}", section.title)?;
-    grid(section.headers.iter().copied(), &rows, section.mend)?.write(out)?;
+    grid(section.headers.iter().copied(), rows, section.mend).write(out)?;
     Ok(())
 }
 
 fn grid<'a>(
     headers: impl IntoIterator<Item = &'a str>,
-    rows: &[SqliteRow],
+    rows: Vec<Row>,
     mend: fn(&mut [Value]),
-) -> Result<Grid, Error> {
+) -> Grid {
     let mut grid = Grid::new(headers);
-    for row in rows {
-        let mut values = Value::row(row)?;
+    for Row(mut values) in rows {
         mend(&mut values);
         grid.push(values);
     }
-    Ok(grid)
-}
-
-fn show_utc(row: &mut [Value], index: usize) {
-    let us = std::mem::replace(&mut row[index], Value::Null);
-    row[index] = utc(us);
+    grid
 }
 
 /// What a session ended with is a code of the protocol; what a device reports is its own.

@@ -5,23 +5,29 @@ use std::path::Path;
 
 use fieldgate::keys;
 use fieldgate::store::sqlite::{self, SqliteSettings};
+use fieldgate::store::{postgres, url::StoreUrl};
 
 use super::{Error, output};
 
-/// Brings the database at `path` up to date, and says what it was before.
-pub async fn migrate(data_dir: &Path, path: &Path) -> Result<(), Error> {
-    if path.starts_with(data_dir) {
-        keys::create_data_dir(data_dir)?;
-    }
-    let (before, after) = sqlite::migrate(path, &SqliteSettings::default()).await?;
+/// Brings the store up to date, and says what it was before.
+pub async fn migrate(data_dir: &Path, store: &StoreUrl) -> Result<(), Error> {
+    let (name, (before, after)) = match store {
+        StoreUrl::Sqlite(path) => {
+            if path.starts_with(data_dir) {
+                keys::create_data_dir(data_dir)?;
+            }
+            let migrated = sqlite::migrate(path, &SqliteSettings::default()).await?;
+            (path.display().to_string(), migrated)
+        }
+        StoreUrl::Postgres(url) => (url.to_string(), postgres::migrate(url).await?),
+    };
     let mut out = output::stdout();
-    let path = path.display();
     match before {
-        0 => writeln!(out, "{path}: created, its schema is at step {after}"),
-        _ if before == after => writeln!(out, "{path}: up to date, its schema is at step {after}"),
+        0 => writeln!(out, "{name}: created, its schema is at step {after}"),
+        _ if before == after => writeln!(out, "{name}: up to date, its schema is at step {after}"),
         _ => writeln!(
             out,
-            "{path}: its schema was at step {before} and is at step {after} now"
+            "{name}: its schema was at step {before} and is at step {after} now"
         ),
     }?;
     out.flush()?;

@@ -28,10 +28,10 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use fieldgate::config::{self, ConfigError, Settings};
 use fieldgate::keys::KeyError;
-use fieldgate::store::postgres;
+use fieldgate::store::reader::{OpenError, ReadError};
 use fieldgate::store::spool::SpoolError;
-use fieldgate::store::sqlite::OpenError;
 use fieldgate::store::url::StoreUrl;
+use fieldgate::store::{postgres, sqlite};
 
 use self::settings_file::FileError;
 
@@ -126,21 +126,30 @@ pub enum Error {
     /// The store cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The store cannot be opened.
-    #[error(transparent)]
-    OpenPostgres(#[from] postgres::OpenError),
     /// The spool cannot be opened.
     #[error(transparent)]
     Spool(#[from] SpoolError),
     /// The store did not answer.
-    #[error("the store does not answer: {}", sql_message(.0))]
-    Store(#[from] sqlx::Error),
+    #[error("the store does not answer: {0}")]
+    Store(#[from] ReadError),
     /// Whoever read the output is gone, or there is no room for it.
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
     /// Anything else.
     #[error("{0}")]
     Failed(String),
+}
+
+impl From<sqlite::OpenError> for Error {
+    fn from(error: sqlite::OpenError) -> Self {
+        Error::Open(error.into())
+    }
+}
+
+impl From<postgres::OpenError> for Error {
+    fn from(error: postgres::OpenError) -> Self {
+        Error::Open(error.into())
+    }
 }
 
 impl Error {
@@ -248,26 +257,15 @@ impl Cli {
 
     /// Does what was asked for.
     pub async fn carry_out(self) -> Result<(), Error> {
-        let path = match self.global.store() {
-            StoreUrl::Sqlite(path) => path,
-            StoreUrl::Postgres(_) => PathBuf::new(),
-        };
+        let store = self.global.store();
         match self.command {
             Command::Serve(args) => serve::serve(args.into_settings(self.global)).await,
-            Command::Query(args) => query::query(&path, &args).await,
-            Command::Device(command) => device::device(&path, &command).await,
-            Command::Quarantine(command) => quarantine::quarantine(&path, &command).await,
-            Command::Migrate => migrate::migrate(&self.global.data_dir, &path).await,
-            Command::Status => status::status(&path).await,
+            Command::Query(args) => query::query(&store, &args).await,
+            Command::Device(command) => device::device(&store, &command).await,
+            Command::Quarantine(command) => quarantine::quarantine(&store, &command).await,
+            Command::Migrate => migrate::migrate(&self.global.data_dir, &store).await,
+            Command::Status => status::status(&store).await,
         }
-    }
-}
-
-/// SQLite's own words, where they are.
-fn sql_message(error: &sqlx::Error) -> String {
-    match error.as_database_error() {
-        Some(error) => error.message().to_owned(),
-        None => error.to_string(),
     }
 }
 

@@ -7,7 +7,7 @@ use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
 use comfy_table::{Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use jiff::Timestamp;
 
-use super::value::Value;
+use super::value::{Value, Written};
 
 /// Below this, columns of a table are too narrow to be read, and each row becomes a block of lines.
 const COLUMN_WIDTH_MIN: usize = 10;
@@ -163,11 +163,10 @@ pub fn count(n: u64, noun: &str) -> String {
     }
 }
 
-/// A time as the store keeps it, in UTC to the second; other values as they are.
-pub fn utc(value: Value) -> Value {
-    match value {
-        Value::Integer(us) => Value::Text(utc_text(us)),
-        value => value,
+/// Makes a time in a row readable, in UTC to the second; what is no time stays as it is.
+pub fn show_utc(row: &mut [Value], column: usize) {
+    if let Value::Integer(us) = row[column] {
+        row[column] = Value::Text(utc_text(us));
     }
 }
 
@@ -220,7 +219,7 @@ mod tests {
         let mut grid = Grid::new(["name", "last seen", "frames", "readings", "firmware"]);
         grid.push(vec![
             "pump-1".into(),
-            utc(Value::Integer(1_772_000_000_000_000)),
+            utc_text(1_772_000_000_000_000).into(),
             7.into(),
             Value::Null,
             "1.0".into(),

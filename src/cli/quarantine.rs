@@ -1,19 +1,15 @@
 //! `fieldgate quarantine`: frames that arrived whole and could not be understood.
 
 use std::io::Write;
-use std::path::Path;
 
 use clap::Subcommand;
-use fieldgate::store::sqlite::open_reader;
+use fieldgate::store::reader::Reader;
+use fieldgate::store::url::StoreUrl;
 use fieldgate_protocol::error::Code;
-use sqlx::Row;
 
 use super::Error;
-use super::output::{self, Grid, utc};
+use super::output::{self, Grid, show_utc};
 use super::value::{Value, hex};
-
-/// Enough to see a frame's header.
-const BYTES_SHOWN: i64 = 16;
 
 #[derive(Debug, Subcommand)]
 pub enum QuarantineCommand {
@@ -26,22 +22,21 @@ pub enum QuarantineCommand {
 }
 
 /// Does what was asked for.
-pub async fn quarantine(path: &Path, command: &QuarantineCommand) -> Result<(), Error> {
+pub async fn quarantine(store: &StoreUrl, command: &QuarantineCommand) -> Result<(), Error> {
     let QuarantineCommand::List { limit } = command;
-    let mut connection = open_reader(path).await?;
-    let total: i64 = sqlx::query_scalar("SELECT count(*) FROM quarantine")
-        .fetch_one(&mut connection)
+    let mut reader = Reader::open(store).await?;
+    let total = reader.rows("SELECT count(*) FROM quarantine", &[]).await?;
+    // 16 bytes are enough to see a frame's header.
+    let rows = reader
+        .rows(
+            "SELECT q.id, q.received_at, d.name, q.seq, q.code, q.detail, length(q.bytes),
+                 substr(q.bytes, 1, 16)
+             FROM quarantine AS q LEFT JOIN devices AS d ON d.id = q.device_id
+             ORDER BY q.id DESC LIMIT $1",
+            &[i64::from(*limit).into()],
+        )
         .await?;
-    let rows = sqlx::query(
-        "SELECT q.id, q.received_at, d.name, q.seq, q.code, q.detail, length(q.bytes),
-             substr(q.bytes, 1, ?1)
-         FROM quarantine AS q LEFT JOIN devices AS d ON d.id = q.device_id
-         ORDER BY q.id DESC LIMIT ?2",
-    )
-    .bind(BYTES_SHOWN)
-    .bind(limit)
-    .fetch_all(&mut connection)
-    .await?;
+    let shown = rows.len();
     let mut grid = Grid::new([
         "id",
         "received",
@@ -52,22 +47,23 @@ pub async fn quarantine(path: &Path, command: &QuarantineCommand) -> Result<(), 
         "bytes",
         "first bytes",
     ]);
-    for row in &rows {
-        let mut values = Value::row(row)?;
-        let received_at = std::mem::replace(&mut values[1], Value::Null);
-        values[1] = utc(received_at);
-        values[4] = code_text(row.try_get(4)?).into();
+    for row in rows {
+        let code = code_text(row.integer(4)?);
+        let mut values = row.0;
+        show_utc(&mut values, 1);
+        values[4] = code.into();
         if let Value::Blob(bytes) = &values[7] {
             values[7] = hex(bytes).into();
         }
         grid.push(values);
     }
     let mut out = output::stdout();
-    if total == 0 {
-        writeln!(out, "no frames in quarantine")?;
-    } else {
-        grid.write(&mut out)?;
-        writeln!(out, "({} of {total}, newest first)", rows.len())?;
+    match total.first().map_or(Ok(0), |row| row.integer(0))? {
+        0 => writeln!(out, "no frames in quarantine")?,
+        total => {
+            grid.write(&mut out)?;
+            writeln!(out, "({shown} of {total}, newest first)")?;
+        }
     }
     out.flush()?;
     Ok(())

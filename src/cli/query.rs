@@ -3,17 +3,17 @@
 //! CSV and JSON are written as the rows come, so the size of a result does not matter. No signal is
 //! caught: Ctrl-C ends the process at once.
 
-use std::future::poll_fn;
 use std::io::{self, Write};
-use std::path::Path;
+use std::ops::ControlFlow;
 
 use clap::{Args, ValueEnum};
-use fieldgate::store::sqlite::open_reader;
-use sqlx::{AssertSqlSafe, Column, Executor, SqlSafeStr, SqliteConnection, Statement};
+use fieldgate::store::reader::{ReadError, Reader, Row};
+use fieldgate::store::url::StoreUrl;
 
+use super::Error;
 use super::output::{self, Grid};
-use super::value::{Value, csv_text, json_text};
-use super::{Error, sql_message, statement};
+use super::statement::{self, Dialect};
+use super::value::{Value, Written, csv_text, json_text};
 
 /// A table is laid out as a whole, so it has to be held in memory.
 const TABLE_ROWS_MAX: usize = 10_000;
@@ -26,7 +26,7 @@ pub struct QueryArgs {
     sql: String,
 
     /// How rows are written; csv and json stream results of any size, a table holds 10000 rows. While
-    /// a reader of a stream pauses (`| less`), the gateway cannot shorten its write-ahead log
+    /// a reader of a stream pauses (`| less`), SQLite cannot shorten its write-ahead log
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Table)]
     format: Format,
 }
@@ -42,25 +42,26 @@ enum Format {
 }
 
 /// Runs the statement.
-pub async fn query(path: &Path, args: &QueryArgs) -> Result<(), Error> {
-    statement::check(&args.sql).map_err(|refusal| Error::Failed(refusal.to_string()))?;
-    let mut connection = open_reader(path).await?;
-    let headers = prepare(&mut connection, &args.sql).await?;
+pub async fn query(store: &StoreUrl, args: &QueryArgs) -> Result<(), Error> {
+    statement::check(&args.sql, Dialect::of(store))
+        .map_err(|refusal| Error::Failed(refusal.to_string()))?;
+    let mut reader = Reader::open(store).await?;
+    let headers = reader.columns(&args.sql).await.map_err(query_error)?;
     let mut out = output::stdout();
     match args.format {
         Format::Table => {
             let mut sink = Sheet::new(headers);
-            run(&mut connection, &args.sql, &mut sink).await?;
+            run(&mut reader, &args.sql, &mut sink).await?;
             sink.write(&mut out)?;
         }
         Format::Csv => {
             let mut sink = Csv { out: &mut out };
             sink.headers(&headers)?;
-            run(&mut connection, &args.sql, &mut sink).await?;
+            run(&mut reader, &args.sql, &mut sink).await?;
         }
         Format::Json => {
             let mut sink = Json::new(&mut out, &headers);
-            run(&mut connection, &args.sql, &mut sink).await?;
+            run(&mut reader, &args.sql, &mut sink).await?;
             sink.end()?;
         }
     }
@@ -68,44 +69,25 @@ pub async fn query(path: &Path, args: &QueryArgs) -> Result<(), Error> {
     Ok(())
 }
 
-/// The names of the result's columns, so that an empty result has headers, too.
-async fn prepare(connection: &mut SqliteConnection, sql: &str) -> Result<Vec<String>, Error> {
-    let sql = AssertSqlSafe(sql.to_owned()).into_sql_str();
-    let statement = connection
-        .prepare(sql)
-        .await
-        .map_err(|error| query_error(&error))?;
-    let columns = statement.columns().iter();
-    Ok(columns.map(|column| column.name().to_owned()).collect())
+async fn run(reader: &mut Reader, sql: &str, sink: &mut impl Sink) -> Result<(), Error> {
+    let on_row = |Row(values)| match sink.row(values) {
+        Ok(true) => ControlFlow::Continue(()),
+        Ok(false) => ControlFlow::Break(Ok(())),
+        Err(error) => ControlFlow::Break(Err(error)),
+    };
+    let broken_off = reader.run(sql, on_row).await.map_err(query_error)?;
+    broken_off.unwrap_or(Ok(())).map_err(Error::Output)
 }
 
-async fn run(
-    connection: &mut SqliteConnection,
-    sql: &str,
-    sink: &mut impl Sink,
-) -> Result<(), Error> {
-    let query = sqlx::query(AssertSqlSafe(sql.to_owned())).persistent(false);
-    let mut rows = query.fetch(connection);
-    while let Some(row) = poll_fn(|context| rows.as_mut().poll_next(context)).await {
-        let row = row.and_then(|row| Value::row(&row));
-        let row = row.map_err(|error| query_error(&error))?;
-        if !sink.row(row)? {
-            break;
-        }
-    }
-    Ok(())
-}
-
-fn query_error(error: &sqlx::Error) -> Error {
-    const SQLITE_READONLY: i32 = 8;
-    let code = error.as_database_error().and_then(|error| error.code());
-    let code: Option<i32> = code.and_then(|code| code.parse().ok());
-    // The low byte is the kind, the rest says more of it.
-    if code.is_some_and(|code| code & 0xFF == SQLITE_READONLY) {
+fn query_error(error: ReadError) -> Error {
+    if error.is_write() {
         return Error::Failed("query only reads the store, this statement would write".to_owned());
     }
-    let message = sql_message(error).replace('\n', " ");
-    Error::Failed(format!("query failed: {message}"))
+    let hint = error
+        .hint()
+        .map(|hint| format!("\n{}", hint.replace('\n', " ")));
+    let hint = hint.unwrap_or_default();
+    Error::Failed(format!("query failed: {error}{hint}"))
 }
 
 /// Where rows go, one at a time.

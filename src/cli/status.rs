@@ -6,27 +6,37 @@ use std::io::Write;
 use std::path::Path;
 
 use fieldgate::clock::SystemClock;
-use fieldgate::store::sqlite::{OpenError, open_reader};
-use sqlx::{Row, SqliteConnection};
+use fieldgate::store::reader::{OpenError, Reader};
+use fieldgate::store::url::{PostgresUrl, StoreUrl};
+use fieldgate::store::{postgres, sqlite};
 
 use super::Error;
-use super::output::{self, age, bytes_text, utc_text, write_facts};
+use super::output::{self, age, bytes_text, count, utc_text, write_facts};
+
+type Fact = (&'static str, String);
 
 /// Shows it.
-pub async fn status(path: &Path) -> Result<(), Error> {
+pub async fn status(store: &StoreUrl) -> Result<(), Error> {
     let mut out = output::stdout();
-    match open_reader(path).await {
-        Ok(mut connection) => {
+    match Reader::open(store).await {
+        Ok(mut reader) => {
             let now_us = SystemClock::start().now().utc_us;
-            let mut facts = vec![("store", path.display().to_string()), ("size", size(path))];
-            facts.extend(counted(&mut connection, now_us).await?);
+            let mut facts = match store {
+                StoreUrl::Sqlite(path) => file(path),
+                StoreUrl::Postgres(url) => database(&mut reader, url).await?,
+            };
+            facts.extend(counted(&mut reader, now_us).await?);
             write_facts(&facts, &mut out)?;
         }
         // What a new site looks like; nothing has failed.
-        Err(OpenError::Missing(path)) => writeln!(
+        Err(OpenError::Sqlite(sqlite::OpenError::Missing(path))) => writeln!(
             out,
             "nothing is stored yet: there is no database at {}; `fieldgate serve` makes it",
             path.display()
+        )?,
+        Err(OpenError::Postgres(postgres::OpenError::Missing { url })) => writeln!(
+            out,
+            "nothing is stored yet: there are no tables in {url}; `fieldgate serve` makes them"
         )?,
         Err(error) => return Err(error.into()),
     }
@@ -34,49 +44,93 @@ pub async fn status(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn size(path: &Path) -> String {
+fn file(path: &Path) -> Vec<Fact> {
     let bytes_of = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
     let mut wal = OsString::from(path);
     wal.push("-wal");
-    format!(
+    let size = format!(
         "{}, and {} of write-ahead log",
         bytes_text(bytes_of(path)),
         bytes_text(bytes_of(wal.as_ref()))
-    )
+    );
+    vec![("store", path.display().to_string()), ("size", size)]
 }
 
-async fn counted(
-    connection: &mut SqliteConnection,
-    now_us: i64,
-) -> Result<Vec<(&'static str, String)>, Error> {
-    // Streams keep running totals: nothing here counts a large table.
-    let row = sqlx::query(
-        "SELECT (SELECT count(*) FROM devices),
-             count(*), coalesce(sum(frames), 0), coalesce(sum(readings), 0),
-             (SELECT received_at FROM frames ORDER BY id DESC LIMIT 1),
-             (SELECT count(*) FROM gaps), (SELECT total(to_seq - from_seq + 1) FROM gaps),
-             (SELECT count(*) FROM quarantine)
-         FROM streams",
-    )
-    .fetch_one(connection)
-    .await?;
-    let number = |index| row.try_get::<i64, _>(index).map(|n| n.to_string());
-    let last_frame_us: Option<i64> = row.try_get(4)?;
-    let last_frame = match last_frame_us {
-        Some(us) => format!("{}, {}", utc_text(us), age(us, now_us)),
-        None => "none yet".to_owned(),
-    };
-    let gaps = match row.try_get::<i64, _>(5)? {
-        0 => "0".to_owned(),
-        gaps => format!("{gaps}, of {} frames in all", row.try_get::<f64, _>(6)?),
-    };
-    Ok(vec![
-        ("devices", number(0)?),
-        ("streams", number(1)?),
-        ("frames", number(2)?),
-        ("readings", number(3)?),
-        ("last frame", last_frame),
-        ("gaps", gaps),
-        ("quarantined", number(7)?),
-    ])
+async fn database(reader: &mut Reader, url: &PostgresUrl) -> Result<Vec<Fact>, Error> {
+    // Of the default partition the planner's estimate (-1 before the first) and the size: counting
+    // would read the whole of it.
+    let rows = reader
+        .rows(
+            "SELECT pg_database_size(current_database()),
+                 count(c.oid) FILTER (WHERE c.relname <> 'readings_default'),
+                 CAST(sum(c.reltuples) FILTER (WHERE c.relname = 'readings_default') AS BIGINT),
+                 CAST(sum(pg_relation_size(c.oid)) FILTER (WHERE c.relname = 'readings_default')
+                     AS BIGINT)
+             FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
+             WHERE i.inhparent = CAST('readings' AS regclass)",
+            &[],
+        )
+        .await?;
+    let mut facts = vec![("store", url.to_string())];
+    for row in &rows {
+        facts.push(("size", bytes_text(row.integer(0)?.unsigned_abs())));
+        let days = count(row.integer(1)?.unsigned_abs(), "day");
+        let others = match (row.integer_or_null(2)?, row.integer_or_null(3)?) {
+            // Partitioned otherwise, or not at all.
+            (None, _) | (_, None) => continue,
+            (_, Some(0)) => String::new(),
+            (Some(0..), Some(_)) => {
+                let readings = count(row.integer(2)?.unsigned_abs(), "reading");
+                format!(", and about {readings} of other times")
+            }
+            (Some(_), Some(bytes)) => {
+                let size = bytes_text(bytes.unsigned_abs());
+                format!(", and {size} of readings of other times")
+            }
+        };
+        facts.push(("partitions", format!("{days}{others}")));
+    }
+    Ok(facts)
+}
+
+async fn counted(reader: &mut Reader, now_us: i64) -> Result<Vec<Fact>, Error> {
+    // Streams keep running totals: nothing here counts a large table. The newest frame need not have
+    // the highest id where several connections write. Frames in gaps are summed as doubles: a device
+    // may claim a gap so long that whole numbers would overflow.
+    let rows = reader
+        .rows(
+            "SELECT (SELECT count(*) FROM devices), count(*),
+                 CAST(coalesce(sum(st.frames), 0) AS BIGINT),
+                 CAST(coalesce(sum(st.readings), 0) AS BIGINT),
+                 max((SELECT f.received_at FROM frames AS f
+                     WHERE f.stream_id = st.id ORDER BY f.seq DESC LIMIT 1)),
+                 (SELECT count(*) FROM gaps),
+                 (SELECT sum(CAST(to_seq - from_seq AS DOUBLE PRECISION) + 1) FROM gaps),
+                 (SELECT count(*) FROM quarantine)
+             FROM streams AS st",
+            &[],
+        )
+        .await?;
+    let mut facts = Vec::new();
+    for row in &rows {
+        let number = |column| row.integer(column).map(|n| n.to_string());
+        let last_frame = match row.integer_or_null(4)? {
+            Some(us) => format!("{}, {}", utc_text(us), age(us, now_us)),
+            None => "none yet".to_owned(),
+        };
+        let gaps = match (row.integer(5)?, row.real_or_null(6)?) {
+            (gaps, Some(frames)) => format!("{gaps}, of {frames} frames in all"),
+            (gaps, None) => gaps.to_string(),
+        };
+        facts.extend([
+            ("devices", number(0)?),
+            ("streams", number(1)?),
+            ("frames", number(2)?),
+            ("readings", number(3)?),
+            ("last frame", last_frame),
+            ("gaps", gaps),
+            ("quarantined", number(7)?),
+        ]);
+    }
+    Ok(facts)
 }

@@ -1,62 +1,40 @@
-//! A value of SQLite, and how it is written.
+//! How a value is written.
 
 use std::fmt::Write;
 
-use sqlx::decode::Decode;
-use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, Sqlite, TypeInfo, ValueRef};
+pub use fieldgate::store::reader::Value;
 
-/// What a column of a row can hold.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Value {
-    Null,
-    Integer(i64),
-    Real(f64),
-    Text(String),
-    Blob(Vec<u8>),
-}
-
-impl Value {
-    /// The values of a row, in the order of its columns. Text that is not UTF-8 is mended.
-    pub fn row(row: &SqliteRow) -> Result<Vec<Value>, sqlx::Error> {
-        (0..row.len()).map(|index| Value::of(row, index)).collect()
-    }
-
-    fn of(row: &SqliteRow, index: usize) -> Result<Value, sqlx::Error> {
-        let raw = row.try_get_raw(index)?;
-        if raw.is_null() {
-            return Ok(Value::Null);
-        }
-        // The value's own type: SQLite's columns do not bind theirs.
-        let value = match raw.type_info().name() {
-            "INTEGER" => <i64 as Decode<Sqlite>>::decode(raw).map(Value::Integer),
-            "REAL" => <f64 as Decode<Sqlite>>::decode(raw).map(Value::Real),
-            "BLOB" => <Vec<u8> as Decode<Sqlite>>::decode(raw).map(Value::Blob),
-            _ => <&[u8] as Decode<Sqlite>>::decode(raw)
-                .map(|text| Value::Text(String::from_utf8_lossy(text).into_owned())),
-        };
-        value.map_err(sqlx::Error::Decode)
-    }
-
+/// The ways to write a value.
+pub trait Written {
     /// Whether it belongs to the right of its column.
-    pub fn is_number(&self) -> bool {
-        matches!(self, Value::Integer(_) | Value::Real(_))
-    }
-
+    fn is_number(&self) -> bool;
     /// For people. What devices sent must not steer a terminal, so control characters are spelled
     /// out.
-    pub fn shown(&self) -> String {
+    fn shown(&self) -> String;
+    /// A field of CSV. NULL is nothing at all, and an empty text is `""`.
+    fn csv(&self) -> String;
+    /// A JSON value. What JSON has no number for is a string.
+    fn json(&self) -> String;
+}
+
+impl Written for Value {
+    fn is_number(&self) -> bool {
+        matches!(self, Value::Integer(_) | Value::Real(_) | Value::Decimal(_))
+    }
+
+    fn shown(&self) -> String {
         match self {
             Value::Null => "NULL".to_owned(),
+            Value::Bool(value) => value.to_string(),
             Value::Integer(value) => value.to_string(),
             Value::Real(value) => real(*value),
+            Value::Decimal(value) => value.clone(),
             Value::Text(value) => escape_controls(value),
             Value::Blob(value) => hex(value),
         }
     }
 
-    /// A field of CSV. NULL is nothing at all, and an empty text is `""`.
-    pub fn csv(&self) -> String {
+    fn csv(&self) -> String {
         match self {
             Value::Null => String::new(),
             Value::Text(value) => csv_text(value),
@@ -64,33 +42,14 @@ impl Value {
         }
     }
 
-    /// A JSON value. What JSON has no number for is a string.
-    pub fn json(&self) -> String {
+    fn json(&self) -> String {
         match self {
             Value::Null => "null".to_owned(),
-            Value::Integer(value) => value.to_string(),
-            Value::Real(value) if value.is_finite() => real(*value),
+            Value::Real(value) if !value.is_finite() => json_text(&real(*value)),
             Value::Text(value) => json_text(value),
-            value => json_text(&value.shown()),
+            Value::Blob(value) => json_text(&hex(value)),
+            value => value.shown(),
         }
-    }
-}
-
-impl From<i64> for Value {
-    fn from(value: i64) -> Self {
-        Value::Integer(value)
-    }
-}
-
-impl From<&str> for Value {
-    fn from(value: &str) -> Self {
-        Value::Text(value.to_owned())
-    }
-}
-
-impl From<String> for Value {
-    fn from(value: String) -> Self {
-        Value::Text(value)
     }
 }
 
@@ -167,6 +126,15 @@ mod tests {
         assert_eq!(Value::Real(f64::NEG_INFINITY).json(), "\"-Infinity\"");
         let read: f64 = Value::Real(f64::INFINITY).csv().parse().unwrap();
         assert_eq!(read, f64::INFINITY);
+        assert_eq!(Value::Real(f64::NAN).json(), "\"NaN\"");
+    }
+
+    #[test]
+    fn what_only_postgres_has_is_json_too() {
+        assert_eq!(Value::Bool(true).json(), "true");
+        let digits = "123456789012345678901234567890.5";
+        assert_eq!(Value::Decimal(digits.to_owned()).json(), digits);
+        assert!(Value::Decimal(digits.to_owned()).is_number());
     }
 
     #[test]

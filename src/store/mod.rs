@@ -22,10 +22,12 @@ mod contract;
 pub mod ledger;
 pub mod memory;
 pub mod postgres;
+pub mod reader;
 mod rows;
 pub mod spool;
 pub mod sqlite;
 pub mod url;
+mod value;
 
 /// Row id of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -314,8 +314,10 @@ pub(super) async fn open_reader_of(
             source,
         },
     })?;
-    let options = options(&absolute).read_only(true);
+    // By bytes, as SQLite compares anyway: a query by this name is understood by Postgres, too.
+    let options = options(&absolute).collation("C", str::cmp);
     let mut conn = options
+        .read_only(true)
         .connect()
         .await
         .map_err(|source| sqlite_error(path, source))?;

@@ -1,0 +1,429 @@
+//! The store, read: one connection that cannot write, whatever the store is.
+//!
+//! A query of this program's own is one text for both stores: parameters are `$1`, `$2`, …; a sum is
+//! CAST to BIGINT (Postgres would make it numeric); text is ordered by `COLLATE "C"`, which is by
+//! bytes in both. Times come as microseconds UTC.
+
+use std::future::poll_fn;
+use std::ops::ControlFlow;
+
+use sqlx::postgres::{PgArguments, PgDatabaseError};
+use sqlx::sqlite::SqliteArguments;
+use sqlx::{
+    Arguments, AssertSqlSafe, Column, Executor, PgConnection, SqlSafeStr, SqliteConnection,
+    Statement,
+};
+
+use super::url::StoreUrl;
+pub use super::value::Value;
+use super::{postgres, sqlite, value};
+
+/// A connection that reads.
+pub enum Reader {
+    /// To a file.
+    Sqlite(SqliteConnection),
+    /// To a server.
+    Postgres(PgConnection),
+}
+
+/// Why a store could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The file.
+    #[error(transparent)]
+    Sqlite(#[from] sqlite::OpenError),
+    /// The database of a server.
+    #[error(transparent)]
+    Postgres(#[from] postgres::OpenError),
+}
+
+/// Why nothing more was read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// What the store says.
+    #[error("{}", words(.0))]
+    Sql(#[from] sqlx::Error),
+    /// A row is not what this program writes.
+    #[error("column {column} of a row holds {found:?}, which does not belong there")]
+    Unexpected {
+        /// Which one, from 0 on.
+        column: usize,
+        /// What is there.
+        found: Value,
+    },
+}
+
+impl ReadError {
+    /// Whether the statement would have written.
+    pub fn is_write(&self) -> bool {
+        const SQLITE_READONLY: i32 = 8;
+        const READ_ONLY_SQL_TRANSACTION: &str = "25006";
+        let ReadError::Sql(sqlx::Error::Database(error)) = self else {
+            return false;
+        };
+        match error.try_downcast_ref::<PgDatabaseError>() {
+            Some(error) => error.code() == READ_ONLY_SQL_TRANSACTION,
+            None => {
+                let code: Option<i32> = error.code().and_then(|code| code.parse().ok());
+                // The low byte is the kind, the rest says more of it.
+                code.is_some_and(|code| code & 0xFF == SQLITE_READONLY)
+            }
+        }
+    }
+
+    /// What the server thinks was meant instead.
+    pub fn hint(&self) -> Option<&str> {
+        match self {
+            ReadError::Sql(sqlx::Error::Database(error)) => {
+                error.try_downcast_ref::<PgDatabaseError>()?.hint()
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The store's own words, where they are.
+fn words(error: &sqlx::Error) -> String {
+    match error.as_database_error() {
+        Some(error) => error.message().replace('\n', " "),
+        None => error.to_string(),
+    }
+}
+
+/// A parameter of a query.
+#[derive(Clone, Copy, Debug)]
+pub enum Argument<'a> {
+    /// A whole number.
+    Integer(i64),
+    /// Text.
+    Text(&'a str),
+}
+
+impl From<i64> for Argument<'_> {
+    fn from(value: i64) -> Self {
+        Argument::Integer(value)
+    }
+}
+
+impl<'a> From<&'a str> for Argument<'a> {
+    fn from(value: &'a str) -> Self {
+        Argument::Text(value)
+    }
+}
+
+/// A row: its values, in the order of the columns.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row(pub Vec<Value>);
+
+impl Row {
+    /// The number in a column.
+    pub fn integer(&self, column: usize) -> Result<i64, ReadError> {
+        match self.0[column] {
+            Value::Integer(value) => Ok(value),
+            _ => Err(self.unexpected(column)),
+        }
+    }
+
+    /// The number in a column that may be NULL.
+    pub fn integer_or_null(&self, column: usize) -> Result<Option<i64>, ReadError> {
+        match self.0[column] {
+            Value::Null => Ok(None),
+            _ => self.integer(column).map(Some),
+        }
+    }
+
+    /// The double in a column that may be NULL.
+    pub fn real_or_null(&self, column: usize) -> Result<Option<f64>, ReadError> {
+        match self.0[column] {
+            Value::Null => Ok(None),
+            Value::Real(value) => Ok(Some(value)),
+            _ => Err(self.unexpected(column)),
+        }
+    }
+
+    /// The text in a column that may be NULL.
+    pub fn text_or_null(&self, column: usize) -> Result<Option<&str>, ReadError> {
+        match &self.0[column] {
+            Value::Null => Ok(None),
+            Value::Text(value) => Ok(Some(value)),
+            _ => Err(self.unexpected(column)),
+        }
+    }
+
+    fn unexpected(&self, column: usize) -> ReadError {
+        ReadError::Unexpected {
+            column,
+            found: self.0[column].clone(),
+        }
+    }
+}
+
+/// Takes rows until there are no more, or `$on_row` breaks off. A macro, because the streams of the two
+/// stores have types of their own.
+macro_rules! take_rows {
+    ($rows:expr, $values:path, $on_row:expr) => {{
+        let mut rows = $rows;
+        while let Some(row) = poll_fn(|context| rows.as_mut().poll_next(context)).await {
+            if let ControlFlow::Break(end) = $on_row(Row($values(&row?)?)) {
+                return Ok(Some(end));
+            }
+        }
+        Ok(None)
+    }};
+}
+
+impl Reader {
+    /// Opens the store for reading, also beside a running gateway.
+    ///
+    /// # Errors
+    /// There is none, or it is not one of this program's present schema.
+    pub async fn open(store: &StoreUrl) -> Result<Reader, OpenError> {
+        match store {
+            StoreUrl::Sqlite(path) => Ok(Reader::Sqlite(sqlite::open_reader(path).await?)),
+            StoreUrl::Postgres(url) => Ok(Reader::Postgres(postgres::open_reader(url).await?)),
+        }
+    }
+
+    /// The rows of a query of this program's own.
+    pub async fn rows(
+        &mut self,
+        sql: &str,
+        arguments: &[Argument<'_>],
+    ) -> Result<Vec<Row>, ReadError> {
+        let mut rows = Vec::new();
+        let on_row = |row| {
+            rows.push(row);
+            Ok(())
+        };
+        self.each(sql, arguments, on_row).await?;
+        Ok(rows)
+    }
+
+    /// Gives the rows of a query of this program's own to `on_row`, one at a time, until that fails.
+    pub async fn each(
+        &mut self,
+        sql: &str,
+        arguments: &[Argument<'_>],
+        mut on_row: impl FnMut(Row) -> Result<(), ReadError>,
+    ) -> Result<(), ReadError> {
+        let on_row = |row| match on_row(row) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => ControlFlow::Break(error),
+        };
+        let failed = self.fetch(sql, Some(arguments), on_row).await?;
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// The names of the columns of a user's statement, so that an empty result has headers, too.
+    /// Postgres refuses two statements in one text here, if nobody has before.
+    pub async fn columns(&mut self, sql: &str) -> Result<Vec<String>, ReadError> {
+        let sql = AssertSqlSafe(sql.to_owned()).into_sql_str();
+        fn names<C: Column>(columns: &[C]) -> Vec<String> {
+            let names = columns.iter().map(|column| column.name().to_owned());
+            names.collect()
+        }
+        match self {
+            Reader::Sqlite(conn) => Ok(names(conn.prepare(sql).await?.columns())),
+            Reader::Postgres(conn) => Ok(names(conn.prepare(sql).await?.columns())),
+        }
+    }
+
+    /// Gives the rows of a user's statement to `on_row` as they come, until that breaks off; gives
+    /// back what it broke off with.
+    pub async fn run<B>(
+        &mut self,
+        sql: &str,
+        on_row: impl FnMut(Row) -> ControlFlow<B>,
+    ) -> Result<Option<B>, ReadError> {
+        self.fetch(sql, None, on_row).await
+    }
+
+    /// `arguments` are `None` for a user's statement, which is run once and may give any type.
+    async fn fetch<B>(
+        &mut self,
+        sql: &str,
+        arguments: Option<&[Argument<'_>]>,
+        mut on_row: impl FnMut(Row) -> ControlFlow<B>,
+    ) -> Result<Option<B>, ReadError> {
+        let is_own = arguments.is_some();
+        let sql = AssertSqlSafe(sql.to_owned());
+        match self {
+            Reader::Sqlite(conn) => {
+                let arguments = sqlite_arguments(arguments.unwrap_or_default())?;
+                let query = sqlx::query_with(sql, arguments).persistent(is_own);
+                take_rows!(query.fetch(conn), value::of_sqlite, on_row)
+            }
+            Reader::Postgres(conn) => {
+                let rows = match arguments {
+                    Some(arguments) => {
+                        sqlx::query_with(sql, postgres_arguments(arguments)?).fetch(conn)
+                    }
+                    // By the simple protocol: every value comes as text.
+                    None => sqlx::raw_sql(sql).fetch(conn),
+                };
+                take_rows!(rows, value::of_postgres, on_row)
+            }
+        }
+    }
+}
+
+fn sqlite_arguments(values: &[Argument<'_>]) -> Result<SqliteArguments, sqlx::Error> {
+    let mut arguments = SqliteArguments::default();
+    for value in values {
+        match value {
+            Argument::Integer(value) => arguments.add(*value),
+            Argument::Text(value) => arguments.add((*value).to_owned()),
+        }
+        .map_err(sqlx::Error::Encode)?;
+    }
+    Ok(arguments)
+}
+
+fn postgres_arguments(values: &[Argument<'_>]) -> Result<PgArguments, sqlx::Error> {
+    let mut arguments = PgArguments::default();
+    for value in values {
+        match value {
+            Argument::Integer(value) => arguments.add(*value),
+            Argument::Text(value) => arguments.add(*value),
+        }
+        .map_err(sqlx::Error::Encode)?;
+    }
+    Ok(arguments)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::url::PostgresUrl;
+
+    /// Makes a database of its own for a test.
+    async fn new_database(name: &str) -> (PostgresUrl, PostgresUrl) {
+        let server = std::env::var("FIELDGATE_TEST_POSTGRES_URL").expect("a server's address");
+        let StoreUrl::Postgres(server) = server.parse().unwrap() else {
+            panic!("not the address of a Postgres server");
+        };
+        let name = format!("fieldgate_reader_{name}_{}", std::process::id());
+        on_server(&server, &format!("DROP DATABASE IF EXISTS {name}")).await;
+        let create = format!("CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'");
+        on_server(&server, &create).await;
+        let database = server.with_database(&name);
+        (server, database)
+    }
+
+    async fn drop_database(server: &PostgresUrl, database: &PostgresUrl) {
+        let options = database.options();
+        let name = options.get_database().unwrap();
+        on_server(server, &format!("DROP DATABASE {name} WITH (FORCE)")).await;
+    }
+
+    async fn on_server(server: &PostgresUrl, sql: &str) {
+        use sqlx::ConnectOptions;
+        let mut conn = server.options().connect().await.unwrap();
+        let sql = sqlx::raw_sql(AssertSqlSafe(sql.to_owned()));
+        sql.execute(&mut conn).await.unwrap();
+    }
+
+    async fn row_of(reader: &mut Reader, sql: &str) -> Vec<Value> {
+        let broken_off = reader.run(sql, |row| ControlFlow::Break(row.0)).await;
+        broken_off.unwrap().unwrap()
+    }
+
+    #[tokio::test]
+    #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --ignored"]
+    async fn every_type_of_postgres_can_be_read() {
+        let (server, url) = new_database("types").await;
+        let store = StoreUrl::Postgres(url.clone());
+        let missing = Reader::open(&store).await.err().unwrap();
+        assert!(missing.to_string().contains("no store in"), "{missing}");
+        postgres::migrate(&url).await.unwrap();
+        let mut reader = Reader::open(&store).await.unwrap();
+        let numbers = "SELECT 7::int2, -7::int8, 0.1::float4, 0.1::float8 + 0.2, '-0'::float8,
+                           1e20::float8, 'NaN'::numeric, 12.50, true, NULL";
+        let expected = [
+            Value::Integer(7),
+            Value::Integer(-7),
+            Value::Real(0.1),
+            Value::Real(0.1 + 0.2),
+            Value::Real(-0.0),
+            Value::Real(1e20),
+            "NaN".into(),
+            Value::Decimal("12.50".into()),
+            Value::Bool(true),
+            Value::Null,
+        ];
+        assert_eq!(row_of(&mut reader, numbers).await, expected);
+        let others =
+            "SELECT '2026-01-02T03:04:05.6Z'::timestamptz, interval '1 day', ARRAY['a', NULL],
+                          '{\"a\": 1}'::jsonb, '\\xdead'::bytea, 'x'::\"char\", '1.2.3.4'::inet";
+        let expected = [
+            "2026-01-02 03:04:05.6+00".into(),
+            "1 day".into(),
+            "{a,NULL}".into(),
+            "{\"a\": 1}".into(),
+            Value::Blob(vec![0xDE, 0xAD]),
+            "x".into(),
+            "1.2.3.4".into(),
+        ];
+        assert_eq!(row_of(&mut reader, others).await, expected);
+        drop_database(&server, &url).await;
+    }
+
+    #[tokio::test]
+    #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --ignored"]
+    async fn postgres_is_only_read() {
+        let (server, url) = new_database("writes").await;
+        postgres::migrate(&url).await.unwrap();
+        let mut reader = Reader::open(&StoreUrl::Postgres(url.clone()))
+            .await
+            .unwrap();
+        let empty = "SELECT name, enabled AS is_enabled FROM devices WHERE false";
+        assert_eq!(reader.columns(empty).await.unwrap(), ["name", "is_enabled"]);
+        for sql in [
+            "WITH new AS (INSERT INTO devices (name) VALUES ('a') RETURNING 1) SELECT * FROM new",
+            "EXPLAIN ANALYZE DELETE FROM devices",
+            "SELECT nextval('frame_id_blocks')",
+        ] {
+            let result = reader.run(sql, |_| ControlFlow::<()>::Continue(())).await;
+            assert!(result.unwrap_err().is_write(), "{sql}");
+        }
+        let misspelt = reader
+            .columns("SELECT nmae FROM devices")
+            .await
+            .unwrap_err();
+        assert!(misspelt.hint().unwrap().contains("devices.name"));
+        let several = reader.columns("SELECT 1; SELECT 2").await.unwrap_err();
+        assert!(
+            several.to_string().contains("multiple commands"),
+            "{several}"
+        );
+        // A time of the store is microseconds, whatever the store is.
+        let at = "SELECT CAST(CAST($1 AS TEXT) AS TIMESTAMPTZ), CAST(sum(n) AS BIGINT)
+                  FROM (VALUES (1), ($2)) AS numbers (n)";
+        let rows = reader
+            .rows(at, &["1970-01-01T00:00:01Z".into(), 2.into()])
+            .await
+            .unwrap();
+        assert_eq!(rows, [Row(vec![1_000_000.into(), 3.into()])]);
+        drop_database(&server, &url).await;
+    }
+
+    #[tokio::test]
+    async fn sqlite_takes_the_same_parameters_and_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let settings = sqlite::SqliteSettings::default();
+        sqlite::migrate(&path, &settings).await.unwrap();
+        let mut reader = Reader::open(&StoreUrl::Sqlite(path)).await.unwrap();
+        let sql = "SELECT column1, CAST(sum(column2) AS BIGINT)
+                   FROM (VALUES ($1, $2), ('B', 1), ($1, 2)) GROUP BY column1
+                   ORDER BY column1 COLLATE \"C\"";
+        let rows = reader.rows(sql, &["a".into(), 40.into()]).await.unwrap();
+        assert_eq!(rows[0], Row(vec!["B".into(), 1.into()]));
+        assert_eq!(rows[1], Row(vec!["a".into(), 42.into()]));
+        assert!(rows[0].integer(0).is_err() && rows[0].real_or_null(1).is_err());
+        assert_eq!(rows[0].text_or_null(0).unwrap(), Some("B"));
+        let write = "INSERT INTO devices (name) VALUES ('a')";
+        let result = reader.run(write, |_| ControlFlow::<()>::Continue(())).await;
+        assert!(result.unwrap_err().is_write());
+    }
+}

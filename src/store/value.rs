@@ -1,0 +1,125 @@
+//! A value of a row, the same for every store.
+
+use sqlx::decode::Decode;
+use sqlx::error::BoxDynError;
+use sqlx::postgres::{PgRow, PgValueFormat, PgValueRef};
+use sqlx::sqlite::{SqliteRow, SqliteValueRef};
+use sqlx::{Postgres, Row, Sqlite, TypeInfo, ValueRef};
+
+use super::postgres::Timestamp;
+
+/// What a column of a row can hold.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// Nothing.
+    Null,
+    /// Of Postgres only.
+    Bool(bool),
+    /// A whole number; a time is microseconds UTC.
+    Integer(i64),
+    /// A double.
+    Real(f64),
+    /// A finite number of Postgres, of any length, as it is written.
+    Decimal(String),
+    /// Text, and what only Postgres has a type for.
+    Text(String),
+    /// Bytes.
+    Blob(Vec<u8>),
+}
+
+impl From<i64> for Value {
+    fn from(value: i64) -> Self {
+        Value::Integer(value)
+    }
+}
+
+impl From<&str> for Value {
+    fn from(value: &str) -> Self {
+        Value::Text(value.to_owned())
+    }
+}
+
+impl From<String> for Value {
+    fn from(value: String) -> Self {
+        Value::Text(value)
+    }
+}
+
+/// The values of a row, in the order of its columns. Text that is not UTF-8 is mended.
+pub(super) fn of_sqlite(row: &SqliteRow) -> Result<Vec<Value>, sqlx::Error> {
+    let value = |index| {
+        let raw = row.try_get_raw(index)?;
+        sqlite_value(raw).map_err(sqlx::Error::Decode)
+    };
+    (0..row.len()).map(value).collect()
+}
+
+fn sqlite_value(raw: SqliteValueRef<'_>) -> Result<Value, BoxDynError> {
+    if raw.is_null() {
+        return Ok(Value::Null);
+    }
+    // The value's own type: SQLite's columns do not bind theirs.
+    match raw.type_info().name() {
+        "INTEGER" => <i64 as Decode<Sqlite>>::decode(raw).map(Value::Integer),
+        "REAL" => <f64 as Decode<Sqlite>>::decode(raw).map(Value::Real),
+        "BLOB" => <Vec<u8> as Decode<Sqlite>>::decode(raw).map(Value::Blob),
+        _ => <&[u8] as Decode<Sqlite>>::decode(raw)
+            .map(|text| Value::Text(String::from_utf8_lossy(text).into_owned())),
+    }
+}
+
+/// The values of a row, in the order of its columns.
+pub(super) fn of_postgres(row: &PgRow) -> Result<Vec<Value>, sqlx::Error> {
+    let value = |index| {
+        let raw = row.try_get_raw(index)?;
+        postgres_value(raw).map_err(sqlx::Error::Decode)
+    };
+    (0..row.len()).map(value).collect()
+}
+
+/// A value comes as text where the statement is a user's, so that there is a text for every type; then
+/// a time stays as Postgres writes it.
+fn postgres_value(raw: PgValueRef<'_>) -> Result<Value, BoxDynError> {
+    if raw.is_null() {
+        return Ok(Value::Null);
+    }
+    let is_text = raw.format() == PgValueFormat::Text;
+    let type_info = raw.type_info().into_owned();
+    match type_info.name() {
+        "INT2" | "INT4" | "INT8" => <i64 as Decode<Postgres>>::decode(raw).map(Value::Integer),
+        "BOOL" => <bool as Decode<Postgres>>::decode(raw).map(Value::Bool),
+        // The shortest digits of either width, which are those of the nearest double, too.
+        "FLOAT4" | "FLOAT8" if is_text => Ok(Value::Real(raw.as_str()?.parse()?)),
+        "FLOAT8" => <f64 as Decode<Postgres>>::decode(raw).map(Value::Real),
+        "BYTEA" => <Vec<u8> as Decode<Postgres>>::decode(raw).map(Value::Blob),
+        "TIMESTAMPTZ" if !is_text => {
+            <Timestamp as Decode<Postgres>>::decode(raw).map(|at| Value::Integer(at.0))
+        }
+        "NUMERIC" if is_text => Ok(decimal(raw.as_str()?)),
+        _ => Ok(Value::Text(raw.as_str()?.to_owned())),
+    }
+}
+
+/// NaN and the infinities are numbers of Postgres and of hardly anything else.
+fn decimal(text: &str) -> Value {
+    if text.ends_with(|last: char| last.is_ascii_digit()) {
+        Value::Decimal(text.to_owned())
+    } else {
+        Value::Text(text.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_finite_decimals_are_numbers() {
+        for text in ["0", "-12.50", "123456789012345678901234567890"] {
+            assert_eq!(decimal(text), Value::Decimal(text.to_owned()));
+        }
+        for text in ["NaN", "Infinity", "-Infinity"] {
+            assert_eq!(decimal(text), Value::Text(text.to_owned()));
+        }
+    }
+}
