@@ -8,6 +8,7 @@ use super::*;
 use crate::store::contract::{Dump, Harness, contract};
 use crate::store::url::StoreUrl;
 
+mod answers;
 mod partitions;
 
 contract!(
