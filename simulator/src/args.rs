@@ -152,7 +152,9 @@ pub struct VerifyArgs {
 /// Flags of `bench`.
 #[derive(Clone, Debug, Args)]
 pub struct BenchArgs {
-    /// Store to measure, as sqlite://PATH: new files beside PATH, removed afterwards; the disk counts
+    /// Store to measure: sqlite://PATH, in new files beside PATH, for the disk counts; or
+    /// postgres://USER@HOST/DATABASE, in a new database on that server, which USER may create. Both are
+    /// removed afterwards
     #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", value_parser = store,
           default_value = "sqlite://bench.db")]
     pub store: StoreUrl,

@@ -179,20 +179,9 @@ async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
 }
 
 async fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
-    let parent = sqlite_path(&args.store)
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty());
-    let dir = parent.unwrap_or(Path::new("."));
-    let measured = bench::run(dir, args.quick).await.map_err(failure)?;
+    let measured = bench::run(&args.store, args.quick).await.map_err(failure)?;
     println!("{measured}");
     Ok(ExitCode::SUCCESS)
-}
-
-fn sqlite_path(store: &fieldgate::store::url::StoreUrl) -> &Path {
-    match store {
-        fieldgate::store::url::StoreUrl::Sqlite(path) => path,
-        fieldgate::store::url::StoreUrl::Postgres(_) => Path::new(""),
-    }
 }
 
 fn random() -> anyhow::Result<[u64; 2]> {

@@ -119,6 +119,11 @@ impl PostgresUrl {
         options.application_name("fieldgate")
     }
 
+    /// The whole address: for another process's environment, and not to be shown.
+    pub fn with_password(&self) -> &str {
+        &self.0
+    }
+
     /// The same server, another database.
     pub fn with_database(&self, database: &str) -> PostgresUrl {
         let (address, query) = match self.0.split_once('?') {
