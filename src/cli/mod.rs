@@ -264,7 +264,7 @@ impl Cli {
             Command::Device(command) => device::device(&store, &command).await,
             Command::Quarantine(command) => quarantine::quarantine(&store, &command).await,
             Command::Migrate => migrate::migrate(&self.global.data_dir, &store).await,
-            Command::Status => status::status(&store).await,
+            Command::Status => status::status(&store, &self.global.data_dir).await,
         }
     }
 }

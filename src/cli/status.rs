@@ -1,30 +1,35 @@
 //! `fieldgate status`: what is stored, in one screen. It looks at the store alone, so it works beside
-//! a running gateway and without one.
+//! a running gateway and without one. Beside a store in Postgres there may be a spool in the data directory.
 
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
 
 use fieldgate::clock::SystemClock;
+use fieldgate::config::SPOOL_FILE;
 use fieldgate::store::reader::{OpenError, Reader};
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
-use fieldgate::store::{postgres, sqlite};
+use fieldgate::store::{postgres, spool, sqlite};
 
 use super::Error;
 use super::output::{self, age, bytes_text, count, utc_text, write_facts};
 
 type Fact = (&'static str, String);
 
-/// Shows it.
-pub async fn status(store: &StoreUrl) -> Result<(), Error> {
+/// Shows it. What waits in a spool is shown also while the database is away.
+pub async fn status(store: &StoreUrl, data_dir: &Path) -> Result<(), Error> {
     let mut out = output::stdout();
+    let now_us = SystemClock::start().now().utc_us;
+    let mut facts = match store {
+        StoreUrl::Sqlite(_) => Vec::new(),
+        StoreUrl::Postgres(_) => spooled(&data_dir.join(SPOOL_FILE), now_us).await?,
+    };
     match Reader::open(store).await {
         Ok(mut reader) => {
-            let now_us = SystemClock::start().now().utc_us;
-            let mut facts = match store {
+            facts.extend(match store {
                 StoreUrl::Sqlite(path) => file(path),
                 StoreUrl::Postgres(url) => database(&mut reader, url).await?,
-            };
+            });
             facts.extend(counted(&mut reader, now_us).await?);
             write_facts(&facts, &mut out)?;
         }
@@ -38,10 +43,32 @@ pub async fn status(store: &StoreUrl) -> Result<(), Error> {
             out,
             "nothing is stored yet: there are no tables in {url}; `fieldgate serve` makes them"
         )?,
-        Err(error) => return Err(error.into()),
+        Err(error) => {
+            if !facts.is_empty() {
+                write_facts(&facts, &mut out)?;
+                out.flush()?;
+            }
+            return Err(error.into());
+        }
     }
     out.flush()?;
     Ok(())
+}
+
+async fn spooled(path: &Path, now_us: i64) -> Result<Vec<Fact>, Error> {
+    let Some(waiting) = spool::waiting(path).await? else {
+        return Ok(Vec::new());
+    };
+    let waits = match waiting.oldest_received_us {
+        None => "empty".to_owned(),
+        Some(us) => format!(
+            "{} with {} wait for Postgres, the oldest came {}",
+            count(waiting.frames, "frame"),
+            count(waiting.readings, "reading"),
+            age(us, now_us)
+        ),
+    };
+    Ok(vec![("spool", waits)])
 }
 
 fn file(path: &Path) -> Vec<Fact> {

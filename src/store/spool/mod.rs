@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::postgres::{self, PostgresSettings, PostgresStore, feed};
+pub use super::sqlite::spool::Waiting;
 use super::sqlite::spool::{Change, Chunk, Cursor, SpoolReader};
 use super::sqlite::{self, SqliteSettings, SqliteStore};
 use super::{Batch, Committed, Content, DeviceId, Entry, SeriesId, Store, StoreError, StreamId};
@@ -114,6 +115,19 @@ impl SpoolStore {
             drain: task,
         })
     }
+}
+
+/// What waits in the spool at `path`, also while a gateway uses it; `None` if it is not in use.
+///
+/// # Errors
+/// There is a file that is no spool, or it cannot be read.
+pub async fn waiting(path: &Path) -> Result<Option<Waiting>, SpoolError> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let mut reader = SpoolReader::open(path).await?;
+    let waiting = reader.waiting().await;
+    waiting.map_err(|error| StoreError::Transient(error.to_string()).into())
 }
 
 /// Makes sure that a gateway may do without the spool at `path`, if there is one: an empty one is given

@@ -79,6 +79,17 @@ pub(in crate::store) enum Change {
     Clock(DeviceId, BootClock),
 }
 
+/// What a spool holds that is not in the store yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// Frames.
+    pub frames: u64,
+    /// Readings in them.
+    pub readings: u64,
+    /// When the oldest of them arrived, microseconds UTC; `None` if there is none.
+    pub oldest_received_us: Option<i64>,
+}
+
 /// How far a spool was read.
 #[derive(Clone, Copy, Debug, Default)]
 pub(in crate::store) struct Cursor {

@@ -6,7 +6,7 @@ use std::path::Path;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
-use super::{Change, Chunk, Cursor, DeviceRow, SchemaRow, SeriesRow, StreamRow};
+use super::{Change, Chunk, Cursor, DeviceRow, SchemaRow, SeriesRow, StreamRow, Waiting};
 use crate::clock::{BootClock, Quality};
 use crate::store::sqlite::open::{OpenError, Purpose, open_reader_of};
 use crate::store::{
@@ -36,6 +36,23 @@ impl SpoolReader {
     pub(in crate::store) async fn open(path: &Path) -> Result<Self, OpenError> {
         let conn = open_reader_of(path, Purpose::Spool).await?;
         Ok(Self { conn })
+    }
+
+    /// What waits, all in all; `None` where the spool is not in use.
+    pub(in crate::store) async fn waiting(&mut self) -> Result<Option<Waiting>, sqlx::Error> {
+        let (is_registered, frames, readings, oldest_us): (bool, i64, i64, Option<i64>) =
+            sqlx::query_as(
+                "SELECT (SELECT is_registered FROM spool), count(*), coalesce(sum(readings), 0),
+                     (SELECT received_at FROM frames ORDER BY id LIMIT 1)
+                 FROM frames",
+            )
+            .fetch_one(&mut self.conn)
+            .await?;
+        Ok(is_registered.then_some(Waiting {
+            frames: frames.unsigned_abs(),
+            readings: readings.unsigned_abs(),
+            oldest_received_us: oldest_us,
+        }))
     }
 
     /// The oldest of what waits beyond `after`.
