@@ -46,28 +46,18 @@ impl Rows {
         self.field(&value.to_be_bytes())
     }
 
-    pub(super) fn int4(&mut self, value: i32) -> &mut Self {
-        self.field(&value.to_be_bytes())
-    }
-
-    pub(super) fn int2(&mut self, value: i16) -> &mut Self {
-        self.field(&value.to_be_bytes())
-    }
-
     pub(super) fn float8(&mut self, value: Option<f64>) -> &mut Self {
         match value {
             Some(value) => self.field(&value.to_be_bytes()),
-            None => self.null(),
+            None => {
+                self.bytes.extend_from_slice(&(-1_i32).to_be_bytes());
+                self
+            }
         }
     }
 
     pub(super) fn timestamptz(&mut self, at_us: i64) -> &mut Self {
         self.field(&Timestamp(at_us).to_be_bytes())
-    }
-
-    pub(super) fn null(&mut self) -> &mut Self {
-        self.bytes.extend_from_slice(&(-1_i32).to_be_bytes());
-        self
     }
 
     fn field(&mut self, value: &[u8]) -> &mut Self {
@@ -90,9 +80,6 @@ pub(super) async fn copy<T: Sync>(
     progress: &Progress,
     write: impl Fn(&mut Rows, &T) + Send,
 ) -> Result<(), sqlx::Error> {
-    if items.is_empty() {
-        return Ok(());
-    }
     let mut copy = conn
         .copy_in_raw(&format!("COPY {table} FROM STDIN (FORMAT binary)"))
         .await?;

@@ -18,11 +18,16 @@ use super::run;
 use super::timestamp::Timestamp;
 use crate::clock::BootClock;
 use crate::store::ledger::{self, UnknownStream, Watermarks};
-use crate::store::rows::{EventRow, Frame, resolved_time, sorted_runs};
+use crate::store::rows::{EventRow, Frame, Run, resolved_time, sorted_runs};
 use crate::store::{Batch, Committed, Content, DeviceEvent, DeviceId, Entry, StreamId};
 
 /// Ids in one block of the sequence `frame_id_blocks`.
 const FRAME_IDS_IN_BLOCK: i64 = 1024;
+
+/// From so many readings on, COPY is faster than INSERT. It takes two writes to the socket with nothing
+/// read between them, and sqlx leaves Nagle's algorithm on: the second waits for the server's delayed
+/// acknowledgement, some 40 ms.
+const COPY_READINGS_MIN: usize = 10_000;
 
 /// Why a batch was not committed.
 #[derive(Debug, thiserror::Error)]
@@ -123,34 +128,58 @@ impl Writer {
     }
 
     async fn store_ledger(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
-        let table =
-            "frames (id, stream_id, seq, type, received_at, readings, quality, clock_offset_us)";
-        copy(
-            &mut self.conn,
-            table,
-            frames,
-            &self.progress,
-            |rows, frame| {
-                let entry = frame.item.entry;
-                rows.row(8)
-                    .int8(frame.id)
-                    .int8(entry.stream.0)
-                    .int8(entry.seq.cast_signed())
-                    .int2(entry.frame_type.into())
-                    .timestamptz(entry.received_at_us)
-                    .int4(frame.item.readings() as i32);
-                match resolved_time(entry) {
-                    Some(time) => rows.int2(time.quality as i16).int8(time.offset_us),
-                    None => rows.null().null(),
-                };
-            },
+        if frames.is_empty() {
+            return Ok(());
+        }
+        let entries = || frames.iter().map(|frame| frame.item.entry);
+        let times = || entries().map(resolved_time);
+        let readings = frames.iter().map(|frame| frame.item.readings() as i32);
+        sqlx::query(
+            "INSERT INTO frames (id, stream_id, seq, type, received_at, readings, quality,
+                 clock_offset_us)
+             SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::smallint[],
+                 $5::timestamptz[], $6::integer[], $7::smallint[], $8::bigint[])",
         )
+        .bind(frames.iter().map(|frame| frame.id).collect::<Vec<i64>>())
+        .bind(entries().map(|entry| entry.stream.0).collect::<Vec<i64>>())
+        .bind(
+            entries()
+                .map(|entry| entry.seq.cast_signed())
+                .collect::<Vec<i64>>(),
+        )
+        .bind(
+            entries()
+                .map(|entry| entry.frame_type.into())
+                .collect::<Vec<i16>>(),
+        )
+        .bind(
+            entries()
+                .map(|entry| Timestamp(entry.received_at_us))
+                .collect::<Vec<_>>(),
+        )
+        .bind(readings.collect::<Vec<i32>>())
+        .bind(
+            times()
+                .map(|time| time.map(|time| time.quality as i16))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            times()
+                .map(|time| time.map(|time| time.offset_us))
+                .collect::<Vec<_>>(),
+        )
+        .execute(&mut self.conn)
         .await
+        .map(drop)
     }
 
     /// Without ON CONFLICT: the ledger has passed over what is stored.
     async fn store_readings(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
         let runs = sorted_runs(frames);
+        let readings: usize = runs.iter().map(|run| run.times_us.len()).sum();
+        if readings < COPY_READINGS_MIN {
+            return self.insert_readings(&runs).await;
+        }
         let table = "readings (series_id, ts, frame_id, value)";
         copy(&mut self.conn, table, &runs, &self.progress, |rows, run| {
             for (series, ts_us, frame, value) in run.readings() {
@@ -164,29 +193,52 @@ impl Writer {
         .await
     }
 
-    async fn store_gaps(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
-        let mut gaps = Vec::new();
-        for frame in frames {
-            if let Content::Gap { reason } = &frame.item.entry.content {
-                gaps.push((frame.item, *reason));
+    async fn insert_readings(&mut self, runs: &[Run<'_>]) -> Result<(), sqlx::Error> {
+        if runs.is_empty() {
+            return Ok(());
+        }
+        let (mut series, mut times, mut frames, mut values) = (vec![], vec![], vec![], vec![]);
+        for run in runs {
+            for (of_series, ts_us, frame, value) in run.readings() {
+                series.push(of_series);
+                times.push(Timestamp(ts_us));
+                frames.push(frame);
+                values.push(value);
             }
         }
-        let table = "gaps (stream_id, from_seq, to_seq, reason, received_at)";
-        copy(
-            &mut self.conn,
-            table,
-            &gaps,
-            &self.progress,
-            |rows, (item, reason)| {
-                rows.row(5)
-                    .int8(item.entry.stream.0)
-                    .int8(item.first_seq.cast_signed())
-                    .int8(item.entry.seq.cast_signed())
-                    .int2((*reason).into())
-                    .timestamptz(item.entry.received_at_us);
-            },
+        sqlx::query(
+            "INSERT INTO readings (series_id, ts, frame_id, value)
+             SELECT * FROM unnest($1::bigint[], $2::timestamptz[], $3::bigint[],
+                 $4::double precision[])",
         )
+        .bind(series)
+        .bind(times)
+        .bind(frames)
+        .bind(values)
+        .execute(&mut self.conn)
         .await
+        .map(drop)
+    }
+
+    async fn store_gaps(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
+        for frame in frames {
+            let entry = frame.item.entry;
+            let Content::Gap { reason } = entry.content else {
+                continue;
+            };
+            sqlx::query(
+                "INSERT INTO gaps (stream_id, from_seq, to_seq, reason, received_at)
+                 VALUES ($1, $2, $3, $4, $5)",
+            )
+            .bind(entry.stream.0)
+            .bind(frame.item.first_seq.cast_signed())
+            .bind(entry.seq.cast_signed())
+            .bind(i16::from(reason))
+            .bind(Timestamp(entry.received_at_us))
+            .execute(&mut self.conn)
+            .await?;
+        }
+        Ok(())
     }
 
     async fn store_quarantine(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
