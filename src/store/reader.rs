@@ -294,34 +294,7 @@ fn postgres_arguments(values: &[Argument<'_>]) -> Result<PgArguments, sqlx::Erro
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::url::PostgresUrl;
-
-    /// Makes a database of its own for a test.
-    async fn new_database(name: &str) -> (PostgresUrl, PostgresUrl) {
-        let server = std::env::var("FIELDGATE_TEST_POSTGRES_URL").expect("a server's address");
-        let StoreUrl::Postgres(server) = server.parse().unwrap() else {
-            panic!("not the address of a Postgres server");
-        };
-        let name = format!("fieldgate_reader_{name}_{}", std::process::id());
-        on_server(&server, &format!("DROP DATABASE IF EXISTS {name}")).await;
-        let create = format!("CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'");
-        on_server(&server, &create).await;
-        let database = server.with_database(&name);
-        (server, database)
-    }
-
-    async fn drop_database(server: &PostgresUrl, database: &PostgresUrl) {
-        let options = database.options();
-        let name = options.get_database().unwrap();
-        on_server(server, &format!("DROP DATABASE {name} WITH (FORCE)")).await;
-    }
-
-    async fn on_server(server: &PostgresUrl, sql: &str) {
-        use sqlx::ConnectOptions;
-        let mut conn = server.options().connect().await.unwrap();
-        let sql = sqlx::raw_sql(AssertSqlSafe(sql.to_owned()));
-        sql.execute(&mut conn).await.unwrap();
-    }
+    use crate::store::postgres::tests::Database;
 
     async fn row_of(reader: &mut Reader, sql: &str) -> Vec<Value> {
         let broken_off = reader.run(sql, |row| ControlFlow::Break(row.0)).await;
@@ -329,9 +302,10 @@ mod tests {
     }
 
     #[tokio::test]
-    #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --ignored"]
+    #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
     async fn every_type_of_postgres_can_be_read() {
-        let (server, url) = new_database("types").await;
+        let database = Database::create().await;
+        let url = database.settings().url;
         let store = StoreUrl::Postgres(url.clone());
         let missing = Reader::open(&store).await.err().unwrap();
         assert!(missing.to_string().contains("no store in"), "{missing}");
@@ -365,13 +339,13 @@ mod tests {
             "1.2.3.4".into(),
         ];
         assert_eq!(row_of(&mut reader, others).await, expected);
-        drop_database(&server, &url).await;
     }
 
     #[tokio::test]
-    #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --ignored"]
+    #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
     async fn postgres_is_only_read() {
-        let (server, url) = new_database("writes").await;
+        let database = Database::create().await;
+        let url = database.settings().url;
         postgres::migrate(&url).await.unwrap();
         let mut reader = Reader::open(&StoreUrl::Postgres(url.clone()))
             .await
@@ -404,7 +378,6 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(rows, [Row(vec![1_000_000.into(), 3.into()])]);
-        drop_database(&server, &url).await;
     }
 
     #[tokio::test]
