@@ -227,6 +227,7 @@ mod tests {
         let shown = "postgres://ann@db.example:5433/site (Require)";
         assert_eq!(url.to_string(), shown);
         assert_eq!(format!("{url:?}"), shown);
+        assert_eq!(url.with_password(), text);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The bare loop on Postgres: binary COPY on as many connections as the gateway writes with, each for
 //! devices of its own. And the database for it all.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use fieldgate::store::postgres::migrate;
@@ -83,8 +84,8 @@ async fn execute(conn: &mut PgConnection, sql: impl Into<String>) -> Result<(), 
 }
 
 const DAY_US: i64 = 86_400_000_000;
-/// Windows of frames in a transaction: about as many readings as the gateway takes at most, and what
-/// was found fastest.
+/// Windows of frames in a transaction: about as many readings as the gateway takes at most. From 64 to
+/// 1,000 of them the server took no less time for a reading.
 const WINDOWS: usize = 212;
 
 /// Copies what a fleet of the burst's shape would send, and nothing else; returns readings per second.
@@ -159,36 +160,37 @@ impl Window {
     }
 }
 
+/// What a connection copies in its turns. Each device sends a window, and then it is the next one's turn:
+/// that is how frames arrive in a burst. They are sorted by device, as the gateway does before it stores
+/// them.
+fn windows(number: usize, connections: usize, turns: Range<usize>) -> Vec<Window> {
+    let devices = (DEVICES as usize - number).div_ceil(connections);
+    // Each connection has ids that follow each other, as in the gateway.
+    let ids_start = (number as i64) << 40;
+    let mut windows: Vec<Window> = turns
+        .map(|turn| Window {
+            device: (number + turn % devices * connections) as i64,
+            first_seq: (turn / devices) as i64 * WINDOW_FRAMES as i64 + 1,
+            first_id: ids_start + turn as i64 * WINDOW_FRAMES as i64,
+        })
+        .collect();
+    windows.sort_unstable_by_key(|window| (window.device, window.first_seq));
+    windows
+}
+
 impl Copier {
     /// Gives back the number of frames.
     async fn copy_until(mut self, end: Instant) -> Result<usize, sqlx::Error> {
         while Instant::now() < end {
-            let windows = self.next_windows();
+            let turns = self.windows..self.windows + WINDOWS;
+            self.windows = turns.end;
+            let windows = windows(self.number, self.connections, turns);
             execute(&mut self.conn, "BEGIN").await?;
             self.copy_frames(&windows).await?;
             self.copy_readings(&windows).await?;
             execute(&mut self.conn, "COMMIT").await?;
         }
         Ok(self.windows * WINDOW_FRAMES as usize)
-    }
-
-    /// Each device sends a window, and then it is the next one's turn: that is how frames arrive in a
-    /// burst. They are sorted by device, as the gateway does before it stores them.
-    fn next_windows(&mut self) -> Vec<Window> {
-        let devices = (DEVICES as usize - self.number).div_ceil(self.connections);
-        let turns = self.windows..self.windows + WINDOWS;
-        self.windows = turns.end;
-        // Each connection has ids that follow each other, as in the gateway.
-        let ids_start = (self.number as i64) << 40;
-        let mut windows: Vec<Window> = turns
-            .map(|turn| Window {
-                device: (self.number + turn % devices * self.connections) as i64,
-                first_seq: (turn / devices) as i64 * WINDOW_FRAMES as i64 + 1,
-                first_id: ids_start + turn as i64 * WINDOW_FRAMES as i64,
-            })
-            .collect();
-        windows.sort_unstable_by_key(|window| (window.device, window.first_seq));
-        windows
     }
 
     async fn copy_frames(&mut self, windows: &[Window]) -> Result<(), sqlx::Error> {
@@ -259,4 +261,33 @@ fn field<const N: usize>(bytes: &mut Vec<u8>, value: [u8; N]) {
 /// Microseconds as Postgres counts them.
 fn since_2000(time_us: i64) -> i64 {
     time_us - 946_684_800_000_000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_device_sends_its_frames_once_and_in_order() {
+        for connections in [1, 2, 3] {
+            let mut seqs = vec![Vec::new(); DEVICES as usize];
+            let mut ids = Vec::new();
+            for number in 0..connections {
+                for start in [0, WINDOWS, 2 * WINDOWS, 3 * WINDOWS] {
+                    for window in windows(number, connections, start..start + WINDOWS) {
+                        assert_eq!(window.device as usize % connections, number);
+                        seqs[window.device as usize].extend(window.frames().map(|(seq, _)| seq));
+                        ids.extend(window.frames().map(|(_, id)| id));
+                    }
+                }
+            }
+            for seqs in seqs {
+                assert_eq!(seqs, (1..=seqs.len() as i64).collect::<Vec<_>>());
+            }
+            let count = ids.len();
+            ids.sort_unstable();
+            ids.dedup();
+            assert_eq!(ids.len(), count);
+        }
+    }
 }
