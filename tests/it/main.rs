@@ -2,14 +2,18 @@
 
 mod cli;
 mod client;
+mod cluster;
+mod database;
 mod fuzzed;
 mod gateway;
 mod handshake;
 mod kill;
 mod malformed;
+mod own_postgres;
 mod quarantine;
 mod session;
 mod simulator;
 mod site;
 mod start;
 mod stored;
+mod stored_in_postgres;
