@@ -4,6 +4,7 @@ mod cli;
 mod client;
 mod cluster;
 mod database;
+mod fleet;
 mod fuzzed;
 mod gateway;
 mod handshake;
