@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::Duration;
@@ -44,8 +45,8 @@ pub struct Ended {
 pub struct Gateway {
     pub addr: SocketAddr,
     process: Child,
-    /// All of stderr, once that is closed.
-    stderr: Receiver<String>,
+    /// All of stderr, once that is closed. In a lock, so that threads can share a gateway.
+    stderr: Mutex<Receiver<String>>,
     ended: Option<ExitStatus>,
     data_dir: PathBuf,
     /// Removed with the gateway that made it.
@@ -91,7 +92,7 @@ impl Gateway {
         Gateway {
             addr,
             process,
-            stderr,
+            stderr: Mutex::new(stderr),
             ended: None,
             data_dir,
             _dir: None,
@@ -142,6 +143,16 @@ impl Gateway {
         self.process.try_wait().expect("a child").is_none()
     }
 
+    /// Memory that the process has in use now, where Linux tells.
+    pub fn memory_bytes(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.process.id());
+        let status = std::fs::read_to_string(path).expect("Linux");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+        let kib: u64 = kib.and_then(|kib| kib.parse().ok()).expect("a size");
+        kib * 1024
+    }
+
     /// kill -9.
     pub fn kill(mut self) -> Ended {
         self.process.kill().expect("kills");
@@ -157,7 +168,8 @@ impl Gateway {
 
     /// Waits for the end of the process.
     pub fn wait(&mut self) -> Ended {
-        let stderr = self.stderr.recv_timeout(PATIENCE).expect("an end");
+        let stderr = self.stderr.get_mut().expect("no panic");
+        let stderr = stderr.recv_timeout(PATIENCE).expect("an end");
         let status = self.process.wait().expect("a child");
         self.ended = Some(status);
         assert!(!stderr.contains("panicked"), "{stderr}");
@@ -172,7 +184,8 @@ impl Drop for Gateway {
         }
         let _ = self.process.kill();
         let _ = self.process.wait();
-        let stderr = self.stderr.recv_timeout(PATIENCE).unwrap_or_default();
+        let stderr = self.stderr.get_mut().expect("no panic");
+        let stderr = stderr.recv_timeout(PATIENCE).unwrap_or_default();
         if thread::panicking() {
             eprintln!("--- stderr of the gateway\n{stderr}");
         } else {

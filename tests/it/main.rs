@@ -2,14 +2,23 @@
 
 mod cli;
 mod client;
+mod cluster;
+mod database;
+mod fleet;
 mod fuzzed;
 mod gateway;
+mod gateways;
 mod handshake;
 mod kill;
 mod malformed;
+mod outage;
+mod own_postgres;
+mod plans;
 mod quarantine;
 mod session;
 mod simulator;
 mod site;
 mod start;
+mod store_down;
 mod stored;
+mod stored_in_postgres;

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
+use crate::fleet::{simulator, verify};
 use crate::gateway::Gateway;
-use crate::kill::{simulator, verify};
 
 /// Runs the simulator to its end and proves what it sent.
 fn run(gateway: &Gateway, dir: &TempDir, journal: &str, flags: &[&str]) {
@@ -20,7 +20,8 @@ fn run(gateway: &Gateway, dir: &TempDir, journal: &str, flags: &[&str]) {
         .expect("starts");
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{flags:?}: {said}");
-    verify(gateway.data_dir(), &journal);
+    let database = gateway.data_dir().join("fieldgate.db");
+    verify(&format!("sqlite://{}", database.display()), &journal);
 }
 
 fn water_flow() -> PathBuf {

@@ -1,0 +1,213 @@
+//! A Postgres database of a test's own, and sessions that look into it.
+
+use std::borrow::Cow;
+use std::io::ErrorKind;
+use std::time::{Duration, Instant};
+
+use sqlx::postgres::{PgConnectOptions, PgRow};
+use sqlx::{AssertSqlSafe, ConnectOptions, FromRow, PgConnection};
+use tokio::runtime::{Builder, Runtime};
+
+/// Names the server that tests share; `tests/run` sets it.
+const SERVER_VARIABLE: &str = "FIELDGATE_TEST_POSTGRES_URL";
+/// A server that is frozen lets nobody in.
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+/// Longer than any query of a test takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A connection to Postgres.
+pub struct Session {
+    runtime: Runtime,
+    connection: PgConnection,
+}
+
+impl Session {
+    pub fn open(url: &str) -> Session {
+        Session::connect(url).expect(url)
+    }
+
+    /// `None` if nobody is there.
+    pub fn try_open(url: &str) -> Option<Session> {
+        Session::connect(url).ok()
+    }
+
+    fn connect(url: &str) -> Result<Session, sqlx::Error> {
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let options: PgConnectOptions = url.parse().expect(url);
+        let options = options.application_name("test").disable_statement_logging();
+        let connect = async { tokio::time::timeout(CONNECT_WITHIN, options.connect()).await };
+        let connection = runtime
+            .block_on(connect)
+            .unwrap_or_else(|_| Err(std::io::Error::from(ErrorKind::TimedOut).into()))?;
+        Ok(Session {
+            runtime,
+            connection,
+        })
+    }
+
+    /// Statements without results.
+    pub fn execute(&mut self, sql: &str) {
+        let statements = sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&mut self.connection);
+        self.runtime.block_on(statements).expect(sql);
+    }
+
+    /// All rows of a query.
+    pub fn rows<T>(&mut self, sql: &str) -> Vec<T>
+    where
+        T: for<'r> FromRow<'r, PgRow> + Send + Unpin,
+    {
+        self.try_rows(sql).expect(sql)
+    }
+
+    fn try_rows<T>(&mut self, sql: &str) -> Result<Vec<T>, sqlx::Error>
+    where
+        T: for<'r> FromRow<'r, PgRow> + Send + Unpin,
+    {
+        let query = sqlx::query_as(AssertSqlSafe(sql.to_owned())).fetch_all(&mut self.connection);
+        let query = async { tokio::time::timeout(PATIENCE, query).await };
+        self.runtime.block_on(query).expect("an answer")
+    }
+
+    /// The one number that a query gives.
+    pub fn count(&mut self, sql: &str) -> i64 {
+        self.rows::<(i64,)>(sql)[0].0
+    }
+
+    /// What Postgres would do for a query, as JSON.
+    pub fn explain(&mut self, sql: &str) -> serde_json::Value {
+        let explain = format!("EXPLAIN (FORMAT JSON) {sql}");
+        let row = sqlx::raw_sql(AssertSqlSafe(explain)).fetch_one(&mut self.connection);
+        let row = self.runtime.block_on(row).expect(sql);
+        let plan: String = sqlx::Row::try_get_unchecked(&row, 0).expect("text");
+        serde_json::from_str(&plan).expect("JSON")
+    }
+
+    /// Waits until a query gives true.
+    pub fn wait_for(&mut self, sql: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.rows::<(bool,)>(sql)[0].0 {
+            assert!(Instant::now() < deadline, "never true: {sql}");
+        }
+    }
+}
+
+/// A database that is dropped with this.
+pub struct PgDatabase {
+    server: String,
+    name: String,
+    session: Option<Session>,
+}
+
+impl PgDatabase {
+    /// A new database on the server that tests share.
+    pub fn create() -> PgDatabase {
+        let server = std::env::var(SERVER_VARIABLE);
+        PgDatabase::create_on(&server.expect("FIELDGATE_TEST_POSTGRES_URL names a server"))
+    }
+
+    pub fn create_on(server: &str) -> PgDatabase {
+        PgDatabase::create_as(server, "TEMPLATE template0 ENCODING 'UTF8'")
+    }
+
+    /// With whatever CREATE DATABASE takes.
+    pub fn create_as(server: &str, kind: &str) -> PgDatabase {
+        let name = format!("fieldgate_test_{:016x}", rand::random::<u64>());
+        Session::open(server).execute(&format!("CREATE DATABASE {name} {kind}"));
+        PgDatabase {
+            server: server.to_owned(),
+            name,
+            session: None,
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn url(&self) -> String {
+        self.url_as("")
+    }
+
+    /// As another user, with a password if need be: `user:password`.
+    pub fn url_as(&self, user: &str) -> String {
+        let (address, query) = match self.server.split_once('?') {
+            Some((address, query)) => (address, format!("?{query}")),
+            None => (self.server.as_str(), String::new()),
+        };
+        let (scheme, rest) = address.split_once("://").expect("an address");
+        let host = rest.split('/').next().unwrap_or_default();
+        let host = match user {
+            "" => host.to_owned(),
+            user => format!("{user}@{}", host.rsplit('@').next().unwrap_or_default()),
+        };
+        format!("{scheme}://{host}/{}{query}", self.name)
+    }
+
+    /// A session that stays open.
+    pub fn session(&mut self) -> &mut Session {
+        let url = self.url();
+        self.session.get_or_insert_with(|| Session::open(&url))
+    }
+
+    /// The one number that a query gives; `None` while the server is away.
+    pub fn poll(&mut self, sql: &str) -> Option<i64> {
+        let mut session = match self.session.take() {
+            Some(session) => session,
+            None => Session::try_open(&self.url())?,
+        };
+        let rows: Vec<(i64,)> = match session.try_rows(sql) {
+            Ok(rows) => rows,
+            Err(sqlx::Error::Database(error)) if !error.code().is_some_and(is_going_away) => {
+                panic!("{sql}: {error}")
+            }
+            Err(_) => return None,
+        };
+        self.session = Some(session);
+        Some(rows[0].0)
+    }
+
+    /// Numbers of a device's stream that were taken, with their types, in order.
+    pub fn frames(&mut self, device: &str) -> Vec<(i64, i16)> {
+        self.session().rows(&format!(
+            "SELECT f.seq, f.type FROM frames f JOIN streams s ON s.id = f.stream_id \
+             JOIN devices d ON d.id = s.device_id WHERE d.name = '{device}' ORDER BY f.seq, f.id"
+        ))
+    }
+
+    /// A device's readings as (time, value), in order of time.
+    pub fn readings(&mut self, device: &str) -> Vec<(i64, Option<f64>)> {
+        self.session().rows(&format!(
+            "SELECT (extract(epoch FROM r.ts) * 1000000)::bigint, r.value \
+             FROM readings r JOIN series s ON s.id = r.series_id \
+             JOIN devices d ON d.id = s.device_id WHERE d.name = '{device}' \
+             ORDER BY r.ts, s.channel, r.frame_id"
+        ))
+    }
+
+    /// What a device has in quarantine, as (number, code, bytes).
+    pub fn quarantine(&mut self, device: &str) -> Vec<(i64, i16, Vec<u8>)> {
+        self.session().rows(&format!(
+            "SELECT q.seq, q.code, q.bytes FROM quarantine q JOIN devices d ON d.id = q.device_id \
+             WHERE d.name = '{device}' ORDER BY q.seq"
+        ))
+    }
+}
+
+fn is_going_away(code: Cow<'_, str>) -> bool {
+    code.starts_with("57")
+}
+
+impl Drop for PgDatabase {
+    fn drop(&mut self) {
+        self.session = None;
+        let drop = format!("DROP DATABASE {} WITH (FORCE)", self.name);
+        // A test that fails may leave a server behind that does not let anybody in.
+        match Session::try_open(&self.server) {
+            Some(mut server) => server.execute(&drop),
+            None => assert!(std::thread::panicking(), "cannot {drop}"),
+        }
+    }
+}

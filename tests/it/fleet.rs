@@ -1,0 +1,244 @@
+//! The simulator at work against a gateway, and the proof of what it did.
+//!
+//! Its binary stands beside the gateway's: `cargo build --workspace` makes both.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::database::PgDatabase;
+use crate::gateway::{Database, Gateway};
+
+/// Within this time after a start of whatever was down, something must be acknowledged again.
+const READY_AGAIN: Duration = Duration::from_secs(20);
+/// How far the gateway has come.
+const DURABLE: &str = "SELECT CAST(coalesce(sum(durable_seq), 0) AS BIGINT) FROM streams";
+/// What is wrong with the ledger: each line counts rows that must not be there.
+const FAULTS: [(&str, &str); 4] = [
+    (
+        "numbers that do not continue their stream",
+        "SELECT count(*) FROM (
+             SELECT coalesce(g.from_seq, f.seq) AS first_seq,
+                 lag(f.seq, 1, CAST(0 AS BIGINT)) OVER (PARTITION BY f.stream_id ORDER BY f.seq) AS before
+             FROM frames AS f LEFT JOIN gaps AS g ON g.stream_id = f.stream_id AND g.to_seq = f.seq
+         ) AS numbered WHERE first_seq <> before + 1",
+    ),
+    (
+        "streams whose last frame is not the durable one",
+        "SELECT count(*) FROM streams AS s WHERE durable_seq <>
+             (SELECT coalesce(max(seq), 0) FROM frames AS f WHERE f.stream_id = s.id)",
+    ),
+    (
+        "streams whose totals are wrong",
+        "SELECT count(*) FROM streams AS s WHERE (frames, readings) <> (
+             SELECT count(*), CAST(coalesce(sum(f.readings), 0) AS BIGINT) FROM frames AS f
+             WHERE f.stream_id = s.id)",
+    ),
+    (
+        "frames that do not have as many readings as they should",
+        "SELECT count(*) FROM frames AS f
+         LEFT JOIN (SELECT frame_id, count(*) AS n FROM readings GROUP BY frame_id) AS r
+             ON r.frame_id = f.id
+         WHERE f.readings <> coalesce(r.n, 0)",
+    ),
+];
+
+/// A store to be filled by a fleet, and looked at.
+pub trait Place {
+    /// Its address.
+    fn url(&self) -> String;
+    /// The one number that a query gives; `None` while nobody answers.
+    fn poll(&mut self, sql: &str) -> Option<i64>;
+    /// What holds of the database, whatever is in it.
+    fn check(&mut self) {}
+}
+
+/// A database file.
+pub struct File(pub PathBuf);
+
+impl Place for File {
+    fn url(&self) -> String {
+        format!("sqlite://{}", self.0.display())
+    }
+
+    fn poll(&mut self, sql: &str) -> Option<i64> {
+        Some(Database::open(&self.0).count(sql))
+    }
+
+    fn check(&mut self) {
+        let mut database = Database::open(&self.0);
+        let checked: Vec<(String,)> = database.rows("SELECT * FROM pragma_integrity_check");
+        assert_eq!(checked, [("ok".to_owned(),)]);
+    }
+}
+
+impl Place for PgDatabase {
+    fn url(&self) -> String {
+        self.url()
+    }
+
+    fn poll(&mut self, sql: &str) -> Option<i64> {
+        self.poll(sql)
+    }
+}
+
+/// A fleet that sends to a gateway for as long as the test lets it.
+pub struct Fleet<P> {
+    pub place: P,
+    dir: TempDir,
+    process: Child,
+    durable: i64,
+}
+
+impl<P: Place> Fleet<P> {
+    /// A fleet with these `flags`, and a gateway that it sends to.
+    pub fn start(place: impl FnOnce(&Path) -> P, flags: &[&str]) -> (Fleet<P>, Gateway) {
+        let dir = TempDir::new().expect("a directory");
+        let place = place(dir.path());
+        let gateway = Gateway::start_in(dir.path(), &["--store", &place.url()]);
+        let process = simulator("run")
+            .args(["--gateway", &gateway.addr.to_string()])
+            .args(["--duration", "1h", "--journal"])
+            .arg(dir.path().join("journal"))
+            .arg("--key-file")
+            .arg(dir.path().join("fleet.key"))
+            .args(flags)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("starts");
+        let fleet = Fleet {
+            place,
+            dir,
+            process,
+            durable: 0,
+        };
+        (fleet, gateway)
+    }
+
+    /// The same gateway again.
+    pub fn restart(&self, gateway: Gateway) -> Gateway {
+        let listen = gateway.addr.to_string();
+        gateway.kill();
+        let flags = ["--store", &self.place.url(), "--listen", &listen];
+        Gateway::start_in(self.dir.path(), &flags)
+    }
+
+    /// What is durable now counts as progress no more.
+    pub fn take_stock(&mut self) {
+        // A session from before a crash is found to be dead by the first try.
+        let durable = self.place.poll(DURABLE);
+        let durable = durable.or_else(|| self.place.poll(DURABLE));
+        self.durable = durable.expect("it runs");
+    }
+
+    /// Waits until more is durable than the last time.
+    pub fn await_progress(&mut self, round: u64) {
+        self.await_progress_within(READY_AGAIN, round);
+    }
+
+    pub fn await_progress_within(&mut self, patience: Duration, round: u64) {
+        let deadline = Instant::now() + patience;
+        loop {
+            let durable = self.place.poll(DURABLE);
+            if let Some(durable) = durable.filter(|durable| *durable > self.durable) {
+                self.durable = durable;
+                return;
+            }
+            if let Some(status) = self.process.try_wait().expect("a child") {
+                panic!(
+                    "round {round}: the simulator ended, {status}: {}",
+                    self.said()
+                );
+            }
+            assert!(
+                Instant::now() < deadline,
+                "round {round}: nothing is stored any more"
+            );
+            std::thread::yield_now();
+        }
+    }
+
+    /// Ends fleet and gateway, and proves that every frame that was acknowledged is stored, once, with
+    /// its values.
+    pub fn prove(mut self, gateway: Gateway) {
+        self.stop();
+        drop(gateway);
+        self.place.check();
+        check_ledger(&mut self.place);
+        verify(&self.place.url(), &self.dir.path().join("journal"));
+    }
+
+    fn said(&mut self) -> String {
+        let mut said = String::new();
+        let mut stderr = self.process.stderr.take().expect("piped");
+        stderr.read_to_string(&mut said).expect("text");
+        said
+    }
+
+    /// As Ctrl-C does: what is in flight is still acknowledged, and the journal completed.
+    fn stop(&mut self) {
+        let pid = self.process.id().to_string();
+        let told = Command::new("kill").args(["-INT", &pid]).status();
+        assert!(told.expect("kill").success());
+        let status = self.process.wait().expect("a child");
+        assert!(status.success(), "{status}: {}", self.said());
+    }
+}
+
+impl<P> Drop for Fleet<P> {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Numbers continue each stream, none is missing, none is there twice, and totals are right.
+pub fn check_ledger(place: &mut impl Place) {
+    for (what, sql) in FAULTS {
+        assert_eq!(place.poll(sql), Some(0), "{what}");
+    }
+}
+
+/// A number of rounds, as an environment variable says; without it, enough to see the test work.
+pub fn rounds(variable: &str, default: u64) -> u64 {
+    match std::env::var(variable) {
+        Ok(rounds) => rounds.parse().expect("a number of rounds"),
+        Err(_) => {
+            eprintln!("{default} rounds; set {variable} for more");
+            default
+        }
+    }
+}
+
+/// Compares a store with a journal, row by row.
+pub fn verify(store: &str, journal: &Path) {
+    let output = simulator("verify")
+        .arg("--journal")
+        .arg(journal)
+        .args(["--store", store])
+        .output()
+        .expect("starts");
+    let said = String::from_utf8_lossy(&output.stdout);
+    println!("{said}");
+    assert!(
+        output.status.success(),
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+pub fn simulator(subcommand: &str) -> Command {
+    let path = PathBuf::from(env!("CARGO_BIN_EXE_fieldgate")).with_file_name("fieldgate-sim");
+    assert!(
+        path.exists(),
+        "{} is missing: run `cargo build --workspace`",
+        path.display()
+    );
+    let mut command = Command::new(path);
+    command.arg(subcommand).stdin(Stdio::null());
+    command
+}

@@ -1,0 +1,141 @@
+//! Starts on a Postgres that will not do: one clear line each, with the exit code that says whose fault
+//! it is, no password in it, and a database that is left as it was.
+
+use std::net::TcpListener;
+
+use tempfile::TempDir;
+
+use crate::cluster::Cluster;
+use crate::database::{PgDatabase, Session};
+use crate::gateway::{Gateway, run};
+
+/// Counts what a store would have made.
+const TABLES: &str = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'";
+
+/// `serve` into `store` ends with `code`, and stderr is one line that holds all `words`.
+fn assert_refused(store: &str, code: i32, words: &[&str]) {
+    let dir = TempDir::new().expect("a directory");
+    let data_dir = dir.path().to_str().expect("UTF-8");
+    let (listen, store_flag) = (["--listen", "127.0.0.1:0"], ["--store", store]);
+    let args = [&["serve", "--data-dir", data_dir], &listen[..], &store_flag].concat();
+    let ended = run(&args);
+    let said = &ended.stderr;
+    assert_eq!(ended.status.code(), Some(code), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.starts_with("error: "), "{said}");
+    for word in words {
+        assert!(said.contains(word), "no {word:?} in {said}");
+    }
+    assert!(!said.contains("s3cret"), "{said}");
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn who_is_not_let_in_is_told_why() {
+    let cluster = Cluster::start(&[]);
+    cluster.ask_for_password("guarded");
+    Session::open(&cluster.url())
+        .execute("CREATE ROLE guarded LOGIN PASSWORD 'right'; CREATE ROLE stranger LOGIN");
+    let mut database = cluster.database();
+    let words = ["does not let us in", "guarded@", "password"];
+    assert_refused(&database.url_as("guarded:s3cret"), 1, &words);
+    assert_refused(&database.url_as("nobody_at_all"), 1, &["does not let us"]);
+    // Before 15, everybody could make tables.
+    let session = database.session();
+    session.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC");
+    let words = ["stranger@", "lacks rights", "owner"];
+    assert_refused(&database.url_as("stranger"), 1, &words);
+    assert_eq!(database.session().count(TABLES), 0);
+    // With the right password and rights it is let in.
+    let session = database.session();
+    session.execute("GRANT CREATE ON SCHEMA public TO guarded");
+    Gateway::start(&["--store", &database.url_as("guarded:right")]);
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_server_that_may_lose_data_is_accepted_only_on_demand() {
+    for setting in ["fsync", "full_page_writes", "synchronous_commit"] {
+        let cluster = Cluster::start(&[&format!("{setting}=off")]);
+        let mut database = cluster.database();
+        let words = [setting, "--allow-postgres-data-loss"];
+        assert_refused(&database.url(), 1, &words);
+        assert_eq!(database.session().count(TABLES), 0, "{setting}");
+        let flags = ["--store", &database.url(), "--allow-postgres-data-loss"];
+        Gateway::start(&flags).connect("pump").0.ping();
+    }
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_server_that_is_not_there_is_told() {
+    let free = TcpListener::bind("127.0.0.1:0").expect("binds");
+    let addr = free.local_addr().expect("an address").to_string();
+    drop(free);
+    let url = format!("postgres://ann:s3cret@{addr}/site");
+    assert_refused(&url, 1, &["no Postgres answers", &addr]);
+    let words = ["no Postgres answers", "db.invalid"];
+    assert_refused("postgres://ann:s3cret@db.invalid/site", 1, &words);
+    // Somebody who listens and never says a word.
+    let silent = TcpListener::bind("127.0.0.1:0").expect("binds");
+    let addr = silent.local_addr().expect("an address").to_string();
+    let url = format!("postgres://ann:s3cret@{addr}/site");
+    assert_refused(&url, 1, &["no answer within 5 s", &addr]);
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_database_that_is_not_there_is_told() {
+    let database = PgDatabase::create();
+    let url = database.url().replace(database.name(), "no_such_one");
+    assert_refused(&url, 1, &["no such database", "no_such_one", "createdb"]);
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn tables_of_another_program_are_left_alone() {
+    let mut database = PgDatabase::create();
+    let session = database.session();
+    session.execute("CREATE TABLE devices (serial text); INSERT INTO devices VALUES ('x')");
+    let words = ["table devices of another program"];
+    assert_refused(&database.url(), 1, &words);
+    assert_eq!(database.session().count(TABLES), 1);
+    let kept: Vec<(String,)> = database.session().rows("SELECT serial FROM devices");
+    assert_eq!(kept, [("x".to_owned(),)]);
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_database_of_a_newer_version_is_refused() {
+    let mut database = PgDatabase::create();
+    Gateway::start(&["--store", &database.url()]);
+    database.session().execute(
+        "INSERT INTO fieldgate_migrations
+         (version, description, installed_on, success, checksum, execution_time)
+         VALUES (9999, 'of the future', now(), true, '', 1)",
+    );
+    assert_refused(&database.url(), 1, &["newer fieldgate", "9999"]);
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_database_without_unicode_is_refused() {
+    let cluster = Cluster::start(&[]);
+    let kind = "TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'";
+    let mut database = PgDatabase::create_as(&cluster.url(), kind);
+    assert_refused(&database.url(), 1, &["SQL_ASCII", "UTF8"]);
+    assert_eq!(database.session().count(TABLES), 0);
+}
+
+#[test]
+fn an_address_with_an_unknown_parameter_is_refused() {
+    let words = ["unknown parameter `sslmod`", "sslmode"];
+    let dir = TempDir::new().expect("a directory");
+    let data_dir = dir.path().to_str().expect("UTF-8");
+    let url = "postgres://ann@localhost/site?sslmod=disable";
+    let ended = run(&["serve", "--data-dir", data_dir, "--store", url]);
+    assert_eq!(ended.status.code(), Some(2), "{}", ended.stderr);
+    for word in words {
+        assert!(ended.stderr.contains(word), "{}", ended.stderr);
+    }
+}

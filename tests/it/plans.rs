@@ -1,0 +1,122 @@
+//! What Postgres does for the queries that everybody asks: it looks into the partitions of the time
+//! that is asked for and into no other, by their indexes.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use crate::client::readings_at;
+use crate::database::{PgDatabase, Session};
+use crate::gateway::Gateway;
+
+const DAYS: i64 = 6;
+const DAY_US: i64 = 86_400_000_000;
+
+/// A partition that is looked into, and how.
+type Scan = (String, String);
+
+/// Every scan of a part of `readings`, and of other large tables.
+fn scans(plan: &Value, found: &mut BTreeSet<Scan>) {
+    match plan {
+        Value::Array(parts) => parts.iter().for_each(|part| scans(part, found)),
+        Value::Object(node) => {
+            if let (Some(Value::String(table)), Some(Value::String(kind))) =
+                (node.get("Relation Name"), node.get("Node Type"))
+                && (table.starts_with("readings") || table == "frames")
+            {
+                found.insert((table.clone(), kind.clone()));
+            }
+            node.values().for_each(|value| scans(value, found));
+        }
+        _ => {}
+    }
+}
+
+/// Asserts that a query reads `partitions` and, maybe, the default one, by their indexes.
+fn assert_reads(session: &mut Session, sql: &str, partitions: &[String]) {
+    let plan = session.explain(sql);
+    let mut found = BTreeSet::new();
+    scans(&plan, &mut found);
+    let whole: Vec<_> = found
+        .iter()
+        .filter(|(_, kind)| kind == "Seq Scan")
+        .collect();
+    let read: BTreeSet<&str> = found
+        .iter()
+        .map(|(table, _)| table.as_str())
+        .filter(|table| !["frames", "readings_default"].contains(table))
+        .collect();
+    let wanted: BTreeSet<&str> = partitions.iter().map(String::as_str).collect();
+    assert_eq!(read, wanted, "{sql}\n{plan:#}");
+    assert!(whole.is_empty(), "{whole:?}: {sql}\n{plan:#}");
+}
+
+/// A store with a reading each ten seconds of the last days, in four channels of some devices.
+fn filled() -> PgDatabase {
+    let mut database = PgDatabase::create();
+    let gateway = Gateway::start(&["--store", &database.url()]);
+    let now_us = jiff::Timestamp::now().as_microsecond();
+    for device in 0..5 {
+        let (mut link, _) = gateway.connect(&format!("pump-{device}"));
+        for day in 0..DAYS {
+            let seq = day as u64 + 1;
+            link.send(&readings_at(seq, now_us - day * DAY_US, &[1]));
+        }
+        link.expect_ack(DAYS as u64);
+    }
+    drop(gateway);
+    let session = database.session();
+    session.execute(&format!(
+        "INSERT INTO readings
+         SELECT s.id, ts, 1024, 1.5 FROM series AS s,
+             generate_series(now() - interval '{} days', now(), interval '10 s') AS ts;
+         INSERT INTO frames
+         SELECT n, 1000000, n, 17, now(), 1, 0, 0 FROM generate_series(1000000, 1050000) AS n;
+         ANALYZE",
+        DAYS - 1
+    ));
+    database
+}
+
+/// Names of the partitions from `first` to `last` days ago.
+fn partitions(session: &mut Session, first: i64, last: i64) -> Vec<String> {
+    let names: Vec<(String,)> = session.rows(&format!(
+        "SELECT to_char((now() AT TIME ZONE 'UTC')::date - n, '\"readings_\"YYYYMMDD')
+         FROM generate_series({last}, {first}) AS n"
+    ));
+    names.into_iter().map(|name| name.0).collect()
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn queries_read_the_partitions_of_their_time_by_index() {
+    let mut database = filled();
+    let session = database.session();
+    session.execute("SET timezone = 'UTC'");
+    let yesterday = partitions(session, 1, 1);
+    let few_days = partitions(session, 4, 2);
+    let of_pump = "SELECT ts, value FROM telemetry WHERE device = 'pump-3' AND channel = 'level'";
+    let range = "AND ts >= current_date - 1 AND ts < current_date";
+    assert_reads(session, &format!("{of_pump} {range}"), &yesterday);
+    let range = "AND ts >= current_date - 4 AND ts < current_date - 1 ORDER BY ts";
+    assert_reads(session, &format!("{of_pump} {range}"), &few_days);
+    // With times as they are written, and all that the view tells.
+    let (from, to): (String, String) = session
+        .rows("SELECT (current_date - 1)::text, (current_date - 1)::text || ' 12:00'")
+        .remove(0);
+    let sql = format!(
+        "SELECT * FROM telemetry WHERE device = 'pump-3' AND channel = 'level' \
+         AND ts >= '{from}' AND ts < '{to}'"
+    );
+    assert_reads(session, &sql, &yesterday);
+    // All devices, the last five minutes.
+    let sql = "SELECT device, channel, ts, value FROM telemetry \
+               WHERE ts >= now() - interval '5 minutes' AND ts <= now()";
+    let started_on: Vec<String> = {
+        let five = "SELECT DISTINCT to_char(at, '\"readings_\"YYYYMMDD') FROM \
+                    (VALUES (now()), (now() - interval '5 minutes')) AS times (at)";
+        let names: Vec<(String,)> = session.rows(five);
+        names.into_iter().map(|name| name.0).collect()
+    };
+    assert_reads(session, sql, &started_on);
+}
