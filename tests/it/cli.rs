@@ -146,10 +146,7 @@ fn wrong_usage_is_two_lines_at_most() {
             &["query", "SELECT 1", "--format", "xml"],
             "table, csv, json",
         ),
-        (
-            &["status", "--store", "postgres://host/db"],
-            "sqlite://PATH",
-        ),
+        (&["status", "--store", "mysql://host/db"], "sqlite://PATH"),
     ] {
         let said = site.run(args);
         assert_eq!((said.code, &*said.out), (2, ""), "{said:?}");

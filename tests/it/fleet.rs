@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use crate::database::PgDatabase;
-use crate::gateway::{Database, Gateway};
+use crate::gateway::{Database, Gateway, command};
 
 /// Within this time after a start of whatever was down, something must be acknowledged again.
 const READY_AGAIN: Duration = Duration::from_secs(20);
+/// After the fleet has stopped.
+const DRAINED_WITHIN: Duration = Duration::from_secs(120);
 /// How far the gateway has come.
 const DURABLE: &str = "SELECT CAST(coalesce(sum(durable_seq), 0) AS BIGINT) FROM streams";
 /// What is wrong with the ledger: each line counts rows that must not be there.
@@ -52,6 +54,12 @@ pub trait Place {
     fn url(&self) -> String;
     /// The one number that a query gives; `None` while nobody answers.
     fn poll(&mut self, sql: &str) -> Option<i64>;
+    /// What the gateway is to be started with besides.
+    fn serve_flags(&self) -> &'static [&'static str] {
+        &[]
+    }
+    /// Waits until everything that was acknowledged can be seen.
+    fn settle(&mut self, _data_dir: &Path) {}
     /// What holds of the database, whatever is in it.
     fn check(&mut self) {}
 }
@@ -85,6 +93,41 @@ impl Place for PgDatabase {
     }
 }
 
+/// A database on a server, behind the gateway's spool.
+pub struct Spooled(pub PgDatabase);
+
+impl Place for Spooled {
+    fn url(&self) -> String {
+        self.0.url()
+    }
+
+    fn poll(&mut self, sql: &str) -> Option<i64> {
+        self.0.poll(sql)
+    }
+
+    fn serve_flags(&self) -> &'static [&'static str] {
+        &["--spool"]
+    }
+
+    fn settle(&mut self, data_dir: &Path) {
+        let deadline = Instant::now() + DRAINED_WITHIN;
+        while !spool_status(&self.url(), data_dir).contains("empty") {
+            assert!(Instant::now() < deadline, "the spool is never empty");
+        }
+    }
+}
+
+/// The line of `fieldgate status` that tells of the spool.
+pub fn spool_status(store: &str, data_dir: &Path) -> String {
+    let data_dir = data_dir.to_str().expect("UTF-8");
+    let output = command(&["status", "--store", store, "--data-dir", data_dir]).output();
+    let said = String::from_utf8(output.expect("starts").stdout).expect("text");
+    let mut lines = said.lines();
+    let line = lines.find(|line| line.trim_start().starts_with("spool"));
+    line.unwrap_or_else(|| panic!("no spool in {said:?}"))
+        .to_owned()
+}
+
 /// A fleet that sends to a gateway for as long as the test lets it.
 pub struct Fleet<P> {
     pub place: P,
@@ -98,7 +141,9 @@ impl<P: Place> Fleet<P> {
     pub fn start(place: impl FnOnce(&Path) -> P, flags: &[&str]) -> (Fleet<P>, Gateway) {
         let dir = TempDir::new().expect("a directory");
         let place = place(dir.path());
-        let gateway = Gateway::start_in(dir.path(), &["--store", &place.url()]);
+        let url = place.url();
+        let flags_of_place = [&["--store", url.as_str()], place.serve_flags()].concat();
+        let gateway = Gateway::start_in(dir.path(), &flags_of_place);
         let process = simulator("run")
             .args(["--gateway", &gateway.addr.to_string()])
             .args(["--duration", "1h", "--journal"])
@@ -123,7 +168,9 @@ impl<P: Place> Fleet<P> {
     pub fn restart(&self, gateway: Gateway) -> Gateway {
         let listen = gateway.addr.to_string();
         gateway.kill();
-        let flags = ["--store", &self.place.url(), "--listen", &listen];
+        let url = self.place.url();
+        let flags = ["--store", url.as_str(), "--listen", &listen];
+        let flags = [&flags[..], self.place.serve_flags()].concat();
         Gateway::start_in(self.dir.path(), &flags)
     }
 
@@ -166,6 +213,7 @@ impl<P: Place> Fleet<P> {
     /// its values.
     pub fn prove(mut self, gateway: Gateway) {
         self.stop();
+        self.place.settle(self.dir.path());
         drop(gateway);
         self.place.check();
         check_ledger(&mut self.place);

@@ -18,6 +18,7 @@ mod quarantine;
 mod session;
 mod simulator;
 mod site;
+mod spool_outage;
 mod start;
 mod store_down;
 mod stored;

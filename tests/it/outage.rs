@@ -14,8 +14,8 @@ use crate::gateway::Gateway;
 use crate::store_down::{expect_store_down, resend_until_acked};
 
 /// How many times Postgres is stopped; `tests/run` says 10, `tests/run --long` 50.
-const ROUNDS_VARIABLE: &str = "FIELDGATE_TEST_OUTAGE_ROUNDS";
-const ROUNDS_DEFAULT: u64 = 2;
+pub const ROUNDS_VARIABLE: &str = "FIELDGATE_TEST_OUTAGE_ROUNDS";
+pub const ROUNDS_DEFAULT: u64 = 2;
 /// From the moment Postgres lets clients in again to the first ACK.
 const BACK_WITHIN: Duration = Duration::from_secs(5);
 /// The same for a server that answers nothing until then.

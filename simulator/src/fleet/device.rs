@@ -261,8 +261,9 @@ impl DeviceTask {
             let Some(_) = written else {
                 break;
             };
-            if link.output[start + 2] == types::DATA
-                && let Some(strikes) = self.note_data(&link.output[start..])?
+            // Malformed ones have other types, too.
+            if types::is_sequenced(link.output[start + 2])
+                && let Some(strikes) = self.note_sent(&link.output[start..])?
             {
                 let frame = link.output.split_off(start);
                 match self.send_struck(link, frame, strikes).await {
@@ -282,9 +283,9 @@ impl DeviceTask {
         })
     }
 
-    /// Notes a DATA frame before it leaves, for its ACK may follow at once; tells the faults that
+    /// Notes a numbered frame before it leaves, for its ACK may follow at once; tells the faults that
     /// strike it.
-    fn note_data(&mut self, frame: &[u8]) -> Result<Option<Strikes>, FleetError> {
+    fn note_sent(&mut self, frame: &[u8]) -> Result<Option<Strikes>, FleetError> {
         let seq = u64::from_le_bytes(frame[6..14].try_into().expect("8 bytes"));
         let index = self.outbox.script.index();
         self.fleet
