@@ -144,7 +144,7 @@ pub struct VerifyArgs {
 
     /// Store of the gateway, as sqlite://PATH or postgres://USER@HOST/DATABASE; a password is better
     /// left to PGPASSWORD or ~/.pgpass
-    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", value_parser = store,
+    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", hide_env_values = true, value_parser = store,
           default_value = "sqlite://fieldgate-data/fieldgate.db")]
     pub store: StoreUrl,
 }
@@ -155,7 +155,7 @@ pub struct BenchArgs {
     /// Store to measure: sqlite://PATH, in new files beside PATH, for the disk counts; or
     /// postgres://USER@HOST/DATABASE, in a new database on that server, which USER may create. Both are
     /// removed afterwards
-    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", value_parser = store,
+    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", hide_env_values = true, value_parser = store,
           default_value = "sqlite://bench.db")]
     pub store: StoreUrl,
 

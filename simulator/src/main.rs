@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use clap::Parser;
+use clap::error::{ContextKind, ContextValue};
 use fieldgate::keys::FleetKey;
+use fieldgate::store::url;
 use fieldgate_simulator::args::{BenchArgs, Cli, Command, RunArgs, RunOptions, VerifyArgs};
 use fieldgate_simulator::bench;
 use fieldgate_simulator::fleet::{self, Counters, FleetError, Terms};
@@ -23,7 +25,8 @@ use tokio_util::sync::CancellationToken;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let carried_out = match Cli::parse().command {
+    let cli = Cli::try_parse().unwrap_or_else(|error| without_password(error).exit());
+    let carried_out = match cli.command {
         Command::Run(args) => run(&args).await,
         Command::Verify(args) => verify(&args).await,
         Command::Bench(args) => bench(&args).await,
@@ -182,6 +185,15 @@ async fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
     let measured = bench::run(&args.store, args.quick).await.map_err(failure)?;
     println!("{measured}");
     Ok(ExitCode::SUCCESS)
+}
+
+/// A refused value is shown, and the address of a store may hold a password.
+fn without_password(mut error: clap::Error) -> clap::Error {
+    if let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue) {
+        let shown = ContextValue::String(url::without_password(value));
+        error.insert(ContextKind::InvalidValue, shown);
+    }
+    error
 }
 
 fn random() -> anyhow::Result<[u64; 2]> {

@@ -30,7 +30,7 @@ use fieldgate::config::{self, ConfigError, Settings};
 use fieldgate::keys::KeyError;
 use fieldgate::store::reader::{OpenError, ReadError};
 use fieldgate::store::spool::SpoolError;
-use fieldgate::store::url::StoreUrl;
+use fieldgate::store::url::{StoreUrl, without_password};
 use fieldgate::store::{postgres, sqlite};
 
 use self::settings_file::FileError;
@@ -216,7 +216,11 @@ fn usage_error(error: &clap::Error, args: &[OsString]) -> Error {
         let _ = error.print();
         return Error::Shown(error.exit_code() as u8);
     }
-    let rendered = error.render().to_string();
+    let mut rendered = error.render().to_string();
+    // A refused value is shown, and the address of a store may hold a password.
+    if let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue) {
+        rendered = rendered.replace(value, &without_password(value));
+    }
     let mut paragraphs = rendered
         .split("\n\n")
         .map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "))

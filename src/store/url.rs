@@ -85,6 +85,14 @@ impl FromStr for StoreUrl {
     }
 }
 
+/// An address as it may be shown, whether it is a right one or not.
+pub fn without_password(text: &str) -> String {
+    match (text.split_once("://"), text.rsplit_once('@')) {
+        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://…@{host}"),
+        _ => text.to_owned(),
+    }
+}
+
 fn sqlite_path(path: &str) -> Result<PathBuf, StoreUrlError> {
     if path.is_empty() {
         Err(StoreUrlError::NoPath)
@@ -228,6 +236,18 @@ mod tests {
         assert_eq!(url.to_string(), shown);
         assert_eq!(format!("{url:?}"), shown);
         assert_eq!(url.with_password(), text);
+    }
+
+    #[test]
+    fn wrong_addresses_can_be_shown_too() {
+        for (text, shown) in [
+            ("postgres://ann:s3cret@host:x/db", "postgres://…@host:x/db"),
+            ("postgres://ann:s3@cret@host", "postgres://…@host"),
+            ("sqlite://a.db", "sqlite://a.db"),
+            ("what", "what"),
+        ] {
+            assert_eq!(without_password(text), shown);
+        }
     }
 
     #[test]

@@ -132,9 +132,10 @@ fn an_address_with_an_unknown_parameter_is_refused() {
     let words = ["unknown parameter `sslmod`", "sslmode"];
     let dir = TempDir::new().expect("a directory");
     let data_dir = dir.path().to_str().expect("UTF-8");
-    let url = "postgres://ann@localhost/site?sslmod=disable";
+    let url = "postgres://ann:s3cret@localhost/site?sslmod=disable";
     let ended = run(&["serve", "--data-dir", data_dir, "--store", url]);
     assert_eq!(ended.status.code(), Some(2), "{}", ended.stderr);
+    assert!(!ended.stderr.contains("s3cret"), "{}", ended.stderr);
     for word in words {
         assert!(ended.stderr.contains(word), "{}", ended.stderr);
     }

@@ -161,6 +161,11 @@ pub async fn leave(
 
 impl Store for SpoolStore {
     async fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
+        if let Some(ended) = self.drain.try_join_next() {
+            let reason = ended.err().map(|error| error.to_string());
+            let reason = reason.unwrap_or_default();
+            return Err(StoreError::Fatal(format!("the drain ended: {reason}")));
+        }
         let mut spool = self.spool.lock().await;
         let used_bytes = spool.used_bytes().await?;
         if used_bytes > self.bytes_max {
