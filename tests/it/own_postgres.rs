@@ -139,4 +139,5 @@ fn an_address_with_an_unknown_parameter_is_refused() {
     for word in words {
         assert!(ended.stderr.contains(word), "{}", ended.stderr);
     }
+    assert!(!ended.stderr.contains("s3cret"), "{}", ended.stderr);
 }
