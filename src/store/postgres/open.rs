@@ -64,6 +64,14 @@ pub enum OpenError {
         /// What the system says.
         reason: String,
     },
+    /// It is there, and takes nobody for the moment: it starts, stops, or has no connection left.
+    #[error("{url} is not ready: {reason}; try again in a moment")]
+    NotReady {
+        /// The database.
+        url: PostgresUrl,
+        /// What the server says.
+        reason: String,
+    },
     /// The connection cannot be encrypted as the address demands, or the certificate is not trusted.
     #[error("no TLS connection to {url}: {reason}; check sslmode and sslrootcert in the address")]
     Tls {
@@ -210,13 +218,6 @@ pub enum OpenError {
         /// What it says.
         reason: String,
     },
-}
-
-impl OpenError {
-    /// Whether it may pass by itself: the server is away, or is just coming up.
-    pub fn is_outage(&self) -> bool {
-        matches!(self, Self::Unreachable { .. })
-    }
 }
 
 /// Opens a connection that may write, to a server that keeps what it commits.
@@ -393,7 +394,7 @@ pub(super) fn open_error(url: &PostgresUrl, error: sqlx::Error) -> OpenError {
             Some("28P01" | "28000") => OpenError::Refused { url, reason },
             Some("3D000") => OpenError::NoDatabase { url },
             Some("42501" | "3F000") => OpenError::Rights { url, reason },
-            Some(code) if super::is_passing(code) => OpenError::Unreachable { url, reason },
+            Some(code) if super::is_passing(code) => OpenError::NotReady { url, reason },
             _ => OpenError::Other { url, reason },
         },
     }
