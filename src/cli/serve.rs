@@ -168,6 +168,7 @@ pub async fn serve(settings: Settings) -> Result<(), Error> {
     let (key, origin) = FleetKey::create_or_load(&config.data_dir)?;
     match config.store() {
         StoreUrl::Sqlite(path) => {
+            spool::refuse_undrained(&config.spool_path()).await?;
             let store = SqliteStore::open(path, &sqlite_settings(&config)).await?;
             serve_into(vec![store], &config, &key, origin).await
         }

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use crate::client::readings;
 use crate::cluster::Cluster;
 use crate::fleet::{Fleet, Place, Spooled, rounds, spool_status};
-use crate::gateway::Gateway;
+use crate::gateway::{Gateway, run};
 use crate::outage::{ROUNDS_DEFAULT, ROUNDS_VARIABLE};
 
 #[test]
@@ -44,6 +44,15 @@ fn devices_notice_nothing_of_an_outage() {
         ended.stderr.contains("left in the spool"),
         "{}",
         ended.stderr
+    );
+    // Nobody leaves acknowledged frames there by storing elsewhere.
+    let data_dir = dir.path().to_str().expect("UTF-8");
+    let elsewhere = run(&["serve", "--data-dir", data_dir, "--listen", "127.0.0.1:0"]);
+    assert_eq!(elsewhere.status.code(), Some(1), "{}", elsewhere.stderr);
+    assert!(
+        elsewhere.stderr.contains("acknowledged frames wait"),
+        "{}",
+        elsewhere.stderr
     );
     // It comes back without the database, too, and knows where the stream stands.
     let gateway = Gateway::start_in(dir.path(), &flags);

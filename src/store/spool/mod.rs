@@ -130,6 +130,20 @@ pub async fn waiting(path: &Path) -> Result<Option<Waiting>, SpoolError> {
     waiting.map_err(|error| StoreError::Transient(error.to_string()).into())
 }
 
+/// Makes sure that nothing waits in the spool at `path`, if there is one: for a gateway that stores
+/// elsewhere, and would leave it there.
+///
+/// # Errors
+/// [`SpoolError::NotDrained`], and as [`waiting`].
+pub async fn refuse_undrained(path: &Path) -> Result<(), SpoolError> {
+    let frames = waiting(path).await?.map_or(0, |waiting| waiting.frames);
+    if frames == 0 {
+        return Ok(());
+    }
+    let path = path.display().to_string();
+    Err(SpoolError::NotDrained { frames, path })
+}
+
 /// Makes sure that a gateway may do without the spool at `path`, if there is one: an empty one is given
 /// up, and the database given free.
 ///
@@ -143,13 +157,9 @@ pub async fn leave(
     if !path.exists() {
         return Ok(());
     }
+    refuse_undrained(path).await?;
     let mut spool = SqliteStore::open_spool(path, sqlite).await?;
     let identity = spool.identity().await?;
-    let frames = spool.frames_waiting().await?;
-    if frames > 0 {
-        let path = path.display().to_string();
-        return Err(SpoolError::NotDrained { frames, path });
-    }
     if identity.is_registered {
         // In this order: a spool that does not know that it was given up would trust what it knows.
         spool.set_unregistered().await?;
