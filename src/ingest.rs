@@ -33,6 +33,8 @@ const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 /// A commit that takes longer is taken for an outage: devices are told to wait, and not left to guess.
 const STALLED_AFTER: Duration = Duration::from_secs(5);
+/// After how long without anything to commit the store is tidied.
+const TIDY_AFTER: Duration = Duration::from_secs(1);
 /// What devices are told to wait while the store is down.
 pub const STORE_RETRY_AFTER_MS: u32 = 1000;
 
@@ -157,6 +159,9 @@ impl IngestReceiver {
         clock: SystemClock,
     ) -> Result<(), StoreError> {
         let mut batcher = Batcher::new(limits);
+        // Tidying begins after a pause, and goes on until something comes in.
+        let interval_min = Duration::from_micros(limits.interval_min_us);
+        let mut tidy_after = TIDY_AFTER.max(interval_min);
         loop {
             while !batcher.is_full()
                 && let Ok(job) = self.jobs.try_recv()
@@ -165,6 +170,7 @@ impl IngestReceiver {
             }
             if let Some(tagged) = batcher.poll_batch(clock.now().mono_us) {
                 self.commit(&mut store, tagged, &registry).await?;
+                tidy_after = TIDY_AFTER.max(interval_min);
                 continue;
             }
             let due = batcher.poll_deadline().filter(|_| !batcher.is_empty());
@@ -174,6 +180,10 @@ impl IngestReceiver {
                     None => break,
                 },
                 () = sleep_until(due, &clock) => {}
+                () = tokio::time::sleep(tidy_after), if batcher.is_empty() && !store.is_tidy() => {
+                    self.commit(&mut store, Tagged::default(), &registry).await?;
+                    tidy_after = interval_min;
+                }
             }
         }
         // The queue is closed: what is left goes at once, whatever the least time between commits.

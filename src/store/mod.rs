@@ -56,6 +56,17 @@ pub struct Batch {
     pub events: Vec<DeviceEvent>,
 }
 
+impl Batch {
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.logins.is_empty()
+            && self.declares.is_empty()
+            && self.entries.is_empty()
+            && self.clocks.is_empty()
+            && self.events.is_empty()
+    }
+}
+
 /// A device that proved its key and wants to continue a stream.
 #[derive(Clone, Debug)]
 pub struct Login {
@@ -318,6 +329,12 @@ pub trait Store: Send + 'static {
         &mut self,
         batch: &Batch,
     ) -> impl Future<Output = Result<Committed, StoreError>> + Send;
+
+    /// Whether no work is left over from earlier commits. If there is, commits of empty batches carry it
+    /// on, and are for times when nothing else is to be done.
+    fn is_tidy(&self) -> bool {
+        true
+    }
 
     /// Leaves the store tidy for the next start.
     fn close(self) -> impl Future<Output = Result<(), StoreError>> + Send;

@@ -1,7 +1,7 @@
 //! What a batch comes to as rows, whatever the database.
 
 use super::ledger::Admitted;
-use super::{Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, ResolvedTime};
+use super::{Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, ResolvedTime};
 
 /// An admitted entry and the ledger row it gets.
 pub(super) struct Frame<'a> {
@@ -14,7 +14,7 @@ pub(super) struct Run<'a> {
     pub(super) series: i64,
     pub(super) frame: i64,
     pub(super) times_us: &'a [i64],
-    values: &'a [f64],
+    pub(super) values: &'a [f64],
 }
 
 /// A row of `device_events`.
@@ -38,11 +38,13 @@ pub(super) fn resolved_time(entry: &Entry) -> Option<ResolvedTime> {
     }
 }
 
-/// The readings of all frames by series and time, the order in which they are looked for: an insert
-/// then mostly lands beside the one before it. Runs are sorted, not readings: two runs of a series
-/// overlap in time only when a device's clock stepped back.
-pub(super) fn sorted_runs<'a>(frames: &[Frame<'a>]) -> Vec<Run<'a>> {
-    let mut runs: Vec<Run<'a>> = frames.iter().flat_map(runs).collect();
+/// The readings of frames by series and time, the order in which they are looked for: an insert then
+/// mostly lands beside the one before it. Runs are sorted, not readings: two runs of a series overlap in
+/// time only when a device's clock stepped back.
+pub(super) fn sorted_runs<'a: 'f, 'f>(
+    frames: impl IntoIterator<Item = &'f Frame<'a>>,
+) -> Vec<Run<'a>> {
+    let mut runs: Vec<Run<'a>> = frames.into_iter().flat_map(runs).collect();
     runs.sort_unstable_by_key(|run| (run.series, run.times_us.first().copied(), run.frame));
     runs
 }
@@ -50,22 +52,31 @@ pub(super) fn sorted_runs<'a>(frames: &[Frame<'a>]) -> Vec<Run<'a>> {
 fn runs<'a>(frame: &Frame<'a>) -> impl Iterator<Item = Run<'a>> + use<'a> {
     let id = frame.id;
     let readings = match &frame.item.entry.content {
-        Content::Readings(readings) if !readings.times_us.is_empty() => Some(readings),
+        Content::Readings(readings) => Some(readings),
         _ => None,
     };
-    readings.into_iter().flat_map(move |readings| {
-        let columns = readings.values.chunks_exact(readings.times_us.len());
+    readings
+        .into_iter()
+        .flat_map(move |readings| Run::of(id, readings))
+}
+
+impl<'a> Run<'a> {
+    /// Those of a frame, a series each; none if it has no rows.
+    pub(super) fn of(frame: i64, readings: &'a Readings) -> impl Iterator<Item = Run<'a>> {
+        // Chunks of nothing would be endless.
+        let rows = readings.times_us.len().max(1);
+        let columns = readings.values.chunks_exact(rows);
         readings
             .series
             .iter()
             .zip(columns)
             .map(move |(series, values)| Run {
                 series: series.0,
-                frame: id,
+                frame,
                 times_us: &readings.times_us,
                 values,
             })
-    })
+    }
 }
 
 impl Run<'_> {

@@ -1,7 +1,7 @@
 //! The store in one SQLite file.
 //!
 //! One process and one connection write, in write-ahead-log mode, and every commit is synced before
-//! it returns. `open` gets the connections, `write` turns a batch into a transaction (`rows`,
+//! it returns. `open` gets the connections, `write` turns a batch into a transaction (`rows`, `recent`,
 //! `admit`, `bulk` have its statements), `checkpoint` keeps the log short. Here they are put
 //! together, and errors become [`StoreError`]s.
 //!
@@ -25,6 +25,7 @@ mod admit;
 mod bulk;
 mod checkpoint;
 mod open;
+mod recent;
 mod rows;
 pub(super) mod spool;
 #[cfg(test)]
@@ -142,8 +143,14 @@ impl SqliteStore {
         );
         // A crash may have left a long log behind.
         checkpoints.observe(&mut conn).await.map_err(sqlite)?;
+        let mut writer = Writer::new(conn, purpose);
+        match writer.settle().await {
+            // A full disk is no reason not to start: the first commit tries again, and tells.
+            Err(error) if !is_transient(&error) => return Err(sqlite(error)),
+            Ok(()) | Err(_) => {}
+        }
         Ok(Self {
-            writer: Some(Writer::new(conn).await.map_err(sqlite)?),
+            writer: Some(writer),
             checkpoints,
             statistics: Statistics {
                 readings: 0,
@@ -196,7 +203,15 @@ impl Store for SqliteStore {
         result
     }
 
+    fn is_tidy(&self) -> bool {
+        self.writer.as_ref().is_none_or(Writer::is_tidy)
+    }
+
     async fn close(mut self) -> Result<(), StoreError> {
+        // So that the file is as small and as quick to read as it can be.
+        while !self.is_tidy() {
+            self.commit(&Batch::default()).await?;
+        }
         let Some(mut writer) = self.writer.take() else {
             return Ok(());
         };
@@ -262,14 +277,17 @@ fn extended_code(error: &sqlx::Error) -> Option<i32> {
     error.as_database_error()?.code()?.parse().ok()
 }
 
-/// Whether the store can be trusted after an error: a disk that is full or a lock that is held may
-/// pass, but after a failed read, write or sync nobody knows what is on the disk.
 fn classify(error: &sqlx::Error, doing: &str) -> StoreError {
     let text = format!("{doing}: {error}");
-    match (primary_code(error), extended_code(error)) {
-        (Some(BUSY | LOCKED | NOMEM | FULL), _) | (_, Some(IOERR_SHMSIZE)) => {
-            StoreError::Transient(text)
-        }
-        _ => StoreError::Fatal(text),
+    match is_transient(error) {
+        true => StoreError::Transient(text),
+        false => StoreError::Fatal(text),
     }
+}
+
+/// Whether the store can be trusted after an error: a disk that is full or a lock that is held may
+/// pass, but after a failed read, write or sync nobody knows what is on the disk.
+fn is_transient(error: &sqlx::Error) -> bool {
+    matches!(primary_code(error), Some(BUSY | LOCKED | NOMEM | FULL))
+        || extended_code(error) == Some(IOERR_SHMSIZE)
 }

@@ -17,13 +17,19 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqliteConnection};
 
 use super::{SqliteSettings, checkpoint};
 
-/// Every version of the tables and views.
-static MIGRATIONS: Migrator = sqlx::migrate!("migrations/sqlite");
-/// The same, and what makes a spool of a store.
-static SPOOL_MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
-    let spool = sqlx::migrate!("migrations/spool");
-    Migrator::with_migrations(MIGRATIONS.iter().chain(spool.iter()).cloned().collect())
-});
+/// Every version of the tables and views of a store.
+static STORE_MIGRATIONS: LazyLock<Migrator> =
+    LazyLock::new(|| with_common(sqlx::migrate!("migrations/store")));
+/// And of a spool.
+static SPOOL_MIGRATIONS: LazyLock<Migrator> =
+    LazyLock::new(|| with_common(sqlx::migrate!("migrations/spool")));
+
+/// What both have, and then what only one has.
+fn with_common(own: Migrator) -> Migrator {
+    let common = sqlx::migrate!("migrations/sqlite");
+    Migrator::with_migrations(common.iter().chain(own.iter()).cloned().collect())
+}
+
 /// sqlx's own table of the migrations that were applied.
 const MIGRATIONS_TABLE: &str = "_sqlx_migrations";
 /// "FGat", set by the first migration.
@@ -126,7 +132,7 @@ pub(super) enum Purpose {
 impl Purpose {
     fn migrations(self) -> &'static Migrator {
         match self {
-            Self::Store => &MIGRATIONS,
+            Self::Store => &STORE_MIGRATIONS,
             Self::Spool => &SPOOL_MIGRATIONS,
         }
     }

@@ -4,7 +4,7 @@ use sqlx::SqliteConnection;
 
 use super::bulk::{Bulk, SIZES};
 use crate::clock::BootClock;
-use crate::store::rows::{EventRow, Frame, Run, resolved_time, sorted_runs};
+use crate::store::rows::{EventRow, Frame, Run, resolved_time};
 use crate::store::{Content, DeviceEvent, DeviceId};
 
 /// Rows in one INSERT of readings; more than a thousand gains nothing.
@@ -13,7 +13,6 @@ const READINGS_SIZES: &[usize] = &[1000, 100, 10];
 /// The statements.
 pub(super) struct Rows {
     frames: Bulk,
-    readings: Bulk,
     gaps: Bulk,
     quarantine: Bulk,
     clocks: Bulk,
@@ -31,12 +30,6 @@ impl Rows {
                 8,
                 "",
                 SIZES,
-            ),
-            readings: insert(
-                "readings(series_id, ts, frame_id, value)",
-                4,
-                "",
-                READINGS_SIZES,
             ),
             gaps: insert(
                 "gaps(stream_id, from_seq, to_seq, reason, received_at)",
@@ -66,14 +59,13 @@ impl Rows {
         }
     }
 
-    /// Writes the ledger and what the entries carry, apart from their events.
+    /// Writes the ledger and what the entries carry, apart from their readings and events.
     pub(super) async fn store(
         &self,
         conn: &mut SqliteConnection,
         frames: &[Frame<'_>],
     ) -> Result<(), sqlx::Error> {
         self.store_ledger(conn, frames).await?;
-        self.store_readings(conn, frames).await?;
         self.store_gaps(conn, frames).await?;
         self.store_quarantine(conn, frames).await
     }
@@ -96,25 +88,6 @@ impl Rows {
                     .bind(frame.item.readings() as i64)
                     .bind(time.map(|time| time.quality as i64))
                     .bind(time.map(|time| time.offset_us));
-            })
-            .await
-    }
-
-    /// Readings go in by series and time, the order of the table.
-    async fn store_readings(
-        &self,
-        conn: &mut SqliteConnection,
-        frames: &[Frame<'_>],
-    ) -> Result<(), sqlx::Error> {
-        let runs = sorted_runs(frames);
-        let count = runs.iter().map(|run| run.times_us.len()).sum();
-        let readings = Counted {
-            left: count,
-            items: runs.iter().flat_map(Run::readings),
-        };
-        self.readings
-            .execute(conn, readings, |params, (series, ts_us, frame, value)| {
-                params.bind(series).bind(ts_us).bind(frame).bind(value);
             })
             .await
     }
@@ -217,6 +190,28 @@ impl Rows {
             })
             .await
     }
+}
+
+/// The statement that puts readings into `table`, in any database of this program.
+pub(super) fn readings_into(table: &str) -> Bulk {
+    let head = format!("INSERT INTO {table}(series_id, ts, frame_id, value)");
+    Bulk::new(&head, 4, "", READINGS_SIZES)
+}
+
+/// Puts the readings of all runs in, in their order.
+pub(super) async fn insert_runs(
+    into: &Bulk,
+    conn: &mut SqliteConnection,
+    runs: &[Run<'_>],
+) -> Result<(), sqlx::Error> {
+    let readings = Counted {
+        left: runs.iter().map(|run| run.times_us.len()).sum(),
+        items: runs.iter().flat_map(Run::readings),
+    };
+    into.execute(conn, readings, |params, (series, ts_us, frame, value)| {
+        params.bind(series).bind(ts_us).bind(frame).bind(value);
+    })
+    .await
 }
 
 /// An iterator whose length was counted beforehand.

@@ -1,6 +1,6 @@
 //! The writer: one batch in one transaction, on one connection. `rows` has the statements of entries
-//! and the audit trail, `admit` those of logins and declares; the caller looks after checkpoints and
-//! decides what an error means.
+//! and the audit trail, `recent` those of readings, `admit` those of logins and declares; the caller
+//! looks after checkpoints and decides what an error means.
 //!
 //! Invariants
 //! - The watermarks are read inside the transaction that moves them.
@@ -13,15 +13,18 @@ use sqlx::{Row, SqliteConnection};
 
 use super::admit::Admissions;
 use super::bulk::{Bulk, Params, SIZES};
-use super::rows::Rows;
+use super::open::Purpose;
+use super::recent::{Recent, Step};
+use super::rows::{Rows, insert_runs, readings_into};
 use crate::store::ledger::Watermarks;
-use crate::store::rows::Frame;
+use crate::store::rows::{Frame, sorted_runs};
 use crate::store::{Batch, Committed, Entry, StreamId};
 
 /// The connection that writes, and what it keeps between batches.
 pub(super) struct Writer {
     pub(super) conn: SqliteConnection,
     rows: Rows,
+    readings: ReadingsTable,
     admissions: Admissions,
     find_watermarks: Bulk,
     move_watermarks: Bulk,
@@ -31,11 +34,47 @@ pub(super) struct Writer {
     unsettled: bool,
 }
 
+/// Where readings go.
+enum ReadingsTable {
+    /// In the order in which they came, and sorted in later. Boxed because it is large.
+    Store(Box<Recent>),
+    /// By frame, which is the order in which they come.
+    Spool(Bulk),
+}
+
+impl ReadingsTable {
+    fn of(purpose: Purpose) -> Self {
+        match purpose {
+            Purpose::Store => Self::Store(Box::new(Recent::new())),
+            Purpose::Spool => Self::Spool(readings_into("readings")),
+        }
+    }
+
+    async fn store(
+        &mut self,
+        conn: &mut SqliteConnection,
+        frames: &[Frame<'_>],
+        is_idle: bool,
+    ) -> Result<Option<Step>, sqlx::Error> {
+        match self {
+            Self::Store(recent) => {
+                recent.prepare(is_idle).await;
+                recent.store(conn, frames, is_idle).await.map(Some)
+            }
+            Self::Spool(insert) => {
+                insert_runs(insert, conn, &sorted_runs(frames)).await?;
+                Ok(None)
+            }
+        }
+    }
+}
+
 impl Writer {
-    pub(super) async fn new(conn: SqliteConnection) -> Result<Self, sqlx::Error> {
-        let mut writer = Self {
+    pub(super) fn new(conn: SqliteConnection, purpose: Purpose) -> Self {
+        Self {
             conn,
             rows: Rows::new(),
+            readings: ReadingsTable::of(purpose),
             admissions: Admissions::new(),
             find_watermarks: Bulk::new(
                 "WITH wanted(id) AS (",
@@ -54,9 +93,15 @@ impl Writer {
             ),
             last_frame_id: 0,
             unsettled: true,
-        };
-        writer.settle().await?;
-        Ok(writer)
+        }
+    }
+
+    /// Whether nothing is left that commits of empty batches would carry on.
+    pub(super) fn is_tidy(&self) -> bool {
+        match &self.readings {
+            ReadingsTable::Store(recent) => recent.is_tidy(),
+            ReadingsTable::Spool(_) => true,
+        }
     }
 
     /// Commits the batch.
@@ -70,8 +115,7 @@ impl Writer {
         }
         self.unsettled = true;
         match self.transaction(batch).await {
-            Ok((committed, last_frame_id)) => {
-                self.last_frame_id = last_frame_id;
+            Ok(committed) => {
                 self.unsettled = false;
                 Ok(committed)
             }
@@ -84,12 +128,15 @@ impl Writer {
     }
 
     /// Starts from what the file says.
-    async fn settle(&mut self) -> Result<(), sqlx::Error> {
+    pub(super) async fn settle(&mut self) -> Result<(), sqlx::Error> {
         self.rollback().await;
         let max = sqlx::query_scalar("SELECT coalesce(max(id), 0) FROM frames");
         let in_file: i64 = max.fetch_one(&mut self.conn).await?;
         // A spool forgets its latest frames, too; their ids must not come again while it is open.
         self.last_frame_id = self.last_frame_id.max(in_file);
+        if let ReadingsTable::Store(recent) = &mut self.readings {
+            recent.settle(&mut self.conn).await?;
+        }
         self.unsettled = false;
         Ok(())
     }
@@ -100,7 +147,7 @@ impl Writer {
         let _ = sqlx::query("ROLLBACK").execute(&mut self.conn).await;
     }
 
-    async fn transaction(&mut self, batch: &Batch) -> Result<(Committed, i64), sqlx::Error> {
+    async fn transaction(&mut self, batch: &Batch) -> Result<Committed, sqlx::Error> {
         sqlx::query("BEGIN IMMEDIATE")
             .execute(&mut self.conn)
             .await?;
@@ -121,6 +168,10 @@ impl Writer {
             .map(|(id, item)| Frame { id, item })
             .collect();
         self.rows.store(&mut self.conn, &frames).await?;
+        let step = self
+            .readings
+            .store(&mut self.conn, &frames, batch.is_empty())
+            .await?;
         self.store_watermarks(&watermarks).await?;
         let logins = self.admissions.login(&mut self.conn, &batch.logins).await?;
         self.rows
@@ -131,15 +182,17 @@ impl Writer {
             .await?;
         sqlx::query("COMMIT").execute(&mut self.conn).await?;
 
-        let last_frame_id = frames.last().map_or(self.last_frame_id, |frame| frame.id);
-        Ok((
-            Committed {
-                logins,
-                declares,
-                receipts: watermarks.receipts(),
-            },
-            last_frame_id,
-        ))
+        if let (ReadingsTable::Store(recent), Some(step)) = (&mut self.readings, step) {
+            recent.advance(step, &frames);
+        }
+        if let Some(last) = frames.last() {
+            self.last_frame_id = last.id;
+        }
+        Ok(Committed {
+            logins,
+            declares,
+            receipts: watermarks.receipts(),
+        })
     }
 
     async fn watermarks(&mut self, entries: &[Entry]) -> Result<Watermarks, sqlx::Error> {

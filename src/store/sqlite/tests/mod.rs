@@ -10,6 +10,7 @@ use crate::store::contract::{Dump, Harness, Peer, contract, peer};
 use crate::store::{Entry, Login};
 
 mod open;
+mod recent;
 mod views;
 
 contract!(OnDisk);

@@ -149,6 +149,8 @@ async fn an_older_schema_is_for_the_gateway_to_bring_up_to_date() {
         "telemetry_hourly",
         "device_status",
         "missing_frames",
+        "readings",
+        "readings_unsorted",
     ];
     let drop: String = views
         .iter()
@@ -156,6 +158,8 @@ async fn an_older_schema_is_for_the_gateway_to_bring_up_to_date() {
         .collect();
     let (_directory, path) = altered(&format!(
         "DELETE FROM _sqlx_migrations WHERE version >= 2; {drop}
+         DROP TABLE readings_recent; DROP TABLE readings_sorting;
+         ALTER TABLE readings_sorted RENAME TO readings;
          ALTER TABLE device_events DROP COLUMN frame_id;"
     ))
     .await;

@@ -1,0 +1,216 @@
+-- What makes a store of the tables that a spool has as well: readings that came last are kept in the
+-- order in which they came, and sorted in a while later, many at a time. Sorted in at once, the few
+-- readings of a small commit would each rewrite a page of its own: measured, up to five times the
+-- time, and six times the bytes written to the disk.
+
+DROP VIEW telemetry;
+DROP VIEW telemetry_hourly;
+DROP VIEW latest;
+
+-- Clustered by series and time, which is how it is read.
+ALTER TABLE readings RENAME TO readings_sorted;
+
+-- One row for each series in a frame. `samples` is a JSON object: microseconds since `ts`, and the
+-- value or null. Each number in it is written so that SQLite reads back the same bits.
+CREATE TABLE readings_recent (
+    id        INTEGER PRIMARY KEY,
+    series_id INTEGER NOT NULL,
+    frame_id  INTEGER NOT NULL,
+    ts        INTEGER NOT NULL,
+    samples   TEXT NOT NULL
+) STRICT;
+
+-- One row: how far sorting in has come. Rows of `readings_recent` up to sorted_id are in
+-- `readings_sorted` and wait to be deleted; those up to sorting_id are being sorted in, in the order
+-- of series, ts and frame, and are there up to and including the one named here.
+CREATE TABLE readings_sorting (
+    is_only    INTEGER PRIMARY KEY DEFAULT 1 CHECK (is_only = 1),
+    sorted_id  INTEGER NOT NULL,
+    sorting_id INTEGER NOT NULL,
+    series_id  INTEGER NOT NULL,
+    ts         INTEGER NOT NULL,
+    frame_id   INTEGER NOT NULL
+) STRICT;
+INSERT INTO readings_sorting VALUES (1, 0, 0, 0, 0, 0);
+
+-- The rows of `readings_recent` that are not in `readings_sorted`.
+CREATE VIEW readings_unsorted AS
+SELECT u.series_id, u.ts, u.frame_id, u.samples
+FROM readings_sorting AS m
+CROSS JOIN readings_recent AS u ON u.id > m.sorted_id
+    AND (u.id > m.sorting_id OR (u.series_id, u.ts, u.frame_id) > (m.series_id, m.ts, m.frame_id));
+
+-- All readings. `value` is a REAL, or NULL, which says: sampled, no valid value.
+CREATE VIEW readings AS
+SELECT series_id, ts, frame_id, value FROM readings_sorted
+UNION ALL
+SELECT u.series_id, u.ts + CAST(v.key AS INTEGER), u.frame_id, v.value
+FROM readings_unsorted AS u
+CROSS JOIN json_each(u.samples) AS v;
+
+-- The same views as before. Each has a half for what is sorted and one for what is not, so that a
+-- filter on device or time reaches the index of the first.
+
+CREATE VIEW telemetry AS
+SELECT
+    device,
+    channel,
+    unit,
+    ts,
+    strftime('%Y-%m-%dT%H:%M:%S', (ts - (ts % 1000000 + 1000000) % 1000000) / 1000000, 'unixepoch')
+        || printf('.%06dZ', (ts % 1000000 + 1000000) % 1000000) AS time,
+    value,
+    strftime('%Y-%m-%dT%H:%M:%S', received_us / 1000000, 'unixepoch')
+        || printf('.%06dZ', received_us % 1000000) AS received_at,
+    CASE quality
+        WHEN 0 THEN 'utc'
+        WHEN 1 THEN 'anchored'
+        WHEN 2 THEN 'unanchored'
+        WHEN 3 THEN 'suspect'
+    END AS quality
+FROM (
+    SELECT d.name AS device, s.channel, s.unit, r.ts, r.value, f.received_at AS received_us, f.quality
+    FROM devices AS d
+    CROSS JOIN series AS s ON s.device_id = d.id
+    CROSS JOIN readings_sorted AS r ON r.series_id = s.id
+    LEFT JOIN frames AS f ON f.id = r.frame_id
+    UNION ALL
+    SELECT d.name, s.channel, s.unit, u.ts + CAST(v.key AS INTEGER), v.value, f.received_at, f.quality
+    FROM readings_unsorted AS u
+    CROSS JOIN series AS s ON s.id = u.series_id
+    CROSS JOIN devices AS d ON d.id = s.device_id
+    CROSS JOIN json_each(u.samples) AS v
+    LEFT JOIN frames AS f ON f.id = u.frame_id
+);
+
+-- One row for each series: its newest reading. A reading that claims a time more than a day after
+-- its receipt is passed over, so that a device whose clock once stood in the future does not freeze
+-- here; a series without any other reading shows NULL. (The bound by the present time says the same
+-- of most such rows in a way the index can carry out.)
+CREATE VIEW latest AS
+WITH unsorted AS MATERIALIZED (
+    SELECT series_id, ts, frame_id, value
+    FROM (
+        SELECT
+            u.series_id,
+            u.ts + CAST(v.key AS INTEGER) AS ts,
+            u.frame_id,
+            v.value,
+            row_number() OVER (
+                PARTITION BY u.series_id
+                ORDER BY u.ts + CAST(v.key AS INTEGER) DESC, u.frame_id DESC
+            ) AS place
+        FROM readings_unsorted AS u
+        CROSS JOIN frames AS cf ON cf.id = u.frame_id
+        CROSS JOIN json_each(u.samples) AS v
+        WHERE u.ts + CAST(v.key AS INTEGER) <= cf.received_at + 86400000000
+            AND u.ts + CAST(v.key AS INTEGER) <= (unixepoch('now') + 86400) * 1000000
+    )
+    WHERE place = 1
+)
+SELECT
+    device,
+    channel,
+    unit,
+    ts,
+    strftime('%Y-%m-%dT%H:%M:%S', (ts - (ts % 1000000 + 1000000) % 1000000) / 1000000, 'unixepoch')
+        || printf('.%06dZ', (ts % 1000000 + 1000000) % 1000000) AS time,
+    value,
+    strftime('%Y-%m-%dT%H:%M:%S', f.received_at / 1000000, 'unixepoch')
+        || printf('.%06dZ', f.received_at % 1000000) AS received_at,
+    CASE f.quality
+        WHEN 0 THEN 'utc'
+        WHEN 1 THEN 'anchored'
+        WHEN 2 THEN 'unanchored'
+        WHEN 3 THEN 'suspect'
+    END AS quality
+FROM (
+    SELECT
+        d.name AS device,
+        s.channel,
+        s.unit,
+        iif(r.ts IS NULL OR (n.ts, n.frame_id) > (r.ts, r.frame_id), n.ts, r.ts) AS ts,
+        iif(r.ts IS NULL OR (n.ts, n.frame_id) > (r.ts, r.frame_id), n.value, r.value) AS value,
+        iif(r.ts IS NULL OR (n.ts, n.frame_id) > (r.ts, r.frame_id), n.frame_id, r.frame_id) AS frame_id
+    FROM devices AS d
+    CROSS JOIN series AS s ON s.device_id = d.id
+    LEFT JOIN readings_sorted AS r
+        ON r.series_id = s.id
+        AND (r.ts, r.frame_id) = (
+            SELECT c.ts, c.frame_id
+            FROM readings_sorted AS c
+            CROSS JOIN frames AS cf ON cf.id = c.frame_id
+            WHERE c.series_id = s.id
+                AND c.ts <= (unixepoch('now') + 86400) * 1000000
+                AND c.ts <= cf.received_at + 86400000000
+            ORDER BY c.ts DESC, c.frame_id DESC
+            LIMIT 1
+        )
+    LEFT JOIN unsorted AS n ON n.series_id = s.id
+)
+LEFT JOIN frames AS f ON f.id = frame_id;
+
+-- By UTC hour, of the valid values; `n` counts them. Name a device: without one, every reading in
+-- the store is read. For hours of one short range in a large store, group `telemetry` by
+-- `ts / 3600000000` with a filter on `ts`.
+CREATE VIEW telemetry_hourly AS
+WITH unsorted AS MATERIALIZED (
+    SELECT series_id, hour, count(value) AS n, min(value) AS min, total(value) AS total, max(value) AS max
+    FROM (
+        SELECT
+            u.series_id,
+            u.ts + CAST(v.key AS INTEGER) - ((u.ts + CAST(v.key AS INTEGER)) % 3600000000 + 3600000000) % 3600000000
+                AS hour,
+            v.value
+        FROM readings_unsorted AS u
+        CROSS JOIN json_each(u.samples) AS v
+    )
+    GROUP BY series_id, hour
+)
+SELECT
+    device,
+    channel,
+    unit,
+    strftime('%Y-%m-%dT%H:00Z', hour_us / 1000000, 'unixepoch') AS hour,
+    n,
+    min,
+    total / n AS mean,
+    max
+FROM (
+    SELECT
+        o.device,
+        o.channel,
+        o.unit,
+        o.hour AS hour_us,
+        o.n + coalesce(u.n, 0) AS n,
+        coalesce(min(o.min, u.min), o.min, u.min) AS min,
+        o.total + coalesce(u.total, 0) AS total,
+        coalesce(max(o.max, u.max), o.max, u.max) AS max
+    FROM (
+        SELECT
+            d.name AS device,
+            s.channel,
+            s.unit,
+            r.ts - (r.ts % 3600000000 + 3600000000) % 3600000000 AS hour,
+            s.id AS series_id,
+            count(r.value) AS n,
+            min(r.value) AS min,
+            total(r.value) AS total,
+            max(r.value) AS max
+        FROM devices AS d
+        CROSS JOIN series AS s ON s.device_id = d.id
+        CROSS JOIN readings_sorted AS r ON r.series_id = s.id
+        GROUP BY 1, 2, 3, 4, 5
+    ) AS o
+    LEFT JOIN unsorted AS u ON u.series_id = o.series_id AND u.hour = o.hour
+    UNION ALL
+    SELECT d.name, s.channel, s.unit, u.hour, u.n, u.min, u.total, u.max
+    FROM unsorted AS u
+    CROSS JOIN series AS s ON s.id = u.series_id
+    CROSS JOIN devices AS d ON d.id = s.device_id
+    WHERE NOT EXISTS (
+        SELECT 1
+        FROM readings_sorted AS r
+        WHERE r.series_id = u.series_id AND r.ts >= u.hour AND r.ts <= u.hour + 3599999999
+    )
+);

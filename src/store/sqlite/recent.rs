@@ -1,0 +1,423 @@
+//! Readings that came last: stored in the order in which they came, and sorted in later.
+//!
+//! In `readings_sorted` the few readings that a small commit has of each series would each rewrite a
+//! page of their own. So a commit puts them into `readings_recent`, a row for each run, and does a slice
+//! of the work that is left from earlier: a *generation* of recent runs is sorted as a whole, in memory,
+//! and goes into `readings_sorted` in the order of that table, many readings to a page. Commits thus stay
+//! short, and what is left over never grows beyond two generations.
+//!
+//! Invariants
+//! - At every commit, the view `readings` shows each reading once: the row of `readings_sorting` moves in
+//!   the transaction that sorts in.
+//! - What is kept in memory is what `readings_recent` has; it changes only after COMMIT.
+
+use std::iter;
+use std::time::{Duration, Instant};
+
+use sqlx::{Row, SqliteConnection};
+use tokio::task::JoinHandle;
+
+use super::bulk::{Bulk, SIZES};
+use super::rows::{insert_runs, readings_into};
+use crate::store::rows::{Frame, Run, sorted_runs};
+use crate::store::{Content, Readings};
+
+/// Readings of a generation. More would come to fewer page writes, and to more that a query has to
+/// read unsorted.
+const GENERATION_READINGS: usize = 500_000;
+/// A generation that takes longer to fill than this is sorted in as it is.
+const GENERATION_AGE: Duration = Duration::from_secs(5);
+/// Readings that a commit sorts in at least; of a large one, five for each four that it brings, so
+/// that a generation is done before the next one is full.
+const SLICE_READINGS: usize = 1_000;
+/// Readings that a commit without any sorts in.
+const IDLE_SLICE_READINGS: usize = 20_000;
+/// Sorted rows that a commit deletes at least.
+const SLICE_DELETED: i64 = 500;
+
+/// Magnitudes whose shortest decimal SQLite reads back to the same bits, besides zero: it multiplies by
+/// powers of ten in pairs of doubles, and errs only where these are large. Other values are sorted in at
+/// once, as are times too far apart for a difference.
+const EXACT: std::ops::RangeInclusive<f64> = 1e-9..=1e15;
+
+/// The recent readings.
+pub(super) struct Recent {
+    insert: Bulk,
+    sort_in: Bulk,
+    /// Came after the generation that is being sorted in.
+    gathering: Pile,
+    gathering_since: Instant,
+    sorting: Sorting,
+    position: Position,
+    /// Rows up to this one are deleted.
+    deleted_id: i64,
+}
+
+/// How far sorting in has come: the row of `readings_sorting`, and the last id in `readings_recent`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Position {
+    last_id: i64,
+    sorted_id: i64,
+    sorting_id: i64,
+    /// Series, time and frame of the last run that was sorted in.
+    run: (i64, i64, i64),
+}
+
+/// The generation that is being sorted in.
+enum Sorting {
+    Nothing,
+    /// Being put in order, by another thread, so that no commit waits for it.
+    Ordering(JoinHandle<Pile>),
+    /// In order; so many runs are sorted in.
+    Ordered(Pile, usize),
+}
+
+/// What a transaction does to the recent readings; it counts once it is committed.
+pub(super) struct Step {
+    position: Position,
+    deleted_id: i64,
+    begins_generation: bool,
+    runs_sorted: usize,
+}
+
+impl Recent {
+    pub(super) fn new() -> Self {
+        Self {
+            insert: Bulk::new(
+                "INSERT INTO readings_recent(id, series_id, frame_id, ts, samples)",
+                5,
+                "",
+                SIZES,
+            ),
+            sort_in: readings_into("readings_sorted"),
+            gathering: Pile::default(),
+            gathering_since: Instant::now(),
+            sorting: Sorting::Nothing,
+            position: Position::default(),
+            deleted_id: 0,
+        }
+    }
+
+    /// Whether anything is left to sort in or to delete.
+    pub(super) fn is_tidy(&self) -> bool {
+        self.gathering.runs.is_empty()
+            && matches!(self.sorting, Sorting::Nothing)
+            && self.deleted_id == self.position.sorted_id
+    }
+
+    /// Starts from what the file says. Where that is not what is kept in memory, as after a crash, all
+    /// there is gets sorted in at once.
+    pub(super) async fn settle(&mut self, conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+        let in_file = Position::read(conn).await?;
+        if in_file == self.position {
+            return Ok(());
+        }
+        for sql in [
+            "BEGIN IMMEDIATE",
+            "INSERT INTO readings_sorted
+             SELECT u.series_id, u.ts + CAST(v.key AS INTEGER), u.frame_id, v.value
+             FROM readings_unsorted AS u CROSS JOIN json_each(u.samples) AS v
+             ORDER BY 1, 2, 3",
+            "DELETE FROM readings_recent",
+        ] {
+            sqlx::query(sql).execute(&mut *conn).await?;
+        }
+        let position = Position {
+            sorted_id: in_file.last_id,
+            sorting_id: in_file.last_id,
+            ..in_file
+        };
+        position.write(conn).await?;
+        sqlx::query("COMMIT").execute(&mut *conn).await?;
+        self.position = position;
+        self.deleted_id = position.last_id;
+        self.gathering = Pile::default();
+        self.sorting = Sorting::Nothing;
+        Ok(())
+    }
+
+    /// Gets ready for a transaction; one that `is_idle` otherwise can wait for a generation's order.
+    pub(super) async fn prepare(&mut self, is_idle: bool) {
+        if let Sorting::Ordering(task) = &mut self.sorting
+            && (is_idle || task.is_finished())
+        {
+            let ordered = task.await.expect("sorting does not panic");
+            self.sorting = Sorting::Ordered(ordered, 0);
+        }
+    }
+
+    /// Within a transaction: stores the readings of `frames` and does its share of what is left, which is
+    /// more where it `is_idle` otherwise.
+    pub(super) async fn store(
+        &self,
+        conn: &mut SqliteConnection,
+        frames: &[Frame<'_>],
+        is_idle: bool,
+    ) -> Result<Step, sqlx::Error> {
+        let mut step = Step {
+            position: self.position,
+            deleted_id: self.deleted_id,
+            begins_generation: self.is_generation_due(is_idle),
+            runs_sorted: 0,
+        };
+        if step.begins_generation {
+            step.position.sorting_id = self.position.last_id;
+            step.position.run = (0, 0, 0);
+        }
+        let readings = self.store_recent(conn, frames, &mut step).await?;
+        let slice_readings = match is_idle {
+            true => IDLE_SLICE_READINGS,
+            false => SLICE_READINGS.max(readings * 5 / 4),
+        };
+        self.sort_in(conn, slice_readings, &mut step).await?;
+        self.delete_sorted(conn, slice_readings, &mut step).await?;
+        if step.position.row() != self.position.row() {
+            step.position.write(conn).await?;
+        }
+        Ok(step)
+    }
+
+    /// After COMMIT: what the transaction did has happened.
+    pub(super) fn advance(&mut self, step: Step, frames: &[Frame<'_>]) {
+        if step.begins_generation {
+            let mut generation = std::mem::take(&mut self.gathering);
+            self.sorting = Sorting::Ordering(tokio::task::spawn_blocking(move || {
+                generation.sort();
+                generation
+            }));
+        }
+        if let Sorting::Ordered(pile, sorted) = &mut self.sorting {
+            *sorted += step.runs_sorted;
+            if *sorted == pile.runs.len() {
+                self.sorting = Sorting::Nothing;
+            }
+        }
+        if self.gathering.runs.is_empty() {
+            self.gathering_since = Instant::now();
+        }
+        for (id, readings) in recent(frames) {
+            self.gathering.push(id, readings);
+        }
+        self.position = step.position;
+        self.deleted_id = step.deleted_id;
+    }
+
+    fn is_generation_due(&self, is_idle: bool) -> bool {
+        let is_full = self.gathering.values.len() >= GENERATION_READINGS;
+        matches!(self.sorting, Sorting::Nothing)
+            && !self.gathering.runs.is_empty()
+            && (is_full || is_idle || self.gathering_since.elapsed() >= GENERATION_AGE)
+    }
+
+    /// Gives back how many readings there were.
+    async fn store_recent(
+        &self,
+        conn: &mut SqliteConnection,
+        frames: &[Frame<'_>],
+        step: &mut Step,
+    ) -> Result<usize, sqlx::Error> {
+        let runs: Vec<(i64, Run<'_>)> = (self.position.last_id + 1..)
+            .zip(recent(frames).flat_map(|(id, readings)| Run::of(id, readings)))
+            .collect();
+        step.position.last_id += runs.len() as i64;
+        self.insert
+            .execute(conn, runs.iter(), |params, (id, run)| {
+                params
+                    .bind(*id)
+                    .bind(run.series)
+                    .bind(run.frame)
+                    .bind(run.times_us[0])
+                    .bind(samples(run));
+            })
+            .await?;
+        let inexact = frames.iter().filter(|frame| !can_wait(frame));
+        insert_runs(&self.sort_in, conn, &sorted_runs(inexact)).await?;
+        Ok(runs.iter().map(|(_, run)| run.times_us.len()).sum())
+    }
+
+    async fn sort_in(
+        &self,
+        conn: &mut SqliteConnection,
+        slice_readings: usize,
+        step: &mut Step,
+    ) -> Result<(), sqlx::Error> {
+        let Sorting::Ordered(pile, sorted) = &self.sorting else {
+            return Ok(());
+        };
+        let slice = pile.slice(*sorted, slice_readings);
+        insert_runs(&self.sort_in, conn, &slice).await?;
+        step.runs_sorted = slice.len();
+        if sorted + slice.len() == pile.runs.len() {
+            step.position.sorted_id = step.position.sorting_id;
+        } else if let Some(last) = slice.last() {
+            step.position.run = (last.series, last.times_us[0], last.frame);
+        }
+        Ok(())
+    }
+
+    async fn delete_sorted(
+        &self,
+        conn: &mut SqliteConnection,
+        slice_readings: usize,
+        step: &mut Step,
+    ) -> Result<(), sqlx::Error> {
+        if step.deleted_id == self.position.sorted_id {
+            return Ok(());
+        }
+        let rows = SLICE_DELETED.max(slice_readings as i64);
+        step.deleted_id = (step.deleted_id + rows).min(self.position.sorted_id);
+        sqlx::query("DELETE FROM readings_recent WHERE id <= ?")
+            .bind(step.deleted_id)
+            .execute(conn)
+            .await
+            .map(drop)
+    }
+}
+
+impl Position {
+    async fn read(conn: &mut SqliteConnection) -> Result<Self, sqlx::Error> {
+        let row = sqlx::query(
+            "SELECT sorted_id, sorting_id, series_id, ts, frame_id,
+                 max(sorting_id, (SELECT coalesce(max(id), 0) FROM readings_recent))
+             FROM readings_sorting",
+        )
+        .fetch_one(conn)
+        .await?;
+        Ok(Self {
+            sorted_id: row.try_get(0)?,
+            sorting_id: row.try_get(1)?,
+            run: (row.try_get(2)?, row.try_get(3)?, row.try_get(4)?),
+            last_id: row.try_get(5)?,
+        })
+    }
+
+    async fn write(self, conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+        let (series, ts_us, frame) = self.run;
+        sqlx::query(
+            "UPDATE readings_sorting
+             SET sorted_id = ?, sorting_id = ?, series_id = ?, ts = ?, frame_id = ?",
+        )
+        .bind(self.sorted_id)
+        .bind(self.sorting_id)
+        .bind(series)
+        .bind(ts_us)
+        .bind(frame)
+        .execute(conn)
+        .await
+        .map(drop)
+    }
+
+    /// What is in `readings_sorting`.
+    fn row(self) -> (i64, i64, (i64, i64, i64)) {
+        (self.sorted_id, self.sorting_id, self.run)
+    }
+}
+
+/// The readings of frames that can wait as text, and the ids of these frames.
+fn recent<'a>(frames: &[Frame<'a>]) -> impl Iterator<Item = (i64, &'a Readings)> {
+    frames
+        .iter()
+        .filter(|frame| can_wait(frame))
+        .filter_map(|frame| match &frame.item.entry.content {
+            Content::Readings(readings) if !readings.times_us.is_empty() => {
+                Some((frame.id, readings))
+            }
+            _ => None,
+        })
+}
+
+/// Whether the text of a frame's readings says exactly what they are.
+fn can_wait(frame: &Frame<'_>) -> bool {
+    let Content::Readings(Readings {
+        times_us, values, ..
+    }) = &frame.item.entry.content
+    else {
+        return true;
+    };
+    let is_exact = |value: &f64| *value == 0.0 || value.is_nan() || EXACT.contains(&value.abs());
+    let spans = times_us.iter().map(|ts_us| ts_us.checked_sub(times_us[0]));
+    spans.into_iter().all(|span| span.is_some()) && values.iter().all(is_exact)
+}
+
+/// The samples of a run as JSON, NaN as null.
+fn samples(run: &Run<'_>) -> String {
+    // An ordinary sample takes 8 digits of time, 6 of value and 4 of JSON.
+    let mut text = String::with_capacity(2 + run.times_us.len() * 20);
+    let first_us = run.times_us[0];
+    let separators = iter::once('{').chain(iter::repeat(','));
+    for (separator, (_, ts_us, _, value)) in separators.zip(run.readings()) {
+        text.push(separator);
+        text.push('"');
+        text.push_str(itoa::Buffer::new().format(ts_us - first_us));
+        text.push_str("\":");
+        match value {
+            Some(value) => text.push_str(ryu::Buffer::new().format_finite(value)),
+            None => text.push_str("null"),
+        }
+    }
+    text.push('}');
+    text
+}
+
+/// Runs, with what they hold in common vectors: a generation is large.
+#[derive(Debug, Default)]
+struct Pile {
+    runs: Vec<Piled>,
+    times_us: Vec<i64>,
+    values: Vec<f64>,
+}
+
+/// A run within a [`Pile`].
+#[derive(Clone, Copy, Debug)]
+struct Piled {
+    series: i64,
+    first_us: i64,
+    frame: i64,
+    times_at: u32,
+    values_at: u32,
+    len: u32,
+}
+
+impl Pile {
+    fn push(&mut self, frame: i64, readings: &Readings) {
+        let times_at = self.times_us.len() as u32;
+        for run in Run::of(frame, readings) {
+            self.runs.push(Piled {
+                series: run.series,
+                first_us: run.times_us[0],
+                frame,
+                times_at,
+                values_at: self.values.len() as u32,
+                len: run.times_us.len() as u32,
+            });
+            self.values.extend_from_slice(run.values);
+        }
+        self.times_us.extend_from_slice(&readings.times_us);
+    }
+
+    fn sort(&mut self) {
+        self.runs
+            .sort_unstable_by_key(|run| (run.series, run.first_us, run.frame));
+    }
+
+    /// The runs from the `start`-th on that come to `readings`, at least one if there is any.
+    fn slice(&self, start: usize, readings: usize) -> Vec<Run<'_>> {
+        let mut taken = 0;
+        let runs = self.runs[start..].iter().take_while(|run| {
+            let is_room = taken < readings;
+            taken += run.len as usize;
+            is_room
+        });
+        runs.map(|run| self.run(run)).collect()
+    }
+
+    fn run(&self, run: &Piled) -> Run<'_> {
+        let part = |at: u32| at as usize..at as usize + run.len as usize;
+        Run {
+            series: run.series,
+            frame: run.frame,
+            times_us: &self.times_us[part(run.times_at)],
+            values: &self.values[part(run.values_at)],
+        }
+    }
+}
