@@ -176,6 +176,22 @@ fn verify_and_bench_take_their_flags() {
     assert!(
         matches!(verify, Ok(Command::Verify(args)) if args.store.to_string() == "postgres://ann@b:5432/c")
     );
-    assert!(matches!(parse("bench"), Ok(Command::Bench(args)) if !args.quick));
-    assert!(matches!(parse("bench --quick"), Ok(Command::Bench(args)) if args.quick));
+}
+
+#[test]
+fn a_benchmark_is_long_unless_told_otherwise() {
+    let bench = |line: &str| match parse(&format!("bench {line}")) {
+        Ok(Command::Bench(args)) => args,
+        other => panic!("{other:?}"),
+    };
+    let args = bench("");
+    assert!(!args.quick && args.json.is_none());
+    assert_eq!((args.rounds, args.stored), (None, None));
+    let args = bench("--quick --rounds 3 --stored 1000000 --json a.json");
+    assert!(args.quick);
+    assert_eq!((args.rounds, args.stored), (Some(3), Some(1_000_000)));
+    assert_eq!(args.json, Some("a.json".into()));
+    for wrong in ["--rounds 0", "--rounds 101", "--stored 0", "--stored many"] {
+        assert!(parse(&format!("bench {wrong}")).is_err(), "{wrong}");
+    }
 }

@@ -12,6 +12,7 @@ pub mod args;
 pub mod bench;
 pub mod catalogue;
 pub mod decimal;
+pub mod descriptors;
 pub mod encode;
 pub mod faults;
 pub mod fleet;

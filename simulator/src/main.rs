@@ -93,6 +93,8 @@ async fn terms(options: &RunOptions) -> anyhow::Result<Terms> {
         fleet_key,
         duration: options.duration,
         window_frames: u64::from(options.window),
+        is_silent: false,
+        storm_every: None,
         faults: options.faults.clone(),
     })
 }
@@ -182,8 +184,11 @@ async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
 }
 
 async fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
-    let measured = bench::run(&args.store, args.quick).await.map_err(failure)?;
+    let measured = bench::run(args).await.map_err(failure)?;
     println!("{measured}");
+    if let Some(path) = &args.json {
+        write_report(path, &measured).map_err(failure)?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 

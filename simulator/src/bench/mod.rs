@@ -1,42 +1,45 @@
-//! This machine's limit, and how near the gateway comes to it, measured in one run.
+//! This machine's limit, and how near the gateway comes to it; and what latency, connections and a store
+//! that is full do to it.
 //!
 //! The limit is a loop that does nothing but put the same kind of rows into the same tables, in large
 //! synced transactions, on a machine that does nothing else: `sqlite` and `postgres` have one each. The
-//! gateway is the real binary over real sockets, with the fleet on the same machine.
+//! gateway is the real binary (`gateway`) over real sockets, with the fleet (`load`) on the same machine.
+//! `cell` says what is sent. What is measured is in `throughput`, `latency`, `connections` and `stored`;
+//! `show` makes tables of it.
 
 use std::io;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::sync::Arc;
 use std::time::Duration;
 
-use comfy_table::{CellAlignment, Table, presets};
-use fieldgate::config::{DATABASE_FILE, Settings};
-use fieldgate::keys::{FleetKey, KeyError};
+use fieldgate::keys::KeyError;
 use fieldgate::store::reader::OpenError;
-use fieldgate::store::url::{PostgresUrl, StoreUrl};
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use fieldgate::store::url::PostgresUrl;
+use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_util::sync::CancellationToken;
 
-use self::postgres::Database;
-use crate::faults::Faults;
-use crate::fleet::{self, Counters, FleetError, Terms};
-use crate::plan::{self, Clock, Plan, PlanError, Profile};
-use crate::report::Summary;
+use self::connections::Connections;
+use self::gateway::Site;
+use self::latency::Latency;
+use self::machine::Machine;
+use self::stored::Stored;
+use self::throughput::Throughput;
+use crate::args::BenchArgs;
+use crate::descriptors::{self, TooFew};
+use crate::fleet::FleetError;
+use crate::plan::PlanError;
 
+mod bare;
+mod cell;
+mod connections;
+mod gateway;
+mod latency;
+mod load;
+mod machine;
 mod postgres;
+mod show;
 mod sqlite;
-
-const DEVICES: u32 = 1_000;
-const CHANNELS: u8 = 4;
-const BATCH: u16 = 15;
-const WINDOW_FRAMES: u64 = 16;
-const READINGS_OF_FRAME: usize = CHANNELS as usize * BATCH as usize;
-/// How long before the present the readings of the burst begin, as after a long outage.
-const BACKLOG_US: i64 = 30 * 86_400_000_000;
+mod stored;
+mod throughput;
 
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +50,15 @@ pub enum BenchError {
     /// The gateway did not start.
     #[error("the gateway did not start; it said: {0}")]
     NotStarted(String),
+    /// The gateway did not end when it was told to.
+    #[error("the gateway did not leave when it was told to; see what it said above")]
+    NotLeft,
+    /// Something never came.
+    #[error("waited too long for {0}: is the machine busy with other things?")]
+    TooLong(&'static str),
+    /// The fleet was done before it was measured.
+    #[error("the fleet was done too soon: is the machine busy with other things?")]
+    TooShort,
     /// Files or processes.
     #[error("{0}")]
     Io(#[from] io::Error),
@@ -73,6 +85,9 @@ pub enum BenchError {
     /// The gateway's key.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// Too many connections.
+    #[error(transparent)]
+    Descriptors(#[from] TooFew),
     /// The fleet.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -81,24 +96,59 @@ pub enum BenchError {
     Fleet(#[from] FleetError),
 }
 
-/// What was measured.
-#[derive(Debug)]
+/// What was measured. Serialized, it is the `--json`; displayed, it is tables.
+#[derive(Clone, Debug, Serialize)]
 pub struct Bench {
     store: &'static str,
-    bare_way: String,
-    bare_readings_per_s: f64,
-    burst: Summary,
-    steady: Summary,
-    wire: Summary,
+    machine: Machine,
+    rounds: u32,
+    throughput: Vec<Throughput>,
+    latency: Vec<Latency>,
+    connections: Option<Connections>,
+    stored: Option<Stored>,
 }
 
-/// Measures in a directory and a database of its own, which are removed afterwards: beside the file that
-/// `store` names, or on its server.
-pub async fn run(store: &StoreUrl, is_quick: bool) -> Result<Bench, BenchError> {
-    let gateway = gateway_binary()?;
-    let site = Site::make(store)?;
+/// How much is measured, and where.
+struct Scope<'a> {
+    binary: &'a Path,
+    site: &'a Site,
+    is_quick: bool,
+    rounds: u32,
+    /// How long each burst and each bare loop is measured.
+    burst: Duration,
+    latency: Duration,
+    connections: u32,
+    /// From frame to frame of a device that sends now and then, and how long that is measured.
+    slow_period: Duration,
+    slow: Duration,
+}
+
+impl<'a> Scope<'a> {
+    fn new(args: &BenchArgs, binary: &'a Path, site: &'a Site) -> Scope<'a> {
+        let s = Duration::from_secs;
+        let of = |full, quick| if args.quick { quick } else { full };
+        Scope {
+            binary,
+            site,
+            is_quick: args.quick,
+            rounds: args.rounds.unwrap_or(if args.quick { 1 } else { 5 }),
+            burst: of(s(5), s(3)),
+            latency: of(s(15), s(4)),
+            connections: if args.quick { 2_000 } else { 15_000 },
+            slow_period: of(s(15), s(3)),
+            slow: of(s(15), s(3)),
+        }
+    }
+}
+
+/// Measures in a directory and databases of its own, which are removed afterwards: beside the file that
+/// the store's address names, or on its server.
+pub async fn run(args: &BenchArgs) -> Result<Bench, BenchError> {
+    let binary = gateway_binary()?;
+    let site = Site::make(&args.store)?;
+    let scope = Scope::new(args, &binary, &site);
     let measured = tokio::select! {
-        measured = measure(&gateway, &site, if is_quick { 5 } else { 15 }) => measured,
+        measured = measure(&scope, args.stored) => measured,
         stopped = told_to_stop() => Err(stopped.map_or_else(BenchError::Io, |()| BenchError::Stopped)),
     };
     // The first thing that went wrong is what counts.
@@ -116,51 +166,6 @@ async fn told_to_stop() -> io::Result<()> {
     }
 }
 
-/// Where it is measured.
-struct Site {
-    dir: PathBuf,
-    /// `None` for SQLite.
-    database: Option<Database>,
-}
-
-impl Site {
-    fn make(store: &StoreUrl) -> io::Result<Site> {
-        let (parent, database) = match store {
-            StoreUrl::Sqlite(path) => {
-                let parent = path.parent().map(Path::to_owned).unwrap_or_default();
-                (parent, None)
-            }
-            StoreUrl::Postgres(url) => (std::env::temp_dir(), Some(Database::on(url))),
-        };
-        let dir = parent.join(format!(".fieldgate-bench-{}", std::process::id()));
-        std::fs::create_dir(&dir)?;
-        Ok(Site { dir, database })
-    }
-
-    async fn remove(self) -> Result<(), BenchError> {
-        let removed = match self.database {
-            Some(database) => database.remove().await,
-            None => Ok(()),
-        };
-        std::fs::remove_dir_all(&self.dir)?;
-        removed
-    }
-
-    /// The address of a store that has nothing in it yet.
-    async fn new_store(&self, data_dir: &Path) -> Result<String, BenchError> {
-        match &self.database {
-            None => Ok(format!(
-                "sqlite://{}",
-                data_dir.join(DATABASE_FILE).display()
-            )),
-            Some(database) => {
-                database.make_anew().await?;
-                Ok(database.url().with_password().to_owned())
-            }
-        }
-    }
-}
-
 fn gateway_binary() -> Result<PathBuf, BenchError> {
     let gateway = std::env::current_exe()?.with_file_name("fieldgate");
     if gateway.exists() {
@@ -170,167 +175,56 @@ fn gateway_binary() -> Result<PathBuf, BenchError> {
     }
 }
 
-async fn measure(gateway: &Path, site: &Site, seconds: u64) -> Result<Bench, BenchError> {
-    let duration = Duration::from_secs(seconds);
-    let connections = Settings::default().postgres_writers;
-    let (store, bare_way) = match &site.database {
-        None => ("SQLite", "bare multi-row insert".to_owned()),
-        Some(_) => ("Postgres", format!("bare COPY, {connections} connections")),
+async fn measure(scope: &Scope<'_>, stored: Option<u64>) -> Result<Bench, BenchError> {
+    // Told at once, not after a quarter of an hour; and gateways inherit it.
+    descriptors::raise_for(scope.connections)?;
+    let mut bench = Bench {
+        store: match scope.site.is_postgres() {
+            true => "Postgres",
+            false => "SQLite",
+        },
+        machine: Machine::this(&scope.site.dir),
+        rounds: scope.rounds,
+        throughput: Vec::new(),
+        latency: Vec::new(),
+        connections: None,
+        stored: None,
     };
-    say(&format!("{bare_way}, for {seconds} s"));
-    let bare_readings_per_s = match &site.database {
-        None => sqlite::bare(&site.dir.join("bare.db"), duration).await?,
-        Some(database) => {
-            database.make_anew().await?;
-            postgres::bare(database.url(), connections, duration).await?
-        }
-    };
-    let burst = Shape {
-        devices: DEVICES,
-        channels: CHANNELS,
-        batch: BATCH,
-        interval_us: 1_000_000,
-    };
-    say(&format!("the gateway under burst for {seconds} s"));
-    let burst = through_gateway(gateway, site, burst, Profile::Burst, duration).await?;
-    let steady = Shape {
-        interval_us: 1_000_000 / u64::from(BATCH),
-        devices: DEVICES,
-        channels: CHANNELS,
-        batch: BATCH,
-    };
-    say(&format!("the gateway at 1,000 frames/s for {seconds} s"));
-    let steady = through_gateway(gateway, site, steady, Profile::Steady, duration).await?;
-    let wire = Shape {
-        devices: 10,
-        channels: 1,
-        batch: 60,
-        interval_us: 1_000_000,
-    };
-    say("60 readings of one channel in a frame");
-    let wire = through_gateway(gateway, site, wire, Profile::Burst, Duration::from_secs(1)).await?;
-    Ok(Bench {
-        store,
-        bare_way,
-        bare_readings_per_s,
-        burst,
-        steady,
-        wire,
-    })
+    throughput::measure(scope, &mut bench).await?;
+    latency::measure(scope, &mut bench).await?;
+    connections::measure(scope, &mut bench).await?;
+    if let Some(readings) = stored {
+        stored::measure(scope, readings, &mut bench).await?;
+    }
+    Ok(bench)
 }
 
 fn say(what: &str) {
     eprintln!("measuring: {what}");
 }
 
-impl std::fmt::Display for Bench {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let per_s = |rate: f64| format!("{:.0} readings/s", rate);
-        let ms = |value: Option<f64>| value.map_or("-".to_owned(), |ms| format!("{ms:.1} ms"));
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-        let what = "synced commits; 1,000 devices x 4 channels x 15 samples";
-        table.set_header([&format!("{}, {what}", self.store), ""]);
-        table.add_row([&self.bare_way, &per_s(self.bare_readings_per_s)]);
-        table.add_row([
-            "acked by the gateway, burst",
-            &per_s(self.burst.readings_per_s),
-        ]);
-        let ratio = self.burst.readings_per_s / self.bare_readings_per_s;
-        table.add_row(["ratio", &format!("{ratio:.2}")]);
-        table.add_row(["ack p99 in the burst", &ms(self.burst.ack_ms.p99)]);
-        table.add_row(["ack p50 at 1,000 frames/s", &ms(self.steady.ack_ms.p50)]);
-        table.add_row(["ack p99 at 1,000 frames/s", &ms(self.steady.ack_ms.p99)]);
-        let wire = format!("{:.2} bytes", self.wire.bytes_per_reading);
-        table.add_row(["wire per reading, 60 of 0.01 resolution in a frame", &wire]);
-        if let Some(column) = table.column_mut(1) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-        write!(f, "{}", table.trim_fmt())
+/// The middle of what was measured, or the mean of the two in the middle; no number of nothing.
+fn median(figures: impl Iterator<Item = f64>) -> f64 {
+    let mut figures: Vec<f64> = figures.collect();
+    figures.sort_unstable_by(f64::total_cmp);
+    let middle = figures.len() / 2;
+    match figures.len() {
+        0 => f64::NAN,
+        count if count % 2 == 1 => figures[middle],
+        _ => (figures[middle - 1] + figures[middle]) / 2.0,
     }
 }
 
-/// What a fleet looks like.
-#[derive(Clone, Copy)]
-struct Shape {
-    devices: u32,
-    channels: u8,
-    batch: u16,
-    interval_us: u64,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-async fn through_gateway(
-    binary: &Path,
-    site: &Site,
-    shape: Shape,
-    profile: Profile,
-    duration: Duration,
-) -> Result<Summary, BenchError> {
-    let data_dir = site.dir.join("gateway");
-    let store = site.new_store(&data_dir).await?;
-    let (mut gateway, address) = start(binary, &data_dir, &store).await?;
-    let fleet_key = *FleetKey::load(&data_dir.join(fieldgate::keys::KEY_FILE))?.as_bytes();
-    let now_us = jiff::Timestamp::now().as_microsecond();
-    let plan = Plan {
-        format: plan::FORMAT,
-        seed: 1,
-        nonce: now_us.unsigned_abs(),
-        name_prefix: "bench-".into(),
-        devices: shape.devices,
-        channels: shape.channels,
-        interval_us: shape.interval_us,
-        batch: shape.batch,
-        frames: None,
-        clock: Clock::Utc,
-        start_us: now_us - BACKLOG_US,
-        profile,
-        malformed_billionths: 0,
-        replay: None,
-    };
-    let terms = Terms {
-        gateway: address,
-        fleet_key,
-        duration: Some(duration),
-        window_frames: WINDOW_FRAMES,
-        faults: Faults::default(),
-    };
-    let script = Arc::new(plan.open()?);
-    let counters = Arc::new(Counters::default());
-    let summary = fleet::run(script, terms, None, counters, CancellationToken::new()).await;
-    gateway.kill().await?;
-    std::fs::remove_dir_all(&data_dir)?;
-    Ok(summary?)
-}
-
-/// Starts a gateway on a free port and waits until it listens.
-async fn start(
-    binary: &Path,
-    data_dir: &Path,
-    store: &str,
-) -> Result<(Child, SocketAddr), BenchError> {
-    let mut child = Command::new(binary)
-        .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
-        .arg(data_dir)
-        // Not as an argument, which every user of the machine can see: there may be a password in it.
-        .env("FIELDGATE_STORE", store)
-        .env("RUST_LOG", "warn")
-        .stdout(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()?;
-    let stdout = child
-        .stdout
-        .take()
-        .ok_or_else(|| io::Error::other("no stdout"))?;
-    let mut lines = BufReader::new(stdout).lines();
-    let mut said = String::new();
-    while let Some(line) = lines.next_line().await? {
-        let address = line
-            .strip_prefix("listening on")
-            .map(|rest| rest.trim().parse());
-        if let Some(Ok(address)) = address {
-            return Ok((child, address));
-        }
-        said = line;
+    #[test]
+    fn the_median_is_in_the_middle() {
+        let of = |figures: &[f64]| median(figures.iter().copied());
+        assert_eq!(of(&[9.0, 1.0, 2.0]), 2.0);
+        assert_eq!(of(&[4.0, 1.0, 9.0, 2.0]), 3.0);
+        assert_eq!(of(&[7.0]), 7.0);
+        assert!(of(&[]).is_nan());
     }
-    Err(BenchError::NotStarted(said))
 }

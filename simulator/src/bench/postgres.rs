@@ -1,7 +1,6 @@
 //! The bare loop on Postgres: binary COPY on as many connections as the gateway writes with, each for
-//! devices of its own. And the database for it all.
+//! devices of its own. And the databases for it all.
 
-use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use fieldgate::store::postgres::migrate;
@@ -10,10 +9,17 @@ use fieldgate::store::url::PostgresUrl;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection};
 use tokio::task::JoinSet;
 
-use super::{BACKLOG_US, BATCH, BenchError, CHANNELS, DEVICES, READINGS_OF_FRAME, WINDOW_FRAMES};
+use super::BenchError;
+use super::bare::Job;
+use super::cell::{self, Frame, Frames};
 
 /// How long the server may take to let a connection in.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const DAY_US: i64 = 86_400_000_000;
+/// Bytes that are sent at once; what is made of the next rows is made meanwhile.
+const SEND_BYTES: usize = 32 * 1024;
+/// The gateway takes ids of frames from a sequence of blocks of so many.
+const BLOCK_IDS: i64 = 1024;
 
 /// A database for this process alone.
 pub(super) struct Database {
@@ -24,8 +30,8 @@ pub(super) struct Database {
 
 impl Database {
     /// On the server of `server`, a database that exists there. Nothing is made yet.
-    pub(super) fn on(server: &PostgresUrl) -> Database {
-        let name = format!("fieldgate_bench_{}", std::process::id());
+    pub(super) fn on(server: &PostgresUrl, what_for: &str) -> Database {
+        let name = format!("fieldgate_bench_{}_{what_for}", std::process::id());
         Database {
             server: server.clone(),
             own: server.with_database(&name),
@@ -52,6 +58,19 @@ impl Database {
         let name = &self.name;
         self.tell(format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
             .await
+    }
+
+    /// What its tables take, with all partitions and indexes.
+    pub(super) async fn disk_bytes(&self) -> Result<u64, BenchError> {
+        let mut conn = connect(&self.own).await?;
+        let bytes: i64 = sqlx::query_scalar(
+            "SELECT sum(pg_total_relation_size(oid))::bigint FROM pg_class
+                 WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace",
+        )
+        .fetch_one(&mut conn)
+        .await?;
+        conn.close().await?;
+        Ok(bytes.unsigned_abs())
     }
 
     async fn tell(&self, sql: String) -> Result<(), BenchError> {
@@ -83,51 +102,64 @@ async fn execute(conn: &mut PgConnection, sql: impl Into<String>) -> Result<(), 
     sql.execute(conn).await.map(drop)
 }
 
-const DAY_US: i64 = 86_400_000_000;
-/// Windows of frames in a transaction: about as many readings as the gateway takes at most. Neither fewer
-/// nor more were found to be faster.
-const WINDOWS: usize = 212;
-
-/// Copies what a fleet of the burst's shape would send, and nothing else; returns readings per second.
+/// Copies what a fleet would have stored, and nothing else; returns readings per second.
 pub(super) async fn bare(
     url: &PostgresUrl,
     connections: usize,
-    duration: Duration,
+    job: &Job,
 ) -> Result<f64, BenchError> {
     migrate(url).await.map_err(OpenError::from)?;
-    let start_us = jiff::Timestamp::now().as_microsecond() - BACKLOG_US;
-    make_partitions(&mut connect(url).await?, start_us).await?;
+    let mut conn = connect(url).await?;
+    make_partitions(&mut conn, job).await?;
+    if let Some(sql) = &job.registry {
+        execute(&mut conn, sql).await?;
+        // Frames that a gateway stores come after those that are there.
+        let block = ids_start(connections) / BLOCK_IDS;
+        execute(
+            &mut conn,
+            format!("SELECT setval('frame_id_blocks', {block})"),
+        )
+        .await?;
+    }
+    conn.close().await?;
     let mut copiers = Vec::new();
     for number in 0..connections {
         copiers.push(Copier {
             conn: connect(url).await?,
-            number,
-            connections,
-            start_us,
-            windows: 0,
-            bytes: Vec::new(),
+            job: job.clone(),
+            share: connections as u64,
+            frames: Frames::new(job.cell, number, connections, ids_start(number)),
+            bytes: Vec::with_capacity(2 * SEND_BYTES),
         });
     }
     let started = Instant::now();
     let mut tasks = JoinSet::new();
     for copier in copiers {
-        tasks.spawn(copier.copy_until(started + duration));
+        tasks.spawn(copier.copy(started));
     }
-    let mut frames = 0;
+    let mut readings = 0;
     while let Some(copied) = tasks.join_next().await {
-        frames += copied.map_err(std::io::Error::other)??;
+        readings += copied.map_err(std::io::Error::other)??;
     }
-    let elapsed_s = started.elapsed().as_secs_f64();
-    Ok((frames * READINGS_OF_FRAME) as f64 / elapsed_s)
+    Ok(readings as f64 / started.elapsed().as_secs_f64())
 }
 
-/// For the days of the readings, as the gateway makes them: none are to go to the default partition.
-async fn make_partitions(conn: &mut PgConnection, start_us: i64) -> Result<(), sqlx::Error> {
-    let first = start_us.div_euclid(DAY_US);
-    for day in first..first + 2 {
+/// Each connection has ids that follow each other, as in the gateway.
+fn ids_start(connection: usize) -> i64 {
+    (connection as i64 + 1) << 40
+}
+
+/// For the days of the readings, as the gateway makes and calls them: none are to go to the default
+/// partition.
+async fn make_partitions(conn: &mut PgConnection, job: &Job) -> Result<(), sqlx::Error> {
+    let first = job.start_us.div_euclid(DAY_US);
+    let last = (job.start_us + job.span_us()).div_euclid(DAY_US);
+    for day in first..=last {
         let midnight = |day: i64| format!("to_timestamp({})", day * DAY_US / 1_000_000);
         let (from, to) = (midnight(day), midnight(day + 1));
-        let table = format!("CREATE TABLE readings_day_{day} PARTITION OF readings");
+        let date = jiff::Timestamp::from_microsecond(day * DAY_US).unwrap_or_default();
+        let name = date.strftime("readings_%Y%m%d");
+        let table = format!("CREATE TABLE {name} PARTITION OF readings");
         execute(conn, format!("{table} FOR VALUES FROM ({from}) TO ({to})")).await?;
     }
     Ok(())
@@ -136,119 +168,79 @@ async fn make_partitions(conn: &mut PgConnection, start_us: i64) -> Result<(), s
 /// One connection, and how far it is.
 struct Copier {
     conn: PgConnection,
-    number: usize,
-    connections: usize,
-    start_us: i64,
-    /// Windows of frames that were copied.
-    windows: usize,
+    job: Job,
+    /// How many connections share the job.
+    share: u64,
+    frames: Frames,
     bytes: Vec<u8>,
 }
 
-/// A device's frames from `first_seq` on, as many as are in flight at once. The first of them has the
-/// id `first_id`.
-#[derive(Clone, Copy)]
-struct Window {
-    device: i64,
-    first_seq: i64,
-    first_id: i64,
-}
-
-impl Window {
-    /// Number within its stream and id of each frame.
-    fn frames(self) -> impl Iterator<Item = (i64, i64)> {
-        (0..WINDOW_FRAMES as i64).map(move |n| (self.first_seq + n, self.first_id + n))
-    }
-}
-
-/// What a connection copies in its turns. Each device sends a window, and then it is the next one's turn:
-/// that is how frames arrive in a burst. They are sorted by device, as the gateway does before it stores
-/// them.
-fn windows(number: usize, connections: usize, turns: Range<usize>) -> Vec<Window> {
-    let devices = (DEVICES as usize - number).div_ceil(connections);
-    // Each connection has ids that follow each other, as in the gateway.
-    let ids_start = (number as i64) << 40;
-    let mut windows: Vec<Window> = turns
-        .map(|turn| Window {
-            device: (number + turn % devices * connections) as i64,
-            first_seq: (turn / devices) as i64 * WINDOW_FRAMES as i64 + 1,
-            first_id: ids_start + turn as i64 * WINDOW_FRAMES as i64,
-        })
-        .collect();
-    windows.sort_unstable_by_key(|window| (window.device, window.first_seq));
-    windows
-}
-
 impl Copier {
-    /// Gives back the number of frames.
-    async fn copy_until(mut self, end: Instant) -> Result<usize, sqlx::Error> {
-        while Instant::now() < end {
-            let turns = self.windows..self.windows + WINDOWS;
-            self.windows = turns.end;
-            let windows = windows(self.number, self.connections, turns);
+    /// Gives back the number of readings.
+    async fn copy(mut self, started: Instant) -> Result<u64, sqlx::Error> {
+        let cell = self.job.cell;
+        let mut readings = 0;
+        while !self.job.until.is_reached(started, readings * self.share) {
+            let frames = self.frames.transaction();
             execute(&mut self.conn, "BEGIN").await?;
-            self.copy_frames(&windows).await?;
-            self.copy_readings(&windows).await?;
+            self.copy_frames(&frames).await?;
+            self.copy_readings(&frames).await?;
             execute(&mut self.conn, "COMMIT").await?;
+            readings += (frames.len() * cell.frame_readings()) as u64;
         }
-        Ok(self.windows * WINDOW_FRAMES as usize)
+        Ok(readings)
     }
 
-    async fn copy_frames(&mut self, windows: &[Window]) -> Result<(), sqlx::Error> {
-        let received_at = since_2000(self.start_us + BACKLOG_US).to_be_bytes();
-        self.copy("frames", windows, |bytes, window| {
-            for (seq, id) in window.frames() {
-                bytes.extend_from_slice(&8_i16.to_be_bytes());
-                field(bytes, id.to_be_bytes());
-                field(bytes, window.device.to_be_bytes());
-                field(bytes, seq.to_be_bytes());
-                field(bytes, 17_i16.to_be_bytes());
-                field(bytes, received_at);
-                field(bytes, (READINGS_OF_FRAME as i32).to_be_bytes());
-                field(bytes, 0_i16.to_be_bytes());
-                field(bytes, 0_i64.to_be_bytes());
-            }
+    async fn copy_frames(&mut self, frames: &[Frame]) -> Result<(), sqlx::Error> {
+        let received_at = since_2000(self.job.start_us).to_be_bytes();
+        let readings = self.job.cell.frame_readings() as i32;
+        self.copy_all("frames", frames.iter(), |bytes, frame| {
+            bytes.extend_from_slice(&8_i16.to_be_bytes());
+            field(bytes, frame.id.to_be_bytes());
+            field(bytes, frame.device.to_be_bytes());
+            field(bytes, frame.seq.to_be_bytes());
+            field(bytes, 17_i16.to_be_bytes());
+            field(bytes, received_at);
+            field(bytes, readings.to_be_bytes());
+            field(bytes, 0_i16.to_be_bytes());
+            field(bytes, 0_i64.to_be_bytes());
         })
         .await
     }
 
-    async fn copy_readings(&mut self, windows: &[Window]) -> Result<(), sqlx::Error> {
-        let start = since_2000(self.start_us);
-        self.copy("readings", windows, |bytes, window| {
-            for channel in 0..i64::from(CHANNELS) {
-                let series = window.device * i64::from(CHANNELS) + channel;
-                for (seq, id) in window.frames() {
-                    for sample in 0..i64::from(BATCH) {
-                        let second = seq * i64::from(BATCH) + sample;
-                        bytes.extend_from_slice(&4_i16.to_be_bytes());
-                        field(bytes, series.to_be_bytes());
-                        field(bytes, (start + second * 1_000_000).to_be_bytes());
-                        field(bytes, id.to_be_bytes());
-                        field(bytes, (second as f64 / 100.0).to_be_bytes());
-                    }
-                }
-            }
+    async fn copy_readings(&mut self, frames: &[Frame]) -> Result<(), sqlx::Error> {
+        let start = since_2000(self.job.start_us);
+        let rows = cell::rows(self.job.cell, frames);
+        self.copy_all("readings", rows, |bytes, row| {
+            bytes.extend_from_slice(&4_i16.to_be_bytes());
+            field(bytes, row.series.to_be_bytes());
+            field(bytes, (start + row.second * 1_000_000).to_be_bytes());
+            field(bytes, row.frame_id.to_be_bytes());
+            field(bytes, row.value.to_be_bytes());
         })
         .await
     }
 
-    /// Copies what `write` makes of the windows; what it made of one is sent while it makes the next.
-    async fn copy(
+    async fn copy_all<R>(
         &mut self,
         table: &str,
-        windows: &[Window],
-        write: impl Fn(&mut Vec<u8>, Window) + Send,
+        rows: impl Iterator<Item = R>,
+        write: impl Fn(&mut Vec<u8>, R),
     ) -> Result<(), sqlx::Error> {
         let sql = format!("COPY {table} FROM STDIN (FORMAT binary)");
         let mut copy = self.conn.copy_in_raw(&sql).await?;
         self.bytes.clear();
         self.bytes
             .extend_from_slice(b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0");
-        for window in windows {
-            write(&mut self.bytes, *window);
-            copy.send(self.bytes.as_slice()).await?;
-            self.bytes.clear();
+        for row in rows {
+            write(&mut self.bytes, row);
+            if self.bytes.len() >= SEND_BYTES {
+                copy.send(self.bytes.as_slice()).await?;
+                self.bytes.clear();
+            }
         }
-        copy.send(&(-1_i16).to_be_bytes()[..]).await?;
+        self.bytes.extend_from_slice(&(-1_i16).to_be_bytes());
+        copy.send(self.bytes.as_slice()).await?;
         copy.finish().await.map(drop)
     }
 }
@@ -261,33 +253,4 @@ fn field<const N: usize>(bytes: &mut Vec<u8>, value: [u8; N]) {
 /// Microseconds as Postgres counts them.
 fn since_2000(time_us: i64) -> i64 {
     time_us - 946_684_800_000_000
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_device_sends_its_frames_once_and_in_order() {
-        for connections in [1, 2, 3] {
-            let mut seqs = vec![Vec::new(); DEVICES as usize];
-            let mut ids = Vec::new();
-            for number in 0..connections {
-                for start in [0, WINDOWS, 2 * WINDOWS, 3 * WINDOWS] {
-                    for window in windows(number, connections, start..start + WINDOWS) {
-                        assert_eq!(window.device as usize % connections, number);
-                        seqs[window.device as usize].extend(window.frames().map(|(seq, _)| seq));
-                        ids.extend(window.frames().map(|(_, id)| id));
-                    }
-                }
-            }
-            for seqs in seqs {
-                assert_eq!(seqs, (1..=seqs.len() as i64).collect::<Vec<_>>());
-            }
-            let count = ids.len();
-            ids.sort_unstable();
-            ids.dedup();
-            assert_eq!(ids.len(), count);
-        }
-    }
 }

@@ -2,120 +2,134 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use fieldgate::store::reader::OpenError;
 use fieldgate::store::sqlite::{SqliteSettings, migrate};
 use sqlx::sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{Arguments, AssertSqlSafe, ConnectOptions, Connection, SqliteConnection};
 
-use super::{BATCH, BenchError, CHANNELS, DEVICES, READINGS_OF_FRAME, WINDOW_FRAMES};
+use super::BenchError;
+use super::bare::{Job, Until};
+use super::cell::{self, Cell, Frame, Frames, Row};
 
-/// Rows of an INSERT, frames of a commit: what was found fastest.
+/// Rows of an INSERT: more are no faster.
 const ROWS: usize = 1_000;
-const FRAMES: usize = 3_400;
 
-/// Inserts what a fleet of the burst's shape would, and nothing else; returns readings per second.
-pub(super) async fn bare(path: &Path, duration: Duration) -> Result<f64, BenchError> {
+/// Inserts what a fleet would have stored, and nothing else; returns readings per second.
+pub(super) async fn bare(path: &Path, job: &Job) -> Result<f64, BenchError> {
     let migrated = migrate(path, &SqliteSettings::default()).await;
     migrated.map_err(OpenError::from)?;
-    let mut connection = SqliteConnectOptions::new()
+    // While it is measured nothing is moved out of the log: the loop is spared even that. A store that is
+    // only filled may be larger than anybody wants a log to be.
+    let checkpoint_pages = match job.until {
+        Until::Passed(_) => "0",
+        Until::Stored(_) => "32768",
+    };
+    let mut conn = SqliteConnectOptions::new()
         .filename(path)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full)
         .pragma("cache_size", "-262144")
-        // Nothing is moved out of the log while it is measured: the loop is spared even that.
-        .pragma("wal_autocheckpoint", "0")
+        .pragma("wal_autocheckpoint", checkpoint_pages)
         .connect()
         .await?;
-    let (frames_sql, readings_sql) = (insert("frames", 8, 100), insert("readings", 4, ROWS));
-    let started = Instant::now();
-    let mut frames = 0;
-    while started.elapsed() < duration {
-        sqlx::query("BEGIN IMMEDIATE")
-            .execute(&mut connection)
-            .await?;
-        insert_frames(&mut connection, &frames_sql, frames).await?;
-        insert_readings(&mut connection, &readings_sql, frames).await?;
-        sqlx::query("COMMIT").execute(&mut connection).await?;
-        frames += FRAMES;
+    if let Some(sql) = &job.registry {
+        let sql = sqlx::raw_sql(AssertSqlSafe(sql.as_str()));
+        sql.execute(&mut conn).await?;
     }
-    let rate = (frames * READINGS_OF_FRAME) as f64 / started.elapsed().as_secs_f64();
-    connection.close().await?;
+    let (frames_insert, readings_insert) = (Insert::into("frames", 8), Insert::into("readings", 4));
+    let mut frames = Frames::new(job.cell, 0, 1, 1);
+    let started = Instant::now();
+    let mut readings = 0;
+    while !job.until.is_reached(started, readings) {
+        let batch = frames.transaction();
+        sqlx::query("BEGIN IMMEDIATE").execute(&mut conn).await?;
+        let values = |arguments: &mut _, frame| bind_frame(arguments, frame, job.cell);
+        let rows = batch.iter().copied();
+        frames_insert.execute(&mut conn, rows, values).await?;
+        let rows = cell::rows(job.cell, &batch);
+        let values = |arguments: &mut _, row| bind_reading(arguments, row, job.start_us);
+        readings_insert.execute(&mut conn, rows, values).await?;
+        sqlx::query("COMMIT").execute(&mut conn).await?;
+        readings += (batch.len() * job.cell.frame_readings()) as u64;
+    }
+    let rate = readings as f64 / started.elapsed().as_secs_f64();
+    conn.close().await?;
     Ok(rate)
 }
 
-fn insert(table: &str, columns: usize, rows: usize) -> Arc<str> {
+type Bound = Result<(), sqlx::error::BoxDynError>;
+
+fn bind_frame(arguments: &mut SqliteArguments, frame: Frame, cell: Cell) -> Bound {
+    let readings = cell.frame_readings() as i64;
+    let Frame { device, seq, id } = frame;
+    [id, device, seq, 17, seq, readings, 0, 0]
+        .into_iter()
+        .try_for_each(|value| arguments.add(value))
+}
+
+fn bind_reading(arguments: &mut SqliteArguments, row: Row, start_us: i64) -> Bound {
+    arguments.add(row.series)?;
+    arguments.add(start_us + row.second * 1_000_000)?;
+    arguments.add(row.frame_id)?;
+    arguments.add(row.value)
+}
+
+/// An INSERT of many rows.
+struct Insert {
+    table: &'static str,
+    columns: usize,
+    full: Arc<str>,
+}
+
+impl Insert {
+    fn into(table: &'static str, columns: usize) -> Insert {
+        Insert {
+            table,
+            columns,
+            full: sql(table, columns, ROWS),
+        }
+    }
+
+    /// Inserts all rows. SQLite works in a thread of its own: the next rows are bound meanwhile.
+    async fn execute<R>(
+        &self,
+        conn: &mut SqliteConnection,
+        mut rows: impl Iterator<Item = R>,
+        bind: impl Fn(&mut SqliteArguments, R) -> Bound,
+    ) -> Result<(), sqlx::Error> {
+        let mut next = self.bind(&mut rows, &bind)?;
+        while let Some((sql, arguments)) = next {
+            let run = sqlx::query_with(AssertSqlSafe(sql), arguments).execute(&mut *conn);
+            let (done, bound) = tokio::join!(run, async { self.bind(&mut rows, &bind) });
+            done?;
+            next = bound?;
+        }
+        Ok(())
+    }
+
+    fn bind<R>(
+        &self,
+        rows: &mut impl Iterator<Item = R>,
+        bind: impl Fn(&mut SqliteArguments, R) -> Bound,
+    ) -> Result<Option<(Arc<str>, SqliteArguments)>, sqlx::Error> {
+        let mut arguments = SqliteArguments::default();
+        arguments.reserve(ROWS * self.columns, 0);
+        let mut count = 0;
+        for row in rows.take(ROWS) {
+            bind(&mut arguments, row).map_err(sqlx::Error::Encode)?;
+            count += 1;
+        }
+        Ok(match count {
+            0 => None,
+            ROWS => Some((Arc::clone(&self.full), arguments)),
+            _ => Some((sql(self.table, self.columns, count), arguments)),
+        })
+    }
+}
+
+fn sql(table: &str, columns: usize, rows: usize) -> Arc<str> {
     let row = format!("({})", vec!["?"; columns].join(","));
     format!("INSERT INTO {table} VALUES {}", vec![row; rows].join(",")).into()
-}
-
-/// Device and number within its stream of the `frame`-th frame: each device sends a window, and then
-/// it is the next one's turn. That is how frames arrive in a burst.
-fn place(frame: usize) -> (i64, i64) {
-    let (devices, window) = (DEVICES as usize, WINDOW_FRAMES as usize);
-    let (turn, in_window) = (frame / window, frame % window);
-    let seq = turn / devices * window + in_window + 1;
-    ((turn % devices) as i64, seq as i64)
-}
-
-async fn insert_frames(
-    connection: &mut SqliteConnection,
-    sql: &Arc<str>,
-    first: usize,
-) -> Result<(), sqlx::Error> {
-    for chunk in (first..first + FRAMES).collect::<Vec<_>>().chunks(100) {
-        let mut arguments = SqliteArguments::default();
-        for &frame in chunk {
-            let (device, seq) = place(frame);
-            let row = [
-                frame as i64 + 1,
-                device,
-                seq,
-                17,
-                seq,
-                READINGS_OF_FRAME as i64,
-                0,
-                0,
-            ];
-            for value in row {
-                arguments.add(value).map_err(sqlx::Error::Encode)?;
-            }
-        }
-        let query = sqlx::query_with(AssertSqlSafe(Arc::clone(sql)), arguments);
-        query.execute(&mut *connection).await?;
-    }
-    Ok(())
-}
-
-async fn insert_readings(
-    connection: &mut SqliteConnection,
-    sql: &Arc<str>,
-    first: usize,
-) -> Result<(), sqlx::Error> {
-    let mut rows = Vec::with_capacity(FRAMES * READINGS_OF_FRAME);
-    for frame in first..first + FRAMES {
-        let (device, seq) = place(frame);
-        for channel in 0..i64::from(CHANNELS) {
-            for sample in 0..i64::from(BATCH) {
-                let ts_us = (seq * i64::from(BATCH) + sample) * 1_000_000;
-                let series = device * i64::from(CHANNELS) + channel;
-                rows.push((series, ts_us, frame as i64 + 1, ts_us as f64 / 100.0));
-            }
-        }
-    }
-    rows.sort_unstable_by_key(|row| (row.0, row.1, row.2));
-    for chunk in rows.chunks_exact(ROWS) {
-        let mut arguments = SqliteArguments::default();
-        arguments.reserve(ROWS * 4, 0);
-        for &(series, ts_us, frame_id, value) in chunk {
-            arguments.add(series).map_err(sqlx::Error::Encode)?;
-            arguments.add(ts_us).map_err(sqlx::Error::Encode)?;
-            arguments.add(frame_id).map_err(sqlx::Error::Encode)?;
-            arguments.add(value).map_err(sqlx::Error::Encode)?;
-        }
-        let query = sqlx::query_with(AssertSqlSafe(Arc::clone(sql)), arguments);
-        query.execute(&mut *connection).await?;
-    }
-    Ok(())
 }

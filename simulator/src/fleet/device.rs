@@ -13,7 +13,7 @@ use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, NONCE_BYTES, derive_device_ke
 use fieldgate_protocol::device::{Config, Device, Fault, Notice};
 use fieldgate_protocol::error::{Class, Code};
 use fieldgate_protocol::frame::{
-    DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, HEADER_BYTES, TRAILER_BYTES, types,
+    DEFAULT_FRAME_BYTES_MAX, HEADER_BYTES, NoRoom, TRAILER_BYTES, types,
 };
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -21,7 +21,7 @@ use tokio::task::yield_now;
 use tokio::time::{sleep_until, timeout};
 use tokio_util::codec::Decoder;
 
-use super::link::Link;
+use super::link::{Link, connect};
 use super::outbox::Outbox;
 use super::{Fleet, FleetError};
 use crate::faults::Strikes;
@@ -163,10 +163,8 @@ impl DeviceTask {
         device: &mut Device<'_>,
         is_again: bool,
     ) -> Result<Ended, FleetError> {
-        let connecting = timeout(
-            CONNECT_TIMEOUT,
-            TcpStream::connect(self.fleet.terms.gateway),
-        );
+        let index = self.outbox.script.index();
+        let connecting = timeout(CONNECT_TIMEOUT, connect(self.fleet.terms.gateway, index));
         let Ok(Ok(socket)) = connecting.await else {
             return Ok(Ended::Lost(None));
         };
@@ -213,7 +211,7 @@ impl DeviceTask {
                 link.leave().await;
                 return Ok(Ended::Done);
             }
-            let storm_us = fleet.pace.storm_us(self.storms + 1);
+            let storm_us = fleet.storm_us(self.storms + 1);
             let deadline_us = device
                 .poll_deadline()
                 .map(|deadline_us| deadline_us.saturating_sub(self.uptime_at_start_us));
@@ -254,13 +252,15 @@ impl DeviceTask {
         const LOST: Transmitted = Transmitted::Ended(Ended::Lost(None));
         loop {
             let start = link.output.len();
-            link.output.resize(start + FRAME_BYTES_MAX, 0);
-            let (uptime_us, room) = (self.uptime_us(), &mut link.output[start..]);
-            let written = device.poll_transmit(&mut self.outbox, uptime_us, room);
-            link.output.truncate(start + written.unwrap_or(0));
-            let Some(_) = written else {
+            let uptime_us = self.uptime_us();
+            let written = link.append(|room| {
+                device
+                    .poll_transmit(&mut self.outbox, uptime_us, room)
+                    .ok_or(NoRoom)
+            });
+            if written.is_err() {
                 break;
-            };
+            }
             // Malformed ones have other types, too.
             if types::is_sequenced(link.output[start + 2])
                 && let Some(strikes) = self.note_sent(&link.output[start..])?
@@ -327,14 +327,9 @@ impl DeviceTask {
         }
         if strikes.duplicate && self.outbox.durable_seq > 0 {
             // A frame that was acked, sent again.
-            let start = link.output.len();
-            link.output.resize(start + FRAME_BYTES_MAX, 0);
-            let made = self
-                .outbox
-                .make(self.outbox.durable_seq, &mut link.output[start..]);
-            let frame_bytes = made.map_or(0, |(frame_bytes, _)| frame_bytes);
-            link.output.truncate(start + frame_bytes);
-            self.fleet.report().bytes_sent += frame_bytes as u64;
+            let again = |room: &mut [u8]| self.outbox.make(self.outbox.durable_seq, room);
+            let made = link.append(|room| again(room).map(|(frame_bytes, _)| frame_bytes));
+            self.outbox.note_bytes(made.unwrap_or(0));
         }
         link.flush().await?;
         Ok(strikes.disconnect.then_some(Ended::Dropped))
@@ -369,6 +364,7 @@ impl DeviceTask {
                 Some(Notice::Welcomed { .. }) => {
                     self.was_welcomed = true;
                     self.fleet.counters.devices_ready.fetch_add(1, Relaxed);
+                    self.fleet.counters.welcomes.fetch_add(1, Relaxed);
                     let durable_seq = self.outbox.durable_seq;
                     self.fleet
                         .with_journal(|journal| journal.acked(index, durable_seq))?;

@@ -1,11 +1,44 @@
 //! A device's connection: bytes in, bytes out, and no memory while it is idle.
 
+use std::cell::RefCell;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use bytes::BytesMut;
+use fieldgate_protocol::frame::{FRAME_BYTES_MAX, NoRoom};
 use fieldgate_protocol::message;
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
+
+/// Devices that connect from one loopback address. An address has some 28,000 ports, and each is held
+/// for a minute after its connection was dropped, as all are at once in a storm.
+const DEVICES_OF_ADDRESS: u32 = 2_000;
+
+thread_local! {
+    /// Where a frame is written before its length is known: to make room for the longest in each
+    /// link's own buffer would mean to fill 64 KiB with zeros for every frame.
+    static ROOM: RefCell<Box<[u8]>> = RefCell::new(vec![0; FRAME_BYTES_MAX].into());
+}
+
+/// Connects a device to the gateway.
+pub(super) async fn connect(gateway: SocketAddr, device: u32) -> io::Result<TcpStream> {
+    match source_address(gateway.ip(), device) {
+        None => TcpStream::connect(gateway).await,
+        Some(source) => {
+            let socket = TcpSocket::new_v4()?;
+            socket.bind((source, 0).into())?;
+            socket.connect(gateway).await
+        }
+    }
+}
+
+/// The loopback address that a device is to connect from; `None` where the system chooses. Only Linux
+/// has all of 127.0.0.0/8 without asking.
+fn source_address(gateway: IpAddr, device: u32) -> Option<IpAddr> {
+    let is_spread = cfg!(target_os = "linux") && gateway.is_ipv4() && gateway.is_loopback();
+    let number = u8::try_from(device / DEVICES_OF_ADDRESS).ok()?;
+    (is_spread && number > 0).then_some(IpAddr::V4(Ipv4Addr::new(127, 0, number, 1)))
+}
 
 /// A connection's socket and what is on its way in and out.
 pub(super) struct Link {
@@ -21,6 +54,18 @@ impl Link {
             input: BytesMut::new(),
             output: BytesMut::new(),
         }
+    }
+
+    /// Adds what `write` puts into the room for a frame.
+    pub(super) fn append(
+        &mut self,
+        write: impl FnOnce(&mut [u8]) -> Result<usize, NoRoom>,
+    ) -> Result<usize, NoRoom> {
+        ROOM.with_borrow_mut(|room| {
+            let frame_bytes = write(room)?;
+            self.output.extend_from_slice(&room[..frame_bytes]);
+            Ok(frame_bytes)
+        })
     }
 
     pub(super) async fn flush(&mut self) -> io::Result<()> {
@@ -64,5 +109,23 @@ impl Link {
             let _ = self.socket.write_all(&frame[..frame_bytes]).await;
         }
         let _ = self.socket.shutdown().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_large_fleet_on_this_machine_has_many_addresses() {
+        let from = |gateway: &str, device| source_address(gateway.parse().unwrap(), device);
+        let expected = |address: &str| Some(address.parse().unwrap());
+        assert_eq!(from("127.0.0.1", DEVICES_OF_ADDRESS - 1), None);
+        assert_eq!(from("127.0.0.1", DEVICES_OF_ADDRESS), expected("127.0.1.1"));
+        let last = crate::plan::DEVICES_MAX - 1;
+        assert_eq!(from("127.0.0.1", last), expected("127.0.49.1"));
+        assert_eq!(from("10.0.0.1", last), None);
+        assert_eq!(from("::1", last), None);
     }
 }

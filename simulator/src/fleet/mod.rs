@@ -12,7 +12,7 @@ mod outbox;
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use self::device::DeviceTask;
+use crate::descriptors::{self, TooFew};
 use crate::encode::{DataTerms, Encoder};
 use crate::faults::Faults;
 use crate::journal::{Journal, JournalError};
@@ -49,6 +50,10 @@ pub struct Terms {
     pub duration: Option<Duration>,
     /// Most frames of a device sent and not yet acked.
     pub window_frames: u64,
+    /// Devices connect and stay, and have nothing to send.
+    pub is_silent: bool,
+    /// How often the whole fleet drops its connections, where not as the profile says.
+    pub storm_every: Option<Duration>,
     /// What goes wrong on the way.
     pub faults: Faults,
 }
@@ -82,6 +87,9 @@ pub enum FleetError {
          give another --name-prefix"
     )]
     Schema(String),
+    /// Too many sockets.
+    #[error(transparent)]
+    Descriptors(#[from] TooFew),
     /// The peer does not hold the fleet key.
     #[error("{0} is not this fleet's gateway: it does not hold the fleet key; check --key-file")]
     NotOurGateway(SocketAddr),
@@ -93,7 +101,7 @@ pub enum FleetError {
     Journal(#[from] JournalError),
 }
 
-/// Counters that the progress bar reads.
+/// Counters that can be read during a run.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Readings acked.
@@ -102,6 +110,10 @@ pub struct Counters {
     pub frames_acked: AtomicU64,
     /// Devices that are connected and welcomed.
     pub devices_ready: AtomicU64,
+    /// Times that a device was welcomed.
+    pub welcomes: AtomicU64,
+    /// Set from outside while what frames wait for their ACKs is not to be in the report.
+    pub is_warming_up: AtomicBool,
 }
 
 /// The file a journal goes to.
@@ -132,6 +144,7 @@ pub async fn run(
     stop: CancellationToken,
 ) -> Result<Summary, FleetError> {
     check_frames(&script)?;
+    descriptors::raise_for(script.plan().devices)?;
     let gateway = terms.gateway;
     // One connection that says nothing, so that a wrong address is told at once.
     TcpStream::connect(gateway)
@@ -183,6 +196,14 @@ impl Fleet {
         // A century, where nothing is awaited.
         let wait = Duration::from_micros(run_us.min(3_000_000_000_000_000));
         (self.started + wait).into()
+    }
+
+    /// When the fleet drops its connections at once for the `number`-th time, counted from 1.
+    fn storm_us(&self, number: u64) -> Option<u64> {
+        match self.terms.storm_every {
+            Some(every) => Some(number.saturating_mul(every.as_micros() as u64)),
+            None => self.pace.storm_us(number),
+        }
     }
 
     fn report(&self) -> MutexGuard<'_, Report> {

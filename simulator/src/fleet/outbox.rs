@@ -29,6 +29,16 @@ pub(super) struct Outbox {
     sent_seq: u64,
     /// For each frame sent and not yet acked: its number, since when it is waited for, its readings.
     in_flight: VecDeque<(u64, u64, u64)>,
+    /// Told to the fleet in the end: that takes a lock, and frames are many.
+    sent: Sent,
+}
+
+/// What a device put on the wire.
+#[derive(Default)]
+struct Sent {
+    frames: u64,
+    readings: u64,
+    bytes: u64,
 }
 
 impl Outbox {
@@ -40,11 +50,15 @@ impl Outbox {
             due_seq: 0,
             sent_seq: 0,
             in_flight: VecDeque::new(),
+            sent: Sent::default(),
         }
     }
 
     /// Moves `due_seq` on; returns when the next frame will be due.
     pub(super) fn advance(&mut self, now_us: u64) -> Option<u64> {
+        if self.fleet.terms.is_silent {
+            return None;
+        }
         let last = self.fleet.script.frames().unwrap_or(u64::MAX);
         // A device in a burst always has more than its window lets out.
         let ahead = self.sent_seq + self.fleet.terms.window_frames + 1;
@@ -82,6 +96,11 @@ impl Outbox {
             clock,
             boot: self.script.boot(),
         }
+    }
+
+    /// Notes what was put on the wire.
+    pub(super) fn note_bytes(&mut self, bytes: usize) {
+        self.sent.bytes += bytes as u64;
     }
 
     /// Writes frame `seq`; returns its length and how many readings are to be stored of it.
@@ -128,10 +147,9 @@ impl Queue for Outbox {
             self.in_flight
                 .push_back((seq, since_us.min(now_us), readings));
         }
-        let mut report = self.fleet.report();
-        report.frames_sent += 1;
-        report.readings_sent += readings;
-        report.bytes_sent += bytes as u64;
+        self.sent.frames += 1;
+        self.sent.readings += readings;
+        self.note_bytes(bytes);
         Ok(bytes)
     }
 
@@ -140,20 +158,23 @@ impl Queue for Outbox {
         out.get_mut(..declare.len())
             .ok_or(NoRoom)?
             .copy_from_slice(declare);
-        self.fleet.report().bytes_sent += declare.len() as u64;
-        Ok(declare.len())
+        self.note_bytes(self.fleet.declare.len());
+        Ok(self.fleet.declare.len())
     }
 
     fn delete_through(&mut self, seq: u64) {
         self.durable_seq = seq;
         let now_us = self.fleet.now_us();
+        let is_measured = !self.fleet.counters.is_warming_up.load(Relaxed);
         let (mut frames, mut acked) = (0, 0);
         let mut report = self.fleet.report();
         while let Some((_, since_us, readings)) = self
             .in_flight
             .pop_front_if(|(in_flight, ..)| *in_flight <= seq)
         {
-            report.waited(Duration::from_micros(now_us.saturating_sub(since_us)));
+            if is_measured {
+                report.waited(Duration::from_micros(now_us.saturating_sub(since_us)));
+            }
             frames += 1;
             acked += readings;
         }
@@ -162,5 +183,14 @@ impl Queue for Outbox {
         drop(report);
         self.fleet.counters.frames_acked.fetch_add(frames, Relaxed);
         self.fleet.counters.readings_acked.fetch_add(acked, Relaxed);
+    }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        let mut report = self.fleet.report();
+        report.frames_sent += self.sent.frames;
+        report.readings_sent += self.sent.readings;
+        report.bytes_sent += self.sent.bytes;
     }
 }

@@ -1,0 +1,204 @@
+//! What a fleet looks like, as data, and what the bare loops put into tables in its place.
+
+use serde::Serialize;
+
+/// A fleet under load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Cell {
+    /// Devices.
+    pub devices: u32,
+    /// Channels of each device.
+    pub channels: u8,
+    /// Samples of each channel in a frame.
+    pub samples: u16,
+    /// Most frames of a device in flight.
+    pub window_frames: u16,
+}
+
+/// The one that the others are compared with.
+pub(super) const BASE: Cell = Cell {
+    devices: 1_000,
+    channels: 4,
+    samples: 15,
+    window_frames: 16,
+};
+
+/// Frames of one reading.
+pub(super) const SINGLE: Cell = Cell {
+    channels: 1,
+    samples: 1,
+    ..BASE
+};
+
+/// Bare transactions of this many readings were the fastest on either store, and of this many frames at
+/// most. Tried with one reading, 4 and 240 in a frame: half of either is slower by some percent, twice
+/// no faster.
+const TRANSACTION_READINGS: usize = 204_000;
+const TRANSACTION_FRAMES_MAX: usize = 20_000;
+
+impl Cell {
+    /// All that are measured.
+    pub(super) fn all(is_quick: bool) -> Vec<Cell> {
+        let samples = |samples| Cell { samples, ..BASE };
+        let devices = |devices| Cell { devices, ..BASE };
+        let window = |window_frames| Cell {
+            window_frames,
+            ..BASE
+        };
+        let mut cells = vec![BASE, samples(1), samples(60), SINGLE];
+        if !is_quick {
+            cells.extend([devices(10), devices(100), devices(10_000)]);
+            cells.extend([window(1), window(4)]);
+        }
+        cells
+    }
+
+    pub(super) fn frame_readings(self) -> usize {
+        usize::from(self.channels) * usize::from(self.samples)
+    }
+
+    /// Frames in a transaction of a bare loop.
+    pub(super) fn transaction_frames(self) -> usize {
+        (TRANSACTION_READINGS / self.frame_readings()).clamp(1, TRANSACTION_FRAMES_MAX)
+    }
+}
+
+/// A frame that a bare loop stores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Frame {
+    /// From 1.
+    pub(super) device: i64,
+    pub(super) seq: i64,
+    pub(super) id: i64,
+}
+
+/// The frames of every `stride`-th device, in the order in which they arrive in a burst: each device
+/// sends a window, and then it is the next one's turn.
+#[derive(Clone, Debug)]
+pub(super) struct Frames {
+    cell: Cell,
+    first: usize,
+    stride: usize,
+    first_id: i64,
+    taken: usize,
+}
+
+impl Frames {
+    pub(super) fn new(cell: Cell, first: usize, stride: usize, first_id: i64) -> Frames {
+        Frames {
+            cell,
+            first,
+            stride,
+            first_id,
+            taken: 0,
+        }
+    }
+
+    /// Those of a transaction, sorted by device and number, as the gateway sorts them.
+    pub(super) fn transaction(&mut self) -> Vec<Frame> {
+        let range = self.taken..self.taken + self.cell.transaction_frames();
+        self.taken = range.end;
+        let mut frames: Vec<Frame> = range.map(|n| self.nth(n)).collect();
+        frames.sort_unstable();
+        frames
+    }
+
+    fn nth(&self, n: usize) -> Frame {
+        let devices = (self.cell.devices as usize - self.first).div_ceil(self.stride);
+        let window = usize::from(self.cell.window_frames);
+        let (turn, in_window) = (n / window, n % window);
+        Frame {
+            device: (self.first + turn % devices * self.stride) as i64 + 1,
+            seq: (turn / devices * window + in_window) as i64 + 1,
+            id: self.first_id + n as i64,
+        }
+    }
+}
+
+/// A row of `readings`; times are seconds since the first sample.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Row {
+    pub(super) series: i64,
+    pub(super) second: i64,
+    pub(super) frame_id: i64,
+    pub(super) value: f64,
+}
+
+/// The readings of frames that are sorted, by series and time, as the gateway sorts them.
+pub(super) fn rows(cell: Cell, frames: &[Frame]) -> impl Iterator<Item = Row> {
+    let (channels, samples) = (i64::from(cell.channels), i64::from(cell.samples));
+    let of_device = frames.chunk_by(|a, b| a.device == b.device);
+    of_device.flat_map(move |frames| {
+        (1..=channels).flat_map(move |channel| {
+            frames.iter().flat_map(move |frame| {
+                (0..samples).map(move |sample| {
+                    let second = (frame.seq - 1) * samples + sample;
+                    Row {
+                        series: (frame.device - 1) * channels + channel,
+                        second,
+                        frame_id: frame.id,
+                        value: second as f64 / 100.0,
+                    }
+                })
+            })
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_device_sends_its_frames_once_and_in_order() {
+        for stride in [1, 2, 3] {
+            let mut seqs = vec![Vec::new(); BASE.devices as usize];
+            let mut ids = Vec::new();
+            for first in 0..stride {
+                let mut frames = Frames::new(BASE, first, stride, (first as i64) << 40);
+                for frame in (0..6).flat_map(|_| frames.transaction()) {
+                    let index = frame.device as usize - 1;
+                    assert_eq!(index % stride, first);
+                    seqs[index].push(frame.seq);
+                    ids.push(frame.id);
+                }
+            }
+            for seqs in seqs {
+                assert_eq!(seqs, (1..=seqs.len() as i64).collect::<Vec<_>>());
+            }
+            let count = ids.len();
+            ids.sort_unstable();
+            ids.dedup();
+            assert_eq!(ids.len(), count);
+        }
+    }
+
+    #[test]
+    fn readings_are_sorted_and_each_is_there_once() {
+        let cell = Cell {
+            devices: 10,
+            ..BASE
+        };
+        let frames = Frames::new(cell, 0, 1, 1).transaction();
+        let rows: Vec<Row> = rows(cell, &frames).collect();
+        assert_eq!(rows.len(), frames.len() * cell.frame_readings());
+        let keys: Vec<_> = rows.iter().map(|row| (row.series, row.second)).collect();
+        assert!(keys.is_sorted_by(|a, b| a < b));
+        assert_eq!(keys.last().map(|key| key.0), Some(40));
+    }
+
+    #[test]
+    fn transactions_hold_about_as_many_readings_whatever_the_frames() {
+        let frames = |cell: Cell| cell.transaction_frames();
+        let samples = |samples| frames(Cell { samples, ..BASE });
+        assert_eq!((samples(15), samples(60)), (3_400, 850));
+        assert_eq!((samples(1), frames(SINGLE)), (20_000, 20_000));
+    }
+
+    #[test]
+    fn quick_cells_are_among_all() {
+        let all = Cell::all(false);
+        assert!(Cell::all(true).iter().all(|cell| all.contains(cell)));
+        assert_eq!((all[0], all.len()), (BASE, 9));
+    }
+}

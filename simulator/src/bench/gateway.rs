@@ -1,0 +1,208 @@
+//! The gateway's process, and where it keeps things.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use fieldgate::config::{DATABASE_FILE, Settings};
+use fieldgate::keys::{FleetKey, KEY_FILE};
+use fieldgate::store::url::{PostgresUrl, StoreUrl};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
+
+use super::bare::Job;
+use super::postgres::Database;
+use super::{BenchError, machine, postgres, sqlite};
+
+/// What the names of the devices begin with.
+pub(super) const NAME_PREFIX: &str = "bench-";
+/// A gateway that drains and moves its log into the database takes some seconds.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Which of the stores of a site.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Which {
+    /// Made anew for each measurement.
+    Fresh,
+    /// Kept while it is compared with fresh ones.
+    Stored,
+}
+
+impl Which {
+    const ALL: [Which; 2] = [Which::Fresh, Which::Stored];
+
+    fn name(self) -> &'static str {
+        match self {
+            Which::Fresh => "fresh",
+            Which::Stored => "stored",
+        }
+    }
+}
+
+/// Where it is measured: a directory, and databases if it is on Postgres.
+pub(super) struct Site {
+    pub(super) dir: PathBuf,
+    server: Option<PostgresUrl>,
+}
+
+impl Site {
+    pub(super) fn make(store: &StoreUrl) -> io::Result<Site> {
+        let (parent, server) = match store {
+            StoreUrl::Sqlite(path) => {
+                let parent = path.parent().map(Path::to_owned).unwrap_or_default();
+                (parent, None)
+            }
+            StoreUrl::Postgres(url) => (std::env::temp_dir(), Some(url.clone())),
+        };
+        let dir = parent.join(format!(".fieldgate-bench-{}", std::process::id()));
+        std::fs::create_dir(&dir)?;
+        Ok(Site { dir, server })
+    }
+
+    pub(super) fn is_postgres(&self) -> bool {
+        self.server.is_some()
+    }
+
+    fn store(&self, which: Which) -> Store {
+        let server = self.server.as_ref();
+        Store {
+            dir: self.dir.join(which.name()),
+            database: server.map(|server| Database::on(server, which.name())),
+        }
+    }
+
+    /// A store that has nothing in it.
+    pub(super) async fn new_store(&self, which: Which) -> Result<Store, BenchError> {
+        let store = self.store(which);
+        std::fs::create_dir(&store.dir)?;
+        if let Some(database) = &store.database {
+            database.make_anew().await?;
+        }
+        Ok(store)
+    }
+
+    pub(super) async fn remove(self) -> Result<(), BenchError> {
+        let mut removed = Ok(());
+        for which in Which::ALL {
+            if let Some(database) = self.store(which).database {
+                removed = removed.and(database.remove().await);
+            }
+        }
+        std::fs::remove_dir_all(&self.dir)?;
+        removed
+    }
+}
+
+/// A gateway's data directory and its store.
+pub(super) struct Store {
+    dir: PathBuf,
+    database: Option<Database>,
+}
+
+impl Store {
+    /// Fills it without a gateway; gives back readings per second.
+    pub(super) async fn bare(&self, job: &Job) -> Result<f64, BenchError> {
+        match &self.database {
+            None => sqlite::bare(&self.dir.join(DATABASE_FILE), job).await,
+            Some(database) => {
+                let connections = Settings::default().postgres_writers;
+                postgres::bare(database.url(), connections, job).await
+            }
+        }
+    }
+
+    /// What is on the disk when the gateway has left: the ledger and the indexes are in it.
+    pub(super) async fn disk_bytes(&self) -> Result<u64, BenchError> {
+        match &self.database {
+            None => Ok(std::fs::metadata(self.dir.join(DATABASE_FILE))?.len()),
+            Some(database) => database.disk_bytes().await,
+        }
+    }
+
+    pub(super) async fn remove(self) -> Result<(), BenchError> {
+        std::fs::remove_dir_all(&self.dir)?;
+        match self.database {
+            Some(database) => database.remove().await,
+            None => Ok(()),
+        }
+    }
+
+    fn address(&self) -> String {
+        match &self.database {
+            None => format!("sqlite://{}", self.dir.join(DATABASE_FILE).display()),
+            Some(database) => database.url().with_password().to_owned(),
+        }
+    }
+}
+
+/// A gateway that listens.
+pub(super) struct Gateway {
+    child: Child,
+    pid: u32,
+    pub(super) address: SocketAddr,
+    pub(super) fleet_key: [u8; 32],
+    /// Kept open, for the gateway may have more to say.
+    _stdout: Lines<BufReader<ChildStdout>>,
+}
+
+impl Gateway {
+    /// Starts one on a free port and waits until it listens.
+    pub(super) async fn start(
+        binary: &Path,
+        store: &Store,
+        flags: &[&str],
+    ) -> Result<Gateway, BenchError> {
+        let mut child = Command::new(binary)
+            .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
+            .arg(&store.dir)
+            .args(flags)
+            // Not as an argument, which every user of the machine can see: there may be a password in it.
+            .env("FIELDGATE_STORE", store.address())
+            .env("RUST_LOG", "warn")
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let missing = |what: &str| io::Error::other(format!("the gateway has no {what}"));
+        let stdout = child.stdout.take().ok_or_else(|| missing("stdout"))?;
+        let pid = child.id().ok_or_else(|| missing("process id"))?;
+        let mut lines = BufReader::new(stdout).lines();
+        let mut said = String::new();
+        while let Some(line) = lines.next_line().await? {
+            let rest = line.strip_prefix("listening on");
+            if let Some(Ok(address)) = rest.map(|rest| rest.trim().parse()) {
+                return Ok(Gateway {
+                    child,
+                    pid,
+                    address,
+                    fleet_key: *FleetKey::load(&store.dir.join(KEY_FILE))?.as_bytes(),
+                    _stdout: lines,
+                });
+            }
+            said = line;
+        }
+        Err(BenchError::NotStarted(said))
+    }
+
+    pub(super) fn cpu_s(&self) -> io::Result<f64> {
+        machine::cpu_s(self.pid)
+    }
+
+    pub(super) fn resident_bytes(&self) -> io::Result<u64> {
+        machine::resident_bytes(self.pid)
+    }
+
+    /// Ends it as a service manager does, so that the log is in the database afterwards.
+    pub(super) async fn leave(mut self) -> Result<(), BenchError> {
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or_else(|| io::Error::other("not a process id"))?;
+        kill_process(pid, Signal::TERM).map_err(io::Error::from)?;
+        match tokio::time::timeout(LEAVE_TIMEOUT, self.child.wait()).await {
+            Ok(Ok(status)) if status.success() => Ok(()),
+            Ok(Err(error)) => Err(error.into()),
+            _ => Err(BenchError::NotLeft),
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! A fleet under way, and what can be seen of it meanwhile.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::cell::Cell;
+use super::gateway::{Gateway, NAME_PREFIX};
+use super::{BenchError, machine};
+use crate::faults::Faults;
+use crate::fleet::{self, Counters, FleetError, Terms};
+use crate::plan::{self, Clock, Plan, Profile};
+use crate::report::Summary;
+
+/// How long before the present the readings of a burst begin, as after a long outage.
+const BACKLOG_US: i64 = 30 * 86_400_000_000;
+/// Longest that is waited for anything.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// How often it is looked at what the fleet does.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// Time of the first sample of whatever is sent now.
+pub(super) fn start_us() -> i64 {
+    jiff::Timestamp::now().as_microsecond() - BACKLOG_US
+}
+
+/// How a fleet sends.
+pub(super) struct Sending {
+    pub(super) cell: Cell,
+    pub(super) profile: Profile,
+    /// From sample to sample of a channel.
+    pub(super) interval_us: u64,
+    /// Frames of each device; `None` for as many as there is time for.
+    pub(super) frames: Option<u64>,
+    pub(super) start_us: i64,
+    /// Of this the first half is for joining, in [`Profile::Ramp`].
+    pub(super) duration: Option<Duration>,
+    pub(super) is_silent: bool,
+    pub(super) storm_every: Option<Duration>,
+}
+
+impl Sending {
+    pub(super) fn burst(cell: Cell) -> Sending {
+        Sending {
+            cell,
+            profile: Profile::Burst,
+            interval_us: 1_000_000,
+            frames: None,
+            start_us: start_us(),
+            duration: None,
+            is_silent: false,
+            storm_every: None,
+        }
+    }
+
+    fn plan(&self) -> Plan {
+        Plan {
+            format: plan::FORMAT,
+            seed: 1,
+            nonce: jiff::Timestamp::now().as_microsecond().unsigned_abs(),
+            name_prefix: NAME_PREFIX.into(),
+            devices: self.cell.devices,
+            channels: self.cell.channels,
+            interval_us: self.interval_us,
+            batch: self.cell.samples,
+            frames: self.frames,
+            clock: Clock::Utc,
+            start_us: self.start_us,
+            profile: self.profile,
+            malformed_billionths: 0,
+            replay: None,
+        }
+    }
+}
+
+/// A fleet under way. Dropped, it is ended.
+pub(super) struct Load<'g> {
+    gateway: &'g Gateway,
+    devices: u64,
+    counters: Arc<Counters>,
+    stop: CancellationToken,
+    fleet: AbortOnDropHandle<Result<Summary, FleetError>>,
+}
+
+/// What was counted up to a moment.
+#[derive(Clone, Copy)]
+struct Count {
+    at: Instant,
+    readings: u64,
+    frames: u64,
+    gateway_cpu_s: f64,
+    fleet_cpu_s: f64,
+}
+
+/// What came to pass while everything was at work, joining and settling left out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Window {
+    pub(super) seconds: f64,
+    pub(super) readings: f64,
+    pub(super) frames: f64,
+    pub(super) gateway_cpu_s: f64,
+    pub(super) fleet_cpu_s: f64,
+}
+
+impl<'g> Load<'g> {
+    /// Begins to send. What frames wait is not noted before [`Load::measure`].
+    pub(super) fn start(gateway: &'g Gateway, sending: &Sending) -> Result<Load<'g>, BenchError> {
+        let terms = Terms {
+            gateway: gateway.address,
+            fleet_key: gateway.fleet_key,
+            duration: sending.duration,
+            window_frames: sending.cell.window_frames.into(),
+            is_silent: sending.is_silent,
+            storm_every: sending.storm_every,
+            faults: Faults::default(),
+        };
+        let script = Arc::new(sending.plan().open()?);
+        let counters = Arc::new(Counters::default());
+        counters.is_warming_up.store(true, Relaxed);
+        let stop = CancellationToken::new();
+        let fleet = fleet::run(script, terms, None, Arc::clone(&counters), stop.clone());
+        Ok(Load {
+            gateway,
+            devices: sending.cell.devices.into(),
+            counters,
+            stop,
+            fleet: AbortOnDropHandle::new(tokio::spawn(fleet)),
+        })
+    }
+
+    /// Waits until something is so.
+    async fn until(
+        &mut self,
+        what: &'static str,
+        is_so: impl Fn(&Counters) -> bool,
+    ) -> Result<(), BenchError> {
+        let started = Instant::now();
+        while !is_so(&self.counters) {
+            if started.elapsed() > PATIENCE {
+                return Err(BenchError::TooLong(what));
+            }
+            self.pass(LOOK).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until all devices are welcomed and connected.
+    pub(super) async fn ready(&mut self) -> Result<(), BenchError> {
+        let devices = self.devices;
+        let is_ready = move |counters: &Counters| counters.devices_ready.load(Relaxed) == devices;
+        self.until("all devices to be welcomed", is_ready).await
+    }
+
+    /// Waits until the fleet has sent so many frames and they are acked.
+    pub(super) async fn acked(&mut self, frames: u64) -> Result<(), BenchError> {
+        let is_acked = move |counters: &Counters| counters.frames_acked.load(Relaxed) >= frames;
+        self.until("all frames to be acked", is_acked).await
+    }
+
+    /// Waits for the next storm; tells how long it took until all devices were welcomed again.
+    pub(super) async fn storm(&mut self) -> Result<Duration, BenchError> {
+        self.counters.is_warming_up.store(true, Relaxed);
+        let (devices, before) = (self.devices, self.counters.welcomes.load(Relaxed));
+        let has_begun = move |counters: &Counters| counters.devices_ready.load(Relaxed) < devices;
+        self.until("the storm", has_begun).await?;
+        let began = Instant::now();
+        let is_over = move |counters: &Counters| {
+            let welcomes = counters.welcomes.load(Relaxed) - before;
+            welcomes >= devices && counters.devices_ready.load(Relaxed) == devices
+        };
+        self.until("the end of the storm", is_over).await?;
+        Ok(began.elapsed())
+    }
+
+    /// Lets time pass, unless the fleet ends.
+    pub(super) async fn pass(&mut self, duration: Duration) -> Result<(), BenchError> {
+        tokio::select! {
+            biased;
+            ended = &mut self.fleet => match ended {
+                Ok(Err(error)) => Err(error.into()),
+                Ok(Ok(_)) => Err(BenchError::TooShort),
+                Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+            },
+            () = sleep(duration) => Ok(()),
+        }
+    }
+
+    /// Counts for a while, and from now on what frames wait.
+    pub(super) async fn measure(&mut self, duration: Duration) -> Result<Window, BenchError> {
+        self.counters.is_warming_up.store(false, Relaxed);
+        let before = self.count()?;
+        self.pass(duration).await?;
+        let after = self.count()?;
+        Ok(Window {
+            seconds: (after.at - before.at).as_secs_f64(),
+            readings: (after.readings - before.readings) as f64,
+            frames: (after.frames - before.frames) as f64,
+            gateway_cpu_s: after.gateway_cpu_s - before.gateway_cpu_s,
+            fleet_cpu_s: after.fleet_cpu_s - before.fleet_cpu_s,
+        })
+    }
+
+    fn count(&self) -> Result<Count, BenchError> {
+        Ok(Count {
+            at: Instant::now(),
+            readings: self.counters.readings_acked.load(Relaxed),
+            frames: self.counters.frames_acked.load(Relaxed),
+            gateway_cpu_s: self.gateway.cpu_s()?,
+            fleet_cpu_s: machine::cpu_s(std::process::id())?,
+        })
+    }
+
+    /// Sends nothing new and waits for the last ACKs.
+    pub(super) async fn stop(self) -> Result<Summary, BenchError> {
+        self.stop.cancel();
+        self.finish().await
+    }
+
+    /// Waits until all that was to be sent is acked.
+    pub(super) async fn finish(self) -> Result<Summary, BenchError> {
+        let Ok(ended) = tokio::time::timeout(PATIENCE, self.fleet).await else {
+            return Err(BenchError::TooLong("the last ACKs"));
+        };
+        match ended {
+            Ok(summary) => Ok(summary?),
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! Tables for people.
+
+use std::fmt::{self, Display, Formatter};
+
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::cell::Cell;
+use super::{Bench, Connections, Latency, Stored, Throughput};
+use crate::report::grouped;
+
+impl Display for Cell {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let devices = grouped(self.devices.into());
+        let (channels, samples, window) = (self.channels, self.samples, self.window_frames);
+        write!(f, "{devices} x {channels} x {samples}, window {window}")
+    }
+}
+
+impl Display for Bench {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let rounds = match self.rounds {
+            1 => "one round".to_owned(),
+            rounds => format!("medians of {rounds} rounds"),
+        };
+        writeln!(
+            f,
+            "{}, synced commits, {rounds}; fleets are devices x channels x samples in a frame",
+            self.store
+        )?;
+        writeln!(
+            f,
+            "\nThroughput: the gateway under a burst against a bare loop"
+        )?;
+        writeln!(f, "{}", throughput(&self.throughput))?;
+        writeln!(f, "\nLatency: frames wait from when they are due")?;
+        writeln!(f, "{}", latency(&self.latency))?;
+        if let Some(connections) = &self.connections {
+            writeln!(
+                f,
+                "\nConnections: memory of the gateway, its store's cache included"
+            )?;
+            write_connections(f, connections)?;
+        }
+        if let Some(stored) = &self.stored {
+            let readings = grouped(stored.readings);
+            writeln!(f, "\nA burst into a store that holds {readings} readings")?;
+            writeln!(f, "{}", full(stored))?;
+        }
+        write!(f, "\n{}", self.machine)
+    }
+}
+
+/// A table of numbers but for its first column.
+fn table<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String; N]>) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(header);
+    table.add_rows(rows);
+    for number in 1..N {
+        if let Some(column) = table.column_mut(number) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
+}
+
+fn whole(number: f64) -> String {
+    grouped(number.round() as u64)
+}
+
+fn throughput(cells: &[Throughput]) -> impl Display {
+    let header = [
+        "fleet",
+        "ratio",
+        "readings/s",
+        "bare/s",
+        "frames/s",
+        "ack p99",
+        "gateway",
+        "fleet",
+        "wire",
+        "disk",
+    ];
+    let rows = cells.iter().map(|one| {
+        [
+            one.cell.to_string(),
+            format!("{:.2}", one.ratio),
+            whole(one.median(|burst| burst.readings_per_s)),
+            whole(one.bare_readings_per_s()),
+            whole(one.median(|burst| burst.frames_per_s)),
+            format!("{:.0} ms", one.median(|burst| burst.ack_p99_ms)),
+            format!(
+                "{:.2} s/M",
+                one.median(|burst| burst.gateway_cpu_s_per_million)
+            ),
+            format!(
+                "{:.2} s/M",
+                one.median(|burst| burst.fleet_cpu_s_per_million)
+            ),
+            format!("{:.2} B", one.median(|burst| burst.wire_bytes_per_reading)),
+            format!("{:.1} B", one.median(|burst| burst.disk_bytes_per_reading)),
+        ]
+    });
+    let note = "gateway, fleet: CPU time per million readings; wire, disk: bytes per reading";
+    format!("{}\n{note}", table(header, rows).trim_fmt())
+}
+
+fn latency(cases: &[Latency]) -> impl Display {
+    let ms = |value: Option<f64>| value.map_or("-".to_owned(), |ms| format!("{ms:.1} ms"));
+    let header = [
+        "fleet", "of burst", "achieved", "p50", "p99", "p99.9", "max", "frames/s",
+    ];
+    let rows = cases.iter().map(|case| {
+        let ack = case.ack_ms;
+        [
+            case.cell.to_string(),
+            format!("{:.0} %", case.share * 100.0),
+            format!("{:.1} %", case.achieved * 100.0),
+            ms(ack.p50),
+            ms(ack.p99),
+            ms(ack.p999),
+            ms(ack.max),
+            whole(case.offered_frames_per_s),
+        ]
+    });
+    table(header, rows).trim_fmt()
+}
+
+fn write_connections(f: &mut Formatter<'_>, all: &Connections) -> fmt::Result {
+    let count = grouped(all.connections.into());
+    let slow = format!("{count} that send 60 readings every {:.0} s", all.period_s);
+    let states = [
+        ("none".to_owned(), all.resident_bytes_before),
+        (format!("{count} idle"), all.resident_bytes_idle),
+        (
+            format!("{count} after a frame each"),
+            all.resident_bytes_after_frame,
+        ),
+        (slow, all.resident_bytes_slow),
+    ];
+    let rows = states.into_iter().map(|(state, bytes)| {
+        let each = all.bytes_each(bytes);
+        let mib = bytes as f64 / f64::from(1 << 20);
+        [state, whole(each), format!("{mib:.1} MiB")]
+    });
+    let header = ["connections", "bytes each", "in all"];
+    writeln!(f, "{}", table(header, rows).trim_fmt())?;
+    writeln!(
+        f,
+        "sending: {:.3} cores, ack p99 {:.1} ms; all dropped at once: welcomed again after {:.2} s",
+        all.gateway_cores, all.ack_p99_ms, all.storm_s
+    )
+}
+
+fn full(stored: &Stored) -> impl Display {
+    let [empty, full] = stored.medians(|burst| burst.readings_per_s);
+    let [empty_ms, full_ms] = stored.medians(|burst| burst.ack_p99_ms);
+    let bytes = stored.bytes as f64 / stored.readings as f64;
+    let header = [
+        "ratio to empty",
+        "full/s",
+        "empty/s",
+        "ack p99",
+        "empty",
+        "disk",
+    ];
+    let row = [
+        format!("{:.2}", stored.ratio),
+        whole(full),
+        whole(empty),
+        format!("{full_ms:.0} ms"),
+        format!("{empty_ms:.0} ms"),
+        format!("{bytes:.1} B"),
+    ];
+    table(header, std::iter::once(row)).trim_fmt()
+}
