@@ -9,7 +9,8 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
 
 use fieldgate::keys::KeyError;
 use fieldgate::store::reader::OpenError;
@@ -199,8 +200,10 @@ async fn measure(scope: &Scope<'_>, stored: Option<u64>) -> Result<Bench, BenchE
     Ok(bench)
 }
 
+/// Tells what is measured, and since when the program runs.
 fn say(what: &str) {
-    eprintln!("measuring: {what}");
+    static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
+    eprintln!("{:4} s: {what}", STARTED.elapsed().as_secs());
 }
 
 /// The middle of what was measured, or the mean of the two in the middle; no number of nothing.
