@@ -38,7 +38,10 @@ pub(super) async fn bare(path: &Path, job: &Job) -> Result<f64, BenchError> {
         let sql = sqlx::raw_sql(AssertSqlSafe(sql.as_str()));
         sql.execute(&mut conn).await?;
     }
-    let (frames_insert, readings_insert) = (Insert::into("frames", 8), Insert::into("readings", 4));
+    let (frames_insert, readings_insert) = (
+        Insert::into("frames", 8),
+        Insert::into("readings_sorted", 4),
+    );
     let mut frames = Frames::new(job.cell, 0, 1, 1);
     let started = Instant::now();
     let mut readings = 0;
