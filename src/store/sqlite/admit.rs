@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, SqliteConnection};
 
-use super::bulk::{Bulk, Params, SIZES};
+use super::bulk::{Bulk, Params};
 use crate::clock::BootClock;
 use crate::store::admission::{
     Found, SeriesIndex, SeriesRow, StoredSchema, StoredSchemas, StreamRow, declaration,
@@ -29,7 +29,7 @@ pub(super) struct Admissions {
 
 impl Admissions {
     pub(super) fn new() -> Self {
-        let bulk = |head: &str, columns, tail: &str| Bulk::new(head, columns, tail, SIZES);
+        let bulk = |head: &str, columns, tail: &str| Bulk::new(head, columns, tail);
         Self {
             upsert_devices: bulk(
                 "INSERT INTO devices(name, firmware, first_seen_at, last_seen_at)",

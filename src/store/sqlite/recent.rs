@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use sqlx::{Row, SqliteConnection};
 use tokio::task::JoinHandle;
 
-use super::bulk::{Bulk, SIZES};
+use super::bulk::Bulk;
 use super::rows::{insert_runs, readings_into};
 use crate::store::rows::{Frame, Run, sorted_runs};
 use crate::store::{Content, Readings};
@@ -34,6 +34,10 @@ const SLICE_READINGS: usize = 1_000;
 const IDLE_SLICE_READINGS: usize = 20_000;
 /// Sorted rows that a commit deletes at least.
 const SLICE_DELETED: i64 = 500;
+
+/// Samples that a batch has of each series in a stream, for which sorting them in at once takes less
+/// time than doing it later: they fill a good part of a page.
+const DENSE_SAMPLES: usize = 120;
 
 /// Magnitudes whose shortest decimal SQLite reads back to the same bits, besides zero: it multiplies by
 /// powers of ten in pairs of doubles, and errs only where these are large. Other values are sorted in at
@@ -73,7 +77,9 @@ enum Sorting {
 }
 
 /// What a transaction does to the recent readings; it counts once it is committed.
-pub(super) struct Step {
+pub(super) struct Step<'a> {
+    /// Readings that it adds, and the frame of each.
+    added: Vec<(i64, &'a Readings)>,
     position: Position,
     deleted_id: i64,
     begins_generation: bool,
@@ -87,7 +93,6 @@ impl Recent {
                 "INSERT INTO readings_recent(id, series_id, frame_id, ts, samples)",
                 5,
                 "",
-                SIZES,
             ),
             sort_in: readings_into("readings_sorted"),
             gathering: Pile::default(),
@@ -148,13 +153,16 @@ impl Recent {
 
     /// Within a transaction: stores the readings of `frames` and does its share of what is left, which is
     /// more where it `is_idle` otherwise.
-    pub(super) async fn store(
+    pub(super) async fn store<'a>(
         &self,
         conn: &mut SqliteConnection,
-        frames: &[Frame<'_>],
+        frames: &[Frame<'a>],
         is_idle: bool,
-    ) -> Result<Step, sqlx::Error> {
+    ) -> Result<Step<'a>, sqlx::Error> {
+        let (added, at_once) = divide(frames);
+        insert_runs(&self.sort_in, conn, &sorted_runs(at_once)).await?;
         let mut step = Step {
+            added,
             position: self.position,
             deleted_id: self.deleted_id,
             begins_generation: self.is_generation_due(is_idle),
@@ -164,7 +172,7 @@ impl Recent {
             step.position.sorting_id = self.position.last_id;
             step.position.run = (0, 0, 0);
         }
-        let readings = self.store_recent(conn, frames, &mut step).await?;
+        let readings = self.add(conn, &mut step).await?;
         let slice_readings = match is_idle {
             true => IDLE_SLICE_READINGS,
             false => SLICE_READINGS.max(readings * 5 / 4),
@@ -178,7 +186,7 @@ impl Recent {
     }
 
     /// After COMMIT: what the transaction did has happened.
-    pub(super) fn advance(&mut self, step: Step, frames: &[Frame<'_>]) {
+    pub(super) fn advance(&mut self, step: Step<'_>) {
         if step.begins_generation {
             let mut generation = std::mem::take(&mut self.gathering);
             self.sorting = Sorting::Ordering(tokio::task::spawn_blocking(move || {
@@ -195,8 +203,8 @@ impl Recent {
         if self.gathering.runs.is_empty() {
             self.gathering_since = Instant::now();
         }
-        for (id, readings) in recent(frames) {
-            self.gathering.push(id, readings);
+        for (frame, readings) in step.added {
+            self.gathering.push(frame, readings);
         }
         self.position = step.position;
         self.deleted_id = step.deleted_id;
@@ -209,15 +217,18 @@ impl Recent {
             && (is_full || is_idle || self.gathering_since.elapsed() >= GENERATION_AGE)
     }
 
-    /// Gives back how many readings there were.
-    async fn store_recent(
+    /// Gives back how many readings there are.
+    async fn add(
         &self,
         conn: &mut SqliteConnection,
-        frames: &[Frame<'_>],
-        step: &mut Step,
+        step: &mut Step<'_>,
     ) -> Result<usize, sqlx::Error> {
         let runs: Vec<(i64, Run<'_>)> = (self.position.last_id + 1..)
-            .zip(recent(frames).flat_map(|(id, readings)| Run::of(id, readings)))
+            .zip(
+                step.added
+                    .iter()
+                    .flat_map(|(frame, readings)| Run::of(*frame, readings)),
+            )
             .collect();
         step.position.last_id += runs.len() as i64;
         self.insert
@@ -230,8 +241,6 @@ impl Recent {
                     .bind(samples(run));
             })
             .await?;
-        let inexact = frames.iter().filter(|frame| !can_wait(frame));
-        insert_runs(&self.sort_in, conn, &sorted_runs(inexact)).await?;
         Ok(runs.iter().map(|(_, run)| run.times_us.len()).sum())
     }
 
@@ -239,7 +248,7 @@ impl Recent {
         &self,
         conn: &mut SqliteConnection,
         slice_readings: usize,
-        step: &mut Step,
+        step: &mut Step<'_>,
     ) -> Result<(), sqlx::Error> {
         let Sorting::Ordered(pile, sorted) = &self.sorting else {
             return Ok(());
@@ -259,7 +268,7 @@ impl Recent {
         &self,
         conn: &mut SqliteConnection,
         slice_readings: usize,
-        step: &mut Step,
+        step: &mut Step<'_>,
     ) -> Result<(), sqlx::Error> {
         if step.deleted_id == self.position.sorted_id {
             return Ok(());
@@ -313,30 +322,42 @@ impl Position {
     }
 }
 
-/// The readings of frames that can wait as text, and the ids of these frames.
-fn recent<'a>(frames: &[Frame<'a>]) -> impl Iterator<Item = (i64, &'a Readings)> {
-    frames
-        .iter()
-        .filter(|frame| can_wait(frame))
-        .filter_map(|frame| match &frame.item.entry.content {
-            Content::Readings(readings) if !readings.times_us.is_empty() => {
-                Some((frame.id, readings))
+/// The readings that are to wait, and the frames whose readings are to be sorted in at once. `frames`
+/// are sorted by stream.
+fn divide<'f, 'a>(frames: &'f [Frame<'a>]) -> (Vec<(i64, &'a Readings)>, Vec<&'f Frame<'a>>) {
+    let (mut wait, mut at_once) = (Vec::new(), Vec::new());
+    for of_stream in frames.chunk_by(|a, b| a.item.entry.stream == b.item.entry.stream) {
+        let in_stream = of_stream.iter().filter_map(readings);
+        let is_dense = in_stream.map(|one| one.times_us.len()).sum::<usize>() >= DENSE_SAMPLES;
+        for frame in of_stream {
+            match readings(frame) {
+                Some(readings) if !is_dense && can_wait(readings) => {
+                    wait.push((frame.id, readings))
+                }
+                Some(_) => at_once.push(frame),
+                None => {}
             }
-            _ => None,
-        })
+        }
+    }
+    (wait, at_once)
 }
 
-/// Whether the text of a frame's readings says exactly what they are.
-fn can_wait(frame: &Frame<'_>) -> bool {
-    let Content::Readings(Readings {
+fn readings<'a>(frame: &Frame<'a>) -> Option<&'a Readings> {
+    match &frame.item.entry.content {
+        Content::Readings(readings) if !readings.times_us.is_empty() => Some(readings),
+        _ => None,
+    }
+}
+
+/// Whether text says exactly what the readings are.
+fn can_wait(
+    Readings {
         times_us, values, ..
-    }) = &frame.item.entry.content
-    else {
-        return true;
-    };
+    }: &Readings,
+) -> bool {
+    let mut spans = times_us.iter().map(|ts_us| ts_us.checked_sub(times_us[0]));
     let is_exact = |value: &f64| *value == 0.0 || value.is_nan() || EXACT.contains(&value.abs());
-    let spans = times_us.iter().map(|ts_us| ts_us.checked_sub(times_us[0]));
-    spans.into_iter().all(|span| span.is_some()) && values.iter().all(is_exact)
+    spans.all(|span| span.is_some()) && values.iter().all(is_exact)
 }
 
 /// The samples of a run as JSON, NaN as null.

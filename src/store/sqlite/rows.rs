@@ -2,13 +2,10 @@
 
 use sqlx::SqliteConnection;
 
-use super::bulk::{Bulk, SIZES};
+use super::bulk::Bulk;
 use crate::clock::BootClock;
 use crate::store::rows::{EventRow, Frame, Run, resolved_time};
 use crate::store::{Content, DeviceEvent, DeviceId};
-
-/// Rows in one INSERT of readings; more than a thousand gains nothing.
-const READINGS_SIZES: &[usize] = &[1000, 100, 10];
 
 /// The statements.
 pub(super) struct Rows {
@@ -21,40 +18,35 @@ pub(super) struct Rows {
 
 impl Rows {
     pub(super) fn new() -> Self {
-        let insert = |into: &str, columns: usize, tail: &str, sizes: &[usize]| {
-            Bulk::new(&format!("INSERT INTO {into}"), columns, tail, sizes)
+        let insert = |into: &str, columns: usize, tail: &str| {
+            Bulk::new(&format!("INSERT INTO {into}"), columns, tail)
         };
         Self {
             frames: insert(
                 "frames(id, stream_id, seq, type, received_at, readings, quality, clock_offset_us)",
                 8,
                 "",
-                SIZES,
             ),
             gaps: insert(
                 "gaps(stream_id, from_seq, to_seq, reason, received_at)",
                 5,
                 "",
-                SIZES,
             ),
             quarantine: insert(
                 "quarantine(device_id, stream_id, seq, received_at, peer, code, detail, bytes)",
                 8,
                 "",
-                SIZES,
             ),
             clocks: insert(
                 "clocks(device_id, boot, offset_us, delay_us, measured_at)",
                 5,
                 "ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
                     delay_us = excluded.delay_us, measured_at = excluded.measured_at",
-                SIZES,
             ),
             events: insert(
                 "device_events(device_id, at, kind, level, code, detail, frame_id)",
                 7,
                 "",
-                SIZES,
             ),
         }
     }
@@ -195,7 +187,7 @@ impl Rows {
 /// The statement that puts readings into `table`, in any database of this program.
 pub(super) fn readings_into(table: &str) -> Bulk {
     let head = format!("INSERT INTO {table}(series_id, ts, frame_id, value)");
-    Bulk::new(&head, 4, "", READINGS_SIZES)
+    Bulk::new(&head, 4, "")
 }
 
 /// Puts the readings of all runs in, in their order.

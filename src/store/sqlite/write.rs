@@ -9,10 +9,10 @@
 
 use std::collections::BTreeSet;
 
-use sqlx::{Row, SqliteConnection};
+use sqlx::SqliteConnection;
 
 use super::admit::Admissions;
-use super::bulk::{Bulk, Params, SIZES};
+use super::bulk::Bulk;
 use super::open::Purpose;
 use super::recent::{Recent, Step};
 use super::rows::{Rows, insert_runs, readings_into};
@@ -20,13 +20,16 @@ use crate::store::ledger::Watermarks;
 use crate::store::rows::{Frame, sorted_runs};
 use crate::store::{Batch, Committed, Entry, StreamId};
 
+/// One row, whatever the number of streams: rows come one by one from SQLite's thread.
+const FIND_WATERMARKS: &str = "SELECT json_group_array(json_array(s.id, s.durable_seq))
+    FROM json_each(?) AS wanted CROSS JOIN streams AS s ON s.id = wanted.value";
+
 /// The connection that writes, and what it keeps between batches.
 pub(super) struct Writer {
     pub(super) conn: SqliteConnection,
     rows: Rows,
     readings: ReadingsTable,
     admissions: Admissions,
-    find_watermarks: Bulk,
     move_watermarks: Bulk,
     last_frame_id: i64,
     /// A batch was begun and did not end well: the connection may be inside a transaction, and a
@@ -50,12 +53,12 @@ impl ReadingsTable {
         }
     }
 
-    async fn store(
+    async fn store<'a>(
         &mut self,
         conn: &mut SqliteConnection,
-        frames: &[Frame<'_>],
+        frames: &[Frame<'a>],
         is_idle: bool,
-    ) -> Result<Option<Step>, sqlx::Error> {
+    ) -> Result<Option<Step<'a>>, sqlx::Error> {
         match self {
             Self::Store(recent) => {
                 recent.prepare(is_idle).await;
@@ -76,12 +79,6 @@ impl Writer {
             rows: Rows::new(),
             readings: ReadingsTable::of(purpose),
             admissions: Admissions::new(),
-            find_watermarks: Bulk::new(
-                "WITH wanted(id) AS (",
-                1,
-                ") SELECT s.id, s.durable_seq FROM wanted CROSS JOIN streams AS s USING (id)",
-                SIZES,
-            ),
             move_watermarks: Bulk::new(
                 "WITH moved(id, durable_seq, frames, readings) AS (",
                 4,
@@ -89,7 +86,6 @@ impl Writer {
                     frames = streams.frames + moved.frames,
                     readings = streams.readings + moved.readings
                 FROM moved WHERE streams.id = moved.id",
-                SIZES,
             ),
             last_frame_id: 0,
             unsettled: true,
@@ -183,7 +179,7 @@ impl Writer {
         sqlx::query("COMMIT").execute(&mut self.conn).await?;
 
         if let (ReadingsTable::Store(recent), Some(step)) = (&mut self.readings, step) {
-            recent.advance(step, &frames);
+            recent.advance(step);
         }
         if let Some(last) = frames.last() {
             self.last_frame_id = last.id;
@@ -196,21 +192,15 @@ impl Writer {
     }
 
     async fn watermarks(&mut self, entries: &[Entry]) -> Result<Watermarks, sqlx::Error> {
-        let streams: BTreeSet<StreamId> = entries.iter().map(|entry| entry.stream).collect();
-        let bind = |params: &mut Params, stream: StreamId| {
-            params.bind(stream.0);
-        };
-        let found = self
-            .find_watermarks
-            .fetch(&mut self.conn, streams.into_iter(), bind)
+        let streams: BTreeSet<i64> = entries.iter().map(|entry| entry.stream.0).collect();
+        let durable: String = sqlx::query_scalar(FIND_WATERMARKS)
+            .bind(serde_json::to_string(&streams).map_err(decode)?)
+            .fetch_one(&mut self.conn)
             .await?;
-        let mut durable = Vec::with_capacity(found.len());
-        for row in &found {
-            durable.push((
-                StreamId(row.try_get(0)?),
-                row.try_get::<i64, _>(1)?.cast_unsigned(),
-            ));
-        }
+        let durable: Vec<(i64, i64)> = serde_json::from_str(&durable).map_err(decode)?;
+        let durable = durable
+            .into_iter()
+            .map(|(stream, seq)| (StreamId(stream), seq.cast_unsigned()));
         Ok(Watermarks::new(durable))
     }
 
@@ -226,4 +216,8 @@ impl Writer {
             })
             .await
     }
+}
+
+fn decode(error: serde_json::Error) -> sqlx::Error {
+    sqlx::Error::Decode(error.into())
 }

@@ -61,6 +61,14 @@ async fn after_a_crash(h: &OnDisk) -> OnDisk {
     }
 }
 
+/// Commits frames one by one, few readings each: many of one stream would be sorted in at once.
+async fn commit_each(h: &mut OnDisk, peer: &Peer, seqs: std::ops::Range<u64>, rows: i64) {
+    for seq in seqs {
+        let batch = frames(peer, seq..seq + 1, rows);
+        h.store.commit(&batch).await.unwrap();
+    }
+}
+
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Phase {
     Gathering,
@@ -98,13 +106,10 @@ async fn each_reading_is_there_once_after_a_crash_at_any_time() {
     let mut seen = BTreeSet::new();
     let mut expected = 0;
     let mut next_seq = 1;
-    while seen.len() < 4 {
+    for _ in 0..3 {
         // Many readings, so that sorting in takes more than one commit.
         for peer in &peers {
-            h.store
-                .commit(&frames(peer, next_seq..next_seq + 40, 50))
-                .await
-                .unwrap();
+            commit_each(&mut h, peer, next_seq..next_seq + 40, 50).await;
             expected += 40 * 50;
         }
         next_seq += 40;
@@ -113,10 +118,7 @@ async fn each_reading_is_there_once_after_a_crash_at_any_time() {
             // something, in slices.
             h.store.commit(&Batch::default()).await.unwrap();
             for peer in &peers {
-                h.store
-                    .commit(&frames(peer, next_seq..next_seq + 1, 50))
-                    .await
-                    .unwrap();
+                commit_each(&mut h, peer, next_seq..next_seq + 1, 50).await;
                 expected += 50;
                 seen.insert(phase(&mut h).await);
                 let shown = show(&mut h).await;
@@ -133,6 +135,7 @@ async fn each_reading_is_there_once_after_a_crash_at_any_time() {
             assert_eq!(show(&mut h).await[0].len(), expected);
         }
     }
+    assert_eq!(seen.len(), 4, "{seen:?}");
 }
 
 #[tokio::test]
@@ -141,18 +144,18 @@ async fn what_waits_as_text_keeps_its_bits() {
     let peer = peer(&mut h.store, "a").await;
     let mut random = StdRng::seed_from_u64(4);
     let mut values = vec![0.0, -0.0, 1e-9, 1e15, -1e-9, -1e15, 0.1 + 0.2, 1.0 / 3.0];
-    values.extend((0..20_000).map(|_| {
+    values.extend((0..6_000).map(|_| {
         let magnitude: f64 = random.random_range(1e-9_f64.log2()..1e15_f64.log2());
         magnitude.exp2().copysign(random.random_range(-1.0..1.0))
     }));
     let sent: Vec<(i64, f64)> = (0..).zip(values).collect();
-    h.store
-        .commit(&Batch {
-            entries: vec![peer.readings(1, &sent)],
+    for (seq, rows) in (1..).zip(sent.chunks(100)) {
+        let batch = Batch {
+            entries: vec![peer.readings(seq, rows)],
             ..Batch::default()
-        })
-        .await
-        .unwrap();
+        };
+        h.store.commit(&batch).await.unwrap();
+    }
     assert_eq!(phase(&mut h).await, Phase::Gathering, "nothing waits");
     let sent: Vec<_> = sent.iter().map(|(_, v)| Some(v.to_bits())).collect();
     let bits = |dump: crate::store::contract::Dump| -> Vec<_> {
@@ -188,10 +191,25 @@ async fn what_cannot_be_said_in_text_is_sorted_in_at_once() {
 }
 
 #[tokio::test]
+async fn many_readings_of_a_series_are_sorted_in_at_once() {
+    let mut h = OnDisk::create().await;
+    let many = peer(&mut h.store, "many").await;
+    let few = peer(&mut h.store, "few").await;
+    let mut batch = frames(&many, 1..5, 30);
+    batch.entries.extend(frames(&few, 1..2, 30).entries);
+    h.store.commit(&batch).await.unwrap();
+    assert_eq!(
+        rows(&mut h, "SELECT * FROM readings_sorted").await.len(),
+        120
+    );
+    assert_eq!(rows(&mut h, "SELECT * FROM readings").await.len(), 150);
+}
+
+#[tokio::test]
 async fn a_closed_store_has_nothing_left_to_sort_in() {
     let mut h = OnDisk::create().await;
     let peer = peer(&mut h.store, "a").await;
-    h.store.commit(&frames(&peer, 1..400, 100)).await.unwrap();
+    commit_each(&mut h, &peer, 1..400, 100).await;
     assert!(!h.store.is_tidy());
     let mut h = h.reopen().await;
     assert_eq!(phase(&mut h).await, Phase::Tidy);
@@ -208,7 +226,7 @@ async fn a_closed_store_has_nothing_left_to_sort_in() {
 async fn sorting_in_goes_on_after_a_transient_error() {
     let mut h = OnDisk::create().await;
     let peer = peer(&mut h.store, "a").await;
-    h.store.commit(&frames(&peer, 1..400, 100)).await.unwrap();
+    commit_each(&mut h, &peer, 1..400, 100).await;
     h.store.commit(&Batch::default()).await.unwrap();
     run(h.conn(), "PRAGMA max_page_count = 60").await;
     while h.store.commit(&Batch::default()).await.is_ok() {
