@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::SystemClock;
 use crate::codec::{CodecError, FrameCodec};
-use crate::ingest::{IngestQueue, STORE_RETRY_AFTER_MS};
+use crate::ingest::{IngestQueue, STORE_RETRY_AFTER_MS, Turn};
 use crate::mailbox::{Mail, Mailbox};
 use crate::registry::Registry;
 use crate::session::{Close, Session, SessionSettings, Submission};
@@ -85,7 +85,7 @@ struct Connection {
     /// Received and not taken in yet; holds no memory while the peer is idle.
     input: BytesMut,
     /// A submission for which there was no room at once.
-    waiting: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    waiting: Option<Pin<Box<dyn Future<Output = Turn> + Send>>>,
     queue: IngestQueue,
     shared: Arc<Shared>,
 }
@@ -101,10 +101,10 @@ impl Connection {
             let writes = !self.session.outbound().bytes().is_empty();
             tokio::select! {
                 mail = self.mailbox.take() => self.handle_mail(mail),
-                () = async { self.waiting.as_mut().expect("checked").await },
+                turn = async { self.waiting.as_mut().expect("checked").await },
                     if self.waiting.is_some() => {
                     self.waiting = None;
-                    self.take_frames();
+                    self.take_frames(Some(turn));
                 }
                 ready = self.socket.readable(), if reads => match ready {
                     Ok(()) => self.read(),
@@ -143,7 +143,7 @@ impl Connection {
         self.input.reserve(READ_BYTES);
         match self.socket.try_read_buf(&mut self.input) {
             Ok(0) => self.session.handle_end_of_input(),
-            Ok(_) => self.take_frames(),
+            Ok(_) => self.take_frames(None),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => self.lose(&error),
         }
@@ -153,7 +153,7 @@ impl Connection {
     }
 
     /// Hands frames to the session, until they are used up or one must wait for room.
-    fn take_frames(&mut self) {
+    fn take_frames(&mut self, mut turn: Option<Turn>) {
         while self.waiting.is_none() && self.session.wants_input() {
             let mut codec = FrameCodec {
                 frame_bytes_max: self.session.frame_bytes_max(),
@@ -162,7 +162,7 @@ impl Connection {
                 Ok(Some(frame)) => {
                     let now = self.shared.clock.now();
                     if let Some(submission) = self.session.handle_frame(&frame.frame(), now) {
-                        self.submit(submission);
+                        self.submit(submission, turn.as_mut());
                     }
                 }
                 Ok(None) => {
@@ -177,11 +177,11 @@ impl Connection {
         }
     }
 
-    fn submit(&mut self, submission: Submission) {
+    fn submit(&mut self, submission: Submission, turn: Option<&mut Turn>) {
         if let Submission::Login(login) = &submission {
             self.queue.take_lane_of(&login.device);
         }
-        if let Some(submission) = self.queue.try_submit(submission, &self.mailbox) {
+        if let Some(submission) = self.queue.try_submit(submission, &self.mailbox, turn) {
             let queue = self.queue.clone();
             let mailbox = Arc::clone(&self.mailbox);
             self.waiting = Some(Box::pin(queue.submit(submission, mailbox)));
@@ -193,7 +193,7 @@ impl Connection {
         if let Some(outcome) = mail.login
             && let Some(submission) = self.session.handle_login_outcome(outcome, now)
         {
-            self.submit(submission);
+            self.submit(submission, None);
         }
         if let Some(outcome) = mail.declare {
             self.session.handle_declare_outcome(outcome);
@@ -209,7 +209,7 @@ impl Connection {
             self.session.close(close);
         }
         // Frames that came in while an answer was awaited.
-        self.take_frames();
+        self.take_frames(None);
     }
 
     /// Sends what the socket takes now.

@@ -38,6 +38,14 @@ const TIDY_AFTER: Duration = Duration::from_secs(1);
 /// What devices are told to wait while the store is down.
 pub const STORE_RETRY_AFTER_MS: u32 = 1000;
 
+/// Room that a connection gets at once, beyond its submission, when it had to wait for it: what it has
+/// received meanwhile then goes into the same batch, and a store that clusters readings by series finds
+/// many of one series together.
+const TURN: Size = Size {
+    readings: 4096,
+    bytes: 128 << 10,
+};
+
 /// Bounds of the queue. Each must be at least what the largest frame takes up.
 #[derive(Clone, Copy, Debug)]
 pub struct QueueLimits {
@@ -66,6 +74,7 @@ struct Job {
 /// batch is durable; they bound the channels, which have no bound of their own.
 #[derive(Debug)]
 struct Room {
+    limits: QueueLimits,
     readings: Semaphore,
     bytes: Semaphore,
     /// How many lanes cannot commit.
@@ -75,6 +84,7 @@ struct Room {
 /// A queue and its tasks' ends, one for each lane.
 pub fn queue(limits: QueueLimits, lanes: usize) -> (IngestQueue, Vec<IngestReceiver>) {
     let room = Arc::new(Room {
+        limits,
         readings: Semaphore::new(limits.readings_max),
         bytes: Semaphore::new(limits.bytes_max),
         lanes_down: AtomicUsize::new(0),
@@ -101,34 +111,56 @@ impl IngestQueue {
         self.lane = (hasher.finish() % self.lanes.len() as u64) as usize;
     }
 
-    /// Queues a submission if there is room now; gives it back if not.
-    pub fn try_submit(&self, submission: Submission, mailbox: &Arc<Mailbox>) -> Option<Submission> {
+    /// Queues a submission if there is room now, in `turn` or else in the queue; gives it back if not.
+    pub fn try_submit(
+        &self,
+        submission: Submission,
+        mailbox: &Arc<Mailbox>,
+        turn: Option<&mut Turn>,
+    ) -> Option<Submission> {
         let size = Size::of(&submission);
-        let Ok(readings) = self.room.readings.try_acquire_many(size.readings as u32) else {
-            return Some(submission);
-        };
-        let Ok(bytes) = self.room.bytes.try_acquire_many(size.bytes as u32) else {
-            return Some(submission);
-        };
-        readings.forget();
-        bytes.forget();
+        if !turn.is_some_and(|turn| turn.take(size)) {
+            let Ok(readings) = self.room.readings.try_acquire_many(size.readings as u32) else {
+                return Some(submission);
+            };
+            let Ok(bytes) = self.room.bytes.try_acquire_many(size.bytes as u32) else {
+                return Some(submission);
+            };
+            readings.forget();
+            bytes.forget();
+        }
         self.send(submission, mailbox);
         None
     }
 
-    /// Queues a submission as soon as there is room; those who wait are served in order.
+    /// Queues a submission as soon as there is room; those who wait are served in order. Gives room for
+    /// what comes next, too.
     ///
     /// # Cancel safety
     /// A cancelled call queues nothing and drops the submission.
-    pub async fn submit(self, submission: Submission, mailbox: Arc<Mailbox>) {
+    pub async fn submit(self, submission: Submission, mailbox: Arc<Mailbox>) -> Turn {
         let size = Size::of(&submission);
-        let readings = self.room.readings.acquire_many(size.readings as u32).await;
-        let bytes = self.room.bytes.acquire_many(size.bytes as u32).await;
-        if let (Ok(readings), Ok(bytes)) = (readings, bytes) {
-            readings.forget();
-            bytes.forget();
+        let QueueLimits {
+            readings_max,
+            bytes_max,
+        } = self.room.limits;
+        let mut turn = Turn {
+            left: Size::default(),
+            room: Arc::clone(&self.room),
+        };
+        let readings = (size.readings + TURN.readings).min(readings_max);
+        let bytes = (size.bytes + TURN.bytes).min(bytes_max);
+        let readings_room = self.room.readings.acquire_many(readings as u32).await;
+        let bytes_room = self.room.bytes.acquire_many(bytes as u32).await;
+        if let (Ok(readings_room), Ok(bytes_room)) = (readings_room, bytes_room) {
+            readings_room.forget();
+            bytes_room.forget();
+            turn.left = Size { readings, bytes };
+            // It asked for at least that much.
+            turn.take(size);
             self.send(submission, &mailbox);
         }
+        turn
     }
 
     fn send(&self, submission: Submission, mailbox: &Arc<Mailbox>) {
@@ -140,7 +172,40 @@ impl IngestQueue {
     }
 }
 
-/// A task's end of the queue.
+/// Room for a connection that it has not used yet; given back when dropped.
+#[derive(Debug)]
+pub struct Turn {
+    left: Size,
+    room: Arc<Room>,
+}
+
+impl Turn {
+    /// Uses so much of it, if there is so much.
+    fn take(&mut self, size: Size) -> bool {
+        let readings = self.left.readings.checked_sub(size.readings);
+        let bytes = self.left.bytes.checked_sub(size.bytes);
+        let (Some(readings), Some(bytes)) = (readings, bytes) else {
+            return false;
+        };
+        self.left = Size { readings, bytes };
+        true
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.room.give_back(self.left);
+    }
+}
+
+impl Room {
+    fn give_back(&self, size: Size) {
+        self.readings.add_permits(size.readings);
+        self.bytes.add_permits(size.bytes);
+    }
+}
+
+/// A lane's end of the queue.
 #[derive(Debug)]
 pub struct IngestReceiver {
     lane: usize,
@@ -150,67 +215,94 @@ pub struct IngestReceiver {
 
 impl IngestReceiver {
     /// Commits what comes into this lane until every [`IngestQueue`] is gone and all is durable, then
-    /// closes the store.
+    /// closes the store. Answers what was committed in a task of its own, so that the store has the next
+    /// batch meanwhile.
     pub async fn run<S: Store>(
-        mut self,
-        mut store: S,
+        self,
+        store: S,
         limits: BatchLimits,
         registry: Arc<Registry>,
         clock: SystemClock,
     ) -> Result<(), StoreError> {
-        let mut batcher = Batcher::new(limits);
-        // Tidying begins after a pause, and goes on until something comes in.
+        let (committed, to_answer) = mpsc::unbounded_channel();
+        let (lane, room) = (self.lane, Arc::clone(&self.room));
+        let answering = tokio::spawn(answer_all(lane, to_answer, room, Arc::clone(&registry)));
+        let lane = Lane {
+            queued: self,
+            batcher: Batcher::new(limits),
+            committed,
+            registry,
+        };
         let interval_min = Duration::from_micros(limits.interval_min_us);
+        let result = lane.run(store, interval_min, clock).await;
+        if let Err(panicked) = answering.await {
+            std::panic::resume_unwind(panicked.into_panic());
+        }
+        result
+    }
+}
+
+/// A task's work.
+struct Lane {
+    queued: IngestReceiver,
+    batcher: Batcher<Arc<Mailbox>>,
+    committed: mpsc::UnboundedSender<(Tagged<Arc<Mailbox>>, Committed)>,
+    registry: Arc<Registry>,
+}
+
+impl Lane {
+    async fn run<S: Store>(
+        mut self,
+        mut store: S,
+        interval_min: Duration,
+        clock: SystemClock,
+    ) -> Result<(), StoreError> {
+        // Tidying begins after a pause, and goes on until something comes in.
         let mut tidy_after = TIDY_AFTER.max(interval_min);
         loop {
-            while !batcher.is_full()
-                && let Ok(job) = self.jobs.try_recv()
+            while !self.batcher.is_full()
+                && let Ok(job) = self.queued.jobs.try_recv()
             {
-                batcher.push(job.submission, job.mailbox);
+                self.batcher.push(job.submission, job.mailbox);
             }
-            if let Some(tagged) = batcher.poll_batch(clock.now().mono_us) {
-                self.commit(&mut store, tagged, &registry).await?;
+            if let Some(tagged) = self.batcher.poll_batch(clock.now().mono_us) {
+                self.commit(&mut store, tagged).await?;
                 tidy_after = TIDY_AFTER.max(interval_min);
                 continue;
             }
-            let due = batcher.poll_deadline().filter(|_| !batcher.is_empty());
+            let is_empty = self.batcher.is_empty();
+            let due = self.batcher.poll_deadline().filter(|_| !is_empty);
             tokio::select! {
-                job = self.jobs.recv() => match job {
-                    Some(job) => batcher.push(job.submission, job.mailbox),
+                job = self.queued.jobs.recv() => match job {
+                    Some(job) => self.batcher.push(job.submission, job.mailbox),
                     None => break,
                 },
                 () = sleep_until(due, &clock) => {}
-                () = tokio::time::sleep(tidy_after), if batcher.is_empty() && !store.is_tidy() => {
-                    self.commit(&mut store, Tagged::default(), &registry).await?;
+                () = tokio::time::sleep(tidy_after), if is_empty && !store.is_tidy() => {
+                    self.commit(&mut store, Tagged::default()).await?;
                     tidy_after = interval_min;
                 }
             }
         }
         // The queue is closed: what is left goes at once, whatever the least time between commits.
-        if let Some(tagged) = batcher.poll_batch(u64::MAX) {
-            self.commit(&mut store, tagged, &registry).await?;
+        if let Some(tagged) = self.batcher.poll_batch(u64::MAX) {
+            self.commit(&mut store, tagged).await?;
         }
         store.close().await
     }
 
     async fn commit<S: Store>(
-        &self,
+        &mut self,
         store: &mut S,
         tagged: Tagged<Arc<Mailbox>>,
-        registry: &Registry,
     ) -> Result<(), StoreError> {
+        let lane = self.queued.lane;
+        let room = Arc::clone(&self.queued.room);
+        let registry = Arc::clone(&self.registry);
         let mut retry_after = RETRY_MIN;
-        let mut outage = Outage::new(self.lane, &self.room.lanes_down, registry);
+        let mut outage = Outage::new(lane, &room.lanes_down, &registry);
         let committed = loop {
-            let mut attempt = pin!(store.commit(&tagged.batch));
-            let result = tokio::select! {
-                biased;
-                result = &mut attempt => result,
-                () = tokio::time::sleep(STALLED_AFTER) => {
-                    outage.go_on("it does not answer");
-                    attempt.await
-                }
-            };
+            let result = self.attempt(store, &tagged, &mut outage).await;
             match result {
                 Ok(committed) => break committed,
                 Err(StoreError::Transient(reason)) => {
@@ -221,11 +313,47 @@ impl IngestReceiver {
                 Err(fatal @ StoreError::Fatal(_)) => return Err(fatal),
             }
         };
-        drop(outage);
-        answer(self.lane, &tagged, committed, registry);
-        self.room.readings.add_permits(tagged.size.readings);
-        self.room.bytes.add_permits(tagged.size.bytes);
+        // Fails only when the other task has panicked, which is told at the end.
+        let _ = self.committed.send((tagged, committed));
         Ok(())
+    }
+
+    /// Meanwhile the next batch is gathered.
+    async fn attempt<S: Store>(
+        &mut self,
+        store: &mut S,
+        tagged: &Tagged<Arc<Mailbox>>,
+        outage: &mut Outage<'_>,
+    ) -> Result<Committed, StoreError> {
+        let mut attempt = pin!(store.commit(&tagged.batch));
+        let mut stalled = pin!(tokio::time::sleep(STALLED_AFTER));
+        let mut is_stalled = false;
+        loop {
+            tokio::select! {
+                biased;
+                result = &mut attempt => return result,
+                () = &mut stalled, if !is_stalled => {
+                    is_stalled = true;
+                    outage.go_on("it does not answer");
+                }
+                Some(job) = self.queued.jobs.recv(), if !self.batcher.is_full() => {
+                    self.batcher.push(job.submission, job.mailbox);
+                }
+            }
+        }
+    }
+}
+
+/// Answers each commit in turn, and gives its room back.
+async fn answer_all(
+    lane: usize,
+    mut to_answer: mpsc::UnboundedReceiver<(Tagged<Arc<Mailbox>>, Committed)>,
+    room: Arc<Room>,
+    registry: Arc<Registry>,
+) {
+    while let Some((tagged, committed)) = to_answer.recv().await {
+        answer(lane, &tagged, committed, &registry);
+        room.give_back(tagged.size);
     }
 }
 
