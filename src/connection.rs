@@ -48,38 +48,18 @@ pub struct Shared {
 }
 
 /// Serves one connection until it ends.
-pub async fn serve(
-    socket: TcpStream,
-    peer: SocketAddr,
-    shared: Arc<Shared>,
-    queue: IngestQueue,
-) -> std::io::Result<()> {
-    // ACKs are small and must not wait for each other.
-    socket.set_nodelay(true)?;
-    let mut nonce = [0; NONCE_BYTES];
-    getrandom::fill(&mut nonce).map_err(std::io::Error::other)?;
-    let session = Session::new(
-        Arc::clone(&shared.settings),
-        peer,
-        nonce,
-        shared.clock.now(),
-    );
-    let mut connection = Connection {
-        socket,
-        session,
-        mailbox: Arc::default(),
-        input: BytesMut::new(),
-        waiting: None,
-        queue,
-        shared,
-    };
+///
+/// Its future is what a connection costs while nothing happens: it holds a [`Connection`] once, and what
+/// is needed only at the end has a box of its own.
+pub async fn serve(mut connection: Connection) {
     connection.run().await;
-    connection.finish(peer).await;
-    Ok(())
+    Box::pin(connection.finish()).await;
 }
 
-struct Connection {
+/// A connection that is served.
+pub struct Connection {
     socket: TcpStream,
+    peer: SocketAddr,
     session: Session,
     mailbox: Arc<Mailbox>,
     /// Received and not taken in yet; holds no memory while the peer is idle.
@@ -91,6 +71,33 @@ struct Connection {
 }
 
 impl Connection {
+    /// One that has just been accepted.
+    ///
+    /// # Errors
+    /// The socket takes no options, or the system gives no random numbers.
+    pub fn new(
+        socket: TcpStream,
+        peer: SocketAddr,
+        shared: Arc<Shared>,
+        queue: IngestQueue,
+    ) -> std::io::Result<Connection> {
+        // ACKs are small and must not wait for each other.
+        socket.set_nodelay(true)?;
+        let mut nonce = [0; NONCE_BYTES];
+        getrandom::fill(&mut nonce).map_err(std::io::Error::other)?;
+        let settings = Arc::clone(&shared.settings);
+        Ok(Connection {
+            socket,
+            peer,
+            session: Session::new(settings, peer, nonce, shared.clock.now()),
+            mailbox: Arc::default(),
+            input: BytesMut::new(),
+            waiting: None,
+            queue,
+            shared,
+        })
+    }
+
     async fn run(&mut self) {
         let timer = sleep_until(self.deadline());
         tokio::pin!(timer);
@@ -235,14 +242,14 @@ impl Connection {
 
     /// Says the last words, leaves the device's place to the next session, and writes the last line of
     /// the audit trail.
-    async fn finish(mut self, peer: SocketAddr) {
+    async fn finish(mut self) {
         // A submission that found no room was not answered, so the device sends it again.
         self.waiting = None;
         if let Some(device) = self.session.device() {
             self.shared.registry.leave(device, &self.mailbox);
         }
         if let Some(close) = self.session.closed() {
-            log_close(peer, close);
+            log_close(self.peer, close);
             if close.code.is_some() {
                 let _ = timeout(FAREWELL, self.say_farewell()).await;
             }

@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::batcher::BatchLimits;
 use crate::clock::SystemClock;
-use crate::connection::{self, Shared};
+use crate::connection::{self, Connection, Shared};
 use crate::ingest::{self, IngestQueue, QueueLimits};
 use crate::registry::Registry;
 use crate::session::SessionSettings;
@@ -117,13 +117,15 @@ async fn accept(
             return;
         };
         let (socket, peer) = accept_one(listener).await;
-        let serving = connection::serve(socket, peer, Arc::clone(shared), queue.clone());
-        connections.spawn(async move {
-            if let Err(error) = serving.await {
-                tracing::debug!(%peer, %error, "connection not served");
+        match Connection::new(socket, peer, Arc::clone(shared), queue.clone()) {
+            Ok(connection) => {
+                connections.spawn(async move {
+                    connection::serve(connection).await;
+                    drop(permit);
+                });
             }
-            drop(permit);
-        });
+            Err(error) => tracing::debug!(%peer, %error, "connection not served"),
+        }
     }
 }
 
