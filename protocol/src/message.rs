@@ -5,7 +5,7 @@
 //! state is for the two state machines.
 
 use heapless::Vec;
-use postcard::ser_flavors::Flavor;
+use postcard::ser_flavors::Size;
 use serde::{Deserialize, Serialize};
 
 use crate::auth::{KEY_BYTES, NONCE_BYTES};
@@ -40,8 +40,11 @@ pub fn decode<'a, M: Message<'a>>(payload: &'a [u8]) -> Result<M, Violation> {
     if !rest.is_empty() {
         return Err(Violation::TrailingBytes);
     }
-    postcard::serialize_with_flavor(&message, Expect { rest: payload })
-        .map_err(|_| Violation::NotCanonical)?;
+    // Only varints can be written in more than one way, and all but the shortest are longer (R22).
+    let shortest = postcard::serialize_with_flavor(&message, Size::default());
+    if shortest != Ok(payload.len()) {
+        return Err(Violation::NotCanonical);
+    }
     message.check()?;
     Ok(message)
 }
@@ -51,35 +54,6 @@ pub fn encode<'a, M: Message<'a>>(message: &M, seq: u64, out: &mut [u8]) -> Resu
     frame::encode(M::TYPE, seq, out, |room| {
         Ok(postcard::to_slice(message, room).map_err(|_| NoRoom)?.len())
     })
-}
-
-/// Compares an encoding, as it is made, with the bytes that were received.
-struct Expect<'a> {
-    rest: &'a [u8],
-}
-
-impl Flavor for Expect<'_> {
-    type Output = ();
-
-    fn try_push(&mut self, byte: u8) -> postcard::Result<()> {
-        self.try_extend(&[byte])
-    }
-
-    fn try_extend(&mut self, bytes: &[u8]) -> postcard::Result<()> {
-        self.rest = self
-            .rest
-            .strip_prefix(bytes)
-            .ok_or(postcard::Error::SerializeBufferFull)?;
-        Ok(())
-    }
-
-    fn finalize(self) -> postcard::Result<()> {
-        if self.rest.is_empty() {
-            Ok(())
-        } else {
-            Err(postcard::Error::SerializeBufferFull)
-        }
-    }
 }
 
 /// HELLO: who the device is and what its queue holds. Its layout holds for all versions (R30).
