@@ -35,8 +35,9 @@ pub trait Message<'a>: Serialize + Deserialize<'a> {
 
 /// Reads the message that a payload of `M::TYPE` holds.
 pub fn decode<'a, M: Message<'a>>(payload: &'a [u8]) -> Result<M, Violation> {
-    let (message, rest) =
-        postcard::take_from_bytes::<M>(payload).map_err(|_| Violation::Encoding)?;
+    let mut reader = postcard::Deserializer::from_bytes(payload);
+    let message = M::deserialize(&mut reader).map_err(|_| Violation::Encoding)?;
+    let rest = reader.finalize().map_err(|_| Violation::Encoding)?;
     if !rest.is_empty() {
         return Err(Violation::TrailingBytes);
     }
