@@ -1,5 +1,5 @@
 //! DATA frames on one core, bytes to readings and back:
-//! `cargo bench -p fieldgate-protocol --features crc-tables`.
+//! `cargo bench -p fieldgate-protocol --features crc-tables --bench data`.
 
 use std::hint::black_box;
 

@@ -23,7 +23,7 @@ pub mod ledger;
 pub mod memory;
 pub mod postgres;
 pub mod reader;
-mod rows;
+pub mod rows;
 pub mod spool;
 pub mod sqlite;
 pub mod url;

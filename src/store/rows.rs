@@ -4,13 +4,15 @@ use super::ledger::Admitted;
 use super::{Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, ResolvedTime};
 
 /// An admitted entry and the ledger row it gets.
-pub(super) struct Frame<'a> {
-    pub(super) id: i64,
-    pub(super) item: Admitted<'a>,
+pub struct Frame<'a> {
+    /// Of its row in the ledger.
+    pub id: i64,
+    /// The entry.
+    pub item: Admitted<'a>,
 }
 
 /// The values of one series in one frame: readings in the order of time.
-pub(super) struct Run<'a> {
+pub struct Run<'a> {
     pub(super) series: i64,
     pub(super) frame: i64,
     pub(super) times_us: &'a [i64],
@@ -41,7 +43,7 @@ pub(super) fn resolved_time(entry: &Entry) -> Option<ResolvedTime> {
 /// The readings of frames by series and time, the order in which they are looked for: an insert then
 /// mostly lands beside the one before it. Runs are sorted, not readings: two runs of a series overlap in
 /// time only when a device's clock stepped back.
-pub(super) fn sorted_runs<'a: 'f, 'f>(
+pub fn sorted_runs<'a: 'f, 'f>(
     frames: impl IntoIterator<Item = &'f Frame<'a>>,
 ) -> Vec<Run<'a>> {
     let mut runs: Vec<Run<'a>> = frames.into_iter().flat_map(runs).collect();
@@ -81,7 +83,7 @@ impl<'a> Run<'a> {
 
 impl Run<'_> {
     /// Series, time, frame and value of each reading.
-    pub(super) fn readings(&self) -> impl Iterator<Item = (i64, i64, i64, Option<f64>)> {
+    pub fn readings(&self) -> impl Iterator<Item = (i64, i64, i64, Option<f64>)> {
         let rows = self.times_us.iter().zip(self.values);
         rows.map(|(ts_us, value)| {
             (

@@ -1,0 +1,153 @@
+//! A device with a frame to send, and the session that serves it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use fieldgate::batcher::Batcher;
+use fieldgate::clock::Now;
+use fieldgate::session::{Session, SessionSettings};
+use fieldgate::store::Store;
+use fieldgate::store::memory::MemoryStore;
+use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, derive_device_key};
+use fieldgate_protocol::column::encode_integers;
+use fieldgate_protocol::device::{Config, Device, Queue};
+use fieldgate_protocol::frame::{self, NoRoom};
+use fieldgate_protocol::message::{Channel, Column, Data, Declare, encode};
+
+use crate::LIMITS;
+
+/// Channels of a frame.
+pub const CHANNELS: [u8; 4] = [1, 2, 3, 4];
+/// Samples of each channel.
+pub const ROWS: usize = 15;
+/// It is always this late.
+pub const NOW: Now = Now {
+    mono_us: 1_000_000,
+    utc_us: 1_760_000_000_000_000,
+};
+
+/// Values that wander by a few of their smallest steps, a second apart.
+pub fn data_frame(seq: u64) -> Vec<u8> {
+    let values: Vec<i64> = (0..ROWS as i64)
+        .map(|row| 2157 + row * row * 7 % 5)
+        .collect();
+    let mut packed = [0; 64];
+    let (encoding, len) = encode_integers(&values, &mut packed).unwrap();
+    let data = &packed[..len];
+    let column = |channel| Column {
+        channel,
+        encoding,
+        nulls: &[],
+        data,
+    };
+    let data = Data {
+        schema: 1,
+        clock: 1,
+        time_unit: 2,
+        boot: 1,
+        t0: NOW.utc_us / 1_000_000,
+        rows: ROWS as u16,
+        step: 1,
+        dt: &[],
+        columns: CHANNELS.into_iter().map(column).collect(),
+        ext: &[],
+    };
+    let mut out = vec![0; 512];
+    let len = encode(&data, seq, &mut out).unwrap();
+    out.truncate(len);
+    out
+}
+
+/// A queue whose frames are all alike.
+struct Alike;
+
+impl Queue for Alike {
+    fn oldest_seq(&self) -> u64 {
+        1
+    }
+    fn next_seq(&self) -> u64 {
+        1_000
+    }
+    fn write_frame(&mut self, seq: u64, out: &mut [u8]) -> Result<usize, NoRoom> {
+        let frame = data_frame(seq);
+        out.get_mut(..frame.len())
+            .ok_or(NoRoom)?
+            .copy_from_slice(&frame);
+        Ok(frame.len())
+    }
+    fn write_declare(&mut self, _seq: u64, out: &mut [u8]) -> Result<usize, NoRoom> {
+        let names = ["temperature", "humidity", "pressure", "flow"];
+        let channels = CHANNELS.into_iter().zip(names);
+        let channel = |(id, name)| Channel {
+            id,
+            name,
+            unit: "",
+            kind: 0,
+            exp10: -2,
+        };
+        encode(
+            &Declare {
+                schema: 1,
+                channels: channels.map(channel).collect(),
+                ext: &[],
+            },
+            0,
+            out,
+        )
+    }
+    fn delete_through(&mut self, _seq: u64) {}
+}
+
+/// A session that was welcomed and knows the schema. It takes frames without end and without
+/// receipts.
+pub fn session() -> Session {
+    let settings = SessionSettings {
+        window_frames: 1 << 60,
+        ..SessionSettings::default()
+    };
+    let key = derive_device_key(&settings.fleet_key, "pump");
+    let peer = SocketAddr::from(([127, 0, 0, 1], 9));
+    let mut session = Session::new(Arc::new(settings), peer, [7; 16], NOW);
+    let mut device = Device::new(Config {
+        name: "pump",
+        key,
+        firmware: "1",
+        stream: 5,
+        boot: 1,
+        schema: 1,
+        schema_hash: [0; 8],
+        rx_bytes_max: 4096,
+        window_frames: 1,
+        reconnect_min_ms: 1,
+        reconnect_max_ms: 1,
+        handshake_timeout_ms: 1000,
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let mut store = MemoryStore::new();
+    device.connect([9; 16], NO_CHANNEL_BINDING, 0, 0);
+    for _step in ["HELLO", "AUTH", "DECLARE"] {
+        let mut out = [0; 512];
+        let len = device.poll_transmit(&mut Alike, 0, &mut out).unwrap();
+        let frame = frame::decode(&out[..len], 512).unwrap().unwrap();
+        if let Some(submission) = session.handle_frame(&frame, NOW) {
+            let mut batcher = Batcher::new(LIMITS);
+            batcher.push(submission, ());
+            let batch = batcher.poll_batch(0).unwrap().batch;
+            let committed = runtime.block_on(store.commit(&batch)).unwrap();
+            for outcome in committed.logins {
+                session.handle_login_outcome(outcome, NOW);
+            }
+            for outcome in committed.declares {
+                session.handle_declare_outcome(outcome);
+            }
+        }
+        let said = session.outbound().bytes().to_vec();
+        session.outbound().consume(said.len());
+        if let Some(frame) = frame::decode(&said, 512).unwrap() {
+            device.handle_frame(&frame, &mut Alike, 0).unwrap();
+        }
+    }
+    session
+}

@@ -1,0 +1,119 @@
+//! A gateway's way from a connection's bytes to the rows of a batch, without sockets and databases:
+//! `cargo bench -p fieldgate --bench ingest`. All frames hold 4 channels of 15 samples.
+
+mod device;
+
+use std::hint::black_box;
+
+use bytes::BytesMut;
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use fieldgate::batcher::{BatchLimits, Batcher};
+use fieldgate::codec::FrameCodec;
+use fieldgate::session::{Session, Submission};
+use fieldgate::store::ledger::Admitted;
+use fieldgate::store::rows::{Frame, Run, sorted_runs};
+use fieldgate::store::{Content, Entry, SeriesId};
+use fieldgate_protocol::frame::{self, DEFAULT_FRAME_BYTES_MAX};
+use tokio_util::codec::Decoder;
+
+use device::{CHANNELS, NOW, ROWS, data_frame, session};
+
+const READINGS: u64 = (CHANNELS.len() * ROWS) as u64;
+const LIMITS: BatchLimits = BatchLimits {
+    readings_max: usize::MAX,
+    bytes_max: usize::MAX,
+    interval_min_us: 0,
+};
+
+fn codec(c: &mut Criterion) {
+    let stream: Vec<u8> = (1..=1000).flat_map(data_frame).collect();
+    let mut codec = FrameCodec {
+        frame_bytes_max: DEFAULT_FRAME_BYTES_MAX,
+    };
+    let mut group = c.benchmark_group("codec");
+    group.throughput(Throughput::Bytes(stream.len() as u64));
+    for chunk_bytes in [1, 1024, 65536] {
+        group.bench_function(BenchmarkId::new("chunk", chunk_bytes), |b| {
+            b.iter(|| {
+                let mut input = BytesMut::new();
+                for chunk in black_box(&stream).chunks(chunk_bytes) {
+                    input.extend_from_slice(chunk);
+                    while let Some(frame) = codec.decode(&mut input).unwrap() {
+                        black_box(frame);
+                    }
+                }
+            });
+        });
+    }
+}
+
+/// A frame's bytes, checked, become the entry that is queued.
+fn take_in(session: &mut Session, bytes: &[u8], seq: u64) -> Entry {
+    let mut frame = frame::decode(bytes, DEFAULT_FRAME_BYTES_MAX)
+        .unwrap()
+        .unwrap();
+    frame.header.seq = seq;
+    match session.handle_frame(&frame, NOW) {
+        Some(Submission::Entry(entry)) => entry,
+        other => panic!("not an entry: {other:?}"),
+    }
+}
+
+fn sessions(c: &mut Criterion) {
+    let (mut session, bytes, mut seq) = (session(), data_frame(1), 0);
+    let mut group = c.benchmark_group("session");
+    group.throughput(Throughput::Elements(READINGS));
+    group.bench_function("data", |b| {
+        b.iter(|| {
+            seq += 1;
+            take_in(&mut session, black_box(&bytes), seq)
+        });
+    });
+}
+
+/// Frames of 200 devices, 12,000 readings: gathered, and turned into rows by series and time.
+fn batches(c: &mut Criterion) {
+    let (mut session, bytes) = (session(), data_frame(1));
+    let entry = |seq| {
+        let mut entry = take_in(&mut session, &bytes, seq);
+        if let Content::Readings(readings) = &mut entry.content {
+            let device = seq as i64 * 77 % 200;
+            readings.series = (0..4)
+                .map(|channel| SeriesId(device * 4 + channel))
+                .collect();
+        }
+        entry
+    };
+    let entries: Vec<Entry> = (1..=200).map(entry).collect();
+    let frame = |entry| Frame {
+        id: 1,
+        item: Admitted {
+            entry,
+            first_seq: entry.seq,
+        },
+    };
+    let frames: Vec<Frame<'_>> = entries.iter().map(frame).collect();
+    let mut group = c.benchmark_group("batch");
+    group.throughput(Throughput::Elements(200 * READINGS));
+    let gather = |entries: Vec<Entry>| {
+        let mut batcher = Batcher::new(LIMITS);
+        for entry in entries {
+            batcher.push(Submission::Entry(entry), ());
+        }
+        batcher.poll_batch(0)
+    };
+    group.bench_function("gather", |b| {
+        b.iter_batched(|| entries.clone(), gather, BatchSize::LargeInput);
+    });
+    group.bench_function("rows", |b| {
+        b.iter(|| {
+            let runs = sorted_runs(black_box(&frames));
+            runs.iter().flat_map(Run::readings).for_each(|row| {
+                black_box(row);
+            });
+        });
+    });
+}
+
+criterion_group!(benches, codec, sessions, batches);
+criterion_main!(benches);
