@@ -4,6 +4,7 @@ use fieldgate_protocol::column::{
     Kind, decode_times, decode_values, encode_f32, encode_f64, encode_integers, encode_times,
     encoding, scaled,
 };
+use fieldgate_protocol::error::Violation;
 use fieldgate_protocol::frame::{self, SEQ_MAX};
 use fieldgate_protocol::message::{
     Ack, Auth, Bye, Challenge, Channel, Column, Command, CommandResult, Data, Declare, Event, Gap,
@@ -132,6 +133,54 @@ proptest! {
             code: d, retry_after_ms: b, min_version: d, max_version: level, detail: &words, ext: &ext,
         };
         same(&message, 0, &mut [0; 1024]);
+    }
+}
+
+/// Compares [`decode`] with the rule as it is written (R22): encoded anew, a message is what it was.
+fn is_judged_by_its_form<'a, M: Message<'a>>(payload: &'a [u8]) {
+    let is_longer = match postcard::take_from_bytes::<M>(payload) {
+        Ok((message, [])) => postcard::to_slice(&message, &mut [0; 512]).unwrap() != payload,
+        _ => false,
+    };
+    let found = decode::<M>(payload);
+    assert_eq!(matches!(found, Err(Violation::NotCanonical)), is_longer);
+}
+
+proptest! {
+    #[test]
+    fn only_the_shortest_form_decodes(
+        (schema, boot, t0, rows, step) in any::<(u16, u32, i64, u16, u32)>(),
+        bytes in prop::collection::vec(any::<u8>(), 0..10),
+        edits in prop::collection::vec(any::<(prop::sample::Index, Option<u8>)>(), 1..4),
+    ) {
+        let column = |channel| Column { channel, encoding: 1, nulls: &[], data: &bytes };
+        let columns = [column(1), column(2)].into_iter().collect();
+        let data = Data {
+            schema, clock: 1, time_unit: 1, boot, t0, rows, step, dt: &bytes, columns, ext: &[],
+        };
+        let channel = Channel { id: 1, name: "name", unit: "unit", kind: 0, exp10: -1 };
+        let declare = Declare { schema, channels: [channel].into_iter().collect(), ext: &[] };
+        let mut out = [[0; 512]; 2];
+        let [data_out, declare_out] = &mut out;
+        let mut payloads = [
+            postcard::to_slice(&data, data_out).unwrap().to_vec(),
+            postcard::to_slice(&declare, declare_out).unwrap().to_vec(),
+        ];
+        for payload in &mut payloads {
+            for (place, edit) in &edits {
+                let place = place.index(payload.len());
+                match edit {
+                    Some(byte) => payload[place] = *byte,
+                    // Where it ends a varint, this makes it one byte longer than it must be.
+                    None => {
+                        payload[place] |= 0x80;
+                        payload.insert(place + 1, 0);
+                    }
+                }
+            }
+        }
+        is_judged_by_its_form::<Data<'_>>(&payloads[0]);
+        is_judged_by_its_form::<Declare<'_>>(&payloads[1]);
     }
 }
 
