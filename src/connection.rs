@@ -13,8 +13,9 @@ use std::time::Duration;
 use bytes::BytesMut;
 use fieldgate_protocol::auth::NONCE_BYTES;
 use fieldgate_protocol::error::Code;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tokio_util::codec::Decoder;
 use tokio_util::sync::CancellationToken;
@@ -47,16 +48,7 @@ pub struct Shared {
     pub drain: CancellationToken,
 }
 
-/// Serves one connection until it ends.
-///
-/// Its future is what a connection costs while nothing happens: it holds a [`Connection`] once, and what
-/// is needed only at the end has a box of its own.
-pub async fn serve(mut connection: Connection) {
-    connection.run().await;
-    Box::pin(connection.finish()).await;
-}
-
-/// A connection that is served.
+/// A connection.
 pub struct Connection {
     socket: TcpStream,
     peer: SocketAddr,
@@ -98,14 +90,32 @@ impl Connection {
         })
     }
 
+    /// Serves it until it ends, and then lets go of `permit`.
+    ///
+    /// The future is what a connection costs while nothing happens. It holds the connection once, and
+    /// what is needed only at the end gets a box of its own.
+    #[expect(
+        clippy::manual_async_fn,
+        reason = "an async fn would hold `self` twice"
+    )]
+    pub fn serve(
+        mut self,
+        permit: OwnedSemaphorePermit,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        async move {
+            self.run().await;
+            Box::pin(self.finish()).await;
+            drop(permit);
+        }
+    }
+
     async fn run(&mut self) {
         let timer = sleep_until(self.deadline());
         tokio::pin!(timer);
         let drain = self.shared.drain.clone();
         while self.session.closed().is_none() {
             self.rearm(timer.as_mut());
-            let reads = self.waiting.is_none() && self.session.wants_input();
-            let writes = !self.session.outbound().bytes().is_empty();
+            let interest = self.interest();
             tokio::select! {
                 mail = self.mailbox.take() => self.handle_mail(mail),
                 turn = async { self.waiting.as_mut().expect("checked").await },
@@ -113,19 +123,28 @@ impl Connection {
                     self.waiting = None;
                     self.take_frames(Some(turn));
                 }
-                ready = self.socket.readable(), if reads => match ready {
-                    Ok(()) => self.read(),
+                ready = self.socket.ready(interest.unwrap_or(Interest::READABLE)),
+                    if interest.is_some() => match ready {
+                    Ok(ready) if ready.is_readable() => self.read(),
+                    Ok(_) => {}
                     Err(error) => self.lose(&error),
                 },
-                ready = self.socket.writable(), if writes => {
-                    if let Err(error) = ready {
-                        self.lose(&error);
-                    }
-                }
                 () = timer.as_mut() => self.session.handle_timeout(self.shared.clock.now()),
                 () = drain.cancelled(), if !self.session.is_leaving() => self.session.handle_drain(),
             }
             self.write();
+        }
+    }
+
+    /// What of the socket is waited for.
+    fn interest(&mut self) -> Option<Interest> {
+        let reads = self.waiting.is_none() && self.session.wants_input();
+        let writes = !self.session.outbound().bytes().is_empty();
+        match (reads, writes) {
+            (true, true) => Some(Interest::READABLE | Interest::WRITABLE),
+            (true, false) => Some(Interest::READABLE),
+            (false, true) => Some(Interest::WRITABLE),
+            (false, false) => None,
         }
     }
 

@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::batcher::BatchLimits;
 use crate::clock::SystemClock;
-use crate::connection::{self, Connection, Shared};
+use crate::connection::{Connection, Shared};
 use crate::ingest::{self, IngestQueue, QueueLimits};
 use crate::registry::Registry;
 use crate::session::SessionSettings;
@@ -119,10 +119,7 @@ async fn accept(
         let (socket, peer) = accept_one(listener).await;
         match Connection::new(socket, peer, Arc::clone(shared), queue.clone()) {
             Ok(connection) => {
-                connections.spawn(async move {
-                    connection::serve(connection).await;
-                    drop(permit);
-                });
+                connections.spawn(connection.serve(permit));
             }
             Err(error) => tracing::debug!(%peer, %error, "connection not served"),
         }

@@ -43,9 +43,7 @@ pub(super) fn resolved_time(entry: &Entry) -> Option<ResolvedTime> {
 /// The readings of frames by series and time, the order in which they are looked for: an insert then
 /// mostly lands beside the one before it. Runs are sorted, not readings: two runs of a series overlap in
 /// time only when a device's clock stepped back.
-pub fn sorted_runs<'a: 'f, 'f>(
-    frames: impl IntoIterator<Item = &'f Frame<'a>>,
-) -> Vec<Run<'a>> {
+pub fn sorted_runs<'a: 'f, 'f>(frames: impl IntoIterator<Item = &'f Frame<'a>>) -> Vec<Run<'a>> {
     let mut runs: Vec<Run<'a>> = frames.into_iter().flat_map(runs).collect();
     runs.sort_unstable_by_key(|run| (run.series, run.times_us.first().copied(), run.frame));
     runs
