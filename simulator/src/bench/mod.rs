@@ -133,7 +133,7 @@ impl<'a> Scope<'a> {
             site,
             is_quick: args.quick,
             rounds: args.rounds.unwrap_or(if args.quick { 1 } else { 5 }),
-            burst: of(s(5), s(3)),
+            burst: of(s(5), s(2)),
             latency: of(s(15), s(4)),
             connections: if args.quick { 2_000 } else { 15_000 },
             slow_period: of(s(15), s(3)),
