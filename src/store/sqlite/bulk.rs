@@ -9,9 +9,10 @@ use std::sync::Arc;
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{Arguments, AssertSqlSafe, Encode, Sqlite, SqliteConnection, Type};
 
-/// Numbers of rows besides one. A statement is a journey to SQLite's thread and back, so few should be
-/// needed whatever the number of rows; more than a thousand at once gain nothing.
-const SIZES: &[usize] = &[1000, 250, 50, 10];
+/// Numbers of rows besides one. Each statement is a journey to SQLite's thread and back, so few should be
+/// needed whatever the number of rows: as many as it has ones in binary. More than a thousand rows at once
+/// gain nothing.
+const SIZES: &[usize] = &[1024, 512, 256, 128, 64, 32, 16, 8, 4, 2];
 
 /// A statement that has `VALUES (?, …), (?, …), …` in its middle.
 pub(super) struct Bulk {
@@ -131,7 +132,7 @@ mod tests {
     async fn every_row_is_bound_once_whatever_the_count() {
         let mut conn = SqliteConnection::connect("sqlite::memory:").await.unwrap();
         let echo = Bulk::new("WITH t(a, b) AS (", 2, ") SELECT a, b FROM t");
-        for count in [0, 1, 9, 10, 11, 49, 50, 61, 250, 999, 1000, 1311] {
+        for count in [0, 1, 2, 3, 7, 8, 100, 1023, 1024, 1025, 3071] {
             let rows = (0..count)
                 .map(|n: i64| (n, -n))
                 .collect::<Vec<_>>()

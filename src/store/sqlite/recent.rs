@@ -29,7 +29,7 @@ const GENERATION_READINGS: usize = 500_000;
 const GENERATION_AGE: Duration = Duration::from_secs(5);
 /// Readings that a commit sorts in at least; of a large one, five for each four that it brings, so
 /// that a generation is done before the next one is full.
-const SLICE_READINGS: usize = 1_000;
+const SLICE_READINGS: usize = 256;
 /// Readings that a commit without any sorts in.
 const IDLE_SLICE_READINGS: usize = 20_000;
 /// Sorted rows that a commit deletes at least.
