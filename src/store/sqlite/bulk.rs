@@ -1,6 +1,9 @@
 //! One statement over many rows, in a few fixed sizes, so that each is prepared once and then found
 //! in the statement cache whatever the number of rows.
 //!
+//! Those that write many rows do so OR FAIL: any other way of failing makes SQLite keep a copy of each
+//! page that a statement changes, to undo half of it, and here a batch is undone as a whole.
+//!
 //! Invariant: parameters are anonymous (`?`). Numbered ones would be looked up by name at each bind,
 //! in time quadratic in the number of rows.
 

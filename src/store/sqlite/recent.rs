@@ -27,9 +27,12 @@ use crate::store::{Content, Readings};
 const GENERATION_READINGS: usize = 500_000;
 /// A generation that takes longer to fill than this is sorted in as it is.
 const GENERATION_AGE: Duration = Duration::from_secs(5);
-/// Readings that a commit sorts in at least; of a large one, five for each four that it brings, so
-/// that a generation is done before the next one is full.
+/// Readings that a commit sorts in at least; else five for each four that commits have lately brought,
+/// so that a generation is done before the next one is full.
 const SLICE_READINGS: usize = 256;
+/// How many commits "lately" is. What one brings itself is not the measure: a commit that has much to
+/// store because the one before it took long would then take long, too.
+const LATELY_COMMITS: usize = 16;
 /// Readings that a commit without any sorts in.
 const IDLE_SLICE_READINGS: usize = 20_000;
 /// Sorted rows that a commit deletes at least.
@@ -52,6 +55,8 @@ pub(super) struct Recent {
     gathering: Pile,
     gathering_since: Instant,
     sorting: Sorting,
+    /// What commits have lately brought, each, times [`LATELY_COMMITS`].
+    lately_readings: usize,
     position: Position,
     /// Rows up to this one are deleted.
     deleted_id: i64,
@@ -90,7 +95,7 @@ impl Recent {
     pub(super) fn new() -> Self {
         Self {
             insert: Bulk::new(
-                "INSERT INTO readings_recent(id, series_id, frame_id, ts, samples)",
+                "INSERT OR FAIL INTO readings_recent(id, series_id, frame_id, ts, samples)",
                 5,
                 "",
             ),
@@ -98,6 +103,7 @@ impl Recent {
             gathering: Pile::default(),
             gathering_since: Instant::now(),
             sorting: Sorting::Nothing,
+            lately_readings: 0,
             position: Position::default(),
             deleted_id: 0,
         }
@@ -172,10 +178,10 @@ impl Recent {
             step.position.sorting_id = self.position.last_id;
             step.position.run = (0, 0, 0);
         }
-        let readings = self.add(conn, &mut step).await?;
+        self.add(conn, &mut step).await?;
         let slice_readings = match is_idle {
             true => IDLE_SLICE_READINGS,
-            false => SLICE_READINGS.max(readings * 5 / 4),
+            false => SLICE_READINGS.max(self.lately_readings / LATELY_COMMITS * 5 / 4),
         };
         self.sort_in(conn, slice_readings, &mut step).await?;
         self.delete_sorted(conn, slice_readings, &mut step).await?;
@@ -203,9 +209,12 @@ impl Recent {
         if self.gathering.runs.is_empty() {
             self.gathering_since = Instant::now();
         }
+        let before = self.gathering.values.len();
         for (frame, readings) in step.added {
             self.gathering.push(frame, readings);
         }
+        self.lately_readings -= self.lately_readings / LATELY_COMMITS;
+        self.lately_readings += self.gathering.values.len() - before;
         self.position = step.position;
         self.deleted_id = step.deleted_id;
     }
@@ -217,12 +226,11 @@ impl Recent {
             && (is_full || is_idle || self.gathering_since.elapsed() >= GENERATION_AGE)
     }
 
-    /// Gives back how many readings there are.
     async fn add(
         &self,
         conn: &mut SqliteConnection,
         step: &mut Step<'_>,
-    ) -> Result<usize, sqlx::Error> {
+    ) -> Result<(), sqlx::Error> {
         let runs: Vec<(i64, Run<'_>)> = (self.position.last_id + 1..)
             .zip(
                 step.added
@@ -240,8 +248,7 @@ impl Recent {
                     .bind(run.times_us[0])
                     .bind(samples(run));
             })
-            .await?;
-        Ok(runs.iter().map(|(_, run)| run.times_us.len()).sum())
+            .await
     }
 
     async fn sort_in(

@@ -19,7 +19,7 @@ pub(super) struct Rows {
 impl Rows {
     pub(super) fn new() -> Self {
         let insert = |into: &str, columns: usize, tail: &str| {
-            Bulk::new(&format!("INSERT INTO {into}"), columns, tail)
+            Bulk::new(&format!("INSERT OR FAIL INTO {into}"), columns, tail)
         };
         Self {
             frames: insert(
@@ -186,7 +186,7 @@ impl Rows {
 
 /// The statement that puts readings into `table`, in any database of this program.
 pub(super) fn readings_into(table: &str) -> Bulk {
-    let head = format!("INSERT INTO {table}(series_id, ts, frame_id, value)");
+    let head = format!("INSERT OR FAIL INTO {table}(series_id, ts, frame_id, value)");
     Bulk::new(&head, 4, "")
 }
 

@@ -82,7 +82,7 @@ impl Writer {
             move_watermarks: Bulk::new(
                 "WITH moved(id, durable_seq, frames, readings) AS (",
                 4,
-                ") UPDATE streams SET durable_seq = moved.durable_seq,
+                ") UPDATE OR FAIL streams SET durable_seq = moved.durable_seq,
                     frames = streams.frames + moved.frames,
                     readings = streams.readings + moved.readings
                 FROM moved WHERE streams.id = moved.id",
