@@ -1,7 +1,10 @@
 //! What the bare loops of both stores have in common.
 
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::WARM_UP;
 use super::cell::Cell;
 use super::gateway::NAME_PREFIX;
 use crate::catalogue;
@@ -36,16 +39,53 @@ impl Job {
 /// When a bare loop ends.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Until {
+    /// After the warm-up and so long.
     Passed(Duration),
     Stored(u64),
 }
 
-impl Until {
-    pub(super) fn is_reached(self, started: Instant, readings: u64) -> bool {
-        match self {
-            Until::Passed(duration) => started.elapsed() >= duration,
-            Until::Stored(count) => readings >= count,
+/// Counts what all connections of a bare loop have stored. An empty store is quicker than one that has
+/// been filled for a second, so the loop warms up as the gateway does before it counts.
+#[derive(Debug)]
+pub(super) struct Meter {
+    until: Until,
+    started: Instant,
+    readings: AtomicU64,
+    /// When the warm-up was over, and what was stored by then.
+    warm: OnceLock<(Instant, u64)>,
+}
+
+impl Meter {
+    pub(super) fn start(until: Until) -> Meter {
+        Meter {
+            until,
+            started: Instant::now(),
+            readings: AtomicU64::new(0),
+            warm: OnceLock::new(),
         }
+    }
+
+    /// Tells of readings that are durable.
+    pub(super) fn add(&self, readings: usize) {
+        let readings = readings as u64;
+        let stored = self.readings.fetch_add(readings, Ordering::Relaxed) + readings;
+        if self.started.elapsed() >= WARM_UP {
+            self.warm.get_or_init(|| (Instant::now(), stored));
+        }
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        match self.until {
+            Until::Passed(duration) => self.started.elapsed() >= WARM_UP + duration,
+            Until::Stored(count) => self.readings.load(Ordering::Relaxed) >= count,
+        }
+    }
+
+    /// Readings per second since the warm-up, or in all if it was not over.
+    pub(super) fn rate(&self) -> f64 {
+        let (since, before) = self.warm.get().copied().unwrap_or((self.started, 0));
+        let readings = self.readings.load(Ordering::Relaxed) - before;
+        readings as f64 / since.elapsed().as_secs_f64()
     }
 }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::cell::{BASE, Cell, SINGLE};
 use super::gateway::{Gateway, Which};
 use super::load::{Load, Sending, start_us};
-use super::{Bench, BenchError, Scope, say};
+use super::{Bench, BenchError, Scope, WARM_UP, say};
 use crate::plan::Profile;
 use crate::report::Percentiles;
 
@@ -15,7 +15,6 @@ use crate::report::Percentiles;
 /// acked. The gateway is told the same.
 const WINDOW_FRAMES: u16 = 1_024;
 const WINDOW_FLAGS: [&str; 2] = ["--window-frames", "1024"];
-const WARM_UP: Duration = Duration::from_secs(1);
 /// For joining, and so that nobody is done before the end of what is measured.
 const RESERVE: Duration = Duration::from_secs(3);
 

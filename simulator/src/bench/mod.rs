@@ -42,6 +42,10 @@ mod sqlite;
 mod stored;
 mod throughput;
 
+/// What is not measured: of a gateway from the moment when all devices are there, of a bare loop from its
+/// first transaction.
+const WARM_UP: Duration = Duration::from_secs(1);
+
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {

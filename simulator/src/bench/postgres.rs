@@ -1,7 +1,8 @@
 //! The bare loop on Postgres: binary COPY on as many connections as the gateway writes with, each for
 //! devices of its own. And the databases for it all.
 
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use fieldgate::store::postgres::migrate;
 use fieldgate::store::reader::OpenError;
@@ -10,7 +11,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection};
 use tokio::task::JoinSet;
 
 use super::BenchError;
-use super::bare::Job;
+use super::bare::{Job, Meter};
 use super::cell::{self, Frame, Frames};
 
 /// How long the server may take to let a connection in.
@@ -127,21 +128,19 @@ pub(super) async fn bare(
         copiers.push(Copier {
             conn: connect(url).await?,
             job: job.clone(),
-            share: connections as u64,
             frames: Frames::new(job.cell, number, connections, ids_start(number)),
             bytes: Vec::with_capacity(2 * SEND_BYTES),
         });
     }
-    let started = Instant::now();
+    let meter = Arc::new(Meter::start(job.until));
     let mut tasks = JoinSet::new();
     for copier in copiers {
-        tasks.spawn(copier.copy(started));
+        tasks.spawn(copier.copy(Arc::clone(&meter)));
     }
-    let mut readings = 0;
     while let Some(copied) = tasks.join_next().await {
-        readings += copied.map_err(std::io::Error::other)??;
+        copied.map_err(std::io::Error::other)??;
     }
-    Ok(readings as f64 / started.elapsed().as_secs_f64())
+    Ok(meter.rate())
 }
 
 /// Each connection has ids that follow each other, as in the gateway.
@@ -169,26 +168,22 @@ async fn make_partitions(conn: &mut PgConnection, job: &Job) -> Result<(), sqlx:
 struct Copier {
     conn: PgConnection,
     job: Job,
-    /// How many connections share the job.
-    share: u64,
     frames: Frames,
     bytes: Vec<u8>,
 }
 
 impl Copier {
-    /// Gives back the number of readings.
-    async fn copy(mut self, started: Instant) -> Result<u64, sqlx::Error> {
-        let cell = self.job.cell;
-        let mut readings = 0;
-        while !self.job.until.is_reached(started, readings * self.share) {
+    /// Goes on until all connections together have done enough.
+    async fn copy(mut self, meter: Arc<Meter>) -> Result<(), sqlx::Error> {
+        while !meter.is_over() {
             let frames = self.frames.transaction();
             execute(&mut self.conn, "BEGIN").await?;
             self.copy_frames(&frames).await?;
             self.copy_readings(&frames).await?;
             execute(&mut self.conn, "COMMIT").await?;
-            readings += (frames.len() * cell.frame_readings()) as u64;
+            meter.add(frames.len() * self.job.cell.frame_readings());
         }
-        Ok(readings)
+        Ok(())
     }
 
     async fn copy_frames(&mut self, frames: &[Frame]) -> Result<(), sqlx::Error> {

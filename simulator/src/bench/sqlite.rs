@@ -2,64 +2,91 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 use fieldgate::store::reader::OpenError;
 use fieldgate::store::sqlite::{SqliteSettings, migrate};
 use sqlx::sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
-use sqlx::{Arguments, AssertSqlSafe, ConnectOptions, Connection, SqliteConnection};
+use sqlx::{Arguments, AssertSqlSafe, ConnectOptions, Connection, Row as _, SqliteConnection};
 
 use super::BenchError;
-use super::bare::{Job, Until};
+use super::bare::{Job, Meter};
 use super::cell::{self, Cell, Frame, Frames, Row};
 
 /// Rows of an INSERT: more are no faster.
 const ROWS: usize = 1_000;
+/// Pages of the write-ahead log beyond which it is moved whole, so that it begins again, as the gateway
+/// keeps it.
+const LOG_PAGES: i64 = (128 << 20) / 8192;
 
 /// Inserts what a fleet would have stored, and nothing else; returns readings per second.
 pub(super) async fn bare(path: &Path, job: &Job) -> Result<f64, BenchError> {
     let migrated = migrate(path, &SqliteSettings::default()).await;
     migrated.map_err(OpenError::from)?;
-    // While it is measured nothing is moved out of the log: the loop is spared even that. A store that is
-    // only filled may be larger than anybody wants a log to be.
-    let checkpoint_pages = match job.until {
-        Until::Passed(_) => "0",
-        Until::Stored(_) => "32768",
-    };
-    let mut conn = SqliteConnectOptions::new()
+    let options = SqliteConnectOptions::new()
         .filename(path)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full)
         .pragma("cache_size", "-262144")
-        .pragma("wal_autocheckpoint", checkpoint_pages)
-        .connect()
-        .await?;
+        .pragma("wal_autocheckpoint", "0");
+    let (mut conn, mut checkpointer) = (options.connect().await?, options.connect().await?);
     if let Some(sql) = &job.registry {
         let sql = sqlx::raw_sql(AssertSqlSafe(sql.as_str()));
         sql.execute(&mut conn).await?;
     }
-    let (frames_insert, readings_insert) = (
-        Insert::into("frames", 8),
-        Insert::into("readings_sorted", 4),
-    );
+    let inserts = Inserts {
+        frames: Insert::into("frames", 8),
+        readings: Insert::into("readings_sorted", 4),
+    };
     let mut frames = Frames::new(job.cell, 0, 1, 1);
-    let started = Instant::now();
-    let mut readings = 0;
-    while !job.until.is_reached(started, readings) {
+    let meter = Meter::start(job.until);
+    while !meter.is_over() {
         let batch = frames.transaction();
-        sqlx::query("BEGIN IMMEDIATE").execute(&mut conn).await?;
-        let values = |arguments: &mut _, frame| bind_frame(arguments, frame, job.cell);
-        let rows = batch.iter().copied();
-        frames_insert.execute(&mut conn, rows, values).await?;
-        let rows = cell::rows(job.cell, &batch);
-        let values = |arguments: &mut _, row| bind_reading(arguments, row, job.start_us);
-        readings_insert.execute(&mut conn, rows, values).await?;
-        sqlx::query("COMMIT").execute(&mut conn).await?;
-        readings += (batch.len() * job.cell.frame_readings()) as u64;
+        // The log is moved beside the transaction, by another thread, and costs it no more than that.
+        let (done, log_pages) = tokio::join!(
+            inserts.transaction(&mut conn, job, &batch),
+            checkpoint(&mut checkpointer)
+        );
+        done?;
+        if log_pages? > LOG_PAGES {
+            checkpoint(&mut checkpointer).await?;
+        }
+        meter.add(batch.len() * job.cell.frame_readings());
     }
-    let rate = readings as f64 / started.elapsed().as_secs_f64();
+    let rate = meter.rate();
+    checkpointer.close().await?;
     conn.close().await?;
     Ok(rate)
+}
+
+/// Moves what can be moved without waiting for the other connection; tells how many pages the log has.
+async fn checkpoint(conn: &mut SqliteConnection) -> Result<i64, sqlx::Error> {
+    let row = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").fetch_one(conn);
+    row.await?.try_get(1)
+}
+
+/// The statements of a transaction.
+struct Inserts {
+    frames: Insert,
+    readings: Insert,
+}
+
+impl Inserts {
+    async fn transaction(
+        &self,
+        conn: &mut SqliteConnection,
+        job: &Job,
+        batch: &[Frame],
+    ) -> Result<(), sqlx::Error> {
+        sqlx::query("BEGIN IMMEDIATE").execute(&mut *conn).await?;
+        let values = |arguments: &mut _, frame| bind_frame(arguments, frame, job.cell);
+        let rows = batch.iter().copied();
+        self.frames.execute(&mut *conn, rows, values).await?;
+        let rows = cell::rows(job.cell, batch);
+        let values = |arguments: &mut _, row| bind_reading(arguments, row, job.start_us);
+        self.readings.execute(&mut *conn, rows, values).await?;
+        sqlx::query("COMMIT").execute(conn).await?;
+        Ok(())
+    }
 }
 
 type Bound = Result<(), sqlx::error::BoxDynError>;
@@ -134,5 +161,10 @@ impl Insert {
 
 fn sql(table: &str, columns: usize, rows: usize) -> Arc<str> {
     let row = format!("({})", vec!["?"; columns].join(","));
-    format!("INSERT INTO {table} VALUES {}", vec![row; rows].join(",")).into()
+    // A failure fails the whole bench: nothing need be kept to undo half of a statement.
+    format!(
+        "INSERT OR FAIL INTO {table} VALUES {}",
+        vec![row; rows].join(",")
+    )
+    .into()
 }

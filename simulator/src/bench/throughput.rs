@@ -1,17 +1,12 @@
 //! How many readings a second, bare and through the gateway.
 
-use std::time::Duration;
-
 use serde::Serialize;
 
 use super::bare::{Job, Until};
 use super::cell::Cell;
 use super::gateway::{Gateway, Store, Which};
 use super::load::{self, Load, Sending};
-use super::{Bench, BenchError, Scope, median, say};
-
-/// From the moment when all devices are there.
-const WARM_UP: Duration = Duration::from_secs(1);
+use super::{Bench, BenchError, Scope, WARM_UP, median, say};
 
 /// What the gateway did with a burst.
 #[derive(Clone, Copy, Debug, Serialize)]
