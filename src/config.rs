@@ -53,7 +53,9 @@ pub struct Settings {
     pub frame_bytes_max: u16,
     /// Readings of a full batch, which is one transaction.
     pub batch_readings_max: usize,
-    /// Least time from one commit to the next.
+    /// Least time from the begin of one commit to that of the next, unless a batch is full. Without it
+    /// 15,000 devices that send a frame now and then cost half as much CPU again, for small commits one
+    /// after the other, and ACKs under load come no sooner.
     pub commit_interval_min_ms: u64,
     /// Readings that may wait for the store.
     pub queue_readings_max: usize,
@@ -91,7 +93,7 @@ impl Default for Settings {
             window_frames: 64,
             frame_bytes_max: DEFAULT_FRAME_BYTES_MAX as u16,
             batch_readings_max: 200_000,
-            commit_interval_min_ms: 0,
+            commit_interval_min_ms: 3,
             queue_readings_max: 1_000_000,
             queue_bytes_max: 256 * MIB as usize,
             drain_timeout_s: 10,
