@@ -11,18 +11,29 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use fieldgate_protocol::column::READINGS_MAX;
-use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX};
+use fieldgate_protocol::frame::{
+    DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, HANDSHAKE_FRAME_BYTES_MAX,
+};
 
 use crate::store::url::StoreUrl;
+use crate::tls::TlsFiles;
 
 /// Name of the database within the data directory, where `store` does not say otherwise.
 pub const DATABASE_FILE: &str = "fieldgate.db";
 /// Name of the spool within the data directory.
 pub const SPOOL_FILE: &str = "spool.db";
+/// Directory of what TLS needs within the data directory.
+pub const TLS_DIR: &str = "tls";
+/// The gateway's certificate within [`TLS_DIR`].
+pub const TLS_CERT_FILE: &str = "server.pem";
+/// Its key within [`TLS_DIR`].
+pub const TLS_KEY_FILE: &str = "server.key";
 
 const DAY_S: u64 = 86_400;
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
+const CONNECTIONS: u64 = 1_000_000;
+const READINGS_PER_S: u64 = 1_000_000_000;
 
 /// What the gateway is asked to run with; [`Config::new`] says whether it can.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,8 +46,36 @@ pub struct Settings {
     pub listen: SocketAddr,
     /// Whether `listen` may be reachable from other machines.
     pub allow_plaintext: bool,
+    /// Where devices connect through TLS; `None` for nowhere.
+    pub tls_listen: Option<SocketAddr>,
+    /// The certificate for it; `None` for [`TLS_CERT_FILE`] in the data directory.
+    pub tls_cert: Option<PathBuf>,
+    /// The certificate's key; `None` for [`TLS_KEY_FILE`] in the data directory.
+    pub tls_key: Option<PathBuf>,
+    /// Who signs the certificates that devices must show; `None` if they need none.
+    pub tls_client_ca: Option<PathBuf>,
+    /// Bytes that a TLS record from the gateway holds at most.
+    pub tls_record_bytes_max: usize,
     /// Connections at once; further ones wait to be accepted.
     pub connections_max: usize,
+    /// Of those, from one address; further ones are closed.
+    pub connections_per_address_max: usize,
+    /// Connections at once that have not proved a key yet; further ones wait, or the oldest ends.
+    pub handshakes_max: usize,
+    /// Connections that are accepted in a second.
+    pub accepts_per_s_max: u64,
+    /// Longest wait for the answer to a failed authentication.
+    pub failure_delay_max_ms: u64,
+    /// Bytes that a peer may send before it has proved its key.
+    pub stranger_bytes_max: usize,
+    /// Bytes that may wait for a peer to read them.
+    pub outbound_bytes_max: usize,
+    /// Lines of the log that tell of one address in a minute.
+    pub log_lines_per_address_max: u32,
+    /// Readings that a device may send in a second; more wait.
+    pub device_readings_per_s: u64,
+    /// Readings that a device may send at once, after a pause.
+    pub device_readings_burst: u64,
     /// From the first byte of a connection to the end of its handshake.
     pub handshake_timeout_s: u64,
     /// From a frame's first byte to its last.
@@ -84,7 +123,21 @@ impl Default for Settings {
             store: None,
             listen: SocketAddr::from(([127, 0, 0, 1], 7300)),
             allow_plaintext: false,
+            tls_listen: None,
+            tls_cert: None,
+            tls_key: None,
+            tls_client_ca: None,
+            tls_record_bytes_max: 1024,
             connections_max: 16_384,
+            connections_per_address_max: 8_192,
+            handshakes_max: 2_048,
+            accepts_per_s_max: 5_000,
+            failure_delay_max_ms: 5_000,
+            stranger_bytes_max: 4_096,
+            outbound_bytes_max: 16 * 1024,
+            log_lines_per_address_max: 20,
+            device_readings_per_s: 250_000,
+            device_readings_burst: 2_000_000,
             handshake_timeout_s: 10,
             frame_timeout_s: 30,
             idle_timeout_s: 120,
@@ -138,13 +191,20 @@ pub enum ConfigError {
         /// What would go wrong.
         why: &'static str,
     },
+    /// A certificate that nobody would be served with, and whoever gave it thinks that all is encrypted.
+    #[error("{0} is for TLS: give --tls-listen, or leave {0} out")]
+    TlsWithoutListener(&'static str),
+    /// A certificate without the key that belongs to it, or the other way round.
+    #[error("--tls-cert and --tls-key belong together: give both, or neither")]
+    HalfATlsPair,
     /// A spool in front of a file that is as local as itself.
     #[error("--spool is for a store in Postgres: give --store postgres://…, or leave --spool out")]
     SpoolWithoutPostgres,
     /// Readings and names of devices would cross a network for anybody to see.
     #[error(
         "listen {listen} can be reached from other machines, and what devices send there is not \
-         encrypted; listen on 127.0.0.1, or give --allow-plaintext if the network is trusted"
+         encrypted; listen on 127.0.0.1 and give --tls-listen, or give --allow-plaintext if the network is \
+         trusted"
     )]
     PlaintextBeyondLoopback {
         /// The address.
@@ -175,6 +235,7 @@ impl Config {
     pub fn new(settings: Settings) -> Result<Config, ConfigError> {
         let store = store_url(&settings.data_dir, settings.store.as_ref());
         check_listen(&settings)?;
+        check_tls(&settings)?;
         check_ranges(&settings)?;
         check_relations(&settings)?;
         if settings.spool && !matches!(store, StoreUrl::Postgres(_)) {
@@ -186,6 +247,20 @@ impl Config {
     /// The database.
     pub fn store(&self) -> &StoreUrl {
         &self.store
+    }
+
+    /// The files that TLS needs, if there is to be any.
+    pub fn tls_files(&self) -> Option<TlsFiles> {
+        let within = |file| self.settings.data_dir.join(TLS_DIR).join(file);
+        let (cert, key) = (
+            self.settings.tls_cert.clone(),
+            self.settings.tls_key.clone(),
+        );
+        self.settings.tls_listen.map(|_| TlsFiles {
+            cert: cert.unwrap_or_else(|| within(TLS_CERT_FILE)),
+            key: key.unwrap_or_else(|| within(TLS_KEY_FILE)),
+            client_ca: self.settings.tls_client_ca.clone(),
+        })
     }
 
     /// The file of the spool, whether it is used or not.
@@ -213,6 +288,22 @@ fn check_listen(settings: &Settings) -> Result<(), ConfigError> {
     })
 }
 
+fn check_tls(settings: &Settings) -> Result<(), ConfigError> {
+    if settings.tls_cert.is_some() != settings.tls_key.is_some() {
+        return Err(ConfigError::HalfATlsPair);
+    }
+    let given = [
+        ("--tls-cert", &settings.tls_cert),
+        ("--tls-client-ca", &settings.tls_client_ca),
+    ];
+    match given.into_iter().find(|(_, path)| path.is_some()) {
+        Some((flag, _)) if settings.tls_listen.is_none() => {
+            Err(ConfigError::TlsWithoutListener(flag))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
     // Devices may rely on the default (SPEC R8).
     let frame_bytes = (DEFAULT_FRAME_BYTES_MAX as u64, FRAME_BYTES_MAX as u64);
@@ -221,7 +312,49 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
     let u16_max = u64::from(u16::MAX);
     let u32_max = u64::from(u32::MAX);
     let ranges = [
-        ("connections-max", s.connections_max as u64, 1, 1_000_000),
+        ("connections-max", s.connections_max as u64, 1, CONNECTIONS),
+        (
+            "connections-per-address-max",
+            s.connections_per_address_max as u64,
+            1,
+            CONNECTIONS,
+        ),
+        ("handshakes-max", s.handshakes_max as u64, 1, CONNECTIONS),
+        ("accepts-per-s-max", s.accepts_per_s_max, 1, CONNECTIONS),
+        ("failure-delay-max-ms", s.failure_delay_max_ms, 0, 600_000),
+        // HELLO and AUTH may take as much.
+        (
+            "stranger-bytes-max",
+            s.stranger_bytes_max as u64,
+            2 * HANDSHAKE_FRAME_BYTES_MAX as u64,
+            MIB,
+        ),
+        ("outbound-bytes-max", s.outbound_bytes_max as u64, 1024, MIB),
+        (
+            "log-lines-per-address-max",
+            s.log_lines_per_address_max.into(),
+            0,
+            u32_max,
+        ),
+        (
+            "device-readings-per-s",
+            s.device_readings_per_s,
+            1,
+            READINGS_PER_S,
+        ),
+        (
+            "device-readings-burst",
+            s.device_readings_burst,
+            frame_readings,
+            1000 * READINGS_PER_S,
+        ),
+        // What rustls can, and TLS allows.
+        (
+            "tls-record-bytes-max",
+            s.tls_record_bytes_max as u64,
+            64,
+            16_384,
+        ),
         ("handshake-timeout-s", s.handshake_timeout_s, 1, DAY_S),
         ("frame-timeout-s", s.frame_timeout_s, 1, DAY_S),
         ("idle-timeout-s", s.idle_timeout_s, 1, 7 * DAY_S),
@@ -404,6 +537,41 @@ mod tests {
         }
         assert_eq!(refusal(|s| s.frame_bytes_max = 16_384), None);
         assert_eq!(refusal(|s| s.drain_timeout_s = 0), None);
+    }
+
+    #[test]
+    fn a_certificate_is_for_a_tls_listener() {
+        let path = || Some(PathBuf::from("x.pem"));
+        let listen = Some(SocketAddr::from(([0, 0, 0, 0], 7301)));
+        let files = |change: fn(&mut Settings)| {
+            let mut settings = Settings {
+                tls_listen: Some(SocketAddr::from(([0, 0, 0, 0], 7301))),
+                ..Settings::default()
+            };
+            change(&mut settings);
+            Config::new(settings).map(|config| config.tls_files().unwrap())
+        };
+        let refused = refusal(|s| s.tls_client_ca = path()).unwrap();
+        assert!(
+            refused.starts_with("--tls-client-ca is for TLS"),
+            "{refused}"
+        );
+        let refused = refusal(|s| (s.tls_cert, s.tls_key) = (path(), path())).unwrap();
+        assert!(refused.starts_with("--tls-cert is for TLS"), "{refused}");
+        let refused = refusal(|s| (s.tls_listen, s.tls_cert) = (listen, path())).unwrap();
+        assert!(refused.contains("belong together"), "{refused}");
+        let usual = files(|_| {}).unwrap();
+        assert_eq!(usual.cert, Path::new("./fieldgate-data/tls/server.pem"));
+        assert_eq!(usual.key, Path::new("./fieldgate-data/tls/server.key"));
+        let given =
+            files(|s| (s.tls_cert, s.tls_key) = (Some("c".into()), Some("k".into()))).unwrap();
+        assert_eq!((given.cert, given.key), ("c".into(), "k".into()));
+        assert!(
+            Config::new(Settings::default())
+                .unwrap()
+                .tls_files()
+                .is_none()
+        );
     }
 
     #[test]

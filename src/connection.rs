@@ -13,24 +13,26 @@ use std::time::Duration;
 use bytes::BytesMut;
 use fieldgate_protocol::auth::NONCE_BYTES;
 use fieldgate_protocol::error::Code;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
-use tokio::net::TcpStream;
-use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, Sleep, sleep_until, timeout};
+use tokio::io::Interest;
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 use tokio_util::codec::Decoder;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::SystemClock;
 use crate::codec::{CodecError, FrameCodec};
+use crate::entrance::Visit;
 use crate::ingest::{IngestQueue, STORE_RETRY_AFTER_MS, Turn};
 use crate::mailbox::{Mail, Mailbox};
 use crate::registry::Registry;
+use crate::session::handshake::Secured;
 use crate::session::{Close, Session, SessionSettings, Submission};
+use crate::socket::Socket;
+use crate::tls;
 
-/// What is read at once.
+/// What is read at once from a device.
 const READ_BYTES: usize = 16 * 1024;
-/// A peer that lets more than this pile up does not read what it is told (R66).
-const OUTBOUND_BYTES_MAX: usize = 16 * 1024;
+/// What is read at once from a peer that has not proved yet that it is one.
+const STRANGER_READ_BYTES: usize = 1024;
 /// How long a peer may take to read the last words and close.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// When there is no deadline: far enough to never matter.
@@ -50,8 +52,8 @@ pub struct Shared {
 
 /// A connection.
 pub struct Connection {
-    socket: TcpStream,
-    peer: SocketAddr,
+    socket: Socket,
+    visit: Visit,
     session: Session,
     mailbox: Arc<Mailbox>,
     /// Received and not taken in yet; holds no memory while the peer is idle.
@@ -66,23 +68,23 @@ impl Connection {
     /// One that has just been accepted.
     ///
     /// # Errors
-    /// The socket takes no options, or the system gives no random numbers.
+    /// The system gives no random numbers.
     pub fn new(
-        socket: TcpStream,
+        socket: Socket,
         peer: SocketAddr,
+        visit: Visit,
+        mailbox: Arc<Mailbox>,
         shared: Arc<Shared>,
         queue: IngestQueue,
     ) -> std::io::Result<Connection> {
-        // ACKs are small and must not wait for each other.
-        socket.set_nodelay(true)?;
         let mut nonce = [0; NONCE_BYTES];
         getrandom::fill(&mut nonce).map_err(std::io::Error::other)?;
         let settings = Arc::clone(&shared.settings);
         Ok(Connection {
             socket,
-            peer,
+            visit,
             session: Session::new(settings, peer, nonce, shared.clock.now()),
-            mailbox: Arc::default(),
+            mailbox,
             input: BytesMut::new(),
             waiting: None,
             queue,
@@ -90,7 +92,7 @@ impl Connection {
         })
     }
 
-    /// Serves it until it ends, and then lets go of `permit`.
+    /// Serves it until it ends.
     ///
     /// The future is what a connection costs while nothing happens. It holds the connection once, and
     /// what is needed only at the end gets a box of its own.
@@ -98,14 +100,10 @@ impl Connection {
         clippy::manual_async_fn,
         reason = "an async fn would hold `self` twice"
     )]
-    pub fn serve(
-        mut self,
-        permit: OwnedSemaphorePermit,
-    ) -> impl Future<Output = ()> + Send + 'static {
+    pub fn serve(mut self) -> impl Future<Output = ()> + Send + 'static {
         async move {
             self.run().await;
             Box::pin(self.finish()).await;
-            drop(permit);
         }
     }
 
@@ -129,7 +127,11 @@ impl Connection {
                     Ok(_) => {}
                     Err(error) => self.lose(&error),
                 },
-                () = timer.as_mut() => self.session.handle_timeout(self.shared.clock.now()),
+                () = timer.as_mut() => {
+                    self.session.handle_timeout(self.shared.clock.now());
+                    // It may have had to wait for its rate.
+                    self.take_frames(None);
+                }
                 () = drain.cancelled(), if !self.session.is_leaving() => self.session.handle_drain(),
             }
             self.write();
@@ -139,7 +141,7 @@ impl Connection {
     /// What of the socket is waited for.
     fn interest(&mut self) -> Option<Interest> {
         let reads = self.waiting.is_none() && self.session.wants_input();
-        let writes = !self.session.outbound().bytes().is_empty();
+        let writes = self.socket.wants_write() || !self.session.outbound().bytes().is_empty();
         match (reads, writes) {
             (true, true) => Some(Interest::READABLE | Interest::WRITABLE),
             (true, false) => Some(Interest::READABLE),
@@ -166,8 +168,18 @@ impl Connection {
     }
 
     fn read(&mut self) {
-        self.input.reserve(READ_BYTES);
-        match self.socket.try_read_buf(&mut self.input) {
+        let bytes_max = match self.session.device() {
+            Some(_) => READ_BYTES,
+            None => STRANGER_READ_BYTES,
+        };
+        let result = self.socket.try_read(&mut self.input, bytes_max);
+        if let Some(channel) = self.socket.take_channel() {
+            self.session.handle_secured(Secured {
+                binding: channel.binding,
+                names: channel.certificate.as_ref().map(tls::names),
+            });
+        }
+        match result {
             Ok(0) => self.session.handle_end_of_input(),
             Ok(_) => self.take_frames(None),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
@@ -205,6 +217,7 @@ impl Connection {
 
     fn submit(&mut self, submission: Submission, turn: Option<&mut Turn>) {
         if let Submission::Login(login) = &submission {
+            self.visit.prove();
             self.queue.take_lane_of(&login.device);
         }
         if let Some(submission) = self.queue.try_submit(submission, &self.mailbox, turn) {
@@ -248,7 +261,10 @@ impl Connection {
                 Err(error) => return self.lose(&error),
             }
         }
-        if outbound.bytes().len() > OUTBOUND_BYTES_MAX {
+        if let Err(error) = self.socket.try_flush() {
+            return self.lose(&error);
+        }
+        if outbound.bytes().len() > self.shared.settings.outbound_bytes_max {
             self.session
                 .handle_loss("peer does not read what it is told");
         }
@@ -268,9 +284,14 @@ impl Connection {
             self.shared.registry.leave(device, &self.mailbox);
         }
         if let Some(close) = self.session.closed() {
-            log_close(self.peer, close);
-            if close.code.is_some() {
-                let _ = timeout(FAREWELL, self.say_farewell()).await;
+            self.log(close);
+            if close.code == Some(Code::Authentication) {
+                let now = self.shared.clock.now();
+                sleep(self.visit.fail(now.mono_us)).await;
+            }
+            match close.code {
+                Some(_) => drop(timeout(FAREWELL, self.say_farewell()).await),
+                None => self.socket.try_end(),
             }
         }
         drop(self.socket);
@@ -286,22 +307,23 @@ impl Connection {
             .write_all(self.session.outbound().bytes())
             .await?;
         self.socket.shutdown().await?;
-        self.input.clear();
-        while self.socket.read_buf(&mut self.input).await? > 0 {
-            self.input.clear();
-        }
-        Ok(())
+        self.socket.wait_for_end().await
     }
-}
 
-/// A client that vanishes is nothing to worry about; one that is refused is for the operator to see.
-fn log_close(peer: SocketAddr, close: &Close) {
-    let detail = &close.detail;
-    match close.code {
-        Some(code) if code >= Code::Protocol => {
-            tracing::info!(%peer, code = code as u8, %detail, "connection refused");
+    /// A client that vanishes is nothing to worry about; one that is refused is for the operator to see,
+    /// but not as often as it likes.
+    fn log(&self, close: &Close) {
+        let (peer, detail) = (self.session.peer(), &close.detail);
+        match close.code {
+            Some(code) if code >= Code::Protocol => {
+                let now = self.shared.clock.now();
+                let may_log = self.visit.entrance().may_log(peer.ip(), now.mono_us);
+                if let Some(not_logged) = may_log {
+                    tracing::info!(%peer, code = code as u8, %detail, not_logged, "connection refused");
+                }
+            }
+            Some(code) => tracing::debug!(%peer, code = code as u8, %detail, "connection closed"),
+            None => tracing::debug!(%peer, %detail, "connection closed"),
         }
-        Some(code) => tracing::debug!(%peer, code = code as u8, %detail, "connection closed"),
-        None => tracing::debug!(%peer, %detail, "connection closed"),
     }
 }

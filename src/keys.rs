@@ -1,4 +1,5 @@
-//! The fleet key, from which every device's own key derives, and the directory it lives in.
+//! The fleet key, from which every device's own key derives, and the directory it lives in; and how any
+//! file is opened that only this user may touch.
 //!
 //! Deriving is the protocol's business. Unix only: the secrecy of the file rests on its mode.
 //!
@@ -68,13 +69,8 @@ pub enum KeyError {
         source: io::Error,
     },
     /// Whoever could read the key may have it.
-    #[error("{0} has mode {mode:04o}: {1} can {2} it; run chmod 600 {0}", path.display(), whom(*mode), what(*mode))]
-    Exposed {
-        /// Which.
-        path: PathBuf,
-        /// Its mode.
-        mode: u32,
-    },
+    #[error(transparent)]
+    Exposed(Exposed),
     /// Not 64 digits.
     #[error(
         "{} holds {digits} characters; a fleet key is {KEY_DIGITS} hexadecimal digits",
@@ -98,6 +94,50 @@ pub enum KeyError {
     /// The system gives no randomness.
     #[error("the system gives no random numbers to make a fleet key of: {0}")]
     Random(#[from] getrandom::Error),
+}
+
+/// A secret that others than its user can touch.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} has mode {mode:04o}: {1} can {2} it; run chmod 600 {0}", path.display(), whom(*mode), what(*mode))]
+pub struct Exposed {
+    /// Which file.
+    path: PathBuf,
+    /// Its mode.
+    mode: u32,
+}
+
+/// Why a secret cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SecretError {
+    /// The file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// The system's word.
+        source: io::Error,
+    },
+    /// Whoever could read it may have it.
+    #[error(transparent)]
+    Exposed(Exposed),
+}
+
+/// Opens a file for reading that nobody but its user may read or write.
+///
+/// # Errors
+/// It cannot be read, or others could, too.
+pub fn open_secret(path: &Path) -> Result<File, SecretError> {
+    let read = |source| SecretError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let file = File::open(path).map_err(read)?;
+    let mode = file.metadata().map_err(read)?.permissions().mode() & 0o7777;
+    if mode & FOREIGN_ACCESS != 0 {
+        let path = path.to_owned();
+        return Err(SecretError::Exposed(Exposed { path, mode }));
+    }
+    Ok(file)
 }
 
 impl FleetKey {
@@ -132,12 +172,10 @@ impl FleetKey {
             path: path.to_owned(),
             source,
         };
-        let file = File::open(path).map_err(read)?;
-        let mode = file.metadata().map_err(read)?.permissions().mode() & 0o7777;
-        if mode & FOREIGN_ACCESS != 0 {
-            let path = path.to_owned();
-            return Err(KeyError::Exposed { path, mode });
-        }
+        let file = open_secret(path).map_err(|error| match error {
+            SecretError::Read { source, .. } => read(source),
+            SecretError::Exposed(exposed) => KeyError::Exposed(exposed),
+        })?;
         let mut text = Vec::new();
         // More than a key, so that too long a file is seen, and not whatever the file holds.
         file.take(4 * KEY_DIGITS as u64)
@@ -193,14 +231,22 @@ impl FleetKey {
             text.push_str(&format!("{byte:02x}"));
         }
         text.push('\n');
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(path)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()
+        write_secret(path, &text)
     }
+}
+
+/// Makes a file that nobody but this user may read or write, durably.
+///
+/// # Errors
+/// It is there already, or cannot be written.
+pub fn write_secret(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
 }
 
 impl fmt::Debug for FleetKey {

@@ -8,12 +8,17 @@ pub mod clock;
 pub mod codec;
 pub mod config;
 pub mod connection;
+pub mod descriptors;
+pub mod entrance;
 pub mod ingest;
 pub mod keys;
 pub mod mailbox;
+pub mod rate;
 pub mod registry;
 pub mod server;
 pub mod session;
 #[cfg(test)]
 mod simulation;
+pub mod socket;
 pub mod store;
+pub mod tls;

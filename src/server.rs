@@ -1,11 +1,11 @@
-//! The running gateway: its listener, a task for each connection, the ingest task, and the drain.
+//! The running gateway: its listeners, a task for each connection, the ingest task, and the drain.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -14,10 +14,13 @@ use tokio_util::task::TaskTracker;
 use crate::batcher::BatchLimits;
 use crate::clock::SystemClock;
 use crate::connection::{Connection, Shared};
+use crate::entrance::{Entrance, EntranceLimits};
 use crate::ingest::{self, IngestQueue, QueueLimits};
 use crate::registry::Registry;
 use crate::session::SessionSettings;
+use crate::socket::Socket;
 use crate::store::{Store, StoreError};
+use crate::tls::Tls;
 
 /// After accept failed (descriptors run out, mostly): long enough for some to come free.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
@@ -31,8 +34,8 @@ pub struct ServerSettings {
     pub batch: BatchLimits,
     /// For the queue.
     pub queue: QueueLimits,
-    /// Connections at once; further ones wait to be accepted.
-    pub connections_max: usize,
+    /// For those who connect.
+    pub entrance: EntranceLimits,
     /// How long a drain may take.
     pub drain_timeout: Duration,
 }
@@ -53,10 +56,28 @@ pub enum ServeError {
     DrainTimeout,
 }
 
-/// Serves `listener` until `drain` is cancelled, then answers what was taken in and ends. `stores` are
+/// Where devices connect.
+#[derive(Debug)]
+pub struct Listeners {
+    /// In plain text.
+    pub plain: TcpListener,
+    /// Through TLS.
+    pub tls: Option<TlsListener>,
+}
+
+/// Where devices connect through TLS.
+#[derive(Debug)]
+pub struct TlsListener {
+    /// The socket.
+    pub listener: TcpListener,
+    /// What each connection begins with.
+    pub tls: Arc<Tls>,
+}
+
+/// Serves `listeners` until `drain` is cancelled, then answers what was taken in and ends. `stores` are
 /// the ways into one store that can be used at once.
 pub async fn serve<S: Store>(
-    listener: TcpListener,
+    listeners: Listeners,
     stores: Vec<S>,
     settings: ServerSettings,
     drain: CancellationToken,
@@ -76,12 +97,12 @@ pub async fn serve<S: Store>(
     });
     let connections = TaskTracker::new();
     tokio::select! {
-        () = accept(&listener, settings.connections_max, &connections, &shared, &queue) => {}
+        () = accept(&listeners, settings.entrance, &connections, &shared, &queue) => {}
         () = drain.cancelled() => {}
         // While there is a queue, a lane ends only by failing.
         ended = all_ended(&mut ingest) => return ended,
     }
-    drop(listener);
+    drop(listeners);
     drop(queue);
     connections.close();
     let drained = async {
@@ -103,34 +124,64 @@ async fn all_ended(ingest: &mut JoinSet<Result<(), StoreError>>) -> Result<(), S
     Ok(())
 }
 
-/// Takes connections in for ever, each under a permit that was had before.
+/// Takes connections in for ever, each when there is room for it.
 async fn accept(
-    listener: &TcpListener,
-    connections_max: usize,
+    listeners: &Listeners,
+    limits: EntranceLimits,
     connections: &TaskTracker,
     shared: &Arc<Shared>,
     queue: &IngestQueue,
 ) {
-    let permits = Arc::new(Semaphore::new(connections_max));
+    let entrance = Arc::new(Entrance::new(limits));
     loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
-            return;
+        entrance.has_room(&shared.clock).await;
+        let (tcp, peer, tls) = accept_one(listeners).await;
+        let now = shared.clock.now();
+        let mailbox = Arc::default();
+        let Some(visit) = entrance.admit(peer.ip(), &mailbox, now.mono_us) else {
+            if let Some(not_logged) = entrance.may_log(peer.ip(), now.mono_us) {
+                tracing::info!(%peer, not_logged, "connection closed: too many from its address");
+            }
+            continue;
         };
-        let (socket, peer) = accept_one(listener).await;
-        match Connection::new(socket, peer, Arc::clone(shared), queue.clone()) {
+        let connection = socket(tcp, tls).and_then(|socket| {
+            Connection::new(
+                socket,
+                peer,
+                visit,
+                mailbox,
+                Arc::clone(shared),
+                queue.clone(),
+            )
+        });
+        match connection {
             Ok(connection) => {
-                connections.spawn(connection.serve(permit));
+                connections.spawn(connection.serve());
             }
             Err(error) => tracing::debug!(%peer, %error, "connection not served"),
         }
     }
 }
 
-async fn accept_one(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+fn socket(tcp: TcpStream, tls: Option<&Tls>) -> io::Result<Socket> {
+    // ACKs are small and must not wait for each other.
+    tcp.set_nodelay(true)?;
+    Ok(match tls {
+        Some(tls) => Socket::tls(tcp, tls.connection()?),
+        None => Socket::plain(tcp),
+    })
+}
+
+/// The next connection of any listener, and what it is to be served with if it is not in plain text.
+async fn accept_one(listeners: &Listeners) -> (TcpStream, SocketAddr, Option<&Tls>) {
     let mut is_failing = false;
     loop {
-        match listener.accept().await {
-            Ok(accepted) => return accepted,
+        let (accepted, tls) = tokio::select! {
+            accepted = listeners.plain.accept() => (accepted, None),
+            (accepted, tls) = accept_tls(listeners.tls.as_ref()) => (accepted, Some(tls)),
+        };
+        match accepted {
+            Ok((tcp, peer)) => return (tcp, peer, tls),
             Err(error) => {
                 if !is_failing {
                     tracing::warn!(%error, "cannot accept connections; trying again");
@@ -139,5 +190,13 @@ async fn accept_one(listener: &TcpListener) -> (TcpStream, SocketAddr) {
                 sleep(ACCEPT_RETRY).await;
             }
         }
+    }
+}
+
+/// Waits for ever if there is no such listener.
+async fn accept_tls(listener: Option<&TlsListener>) -> (io::Result<(TcpStream, SocketAddr)>, &Tls) {
+    match listener {
+        Some(TlsListener { listener, tls }) => (listener.accept().await, tls),
+        None => std::future::pending().await,
     }
 }

@@ -26,7 +26,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Send readings as a fleet of devices, and report how the gateway did
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Prove that all readings acked in a run are in the store, once and unchanged; exit 0 only then
     Verify(VerifyArgs),
     /// Measure the limit of this machine, and how near the gateway comes to it
@@ -129,6 +129,30 @@ pub struct RunArgs {
           value_parser = name_prefix)]
     pub name_prefix: String,
 
+    /// Go through TLS; --gateway must be the host and port of its --tls-listen then [default: no]
+    #[arg(long, env = "FIELDGATE_SIM_TLS")]
+    pub tls: bool,
+
+    /// PEM file with what the gateway's certificate leads to
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "FIELDGATE_SIM_CA",
+        requires = "tls",
+        default_value = "fieldgate-data/tls/ca.pem"
+    )]
+    pub ca: PathBuf,
+
+    /// Directory with NAME.pem and NAME.key for each device, for a gateway that asks for certificates
+    /// [default: no certificate is shown]
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "FIELDGATE_SIM_IDENTITIES",
+        requires = "tls"
+    )]
+    pub identities: Option<PathBuf>,
+
     /// Which time the devices know
     #[arg(long, value_name = "CLOCK", env = "FIELDGATE_SIM_CLOCK", value_enum,
           default_value_t = Clock::Utc)]
@@ -188,6 +212,10 @@ pub struct RunOptions {
     pub gateway: String,
     /// File with the fleet key.
     pub key_file: PathBuf,
+    /// What the gateway's certificate leads to; `None` without TLS.
+    pub ca: Option<PathBuf>,
+    /// Where the devices' own certificates are.
+    pub identities: Option<PathBuf>,
     /// When to stop, if the plan itself does not end.
     pub duration: Option<Duration>,
     /// Most frames of a device in flight.
@@ -239,6 +267,8 @@ impl RunArgs {
         RunOptions {
             gateway: self.gateway.clone(),
             key_file: self.key_file.clone(),
+            ca: self.tls.then(|| self.ca.clone()),
+            identities: self.identities.clone(),
             duration: self.duration.or(endless.then_some(DURATION_DEFAULT)),
             window: self.window,
             journal: self.journal.clone(),

@@ -13,7 +13,7 @@ fn parse(line: &str) -> Result<Command, String> {
 
 fn run(line: &str) -> RunArgs {
     match parse(&format!("run {line}")) {
-        Ok(Command::Run(args)) => args,
+        Ok(Command::Run(args)) => *args,
         other => panic!("{other:?}"),
     }
 }

@@ -1,9 +1,6 @@
-//! How many files and sockets this process may have open at once.
-//!
-//! A shell usually lets a program have 1,024, and lets it ask for more. Programs that are started
-//! afterwards inherit what was asked for.
+//! Whether this process may have as many sockets open at once as a fleet needs.
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use fieldgate::descriptors::raise;
 
 /// What a process needs besides the sockets of its devices.
 const OTHERS: u64 = 64;
@@ -22,13 +19,7 @@ pub struct TooFew {
 
 /// Asks for as many as there can be, which must suffice for this many devices.
 pub fn raise_for(devices: u32) -> Result<(), TooFew> {
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: maximum,
-        maximum,
-    };
-    let is_raised = current == maximum || setrlimit(Resource::Nofile, raised).is_ok();
-    check(devices, if is_raised { maximum } else { current })
+    check(devices, raise())
 }
 
 /// `None` is no limit.
@@ -57,12 +48,5 @@ mod tests {
             told.contains("ulimit -Hn") && told.contains("10 devices need 74"),
             "{told}"
         );
-    }
-
-    #[test]
-    fn the_soft_limit_is_raised_to_the_hard_one() {
-        raise_for(1).unwrap();
-        let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-        assert_eq!(current, maximum);
     }
 }

@@ -16,7 +16,7 @@ use fieldgate::keys::FleetKey;
 use fieldgate::store::url;
 use fieldgate_simulator::args::{BenchArgs, Cli, Command, RunArgs, RunOptions, VerifyArgs};
 use fieldgate_simulator::bench;
-use fieldgate_simulator::fleet::{self, Counters, FleetError, Terms};
+use fieldgate_simulator::fleet::{self, Counters, FleetError, FleetTls, Terms};
 use fieldgate_simulator::journal::{Journal, Ledger};
 use fieldgate_simulator::plan::Script;
 use fieldgate_simulator::progress::{self, Progress};
@@ -88,8 +88,17 @@ async fn terms(options: &RunOptions) -> anyhow::Result<Terms> {
         .with_context(|| format!("cannot look up {}", options.gateway))?
         .next()
         .with_context(|| format!("{} has no address", options.gateway))?;
+    let host = options
+        .gateway
+        .rsplit_once(':')
+        .map_or("", |(host, _)| host);
+    let tls = match &options.ca {
+        Some(ca) => Some(FleetTls::new(host, ca, options.identities.as_deref())?),
+        None => None,
+    };
     Ok(Terms {
         gateway,
+        tls,
         fleet_key,
         duration: options.duration,
         window_frames: u64::from(options.window),

@@ -18,6 +18,7 @@ mod serve;
 mod settings_file;
 mod statement;
 mod status;
+mod tls;
 mod value;
 
 use std::ffi::OsString;
@@ -32,6 +33,7 @@ use fieldgate::store::reader::{OpenError, ReadError};
 use fieldgate::store::spool::SpoolError;
 use fieldgate::store::url::{StoreUrl, without_password};
 use fieldgate::store::{postgres, sqlite};
+use fieldgate::tls::TlsError;
 
 use self::settings_file::FileError;
 
@@ -90,7 +92,7 @@ pub enum LogFormat {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the gateway; the first run makes the data directory, the database and the fleet key
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     /// Run one SQL statement that reads, also beside a running gateway
     Query(query::QueryArgs),
     /// Look at devices
@@ -99,6 +101,9 @@ enum Command {
     /// Look at frames that arrived whole and could not be understood
     #[command(subcommand)]
     Quarantine(quarantine::QuarantineCommand),
+    /// Make certificates of your own, to try TLS with or for a closed network
+    #[command(subcommand)]
+    Tls(tls::TlsCommand),
     /// Create the store's tables or bring them up to date, then exit; the gateway must not run
     Migrate,
     /// Show what is stored, in one screen
@@ -123,6 +128,9 @@ pub enum Error {
     /// No fleet key.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// No TLS.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The store cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -267,6 +275,7 @@ impl Cli {
             Command::Query(args) => query::query(&store, &args).await,
             Command::Device(command) => device::device(&store, &command).await,
             Command::Quarantine(command) => quarantine::quarantine(&store, &command).await,
+            Command::Tls(command) => tls::tls(&self.global.data_dir, &command),
             Command::Migrate => migrate::migrate(&self.global.data_dir, &store).await,
             Command::Status => status::status(&store, &self.global.data_dir).await,
         }

@@ -2,28 +2,36 @@
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
 use clap::builder::BoolishValueParser;
 use fieldgate::batcher::BatchLimits;
 use fieldgate::config::{Config, Settings};
+use fieldgate::descriptors;
+use fieldgate::entrance::EntranceLimits;
 use fieldgate::ingest::QueueLimits;
 use fieldgate::keys::{FleetKey, KEY_FILE, Origin};
-use fieldgate::server::{self, ServerSettings};
+use fieldgate::rate::Rate;
+use fieldgate::server::{self, Listeners, ServerSettings, TlsListener};
 use fieldgate::session::SessionSettings;
 use fieldgate::store::Store;
 use fieldgate::store::postgres::{PostgresSettings, PostgresStore};
 use fieldgate::store::spool::{self, SpoolStore};
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
+use fieldgate::tls::Tls;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::{Error, GlobalArgs, output};
 
 const SECOND_US: u64 = 1_000_000;
+/// Open files besides those of connections: listeners, the store, the log.
+const OTHER_FILES: u64 = 64;
 
 #[derive(Args, Debug)]
 pub struct ServeArgs {
@@ -37,10 +45,76 @@ pub struct ServeArgs {
     #[arg(long, value_parser = BoolishValueParser::new())]
     allow_plaintext: bool,
 
+    /// Address and port where devices connect through TLS, also from other machines [default: none].
+    /// `fieldgate tls init` makes a certificate to try it with
+    #[arg(long, value_name = "IP:PORT")]
+    tls_listen: Option<SocketAddr>,
+
+    /// PEM file with the gateway's certificate and those that lead to one that devices know [default:
+    /// tls/server.pem in the data directory]. It is loaded again when it changes, and on SIGHUP
+    #[arg(long, value_name = "FILE")]
+    tls_cert: Option<PathBuf>,
+
+    /// PEM file with the certificate's key, of mode 0600 [default: tls/server.key in the data directory]
+    #[arg(long, value_name = "FILE")]
+    tls_key: Option<PathBuf>,
+
+    /// PEM file with the certificates of those who sign the devices'. With it a device must show a
+    /// certificate with its own name, besides knowing its key [default: no certificate is asked for]
+    #[arg(long, value_name = "FILE")]
+    tls_client_ca: Option<PathBuf>,
+
+    /// Bytes that a TLS record from the gateway holds at most, 64 to 16384. Lower it for devices with
+    /// less room to receive; few of the gateway's frames are longer than 100 bytes
+    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().tls_record_bytes_max)]
+    tls_record_bytes_max: usize,
+
     /// Connections at once; further ones wait. Raise it for a larger fleet, together with the limit
     /// of open files (ulimit -n)
     #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().connections_max)]
     connections_max: usize,
+
+    /// Of those, from one IPv4 address or IPv6 network (/64); further ones are closed. Raise it if more
+    /// devices share one, such as behind NAT or a proxy
+    #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().connections_per_address_max)]
+    connections_per_address_max: usize,
+
+    /// Connections at once that have not proved a key yet. When there are more, new ones wait for a second
+    /// at most, and then the oldest is closed
+    #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().handshakes_max)]
+    handshakes_max: usize,
+
+    /// Connections accepted in a second; further ones wait. Lower it on a slow machine, where a whole
+    /// fleet that comes back would take all of it
+    #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().accepts_per_s_max)]
+    accepts_per_s_max: u64,
+
+    /// Milliseconds that the answer to a failed authentication may wait. It waits longer with each failure
+    /// from one address; whoever proves a key waits for nothing
+    #[arg(long, value_name = "MS", default_value_t = Settings::default().failure_delay_max_ms)]
+    failure_delay_max_ms: u64,
+
+    /// Bytes that a peer may send before it has proved its key, at least 1024
+    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().stranger_bytes_max)]
+    stranger_bytes_max: usize,
+
+    /// Bytes that may wait for a peer that does not read them; beyond that it is cut off
+    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().outbound_bytes_max)]
+    outbound_bytes_max: usize,
+
+    /// Lines of the log that tell of refused connections from one address in a minute
+    #[arg(long, value_name = "LINES", default_value_t = Settings::default().log_lines_per_address_max)]
+    log_lines_per_address_max: u32,
+
+    /// Readings that a device may send in a second, in the long run. More are not refused: they are read
+    /// later. Lower it so that a single device cannot take what others need
+    #[arg(long, value_name = "READINGS", default_value_t = Settings::default().device_readings_per_s)]
+    device_readings_per_s: u64,
+
+    /// Readings that a device may send at once after a pause, beyond that rate. Raise it for devices that
+    /// bring a large backlog
+    #[arg(long, value_name = "READINGS", default_value_t = Settings::default().device_readings_burst)]
+    device_readings_burst: u64,
 
     /// Seconds from a connection's first byte to the end of its handshake. Raise it for links of many
     /// seconds' delay
@@ -139,7 +213,21 @@ impl ServeArgs {
             store: global.store,
             listen: self.listen,
             allow_plaintext: self.allow_plaintext,
+            tls_listen: self.tls_listen,
+            tls_cert: self.tls_cert,
+            tls_key: self.tls_key,
+            tls_client_ca: self.tls_client_ca,
+            tls_record_bytes_max: self.tls_record_bytes_max,
             connections_max: self.connections_max,
+            connections_per_address_max: self.connections_per_address_max,
+            handshakes_max: self.handshakes_max,
+            accepts_per_s_max: self.accepts_per_s_max,
+            failure_delay_max_ms: self.failure_delay_max_ms,
+            stranger_bytes_max: self.stranger_bytes_max,
+            outbound_bytes_max: self.outbound_bytes_max,
+            log_lines_per_address_max: self.log_lines_per_address_max,
+            device_readings_per_s: self.device_readings_per_s,
+            device_readings_burst: self.device_readings_burst,
             handshake_timeout_s: self.handshake_timeout_s,
             frame_timeout_s: self.frame_timeout_s,
             idle_timeout_s: self.idle_timeout_s,
@@ -197,20 +285,72 @@ async fn serve_into<S: Store>(
     key: &FleetKey,
     origin: Origin,
 ) -> Result<(), Error> {
-    let listener = TcpListener::bind(config.listen).await;
-    let listener = listener.map_err(|error| cannot_listen(config.listen, &error))?;
+    let tls = match config.tls_files() {
+        Some(files) if config.tls_cert.is_none() && !files.cert.exists() => {
+            return Err(Error::Failed(format!(
+                "there is no certificate {}; make one to try TLS with by `fieldgate tls init`, or give \
+                 --tls-cert and --tls-key",
+                files.cert.display()
+            )));
+        }
+        Some(files) => Some(Arc::new(Tls::load(files, config.tls_record_bytes_max)?)),
+        None => None,
+    };
+    let listeners = bind(config, tls.as_ref()).await?;
     // Before anybody is told that the gateway is there, and may tell it to leave.
     let drain = CancellationToken::new();
     tokio::spawn(leave_when_told(drain.clone())?);
-    let listen = listener.local_addr().unwrap_or(config.listen);
+    if let Some(tls) = tls {
+        let hangup = listen_to(SignalKind::hangup())?;
+        tokio::spawn(async move { tls.keep_current(hangup).await });
+    }
     // A service may have closed its output; that is no reason not to serve.
-    let _ = announce(config, origin, listen);
+    let _ = announce(config, origin, &listeners);
     if config.allow_plaintext {
+        let listen = config.listen;
         tracing::warn!(%listen, "what devices send to this address is not encrypted");
     }
-    server::serve(listener, stores, server_settings(config, key), drain)
+    let mut settings = server_settings(config, key);
+    settings.entrance.connections_max = connections_within_limit(config.connections_max);
+    server::serve(listeners, stores, settings, drain)
         .await
         .map_err(|error| Error::Failed(error.to_string()))
+}
+
+/// As many connections as there can be open files: one too many would be refused at random, and the store
+/// might be the one.
+fn connections_within_limit(wanted: usize) -> usize {
+    let Some(open_files) = descriptors::raise() else {
+        return wanted;
+    };
+    let fitting = open_files.saturating_sub(OTHER_FILES).max(1) as usize;
+    if fitting < wanted {
+        tracing::warn!(
+            connections = fitting,
+            connections_max = wanted,
+            open_files,
+            "fewer connections at once than --connections-max, because of the limit of open files; see ulimit -n"
+        );
+    }
+    wanted.min(fitting)
+}
+
+async fn bind(config: &Config, tls: Option<&Arc<Tls>>) -> Result<Listeners, Error> {
+    let bind = async |flag, listen| {
+        let listener = TcpListener::bind(listen).await;
+        listener.map_err(|error| cannot_listen(flag, listen, &error))
+    };
+    let tls = match (config.tls_listen, tls) {
+        (Some(listen), Some(tls)) => Some(TlsListener {
+            listener: bind("--tls-listen", listen).await?,
+            tls: Arc::clone(tls),
+        }),
+        _ => None,
+    };
+    Ok(Listeners {
+        plain: bind("--listen", config.listen).await?,
+        tls,
+    })
 }
 
 fn sqlite_settings(config: &Config) -> SqliteSettings {
@@ -244,6 +384,12 @@ fn server_settings(config: &Config, key: &FleetKey) -> ServerSettings {
             idle_timeout_us: config.idle_timeout_s * SECOND_US,
             keepalive_s: config.keepalive_s,
             ack_timeout_s: config.ack_timeout_s,
+            stranger_bytes_max: config.stranger_bytes_max,
+            device_readings: Rate {
+                per_s: config.device_readings_per_s,
+                burst: config.device_readings_burst,
+            },
+            outbound_bytes_max: config.outbound_bytes_max,
         },
         batch: BatchLimits {
             readings_max: config.batch_readings_max,
@@ -255,23 +401,30 @@ fn server_settings(config: &Config, key: &FleetKey) -> ServerSettings {
             readings_max: config.queue_readings_max,
             bytes_max: config.queue_bytes_max,
         },
-        connections_max: config.connections_max,
+        entrance: EntranceLimits {
+            connections_max: config.connections_max,
+            connections_per_address_max: config.connections_per_address_max,
+            handshakes_max: config.handshakes_max,
+            accepts_per_s_max: config.accepts_per_s_max,
+            failure_delay_max: Duration::from_millis(config.failure_delay_max_ms),
+            log_lines_per_address_max: config.log_lines_per_address_max,
+        },
         drain_timeout: Duration::from_secs(config.drain_timeout_s),
     }
 }
 
-fn cannot_listen(listen: SocketAddr, error: &io::Error) -> Error {
+fn cannot_listen(flag: &str, listen: SocketAddr, error: &io::Error) -> Error {
     let mend = match error.kind() {
-        io::ErrorKind::AddrInUse => "stop what uses that port, or give another --listen",
+        io::ErrorKind::AddrInUse => format!("stop what uses that port, or give another {flag}"),
         io::ErrorKind::PermissionDenied => {
-            "ports below 1024 take privileges; give another --listen"
+            format!("ports below 1024 take privileges; give another {flag}")
         }
-        _ => "give an address of this machine as --listen",
+        _ => format!("give an address of this machine as {flag}"),
     };
     Error::Failed(format!("cannot listen on {listen}: {error}; {mend}"))
 }
 
-fn announce(config: &Config, origin: Origin, listen: SocketAddr) -> io::Result<()> {
+fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io::Result<()> {
     let made = match origin {
         Origin::Created => " (made now; devices need it, or keys derived from it)",
         Origin::Loaded => "",
@@ -287,17 +440,17 @@ fn announce(config: &Config, origin: Origin, listen: SocketAddr) -> io::Result<(
         writeln!(out, "spool           {}", config.spool_path().display())?;
     }
     writeln!(out, "fleet key       {}{made}", key_file.display())?;
-    writeln!(out, "listening on    {listen}")?;
+    writeln!(out, "listening on    {}", listeners.plain.local_addr()?)?;
+    if let Some(TlsListener { listener, .. }) = &listeners.tls {
+        writeln!(out, "TLS on          {}", listener.local_addr()?)?;
+    }
     out.flush()
 }
 
 /// Starts the drain at the first Ctrl-C or SIGTERM, and ends the process at the second.
 fn leave_when_told(drain: CancellationToken) -> Result<impl Future<Output = ()>, Error> {
-    let listen = |kind| {
-        signal(kind).map_err(|error| Error::Failed(format!("cannot listen to signals: {error}")))
-    };
-    let mut interrupt = listen(SignalKind::interrupt())?;
-    let mut terminate = listen(SignalKind::terminate())?;
+    let mut interrupt = listen_to(SignalKind::interrupt())?;
+    let mut terminate = listen_to(SignalKind::terminate())?;
     Ok(async move {
         tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
         tracing::info!("leaving: answering what was taken in; a second signal ends at once");
@@ -306,4 +459,8 @@ fn leave_when_told(drain: CancellationToken) -> Result<impl Future<Output = ()>,
         tracing::warn!("left without answering; devices send again what was not acknowledged");
         std::process::exit(1);
     })
+}
+
+fn listen_to(kind: SignalKind) -> Result<Signal, Error> {
+    signal(kind).map_err(|error| Error::Failed(format!("cannot listen to signals: {error}")))
 }

@@ -18,6 +18,15 @@ use super::{Close, SessionSettings};
 use crate::clock::{BootClock, Now};
 use crate::store::{Login, LoginOutcome};
 
+/// What TLS says of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Secured {
+    /// The channel binding (R34).
+    pub binding: [u8; KEY_BYTES],
+    /// The names in the certificate that the peer has shown; `None` if it was not asked for one.
+    pub names: Option<Vec<String>>,
+}
+
 /// Nothing is known of the peer.
 pub(super) struct AwaitHello {
     pub nonce: [u8; NONCE_BYTES],
@@ -77,15 +86,19 @@ impl AwaitAuth {
         &mut self,
         frame: &Frame<'_>,
         peer: SocketAddr,
+        secured: Option<&Secured>,
         now: Now,
     ) -> Result<(AwaitAdmission, Login), Close> {
         let auth: Auth<'_> = expect(frame)?;
         let payload = frame.payload();
         self.transcript.add(&payload[..payload.len() - KEY_BYTES]);
-        if !self
+        let binding = secured.map_or(&NO_CHANNEL_BINDING, |secured| &secured.binding);
+        let is_proved = self
             .transcript
-            .verify_device_mac(&self.key, &NO_CHANNEL_BINDING, &auth.mac)
-        {
+            .verify_device_mac(&self.key, binding, &auth.mac);
+        let names = secured.and_then(|secured| secured.names.as_ref());
+        let is_certified = names.is_none_or(|names| names.contains(&self.device));
+        if !is_proved || !is_certified {
             return Err(Close::bye(Code::Authentication, "authentication failed"));
         }
         self.transcript.add(&auth.mac);
@@ -129,6 +142,7 @@ impl AwaitAdmission {
         &mut self,
         outcome: LoginOutcome,
         settings: &SessionSettings,
+        binding: &[u8; KEY_BYTES],
         now: Now,
         outbound: &mut Outbound,
     ) -> Result<Stream, Close> {
@@ -150,13 +164,7 @@ impl AwaitAdmission {
             schema_known: admission.schema.is_some(),
         };
         let transcript = std::mem::take(&mut self.transcript);
-        outbound.welcome(
-            admission.receipt,
-            terms,
-            transcript,
-            &self.key,
-            &NO_CHANNEL_BINDING,
-        );
+        outbound.welcome(admission.receipt, terms, transcript, &self.key, binding);
         Ok(Stream::new(
             self.boot,
             self.peer,

@@ -19,16 +19,17 @@ mod tests;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use fieldgate_protocol::auth::{KEY_BYTES, NONCE_BYTES};
+use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING, NONCE_BYTES};
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{
     DEFAULT_FRAME_BYTES_MAX, Frame, FrameError, HANDSHAKE_FRAME_BYTES_MAX, types,
 };
 
-use self::handshake::{AwaitAdmission, AwaitAuth, AwaitHello};
+use self::handshake::{AwaitAdmission, AwaitAuth, AwaitHello, Secured};
 use self::reply::Outbound;
 use self::stream::Stream;
 use crate::clock::{BootClock, Now};
+use crate::rate::Rate;
 use crate::store::{
     Declare, DeclareOutcome, DeviceEvent, DeviceEventKind, DeviceId, Entry, Login, LoginOutcome,
     Receipt,
@@ -53,6 +54,12 @@ pub struct SessionSettings {
     pub keepalive_s: u16,
     /// Told to devices.
     pub ack_timeout_s: u16,
+    /// Bytes that a peer may send before it has proved its key.
+    pub stranger_bytes_max: usize,
+    /// Readings that a device may send; more are not refused, but read later.
+    pub device_readings: Rate,
+    /// Bytes that may wait for a peer to read them.
+    pub outbound_bytes_max: usize,
 }
 
 impl Default for SessionSettings {
@@ -66,6 +73,12 @@ impl Default for SessionSettings {
             idle_timeout_us: 120_000_000,
             keepalive_s: 40,
             ack_timeout_s: 30,
+            stranger_bytes_max: 4096,
+            device_readings: Rate {
+                per_s: 250_000,
+                burst: 2_000_000,
+            },
+            outbound_bytes_max: 16 * 1024,
         }
     }
 }
@@ -130,9 +143,13 @@ enum State {
 pub struct Session {
     settings: Arc<SessionSettings>,
     peer: SocketAddr,
+    /// What TLS says; in a box, since it is gone after the handshake.
+    secured: Option<Box<Secured>>,
     state: State,
     outbound: Outbound,
     opened_at_us: u64,
+    /// What has come before the device proved its key.
+    stranger_bytes: usize,
     /// When the latest whole frame came.
     heard_at_us: u64,
     /// When the first byte of a frame came whose last is still missing.
@@ -152,13 +169,20 @@ impl Session {
         Session {
             settings,
             peer,
+            secured: None,
             state: State::AwaitHello(AwaitHello { nonce }),
             outbound: Outbound::default(),
             opened_at_us: now.mono_us,
+            stranger_bytes: 0,
             heard_at_us: now.mono_us,
             frame_begun_at_us: None,
             leaving: None,
         }
+    }
+
+    /// The connection is one through TLS, whose handshake has ended.
+    pub fn handle_secured(&mut self, secured: Secured) {
+        self.secured = Some(Box::new(secured));
     }
 
     /// Longest frame that is taken in now; a longer one is refused by its header alone.
@@ -173,7 +197,10 @@ impl Session {
     pub fn wants_input(&self) -> bool {
         match &self.state {
             State::AwaitHello(_) | State::AwaitAuth(_) => true,
-            State::Serving(stream) => self.leaving.is_none() && !stream.awaits_declare(),
+            State::Serving(stream) => {
+                let is_paced = stream.paced_until_us().is_some();
+                self.leaving.is_none() && !stream.awaits_declare() && !is_paced
+            }
             State::AwaitAdmission(_) | State::Closed(..) => false,
         }
     }
@@ -182,12 +209,25 @@ impl Session {
     pub fn handle_frame(&mut self, frame: &Frame<'_>, now: Now) -> Option<Submission> {
         self.heard_at_us = now.mono_us;
         self.frame_begun_at_us = None;
-        let step = if types::is_skippable(frame.header.frame_type) && frame.intact {
-            Ok(None)
-        } else {
-            self.route(frame, now)
+        let step = self.count_strangers_bytes(frame.bytes.len());
+        let step = match step {
+            Ok(()) if types::is_skippable(frame.header.frame_type) && frame.intact => Ok(None),
+            Ok(()) => self.route(frame, now),
+            Err(close) => Err(close),
         };
         self.finish_step(step)
+    }
+
+    /// What comes before WELCOME is two frames, and such as may be passed over.
+    fn count_strangers_bytes(&mut self, frame_bytes: usize) -> Result<(), Close> {
+        if !matches!(self.state, State::AwaitHello(_) | State::AwaitAuth(_)) {
+            return Ok(());
+        }
+        self.stranger_bytes = self.stranger_bytes.saturating_add(frame_bytes);
+        match self.stranger_bytes > self.settings.stranger_bytes_max {
+            true => Err(Close::bye(Code::Authentication, "too much before AUTH")),
+            false => Ok(()),
+        }
     }
 
     fn route(&mut self, frame: &Frame<'_>, now: Now) -> Step {
@@ -198,11 +238,16 @@ impl Session {
                 Ok(None)
             }
             State::AwaitAuth(state) => {
-                let (next, login) = state.handle_frame(frame, self.peer, now)?;
+                let (next, login) =
+                    state.handle_frame(frame, self.peer, self.secured.as_deref(), now)?;
                 self.state = State::AwaitAdmission(Box::new(next));
                 Ok(Some(Submission::Login(login)))
             }
-            State::Serving(stream) => stream.handle_frame(frame, now, &mut self.outbound),
+            State::Serving(stream) => {
+                let step = stream.handle_frame(frame, now, &mut self.outbound)?;
+                stream.pace(&step, self.settings.device_readings, now);
+                Ok(step)
+            }
             State::AwaitAdmission(_) | State::Closed(..) => Ok(None),
         }
     }
@@ -231,7 +276,10 @@ impl Session {
         let State::AwaitAdmission(state) = &mut self.state else {
             return None;
         };
-        let step = match state.handle_outcome(outcome, &self.settings, now, &mut self.outbound) {
+        let secured = self.secured.take();
+        let binding = secured.map_or(NO_CHANNEL_BINDING, |secured| secured.binding);
+        let outbound = &mut self.outbound;
+        let step = match state.handle_outcome(outcome, &self.settings, &binding, now, outbound) {
             Ok(stream) => {
                 let device = stream.device();
                 let peer = self.peer.to_string();
@@ -330,6 +378,13 @@ impl Session {
 
     /// Time has passed.
     pub fn handle_timeout(&mut self, now: Now) {
+        if let State::Serving(stream) = &mut self.state
+            && stream.end_pace(now)
+        {
+            // It was not listened to, so it was not silent.
+            self.heard_at_us = now.mono_us;
+            return;
+        }
         if self
             .poll_deadline()
             .is_some_and(|deadline_us| now.mono_us >= deadline_us)
@@ -347,8 +402,9 @@ impl Session {
     /// nothing happens before.
     pub fn poll_deadline(&self) -> Option<u64> {
         let idle_us = self.heard_at_us + self.settings.idle_timeout_us;
-        match self.state {
+        match &self.state {
             State::Closed(..) => None,
+            State::Serving(stream) if stream.paced_until_us().is_some() => stream.paced_until_us(),
             // Silence is the peer's fault only while it is listened to.
             State::Serving(_) if !self.wants_input() => None,
             State::Serving(_) => Some(match self.frame_begun_at_us {
@@ -365,6 +421,11 @@ impl Session {
             stream.write_due_ack(&mut self.outbound);
         }
         &mut self.outbound
+    }
+
+    /// Whose connection it is.
+    pub fn peer(&self) -> SocketAddr {
+        self.peer
     }
 
     /// The device, once it is admitted.

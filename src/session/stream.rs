@@ -22,6 +22,7 @@ use fieldgate_protocol::message::{Bye, Data, Declare, Event, Gap, Ping, Pong, de
 use super::reply::Outbound;
 use super::{Close, Step, Submission};
 use crate::clock::{BootClock, BootClocks, Now, resolve_utc};
+use crate::rate::{Meter, Rate};
 use crate::store::{
     self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Readings, Receipt,
     ResolvedTime, Schema,
@@ -56,6 +57,8 @@ pub(super) struct Stream {
     refused_at_us: VecDeque<u64>,
     schemas: VecDeque<Arc<Schema>>,
     clocks: BootClocks,
+    readings: Meter,
+    paced_until_us: Option<u64>,
 }
 
 impl Stream {
@@ -82,7 +85,39 @@ impl Stream {
             refused_at_us: VecDeque::new(),
             schemas: admission.schema.into_iter().collect(),
             clocks: BootClocks::new(admission.clocks),
+            readings: Meter::default(),
+            paced_until_us: None,
         }
+    }
+
+    /// Counts the readings of what was taken in: beyond the rate, nothing more is listened to for a while.
+    pub(super) fn pace(&mut self, taken: &Option<Submission>, rate: Rate, now: Now) {
+        if let Some(Submission::Entry(Entry {
+            content: Content::Readings(readings),
+            ..
+        })) = taken
+        {
+            let next_us = self
+                .readings
+                .spend(rate, readings.values.len() as u64, now.mono_us);
+            self.paced_until_us = (next_us > now.mono_us).then_some(next_us);
+        }
+    }
+
+    /// When it is listened to again, if it has sent more than it may.
+    pub(super) fn paced_until_us(&self) -> Option<u64> {
+        self.paced_until_us
+    }
+
+    /// Listens again if it is time; tells whether it was.
+    pub(super) fn end_pace(&mut self, now: Now) -> bool {
+        let is_over = self
+            .paced_until_us
+            .is_some_and(|until_us| now.mono_us >= until_us);
+        if is_over {
+            self.paced_until_us = None;
+        }
+        is_over
     }
 
     pub(super) fn device(&self) -> DeviceId {

@@ -1,12 +1,13 @@
-//! A device for tests: blocking, on a plain socket, and able to get every step wrong.
+//! A device for tests: blocking, on a plain socket or through TLS, and able to get every step wrong.
 //!
 //! Whatever it waits for, it waits for with a deadline, and fails the test when that is over.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::time::Duration;
 
-use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING, Transcript, schema_hash};
+use fieldgate_protocol::auth::{KEY_BYTES, Transcript, schema_hash};
 use fieldgate_protocol::column::encoding;
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{
@@ -17,6 +18,8 @@ use fieldgate_protocol::message::{
     self, Ack, Auth, Bye, Challenge, Channel, Column, Data, Declare, Event, Gap, Hello, Message,
     Nack, Ping, Pong, Welcome,
 };
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
 /// Longer than anything takes that the gateway does on its own.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -49,6 +52,8 @@ pub struct Login {
     pub schema: u16,
     pub schema_hash: [u8; 8],
     pub versions: (u8, u8),
+    /// Channel binding of the connection.
+    pub binding: [u8; KEY_BYTES],
 }
 
 impl Login {
@@ -85,7 +90,7 @@ impl Login {
         let unsigned = frame(&auth, 0);
         let payload = payload(&unsigned);
         transcript.add(&payload[..payload.len() - KEY_BYTES]);
-        auth.mac = transcript.device_mac(&self.key, &NO_CHANNEL_BINDING);
+        auth.mac = transcript.device_mac(&self.key, &self.binding);
         transcript.add(&auth.mac);
         (frame(&auth, 0), transcript)
     }
@@ -133,20 +138,85 @@ pub enum Heard {
 /// A connection to a gateway.
 #[derive(Debug)]
 pub struct Link {
-    socket: TcpStream,
+    socket: Wire,
     input: Vec<u8>,
+}
+
+/// What carries a connection.
+#[derive(Debug)]
+enum Wire {
+    Plain(TcpStream),
+    Tls(Box<StreamOwned<ClientConnection, TcpStream>>),
+}
+
+impl Read for Wire {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        match self {
+            Wire::Plain(socket) => socket.read(into),
+            Wire::Tls(stream) => stream.read(into),
+        }
+    }
+}
+
+impl Write for Wire {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        match self {
+            Wire::Plain(socket) => socket.write(bytes),
+            Wire::Tls(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        match self {
+            Wire::Plain(socket) => socket.flush(),
+            Wire::Tls(stream) => stream.flush(),
+        }
+    }
+}
+
+/// A connected socket that waits with a deadline.
+pub fn connect(addr: SocketAddr) -> TcpStream {
+    let socket = TcpStream::connect_timeout(&addr, PATIENCE).expect("connects");
+    socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    socket.set_write_timeout(Some(PATIENCE)).expect("timeout");
+    socket.set_nodelay(true).expect("nodelay");
+    socket
 }
 
 impl Link {
     /// Connects, and says nothing yet.
     pub fn open(addr: SocketAddr) -> Link {
-        let socket = TcpStream::connect_timeout(&addr, PATIENCE).expect("connects");
-        socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
-        socket.set_write_timeout(Some(PATIENCE)).expect("timeout");
-        socket.set_nodelay(true).expect("nodelay");
         Link {
-            socket,
+            socket: Wire::Plain(connect(addr)),
             input: Vec::new(),
+        }
+    }
+
+    /// Connects and goes through the TLS handshake; gives the channel binding, too.
+    pub fn open_tls(
+        addr: SocketAddr,
+        config: &Arc<ClientConfig>,
+    ) -> std::io::Result<(Link, [u8; KEY_BYTES])> {
+        let host = ServerName::try_from("localhost").expect("a name");
+        let mut conn = ClientConnection::new(Arc::clone(config), host).expect("a config");
+        let mut socket = connect(addr);
+        while conn.is_handshaking() {
+            conn.complete_io(&mut socket)?;
+        }
+        let label = b"EXPORTER-Channel-Binding";
+        let binding = conn.export_keying_material([0; KEY_BYTES], label, Some(&[]));
+        let link = Link {
+            socket: Wire::Tls(Box::new(StreamOwned::new(conn, socket))),
+            input: Vec::new(),
+        };
+        Ok((link, binding.expect("a binding")))
+    }
+
+    /// The gateway's certificate.
+    pub fn certificate(&self) -> CertificateDer<'static> {
+        match &self.socket {
+            Wire::Plain(_) => panic!("not TLS"),
+            Wire::Tls(stream) => stream.conn.peer_certificates().expect("a certificate")[0].clone(),
         }
     }
 
@@ -182,7 +252,7 @@ impl Link {
         let welcome: Welcome<'_> = message::decode(&bytes).expect("WELCOME");
         transcript.add(&bytes[..bytes.len() - KEY_BYTES]);
         assert!(
-            transcript.verify_gateway_mac(&login.key, &NO_CHANNEL_BINDING, &welcome.mac),
+            transcript.verify_gateway_mac(&login.key, &login.binding, &welcome.mac),
             "the gateway's proof"
         );
         Welcomed {
@@ -205,27 +275,43 @@ impl Link {
 
     /// Says that nothing more will come; listens on.
     pub fn finish(&mut self) {
+        let socket = match &mut self.socket {
+            Wire::Plain(socket) => socket,
+            Wire::Tls(stream) => {
+                stream.conn.send_close_notify();
+                let _ = stream.flush();
+                &mut stream.sock
+            }
+        };
         // The gateway may have been faster.
-        let _ = self.socket.shutdown(Shutdown::Write);
+        let _ = socket.shutdown(Shutdown::Write);
     }
 
     /// The next thing the gateway says.
     pub fn hear(&mut self) -> Heard {
+        self.try_hear()
+            .unwrap_or_else(|error| panic!("nothing heard: {error}"))
+    }
+
+    /// The next thing the gateway says, unless the connection fails.
+    pub fn try_hear(&mut self) -> std::io::Result<Heard> {
         loop {
             if let Some(frame) = decode(&self.input, FRAME_BYTES_MAX).expect("a frame") {
                 let (heard, count) = (read(&frame), frame.bytes.len());
                 self.input.drain(..count);
-                return heard;
+                return Ok(heard);
             }
             let mut bytes = [0; 4096];
             match self.socket.read(&mut bytes) {
                 Ok(0) => {
                     assert!(self.input.is_empty(), "closed within a frame");
-                    return Heard::Closed;
+                    return Ok(Heard::Closed);
                 }
                 Ok(count) => self.input.extend_from_slice(&bytes[..count]),
-                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Heard::Closed,
-                Err(error) => panic!("nothing heard: {error}"),
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => {
+                    return Ok(Heard::Closed);
+                }
+                Err(error) => return Err(error),
             }
         }
     }

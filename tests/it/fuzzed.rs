@@ -8,6 +8,7 @@ use fieldgate_protocol::frame::{HEADER_BYTES, MAGIC, types};
 
 use crate::client::{Heard, Link, header, readings, sealed};
 use crate::gateway::Gateway;
+use crate::handshake::AT_ONCE;
 
 /// Xorshift: the same numbers for the same seed.
 struct Random(u64);
@@ -63,7 +64,7 @@ fn assert_nothing_stored(gateway: &mut Gateway) {
 
 #[test]
 fn random_bytes_from_strangers_come_to_nothing() {
-    let mut gateway = Gateway::start(&[]);
+    let mut gateway = Gateway::start(&AT_ONCE);
     let mut random = Random::new();
     for i in 0..300 {
         let mut link = Link::open(gateway.addr);
@@ -87,7 +88,7 @@ fn random_bytes_from_strangers_come_to_nothing() {
 
 #[test]
 fn random_frames_from_a_device_come_to_nothing() {
-    let mut gateway = Gateway::start(&[]);
+    let mut gateway = Gateway::start(&AT_ONCE);
     let mut random = Random::new();
     for i in 0..100 {
         let name = format!("device-{}", i % 5);
@@ -121,7 +122,7 @@ fn random_frames_from_a_device_come_to_nothing() {
 
 #[test]
 fn any_bit_of_a_header_turned_ends_the_connection() {
-    let mut gateway = Gateway::start(&[]);
+    let mut gateway = Gateway::start(&AT_ONCE);
     let good = readings(1);
     for bit in 0..8 * HEADER_BYTES {
         let (mut link, welcomed) = gateway.connect("pump");
@@ -147,7 +148,7 @@ fn any_bit_of_a_header_turned_ends_the_connection() {
 
 #[test]
 fn any_bit_of_a_payload_turned_is_asked_for_again() {
-    let mut gateway = Gateway::start(&[]);
+    let mut gateway = Gateway::start(&AT_ONCE);
     let (mut link, _) = gateway.connect("pump");
     let bits = 8 * (readings(1).len() - HEADER_BYTES);
     for bit in 0..bits {
@@ -170,7 +171,7 @@ fn any_bit_of_a_payload_turned_is_asked_for_again() {
 
 #[test]
 fn any_length_is_answered() {
-    let mut gateway = Gateway::start(&[]);
+    let mut gateway = Gateway::start(&AT_ONCE);
     let max = 4096 - 20;
     for payload_bytes in [0, 1, max - 1, max] {
         let name = format!("device-{payload_bytes}");

@@ -5,12 +5,12 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
 use fieldgate::store::sqlite::open_reader;
-use fieldgate_protocol::auth::{KEY_BYTES, derive_device_key};
+use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING, derive_device_key};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, FromRow, SqliteConnection};
 use tempfile::TempDir;
@@ -23,13 +23,20 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// `fieldgate` with `args`, not started yet, and nothing set by whoever runs the tests.
 pub fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_fieldgate"));
+    let mut command = clean(env!("CARGO_BIN_EXE_fieldgate"));
+    command.args(args);
+    command
+}
+
+/// A program with nothing set by whoever runs the tests.
+fn clean(program: &str) -> Command {
+    let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("FIELDGATE_") || name == "RUST_LOG" {
             command.env_remove(name);
         }
     }
-    command.args(args).stdin(Stdio::null());
+    command.stdin(Stdio::null());
     command
 }
 
@@ -44,9 +51,10 @@ pub struct Ended {
 #[derive(Debug)]
 pub struct Gateway {
     pub addr: SocketAddr,
+    tls_addr: Option<SocketAddr>,
     process: Child,
-    /// All of stderr, once that is closed. In a lock, so that threads can share a gateway.
-    stderr: Mutex<Receiver<String>>,
+    /// In a lock, so that threads can share a gateway.
+    stderr: Mutex<Stderr>,
     ended: Option<ExitStatus>,
     data_dir: PathBuf,
     /// Removed with the gateway that made it.
@@ -64,8 +72,23 @@ impl Gateway {
 
     /// A gateway on what another left in `data_dir`.
     pub fn start_in(data_dir: &Path, flags: &[&str]) -> Gateway {
+        Gateway::start_by(command(&["serve"]), data_dir, flags)
+    }
+
+    /// A gateway that may have so many files open.
+    pub fn start_with_files(open_files: u32, flags: &[&str]) -> Gateway {
+        let dir = TempDir::new().expect("a directory");
+        let binary = env!("CARGO_BIN_EXE_fieldgate");
+        let script = format!("ulimit -n {open_files}; exec {binary} serve \"$@\"");
+        let mut limited = clean("sh");
+        limited.args(["-c", &script, "sh"]);
+        let mut gateway = Gateway::start_by(limited, dir.path(), flags);
+        gateway._dir = Some(dir);
+        gateway
+    }
+
+    fn start_by(mut serve: Command, data_dir: &Path, flags: &[&str]) -> Gateway {
         let data_dir = data_dir.to_owned();
-        let mut serve = command(&["serve"]);
         serve.arg("--data-dir").arg(&data_dir).args(flags);
         if !flags.contains(&"--listen") {
             serve.args(["--listen", "127.0.0.1:0"]);
@@ -75,28 +98,45 @@ impl Gateway {
             .stderr(Stdio::piped())
             .spawn()
             .expect("starts");
-        let stderr = collect(process.stderr.take().expect("piped"));
+        let mut stderr = collect(process.stderr.take().expect("piped"));
         let stdout = process.stdout.take().expect("piped");
         let (told, listening) = channel();
         thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                if let Some(addr) = line.strip_prefix("listening on    ") {
+                let addr = ["listening on    ", "TLS on          "]
+                    .into_iter()
+                    .find_map(|start| line.strip_prefix(start));
+                if let Some(addr) = addr {
                     let _ = told.send(addr.parse().expect("an address"));
                 }
             }
         });
-        let Ok(addr) = listening.recv_timeout(PATIENCE) else {
-            let _ = process.kill();
-            panic!("not listening: {}", stderr.recv().unwrap_or_default());
+        let mut listens = || {
+            let Ok(addr) = listening.recv_timeout(PATIENCE) else {
+                let _ = process.kill();
+                panic!(
+                    "not listening: {}",
+                    stderr.read_to_end().unwrap_or_default()
+                );
+            };
+            addr
         };
+        let addr = listens();
+        let tls_addr = flags.contains(&"--tls-listen").then(listens);
         Gateway {
             addr,
+            tls_addr,
             process,
             stderr: Mutex::new(stderr),
             ended: None,
             data_dir,
             _dir: None,
         }
+    }
+
+    /// Where it speaks TLS.
+    pub fn tls_addr(&self) -> SocketAddr {
+        self.tls_addr.expect("started with --tls-listen")
     }
 
     pub fn data_dir(&self) -> &Path {
@@ -117,6 +157,7 @@ impl Gateway {
             schema: 0,
             schema_hash: [0; 8],
             versions: (1, 1),
+            binding: NO_CHANNEL_BINDING,
         }
     }
 
@@ -161,15 +202,25 @@ impl Gateway {
 
     /// SIGTERM.
     pub fn terminate(&self) {
-        let kill = format!("kill -TERM {}", self.process.id());
+        self.signal("TERM");
+    }
+
+    /// Any signal, by its name.
+    pub fn signal(&self, name: &str) {
+        let kill = format!("kill -{name} {}", self.process.id());
         let status = Command::new("sh").args(["-c", &kill]).status();
         assert!(status.expect("sh").success());
+    }
+
+    /// Waits until the log has a line with `what`.
+    pub fn wait_for_line(&mut self, what: &str) {
+        self.stderr.get_mut().expect("no panic").wait_for(what);
     }
 
     /// Waits for the end of the process.
     pub fn wait(&mut self) -> Ended {
         let stderr = self.stderr.get_mut().expect("no panic");
-        let stderr = stderr.recv_timeout(PATIENCE).expect("an end");
+        let stderr = stderr.read_to_end().expect("an end");
         let status = self.process.wait().expect("a child");
         self.ended = Some(status);
         assert!(!stderr.contains("panicked"), "{stderr}");
@@ -185,7 +236,7 @@ impl Drop for Gateway {
         let _ = self.process.kill();
         let _ = self.process.wait();
         let stderr = self.stderr.get_mut().expect("no panic");
-        let stderr = stderr.recv_timeout(PATIENCE).unwrap_or_default();
+        let stderr = stderr.read_to_end().unwrap_or_default();
         if thread::panicking() {
             eprintln!("--- stderr of the gateway\n{stderr}");
         } else {
@@ -201,27 +252,67 @@ pub fn run(args: &[&str]) -> Ended {
         .stderr(Stdio::piped())
         .spawn()
         .expect("starts");
-    let stderr = collect(process.stderr.take().expect("piped"));
-    match stderr.recv_timeout(PATIENCE) {
-        Ok(stderr) => Ended {
+    let mut stderr = collect(process.stderr.take().expect("piped"));
+    match stderr.read_to_end() {
+        Some(stderr) => Ended {
             status: process.wait().expect("a child"),
             stderr,
         },
-        Err(_) => {
+        None => {
             let _ = process.kill();
             panic!("{args:?} does not end");
         }
     }
 }
 
-fn collect(mut pipe: impl Read + Send + 'static) -> Receiver<String> {
-    let (sender, receiver) = channel();
+/// What a process writes to stderr.
+#[derive(Debug)]
+struct Stderr {
+    lines: Receiver<String>,
+    /// All that was received.
+    text: String,
+}
+
+impl Stderr {
+    /// All of it, when the process has closed it.
+    fn read_to_end(&mut self) -> Option<String> {
+        loop {
+            match self.lines.recv_timeout(PATIENCE) {
+                Ok(line) => self.text.push_str(&line),
+                Err(RecvTimeoutError::Disconnected) => return Some(self.text.clone()),
+                Err(RecvTimeoutError::Timeout) => return None,
+            }
+        }
+    }
+
+    fn wait_for(&mut self, what: &str) {
+        while let Ok(line) = self.lines.recv_timeout(PATIENCE) {
+            self.text.push_str(&line);
+            if line.contains(what) {
+                return;
+            }
+        }
+        panic!("no line with {what:?}: {}", self.text);
+    }
+}
+
+fn collect(pipe: impl Read + Send + 'static) -> Stderr {
+    let (sender, lines) = channel();
     thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let _ = pipe.read_to_end(&mut bytes);
-        let _ = sender.send(String::from_utf8_lossy(&bytes).into_owned());
+        let mut pipe = BufReader::new(pipe);
+        let mut line = Vec::new();
+        while pipe
+            .read_until(b'\n', &mut line)
+            .is_ok_and(|count| count > 0)
+        {
+            let _ = sender.send(String::from_utf8_lossy(&line).into_owned());
+            line.clear();
+        }
     });
-    receiver
+    Stderr {
+        lines,
+        text: String::new(),
+    }
 }
 
 /// What is stored, as another connection sees it.

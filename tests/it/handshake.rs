@@ -10,9 +10,12 @@ use crate::client::{
 use crate::gateway::Gateway;
 use crate::malformed::{Cases, assert_only, assert_serves};
 
+/// So that a hundred failures do not wait for each other.
+pub const AT_ONCE: [&str; 2] = ["--failure-delay-max-ms", "0"];
+
 #[test]
 fn before_welcome_all_faults_look_alike() {
-    let gateway = Gateway::start(&[]);
+    let gateway = Gateway::start(&AT_ONCE);
     let pump = gateway.device("pump");
     let hello = pump.hello();
     let changed = |change: fn(&mut Login)| {
@@ -111,7 +114,7 @@ fn before_welcome_all_faults_look_alike() {
 
 #[test]
 fn whoever_cannot_prove_the_key_learns_nothing() {
-    let gateway = Gateway::start(&[]);
+    let gateway = Gateway::start(&AT_ONCE);
     assert_serves(&gateway, "known");
     let mut answers = Vec::new();
     for name in ["known", "unknown"] {

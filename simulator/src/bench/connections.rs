@@ -26,6 +26,10 @@ pub struct Connections {
     pub resident_bytes_before: u64,
     /// With all of them connected, and nothing sent.
     pub resident_bytes_idle: u64,
+    /// How many of them through TLS.
+    pub connections_tls: u32,
+    /// With those connected, and nothing sent.
+    pub resident_bytes_tls: u64,
     /// After each has sent a frame; what the store keeps in memory is in it.
     pub resident_bytes_after_frame: u64,
     /// While each sends a frame now and then; also with the store's.
@@ -41,10 +45,10 @@ pub struct Connections {
 }
 
 impl Connections {
-    /// More memory than without connections, for each.
-    pub(super) fn bytes_each(&self, resident_bytes: u64) -> f64 {
+    /// More memory than without connections, for each of so many.
+    pub(super) fn bytes_each(&self, resident_bytes: u64, connections: u32) -> f64 {
         let more = resident_bytes as f64 - self.resident_bytes_before as f64;
-        more / f64::from(self.connections)
+        more / f64::from(connections)
     }
 }
 
@@ -52,9 +56,15 @@ impl Connections {
 pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), BenchError> {
     let devices = scope.connections;
     say(&format!("{devices} idle connections"));
-    let (resident_bytes_before, resident_bytes_idle) = idle(scope, true).await?;
+    let is_silent = true;
+    let cell = cell_of(devices);
+    let (resident_bytes_before, resident_bytes_idle) = idle(scope, cell, is_silent, false).await?;
+    let connections_tls = scope.connections_tls;
+    say(&format!("{connections_tls} idle connections through TLS"));
+    let secured = cell_of(connections_tls);
+    let (_, resident_bytes_tls) = idle(scope, secured, is_silent, true).await?;
     say(&format!("{devices} connections that have sent a frame"));
-    let (_, resident_bytes_after_frame) = idle(scope, false).await?;
+    let (_, resident_bytes_after_frame) = idle(scope, cell, !is_silent, false).await?;
     say(&format!(
         "{devices} connections that send now and then, and a storm"
     ));
@@ -62,6 +72,8 @@ pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), 
     bench.connections = Some(Connections {
         resident_bytes_before,
         resident_bytes_idle,
+        connections_tls,
+        resident_bytes_tls,
         resident_bytes_after_frame,
         ..slow
     });
@@ -69,9 +81,9 @@ pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), 
 }
 
 /// A minute of one sensor in a frame.
-fn cell(scope: &Scope<'_>) -> Cell {
+fn cell_of(devices: u32) -> Cell {
     Cell {
-        devices: scope.connections,
+        devices,
         channels: 1,
         samples: 60,
         window_frames: 16,
@@ -85,14 +97,20 @@ fn flag(scope: &Scope<'_>) -> [String; 2] {
 }
 
 /// Memory before anybody connects, and with all connections, after a frame from each or without.
-async fn idle(scope: &Scope<'_>, is_silent: bool) -> Result<(u64, u64), BenchError> {
-    let joining = Duration::from_secs((scope.connections / JOINS_PER_S).max(3).into());
+async fn idle(
+    scope: &Scope<'_>,
+    cell: Cell,
+    is_silent: bool,
+    through_tls: bool,
+) -> Result<(u64, u64), BenchError> {
+    let joining = Duration::from_secs((cell.devices / JOINS_PER_S).max(3).into());
     let sending = Sending {
         profile: Profile::Ramp,
         // Half of it is for joining. Nobody's second frame is due before it is over.
         duration: Some((2 * joining).min(Duration::from_secs(60))),
         is_silent,
-        ..Sending::burst(cell(scope))
+        through_tls,
+        ..Sending::burst(cell)
     };
     let store = scope.site.new_store(Which::Fresh).await?;
     let flag = flag(scope);
@@ -103,7 +121,7 @@ async fn idle(scope: &Scope<'_>, is_silent: bool) -> Result<(u64, u64), BenchErr
     let mut load = Load::start(&gateway, &sending)?;
     load.ready().await?;
     if !is_silent {
-        load.acked(scope.connections.into()).await?;
+        load.acked(cell.devices.into()).await?;
     }
     load.pass(REST).await?;
     let after = gateway.resident_bytes()?;
@@ -114,7 +132,7 @@ async fn idle(scope: &Scope<'_>, is_silent: bool) -> Result<(u64, u64), BenchErr
 }
 
 async fn slow(scope: &Scope<'_>) -> Result<Connections, BenchError> {
-    let cell = cell(scope);
+    let cell = cell_of(scope.connections);
     let period = scope.slow_period;
     let sending = Sending {
         profile: Profile::Steady,
@@ -140,6 +158,8 @@ async fn slow(scope: &Scope<'_>) -> Result<Connections, BenchError> {
         connections: scope.connections,
         resident_bytes_before: 0,
         resident_bytes_idle: 0,
+        connections_tls: 0,
+        resident_bytes_tls: 0,
         resident_bytes_after_frame: 0,
         resident_bytes_slow,
         period_s: period.as_secs_f64(),

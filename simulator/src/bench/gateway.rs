@@ -16,6 +16,7 @@ use tokio::process::{Child, ChildStdout, Command};
 use super::bare::Job;
 use super::postgres::Database;
 use super::{BenchError, machine, postgres, sqlite};
+use crate::fleet::{FleetTls, TlsError};
 
 /// What the names of the devices begin with.
 pub(super) const NAME_PREFIX: &str = "bench-";
@@ -143,6 +144,9 @@ pub(super) struct Gateway {
     child: Child,
     pid: u32,
     pub(super) address: SocketAddr,
+    pub(super) tls_address: SocketAddr,
+    /// What its certificate leads to.
+    ca: PathBuf,
     pub(super) fleet_key: [u8; 32],
     /// Kept open, for the gateway may have more to say.
     _stdout: Lines<BufReader<ChildStdout>>,
@@ -155,8 +159,17 @@ impl Gateway {
         store: &Store,
         flags: &[&str],
     ) -> Result<Gateway, BenchError> {
+        let init = Command::new(binary)
+            .args(["tls", "init", "--data-dir"])
+            .arg(&store.dir)
+            .stdout(Stdio::null())
+            .status();
+        if !init.await?.success() {
+            return Err(BenchError::NotStarted("it has no certificate".into()));
+        }
         let mut child = Command::new(binary)
-            .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
+            .args(["serve", "--listen", "127.0.0.1:0"])
+            .args(["--tls-listen", "127.0.0.1:0", "--data-dir"])
             .arg(&store.dir)
             .args(flags)
             // Not as an argument, which every user of the machine can see: there may be a password in it.
@@ -170,13 +183,19 @@ impl Gateway {
         let pid = child.id().ok_or_else(|| missing("process id"))?;
         let mut lines = BufReader::new(stdout).lines();
         let mut said = String::new();
+        let mut address = None;
         while let Some(line) = lines.next_line().await? {
-            let rest = line.strip_prefix("listening on");
-            if let Some(Ok(address)) = rest.map(|rest| rest.trim().parse()) {
+            let after = |what| line.strip_prefix(what).map(str::trim).map(str::parse);
+            if let Some(Ok(listening_on)) = after("listening on") {
+                address = Some(listening_on);
+            }
+            if let (Some(address), Some(Ok(tls_address))) = (address, after("TLS on")) {
                 return Ok(Gateway {
                     child,
                     pid,
                     address,
+                    tls_address,
+                    ca: store.dir.join("tls/ca.pem"),
                     fleet_key: *FleetKey::load(&store.dir.join(KEY_FILE))?.as_bytes(),
                     _stdout: lines,
                 });
@@ -184,6 +203,10 @@ impl Gateway {
             said = line;
         }
         Err(BenchError::NotStarted(said))
+    }
+
+    pub(super) fn fleet_tls(&self) -> Result<FleetTls, TlsError> {
+        FleetTls::new("localhost", &self.ca, None)
     }
 
     pub(super) fn cpu_s(&self) -> io::Result<f64> {

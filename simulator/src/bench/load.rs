@@ -40,6 +40,7 @@ pub(super) struct Sending {
     /// Of this the first half is for joining, in [`Profile::Ramp`].
     pub(super) duration: Option<Duration>,
     pub(super) is_silent: bool,
+    pub(super) through_tls: bool,
     pub(super) storm_every: Option<Duration>,
 }
 
@@ -53,6 +54,7 @@ impl Sending {
             start_us: start_us(),
             duration: None,
             is_silent: false,
+            through_tls: false,
             storm_every: None,
         }
     }
@@ -109,8 +111,13 @@ pub(super) struct Window {
 impl<'g> Load<'g> {
     /// Begins to send. What frames wait is not noted before [`Load::measure`].
     pub(super) fn start(gateway: &'g Gateway, sending: &Sending) -> Result<Load<'g>, BenchError> {
+        let (address, tls) = match sending.through_tls {
+            true => (gateway.tls_address, Some(gateway.fleet_tls()?)),
+            false => (gateway.address, None),
+        };
         let terms = Terms {
-            gateway: gateway.address,
+            gateway: address,
+            tls,
             fleet_key: gateway.fleet_key,
             duration: sending.duration,
             window_frames: sending.cell.window_frames.into(),

@@ -4,8 +4,8 @@
 //! The limit is a loop that does nothing but put the same kind of rows into the same tables, in large
 //! synced transactions, on a machine that does nothing else: `sqlite` and `postgres` have one each. The
 //! gateway is the real binary (`gateway`) over real sockets, with the fleet (`load`) on the same machine.
-//! `cell` says what is sent. What is measured is in `throughput`, `latency`, `connections` and `stored`;
-//! `show` makes tables of it.
+//! `cell` says what is sent. What is measured is in `throughput`, `latency`, `secured`, `connections` and
+//! `stored`; `show` makes tables of it.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,11 +22,12 @@ use self::connections::Connections;
 use self::gateway::Site;
 use self::latency::Latency;
 use self::machine::Machine;
+use self::secured::Secured;
 use self::stored::Stored;
 use self::throughput::Throughput;
 use crate::args::BenchArgs;
 use crate::descriptors::{self, TooFew};
-use crate::fleet::FleetError;
+use crate::fleet::{FleetError, TlsError};
 use crate::plan::PlanError;
 
 mod bare;
@@ -37,6 +38,7 @@ mod latency;
 mod load;
 mod machine;
 mod postgres;
+mod secured;
 mod show;
 mod sqlite;
 mod stored;
@@ -55,6 +57,9 @@ pub enum BenchError {
     /// The gateway did not start.
     #[error("the gateway did not start; it said: {0}")]
     NotStarted(String),
+    /// No TLS to measure.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The gateway did not end when it was told to.
     #[error("the gateway did not leave when it was told to; see what it said above")]
     NotLeft,
@@ -109,6 +114,7 @@ pub struct Bench {
     rounds: u32,
     throughput: Vec<Throughput>,
     latency: Vec<Latency>,
+    secured: Vec<Secured>,
     connections: Option<Connections>,
     stored: Option<Stored>,
 }
@@ -123,6 +129,8 @@ struct Scope<'a> {
     burst: Duration,
     latency: Duration,
     connections: u32,
+    /// Of them, those that are measured with TLS, too.
+    connections_tls: u32,
     /// From frame to frame of a device that sends now and then, and how long that is measured.
     slow_period: Duration,
     slow: Duration,
@@ -140,6 +148,7 @@ impl<'a> Scope<'a> {
             burst: of(s(5), s(2)),
             latency: of(s(15), s(4)),
             connections: if args.quick { 2_000 } else { 15_000 },
+            connections_tls: if args.quick { 1_000 } else { 10_000 },
             slow_period: of(s(15), s(3)),
             slow: of(s(15), s(3)),
         }
@@ -192,11 +201,13 @@ async fn measure(scope: &Scope<'_>, stored: Option<u64>) -> Result<Bench, BenchE
         rounds: scope.rounds,
         throughput: Vec::new(),
         latency: Vec::new(),
+        secured: Vec::new(),
         connections: None,
         stored: None,
     };
     throughput::measure(scope, &mut bench).await?;
     latency::measure(scope, &mut bench).await?;
+    secured::measure(scope, &mut bench).await?;
     connections::measure(scope, &mut bench).await?;
     if let Some(readings) = stored {
         stored::measure(scope, readings, &mut bench).await?;

@@ -5,7 +5,7 @@ use std::fmt::{self, Display, Formatter};
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::cell::Cell;
-use super::{Bench, Connections, Latency, Stored, Throughput};
+use super::{Bench, Connections, Latency, Secured, Stored, Throughput};
 use crate::report::grouped;
 
 impl Display for Cell {
@@ -34,6 +34,8 @@ impl Display for Bench {
         writeln!(f, "{}", throughput(&self.throughput))?;
         writeln!(f, "\nLatency: frames wait from when they are due")?;
         writeln!(f, "{}", latency(&self.latency))?;
+        writeln!(f, "\nTLS: the same burst through it and in plain text")?;
+        writeln!(f, "{}", secured(&self.secured))?;
         if let Some(connections) = &self.connections {
             writeln!(
                 f,
@@ -126,20 +128,48 @@ fn latency(cases: &[Latency]) -> impl Display {
     table(header, rows).trim_fmt()
 }
 
+fn secured(cells: &[Secured]) -> impl Display {
+    let header = ["fleet", "ratio", "TLS/s", "plain/s", "gateway", "plain"];
+    let rows = cells.iter().map(|one| {
+        let [plain, tls] = one.medians(|burst| burst.readings_per_s);
+        let [plain_s, tls_s] = one.medians(|burst| burst.gateway_cpu_s_per_million);
+        [
+            one.cell.to_string(),
+            format!("{:.2}", one.ratio),
+            whole(tls),
+            whole(plain),
+            format!("{tls_s:.2} s/M"),
+            format!("{plain_s:.2} s/M"),
+        ]
+    });
+    table(header, rows).trim_fmt()
+}
+
 fn write_connections(f: &mut Formatter<'_>, all: &Connections) -> fmt::Result {
     let count = grouped(all.connections.into());
     let slow = format!("{count} that send 60 readings every {:.0} s", all.period_s);
+    let (connections, tls) = (all.connections, all.connections_tls);
     let states = [
-        ("none".to_owned(), all.resident_bytes_before),
-        (format!("{count} idle"), all.resident_bytes_idle),
+        ("none".to_owned(), all.resident_bytes_before, connections),
+        (
+            format!("{count} idle"),
+            all.resident_bytes_idle,
+            connections,
+        ),
+        (
+            format!("{} idle, through TLS", grouped(tls.into())),
+            all.resident_bytes_tls,
+            tls,
+        ),
         (
             format!("{count} after a frame each"),
             all.resident_bytes_after_frame,
+            connections,
         ),
-        (slow, all.resident_bytes_slow),
+        (slow, all.resident_bytes_slow, connections),
     ];
-    let rows = states.into_iter().map(|(state, bytes)| {
-        let each = all.bytes_each(bytes);
+    let rows = states.into_iter().map(|(state, bytes, connections)| {
+        let each = all.bytes_each(bytes, connections);
         let mib = bytes as f64 / f64::from(1 << 20);
         [state, whole(each), format!("{mib:.1} MiB")]
     });

@@ -9,14 +9,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::BytesMut;
 use fieldgate::codec::FrameCodec;
-use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, NONCE_BYTES, derive_device_key, schema_hash};
+use fieldgate::socket::Socket;
+use fieldgate_protocol::auth::{NONCE_BYTES, derive_device_key, schema_hash};
 use fieldgate_protocol::device::{Config, Device, Fault, Notice};
 use fieldgate_protocol::error::{Class, Code};
 use fieldgate_protocol::frame::{
     DEFAULT_FRAME_BYTES_MAX, HEADER_BYTES, NoRoom, TRAILER_BYTES, types,
 };
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::io::Interest;
 use tokio::task::yield_now;
 use tokio::time::{sleep_until, timeout};
 use tokio_util::codec::Decoder;
@@ -55,7 +55,7 @@ pub(super) struct DeviceTask {
     uptime_at_start_us: u64,
     /// Frames sent, for the faults to be drawn anew.
     attempts: u32,
-    abandoned: VecDeque<TcpStream>,
+    abandoned: VecDeque<Socket>,
     storms: u64,
     was_welcomed: bool,
     /// Whether the end of the run has been noticed.
@@ -164,15 +164,13 @@ impl DeviceTask {
         is_again: bool,
     ) -> Result<Ended, FleetError> {
         let index = self.outbox.script.index();
-        let connecting = timeout(CONNECT_TIMEOUT, connect(self.fleet.terms.gateway, index));
-        let Ok(Ok(socket)) = connecting.await else {
+        let connecting = connect(&self.fleet.terms, index, self.outbox.script.name());
+        let Ok(Ok((socket, binding))) = timeout(CONNECT_TIMEOUT, connecting).await else {
             return Ok(Ended::Lost(None));
         };
         if is_again {
             self.fleet.report().reconnects += 1;
         }
-        // Fails only where the connection is gone already, which the first read tells.
-        let _ = socket.set_nodelay(true);
         self.outbox.advance(self.fleet.now_us());
         let utc_us = match self.fleet.script.plan().clock {
             Clock::Utc => utc_us(),
@@ -180,7 +178,7 @@ impl DeviceTask {
         };
         let mut nonce = [0; NONCE_BYTES];
         getrandom::fill(&mut nonce).expect("the system has random numbers");
-        device.connect(nonce, NO_CHANNEL_BINDING, self.uptime_us(), utc_us);
+        device.connect(nonce, binding, self.uptime_us(), utc_us);
         let mut link = Link::new(socket);
         let ended = self.serve(device, &mut link).await;
         if device.is_ready() {
@@ -221,7 +219,7 @@ impl DeviceTask {
                 .min();
             link.rest();
             tokio::select! {
-                ready = link.socket.readable() => {
+                ready = link.socket.ready(Interest::READABLE) => {
                     if ready.is_err() || !link.read() {
                         return Ok(Ended::Lost(None));
                     }

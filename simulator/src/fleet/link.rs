@@ -2,13 +2,17 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr};
 
 use bytes::BytesMut;
+use fieldgate::socket::Socket;
+use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING};
 use fieldgate_protocol::frame::{FRAME_BYTES_MAX, NoRoom};
 use fieldgate_protocol::message;
-use tokio::io::AsyncWriteExt;
+use tokio::io::Interest;
 use tokio::net::{TcpSocket, TcpStream};
+
+use super::Terms;
 
 /// Devices that connect from one loopback address. An address has some 28,000 ports, and each is held
 /// for a minute after its connection was dropped, as all are at once in a storm.
@@ -20,14 +24,53 @@ thread_local! {
     static ROOM: RefCell<Box<[u8]>> = RefCell::new(vec![0; FRAME_BYTES_MAX].into());
 }
 
-/// Connects a device to the gateway.
-pub(super) async fn connect(gateway: SocketAddr, device: u32) -> io::Result<TcpStream> {
-    match source_address(gateway.ip(), device) {
-        None => TcpStream::connect(gateway).await,
+/// What is read at once.
+const READ_BYTES: usize = 1024;
+
+/// Connects the device of this number and name to the gateway; gives the connection and its channel
+/// binding.
+pub(super) async fn connect(
+    terms: &Terms,
+    number: u32,
+    name: &str,
+) -> io::Result<(Socket, [u8; KEY_BYTES])> {
+    let tcp = match source_address(terms.gateway.ip(), number) {
+        None => TcpStream::connect(terms.gateway).await?,
         Some(source) => {
             let socket = TcpSocket::new_v4()?;
             socket.bind((source, 0).into())?;
-            socket.connect(gateway).await
+            socket.connect(terms.gateway).await?
+        }
+    };
+    // Fails only where the connection is gone already, which the first read tells.
+    let _ = tcp.set_nodelay(true);
+    let Some(tls) = &terms.tls else {
+        return Ok((Socket::plain(tcp), NO_CHANNEL_BINDING));
+    };
+    let connection = tls.connection(name).map_err(io::Error::other)?;
+    let mut socket = Socket::tls(tcp, connection);
+    let binding = shake_hands(&mut socket).await?;
+    Ok((socket, binding))
+}
+
+async fn shake_hands(socket: &mut Socket) -> io::Result<[u8; KEY_BYTES]> {
+    // A gateway says nothing before it is spoken to.
+    let mut nothing = BytesMut::new();
+    loop {
+        socket.try_flush()?;
+        if let Some(channel) = socket.take_channel() {
+            return Ok(channel.binding);
+        }
+        let interest = match socket.wants_write() {
+            true => Interest::READABLE | Interest::WRITABLE,
+            false => Interest::READABLE,
+        };
+        socket.ready(interest).await?;
+        match socket.try_read(&mut nothing, 1) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
     }
 }
@@ -42,13 +85,13 @@ fn source_address(gateway: IpAddr, device: u32) -> Option<IpAddr> {
 
 /// A connection's socket and what is on its way in and out.
 pub(super) struct Link {
-    pub(super) socket: TcpStream,
+    pub(super) socket: Socket,
     pub(super) input: BytesMut,
     pub(super) output: BytesMut,
 }
 
 impl Link {
-    pub(super) fn new(socket: TcpStream) -> Link {
+    pub(super) fn new(socket: Socket) -> Link {
         Link {
             socket,
             input: BytesMut::new(),
@@ -78,8 +121,7 @@ impl Link {
 
     /// Reads what is there; tells whether the connection still stands.
     pub(super) fn read(&mut self) -> bool {
-        self.input.reserve(1024);
-        match self.socket.try_read_buf(&mut self.input) {
+        match self.socket.try_read(&mut self.input, READ_BYTES) {
             Ok(count) => count > 0,
             Err(error) => error.kind() == io::ErrorKind::WouldBlock,
         }

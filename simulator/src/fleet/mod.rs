@@ -4,11 +4,12 @@
 //! frames that must be sent again are made again from the plan.
 //!
 //! Here is the fleet as a whole; [`device`] is one device's task, [`outbox`] its queue, [`link`] its
-//! connection.
+//! connection, [`tls`] what that goes through if it is not plain.
 
 mod device;
 mod link;
 mod outbox;
+mod tls;
 
 use std::io;
 use std::net::SocketAddr;
@@ -22,11 +23,11 @@ use fieldgate_protocol::frame::{
     DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, HEADER_BYTES, NoRoom, TRAILER_BYTES,
 };
 use fieldgate_protocol::message;
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use self::device::DeviceTask;
+pub use self::tls::{FleetTls, TlsError};
 use crate::descriptors::{self, TooFew};
 use crate::encode::{DataTerms, Encoder};
 use crate::faults::Faults;
@@ -44,6 +45,8 @@ const SETTLE: Duration = Duration::from_secs(30);
 pub struct Terms {
     /// Where the gateway listens.
     pub gateway: SocketAddr,
+    /// What devices go through to it; `None` for plain TCP.
+    pub tls: Option<FleetTls>,
     /// Device keys derive from it.
     pub fleet_key: [u8; 32],
     /// After this no new frames are made; `None`: when all frames of the script are acked.
@@ -67,6 +70,16 @@ pub enum FleetError {
         /// Where.
         gateway: SocketAddr,
         /// The system's word.
+        source: io::Error,
+    },
+    /// It listens, and TLS comes to nothing.
+    #[error(
+        "no TLS with {gateway}: {source}; is that its --tls-listen, and --ca what its certificate leads to?"
+    )]
+    NoTls {
+        /// Where.
+        gateway: SocketAddr,
+        /// What is wrong.
         source: io::Error,
     },
     /// The gateway refuses a device for good.
@@ -146,10 +159,15 @@ pub async fn run(
     check_frames(&script)?;
     descriptors::raise_for(script.plan().devices)?;
     let gateway = terms.gateway;
-    // One connection that says nothing, so that a wrong address is told at once.
-    TcpStream::connect(gateway)
-        .await
-        .map_err(|source| FleetError::Connect { gateway, source })?;
+    // One connection that says nothing, so that a wrong address or certificate is told at once.
+    let connected = link::connect(&terms, 0, script.device(0).name()).await;
+    connected.map_err(|source| match (&terms.tls, source.kind()) {
+        (
+            Some(_),
+            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof | io::ErrorKind::Other,
+        ) => FleetError::NoTls { gateway, source },
+        _ => FleetError::Connect { gateway, source },
+    })?;
     let duration_us = terms
         .duration
         .map_or(u64::MAX, |duration| duration.as_micros() as u64);

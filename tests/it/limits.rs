@@ -1,0 +1,171 @@
+//! Bounds on who connects and how much a device sends: what is over them waits or is closed, and nobody else
+//! notices.
+
+use std::time::{Duration, Instant};
+
+use fieldgate_protocol::error::Code;
+use fieldgate_protocol::frame::types;
+
+use crate::client::{Heard, Link, T0_US, header, readings, readings_at, sealed};
+use crate::gateway::Gateway;
+use crate::malformed::assert_serves;
+
+/// SPEC, limits: more of a device is read later, and nothing is refused.
+#[test]
+fn a_device_over_its_rate_waits_and_the_others_do_not() {
+    let rate = [
+        "--device-readings-per-s",
+        "2000",
+        "--device-readings-burst",
+        "8192",
+    ];
+    let gateway = Gateway::start(&rate);
+    let (mut hot, _) = gateway.connect("hot");
+    let begun = Instant::now();
+    // 12,180 readings: the burst, and two seconds' more.
+    let frames = 30;
+    for seq in 1..=frames {
+        hot.send(&readings_at(
+            seq,
+            T0_US + seq as i64 * 2_000_000_000,
+            &[7; 406],
+        ));
+    }
+    // Meanwhile another device is served as ever.
+    let (mut calm, _) = gateway.connect("calm");
+    for seq in 1..=50 {
+        calm.send(&readings(seq));
+        calm.expect_ack(seq);
+    }
+    let calm_took = begun.elapsed();
+    hot.expect_ack(frames);
+    let hot_took = begun.elapsed();
+    assert!(hot_took >= Duration::from_millis(1_500), "{hot_took:?}");
+    assert!(calm_took < hot_took, "{calm_took:?}, {hot_took:?}");
+    assert_eq!(
+        gateway.database().count("SELECT count(*) FROM readings"),
+        30 * 406 + 50
+    );
+}
+
+#[test]
+fn an_address_has_so_many_connections_and_no_more() {
+    let mut gateway = Gateway::start(&["--connections-per-address-max", "3"]);
+    let (first, _) = gateway.connect("first");
+    let (_second, _) = gateway.connect("second");
+    let _idle = Link::open(gateway.addr);
+    let mut refused = Link::open(gateway.addr);
+    refused.expect_closed();
+    gateway.wait_for_line("too many from its address");
+    drop(first);
+    // As soon as one is gone there is room again.
+    let begun = Instant::now();
+    loop {
+        let mut link = Link::open(gateway.addr);
+        link.send_in_vain(&gateway.device("fourth").hello());
+        match link.try_hear() {
+            Ok(Heard::Challenge(_)) => break,
+            _ => assert!(begun.elapsed() < Duration::from_secs(30), "never"),
+        }
+    }
+}
+
+/// Checklist 8: whoever begins a handshake and does not end it gives way.
+#[test]
+fn half_a_handshake_gives_way_to_devices() {
+    let gateway = Gateway::start(&["--handshakes-max", "20", "--handshake-timeout-s", "600"]);
+    let mut idle: Vec<Link> = (0..60).map(|_| Link::open(gateway.addr)).collect();
+    assert_serves(&gateway, "good");
+    // The oldest of them were told to go.
+    idle[0].expect_closed();
+}
+
+/// Checklist 9: two frames, and little else.
+#[test]
+fn a_stranger_may_not_send_for_ever() {
+    let gateway = Gateway::start(&["--stranger-bytes-max", "1024"]);
+    let skipped = sealed(header(0x90, 0), &[0; 480]);
+    let mut link = Link::open(gateway.addr);
+    link.send(&skipped);
+    link.send(&skipped);
+    link.send_in_vain(&skipped);
+    link.expect_bye(Code::Authentication);
+    // Once it is a device it may.
+    let (mut device, _) = gateway.connect("device");
+    for _ in 0..10 {
+        device.send(&skipped);
+    }
+    device.ping();
+}
+
+/// Checklist 5: failures are answered later and later, a right key at once.
+#[test]
+fn failures_wait_and_a_right_key_does_not() {
+    let gateway = Gateway::start(&["--failure-delay-max-ms", "60000"]);
+    let mut waiting = Vec::new();
+    let first = Instant::now();
+    for _ in 0..12 {
+        let mut login = gateway.device("pump");
+        login.key[0] ^= 1;
+        let mut link = Link::open(gateway.addr);
+        let transcript = link.challenge(&login);
+        link.send(&login.auth(transcript).0);
+        waiting.push(link);
+    }
+    // The last ones would wait for a minute by now; the device of that name does not.
+    let begun = Instant::now();
+    let (mut pump, _) = gateway.connect("pump");
+    pump.send(&readings(1));
+    pump.expect_ack(1);
+    assert!(
+        begun.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        begun.elapsed()
+    );
+    // 100 ms, 200 ms, ...
+    waiting[0].expect_bye(Code::Authentication);
+    waiting[4].expect_bye(Code::Authentication);
+    assert!(
+        first.elapsed() >= Duration::from_millis(1_600),
+        "{:?}",
+        first.elapsed()
+    );
+}
+
+#[test]
+fn one_address_cannot_fill_the_log() {
+    let flags = [
+        "--log-lines-per-address-max",
+        "5",
+        "--failure-delay-max-ms",
+        "0",
+    ];
+    let mut gateway = Gateway::start(&flags);
+    for _ in 0..200 {
+        let mut link = Link::open(gateway.addr);
+        link.send(&sealed(header(types::AUTH, 0), &[0; 34]));
+        link.expect_bye(Code::Authentication);
+    }
+    gateway.terminate();
+    let stderr = gateway.wait().stderr;
+    let lines = stderr
+        .lines()
+        .filter(|line| line.contains("connection refused"));
+    assert_eq!(lines.count(), 5, "{stderr}");
+}
+
+/// Checklist 12, with `ulimit -n 128`.
+#[test]
+fn few_open_files_mean_few_connections_and_nothing_fails() {
+    let mut gateway = Gateway::start_with_files(128, &[]);
+    gateway.wait_for_line("because of the limit of open files");
+    let (mut first, _) = gateway.connect("first");
+    let idle: Vec<Link> = (0..300).map(|_| Link::open(gateway.addr)).collect();
+    for seq in 1..=20 {
+        first.send(&readings(seq));
+        first.expect_ack(seq);
+    }
+    drop(idle);
+    assert_serves(&gateway, "good");
+    assert!(gateway.is_alive());
+}
