@@ -122,9 +122,11 @@ fn failures_wait_and_a_right_key_does_not() {
         "{:?}",
         begun.elapsed()
     );
-    // 100 ms, 200 ms, ...
-    waiting[0].expect_bye(Code::Authentication);
-    waiting[4].expect_bye(Code::Authentication);
+    // 100 ms, 200 ms, … in the order in which they failed, which is not quite that of the links: of any
+    // five, one has waited for the fifth time at least.
+    for link in &mut waiting[..5] {
+        link.expect_bye(Code::Authentication);
+    }
     assert!(
         first.elapsed() >= Duration::from_millis(1_600),
         "{:?}",
@@ -160,7 +162,8 @@ fn few_open_files_mean_few_connections_and_nothing_fails() {
     let mut gateway = Gateway::start_with_files(128, &[]);
     gateway.wait_for_line("because of the limit of open files");
     let (mut first, _) = gateway.connect("first");
-    let idle: Vec<Link> = (0..300).map(|_| Link::open(gateway.addr)).collect();
+    // More than there are places, and fewer than wait in a usual backlog besides.
+    let idle: Vec<Link> = (0..150).map(|_| Link::open(gateway.addr)).collect();
     for seq in 1..=20 {
         first.send(&readings(seq));
         first.expect_ack(seq);
