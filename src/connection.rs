@@ -287,7 +287,12 @@ impl Connection {
             self.log(close);
             if close.code == Some(Code::Authentication) {
                 let now = self.shared.clock.now();
-                sleep(self.visit.fail(now.mono_us)).await;
+                tokio::select! {
+                    () = sleep(self.visit.fail(now.mono_us)) => {}
+                    // Nobody waits for a failure: neither those for whom there is no room, nor the end.
+                    _ = self.mailbox.take() => {}
+                    () = self.shared.drain.cancelled() => {}
+                }
             }
             match close.code {
                 Some(_) => drop(timeout(FAREWELL, self.say_farewell()).await),

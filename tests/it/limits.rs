@@ -134,6 +134,27 @@ fn failures_wait_and_a_right_key_does_not() {
     );
 }
 
+/// The end of the gateway waits for nobody who failed.
+#[test]
+fn failures_do_not_keep_the_gateway_from_leaving() {
+    let mut gateway = Gateway::start(&[
+        "--failure-delay-max-ms",
+        "600000",
+        "--drain-timeout-s",
+        "20",
+    ]);
+    let mut links: Vec<Link> = (0..20).map(|_| Link::open(gateway.addr)).collect();
+    for link in &mut links {
+        link.send(&sealed(header(types::AUTH, 0), &[0; 34]));
+    }
+    for _ in &links {
+        gateway.wait_for_line("connection refused");
+    }
+    gateway.terminate();
+    let ended = gateway.wait();
+    assert!(ended.status.success(), "{}", ended.stderr);
+}
+
 #[test]
 fn one_address_cannot_fill_the_log() {
     let flags = [
