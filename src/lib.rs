@@ -8,6 +8,9 @@ pub mod clock;
 pub mod codec;
 pub mod config;
 pub mod connection;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod ingest;
 pub mod keys;
 pub mod mailbox;
