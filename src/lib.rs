@@ -10,6 +10,9 @@ pub mod config;
 pub mod connection;
 pub mod descriptors;
 pub mod entrance;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod ingest;
 pub mod keys;
 pub mod mailbox;

@@ -123,4 +123,7 @@ pub mod column;
 pub mod device;
 pub mod error;
 pub mod frame;
+#[cfg(feature = "fuzz")]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod message;

@@ -19,7 +19,7 @@
 
 mod field;
 mod house;
-mod random;
+pub(crate) mod random;
 mod record;
 
 use std::collections::BTreeMap;

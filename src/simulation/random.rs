@@ -1,14 +1,14 @@
 //! Randomness that a seed repeats.
 
 /// SplitMix64.
-pub(super) struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub(super) fn new(seed: u64) -> Random {
+    pub(crate) fn new(seed: u64) -> Random {
         Random(seed)
     }
 
-    pub(super) fn bits(&mut self) -> u64 {
+    pub(crate) fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut bits = self.0;
         bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -17,20 +17,20 @@ impl Random {
     }
 
     /// Below `end`, which is not 0.
-    pub(super) fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.bits() % end
     }
 
-    pub(super) fn index(&mut self, len: usize) -> usize {
+    pub(crate) fn index(&mut self, len: usize) -> usize {
         self.below(len as u64) as usize
     }
 
     /// True in `percent` of a hundred cases.
-    pub(super) fn takes(&mut self, percent: u64) -> bool {
+    pub(crate) fn takes(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 
-    pub(super) fn nonce(&mut self) -> [u8; 16] {
+    pub(crate) fn nonce(&mut self) -> [u8; 16] {
         let (low, high) = (self.bits(), self.bits());
         (u128::from(low) | u128::from(high) << 64).to_le_bytes()
     }
