@@ -96,7 +96,7 @@ enum Command {
     /// Look at devices
     #[command(subcommand)]
     Device(device::DeviceCommand),
-    /// Look at frames that arrived whole and could not be understood
+    /// Look at frames that arrived whole and could not be understood, and get rid of them
     #[command(subcommand)]
     Quarantine(quarantine::QuarantineCommand),
     /// Create the store's tables or bring them up to date, then exit; the gateway must not run

@@ -19,6 +19,7 @@ use crate::clock::{BootClock, Quality};
 mod admission;
 #[cfg(test)]
 mod contract;
+pub mod editor;
 pub mod ledger;
 pub mod memory;
 pub mod postgres;

@@ -20,7 +20,7 @@ use std::time::Duration;
 use sqlx::{Connection, PgConnection};
 
 use self::copy::Progress;
-pub use self::open::{OpenError, migrate, open_reader};
+pub use self::open::{OpenError, migrate, open_editor, open_reader};
 use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
 use self::write::{CommitError, Writer};

@@ -16,7 +16,7 @@ use std::path::Path;
 use sqlx::Connection;
 
 use self::checkpoint::{Checkpoints, Limits};
-pub use self::open::{OpenError, migrate, open_reader};
+pub use self::open::{OpenError, migrate, open_editor, open_reader};
 use self::open::{Purpose, WriterSettings};
 use self::write::Writer;
 use super::{Batch, Committed, Content, Store, StoreError};
