@@ -11,6 +11,7 @@ pub mod connection;
 pub mod ingest;
 pub mod keys;
 pub mod mailbox;
+pub mod quarantine;
 pub mod registry;
 pub mod server;
 pub mod session;

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -10,9 +11,11 @@ use fieldgate::batcher::BatchLimits;
 use fieldgate::config::{Config, Settings};
 use fieldgate::ingest::QueueLimits;
 use fieldgate::keys::{FleetKey, KEY_FILE, Origin};
+use fieldgate::quarantine::{self, Gauge};
 use fieldgate::server::{self, ServerSettings};
 use fieldgate::session::SessionSettings;
 use fieldgate::store::Store;
+use fieldgate::store::kept::KeptFrames;
 use fieldgate::store::postgres::{PostgresSettings, PostgresStore};
 use fieldgate::store::spool::{self, SpoolStore};
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
@@ -120,6 +123,11 @@ pub struct ServeArgs {
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().spool_bytes_max)]
     spool_bytes_max: u64,
 
+    /// Bytes of frames in quarantine, beyond which devices keep such frames and wait; each may use an
+    /// eighth. Raise it if there is no time to look after quarantine
+    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().quarantine_bytes_max)]
+    quarantine_bytes_max: u64,
+
     /// Bytes of SQLite's page cache. Raise it for many series on a machine with memory to spare, lower
     /// it on small machines
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().cache_bytes)]
@@ -156,6 +164,7 @@ impl ServeArgs {
             allow_postgres_data_loss: self.allow_postgres_data_loss,
             spool: self.spool,
             spool_bytes_max: self.spool_bytes_max,
+            quarantine_bytes_max: self.quarantine_bytes_max,
             cache_bytes: self.cache_bytes,
             wal_bytes_max: self.wal_bytes_max,
         }
@@ -208,9 +217,17 @@ async fn serve_into<S: Store>(
     if config.allow_plaintext {
         tracing::warn!(%listen, "what devices send to this address is not encrypted");
     }
-    server::serve(listener, stores, server_settings(config, key), drain)
-        .await
-        .map_err(|error| Error::Failed(error.to_string()))
+    let gauge = Arc::new(Gauge::new(config.quarantine_bytes_max));
+    let spool = config.spool.then(|| config.spool_path());
+    let mut kept = KeptFrames::new(config.store().clone(), spool);
+    quarantine::read(&gauge, &mut kept).await;
+    let settings = server_settings(config, key, Arc::clone(&gauge));
+    tokio::select! {
+        served = server::serve(listener, stores, settings, drain) => {
+            served.map_err(|error| Error::Failed(error.to_string()))
+        }
+        never = quarantine::watch(gauge, kept) => never,
+    }
 }
 
 fn sqlite_settings(config: &Config) -> SqliteSettings {
@@ -233,7 +250,7 @@ fn postgres_settings(config: &Config, url: &PostgresUrl) -> PostgresSettings {
     }
 }
 
-fn server_settings(config: &Config, key: &FleetKey) -> ServerSettings {
+fn server_settings(config: &Config, key: &FleetKey, quarantine: Arc<Gauge>) -> ServerSettings {
     ServerSettings {
         session: SessionSettings {
             fleet_key: *key.as_bytes(),
@@ -244,6 +261,7 @@ fn server_settings(config: &Config, key: &FleetKey) -> ServerSettings {
             idle_timeout_us: config.idle_timeout_s * SECOND_US,
             keepalive_s: config.keepalive_s,
             ack_timeout_s: config.ack_timeout_s,
+            quarantine,
         },
         batch: BatchLimits {
             readings_max: config.batch_readings_max,

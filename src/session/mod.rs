@@ -29,6 +29,7 @@ use self::handshake::{AwaitAdmission, AwaitAuth, AwaitHello};
 use self::reply::Outbound;
 use self::stream::Stream;
 use crate::clock::{BootClock, Now};
+use crate::quarantine::{Gauge, Reservation};
 use crate::store::{
     Declare, DeclareOutcome, DeviceEvent, DeviceEventKind, DeviceId, Entry, Login, LoginOutcome,
     Receipt,
@@ -53,6 +54,8 @@ pub struct SessionSettings {
     pub keepalive_s: u16,
     /// Told to devices.
     pub ack_timeout_s: u16,
+    /// Whether there is room for frames that cannot be understood.
+    pub quarantine: Arc<Gauge>,
 }
 
 impl Default for SessionSettings {
@@ -66,6 +69,7 @@ impl Default for SessionSettings {
             idle_timeout_us: 120_000_000,
             keepalive_s: 40,
             ack_timeout_s: 30,
+            quarantine: Arc::default(),
         }
     }
 }
@@ -79,6 +83,8 @@ pub enum Submission {
     Declare(Declare),
     /// Store this. Answered by [`Session::handle_receipt`].
     Entry(Entry),
+    /// Put this into quarantine, in the room that was reserved for it. Answered as an entry.
+    Quarantine(Entry, Reservation),
     /// Keep this measurement; not answered.
     Clock(DeviceId, BootClock),
     /// Keep this line of the audit trail; not answered.

@@ -22,6 +22,7 @@ use fieldgate_protocol::message::{Bye, Data, Declare, Event, Gap, Ping, Pong, de
 use super::reply::Outbound;
 use super::{Close, Step, Submission};
 use crate::clock::{BootClock, BootClocks, Now, resolve_utc};
+use crate::quarantine::{self, Gauge};
 use crate::store::{
     self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Readings, Receipt,
     ResolvedTime, Schema,
@@ -41,6 +42,7 @@ pub(super) struct Stream {
     device: DeviceId,
     durable: Receipt,
     window_frames: u64,
+    quarantine: Arc<Gauge>,
     expected_seq: u64,
     /// After a NACK of class 1 or 2: frames are dropped until `expected_seq` comes (R62).
     awaits_resend: bool,
@@ -64,6 +66,7 @@ impl Stream {
         peer: SocketAddr,
         admission: Admission,
         window_frames: u64,
+        quarantine: Arc<Gauge>,
     ) -> Stream {
         Stream {
             boot,
@@ -71,6 +74,7 @@ impl Stream {
             device: admission.device,
             durable: admission.receipt,
             window_frames,
+            quarantine,
             expected_seq: admission.receipt.durable_seq() + 1,
             awaits_resend: false,
             awaits_declare: false,
@@ -246,12 +250,18 @@ impl Stream {
         }
         self.awaits_resend = false;
         match self.read_content(frame, now) {
-            Ok(Some(content)) => Ok(Some(self.submit(frame, first_seq, content, now))),
+            Ok(Some(content)) => {
+                let entry = self.entry(frame, first_seq, content, now);
+                Ok(Some(Submission::Entry(entry)))
+            }
             Ok(None) => {
                 self.ask_for(Code::UnknownSchema, seq, "declare the schema", outbound);
                 Ok(None)
             }
-            Err(violation) => self.refuse(frame, violation.code(), violation.to_string(), now),
+            Err(violation) => {
+                let (code, detail) = (violation.code(), violation.to_string());
+                self.refuse(frame, code, detail, now, outbound)
+            }
         }
     }
 
@@ -261,10 +271,10 @@ impl Stream {
             self.awaits_resend = true;
             // `expected_seq` may rest on a receipt that the device has not heard of.
             self.write_due_ack(outbound);
-            let retry_after_ms = if code == Code::StoreDown {
-                self.store_retry_after_ms
-            } else {
-                0
+            let retry_after_ms = match code {
+                Code::StoreDown => self.store_retry_after_ms,
+                Code::QuarantineFull => quarantine::RETRY_AFTER_MS,
+                _ => 0,
             };
             outbound.nack(code, seq, self.expected_seq, retry_after_ms, detail);
         }
@@ -277,15 +287,23 @@ impl Stream {
         self.awaits_resend = false;
         if self.crc_failed_seq == Some(seq) {
             let detail = "payload checksum wrong twice".to_owned();
-            return self.refuse(frame, Code::PayloadCrcTwice, detail, now);
+            return self.refuse(frame, Code::PayloadCrcTwice, detail, now, outbound);
         }
         self.crc_failed_seq = Some(seq);
         self.ask_for(Code::PayloadCrc, seq, "payload checksum wrong", outbound);
         Ok(None)
     }
 
-    /// Sends the frame to quarantine under its number; the device hears of it once that is durable.
-    fn refuse(&mut self, frame: &Frame<'_>, code: Code, detail: String, now: Now) -> Step {
+    /// Sends the frame to quarantine under its number; the device hears of it once that is durable. A
+    /// frame for which there is no room stays on its device, which comes again with it.
+    fn refuse(
+        &mut self,
+        frame: &Frame<'_>,
+        code: Code,
+        detail: String,
+        now: Now,
+        outbound: &mut Outbound,
+    ) -> Step {
         let since_us = now.mono_us.saturating_sub(REFUSALS_WINDOW_US);
         self.refused_at_us.retain(|at_us| *at_us >= since_us);
         if self.refused_at_us.len() == REFUSALS_MAX {
@@ -295,8 +313,12 @@ impl Stream {
                 detail: format!("too many refused frames, the latest: {detail}"),
             });
         }
-        self.refused_at_us.push_back(now.mono_us);
         let seq = frame.header.seq;
+        let Some(room) = self.quarantine.reserve(self.device, frame.bytes.len()) else {
+            self.ask_for(Code::QuarantineFull, seq, &detail, outbound);
+            return Ok(None);
+        };
+        self.refused_at_us.push_back(now.mono_us);
         tracing::info!(device = self.device.0, seq, code = code as u8, %detail, "frame quarantined");
         self.refusals.push_back(Refusal {
             seq,
@@ -309,18 +331,14 @@ impl Stream {
             bytes: frame.bytes.to_vec(),
             peer: self.peer.to_string(),
         };
-        Ok(Some(self.submit(frame, self.expected_seq, content, now)))
+        let entry = self.entry(frame, self.expected_seq, content, now);
+        Ok(Some(Submission::Quarantine(entry, room)))
     }
 
-    fn submit(
-        &mut self,
-        frame: &Frame<'_>,
-        first_seq: u64,
-        content: Content,
-        now: Now,
-    ) -> Submission {
+    /// What is submitted for a frame that is taken.
+    fn entry(&mut self, frame: &Frame<'_>, first_seq: u64, content: Content, now: Now) -> Entry {
         self.expected_seq = frame.header.seq + 1;
-        Submission::Entry(Entry {
+        Entry {
             device: self.device,
             stream: self.durable.stream(),
             first_seq,
@@ -328,7 +346,7 @@ impl Stream {
             frame_type: frame.header.frame_type,
             received_at_us: now.utc_us,
             content,
-        })
+        }
     }
 
     /// What an intact frame holds; `None` where its schema is not known here.

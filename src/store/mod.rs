@@ -20,6 +20,7 @@ mod admission;
 #[cfg(test)]
 mod contract;
 pub mod editor;
+pub mod kept;
 pub mod ledger;
 pub mod memory;
 pub mod postgres;

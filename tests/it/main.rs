@@ -15,6 +15,7 @@ mod outage;
 mod own_postgres;
 mod plans;
 mod quarantine;
+mod quarantine_full;
 mod session;
 mod simulator;
 mod site;
