@@ -8,6 +8,7 @@ pub mod clock;
 pub mod codec;
 pub mod config;
 pub mod connection;
+pub mod content;
 pub mod ingest;
 pub mod keys;
 pub mod mailbox;

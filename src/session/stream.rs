@@ -14,18 +14,18 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use fieldgate_protocol::auth::schema_hash;
-use fieldgate_protocol::column::{Kind, check_shape, decode_times, decode_values};
+use fieldgate_protocol::column::Kind;
 use fieldgate_protocol::error::{Code, Violation};
 use fieldgate_protocol::frame::{Frame, SEQ_MAX, VERSION, types};
-use fieldgate_protocol::message::{Bye, Data, Declare, Event, Gap, Ping, Pong, decode};
+use fieldgate_protocol::message::{Bye, Declare, Ping, Pong, decode};
 
 use super::reply::Outbound;
 use super::{Close, Step, Submission};
-use crate::clock::{BootClock, BootClocks, Now, resolve_utc};
+use crate::clock::{BootClock, BootClocks, Now};
+use crate::content::{Context, first_seq};
 use crate::quarantine::{self, Gauge};
 use crate::store::{
-    self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Readings, Receipt,
-    ResolvedTime, Schema,
+    self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Receipt, Schema,
 };
 
 /// Schemas kept for a session; DATA that uses an older one is asked to declare it again (R47).
@@ -351,86 +351,14 @@ impl Stream {
 
     /// What an intact frame holds; `None` where its schema is not known here.
     fn read_content(&self, frame: &Frame<'_>, now: Now) -> Result<Option<Content>, Violation> {
-        if frame.header.flags != 0 {
-            return Err(Violation::Flags(frame.header.flags));
-        }
-        match frame.header.frame_type {
-            types::DATA => {
-                let data: Data<'_> = decode(frame.payload())?;
-                match self
-                    .schemas
-                    .iter()
-                    .find(|known| known.schema == data.schema)
-                {
-                    Some(schema) => self.read_data(&data, schema, now).map(Some),
-                    None => Ok(None),
-                }
-            }
-            types::GAP => {
-                let gap: Gap<'_> = decode(frame.payload())?;
-                if gap.from_seq > frame.header.seq {
-                    return Err(Violation::Range("from_seq"));
-                }
-                Ok(Some(Content::Gap { reason: gap.reason }))
-            }
-            types::EVENT => {
-                let event: Event<'_> = decode(frame.payload())?;
-                let time =
-                    self.resolve(event.clock, event.boot, (event.time_us, event.time_us), now);
-                Ok(Some(Content::Event {
-                    time,
-                    at_us: event.time_us + time.offset_us,
-                    level: event.level,
-                    code: event.code,
-                    text: event.text.to_owned(),
-                }))
-            }
-            other => Err(Violation::UnknownType(other)),
-        }
-    }
-
-    fn read_data(&self, data: &Data<'_>, schema: &Schema, now: Now) -> Result<Content, Violation> {
-        // Before anything of that size is allocated.
-        check_shape(data)?;
-        let rows = usize::from(data.rows);
-        let mut times_us = vec![0; rows];
-        decode_times(data, &mut times_us)?;
-        let mut series = Vec::with_capacity(data.columns.len());
-        let mut values = vec![0.0; rows * data.columns.len()];
-        for (column, values) in data.columns.iter().zip(values.chunks_exact_mut(rows)) {
-            let channel = schema
-                .channels
-                .iter()
-                .find(|channel| channel.id == column.channel)
-                .ok_or(Violation::ColumnChannel(column.channel))?;
-            series.push(channel.series);
-            decode_values(column, channel.kind, channel.exp10, values)?;
-        }
-        let span_us = (times_us[0], times_us[rows - 1]);
-        let time = self.resolve(data.clock, data.boot, span_us, now);
-        for time_us in &mut times_us {
-            *time_us += time.offset_us;
-        }
-        Ok(Content::Readings(Readings {
-            time,
-            times_us,
-            series,
-            values,
-        }))
-    }
-
-    fn resolve(
-        &self,
-        clock: u8,
-        boot: u32,
-        (oldest_us, newest_us): (i64, i64),
-        now: Now,
-    ) -> ResolvedTime {
-        if clock == 0 {
-            self.clocks.resolve_boot(boot, newest_us, now.utc_us)
-        } else {
-            resolve_utc(oldest_us, newest_us, now.utc_us)
-        }
+        let context = Context {
+            clocks: &self.clocks,
+            received_at_us: now.utc_us,
+        };
+        context.read(frame, |schema| {
+            let known = self.schemas.iter().find(|known| known.schema == schema);
+            known.map(Arc::as_ref)
+        })
     }
 
     pub(super) fn handle_receipt(
@@ -498,15 +426,6 @@ struct Refusal {
     seq: u64,
     code: Code,
     detail: String,
-}
-
-/// The first number a frame covers: differs from its own only for a GAP that can be read.
-fn first_seq(frame: &Frame<'_>) -> u64 {
-    let seq = frame.header.seq;
-    if frame.header.frame_type != types::GAP || !frame.intact {
-        return seq;
-    }
-    decode::<Gap<'_>>(frame.payload()).map_or(seq, |gap| gap.from_seq.min(seq))
 }
 
 fn declared(channel: &fieldgate_protocol::message::Channel<'_>) -> DeclaredChannel {
