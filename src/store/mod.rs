@@ -25,6 +25,7 @@ pub mod ledger;
 pub mod memory;
 pub mod postgres;
 pub mod reader;
+pub mod replay;
 pub mod rows;
 pub mod spool;
 pub mod sqlite;

@@ -152,6 +152,14 @@ impl Row {
         }
     }
 
+    /// The bytes in a column.
+    pub fn bytes(&self, column: usize) -> Result<&[u8], ReadError> {
+        match &self.0[column] {
+            Value::Blob(value) => Ok(value),
+            _ => Err(self.unexpected(column)),
+        }
+    }
+
     fn unexpected(&self, column: usize) -> ReadError {
         ReadError::Unexpected {
             column,

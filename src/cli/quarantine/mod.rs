@@ -1,6 +1,7 @@
 //! `fieldgate quarantine`: frames that arrived whole and could not be understood.
 
 mod purge;
+mod replay;
 mod select;
 
 use std::io::Write;
@@ -20,6 +21,10 @@ use super::value::{Value, hex};
 pub enum QuarantineCommand {
     /// List the newest frames
     List(ListArgs),
+    /// Store what this version understands of them, once, with the time at which they first came; all,
+    /// or those that are named. What is not understood stays and is listed, and the exit code is 1.
+    /// Works beside a running gateway
+    Replay(Selection),
     /// Delete frames for good; their numbers stay in the ledger. Works beside a running gateway, which
     /// has room for others within seconds
     Purge(PurgeArgs),
@@ -40,6 +45,7 @@ pub struct ListArgs {
 pub async fn quarantine(store: &StoreUrl, command: &QuarantineCommand) -> Result<(), Error> {
     match command {
         QuarantineCommand::List(args) => list(store, args).await,
+        QuarantineCommand::Replay(selection) => replay::replay(store, selection).await,
         QuarantineCommand::Purge(args) => purge::purge(store, args).await,
     }
 }

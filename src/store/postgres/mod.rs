@@ -23,6 +23,7 @@ use self::copy::Progress;
 pub use self::open::{OpenError, migrate, open_editor, open_reader};
 use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
+pub(super) use self::write::insert_readings;
 use self::write::{CommitError, Writer};
 use super::{Batch, Committed, Store, StoreError};
 use crate::store::url::PostgresUrl;
