@@ -9,6 +9,7 @@ pub mod codec;
 pub mod config;
 pub mod connection;
 pub mod content;
+pub mod dissect;
 pub mod ingest;
 pub mod keys;
 pub mod mailbox;

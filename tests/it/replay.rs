@@ -326,3 +326,83 @@ fn replays_in_postgres_store_each_frame_once() {
         1
     );
 }
+
+fn show(gateway: &Gateway, id: u64) -> String {
+    let done = std::process::Command::new(env!("CARGO_BIN_EXE_fieldgate"))
+        .args(["quarantine", "show", &id.to_string(), "--data-dir"])
+        .arg(gateway.data_dir())
+        .output()
+        .expect("runs");
+    assert!(done.status.success(), "{done:?}");
+    String::from_utf8(done.stdout).expect("UTF-8")
+}
+
+#[test]
+fn show_marks_the_byte_that_broke_a_rule() {
+    let gateway = Gateway::start(&[]);
+    let (mut link, _) = gateway.connect("pump");
+    let nine_bytes = raw(TEMPERATURE, &[0; 9]);
+    let rotten = damaged(readings(5));
+    let cases = [
+        (
+            event(1, 5, 1, "hot"),
+            "level  5",
+            "level out of range (R24)",
+        ),
+        (
+            with_columns(no_columns(1), 2, &[nine_bytes]),
+            "columns[0].data  9 bytes",
+            "(R55)",
+        ),
+        (
+            reheaded(&readings(3), |header| header.flags = 4),
+            "flags  4",
+            "(R11)",
+        ),
+        (
+            sealed(header(0x1D, 4), b"later"),
+            "type  not known",
+            "(R14)",
+        ),
+        (rotten, "checksum  wrong", "payload checksum wrong (R6)"),
+    ];
+    for ((bytes, part, rule), id) in cases.iter().zip(1..) {
+        link.send(bytes);
+        if id == 5 {
+            link.expect_nack(5, Code::PayloadCrc, 5);
+            link.send(bytes);
+        }
+        while !matches!(link.hear(), crate::client::Heard::Ack { seq, .. } if seq == id) {}
+        let shown = show(&gateway, id);
+        let mark = shown
+            .lines()
+            .position(|line| line.contains("^^"))
+            .expect(&shown);
+        let lines: Vec<&str> = shown.lines().collect();
+        assert!(lines[mark].contains(rule), "{shown}");
+        let at = lines[mark].find("^^").unwrap_or_default();
+        let marked = u8::from_str_radix(&lines[mark - 1][at..at + 2], 16).expect(&shown);
+        let number = lines[mark]
+            .split_whitespace()
+            .nth(2)
+            .and_then(|n| n.strip_suffix(':'));
+        let number: usize = number.and_then(|n| n.parse().ok()).expect(&shown);
+        assert_eq!(marked, bytes[number], "{shown}");
+        assert!(
+            lines[..mark].iter().any(|line| line.contains(part)),
+            "{part}: {shown}"
+        );
+        assert!(
+            lines[0].contains("frame") && shown.contains("refused as"),
+            "{shown}"
+        );
+    }
+    let done = run(&[
+        "quarantine",
+        "show",
+        "77",
+        "--data-dir",
+        gateway.data_dir().to_str().expect("UTF-8"),
+    ]);
+    assert!(done.stderr.contains("no frame 77"), "{}", done.stderr);
+}

@@ -3,6 +3,7 @@
 mod purge;
 mod replay;
 mod select;
+mod show;
 
 use std::io::Write;
 
@@ -13,6 +14,7 @@ use fieldgate_protocol::error::Code;
 
 use self::purge::PurgeArgs;
 use self::select::Selection;
+use self::show::ShowArgs;
 use super::Error;
 use super::output::{self, Grid, bytes_text, show_utc};
 use super::value::{Value, hex};
@@ -21,6 +23,8 @@ use super::value::{Value, hex};
 pub enum QuarantineCommand {
     /// List the newest frames
     List(ListArgs),
+    /// Show a frame: each field with its bytes, and the byte that breaks a rule, as this version sees it
+    Show(ShowArgs),
     /// Store what this version understands of them, once, with the time at which they first came; all,
     /// or those that are named. What is not understood stays and is listed, and the exit code is 1.
     /// Works beside a running gateway
@@ -45,6 +49,7 @@ pub struct ListArgs {
 pub async fn quarantine(store: &StoreUrl, command: &QuarantineCommand) -> Result<(), Error> {
     match command {
         QuarantineCommand::List(args) => list(store, args).await,
+        QuarantineCommand::Show(args) => show::show(store, args).await,
         QuarantineCommand::Replay(selection) => replay::replay(store, selection).await,
         QuarantineCommand::Purge(args) => purge::purge(store, args).await,
     }
