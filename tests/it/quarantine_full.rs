@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use fieldgate_protocol::error::Code;
 
 use crate::client::{Heard, Link, header, readings, sealed};
+use crate::database::PgDatabase;
 use crate::gateway::{Ended, Gateway, run};
 
 /// Eight of these fill the share of a device, 1 MiB / 8.
@@ -170,4 +171,39 @@ fn purge_wants_to_be_told_what() {
         );
     }
     assert_eq!(gateway.database().frames("pump"), [(1, 0x1E)]);
+}
+
+/// With and without a spool, in which frames wait under ids of its own.
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_share_counts_in_postgres_and_in_a_spool_before_it() {
+    for spool in [&[][..], &["--spool"]] {
+        let mut database = PgDatabase::create();
+        let url = database.url();
+        // Ids of devices differ between spool and database.
+        let others = Gateway::start(&[&FLAGS[..], &["--store", &url]].concat());
+        drop(others.connect("first"));
+        drop(fill(&others, "other"));
+        others.terminate();
+        let mut others = others;
+        assert!(others.wait().status.success());
+        let gateway = Gateway::start(&[&FLAGS[..], &["--store", &url], spool].concat());
+        let mut full = fill(&gateway, "full");
+        full.send(&unheard_of(9));
+        expect_full(&mut full, 9);
+        // What another gateway took in counts, too.
+        let (mut other, _) = gateway.connect("other");
+        other.send(&unheard_of(9));
+        expect_full(&mut other, 9);
+        database
+            .session()
+            .wait_for("SELECT count(*) = 16 FROM quarantine");
+        full.send(&unheard_of(9));
+        expect_full(&mut full, 9);
+        let purged = run(&["quarantine", "purge", "--store", &url, "--device", "full"]);
+        assert!(purged.status.success(), "{}", purged.stderr);
+        insist(&mut full, 9);
+        other.send(&unheard_of(9));
+        expect_full(&mut other, 9);
+    }
 }
