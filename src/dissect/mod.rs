@@ -121,7 +121,7 @@ fn locate(
                 Violation::ColumnChannel(id) => {
                     let columns = data.columns.iter().filter(|column| column.channel == id);
                     // The second of two, or one that the schema has not.
-                    columns.last().map(|column| column.channel_at)
+                    columns.take(2).last().map(|column| column.channel_at)
                 }
                 Violation::ColumnEncoding(id) => Some(data.column(id)?.encoding_at),
                 Violation::ColumnNulls(id) => Some(column::nulls_fault(data, data.column(id)?)),

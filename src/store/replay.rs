@@ -5,13 +5,14 @@
 //! anything else: whoever comes second finds it gone and does nothing.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use super::admission::{SeriesIndex, SeriesRow, parse_declaration};
 use super::editor::Editor;
 use super::reader::{Argument, ReadError, Reader};
 use super::rows::Run;
 use super::{Content, DeviceId, ResolvedTime, Schema, SeriesId, StreamId, postgres, sqlite};
-use crate::clock::BootClock;
+use crate::clock::{BootClock, BootClocks};
 
 /// A frame in quarantine.
 #[derive(Clone, Debug)]
@@ -253,7 +254,7 @@ impl Editor {
 /// Clocks and schemas of devices, each read once.
 #[derive(Debug, Default)]
 pub struct Known {
-    clocks: HashMap<DeviceId, crate::clock::BootClocks>,
+    clocks: HashMap<DeviceId, BootClocks>,
     schemas: HashMap<(DeviceId, u16), Option<Schema>>,
 }
 
@@ -266,11 +267,11 @@ impl Known {
         &mut self,
         reader: &mut Reader,
         device: DeviceId,
-    ) -> Result<crate::clock::BootClocks, ReadError> {
+    ) -> Result<BootClocks, ReadError> {
         if let Some(clocks) = self.clocks.get(&device) {
             return Ok(clocks.clone());
         }
-        let clocks = crate::clock::BootClocks::new(reader.clocks(device).await?);
+        let clocks = BootClocks::new(reader.clocks(device).await?);
         self.clocks.insert(device, clocks.clone());
         Ok(clocks)
     }
@@ -285,11 +286,10 @@ impl Known {
         device: DeviceId,
         schema: u16,
     ) -> Result<Option<&Schema>, ReadError> {
-        let key = (device, schema);
-        if !self.schemas.contains_key(&key) {
-            let read = reader.schema(device, schema).await?;
-            self.schemas.insert(key, read);
-        }
-        Ok(self.schemas[&key].as_ref())
+        let known = match self.schemas.entry((device, schema)) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(reader.schema(device, schema).await?),
+        };
+        Ok(known.as_ref())
     }
 }

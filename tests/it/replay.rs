@@ -55,11 +55,12 @@ fn since_boot(seq: u64, boot: u32, t0: i64) -> Vec<u8> {
 /// All that a stored frame is, but for what tells the two stores apart.
 type Row = (i64, i64, i64, Option<i64>, Option<i64>);
 
+/// Times and values; first and last numbers and reasons.
+type Readings = Vec<(i64, Option<f64>)>;
+type Gaps = Vec<(i64, i64, i64)>;
+
 /// Numbers, types, counts, qualities and offsets of a device, and its readings, events and gaps.
-fn all_of(
-    database: &mut Database,
-    device: &str,
-) -> (Vec<Row>, Vec<(i64, Option<f64>)>, Vec<(i64, i64, i64)>) {
+fn all_of(database: &mut Database, device: &str) -> (Vec<Row>, Readings, Gaps) {
     let of_device = format!(
         "JOIN streams s ON s.id = f.stream_id JOIN devices d ON d.id = s.device_id
         WHERE d.name = '{device}'"
@@ -141,6 +142,15 @@ fn what_is_replayed_is_as_if_it_had_been_understood_at_once() {
     let events = "SELECT count(*) FROM (SELECT DISTINCT at, level, code, detail FROM device_events
                   WHERE kind = 'event')";
     assert_eq!(database.count(events), 2);
+    // Of another boot nothing is known: its newest row is as old as its receipt, not as the replay.
+    let (mut link, _) = gateway.connect("detour");
+    let kept = in_sqlite(gateway.data_dir(), "detour", 9);
+    quarantined(&mut link, 9, &since_boot(9, 6, 9_000_000), kept);
+    assert!(replay(&store, &["--device", "detour"]).status.success());
+    let late = "SELECT f.received_at - max(r.ts) FROM frames f JOIN readings r ON r.frame_id = f.id
+                WHERE f.seq = 9 AND f.quality = 2";
+    assert_eq!(database.count(late), 0);
+    let straight = all_of(&mut database, "detour");
     // Again, and by whatever selection: nothing is left, nothing changes.
     for args in [&[][..], &["1", "2"], &["--device", "detour"]] {
         let done = replay(&store, args);
