@@ -175,6 +175,19 @@ fn a_byte_is_told_from_its_neighbours() {
         assert_eq!(found, Some(HEADER_BYTES + fault), "{byte} at {place}");
     }
     assert_eq!(at(&sealed(header(types::DATA), &data)), None);
+    // Columns of as many rows: channel, encoding, nulls and data, and where in the data it goes wrong.
+    let column = |rows: u8, fields: &[u8]| {
+        let payload = [&[1, 1, 2, 7, 2, rows, 1, 0, 1], fields, &[0]].concat();
+        at(&sealed(header(types::DATA), &payload)).map(|at| at - HEADER_BYTES - 9)
+    };
+    let nine_raw = [1, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    assert_eq!(column(1, &nine_raw), Some(4 + 8));
+    assert_eq!(column(3, &[4, 0, 0, 3, 0, 1, 2]), Some(4 + 2));
+    assert_eq!(column(3, &[4, 1, 0, 3, 2, 1, 4]), Some(4 + 2));
+    assert_eq!(column(3, &[1, 2, 0, 3, 0, 65, 0]), Some(4 + 1));
+    assert_eq!(column(3, &[1, 2, 0, 3, 0, 2, 0xF1]), Some(4 + 2));
+    assert_eq!(column(3, &[1, 1, 1, 0x18, 2, 0, 0]), Some(3));
+    assert_eq!(column(3, &[1, 1, 2, 0, 0, 2, 0, 0]), Some(2));
     let event = [1, 7, 2, 1, 9, 2, b'a', 0xFF, 0];
     assert_eq!(
         at(&sealed(header(types::EVENT), &event)),
