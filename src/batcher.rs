@@ -5,6 +5,7 @@
 //! batches grow by themselves when it is busy. A least time between commits may be set, for storage
 //! that wears out.
 
+use crate::quarantine::Reservation;
 use crate::session::Submission;
 use crate::store::{Batch, Content};
 
@@ -31,7 +32,7 @@ pub struct Size {
 impl Size {
     /// The size of a submission.
     pub fn of(submission: &Submission) -> Size {
-        let Submission::Entry(entry) = submission else {
+        let (Submission::Entry(entry) | Submission::Quarantine(entry, _)) = submission else {
             return Size {
                 readings: 0,
                 bytes: SUBMISSION_BYTES,
@@ -74,6 +75,8 @@ pub struct Tagged<T> {
     pub declares: Vec<T>,
     /// One for each entry.
     pub entries: Vec<T>,
+    /// Room in quarantine, held until the batch is done with.
+    pub reservations: Vec<Reservation>,
     /// What it takes up.
     pub size: Size,
 }
@@ -85,6 +88,7 @@ impl<T> Default for Tagged<T> {
             logins: Vec::new(),
             declares: Vec::new(),
             entries: Vec::new(),
+            reservations: Vec::new(),
             size: Size::default(),
         }
     }
@@ -116,6 +120,7 @@ impl<T> Batcher<T> {
             logins,
             declares,
             entries,
+            reservations,
             ..
         } = &mut self.open;
         match submission {
@@ -130,6 +135,11 @@ impl<T> Batcher<T> {
             Submission::Entry(entry) => {
                 batch.entries.push(entry);
                 entries.push(tag);
+            }
+            Submission::Quarantine(entry, room) => {
+                batch.entries.push(entry);
+                entries.push(tag);
+                reservations.push(room);
             }
             Submission::Clock(device, clock) => batch.clocks.push((device, clock)),
             Submission::Event(event) => batch.events.push(event),

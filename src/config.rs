@@ -110,6 +110,8 @@ pub struct Settings {
     pub spool: bool,
     /// Bytes of the spool's file at which nothing more is taken.
     pub spool_bytes_max: u64,
+    /// Bytes of frames in quarantine, beyond which none is taken.
+    pub quarantine_bytes_max: u64,
     /// Bytes of SQLite's page cache.
     pub cache_bytes: u64,
     /// Bytes of write-ahead log at which commits wait for readers to let go of it.
@@ -154,6 +156,7 @@ impl Default for Settings {
             allow_postgres_data_loss: false,
             spool: false,
             spool_bytes_max: 4096 * MIB,
+            quarantine_bytes_max: 64 * MIB,
             cache_bytes: 256 * MIB,
             wal_bytes_max: 1024 * MIB,
         }
@@ -389,6 +392,8 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
         ("drain-timeout-s", s.drain_timeout_s, 0, DAY_S),
         ("postgres-writers", s.postgres_writers as u64, 1, 64),
         ("spool-bytes-max", s.spool_bytes_max, 16 * MIB, TIB),
+        // An eighth, which is what a device may use, holds several of the longest frames.
+        ("quarantine-bytes-max", s.quarantine_bytes_max, MIB, TIB),
         ("cache-bytes", s.cache_bytes, MIB, TIB),
         ("wal-bytes-max", s.wal_bytes_max, 16 * MIB, TIB),
     ];
@@ -508,7 +513,7 @@ mod tests {
     #[test]
     fn each_limit_has_bounds() {
         type Change = fn(&mut Settings);
-        let changes: [(&str, Change); 16] = [
+        let changes: [(&str, Change); 17] = [
             ("connections-max", |s| s.connections_max = 0),
             ("handshake-timeout-s", |s| s.handshake_timeout_s = 0),
             ("frame-timeout-s", |s| s.frame_timeout_s = 0),
@@ -525,6 +530,7 @@ mod tests {
             ("queue-readings-max", |s| s.queue_readings_max = 8191),
             ("queue-bytes-max", |s| s.queue_bytes_max = 1000),
             ("drain-timeout-s", |s| s.drain_timeout_s = u64::MAX),
+            ("quarantine-bytes-max", |s| s.quarantine_bytes_max = 1000),
             ("cache-bytes", |s| s.cache_bytes = 0),
             ("wal-bytes-max", |s| s.wal_bytes_max = 0),
         ];

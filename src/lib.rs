@@ -8,7 +8,9 @@ pub mod clock;
 pub mod codec;
 pub mod config;
 pub mod connection;
+pub mod content;
 pub mod descriptors;
+pub mod dissect;
 pub mod entrance;
 #[cfg(any(test, feature = "fuzz"))]
 #[doc(hidden)]
@@ -16,6 +18,7 @@ pub mod fuzz;
 pub mod ingest;
 pub mod keys;
 pub mod mailbox;
+pub mod quarantine;
 pub mod rate;
 pub mod registry;
 pub mod server;

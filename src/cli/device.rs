@@ -90,7 +90,8 @@ async fn show(reader: &mut Reader, name: &str) -> Result<(), Error> {
     Ok(())
 }
 
-async fn unknown(reader: &mut Reader, name: &str) -> Result<Error, Error> {
+/// Says that there is no such device, and which may have been meant.
+pub async fn unknown(reader: &mut Reader, name: &str) -> Result<Error, Error> {
     let rows = reader.rows("SELECT name FROM devices", &[]).await?;
     let mut names = Vec::with_capacity(rows.len());
     for row in &rows {

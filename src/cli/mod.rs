@@ -98,7 +98,7 @@ enum Command {
     /// Look at devices
     #[command(subcommand)]
     Device(device::DeviceCommand),
-    /// Look at frames that arrived whole and could not be understood
+    /// Look at frames that arrived whole and could not be understood, and get rid of them
     #[command(subcommand)]
     Quarantine(quarantine::QuarantineCommand),
     /// Make certificates of your own, to try TLS with or for a closed network

@@ -14,10 +14,12 @@ use fieldgate::descriptors;
 use fieldgate::entrance::EntranceLimits;
 use fieldgate::ingest::QueueLimits;
 use fieldgate::keys::{FleetKey, KEY_FILE, Origin};
+use fieldgate::quarantine::{self, Gauge};
 use fieldgate::rate::Rate;
 use fieldgate::server::{self, Listeners, ServerSettings, TlsListener};
 use fieldgate::session::SessionSettings;
 use fieldgate::store::Store;
+use fieldgate::store::kept::KeptFrames;
 use fieldgate::store::postgres::{PostgresSettings, PostgresStore};
 use fieldgate::store::spool::{self, SpoolStore};
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
@@ -194,6 +196,11 @@ pub struct ServeArgs {
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().spool_bytes_max)]
     spool_bytes_max: u64,
 
+    /// Bytes of frames in quarantine, beyond which devices keep such frames and wait; each may use an
+    /// eighth. Raise it if there is no time to look after quarantine
+    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().quarantine_bytes_max)]
+    quarantine_bytes_max: u64,
+
     /// Bytes of SQLite's page cache. Raise it for many series on a machine with memory to spare, lower
     /// it on small machines
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().cache_bytes)]
@@ -244,6 +251,7 @@ impl ServeArgs {
             allow_postgres_data_loss: self.allow_postgres_data_loss,
             spool: self.spool,
             spool_bytes_max: self.spool_bytes_max,
+            quarantine_bytes_max: self.quarantine_bytes_max,
             cache_bytes: self.cache_bytes,
             wal_bytes_max: self.wal_bytes_max,
         }
@@ -310,11 +318,18 @@ async fn serve_into<S: Store>(
         let listen = config.listen;
         tracing::warn!(%listen, "what devices send to this address is not encrypted");
     }
-    let mut settings = server_settings(config, key);
+    let gauge = Arc::new(Gauge::new(config.quarantine_bytes_max));
+    let spool = config.spool.then(|| config.spool_path());
+    let mut kept = KeptFrames::new(config.store().clone(), spool);
+    quarantine::read(&gauge, &mut kept).await;
+    let mut settings = server_settings(config, key, Arc::clone(&gauge));
     settings.entrance.connections_max = connections_within_limit(config.connections_max);
-    server::serve(listeners, stores, settings, drain)
-        .await
-        .map_err(|error| Error::Failed(error.to_string()))
+    tokio::select! {
+        served = server::serve(listeners, stores, settings, drain) => {
+            served.map_err(|error| Error::Failed(error.to_string()))
+        }
+        never = quarantine::watch(gauge, kept) => never,
+    }
 }
 
 /// As many connections as there can be open files: one too many would be refused at random, and the store
@@ -373,7 +388,7 @@ fn postgres_settings(config: &Config, url: &PostgresUrl) -> PostgresSettings {
     }
 }
 
-fn server_settings(config: &Config, key: &FleetKey) -> ServerSettings {
+fn server_settings(config: &Config, key: &FleetKey, quarantine: Arc<Gauge>) -> ServerSettings {
     ServerSettings {
         session: SessionSettings {
             fleet_key: *key.as_bytes(),
@@ -390,6 +405,7 @@ fn server_settings(config: &Config, key: &FleetKey) -> ServerSettings {
                 burst: config.device_readings_burst,
             },
             outbound_bytes_max: config.outbound_bytes_max,
+            quarantine,
         },
         batch: BatchLimits {
             readings_max: config.batch_readings_max,

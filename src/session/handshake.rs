@@ -4,6 +4,7 @@
 //! for an unknown device than for a wrong key.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use fieldgate_protocol::auth::{
     KEY_BYTES, NO_CHANNEL_BINDING, NONCE_BYTES, Transcript, derive_device_key,
@@ -170,6 +171,7 @@ impl AwaitAdmission {
             self.peer,
             admission,
             settings.window_frames,
+            Arc::clone(&settings.quarantine),
         ))
     }
 }

@@ -29,6 +29,7 @@ use self::handshake::{AwaitAdmission, AwaitAuth, AwaitHello, Secured};
 use self::reply::Outbound;
 use self::stream::Stream;
 use crate::clock::{BootClock, Now};
+use crate::quarantine::{Gauge, Reservation};
 use crate::rate::Rate;
 use crate::store::{
     Declare, DeclareOutcome, DeviceEvent, DeviceEventKind, DeviceId, Entry, Login, LoginOutcome,
@@ -60,6 +61,8 @@ pub struct SessionSettings {
     pub device_readings: Rate,
     /// Bytes that may wait for a peer to read them.
     pub outbound_bytes_max: usize,
+    /// Whether there is room for frames that cannot be understood.
+    pub quarantine: Arc<Gauge>,
 }
 
 impl Default for SessionSettings {
@@ -79,6 +82,7 @@ impl Default for SessionSettings {
                 burst: 2_000_000,
             },
             outbound_bytes_max: 16 * 1024,
+            quarantine: Arc::default(),
         }
     }
 }
@@ -92,6 +96,8 @@ pub enum Submission {
     Declare(Declare),
     /// Store this. Answered by [`Session::handle_receipt`].
     Entry(Entry),
+    /// Put this into quarantine, in the room that was reserved for it. Answered as an entry.
+    Quarantine(Entry, Reservation),
     /// Keep this measurement; not answered.
     Clock(DeviceId, BootClock),
     /// Keep this line of the audit trail; not answered.

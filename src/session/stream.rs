@@ -14,18 +14,19 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use fieldgate_protocol::auth::schema_hash;
-use fieldgate_protocol::column::{Kind, check_shape, decode_times, decode_values};
+use fieldgate_protocol::column::Kind;
 use fieldgate_protocol::error::{Code, Violation};
 use fieldgate_protocol::frame::{Frame, SEQ_MAX, VERSION, types};
-use fieldgate_protocol::message::{Bye, Data, Declare, Event, Gap, Ping, Pong, decode};
+use fieldgate_protocol::message::{Bye, Declare, Ping, Pong, decode};
 
 use super::reply::Outbound;
 use super::{Close, Step, Submission};
-use crate::clock::{BootClock, BootClocks, Now, resolve_utc};
+use crate::clock::{BootClock, BootClocks, Now};
+use crate::content::{Context, first_seq};
+use crate::quarantine::{self, Gauge};
 use crate::rate::{Meter, Rate};
 use crate::store::{
-    self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Readings, Receipt,
-    ResolvedTime, Schema,
+    self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Receipt, Schema,
 };
 
 /// Schemas kept for a session; DATA that uses an older one is asked to declare it again (R47).
@@ -42,6 +43,7 @@ pub(super) struct Stream {
     device: DeviceId,
     durable: Receipt,
     window_frames: u64,
+    quarantine: Arc<Gauge>,
     expected_seq: u64,
     /// After a NACK of class 1 or 2: frames are dropped until `expected_seq` comes (R62).
     awaits_resend: bool,
@@ -67,6 +69,7 @@ impl Stream {
         peer: SocketAddr,
         admission: Admission,
         window_frames: u64,
+        quarantine: Arc<Gauge>,
     ) -> Stream {
         Stream {
             boot,
@@ -74,6 +77,7 @@ impl Stream {
             device: admission.device,
             durable: admission.receipt,
             window_frames,
+            quarantine,
             expected_seq: admission.receipt.durable_seq() + 1,
             awaits_resend: false,
             awaits_declare: false,
@@ -281,12 +285,18 @@ impl Stream {
         }
         self.awaits_resend = false;
         match self.read_content(frame, now) {
-            Ok(Some(content)) => Ok(Some(self.submit(frame, first_seq, content, now))),
+            Ok(Some(content)) => {
+                let entry = self.entry(frame, first_seq, content, now);
+                Ok(Some(Submission::Entry(entry)))
+            }
             Ok(None) => {
                 self.ask_for(Code::UnknownSchema, seq, "declare the schema", outbound);
                 Ok(None)
             }
-            Err(violation) => self.refuse(frame, violation.code(), violation.to_string(), now),
+            Err(violation) => {
+                let (code, detail) = (violation.code(), violation.to_string());
+                self.refuse(frame, code, detail, now, outbound)
+            }
         }
     }
 
@@ -296,10 +306,10 @@ impl Stream {
             self.awaits_resend = true;
             // `expected_seq` may rest on a receipt that the device has not heard of.
             self.write_due_ack(outbound);
-            let retry_after_ms = if code == Code::StoreDown {
-                self.store_retry_after_ms
-            } else {
-                0
+            let retry_after_ms = match code {
+                Code::StoreDown => self.store_retry_after_ms,
+                Code::QuarantineFull => quarantine::RETRY_AFTER_MS,
+                _ => 0,
             };
             outbound.nack(code, seq, self.expected_seq, retry_after_ms, detail);
         }
@@ -312,15 +322,23 @@ impl Stream {
         self.awaits_resend = false;
         if self.crc_failed_seq == Some(seq) {
             let detail = "payload checksum wrong twice".to_owned();
-            return self.refuse(frame, Code::PayloadCrcTwice, detail, now);
+            return self.refuse(frame, Code::PayloadCrcTwice, detail, now, outbound);
         }
         self.crc_failed_seq = Some(seq);
         self.ask_for(Code::PayloadCrc, seq, "payload checksum wrong", outbound);
         Ok(None)
     }
 
-    /// Sends the frame to quarantine under its number; the device hears of it once that is durable.
-    fn refuse(&mut self, frame: &Frame<'_>, code: Code, detail: String, now: Now) -> Step {
+    /// Sends the frame to quarantine under its number; the device hears of it once that is durable. A
+    /// frame for which there is no room stays on its device, which comes again with it.
+    fn refuse(
+        &mut self,
+        frame: &Frame<'_>,
+        code: Code,
+        detail: String,
+        now: Now,
+        outbound: &mut Outbound,
+    ) -> Step {
         let since_us = now.mono_us.saturating_sub(REFUSALS_WINDOW_US);
         self.refused_at_us.retain(|at_us| *at_us >= since_us);
         if self.refused_at_us.len() == REFUSALS_MAX {
@@ -330,8 +348,12 @@ impl Stream {
                 detail: format!("too many refused frames, the latest: {detail}"),
             });
         }
-        self.refused_at_us.push_back(now.mono_us);
         let seq = frame.header.seq;
+        let Some(room) = self.quarantine.reserve(self.device, frame.bytes.len()) else {
+            self.ask_for(Code::QuarantineFull, seq, &detail, outbound);
+            return Ok(None);
+        };
+        self.refused_at_us.push_back(now.mono_us);
         tracing::info!(device = self.device.0, seq, code = code as u8, %detail, "frame quarantined");
         self.refusals.push_back(Refusal {
             seq,
@@ -344,18 +366,14 @@ impl Stream {
             bytes: frame.bytes.to_vec(),
             peer: self.peer.to_string(),
         };
-        Ok(Some(self.submit(frame, self.expected_seq, content, now)))
+        let entry = self.entry(frame, self.expected_seq, content, now);
+        Ok(Some(Submission::Quarantine(entry, room)))
     }
 
-    fn submit(
-        &mut self,
-        frame: &Frame<'_>,
-        first_seq: u64,
-        content: Content,
-        now: Now,
-    ) -> Submission {
+    /// What is submitted for a frame that is taken.
+    fn entry(&mut self, frame: &Frame<'_>, first_seq: u64, content: Content, now: Now) -> Entry {
         self.expected_seq = frame.header.seq + 1;
-        Submission::Entry(Entry {
+        Entry {
             device: self.device,
             stream: self.durable.stream(),
             first_seq,
@@ -363,91 +381,19 @@ impl Stream {
             frame_type: frame.header.frame_type,
             received_at_us: now.utc_us,
             content,
-        })
+        }
     }
 
     /// What an intact frame holds; `None` where its schema is not known here.
     fn read_content(&self, frame: &Frame<'_>, now: Now) -> Result<Option<Content>, Violation> {
-        if frame.header.flags != 0 {
-            return Err(Violation::Flags(frame.header.flags));
-        }
-        match frame.header.frame_type {
-            types::DATA => {
-                let data: Data<'_> = decode(frame.payload())?;
-                match self
-                    .schemas
-                    .iter()
-                    .find(|known| known.schema == data.schema)
-                {
-                    Some(schema) => self.read_data(&data, schema, now).map(Some),
-                    None => Ok(None),
-                }
-            }
-            types::GAP => {
-                let gap: Gap<'_> = decode(frame.payload())?;
-                if gap.from_seq > frame.header.seq {
-                    return Err(Violation::Range("from_seq"));
-                }
-                Ok(Some(Content::Gap { reason: gap.reason }))
-            }
-            types::EVENT => {
-                let event: Event<'_> = decode(frame.payload())?;
-                let time =
-                    self.resolve(event.clock, event.boot, (event.time_us, event.time_us), now);
-                Ok(Some(Content::Event {
-                    time,
-                    at_us: event.time_us + time.offset_us,
-                    level: event.level,
-                    code: event.code,
-                    text: event.text.to_owned(),
-                }))
-            }
-            other => Err(Violation::UnknownType(other)),
-        }
-    }
-
-    fn read_data(&self, data: &Data<'_>, schema: &Schema, now: Now) -> Result<Content, Violation> {
-        // Before anything of that size is allocated.
-        check_shape(data)?;
-        let rows = usize::from(data.rows);
-        let mut times_us = vec![0; rows];
-        decode_times(data, &mut times_us)?;
-        let mut series = Vec::with_capacity(data.columns.len());
-        let mut values = vec![0.0; rows * data.columns.len()];
-        for (column, values) in data.columns.iter().zip(values.chunks_exact_mut(rows)) {
-            let channel = schema
-                .channels
-                .iter()
-                .find(|channel| channel.id == column.channel)
-                .ok_or(Violation::ColumnChannel(column.channel))?;
-            series.push(channel.series);
-            decode_values(column, channel.kind, channel.exp10, values)?;
-        }
-        let span_us = (times_us[0], times_us[rows - 1]);
-        let time = self.resolve(data.clock, data.boot, span_us, now);
-        for time_us in &mut times_us {
-            *time_us += time.offset_us;
-        }
-        Ok(Content::Readings(Readings {
-            time,
-            times_us,
-            series,
-            values,
-        }))
-    }
-
-    fn resolve(
-        &self,
-        clock: u8,
-        boot: u32,
-        (oldest_us, newest_us): (i64, i64),
-        now: Now,
-    ) -> ResolvedTime {
-        if clock == 0 {
-            self.clocks.resolve_boot(boot, newest_us, now.utc_us)
-        } else {
-            resolve_utc(oldest_us, newest_us, now.utc_us)
-        }
+        let context = Context {
+            clocks: &self.clocks,
+            received_at_us: now.utc_us,
+        };
+        context.read(frame, |schema| {
+            let known = self.schemas.iter().find(|known| known.schema == schema);
+            known.map(Arc::as_ref)
+        })
     }
 
     pub(super) fn handle_receipt(
@@ -515,15 +461,6 @@ struct Refusal {
     seq: u64,
     code: Code,
     detail: String,
-}
-
-/// The first number a frame covers: differs from its own only for a GAP that can be read.
-fn first_seq(frame: &Frame<'_>) -> u64 {
-    let seq = frame.header.seq;
-    if frame.header.frame_type != types::GAP || !frame.intact {
-        return seq;
-    }
-    decode::<Gap<'_>>(frame.payload()).map_or(seq, |gap| gap.from_seq.min(seq))
 }
 
 fn declared(channel: &fieldgate_protocol::message::Channel<'_>) -> DeclaredChannel {

@@ -196,7 +196,9 @@ impl Bench {
         let frame = frame::decode(bytes, 4096).unwrap().expect("whole");
         match self.session.handle_frame(&frame, NOW) {
             Some(Submission::Login(login)) => self.waiting.logins.push(login),
-            Some(Submission::Entry(entry)) => self.waiting.entries.push(entry),
+            Some(Submission::Entry(entry) | Submission::Quarantine(entry, _)) => {
+                self.waiting.entries.push(entry);
+            }
             Some(other) => panic!("not expected here: {other:?}"),
             None => {}
         }

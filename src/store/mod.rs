@@ -19,10 +19,13 @@ use crate::clock::{BootClock, Quality};
 mod admission;
 #[cfg(test)]
 mod contract;
+pub mod editor;
+pub mod kept;
 pub mod ledger;
 pub mod memory;
 pub mod postgres;
 pub mod reader;
+pub mod replay;
 pub mod rows;
 pub mod spool;
 pub mod sqlite;

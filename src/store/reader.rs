@@ -97,6 +97,8 @@ pub enum Argument<'a> {
     Integer(i64),
     /// Text.
     Text(&'a str),
+    /// A time, microseconds UTC.
+    Time(i64),
 }
 
 impl From<i64> for Argument<'_> {
@@ -146,6 +148,14 @@ impl Row {
         match &self.0[column] {
             Value::Null => Ok(None),
             Value::Text(value) => Ok(Some(value)),
+            _ => Err(self.unexpected(column)),
+        }
+    }
+
+    /// The bytes in a column.
+    pub fn bytes(&self, column: usize) -> Result<&[u8], ReadError> {
+        match &self.0[column] {
+            Value::Blob(value) => Ok(value),
             _ => Err(self.unexpected(column)),
         }
     }
@@ -267,11 +277,11 @@ impl Reader {
     }
 }
 
-fn sqlite_arguments(values: &[Argument<'_>]) -> Result<SqliteArguments, sqlx::Error> {
+pub(super) fn sqlite_arguments(values: &[Argument<'_>]) -> Result<SqliteArguments, sqlx::Error> {
     let mut arguments = SqliteArguments::default();
     for value in values {
         match value {
-            Argument::Integer(value) => arguments.add(*value),
+            Argument::Integer(value) | Argument::Time(value) => arguments.add(*value),
             Argument::Text(value) => arguments.add((*value).to_owned()),
         }
         .map_err(sqlx::Error::Encode)?;
@@ -279,12 +289,13 @@ fn sqlite_arguments(values: &[Argument<'_>]) -> Result<SqliteArguments, sqlx::Er
     Ok(arguments)
 }
 
-fn postgres_arguments(values: &[Argument<'_>]) -> Result<PgArguments, sqlx::Error> {
+pub(super) fn postgres_arguments(values: &[Argument<'_>]) -> Result<PgArguments, sqlx::Error> {
     let mut arguments = PgArguments::default();
     for value in values {
         match value {
             Argument::Integer(value) => arguments.add(*value),
             Argument::Text(value) => arguments.add(*value),
+            Argument::Time(value) => arguments.add(postgres::Timestamp(*value)),
         }
         .map_err(sqlx::Error::Encode)?;
     }

@@ -342,13 +342,16 @@ async fn quarantine_tells_what_was_wrong() {
         "2026-02-25T06:13:20Z",
         " 32 ",
         "a0a1a2a3a4a5a6a7a8a9aaabacadaeaf",
-        "(1 of 1, newest first)",
+        "(1 of 1, newest first; 32 B in all)",
     ] {
         assert!(said.out.contains(word), "{word}: {}", said.out);
     }
     assert!(!said.out.contains("afb0"), "{}", said.out);
     let said = site.run(&["quarantine", "list", "--limit", "0"]);
-    assert!(said.out.contains("(0 of 1, newest first)"), "{said:?}");
+    assert!(
+        said.out.contains("(0 of 1, newest first; 32 B in all)"),
+        "{said:?}"
+    );
 }
 
 fn mode(path: &Path) -> u32 {

@@ -383,7 +383,7 @@ impl Database {
 }
 
 /// Changes a database behind everybody's back.
-pub fn meddle(path: &Path, sql: &'static str) {
+pub fn meddle(path: &Path, sql: &str) {
     let runtime = Builder::new_current_thread()
         .enable_all()
         .build()
@@ -396,7 +396,7 @@ pub fn meddle(path: &Path, sql: &'static str) {
             .connect()
             .await
             .expect("a database");
-        sqlx::raw_sql(sql)
+        sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))
             .execute(&mut connection)
             .await
             .expect(sql);

@@ -16,6 +16,8 @@ mod outage;
 mod own_postgres;
 mod plans;
 mod quarantine;
+mod quarantine_full;
+mod replay;
 mod session;
 mod simulator;
 mod site;

@@ -20,9 +20,10 @@ use std::time::Duration;
 use sqlx::{Connection, PgConnection};
 
 use self::copy::Progress;
-pub use self::open::{OpenError, migrate, open_reader};
+pub use self::open::{OpenError, migrate, open_editor, open_reader};
 use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
+pub(super) use self::write::insert_readings;
 use self::write::{CommitError, Writer};
 use super::{Batch, Committed, Store, StoreError};
 use crate::store::url::PostgresUrl;

@@ -275,7 +275,23 @@ pub(super) async fn bring_up_to_date(
 /// # Errors
 /// The server does not let us in, or what is there is no store of this program's present schema.
 pub async fn open_reader(url: &PostgresUrl) -> Result<PgConnection, OpenError> {
-    let mut conn = connect_as(url, READER_SETTINGS).await?;
+    open_present(url, READER_SETTINGS).await
+}
+
+/// Opens a connection that writes beside running gateways. It must not add frames nor move streams: for
+/// that it would have to be the one that may (see `feed`).
+///
+/// # Errors
+/// As [`open_reader`].
+pub async fn open_editor(url: &PostgresUrl) -> Result<PgConnection, OpenError> {
+    let mut conn = open_present(url, WRITER_SETTINGS).await?;
+    refuse_unfit(&mut conn, url).await?;
+    Ok(conn)
+}
+
+/// Connects to what is there already, and of the present schema.
+async fn open_present(url: &PostgresUrl, settings: &str) -> Result<PgConnection, OpenError> {
+    let mut conn = connect_as(url, settings).await?;
     match refuse_foreign(&mut conn, url).await? {
         0 => Err(OpenError::Missing { url: url.clone() }),
         found if found < latest_known() => Err(OpenError::Older { url: url.clone() }),

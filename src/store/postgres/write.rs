@@ -178,7 +178,7 @@ impl Writer {
         let runs = sorted_runs(frames);
         let readings: usize = runs.iter().map(|run| run.times_us.len()).sum();
         if readings < COPY_READINGS_MIN {
-            return self.insert_readings(&runs).await;
+            return insert_readings(&mut self.conn, &runs).await;
         }
         let table = "readings (series_id, ts, frame_id, value)";
         copy(&mut self.conn, table, &runs, &self.progress, |rows, run| {
@@ -191,33 +191,6 @@ impl Writer {
             }
         })
         .await
-    }
-
-    async fn insert_readings(&mut self, runs: &[Run<'_>]) -> Result<(), sqlx::Error> {
-        if runs.is_empty() {
-            return Ok(());
-        }
-        let (mut series, mut times, mut frames, mut values) = (vec![], vec![], vec![], vec![]);
-        for run in runs {
-            for (of_series, ts_us, frame, value) in run.readings() {
-                series.push(of_series);
-                times.push(Timestamp(ts_us));
-                frames.push(frame);
-                values.push(value);
-            }
-        }
-        sqlx::query(
-            "INSERT INTO readings (series_id, ts, frame_id, value)
-             SELECT * FROM unnest($1::bigint[], $2::timestamptz[], $3::bigint[],
-                 $4::double precision[])",
-        )
-        .bind(series)
-        .bind(times)
-        .bind(frames)
-        .bind(values)
-        .execute(&mut self.conn)
-        .await
-        .map(drop)
     }
 
     async fn store_gaps(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
@@ -372,4 +345,35 @@ impl Writer {
         .await
         .map(drop)
     }
+}
+
+/// Puts readings in by one statement.
+pub(in crate::store) async fn insert_readings(
+    conn: &mut PgConnection,
+    runs: &[Run<'_>],
+) -> Result<(), sqlx::Error> {
+    if runs.is_empty() {
+        return Ok(());
+    }
+    let (mut series, mut times, mut frames, mut values) = (vec![], vec![], vec![], vec![]);
+    for run in runs {
+        for (of_series, ts_us, frame, value) in run.readings() {
+            series.push(of_series);
+            times.push(Timestamp(ts_us));
+            frames.push(frame);
+            values.push(value);
+        }
+    }
+    sqlx::query(
+        "INSERT INTO readings (series_id, ts, frame_id, value)
+         SELECT * FROM unnest($1::bigint[], $2::timestamptz[], $3::bigint[],
+             $4::double precision[])",
+    )
+    .bind(series)
+    .bind(times)
+    .bind(frames)
+    .bind(values)
+    .execute(conn)
+    .await
+    .map(drop)
 }

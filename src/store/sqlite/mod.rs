@@ -16,9 +16,10 @@ use std::path::Path;
 use sqlx::Connection;
 
 use self::checkpoint::{Checkpoints, Limits};
-pub use self::open::{OpenError, migrate, open_reader};
+pub use self::open::{OpenError, migrate, open_editor, open_reader};
 use self::open::{Purpose, WriterSettings};
 use self::write::Writer;
+use super::rows::Run;
 use super::{Batch, Committed, Content, Store, StoreError};
 
 mod admit;
@@ -267,6 +268,14 @@ async fn optimize(conn: &mut sqlx::SqliteConnection) -> Result<(), sqlx::Error> 
         .execute(conn)
         .await
         .map(drop)
+}
+
+/// Puts readings where they stay, beside what a gateway has still to sort in.
+pub(super) async fn insert_sorted(
+    conn: &mut sqlx::SqliteConnection,
+    runs: &[Run<'_>],
+) -> Result<(), sqlx::Error> {
+    rows::insert_runs(&rows::readings_into("readings_sorted"), conn, runs).await
 }
 
 fn primary_code(error: &sqlx::Error) -> Option<i32> {

@@ -45,6 +45,10 @@ const STATEMENTS_MAX: usize = 256;
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
+/// How long an editor waits for its turn to write: under load the gateway begins its next transaction
+/// at once, and whoever waits finds the moment between by chance.
+const EDITOR_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Why a database could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -313,6 +317,40 @@ pub(super) async fn open_reader_of(
     path: &Path,
     purpose: Purpose,
 ) -> Result<SqliteConnection, OpenError> {
+    let mut conn = open_present(path, purpose, |options| options.read_only(true)).await?;
+    set(&mut conn, path, "query_only", "ON", "1").await?;
+    Ok(conn)
+}
+
+/// Opens a connection that writes beside a running gateway, each in its turn: the one thing that may,
+/// for it must leave alone what the gateway knows by heart (the ledger's ids, watermarks, and the
+/// readings that are still to be sorted in).
+///
+/// # Errors
+/// As [`open_reader`].
+pub async fn open_editor(path: &Path) -> Result<SqliteConnection, OpenError> {
+    let patient = |options: SqliteConnectOptions| options.busy_timeout(EDITOR_PATIENCE);
+    let mut conn = open_present(path, Purpose::Store, patient).await?;
+    refuse_old_sqlite(&mut conn)
+        .await
+        .map_err(|source| sqlite_error(path, source))??;
+    set(&mut conn, path, "synchronous", "FULL", "2").await?;
+    set(&mut conn, path, "fullfsync", "ON", "1").await?;
+    set(&mut conn, path, "foreign_keys", "ON", "1").await?;
+    // Moving pages is left to the gateway, which does it beside its commits.
+    sqlx::query("PRAGMA wal_autocheckpoint = 0")
+        .execute(&mut conn)
+        .await
+        .map_err(|source| sqlite_error(path, source))?;
+    Ok(conn)
+}
+
+/// Opens what is there already, and of the present schema.
+async fn open_present(
+    path: &Path,
+    purpose: Purpose,
+    with: impl FnOnce(SqliteConnectOptions) -> SqliteConnectOptions,
+) -> Result<SqliteConnection, OpenError> {
     let absolute = path.canonicalize().map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => OpenError::Missing(path.into()),
         _ => OpenError::Inaccessible {
@@ -322,8 +360,7 @@ pub(super) async fn open_reader_of(
     })?;
     // By bytes, as SQLite compares anyway: a query by this name is understood by Postgres, too.
     let options = options(&absolute).collation("C", str::cmp);
-    let mut conn = options
-        .read_only(true)
+    let mut conn = with(options)
         .connect()
         .await
         .map_err(|source| sqlite_error(path, source))?;
@@ -334,7 +371,6 @@ pub(super) async fn open_reader_of(
     if applied < purpose.latest_known() {
         return Err(OpenError::Older(path.into()));
     }
-    set(&mut conn, path, "query_only", "ON", "1").await?;
     Ok(conn)
 }
 

@@ -8,12 +8,17 @@ use std::path::Path;
 use sqlx::SqliteConnection;
 
 pub(in crate::store) use self::read::SpoolReader;
-use super::open::{OpenError, Purpose};
+use super::open::{OpenError, Purpose, open_reader_of};
 use super::{SqliteSettings, SqliteStore, classify};
 use crate::clock::BootClock;
 use crate::store::{DeviceEvent, DeviceId, Entry, StoreError};
 
 mod read;
+
+/// Opens the spool at `path` beside its writer.
+pub(in crate::store) async fn open_beside(path: &Path) -> Result<SqliteConnection, OpenError> {
+    open_reader_of(path, Purpose::Spool).await
+}
 
 /// Who a spool is to the store it feeds.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,0 +1,125 @@
+//! `fieldgate quarantine replay`: frames that this version understands and the one that received them
+//! did not.
+
+use std::io::Write;
+
+use fieldgate::content::{Context, first_seq};
+use fieldgate::store::Content;
+use fieldgate::store::editor::Editor;
+use fieldgate::store::reader::Reader;
+use fieldgate::store::replay::{KeptFrame, Known, Understood};
+use fieldgate::store::url::StoreUrl;
+use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
+
+use super::select::Selection;
+use crate::cli::Error;
+use crate::cli::output::{self, Grid, count};
+
+/// Frames that are read at once.
+const CHUNK_FRAMES: u32 = 64;
+
+/// What became of the frames.
+#[derive(Default)]
+struct Outcome {
+    frames: u64,
+    readings: u64,
+    stayed: u64,
+}
+
+/// Stores what is understood now; tells what stays, and why.
+pub async fn replay(store: &StoreUrl, selection: &Selection) -> Result<(), Error> {
+    let mut editor = Editor::open(store).await?;
+    let condition = selection.condition(&mut editor).await?;
+    let mut known = Known::default();
+    let mut outcome = Outcome::default();
+    let mut stayed = Grid::new(["id", "device", "seq", "reason"]);
+    let mut after = 0;
+    loop {
+        let frames = editor
+            .kept_frames(condition.sql(), &condition.arguments(), after, CHUNK_FRAMES)
+            .await?;
+        let Some(last) = frames.last() else {
+            break;
+        };
+        after = last.id;
+        for frame in &frames {
+            match understand(&mut editor, &mut known, frame).await? {
+                Ok(understood) if editor.replay(frame, &understood).await? => {
+                    outcome.frames += 1;
+                    if let Content::Readings(readings) = &understood.content {
+                        outcome.readings += readings.values.len() as u64;
+                    }
+                }
+                // Somebody else was faster.
+                Ok(_) => {}
+                Err(reason) => {
+                    outcome.stayed += 1;
+                    stayed.push(vec![
+                        frame.id.into(),
+                        frame.device_name.as_str().into(),
+                        frame.seq.cast_signed().into(),
+                        reason.into(),
+                    ]);
+                }
+            }
+        }
+    }
+    let mut out = output::stdout();
+    if outcome.stayed > 0 {
+        stayed.write(&mut out)?;
+    }
+    let (frames, readings) = (
+        count(outcome.frames, "frame"),
+        count(outcome.readings, "reading"),
+    );
+    writeln!(out, "replayed {frames} with {readings}")?;
+    out.flush()?;
+    match outcome.stayed {
+        0 => Ok(()),
+        stayed => Err(Error::Failed(format!(
+            "{} not understood by this version either: kept in quarantine",
+            count(stayed, "frame")
+        ))),
+    }
+}
+
+/// Reads a frame again, by the same code as when it came; or tells why it cannot be understood.
+pub async fn understand(
+    reader: &mut Reader,
+    known: &mut Known,
+    kept: &KeptFrame,
+) -> Result<Result<Understood, String>, Error> {
+    let frame = match frame::decode(&kept.bytes, FRAME_BYTES_MAX) {
+        Ok(Some(frame)) if frame.intact => frame,
+        Ok(Some(_)) => return Ok(Err("payload checksum wrong (R6)".to_owned())),
+        Ok(None) => return Ok(Err("cut short (R7)".to_owned())),
+        Err(error) => return Ok(Err(error.to_string())),
+    };
+    let clocks = known.clocks(reader, kept.device).await?;
+    let context = Context {
+        clocks: &clocks,
+        received_at_us: kept.received_at_us,
+    };
+    // Once to learn which schema it needs, and once with that.
+    let mut wanted = None;
+    let first = context.read(&frame, |schema| {
+        wanted = Some(schema);
+        None
+    });
+    let read = match wanted {
+        None => first,
+        Some(wanted) => {
+            let schema = known.schema(reader, kept.device, wanted).await?;
+            context.read(&frame, |_| schema)
+        }
+    };
+    Ok(match read {
+        Ok(Some(content)) => Ok(Understood {
+            frame_type: frame.header.frame_type,
+            first_seq: first_seq(&frame),
+            content,
+        }),
+        Ok(None) => Err("its schema is not declared (R47)".to_owned()),
+        Err(violation) => Err(violation.to_string()),
+    })
+}

@@ -1,0 +1,95 @@
+//! Which frames in quarantine a command is about.
+
+use clap::Args;
+use fieldgate::store::reader::{Argument, Reader};
+use jiff::Timestamp;
+
+use crate::cli::Error;
+use crate::cli::device::unknown;
+
+/// Frames, named one by one or by what they have in common.
+#[derive(Args, Debug, Default)]
+pub struct Selection {
+    /// Frames, by their ids in `quarantine list`
+    #[arg(value_name = "ID")]
+    pub ids: Vec<i64>,
+
+    /// Frames of this device only
+    #[arg(long, value_name = "NAME")]
+    pub device: Option<String>,
+
+    /// Frames that were received before this time only, such as 2026-05-01T00:00:00Z
+    #[arg(long, value_name = "TIME")]
+    pub before: Option<Timestamp>,
+}
+
+/// A condition on rows of `quarantine AS q`, and its parameters.
+pub struct Condition {
+    sql: String,
+    device: Option<i64>,
+    before_us: Option<i64>,
+}
+
+impl Selection {
+    /// Whether nothing is named, which stands for all frames.
+    pub fn is_open(&self) -> bool {
+        self.ids.is_empty() && self.device.is_none() && self.before.is_none()
+    }
+
+    /// The condition that the frames meet.
+    ///
+    /// # Errors
+    /// There is no such device, or the store does not answer.
+    pub async fn condition(&self, reader: &mut Reader) -> Result<Condition, Error> {
+        let device = match &self.device {
+            Some(name) => Some(device_id(reader, name).await?),
+            None => None,
+        };
+        let before_us = self.before.map(Timestamp::as_microsecond);
+        let mut conditions = vec!["1 = 1".to_owned()];
+        if !self.ids.is_empty() {
+            let ids: Vec<String> = self.ids.iter().map(i64::to_string).collect();
+            conditions.push(format!("q.id IN ({})", ids.join(", ")));
+        }
+        let mut count = 0;
+        let mut parameter = |condition: &str| {
+            count += 1;
+            conditions.push(format!("{condition} ${count}"));
+        };
+        if device.is_some() {
+            parameter("q.device_id =");
+        }
+        if before_us.is_some() {
+            parameter("q.received_at <");
+        }
+        Ok(Condition {
+            sql: conditions.join(" AND "),
+            device,
+            before_us,
+        })
+    }
+}
+
+impl Condition {
+    /// As it stands behind WHERE.
+    pub fn sql(&self) -> &str {
+        &self.sql
+    }
+
+    /// Its parameters, `$1` first.
+    pub fn arguments(&self) -> Vec<Argument<'static>> {
+        let device = self.device.map(Argument::Integer);
+        let before = self.before_us.map(Argument::Time);
+        device.into_iter().chain(before).collect()
+    }
+}
+
+async fn device_id(reader: &mut Reader, name: &str) -> Result<i64, Error> {
+    let rows = reader
+        .rows("SELECT id FROM devices WHERE name = $1", &[name.into()])
+        .await?;
+    match rows.first() {
+        Some(row) => Ok(row.integer(0)?),
+        None => Err(unknown(reader, name).await?),
+    }
+}

@@ -1,0 +1,295 @@
+//! Frames in quarantine, read with all that it takes to understand them, and stored as they would have
+//! been when they came.
+//!
+//! Invariant: the row in quarantine goes in the transaction that stores what it held, and before
+//! anything else: whoever comes second finds it gone and does nothing.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
+use super::admission::{SeriesIndex, SeriesRow, parse_declaration};
+use super::editor::Editor;
+use super::reader::{Argument, ReadError, Reader};
+use super::rows::Run;
+use super::{Content, DeviceId, ResolvedTime, Schema, SeriesId, StreamId, postgres, sqlite};
+use crate::clock::{BootClock, BootClocks};
+
+/// A frame in quarantine.
+#[derive(Clone, Debug)]
+pub struct KeptFrame {
+    /// Its row.
+    pub id: i64,
+    /// Whose it is.
+    pub device: DeviceId,
+    /// The device's name.
+    pub device_name: String,
+    /// Of which stream.
+    pub stream: StreamId,
+    /// Its number.
+    pub seq: u64,
+    /// When it came, microseconds UTC.
+    pub received_at_us: i64,
+    /// All of it.
+    pub bytes: Vec<u8>,
+}
+
+/// A frame that is understood now.
+#[derive(Clone, Debug)]
+pub struct Understood {
+    /// Its type on the wire.
+    pub frame_type: u8,
+    /// The first number that it covers; less than its own only for a gap.
+    pub first_seq: u64,
+    /// What it says.
+    pub content: Content,
+}
+
+impl Reader {
+    /// Up to `count` frames in quarantine, the oldest first, from those whose id is above `after` and for
+    /// which `condition` holds, which speaks of `quarantine AS q`.
+    ///
+    /// # Errors
+    /// The store does not answer, or a row is not what this program writes.
+    pub async fn kept_frames(
+        &mut self,
+        condition: &str,
+        arguments: &[Argument<'_>],
+        after: i64,
+        count: u32,
+    ) -> Result<Vec<KeptFrame>, ReadError> {
+        let sql = format!(
+            "SELECT q.id, q.device_id, d.name, q.stream_id, q.seq, q.received_at, q.bytes
+             FROM quarantine AS q LEFT JOIN devices AS d ON d.id = q.device_id
+             WHERE q.id > {after} AND {condition} ORDER BY q.id LIMIT {count}"
+        );
+        let rows = self.rows(&sql, arguments).await?;
+        let frame = |row: &super::reader::Row| {
+            Ok(KeptFrame {
+                id: row.integer(0)?,
+                device: DeviceId(row.integer(1)?),
+                device_name: row.text_or_null(2)?.unwrap_or_default().to_owned(),
+                stream: StreamId(row.integer(3)?),
+                seq: row.integer(4)?.cast_unsigned(),
+                received_at_us: row.integer(5)?,
+                bytes: row.bytes(6)?.to_vec(),
+            })
+        };
+        rows.iter().map(frame).collect()
+    }
+
+    /// The clocks kept of all boots of a device.
+    ///
+    /// # Errors
+    /// As [`Reader::kept_frames`].
+    pub async fn clocks(&mut self, device: DeviceId) -> Result<Vec<BootClock>, ReadError> {
+        let sql = "SELECT boot, offset_us, delay_us, measured_at FROM clocks WHERE device_id = $1";
+        let rows = self.rows(sql, &[device.0.into()]).await?;
+        let clock = |row: &super::reader::Row| {
+            Ok(BootClock {
+                boot: row.integer(0)? as u32,
+                offset_us: row.integer(1)?,
+                delay_us: row.integer(2)?.cast_unsigned(),
+                measured_at_us: row.integer(3)?,
+            })
+        };
+        rows.iter().map(clock).collect()
+    }
+
+    /// A schema that a device declared; `None` if it did not, or if the store lacks a series of it.
+    ///
+    /// # Errors
+    /// As [`Reader::kept_frames`].
+    pub async fn schema(
+        &mut self,
+        device: DeviceId,
+        schema: u16,
+    ) -> Result<Option<Schema>, ReadError> {
+        let sql = "SELECT declaration FROM schemas WHERE device_id = $1 AND schema = $2";
+        let rows = self
+            .rows(sql, &[device.0.into(), i64::from(schema).into()])
+            .await?;
+        let Some(declaration) = rows.first() else {
+            return Ok(None);
+        };
+        let channels = parse_declaration(declaration.text_or_null(0)?.unwrap_or_default())?;
+        let sql = "SELECT id, channel, unit, kind FROM series WHERE device_id = $1";
+        let mut series = SeriesIndex::default();
+        for row in self.rows(sql, &[device.0.into()]).await? {
+            let text = |column| -> Result<String, ReadError> {
+                Ok(row.text_or_null(column)?.unwrap_or_default().to_owned())
+            };
+            series.add(
+                device,
+                SeriesRow {
+                    id: SeriesId(row.integer(0)?),
+                    channel: text(1)?,
+                    unit: text(2)?,
+                    kind: text(3)?,
+                },
+            );
+        }
+        let channels = channels
+            .iter()
+            .map(|channel| series.channel(device, channel));
+        let channels: Option<Vec<_>> = channels.collect();
+        Ok(channels.map(|channels| Schema { schema, channels }))
+    }
+}
+
+impl Editor {
+    /// Stores what a frame in quarantine says, under the number and with the time of receipt that it has
+    /// in the ledger, and takes it out of quarantine, all in one transaction; `false` if it is not in
+    /// quarantine any more.
+    ///
+    /// # Errors
+    /// The store does not answer, or the ledger lacks the frame. Nothing was done then.
+    pub async fn replay(
+        &mut self,
+        frame: &KeptFrame,
+        understood: &Understood,
+    ) -> Result<bool, ReadError> {
+        self.begin().await?;
+        match self.move_out(frame, understood).await {
+            Ok(true) => self.commit().await.map(|()| true),
+            Ok(false) => self.rollback().await.map(|()| false),
+            Err(error) => {
+                // The error tells more than that of a rollback would.
+                let _ = self.rollback().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn move_out(
+        &mut self,
+        frame: &KeptFrame,
+        understood: &Understood,
+    ) -> Result<bool, ReadError> {
+        let delete = "DELETE FROM quarantine WHERE id = $1";
+        if self.execute(delete, &[frame.id.into()]).await? == 0 {
+            return Ok(false);
+        }
+        let of_frame = [frame.stream.0.into(), frame.seq.cast_signed().into()];
+        let ledger = "SELECT id FROM frames WHERE stream_id = $1 AND seq = $2";
+        let ledger = self.rows(ledger, &of_frame).await?;
+        let id = ledger.first().ok_or(sqlx::Error::RowNotFound)?.integer(0)?;
+        let sql = "UPDATE frames SET type = $1 WHERE id = $2";
+        let frame_type = i64::from(understood.frame_type);
+        self.execute(sql, &[frame_type.into(), id.into()]).await?;
+        match &understood.content {
+            Content::Readings(readings) => {
+                let count = readings.values.len() as i64;
+                self.resolve(id, readings.time).await?;
+                let sql = "UPDATE frames SET readings = $1 WHERE id = $2";
+                self.execute(sql, &[count.into(), id.into()]).await?;
+                let runs: Vec<Run<'_>> = Run::of(id, readings).collect();
+                match &mut **self {
+                    Reader::Sqlite(conn) => sqlite::insert_sorted(conn, &runs).await?,
+                    Reader::Postgres(conn) => postgres::insert_readings(conn, &runs).await?,
+                }
+                let sql = "UPDATE streams SET readings = readings + $1 WHERE id = $2";
+                self.execute(sql, &[count.into(), frame.stream.0.into()])
+                    .await?;
+            }
+            Content::Gap { reason } => self.add_gap(frame, understood.first_seq, *reason).await?,
+            Content::Event {
+                time,
+                at_us,
+                level,
+                code,
+                text,
+            } => {
+                self.resolve(id, *time).await?;
+                let sql =
+                    "INSERT INTO device_events (device_id, at, kind, level, code, detail, frame_id)
+                    VALUES ($1, $2, 'event', $3, $4, $5, $6)";
+                let values = [
+                    frame.device.0.into(),
+                    Argument::Time(*at_us),
+                    i64::from(*level).into(),
+                    i64::from(*code).into(),
+                    text.as_str().into(),
+                    id.into(),
+                ];
+                self.execute(sql, &values).await?;
+            }
+            Content::Quarantined { .. } => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    async fn resolve(&mut self, id: i64, time: ResolvedTime) -> Result<(), ReadError> {
+        let sql = "UPDATE frames SET quality = $1, clock_offset_us = $2 WHERE id = $3";
+        let quality = i64::from(time.quality as u8);
+        let values = [quality.into(), time.offset_us.into(), id.into()];
+        self.execute(sql, &values).await.map(drop)
+    }
+
+    /// A gap covers what was not durable before it came: from behind the number before it in the ledger.
+    async fn add_gap(
+        &mut self,
+        frame: &KeptFrame,
+        first_seq: u64,
+        reason: u8,
+    ) -> Result<(), ReadError> {
+        let of_frame = [frame.stream.0.into(), frame.seq.cast_signed().into()];
+        let before = "SELECT coalesce(max(seq), 0) FROM frames WHERE stream_id = $1 AND seq < $2";
+        let mut from_seq = first_seq.cast_signed();
+        for row in self.rows(before, &of_frame).await? {
+            from_seq = from_seq.max(row.integer(0)? + 1);
+        }
+        let sql = "INSERT INTO gaps (stream_id, from_seq, to_seq, reason, received_at)
+            VALUES ($1, $2, $3, $4, $5)";
+        let values = [
+            frame.stream.0.into(),
+            from_seq.into(),
+            frame.seq.cast_signed().into(),
+            i64::from(reason).into(),
+            Argument::Time(frame.received_at_us),
+        ];
+        self.execute(sql, &values).await.map(drop)
+    }
+}
+
+/// Clocks and schemas of devices, each read once.
+#[derive(Debug, Default)]
+pub struct Known {
+    clocks: HashMap<DeviceId, BootClocks>,
+    schemas: HashMap<(DeviceId, u16), Option<Schema>>,
+}
+
+impl Known {
+    /// The clocks of a device's boots.
+    ///
+    /// # Errors
+    /// As [`Reader::clocks`].
+    pub async fn clocks(
+        &mut self,
+        reader: &mut Reader,
+        device: DeviceId,
+    ) -> Result<BootClocks, ReadError> {
+        if let Some(clocks) = self.clocks.get(&device) {
+            return Ok(clocks.clone());
+        }
+        let clocks = BootClocks::new(reader.clocks(device).await?);
+        self.clocks.insert(device, clocks.clone());
+        Ok(clocks)
+    }
+
+    /// A schema of a device.
+    ///
+    /// # Errors
+    /// As [`Reader::schema`].
+    pub async fn schema(
+        &mut self,
+        reader: &mut Reader,
+        device: DeviceId,
+        schema: u16,
+    ) -> Result<Option<&Schema>, ReadError> {
+        let known = match self.schemas.entry((device, schema)) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(reader.schema(device, schema).await?),
+        };
+        Ok(known.as_ref())
+    }
+}

@@ -1,0 +1,209 @@
+//! Quarantine has a bound (SPEC R60, code 12): what has no room stays on its device, only that device
+//! waits, and it goes on when an operator has made room.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use fieldgate_protocol::error::Code;
+
+use crate::client::{Heard, Link, header, readings, sealed};
+use crate::database::PgDatabase;
+use crate::gateway::{Ended, Gateway, run};
+
+/// Eight of these fill the share of a device, 1 MiB / 8.
+const FRAME_BYTES: usize = 16_384;
+const FLAGS: [&str; 4] = [
+    "--quarantine-bytes-max",
+    "1048576",
+    "--frame-bytes-max",
+    "16384",
+];
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A frame that no gateway understands yet.
+fn unheard_of(seq: u64) -> Vec<u8> {
+    sealed(header(0x1E, seq), &vec![0; FRAME_BYTES - 20])
+}
+
+/// Fills the share of a device by frames 1 to 8.
+fn fill(gateway: &Gateway, name: &str) -> Link {
+    let (mut link, _) = gateway.connect(name);
+    for seq in 1..=8 {
+        link.send(&unheard_of(seq));
+        link.expect_nack(seq, Code::UnknownType, seq + 1);
+        link.expect_ack(seq);
+    }
+    // Another connection, since one may cause only eight refusals a minute.
+    let (link, welcomed) = gateway.connect(name);
+    assert_eq!(welcomed.durable_seq, 8);
+    link
+}
+
+fn expect_full(link: &mut Link, seq: u64) {
+    match link.hear() {
+        Heard::Nack {
+            seq: refused,
+            code: 12,
+            expected_seq,
+            retry_after_ms,
+        } => {
+            assert_eq!((refused, expected_seq), (seq, seq));
+            assert!((1..=10_000).contains(&retry_after_ms), "{retry_after_ms}");
+        }
+        other => panic!("{other:?} instead of NACK 12 of {seq}"),
+    }
+}
+
+/// Sends a frame until it is in quarantine, as a device does that is told to wait, but sooner.
+fn insist(link: &mut Link, seq: u64) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        link.send(&unheard_of(seq));
+        match link.hear() {
+            Heard::Nack { code: 12, .. } => assert!(Instant::now() < deadline, "never taken"),
+            Heard::Nack { code: 32, .. } => return link.expect_ack(seq),
+            other => panic!("{other:?} instead of NACK"),
+        }
+    }
+}
+
+fn quarantine(data_dir: &Path, args: &[&str]) -> Ended {
+    let data_dir = data_dir.to_str().expect("UTF-8");
+    let args = [&["quarantine"], args, &["--data-dir", data_dir]].concat();
+    run(&args)
+}
+
+#[test]
+fn a_device_that_has_used_up_its_share_waits_alone() {
+    let gateway = Gateway::start(&FLAGS);
+    let mut full = fill(&gateway, "full");
+    full.send(&unheard_of(9));
+    expect_full(&mut full, 9);
+    // Its frame is not taken: neither is what comes behind it, and a frame that is right in its place is.
+    full.send(&readings(10));
+    full.ping();
+    let mut database = gateway.database();
+    assert_eq!(database.durable_seq("full"), 8);
+    assert_eq!(database.quarantine("full").len(), 8);
+    // Others go on, also into quarantine.
+    let (mut other, _) = gateway.connect("other");
+    other.send(&unheard_of(1));
+    other.expect_nack(1, Code::UnknownType, 2);
+    other.expect_ack(1);
+    // Told again for each time that it comes; small frames have no room either.
+    full.send(&unheard_of(9));
+    expect_full(&mut full, 9);
+    full.send(&sealed(header(0x1E, 9), &[]));
+    expect_full(&mut full, 9);
+    let purged = quarantine(gateway.data_dir(), &["purge", "--device", "full"]);
+    assert!(purged.status.success(), "{}", purged.stderr);
+    insist(&mut full, 9);
+    full.send(&readings(10));
+    full.expect_ack(10);
+    let numbers: Vec<i64> = database
+        .quarantine("full")
+        .iter()
+        .map(|row| row.0)
+        .collect();
+    assert_eq!(numbers, [9]);
+    // The ledger has them all.
+    assert_eq!(database.frames("full").len(), 10);
+    assert_eq!(database.quarantine("other").len(), 1);
+}
+
+#[test]
+fn a_full_quarantine_is_full_after_a_restart_too() {
+    let dir = tempfile::TempDir::new().expect("a directory");
+    let gateway = Gateway::start_in(dir.path(), &FLAGS);
+    for device in 0..8 {
+        fill(&gateway, &format!("device-{device}"));
+    }
+    let (mut late, _) = gateway.connect("late");
+    late.send(&unheard_of(1));
+    expect_full(&mut late, 1);
+    late.send(&readings(1));
+    late.expect_ack(1);
+    let log = gateway.kill().stderr;
+    assert_eq!(log.matches("quarantine is full").count(), 1, "{log}");
+    let mut gateway = Gateway::start_in(dir.path(), &FLAGS);
+    let (mut late, _) = gateway.connect("late");
+    late.send(&unheard_of(2));
+    expect_full(&mut late, 2);
+    let purged = quarantine(
+        gateway.data_dir(),
+        &["purge", "--before", "2100-01-01T00:00:00Z"],
+    );
+    assert!(purged.status.success(), "{}", purged.stderr);
+    insist(&mut late, 2);
+    gateway.terminate();
+    let log = gateway.wait().stderr;
+    assert!(log.contains("quarantine has room again"), "{log}");
+}
+
+#[test]
+fn purge_wants_to_be_told_what() {
+    let gateway = Gateway::start(&[]);
+    let (mut link, _) = gateway.connect("pump");
+    link.send(&sealed(header(0x1E, 1), &[]));
+    link.expect_nack(1, Code::UnknownType, 2);
+    let refused = quarantine(gateway.data_dir(), &["purge"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(refused.stderr.contains("--all"), "{}", refused.stderr);
+    let refused = quarantine(gateway.data_dir(), &["purge", "--device", "pmup"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        refused.stderr.contains("did you mean pump"),
+        "{}",
+        refused.stderr
+    );
+    assert_eq!(gateway.database().quarantine("pump").len(), 1);
+    for (args, left) in [
+        (["purge", "2"], 1),
+        (["purge", "1"], 0),
+        (["purge", "--all"], 0),
+    ] {
+        let purged = quarantine(gateway.data_dir(), &args);
+        assert!(purged.status.success(), "{}", purged.stderr);
+        assert_eq!(
+            gateway.database().quarantine("pump").len(),
+            left,
+            "{args:?}"
+        );
+    }
+    assert_eq!(gateway.database().frames("pump"), [(1, 0x1E)]);
+}
+
+/// With and without a spool, in which frames wait under ids of its own.
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_share_counts_in_postgres_and_in_a_spool_before_it() {
+    for spool in [&[][..], &["--spool"]] {
+        let mut database = PgDatabase::create();
+        let url = database.url();
+        // Ids of devices differ between spool and database.
+        let others = Gateway::start(&[&FLAGS[..], &["--store", &url]].concat());
+        drop(others.connect("first"));
+        drop(fill(&others, "other"));
+        others.terminate();
+        let mut others = others;
+        assert!(others.wait().status.success());
+        let gateway = Gateway::start(&[&FLAGS[..], &["--store", &url], spool].concat());
+        let mut full = fill(&gateway, "full");
+        full.send(&unheard_of(9));
+        expect_full(&mut full, 9);
+        // What another gateway took in counts, too.
+        let (mut other, _) = gateway.connect("other");
+        other.send(&unheard_of(9));
+        expect_full(&mut other, 9);
+        database
+            .session()
+            .wait_for("SELECT count(*) = 16 FROM quarantine");
+        full.send(&unheard_of(9));
+        expect_full(&mut full, 9);
+        let purged = run(&["quarantine", "purge", "--store", &url, "--device", "full"]);
+        assert!(purged.status.success(), "{}", purged.stderr);
+        insist(&mut full, 9);
+        other.send(&unheard_of(9));
+        expect_full(&mut other, 9);
+    }
+}
