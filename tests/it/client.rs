@@ -3,9 +3,8 @@
 //! Whatever it waits for, it waits for with a deadline, and fails the test when that is over.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
 
 use fieldgate_protocol::auth::{KEY_BYTES, Transcript, schema_hash};
 use fieldgate_protocol::column::encoding;
@@ -21,8 +20,7 @@ use fieldgate_protocol::message::{
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
-/// Longer than anything takes that the gateway does on its own.
-const PATIENCE: Duration = Duration::from_secs(30);
+use crate::wire::{Wire, connect};
 
 /// The schema that [`declare`] declares, and [`readings`] uses.
 pub const SCHEMA: u16 = 1;
@@ -140,47 +138,6 @@ pub enum Heard {
 pub struct Link {
     socket: Wire,
     input: Vec<u8>,
-}
-
-/// What carries a connection.
-#[derive(Debug)]
-enum Wire {
-    Plain(TcpStream),
-    Tls(Box<StreamOwned<ClientConnection, TcpStream>>),
-}
-
-impl Read for Wire {
-    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
-        match self {
-            Wire::Plain(socket) => socket.read(into),
-            Wire::Tls(stream) => stream.read(into),
-        }
-    }
-}
-
-impl Write for Wire {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        match self {
-            Wire::Plain(socket) => socket.write(bytes),
-            Wire::Tls(stream) => stream.write(bytes),
-        }
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        match self {
-            Wire::Plain(socket) => socket.flush(),
-            Wire::Tls(stream) => stream.flush(),
-        }
-    }
-}
-
-/// A connected socket that waits with a deadline.
-pub fn connect(addr: SocketAddr) -> TcpStream {
-    let socket = TcpStream::connect_timeout(&addr, PATIENCE).expect("connects");
-    socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
-    socket.set_write_timeout(Some(PATIENCE)).expect("timeout");
-    socket.set_nodelay(true).expect("nodelay");
-    socket
 }
 
 impl Link {

@@ -27,3 +27,4 @@ mod store_down;
 mod stored;
 mod stored_in_postgres;
 mod tls;
+mod wire;

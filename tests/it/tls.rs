@@ -15,9 +15,10 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, ConfigBuilder, RootCertStore, SupportedProtocolVersion, version};
 use tempfile::TempDir;
 
-use crate::client::{Heard, Link, Login, SCHEMA, Welcomed, connect, declare, readings};
+use crate::client::{Heard, Link, Login, SCHEMA, Welcomed, declare, readings};
 use crate::gateway::{Ended, Gateway, run};
 use crate::malformed::assert_serves;
+use crate::wire::connect;
 
 /// A data directory with a certificate, kept until dropped.
 struct Site(TempDir);
