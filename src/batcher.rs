@@ -143,6 +143,7 @@ impl<T> Batcher<T> {
             }
             Submission::Clock(device, clock) => batch.clocks.push((device, clock)),
             Submission::Event(event) => batch.events.push(event),
+            Submission::Refusal(refusal) => batch.refusals.push(refusal),
         }
     }
 

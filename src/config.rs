@@ -35,6 +35,15 @@ const TIB: u64 = 1 << 40;
 const CONNECTIONS: u64 = 1_000_000;
 const READINGS_PER_S: u64 = 1_000_000_000;
 
+/// Which devices may connect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Registration {
+    /// Every one that proves its key; those that were not known are from then on.
+    Open,
+    /// Those that were added beforehand.
+    Closed,
+}
+
 /// What the gateway is asked to run with; [`Config::new`] says whether it can.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -56,6 +65,8 @@ pub struct Settings {
     pub tls_client_ca: Option<PathBuf>,
     /// Bytes that a TLS record from the gateway holds at most.
     pub tls_record_bytes_max: usize,
+    /// Which devices may connect.
+    pub registration: Registration,
     /// Connections at once; further ones wait to be accepted.
     pub connections_max: usize,
     /// Of those, from one address; further ones are closed.
@@ -130,6 +141,7 @@ impl Default for Settings {
             tls_key: None,
             tls_client_ca: None,
             tls_record_bytes_max: 1024,
+            registration: Registration::Open,
             connections_max: 16_384,
             connections_per_address_max: 8_192,
             handshakes_max: 2_048,

@@ -283,8 +283,9 @@ impl Connection {
         if let Some(device) = self.session.device() {
             self.shared.registry.leave(device, &self.mailbox);
         }
+        let mut is_told = false;
         if let Some(close) = self.session.closed() {
-            self.log(close);
+            is_told = self.log(close);
             if close.code == Some(Code::Authentication) {
                 let now = self.shared.clock.now();
                 tokio::select! {
@@ -300,7 +301,8 @@ impl Connection {
             }
         }
         drop(self.socket);
-        if let Some(event) = self.session.handle_disconnect(self.shared.clock.now()) {
+        let now = self.shared.clock.now();
+        if let Some(event) = self.session.handle_disconnect(is_told, now) {
             self.queue.submit(event, self.mailbox).await;
         }
     }
@@ -316,8 +318,8 @@ impl Connection {
     }
 
     /// A client that vanishes is nothing to worry about; one that is refused is for the operator to see,
-    /// but not as often as it likes.
-    fn log(&self, close: &Close) {
+    /// but not as often as it likes. Tells whether it was written.
+    fn log(&self, close: &Close) -> bool {
         let (peer, detail) = (self.session.peer(), &close.detail);
         match close.code {
             Some(code) if code >= Code::Protocol => {
@@ -326,9 +328,11 @@ impl Connection {
                 if let Some(not_logged) = may_log {
                     tracing::info!(%peer, code = code as u8, %detail, not_logged, "connection refused");
                 }
+                return may_log.is_some();
             }
             Some(code) => tracing::debug!(%peer, code = code as u8, %detail, "connection closed"),
             None => tracing::debug!(%peer, %detail, "connection closed"),
         }
+        false
     }
 }

@@ -436,7 +436,7 @@ pub(crate) fn answer(
     }
     for (mailbox, outcome) in tagged.logins.iter().zip(committed.logins) {
         if let LoginOutcome::Admitted(admission) = &outcome {
-            registry.admit(admission.device, lane, mailbox);
+            registry.admit(admission.device, lane, mailbox, admission.revision);
         }
         mailbox.put(|mail| mail.login = Some(outcome));
     }

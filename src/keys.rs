@@ -71,29 +71,28 @@ pub enum KeyError {
     /// Whoever could read the key may have it.
     #[error(transparent)]
     Exposed(Exposed),
-    /// Not 64 digits.
-    #[error(
-        "{} holds {digits} characters; a fleet key is {KEY_DIGITS} hexadecimal digits",
-        path.display()
-    )]
-    Length {
+    /// It is no key.
+    #[error("{} holds {source}; a fleet key is {KEY_DIGITS} hexadecimal digits", path.display())]
+    Digits {
         /// Which.
         path: PathBuf,
-        /// How many characters there are, white space at the ends left out.
-        digits: usize,
-    },
-    /// Other characters than digits.
-    #[error(
-        "{} holds other characters than hexadecimal digits; a fleet key is {KEY_DIGITS} of them",
-        path.display()
-    )]
-    NotHex {
-        /// Which.
-        path: PathBuf,
+        /// What is there instead.
+        source: DigitsError,
     },
     /// The system gives no randomness.
     #[error("the system gives no random numbers to make a fleet key of: {0}")]
     Random(#[from] getrandom::Error),
+}
+
+/// What is no key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DigitsError {
+    /// Not 64 digits.
+    #[error("{0} characters")]
+    Length(usize),
+    /// Other characters than digits.
+    #[error("other characters than hexadecimal digits")]
+    NotHex,
 }
 
 /// A secret that others than its user can touch.
@@ -184,6 +183,11 @@ impl FleetKey {
         FleetKey::parse(path, text.trim_ascii())
     }
 
+    /// A key from elsewhere.
+    pub fn from_bytes(key: [u8; KEY_BYTES]) -> FleetKey {
+        FleetKey(key)
+    }
+
     /// The key itself.
     pub fn as_bytes(&self) -> &[u8; KEY_BYTES] {
         &self.0
@@ -196,21 +200,9 @@ impl FleetKey {
     }
 
     fn parse(path: &Path, digits: &[u8]) -> Result<FleetKey, KeyError> {
-        if digits.len() != KEY_DIGITS {
-            return Err(KeyError::Length {
-                path: path.to_owned(),
-                digits: digits.len(),
-            });
-        }
-        let mut key = [0; KEY_BYTES];
-        for (byte, pair) in key.iter_mut().zip(digits.chunks_exact(2)) {
-            let (Some(high), Some(low)) = (nibble(pair[0]), nibble(pair[1])) else {
-                let path = path.to_owned();
-                return Err(KeyError::NotHex { path });
-            };
-            *byte = high << 4 | low;
-        }
-        Ok(FleetKey(key))
+        let path = path.to_owned();
+        let key = key_of_digits(digits).map_err(|source| KeyError::Digits { path, source });
+        Ok(FleetKey(key?))
     }
 
     fn store(&self, dir: &Path) -> io::Result<()> {
@@ -233,6 +225,21 @@ impl FleetKey {
         text.push('\n');
         write_secret(path, &text)
     }
+}
+
+/// The key that 64 hexadecimal digits stand for.
+pub(crate) fn key_of_digits(digits: &[u8]) -> Result<[u8; KEY_BYTES], DigitsError> {
+    if digits.len() != KEY_DIGITS {
+        return Err(DigitsError::Length(digits.len()));
+    }
+    let mut key = [0; KEY_BYTES];
+    for (byte, pair) in key.iter_mut().zip(digits.chunks_exact(2)) {
+        let (Some(high), Some(low)) = (nibble(pair[0]), nibble(pair[1])) else {
+            return Err(DigitsError::NotHex);
+        };
+        *byte = high << 4 | low;
+    }
+    Ok(key)
 }
 
 /// Makes a file that nobody but this user may read or write, durably.

@@ -9,7 +9,9 @@ pub mod codec;
 pub mod config;
 pub mod connection;
 pub mod content;
+pub mod credentials;
 pub mod descriptors;
+pub mod device_key;
 pub mod dissect;
 pub mod entrance;
 #[cfg(any(test, feature = "fuzz"))]

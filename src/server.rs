@@ -75,15 +75,15 @@ pub struct TlsListener {
 }
 
 /// Serves `listeners` until `drain` is cancelled, then answers what was taken in and ends. `stores` are
-/// the ways into one store that can be used at once.
+/// the ways into one store that can be used at once; `registry` comes to know who is connected.
 pub async fn serve<S: Store>(
     listeners: Listeners,
     stores: Vec<S>,
     settings: ServerSettings,
+    registry: Arc<Registry>,
     drain: CancellationToken,
 ) -> Result<(), ServeError> {
     let clock = SystemClock::start();
-    let registry = Arc::new(Registry::default());
     let (queue, receivers) = ingest::queue(settings.queue, stores.len());
     let mut ingest = JoinSet::new();
     for (receiver, store) in receivers.into_iter().zip(stores) {

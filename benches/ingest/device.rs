@@ -8,7 +8,7 @@ use fieldgate::clock::Now;
 use fieldgate::session::{Session, SessionSettings};
 use fieldgate::store::Store;
 use fieldgate::store::memory::MemoryStore;
-use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, derive_device_key};
+use fieldgate_protocol::auth::NO_CHANNEL_BINDING;
 use fieldgate_protocol::column::encode_integers;
 use fieldgate_protocol::device::{Config, Device, Queue};
 use fieldgate_protocol::frame::{self, NoRoom};
@@ -105,7 +105,7 @@ pub fn session() -> Session {
         window_frames: 1 << 60,
         ..SessionSettings::default()
     };
-    let key = derive_device_key(&settings.fleet_key, "pump");
+    let key = *settings.credentials.of("pump").key.as_bytes();
     let peer = SocketAddr::from(([127, 0, 0, 1], 9));
     let mut session = Session::new(Arc::new(settings), peer, [7; 16], NOW);
     let mut device = Device::new(Config {

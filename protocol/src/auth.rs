@@ -18,11 +18,22 @@ const DEVICE_KEY_LABEL: &[u8] = b"fieldgate device v1";
 const DEVICE_MAC_LABEL: &[u8] = b"fieldgate device v1";
 const GATEWAY_MAC_LABEL: &[u8] = b"fieldgate gateway v1";
 
-/// A device's key as derived from the fleet's (R32).
-pub fn derive_device_key(fleet_key: &[u8; KEY_BYTES], name: &str) -> [u8; KEY_BYTES] {
+/// A device's key as derived from the fleet's (R32). `key_version` is 0 until the key is replaced.
+pub fn derive_device_key(
+    fleet_key: &[u8; KEY_BYTES],
+    name: &str,
+    key_version: u32,
+) -> [u8; KEY_BYTES] {
     let mut key = [0; KEY_BYTES];
+    // No name has a zero byte, so no other name begins where a version does.
+    let version = key_version.to_le_bytes();
+    let (separator, version): (&[u8], &[u8]) = match key_version {
+        0 => (&[], &[]),
+        _ => (&[0], &version),
+    };
+    let info = [DEVICE_KEY_LABEL, name.as_bytes(), separator, version];
     Hkdf::<Sha256>::new(None, fleet_key)
-        .expand_multi_info(&[DEVICE_KEY_LABEL, name.as_bytes()], &mut key)
+        .expand_multi_info(&info, &mut key)
         .expect("32 bytes are within what HKDF-SHA256 can give");
     key
 }

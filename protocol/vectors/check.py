@@ -567,8 +567,9 @@ def hkdf(key, info):
     return hmac.digest(secret, info + b"\x01", "sha256")
 
 
-def device_key(fleet_key, device):
-    return hkdf(fleet_key, b"fieldgate device v1" + device.encode())
+def device_key(fleet_key, device, version=0):
+    replaced = b"\0" + version.to_bytes(4, "little") if version else b""
+    return hkdf(fleet_key, b"fieldgate device v1" + device.encode() + replaced)
 
 
 def macs(key, binding, hello, challenge, auth, welcome):
@@ -679,8 +680,8 @@ def payload_of(text):
 def check_handshake(tally):
     content = load("handshake.json")
     for case in content["keys"]:
-        key = device_key(bytes.fromhex(case["fleet_key"]), case["name"])
-        tally.check(key.hex(), case["device_key"], f"key of {case['name']}")
+        key = device_key(bytes.fromhex(case["fleet_key"]), case["name"], case["key_version"])
+        tally.check(key.hex(), case["device_key"], f"key {case['key_version']} of {case['name']}")
     for case in content["handshakes"]:
         payloads = [payload_of(case[k]) for k in ("hello", "challenge", "auth", "welcome")]
         key = device_key(bytes.fromhex(case["fleet_key"]), case["name"])

@@ -2,27 +2,32 @@
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
 use clap::builder::BoolishValueParser;
 use fieldgate::batcher::BatchLimits;
-use fieldgate::config::{Config, Settings};
+use fieldgate::config::{Config, Registration, Settings};
+use fieldgate::credentials::{self, Credentials};
 use fieldgate::descriptors;
 use fieldgate::entrance::EntranceLimits;
 use fieldgate::ingest::QueueLimits;
 use fieldgate::keys::{FleetKey, KEY_FILE, Origin};
 use fieldgate::quarantine::{self, Gauge};
 use fieldgate::rate::Rate;
+use fieldgate::registry::Registry;
 use fieldgate::server::{self, Listeners, ServerSettings, TlsListener};
 use fieldgate::session::SessionSettings;
 use fieldgate::store::Store;
 use fieldgate::store::kept::KeptFrames;
+use fieldgate::store::lifecycle::ChangeReader;
 use fieldgate::store::postgres::{PostgresSettings, PostgresStore};
+use fieldgate::store::spool::mirror::Mirror;
 use fieldgate::store::spool::{self, SpoolStore};
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
+use fieldgate::store::steady::SteadyReader;
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
 use fieldgate::tls::Tls;
 use tokio::net::TcpListener;
@@ -34,6 +39,8 @@ use super::{Error, GlobalArgs, output};
 const SECOND_US: u64 = 1_000_000;
 /// Open files besides those of connections: listeners, the store, the log.
 const OTHER_FILES: u64 = 64;
+/// How long the start waits for Postgres to say what operators have changed, where there is a spool.
+const MIRROR_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Args, Debug)]
 pub struct ServeArgs {
@@ -70,6 +77,11 @@ pub struct ServeArgs {
     /// less room to receive; few of the gateway's frames are longer than 100 bytes
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().tls_record_bytes_max)]
     tls_record_bytes_max: usize,
+
+    /// Which devices may connect: `open`, every one that proves a key derived from the fleet's; `closed`,
+    /// only those that `fieldgate device add` or `import` made known before
+    #[arg(long, value_enum, value_name = "WHICH", default_value_t = Settings::default().registration)]
+    registration: Registration,
 
     /// Connections at once; further ones wait. Raise it for a larger fleet, together with the limit
     /// of open files (ulimit -n)
@@ -225,6 +237,7 @@ impl ServeArgs {
             tls_key: self.tls_key,
             tls_client_ca: self.tls_client_ca,
             tls_record_bytes_max: self.tls_record_bytes_max,
+            registration: self.registration,
             connections_max: self.connections_max,
             connections_per_address_max: self.connections_per_address_max,
             handshakes_max: self.handshakes_max,
@@ -304,6 +317,18 @@ async fn serve_into<S: Store>(
         Some(files) => Some(Arc::new(Tls::load(files, config.tls_record_bytes_max)?)),
         None => None,
     };
+    let spool = config.spool.then(|| config.spool_path());
+    let mirror = match &spool {
+        Some(path) => Some(filled_mirror(config.store(), path).await),
+        None => None,
+    };
+    let mut changes = ChangeReader::new(match &spool {
+        Some(path) => SteadyReader::of_spool(path.clone()),
+        None => SteadyReader::new(config.store().clone()),
+    });
+    let credentials = Arc::new(Credentials::new(key.clone()));
+    let loaded = credentials::load(&credentials, &mut changes).await;
+    loaded.map_err(|error| Error::Failed(format!("cannot read who may connect: {error}")))?;
     let listeners = bind(config, tls.as_ref()).await?;
     // Before anybody is told that the gateway is there, and may tell it to leave.
     let drain = CancellationToken::new();
@@ -319,16 +344,39 @@ async fn serve_into<S: Store>(
         tracing::warn!(%listen, "what devices send to this address is not encrypted");
     }
     let gauge = Arc::new(Gauge::new(config.quarantine_bytes_max));
-    let spool = config.spool.then(|| config.spool_path());
     let mut kept = KeptFrames::new(config.store().clone(), spool);
     quarantine::read(&gauge, &mut kept).await;
-    let mut settings = server_settings(config, key, Arc::clone(&gauge));
+    let mut settings = server_settings(config, Arc::clone(&credentials), Arc::clone(&gauge));
     settings.entrance.connections_max = connections_within_limit(config.connections_max);
+    let registry = Arc::new(Registry::default());
     tokio::select! {
-        served = server::serve(listeners, stores, settings, drain) => {
+        served = server::serve(listeners, stores, settings, Arc::clone(&registry), drain) => {
             served.map_err(|error| Error::Failed(error.to_string()))
         }
         never = quarantine::watch(gauge, kept) => never,
+        never = credentials::watch(credentials, registry, changes) => never,
+        never = watch(mirror) => never,
+    }
+}
+
+/// What brings to the spool what operators change in the database, with all that they have changed so far, if
+/// the database answers.
+async fn filled_mirror(database: &StoreUrl, spool: &Path) -> Mirror {
+    let mut mirror = Mirror::new(database.clone(), spool.to_owned());
+    match tokio::time::timeout(MIRROR_TIMEOUT, mirror.copy()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "who may connect is as it was when Postgres was last there");
+        }
+        Err(_) => tracing::warn!("Postgres is slow; who may connect is as it was last"),
+    }
+    mirror
+}
+
+async fn watch<T>(mirror: Option<Mirror>) -> T {
+    match mirror {
+        Some(mirror) => mirror.watch().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -388,10 +436,15 @@ fn postgres_settings(config: &Config, url: &PostgresUrl) -> PostgresSettings {
     }
 }
 
-fn server_settings(config: &Config, key: &FleetKey, quarantine: Arc<Gauge>) -> ServerSettings {
+fn server_settings(
+    config: &Config,
+    credentials: Arc<Credentials>,
+    quarantine: Arc<Gauge>,
+) -> ServerSettings {
     ServerSettings {
         session: SessionSettings {
-            fleet_key: *key.as_bytes(),
+            credentials,
+            may_register: config.registration == Registration::Open,
             frame_bytes_max: config.frame_bytes_max,
             window_frames: config.window_frames,
             handshake_timeout_us: config.handshake_timeout_s * SECOND_US,
@@ -456,6 +509,12 @@ fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io::Resul
         writeln!(out, "spool           {}", config.spool_path().display())?;
     }
     writeln!(out, "fleet key       {}{made}", key_file.display())?;
+    if config.registration == Registration::Closed {
+        writeln!(
+            out,
+            "registration    closed: only devices that were added may connect"
+        )?;
+    }
     writeln!(out, "listening on    {}", listeners.plain.local_addr()?)?;
     if let Some(TlsListener { listener, .. }) = &listeners.tls {
         writeln!(out, "TLS on          {}", listener.local_addr()?)?;

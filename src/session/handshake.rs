@@ -6,9 +6,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use fieldgate_protocol::auth::{
-    KEY_BYTES, NO_CHANNEL_BINDING, NONCE_BYTES, Transcript, derive_device_key,
-};
+use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING, NONCE_BYTES, Transcript};
 use fieldgate_protocol::error::{Code, Violation};
 use fieldgate_protocol::frame::{Frame, VERSION};
 use fieldgate_protocol::message::{Auth, Challenge, Hello, Message, decode};
@@ -17,6 +15,8 @@ use super::reply::{Outbound, WelcomeTerms};
 use super::stream::Stream;
 use super::{Close, SessionSettings};
 use crate::clock::{BootClock, Now};
+use crate::credentials::Credential;
+use crate::device_key::DeviceKey;
 use crate::store::{Login, LoginOutcome};
 
 /// What TLS says of a connection.
@@ -56,7 +56,8 @@ impl AwaitHello {
         };
         outbound.challenge(&challenge, &mut transcript);
         Ok(AwaitAuth {
-            key: derive_device_key(&settings.fleet_key, hello.name),
+            credential: settings.credentials.of(hello.name),
+            may_register: settings.may_register,
             transcript,
             device: hello.name.to_owned(),
             stream: hello.stream,
@@ -71,9 +72,10 @@ impl AwaitHello {
 
 /// The peer has said who it is and must prove it.
 pub(super) struct AwaitAuth {
-    key: [u8; KEY_BYTES],
+    credential: Credential,
+    may_register: bool,
     transcript: Transcript,
-    device: String,
+    pub device: String,
     stream: u64,
     next_seq: u64,
     firmware: String,
@@ -94,9 +96,9 @@ impl AwaitAuth {
         let payload = frame.payload();
         self.transcript.add(&payload[..payload.len() - KEY_BYTES]);
         let binding = secured.map_or(&NO_CHANNEL_BINDING, |secured| &secured.binding);
-        let is_proved = self
-            .transcript
-            .verify_device_mac(&self.key, binding, &auth.mac);
+        let is_proved =
+            self.transcript
+                .verify_device_mac(self.credential.key.as_bytes(), binding, &auth.mac);
         let names = secured.and_then(|secured| secured.names.as_ref());
         let is_certified = names.is_none_or(|names| names.contains(&self.device));
         if !is_proved || !is_certified {
@@ -110,11 +112,14 @@ impl AwaitAuth {
             firmware: self.firmware.clone(),
             schema: self.schema,
             clock: self.clock(auth.mono_us, now),
+            key_revision: self.credential.revision,
+            may_register: self.may_register,
             at_us: now.utc_us,
         };
         let next = AwaitAdmission {
-            key: self.key,
+            key: self.credential.key,
             transcript: self.transcript.clone(),
+            device: std::mem::take(&mut self.device),
             boot: self.boot,
             peer,
         };
@@ -132,8 +137,9 @@ impl AwaitAuth {
 
 /// The device is who it says; the store is asked where its stream stands.
 pub(super) struct AwaitAdmission {
-    key: [u8; KEY_BYTES],
+    key: DeviceKey,
     transcript: Transcript,
+    pub device: String,
     boot: u32,
     peer: SocketAddr,
 }
@@ -152,6 +158,14 @@ impl AwaitAdmission {
             LoginOutcome::Disabled => {
                 return Err(Close::bye(Code::Disabled, "device is disabled"));
             }
+            LoginOutcome::Unregistered => {
+                let detail = "this device is not registered";
+                return Err(Close::bye(Code::Authentication, detail));
+            }
+            LoginOutcome::KeyReplaced => {
+                let detail = "the key of this device was replaced";
+                return Err(Close::bye(Code::Authentication, detail));
+            }
             LoginOutcome::StreamConflict => {
                 let detail = "numbers of this stream were given out before: start a new stream";
                 return Err(Close::bye(Code::StreamConflict, detail));
@@ -165,7 +179,8 @@ impl AwaitAdmission {
             schema_known: admission.schema.is_some(),
         };
         let transcript = std::mem::take(&mut self.transcript);
-        outbound.welcome(admission.receipt, terms, transcript, &self.key, binding);
+        let key = self.key.as_bytes();
+        outbound.welcome(admission.receipt, terms, transcript, key, binding);
         Ok(Stream::new(
             self.boot,
             self.peer,

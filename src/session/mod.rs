@@ -29,18 +29,22 @@ use self::handshake::{AwaitAdmission, AwaitAuth, AwaitHello, Secured};
 use self::reply::Outbound;
 use self::stream::Stream;
 use crate::clock::{BootClock, Now};
+use crate::credentials::Credentials;
+use crate::keys::FleetKey;
 use crate::quarantine::{Gauge, Reservation};
 use crate::rate::Rate;
 use crate::store::{
     Declare, DeclareOutcome, DeviceEvent, DeviceEventKind, DeviceId, Entry, Login, LoginOutcome,
-    Receipt,
+    Receipt, Refusal,
 };
 
 /// What a session needs to know of the configuration.
 #[derive(Clone)]
 pub struct SessionSettings {
-    /// Device keys derive from it.
-    pub fleet_key: [u8; KEY_BYTES],
+    /// What devices have to prove.
+    pub credentials: Arc<Credentials>,
+    /// Whether devices may come in that the store does not know yet.
+    pub may_register: bool,
     /// Longest frame after authentication.
     pub frame_bytes_max: u16,
     /// Frames a device may have in flight.
@@ -68,7 +72,8 @@ pub struct SessionSettings {
 impl Default for SessionSettings {
     fn default() -> Self {
         SessionSettings {
-            fleet_key: [0; KEY_BYTES],
+            credentials: Arc::new(Credentials::new(FleetKey::from_bytes([0; KEY_BYTES]))),
+            may_register: true,
             frame_bytes_max: DEFAULT_FRAME_BYTES_MAX as u16,
             window_frames: 64,
             handshake_timeout_us: 10_000_000,
@@ -102,6 +107,8 @@ pub enum Submission {
     Clock(DeviceId, BootClock),
     /// Keep this line of the audit trail; not answered.
     Event(DeviceEvent),
+    /// Keep this line of the audit trail, if there is such a device; not answered.
+    Refusal(Refusal),
 }
 
 /// Why and how a connection ends.
@@ -141,8 +148,20 @@ enum State {
     AwaitAuth(Box<AwaitAuth>),
     AwaitAdmission(Box<AwaitAdmission>),
     Serving(Box<Stream>),
-    /// With the device, if it was admitted.
-    Closed(Option<DeviceId>, Close),
+    Closed(Box<Closed>),
+}
+
+struct Closed {
+    whose: Whose,
+    close: Close,
+}
+
+/// Whose session it was.
+enum Whose {
+    Nobodys,
+    /// Of whoever said that this was its name.
+    Claimed(String),
+    Admitted(DeviceId),
 }
 
 /// The state machine; see the module's documentation.
@@ -207,7 +226,7 @@ impl Session {
                 let is_paced = stream.paced_until_us().is_some();
                 self.leaving.is_none() && !stream.awaits_declare() && !is_paced
             }
-            State::AwaitAdmission(_) | State::Closed(..) => false,
+            State::AwaitAdmission(_) | State::Closed(_) => false,
         }
     }
 
@@ -254,7 +273,7 @@ impl Session {
                 stream.pace(&step, self.settings.device_readings, now);
                 Ok(step)
             }
-            State::AwaitAdmission(_) | State::Closed(..) => Ok(None),
+            State::AwaitAdmission(_) | State::Closed(_) => Ok(None),
         }
     }
 
@@ -363,18 +382,20 @@ impl Session {
 
     /// Ends the session; what is to be said is in [`Session::outbound`].
     pub fn close(&mut self, close: Close) {
-        let device = match &self.state {
-            State::Closed(..) => return,
-            State::Serving(stream) => Some(stream.device()),
-            _ => None,
+        let whose = match &mut self.state {
+            State::Closed(_) => return,
+            State::AwaitHello(_) => Whose::Nobodys,
+            State::AwaitAuth(state) => Whose::Claimed(std::mem::take(&mut state.device)),
+            State::AwaitAdmission(state) => Whose::Claimed(std::mem::take(&mut state.device)),
+            State::Serving(stream) => {
+                stream.write_due_ack(&mut self.outbound);
+                Whose::Admitted(stream.device())
+            }
         };
-        if let State::Serving(stream) = &mut self.state {
-            stream.write_due_ack(&mut self.outbound);
-        }
         if let Some(code) = close.code {
             self.outbound.bye(code, close.retry_after_ms, &close.detail);
         }
-        self.state = State::Closed(device, close);
+        self.state = State::Closed(Box::new(Closed { whose, close }));
     }
 
     /// The connection failed, or is given up without a word.
@@ -409,7 +430,7 @@ impl Session {
     pub fn poll_deadline(&self) -> Option<u64> {
         let idle_us = self.heard_at_us + self.settings.idle_timeout_us;
         match &self.state {
-            State::Closed(..) => None,
+            State::Closed(_) => None,
             State::Serving(stream) if stream.paced_until_us().is_some() => stream.paced_until_us(),
             // Silence is the peer's fault only while it is listened to.
             State::Serving(_) if !self.wants_input() => None,
@@ -438,7 +459,10 @@ impl Session {
     pub fn device(&self) -> Option<DeviceId> {
         match &self.state {
             State::Serving(stream) => Some(stream.device()),
-            State::Closed(device, _) => *device,
+            State::Closed(closed) => match closed.whose {
+                Whose::Admitted(device) => Some(device),
+                _ => None,
+            },
             _ => None,
         }
     }
@@ -446,25 +470,36 @@ impl Session {
     /// How the session was closed; `None` while it is open.
     pub fn closed(&self) -> Option<&Close> {
         match &self.state {
-            State::Closed(_, close) => Some(close),
+            State::Closed(closed) => Some(&closed.close),
             _ => None,
         }
     }
 
-    /// The connection is gone: the last line of the audit trail, for a device that was admitted.
-    pub fn handle_disconnect(&mut self, now: Now) -> Option<Submission> {
+    /// The connection is gone: a line of the audit trail, for a device that was admitted, and for one that was
+    /// refused if `tells_refusals`.
+    pub fn handle_disconnect(&mut self, tells_refusals: bool, now: Now) -> Option<Submission> {
         self.handle_loss("connection lost");
-        let State::Closed(Some(device), close) = &self.state else {
+        let State::Closed(closed) = &self.state else {
             return None;
         };
-        let code = close.code.map_or(0, |code| code as u8);
-        Some(audit(
-            *device,
-            DeviceEventKind::Disconnected,
-            code,
-            close.detail.clone(),
-            now,
-        ))
+        let Close { code, detail, .. } = &closed.close;
+        match (&closed.whose, code) {
+            (Whose::Admitted(device), code) => {
+                let code = code.map_or(0, |code| code as u8);
+                let kind = DeviceEventKind::Disconnected;
+                Some(audit(*device, kind, code, detail.clone(), now))
+            }
+            (
+                Whose::Claimed(device),
+                Some(code @ (Code::Authentication | Code::Disabled | Code::StreamConflict)),
+            ) if tells_refusals => Some(Submission::Refusal(Refusal {
+                device: device.clone(),
+                at_us: now.utc_us,
+                code: *code as u8,
+                detail: format!("{detail} ({})", self.peer),
+            })),
+            _ => None,
+        }
     }
 
     fn finish_step(&mut self, step: Step) -> Option<Submission> {

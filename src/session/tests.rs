@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, derive_device_key};
+use fieldgate_protocol::auth::NO_CHANNEL_BINDING;
 use fieldgate_protocol::device::{Config, Device, Queue};
 use fieldgate_protocol::frame::{self, HEADER_BYTES, NoRoom, types};
 use fieldgate_protocol::message::{self, Ack, Event, Gap, Nack};
@@ -150,7 +150,7 @@ impl Queue for Empty {
 impl Bench {
     async fn welcomed() -> Bench {
         let settings = Arc::new(SessionSettings::default());
-        let key = derive_device_key(&settings.fleet_key, "pump");
+        let key = *settings.credentials.of("pump").key.as_bytes();
         let mut device = Device::new(Config {
             name: "pump",
             key,

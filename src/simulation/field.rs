@@ -358,7 +358,7 @@ fn machine(
     let declare = &declares[usize::from(schema) - 1];
     Device::new(Config {
         name,
-        key: derive_device_key(&FLEET_KEY, name),
+        key: derive_device_key(&FLEET_KEY, name, 0),
         firmware: "simulated",
         stream,
         boot,

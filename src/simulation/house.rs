@@ -17,7 +17,9 @@ use super::random::Random;
 use crate::batcher::{BatchLimits, Batcher, Tagged};
 use crate::clock::Now;
 use crate::codec::{CodecError, FrameCodec};
+use crate::credentials::Credentials;
 use crate::ingest::{STORE_RETRY_AFTER_MS, answer};
+use crate::keys::FleetKey;
 use crate::mailbox::Mailbox;
 use crate::registry::Registry;
 use crate::session::{Session, SessionSettings, Submission};
@@ -67,7 +69,7 @@ pub(super) struct House {
 impl House {
     pub(super) fn new(random: &mut Random) -> House {
         let settings = SessionSettings {
-            fleet_key: FLEET_KEY,
+            credentials: Arc::new(Credentials::new(FleetKey::from_bytes(FLEET_KEY))),
             window_frames: 1 + random.below(16),
             ..SessionSettings::default()
         };
@@ -217,7 +219,7 @@ impl House {
         if let Some(device) = served.session.device() {
             self.registry.leave(device, &served.mailbox);
         }
-        if let Some(event) = served.session.handle_disconnect(now) {
+        if let Some(event) = served.session.handle_disconnect(true, now) {
             self.queue.push_back((event, served.mailbox));
         }
         (said, true)

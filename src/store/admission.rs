@@ -32,6 +32,22 @@ pub(super) struct StoredSchema {
 
 pub(super) type StoredSchemas = HashMap<(DeviceId, u16), StoredSchema>;
 
+/// A device, as its row stands.
+#[derive(Clone, Copy)]
+pub(super) struct FoundDevice {
+    pub(super) id: DeviceId,
+    pub(super) is_enabled: bool,
+    pub(super) revision: i64,
+    pub(super) key_revision: i64,
+}
+
+impl FoundDevice {
+    /// Whether it may come in with the key that it proved.
+    pub(super) fn lets_in(&self, login: &Login) -> bool {
+        self.is_enabled && self.key_revision == login.key_revision
+    }
+}
+
 /// Where a stream stands.
 #[derive(Clone, Copy)]
 pub(super) struct StreamRow {
@@ -53,9 +69,9 @@ pub(super) struct SeriesRow {
 
 /// What the database has of a batch's logins.
 pub(super) struct Found {
-    /// By name, with whether they are enabled.
-    pub(super) devices: HashMap<String, (DeviceId, bool)>,
-    /// By device and number; of enabled devices.
+    /// By name.
+    pub(super) devices: HashMap<String, FoundDevice>,
+    /// By device and number; of devices that are let in.
     pub(super) streams: HashMap<(DeviceId, u64), StreamRow>,
     /// Of admitted devices.
     pub(super) clocks: HashMap<DeviceId, Vec<BootClock>>,
@@ -67,11 +83,19 @@ pub(super) struct Found {
 
 impl Found {
     pub(super) fn outcome(&self, login: &Login) -> Result<LoginOutcome, sqlx::Error> {
-        let device = self.devices.get(&login.device);
-        let (device, enabled) = *device.ok_or_else(unreturned)?;
-        if !enabled {
+        let Some(found) = self.devices.get(&login.device) else {
+            return match login.may_register {
+                true => Err(unreturned()),
+                false => Ok(LoginOutcome::Unregistered),
+            };
+        };
+        if found.key_revision != login.key_revision {
+            return Ok(LoginOutcome::KeyReplaced);
+        }
+        if !found.is_enabled {
             return Ok(LoginOutcome::Disabled);
         }
+        let device = found.id;
         let stream = self.streams.get(&(device, login.stream));
         let stream = stream.ok_or_else(unreturned)?;
         if login.next_seq <= stream.durable_seq {
@@ -79,6 +103,7 @@ impl Found {
         }
         Ok(LoginOutcome::Admitted(Box::new(Admission {
             device,
+            revision: found.revision,
             receipt: Receipt {
                 stream: stream.id,
                 durable_seq: stream.durable_seq,

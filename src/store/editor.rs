@@ -5,6 +5,7 @@
 //! Statements are one text for both stores, as those of [`Reader`].
 
 use std::ops::{Deref, DerefMut};
+use std::path::Path;
 
 use sqlx::{AssertSqlSafe, Executor};
 
@@ -39,6 +40,15 @@ impl Editor {
             StoreUrl::Sqlite(path) => Reader::Sqlite(sqlite::open_editor(path).await?),
             StoreUrl::Postgres(url) => Reader::Postgres(postgres::open_editor(url).await?),
         }))
+    }
+
+    /// Opens the spool in the file `path`, beside the gateway that uses it.
+    ///
+    /// # Errors
+    /// There is none, or it is not one of this program's present schema.
+    pub async fn open_spool(path: &Path) -> Result<Editor, OpenError> {
+        let conn = sqlite::spool::open_editor(path).await?;
+        Ok(Editor(Reader::Sqlite(conn)))
     }
 
     /// Begins a transaction; in SQLite, waits for its turn to write.

@@ -3,11 +3,9 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use sqlx::SqliteConnection;
-
 use super::DeviceId;
-use super::reader::{OpenError, ReadError, Reader};
-use super::sqlite::spool::open_beside;
+use super::reader::Row;
+use super::steady::{SteadyError, SteadyReader};
 use super::url::StoreUrl;
 
 /// Bytes of the frames in quarantine, by device.
@@ -19,41 +17,26 @@ const BYTES: &str = "SELECT device_id, CAST(sum(length(bytes)) AS BIGINT) FROM q
 const BYTES_BY_NAME: &str = "SELECT d.name, CAST(sum(length(q.bytes)) AS BIGINT)
     FROM quarantine AS q JOIN devices AS d ON d.id = q.device_id GROUP BY d.name";
 
-/// A way to look into quarantine. Connects when it is used, and again after an error.
+/// A way to look into quarantine.
 pub struct KeptFrames {
-    store: StoreUrl,
-    reader: Option<Reader>,
+    store: SteadyReader,
     /// Where frames wait before they come to the store.
     spool: Option<Spool>,
 }
 
 struct Spool {
-    path: PathBuf,
-    conn: Option<SqliteConnection>,
+    reader: SteadyReader,
     /// What the store was found to hold, which counts while it is away.
     drained: HashMap<String, u64>,
-}
-
-/// Why it is not known what quarantine holds.
-#[derive(Debug, thiserror::Error)]
-pub enum KeptError {
-    /// The store cannot be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The store does not answer.
-    #[error(transparent)]
-    Read(#[from] ReadError),
 }
 
 impl KeptFrames {
     /// Of `store`, and of the spool in front of it, if there is one.
     pub fn new(store: StoreUrl, spool: Option<PathBuf>) -> KeptFrames {
         KeptFrames {
-            store,
-            reader: None,
+            store: SteadyReader::new(store),
             spool: spool.map(|path| Spool {
-                path,
-                conn: None,
+                reader: SteadyReader::of_spool(path),
                 drained: HashMap::new(),
             }),
         }
@@ -65,73 +48,43 @@ impl KeptFrames {
     /// # Errors
     /// The store, or the spool, does not answer. While the store behind a spool is away, what it held
     /// last counts.
-    pub async fn bytes(&mut self) -> Result<KeptBytes, KeptError> {
-        let Some(mut spool) = self.spool.take() else {
-            let rows = self.rows(BYTES).await?;
-            return rows
-                .iter()
-                .map(|row| Ok((DeviceId(row.integer(0)?), row.integer(1)?.unsigned_abs())))
-                .collect();
+    pub async fn bytes(&mut self) -> Result<KeptBytes, SteadyError> {
+        let Some(spool) = &mut self.spool else {
+            return by_device(&self.store.rows(BYTES, &[]).await?);
         };
         // The spool first: what is drained meanwhile is then found in both, and never in neither.
-        let waiting = spool.waiting().await;
-        if let Ok(rows) = self.rows(BYTES_BY_NAME).await {
+        let waiting = by_device(&spool.reader.rows(BYTES, &[]).await?)?;
+        if let Ok(rows) = self.store.rows(BYTES_BY_NAME, &[]).await {
             spool.drained.clear();
             for row in rows {
                 let name = row.text_or_null(0)?.unwrap_or_default().to_owned();
                 spool.drained.insert(name, row.integer(1)?.unsigned_abs());
             }
         }
-        let bytes = match waiting {
-            Ok(waiting) => spool.with_drained(waiting).await,
-            Err(error) => Err(error),
-        };
-        self.spool = Some(spool);
-        bytes
-    }
-
-    async fn rows(&mut self, sql: &str) -> Result<Vec<super::reader::Row>, KeptError> {
-        let mut reader = match self.reader.take() {
-            Some(reader) => reader,
-            None => Reader::open(&self.store).await?,
-        };
-        let rows = reader.rows(sql, &[]).await?;
-        self.reader = Some(reader);
-        Ok(rows)
+        spool.with_drained(waiting).await
     }
 }
 
-impl Spool {
-    async fn waiting(&mut self) -> Result<KeptBytes, KeptError> {
-        let mut conn = match self.conn.take() {
-            Some(conn) => conn,
-            None => open_beside(&self.path).await.map_err(OpenError::from)?,
-        };
-        let rows: Result<Vec<(i64, i64)>, sqlx::Error> =
-            sqlx::query_as(BYTES).fetch_all(&mut conn).await;
-        let rows = rows.map_err(ReadError::from)?;
-        self.conn = Some(conn);
-        let bytes = |(device, bytes): (i64, i64)| (DeviceId(device), bytes.unsigned_abs());
-        Ok(rows.into_iter().map(bytes).collect())
-    }
+fn by_device(rows: &[Row]) -> Result<KeptBytes, SteadyError> {
+    let bytes = |row: &Row| Ok((DeviceId(row.integer(0)?), row.integer(1)?.unsigned_abs()));
+    rows.iter().map(bytes).collect()
+}
 
+impl Spool {
     /// Adds what is in the store, under the spool's ids.
-    async fn with_drained(&mut self, mut bytes: KeptBytes) -> Result<KeptBytes, KeptError> {
-        let Some(conn) = &mut self.conn else {
-            return Ok(bytes);
-        };
+    async fn with_drained(&mut self, mut bytes: KeptBytes) -> Result<KeptBytes, SteadyError> {
         // A device that the spool does not know is none of this gateway's, and has room of its own.
         let mut unknown = i64::MIN;
         for (name, drained) in &self.drained {
-            let id: Result<Option<i64>, sqlx::Error> =
-                sqlx::query_scalar("SELECT id FROM devices WHERE name = ?")
-                    .bind(name)
-                    .fetch_optional(&mut *conn)
-                    .await;
-            let device = id.map_err(ReadError::from)?.unwrap_or_else(|| {
-                unknown += 1;
-                unknown
-            });
+            let sql = "SELECT id FROM devices WHERE name = $1";
+            let rows = self.reader.rows(sql, &[name.as_str().into()]).await?;
+            let device = match rows.first() {
+                Some(row) => row.integer(0)?,
+                None => {
+                    unknown += 1;
+                    unknown
+                }
+            };
             *bytes.entry(DeviceId(device)).or_default() += drained;
         }
         Ok(bytes)

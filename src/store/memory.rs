@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::ledger::{self, Watermarks};
 use super::{
     Admission, Batch, BootClock, Committed, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
-    DeviceId, Entry, Kind, Login, LoginOutcome, Receipt, Schema, SchemaChannel, SchemaHash,
-    SeriesId, Store, StoreError, StreamId,
+    DeviceId, Entry, Kind, Login, LoginOutcome, Receipt, Refusal, Schema, SchemaChannel,
+    SchemaHash, SeriesId, Store, StoreError, StreamId,
 };
 
 /// How many boots' clocks a login gets.
@@ -49,6 +49,8 @@ pub struct SeriesKey {
 #[derive(Clone, Debug, Default)]
 struct State {
     failures_left: u32,
+    /// The latest change by an operator.
+    revision: i64,
     devices: Vec<Device>,
     device_ids: HashMap<String, DeviceId>,
     streams: Vec<Stream>,
@@ -63,6 +65,8 @@ struct State {
 struct Device {
     name: String,
     enabled: bool,
+    revision: i64,
+    key_revision: i64,
     clocks: BTreeMap<u32, BootClock>,
 }
 
@@ -84,14 +88,20 @@ impl MemoryStore {
         self.state().failures_left = n;
     }
 
-    /// Lets a device in or keeps it out at its next login; `false` if there is no such device.
-    pub fn set_enabled(&self, device: &str, enabled: bool) -> bool {
+    /// Lets a device in or keeps it out, and replaces its key or not; gives the number of the change, or
+    /// `None` if there is no such device.
+    pub fn change(&self, device: &str, is_enabled: bool, replaces_key: bool) -> Option<i64> {
         let mut state = self.state();
-        let Some(id) = state.device_ids.get(device).copied() else {
-            return false;
-        };
-        state.device_mut(id).enabled = enabled;
-        true
+        let id = state.device_ids.get(device).copied()?;
+        state.revision += 1;
+        let revision = state.revision;
+        let device = state.device_mut(id);
+        device.enabled = is_enabled;
+        device.revision = revision;
+        if replaces_key {
+            device.key_revision = revision;
+        }
+        Some(revision)
     }
 
     /// All streams, with the name of their device.
@@ -178,6 +188,12 @@ impl State {
             self.device_mut(*device).clocks.insert(clock.boot, *clock);
         }
         self.events.extend_from_slice(&batch.events);
+        let refused = |refusal: &Refusal| {
+            let device = self.device_ids.get(&refusal.device)?;
+            Some(refusal.of(*device))
+        };
+        let refusals = batch.refusals.iter().filter_map(refused);
+        self.events.extend(refusals);
         Ok(Committed {
             logins,
             declares,
@@ -251,8 +267,20 @@ impl State {
     }
 
     fn login(&mut self, login: &Login) -> LoginOutcome {
+        if !login.may_register && !self.device_ids.contains_key(&login.device) {
+            return LoginOutcome::Unregistered;
+        }
         let device = self.find_or_create_device(&login.device);
-        if !self.device_mut(device).enabled {
+        let Device {
+            enabled,
+            revision,
+            key_revision,
+            ..
+        } = *self.device_mut(device);
+        if key_revision != login.key_revision {
+            return LoginOutcome::KeyReplaced;
+        }
+        if !enabled {
             return LoginOutcome::Disabled;
         }
         let stream = self.find_or_create_stream(device, login.stream);
@@ -270,6 +298,7 @@ impl State {
         }
         LoginOutcome::Admitted(Box::new(Admission {
             device,
+            revision,
             receipt: Receipt {
                 stream,
                 durable_seq,
@@ -289,6 +318,8 @@ impl State {
         let device = Device {
             name: name.to_owned(),
             enabled: true,
+            revision: 0,
+            key_revision: 0,
             clocks: BTreeMap::new(),
         };
         self.devices.push(device);
@@ -334,7 +365,7 @@ fn row(id: i64) -> usize {
 mod tests {
     use super::*;
     use crate::store::contract::{Dump, Harness, contract};
-    use crate::store::{Content, DeviceEventKind, Readings, ResolvedTime};
+    use crate::store::{Content, Readings, ResolvedTime};
 
     contract!(MemoryStore);
 
@@ -353,8 +384,9 @@ mod tests {
             self
         }
 
-        async fn disable(&mut self, device: &str) {
-            assert!(self.set_enabled(device, false));
+        async fn change(&mut self, device: &str, is_enabled: bool, replaces_key: bool) -> i64 {
+            let changed = MemoryStore::change(self, device, is_enabled, replaces_key);
+            changed.unwrap()
         }
 
         async fn fill_disk(&mut self) {
@@ -382,10 +414,7 @@ mod tests {
                     .extend(self.clocks(DeviceId(id)).into_iter().map(clock));
             }
             dump.events.extend(self.events().into_iter().map(|event| {
-                let kind = match event.kind {
-                    DeviceEventKind::Connected => "connected",
-                    DeviceEventKind::Disconnected => "disconnected",
-                };
+                let kind = event.kind.name();
                 let name = names[row(event.device.0)].clone();
                 (
                     name,

@@ -22,6 +22,7 @@ mod contract;
 pub mod editor;
 pub mod kept;
 pub mod ledger;
+pub mod lifecycle;
 pub mod memory;
 pub mod postgres;
 pub mod reader;
@@ -29,6 +30,7 @@ pub mod replay;
 pub mod rows;
 pub mod spool;
 pub mod sqlite;
+pub mod steady;
 pub mod url;
 mod value;
 
@@ -57,6 +59,8 @@ pub struct Batch {
     pub clocks: Vec<(DeviceId, BootClock)>,
     /// What happened to devices, for the audit trail.
     pub events: Vec<DeviceEvent>,
+    /// Who was refused, for the audit trail of devices that are known.
+    pub refusals: Vec<Refusal>,
 }
 
 impl Batch {
@@ -67,6 +71,7 @@ impl Batch {
             && self.entries.is_empty()
             && self.clocks.is_empty()
             && self.events.is_empty()
+            && self.refusals.is_empty()
     }
 }
 
@@ -85,6 +90,10 @@ pub struct Login {
     pub schema: Option<(u16, SchemaHash)>,
     /// The clock of the present boot.
     pub clock: BootClock,
+    /// The change by an operator that gave the key which the device proved; 0 for the first one.
+    pub key_revision: i64,
+    /// Whether it may come in although the store does not know it.
+    pub may_register: bool,
     /// When, microseconds UTC.
     pub at_us: i64,
 }
@@ -99,6 +108,10 @@ pub enum LoginOutcome {
     Admitted(Box<Admission>),
     /// An operator disabled the device.
     Disabled,
+    /// The store does not know the device, and nobody may register.
+    Unregistered,
+    /// An operator has replaced the key that the device proved.
+    KeyReplaced,
     /// The device would number frames anew that are stored already: it must start a new stream.
     StreamConflict,
 }
@@ -108,6 +121,8 @@ pub enum LoginOutcome {
 pub struct Admission {
     /// The device's row.
     pub device: DeviceId,
+    /// The latest change to it by an operator; 0 if there was none.
+    pub revision: i64,
     /// What of its stream is durable.
     pub receipt: Receipt,
     /// The schema named in the login, if it is stored with that hash.
@@ -262,7 +277,7 @@ pub struct DeviceEvent {
     pub at_us: i64,
     /// What happened.
     pub kind: DeviceEventKind,
-    /// BYE code of a disconnect, else 0.
+    /// BYE code, 0 where none was said.
     pub code: u8,
     /// For people.
     pub detail: String,
@@ -275,6 +290,51 @@ pub enum DeviceEventKind {
     Connected,
     /// A session ended.
     Disconnected,
+    /// Somebody in its name was not let in.
+    Refused,
+}
+
+impl DeviceEventKind {
+    /// The kind that stands so in the store, if it is one of these.
+    fn of_name(name: &str) -> Option<Self> {
+        let kinds = [Self::Connected, Self::Disconnected, Self::Refused];
+        kinds.into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// As it stands in the store.
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceEventKind::Connected => "connected",
+            DeviceEventKind::Disconnected => "disconnected",
+            DeviceEventKind::Refused => "refused",
+        }
+    }
+}
+
+/// Somebody in the name of a device was not let in. Whether there is such a device, the store knows.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    /// The name.
+    pub device: String,
+    /// When, microseconds UTC.
+    pub at_us: i64,
+    /// BYE code.
+    pub code: u8,
+    /// For people.
+    pub detail: String,
+}
+
+impl Refusal {
+    /// As a line of the audit trail of `device`.
+    fn of(&self, device: DeviceId) -> DeviceEvent {
+        DeviceEvent {
+            device,
+            at_us: self.at_us,
+            kind: DeviceEventKind::Refused,
+            code: self.code,
+            detail: self.detail.clone(),
+        }
+    }
 }
 
 /// Proof that a stream is durable up to and including `durable_seq`.

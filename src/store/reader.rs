@@ -99,6 +99,8 @@ pub enum Argument<'a> {
     Text(&'a str),
     /// A time, microseconds UTC.
     Time(i64),
+    /// Bytes, or NULL.
+    Bytes(Option<&'a [u8]>),
 }
 
 impl From<i64> for Argument<'_> {
@@ -283,6 +285,7 @@ pub(super) fn sqlite_arguments(values: &[Argument<'_>]) -> Result<SqliteArgument
         match value {
             Argument::Integer(value) | Argument::Time(value) => arguments.add(*value),
             Argument::Text(value) => arguments.add((*value).to_owned()),
+            Argument::Bytes(value) => arguments.add(value.map(<[u8]>::to_vec)),
         }
         .map_err(sqlx::Error::Encode)?;
     }
@@ -296,6 +299,7 @@ pub(super) fn postgres_arguments(values: &[Argument<'_>]) -> Result<PgArguments,
             Argument::Integer(value) => arguments.add(*value),
             Argument::Text(value) => arguments.add(*value),
             Argument::Time(value) => arguments.add(postgres::Timestamp(*value)),
+            Argument::Bytes(value) => arguments.add(*value),
         }
         .map_err(sqlx::Error::Encode)?;
     }

@@ -1,7 +1,7 @@
 //! What a batch comes to as rows, whatever the database.
 
 use super::ledger::Admitted;
-use super::{Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, ResolvedTime};
+use super::{Content, DeviceEvent, DeviceId, Entry, Readings, ResolvedTime};
 
 /// An admitted entry and the ledger row it gets.
 pub struct Frame<'a> {
@@ -123,10 +123,7 @@ impl<'a> EventRow<'a> {
         EventRow {
             device: event.device,
             at_us: event.at_us,
-            kind: match event.kind {
-                DeviceEventKind::Connected => "connected",
-                DeviceEventKind::Disconnected => "disconnected",
-            },
+            kind: event.kind.name(),
             level: None,
             code: u16::from(event.code),
             detail: &event.detail,

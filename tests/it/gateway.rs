@@ -147,7 +147,7 @@ impl Gateway {
     pub fn device(&self, name: &str) -> Login {
         Login {
             name: name.to_owned(),
-            key: derive_device_key(&self.fleet_key(), name),
+            key: derive_device_key(&self.fleet_key(), name, 0),
             stream: 0x1122_3344_5566_7788,
             oldest_seq: 1,
             next_seq: 1_000_000,

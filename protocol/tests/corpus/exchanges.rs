@@ -12,7 +12,7 @@ use super::*;
 pub fn config() -> Config<'static> {
     Config {
         name: NAME,
-        key: derive_device_key(&FLEET_KEY, NAME),
+        key: derive_device_key(&FLEET_KEY, NAME, 0),
         firmware: "2.4.1",
         stream: STREAM,
         boot: 7,

@@ -65,7 +65,7 @@ pub fn frames(
     welcome: Welcome<'_>,
     binding: &[u8; 32],
 ) -> [Vec<u8>; 4] {
-    let key = derive_device_key(&FLEET_KEY, hello.name);
+    let key = derive_device_key(&FLEET_KEY, hello.name, 0);
     let mut transcript = Transcript::default();
     let hello = message_frame(hello, 0);
     let challenge = message_frame(&challenge(), 0);
@@ -105,9 +105,22 @@ fn entry(id: &str, welcome: Welcome<'_>, binding: [u8; 32], note: &str) -> Value
 }
 
 pub fn file() -> Value {
-    let keys: Vec<Value> = [NAME, "a", "A.b_c:d-9", "12345678901234567890123456789012"]
+    let names = [
+        (NAME, 0),
+        ("a", 0),
+        ("A.b_c:d-9", 0),
+        ("12345678901234567890123456789012", 0),
+        (NAME, 1),
+        (NAME, 0x0403_0201),
+    ];
+    let keys: Vec<Value> = names
         .into_iter()
-        .map(|name| json!({ "fleet_key": hex(&FLEET_KEY), "name": name, "device_key": hex(&derive_device_key(&FLEET_KEY, name)) }))
+        .map(|(name, version)| {
+            json!({
+                "fleet_key": hex(&FLEET_KEY), "name": name, "key_version": version,
+                "device_key": hex(&derive_device_key(&FLEET_KEY, name, version)),
+            })
+        })
         .collect();
     let declared = message_frame(&declare(), 0);
     json!({

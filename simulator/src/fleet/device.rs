@@ -85,7 +85,7 @@ impl DeviceTask {
         let declare = &fleet.declare;
         let mut device = Device::new(Config {
             name: &name,
-            key: derive_device_key(&fleet.terms.fleet_key, &name),
+            key: derive_device_key(&fleet.terms.fleet_key, &name, 0),
             firmware: concat!("fieldgate-sim ", env!("CARGO_PKG_VERSION")),
             stream: self.outbox.script.stream(),
             boot: self.outbox.script.boot(),

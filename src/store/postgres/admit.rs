@@ -12,7 +12,7 @@ use sqlx::PgConnection;
 use super::timestamp::Timestamp;
 use crate::clock::BootClock;
 use crate::store::admission::{
-    Found, SeriesIndex, SeriesRow, StoredSchema, StoredSchemas, StreamRow, declaration,
+    Found, FoundDevice, SeriesIndex, SeriesRow, StoredSchema, StoredSchemas, StreamRow, declaration,
 };
 use crate::store::ledger::DRIFT_PARTS;
 use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, SeriesId, StreamId};
@@ -25,7 +25,8 @@ pub(super) struct Admissions<'c> {
     conn: &'c mut PgConnection,
 }
 
-type Devices = HashMap<String, (DeviceId, bool)>;
+type Devices = HashMap<String, FoundDevice>;
+type DeviceColumns = (String, i64, i32, i64, i64);
 type Streams = HashMap<(DeviceId, u64), StreamRow>;
 
 impl<'c> Admissions<'c> {
@@ -42,19 +43,19 @@ impl<'c> Admissions<'c> {
             return Ok(Vec::new());
         }
         let devices = self.upsert_devices(logins).await?;
-        let enabled: Vec<(DeviceId, &Login)> = logins
+        let let_in: Vec<(DeviceId, &Login)> = logins
             .iter()
             .filter_map(|login| {
-                let (device, enabled) = devices.get(&login.device)?;
-                enabled.then_some((*device, login))
+                let device = devices.get(&login.device)?;
+                device.lets_in(login).then_some((device.id, login))
             })
             .collect();
-        let streams = self.find_or_create_streams(&enabled).await?;
+        let streams = self.find_or_create_streams(&let_in).await?;
         let continues = |(device, login): &(DeviceId, &Login)| {
             let stream = streams.get(&(*device, login.stream));
             stream.is_some_and(|stream| login.next_seq > stream.durable_seq)
         };
-        let admitted: Vec<_> = enabled.into_iter().filter(continues).collect();
+        let admitted: Vec<_> = let_in.into_iter().filter(continues).collect();
         let clocks = self.offer_clocks(&admitted).await?;
         let wanted = admitted
             .iter()
@@ -107,7 +108,7 @@ impl<'c> Admissions<'c> {
         let mut devices = self.update_devices(by_name.values().copied()).await?;
         let new = by_name
             .values()
-            .filter(|login| !devices.contains_key(&login.device));
+            .filter(|login| login.may_register && !devices.contains_key(&login.device));
         let new: Vec<&Login> = new.copied().collect();
         if !new.is_empty() {
             devices.extend(self.insert_devices(&new).await?);
@@ -119,7 +120,7 @@ impl<'c> Admissions<'c> {
         &mut self,
         logins: impl Iterator<Item = &'l Login> + Clone,
     ) -> Result<Devices, sqlx::Error> {
-        let found: Vec<(String, i64, i32)> = sqlx::query_as(
+        let found: Vec<DeviceColumns> = sqlx::query_as(
             "WITH seen AS (
                  SELECT * FROM unnest($1::text[], $2::text[], $3::timestamptz[])
                      AS seen (name, firmware, at)
@@ -131,7 +132,8 @@ impl<'c> Admissions<'c> {
                  first_seen_at = coalesce(devices.first_seen_at, seen.at), last_seen_at = seen.at
              FROM locked JOIN seen USING (name)
              WHERE devices.id = locked.id
-             RETURNING devices.name, devices.id, devices.enabled",
+             RETURNING devices.name, devices.id, devices.enabled, devices.revision,
+                 devices.key_revision",
         )
         .bind(
             logins
@@ -157,14 +159,14 @@ impl<'c> Admissions<'c> {
 
     async fn insert_devices(&mut self, logins: &[&Login]) -> Result<Devices, sqlx::Error> {
         // Another gateway may have been faster.
-        let inserted: Vec<(String, i64, i32)> = sqlx::query_as(
+        let inserted: Vec<DeviceColumns> = sqlx::query_as(
             "INSERT INTO devices (name, firmware, first_seen_at, last_seen_at)
              SELECT name, firmware, at, at
              FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS new (name, firmware, at)
              ON CONFLICT (name) DO UPDATE SET firmware = excluded.firmware,
                  first_seen_at = coalesce(devices.first_seen_at, excluded.first_seen_at),
                  last_seen_at = excluded.last_seen_at
-             RETURNING name, id, enabled",
+             RETURNING name, id, enabled, revision, key_revision",
         )
         .bind(
             logins
@@ -432,8 +434,15 @@ impl<'c> Admissions<'c> {
     }
 }
 
-fn device_row((name, id, enabled): (String, i64, i32)) -> (String, (DeviceId, bool)) {
-    (name, (DeviceId(id), enabled != 0))
+fn device_row(columns: DeviceColumns) -> (String, FoundDevice) {
+    let (name, id, enabled, revision, key_revision) = columns;
+    let found = FoundDevice {
+        id: DeviceId(id),
+        is_enabled: enabled != 0,
+        revision,
+        key_revision,
+    };
+    (name, found)
 }
 
 fn stream_row(

@@ -243,7 +243,8 @@ async fn adopt_devices(
         let id = sqlx::query_scalar(
             "INSERT INTO devices (name, firmware, first_seen_at, last_seen_at)
              VALUES ($1, $2, $3, $4)
-             ON CONFLICT (name) DO UPDATE SET firmware = excluded.firmware,
+             ON CONFLICT (name) DO UPDATE SET
+                 firmware = coalesce(excluded.firmware, devices.firmware),
                  first_seen_at = least(devices.first_seen_at, excluded.first_seen_at),
                  last_seen_at = greatest(devices.last_seen_at, excluded.last_seen_at)
              RETURNING id",

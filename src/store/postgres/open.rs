@@ -25,8 +25,9 @@ static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     migrator
 });
 /// Tables that another program may have, under the same names.
-const TABLES: [&str; 11] = [
+const TABLES: [&str; 12] = [
     "devices",
+    "device_revision",
     "streams",
     "schemas",
     "series",

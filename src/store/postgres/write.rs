@@ -6,7 +6,7 @@
 //! - Everything that a batch does may be done again, after a COMMIT of which nothing is known: frames
 //!   by the ledger, logins, declares and clocks by their keys, the audit trail by looking first.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use sqlx::PgConnection;
@@ -19,7 +19,7 @@ use super::timestamp::Timestamp;
 use crate::clock::BootClock;
 use crate::store::ledger::{self, UnknownStream, Watermarks};
 use crate::store::rows::{EventRow, Frame, Run, resolved_time, sorted_runs};
-use crate::store::{Batch, Committed, Content, DeviceEvent, DeviceId, Entry, StreamId};
+use crate::store::{Batch, Committed, Content, DeviceEvent, DeviceId, Entry, Refusal, StreamId};
 
 /// Ids in one block of the sequence `frame_id_blocks`.
 const FRAME_IDS_IN_BLOCK: i64 = 1024;
@@ -81,7 +81,9 @@ impl Writer {
         let mut admissions = Admissions::new(&mut self.conn);
         let logins = admissions.login(&batch.logins).await?;
         self.store_clocks(&batch.clocks).await?;
-        self.store_events(&frames, &batch.events).await?;
+        let refusals = self.refusals(&batch.refusals).await?;
+        let events: Vec<&DeviceEvent> = batch.events.iter().chain(&refusals).collect();
+        self.store_events(&frames, &events).await?;
         run(&mut self.conn, "COMMIT").await?;
         Ok(Committed {
             logins,
@@ -304,13 +306,31 @@ impl Writer {
 
     /// Writes the audit trail. What devices reported is new, as its frame is; what happened to sessions
     /// may have been written by a COMMIT of which nothing was known.
+    /// Those of devices that there are, after logins that may have made some.
+    async fn refusals(&mut self, refusals: &[Refusal]) -> Result<Vec<DeviceEvent>, sqlx::Error> {
+        if refusals.is_empty() {
+            return Ok(Vec::new());
+        }
+        let names = refusals.iter().map(|refusal| refusal.device.as_str());
+        let devices: Vec<(String, i64)> =
+            sqlx::query_as("SELECT name, id FROM devices WHERE name = ANY($1)")
+                .bind(names.collect::<Vec<_>>())
+                .fetch_all(&mut self.conn)
+                .await?;
+        let devices: HashMap<String, i64> = devices.into_iter().collect();
+        let event = |refusal: &Refusal| Some(refusal.of(DeviceId(*devices.get(&refusal.device)?)));
+        Ok(refusals.iter().filter_map(event).collect())
+    }
+
     async fn store_events(
         &mut self,
         frames: &[Frame<'_>],
-        events: &[DeviceEvent],
+        events: &[&DeviceEvent],
     ) -> Result<(), sqlx::Error> {
         let reported = frames.iter().filter_map(EventRow::reported);
-        let rows: Vec<EventRow<'_>> = reported.chain(events.iter().map(EventRow::of)).collect();
+        let rows: Vec<EventRow<'_>> = reported
+            .chain(events.iter().copied().map(EventRow::of))
+            .collect();
         if rows.is_empty() {
             return Ok(());
         }

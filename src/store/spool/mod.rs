@@ -28,6 +28,7 @@ use super::sqlite::spool::{Change, Chunk, Cursor, SpoolReader};
 use super::sqlite::{self, SqliteSettings, SqliteStore};
 use super::{Batch, Committed, Content, DeviceId, Entry, SeriesId, Store, StoreError, StreamId};
 
+pub mod mirror;
 #[cfg(test)]
 mod tests;
 

@@ -3,9 +3,11 @@
 use sqlx::{AssertSqlSafe, PgConnection};
 use tempfile::TempDir;
 
+use super::mirror::Mirror;
 use super::*;
-use crate::store::contract::{Dump, Harness, Peer, contract, peer};
+use crate::store::contract::{Dump, Harness, Peer, change, contract, peer};
 use crate::store::postgres::tests::{Database, dump};
+use crate::store::url::StoreUrl;
 
 contract!(
     #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
@@ -77,9 +79,14 @@ impl Harness for Spooled {
         Self::open(self.directory, self.database).await
     }
 
-    async fn disable(&mut self, device: &str) {
-        let mut spool = self.store.spool.lock().await;
-        spool.disable(device).await;
+    async fn change(&mut self, device: &str, is_enabled: bool, replaces_key: bool) -> i64 {
+        // Devices come to the database with what is drained.
+        self.drained().await;
+        let database = StoreUrl::Postgres(self.database.settings().url);
+        let revision = change(&database, device, is_enabled, replaces_key).await;
+        let path = self.directory.path().join("spool.db");
+        Mirror::new(database, path).copy().await.unwrap();
+        revision
     }
 
     async fn fill_disk(&mut self) {

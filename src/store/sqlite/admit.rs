@@ -9,13 +9,14 @@ use sqlx::{Row, SqliteConnection};
 use super::bulk::{Bulk, Params};
 use crate::clock::BootClock;
 use crate::store::admission::{
-    Found, SeriesIndex, SeriesRow, StoredSchema, StoredSchemas, StreamRow, declaration,
+    Found, FoundDevice, SeriesIndex, SeriesRow, StoredSchema, StoredSchemas, StreamRow, declaration,
 };
 use crate::store::ledger::DRIFT_PARTS;
 use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, SeriesId, StreamId};
 
 /// The statements.
 pub(super) struct Admissions {
+    find_devices: Bulk,
     upsert_devices: Bulk,
     find_streams: Bulk,
     insert_streams: Bulk,
@@ -31,13 +32,18 @@ impl Admissions {
     pub(super) fn new() -> Self {
         let bulk = |head: &str, columns, tail: &str| Bulk::new(head, columns, tail);
         Self {
+            find_devices: bulk(
+                "WITH wanted(name) AS (",
+                1,
+                ") SELECT d.name, d.id FROM wanted CROSS JOIN devices AS d USING (name)",
+            ),
             upsert_devices: bulk(
                 "INSERT INTO devices(name, firmware, first_seen_at, last_seen_at)",
                 4,
                 "ON CONFLICT (name) DO UPDATE SET firmware = excluded.firmware,
                     first_seen_at = coalesce(first_seen_at, excluded.first_seen_at),
                     last_seen_at = excluded.last_seen_at
-                RETURNING name, id, enabled",
+                RETURNING name, id, enabled, revision, key_revision",
             ),
             find_streams: bulk(
                 "WITH wanted(device_id, stream) AS (",
@@ -104,19 +110,19 @@ impl Admissions {
         logins: &[Login],
     ) -> Result<Vec<LoginOutcome>, sqlx::Error> {
         let devices = self.upsert_devices(conn, logins).await?;
-        let enabled: Vec<(DeviceId, &Login)> = logins
+        let let_in: Vec<(DeviceId, &Login)> = logins
             .iter()
             .filter_map(|login| {
-                let (device, enabled) = devices.get(&login.device)?;
-                enabled.then_some((*device, login))
+                let device = devices.get(&login.device)?;
+                device.lets_in(login).then_some((device.id, login))
             })
             .collect();
-        let streams = self.find_or_create_streams(conn, &enabled).await?;
+        let streams = self.find_or_create_streams(conn, &let_in).await?;
         let continues = |(device, login): &(DeviceId, &Login)| {
             let stream = streams.get(&(*device, login.stream));
             stream.is_some_and(|stream| login.next_seq > stream.durable_seq)
         };
-        let admitted: Vec<_> = enabled.into_iter().filter(continues).collect();
+        let admitted: Vec<_> = let_in.into_iter().filter(continues).collect();
         let clocks = self.offer_clocks(conn, &admitted).await?;
         let wanted = admitted
             .iter()
@@ -180,7 +186,17 @@ impl Admissions {
         &self,
         conn: &mut SqliteConnection,
         logins: &[Login],
-    ) -> Result<HashMap<String, (DeviceId, bool)>, sqlx::Error> {
+    ) -> Result<HashMap<String, FoundDevice>, sqlx::Error> {
+        let (may_register, others): (Vec<&Login>, Vec<&Login>) =
+            logins.iter().partition(|login| login.may_register);
+        let known = { others.iter() }.map(|login| login.device.as_str());
+        let known = self.find_devices(conn, known.collect()).await?;
+        let mut logins = may_register;
+        logins.extend(
+            others
+                .iter()
+                .filter(|login| known.contains_key(&login.device)),
+        );
         let bind = |params: &mut Params, login: &Login| {
             params
                 .bind(login.device.as_str())
@@ -188,11 +204,34 @@ impl Admissions {
                 .bind(login.at_us)
                 .bind(login.at_us);
         };
-        let rows = self.upsert_devices.fetch(conn, logins.iter(), bind).await?;
+        let rows = { &self.upsert_devices }
+            .fetch(conn, logins.into_iter(), bind)
+            .await?;
         let device = |row: &SqliteRow| {
-            let enabled = row.try_get::<i64, _>(2)? != 0;
-            Ok((row.try_get(0)?, (DeviceId(row.try_get(1)?), enabled)))
+            let found = FoundDevice {
+                id: DeviceId(row.try_get(1)?),
+                is_enabled: row.try_get::<i64, _>(2)? != 0,
+                revision: row.try_get(3)?,
+                key_revision: row.try_get(4)?,
+            };
+            Ok((row.try_get(0)?, found))
         };
+        rows.iter().map(device).collect()
+    }
+
+    /// Those that there are.
+    pub(super) async fn find_devices(
+        &self,
+        conn: &mut SqliteConnection,
+        names: BTreeSet<&str>,
+    ) -> Result<HashMap<String, DeviceId>, sqlx::Error> {
+        let bind = |params: &mut Params, name: &str| {
+            params.bind(name);
+        };
+        let rows = { &self.find_devices }
+            .fetch(conn, names.into_iter(), bind)
+            .await?;
+        let device = |row: &SqliteRow| Ok((row.try_get(0)?, DeviceId(row.try_get(1)?)));
         rows.iter().map(device).collect()
     }
 

@@ -134,7 +134,7 @@ pub(super) enum Purpose {
 }
 
 impl Purpose {
-    fn migrations(self) -> &'static Migrator {
+    pub(super) fn migrations(self) -> &'static Migrator {
         match self {
             Self::Store => &STORE_MIGRATIONS,
             Self::Spool => &SPOOL_MIGRATIONS,
@@ -329,8 +329,15 @@ pub(super) async fn open_reader_of(
 /// # Errors
 /// As [`open_reader`].
 pub async fn open_editor(path: &Path) -> Result<SqliteConnection, OpenError> {
+    open_editor_of(path, Purpose::Store).await
+}
+
+pub(super) async fn open_editor_of(
+    path: &Path,
+    purpose: Purpose,
+) -> Result<SqliteConnection, OpenError> {
     let patient = |options: SqliteConnectOptions| options.busy_timeout(EDITOR_PATIENCE);
-    let mut conn = open_present(path, Purpose::Store, patient).await?;
+    let mut conn = open_present(path, purpose, patient).await?;
     refuse_old_sqlite(&mut conn)
         .await
         .map_err(|source| sqlite_error(path, source))??;

@@ -165,10 +165,12 @@ impl Rows {
         &self,
         conn: &mut SqliteConnection,
         frames: &[Frame<'_>],
-        events: &[DeviceEvent],
+        events: &[&DeviceEvent],
     ) -> Result<(), sqlx::Error> {
         let reported = frames.iter().filter_map(EventRow::reported);
-        let rows: Vec<EventRow<'_>> = reported.chain(events.iter().map(EventRow::of)).collect();
+        let rows: Vec<EventRow<'_>> = reported
+            .chain(events.iter().copied().map(EventRow::of))
+            .collect();
         self.events
             .execute(conn, rows.into_iter(), |params, row| {
                 params

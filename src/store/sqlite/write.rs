@@ -18,7 +18,7 @@ use super::recent::{Recent, Step};
 use super::rows::{Rows, insert_runs, readings_into};
 use crate::store::ledger::Watermarks;
 use crate::store::rows::{Frame, sorted_runs};
-use crate::store::{Batch, Committed, Entry, StreamId};
+use crate::store::{Batch, Committed, DeviceEvent, Entry, Refusal, StreamId};
 
 /// One row, whatever the number of streams: rows come one by one from SQLite's thread.
 const FIND_WATERMARKS: &str = "SELECT json_group_array(json_array(s.id, s.durable_seq))
@@ -170,11 +170,13 @@ impl Writer {
             .await?;
         self.store_watermarks(&watermarks).await?;
         let logins = self.admissions.login(&mut self.conn, &batch.logins).await?;
+        let refusals = self.refusals(&batch.refusals).await?;
+        let events: Vec<&DeviceEvent> = batch.events.iter().chain(&refusals).collect();
         self.rows
             .store_clocks(&mut self.conn, &batch.clocks)
             .await?;
         self.rows
-            .store_events(&mut self.conn, &frames, &batch.events)
+            .store_events(&mut self.conn, &frames, &events)
             .await?;
         sqlx::query("COMMIT").execute(&mut self.conn).await?;
 
@@ -189,6 +191,16 @@ impl Writer {
             declares,
             receipts: watermarks.receipts(),
         })
+    }
+
+    /// Those of devices that there are, after logins that may have made some.
+    async fn refusals(&mut self, refusals: &[Refusal]) -> Result<Vec<DeviceEvent>, sqlx::Error> {
+        let names = refusals.iter().map(|refusal| refusal.device.as_str());
+        let devices = { &self.admissions }
+            .find_devices(&mut self.conn, names.collect())
+            .await?;
+        let event = |refusal: &Refusal| Some(refusal.of(*devices.get(&refusal.device)?));
+        Ok(refusals.iter().filter_map(event).collect())
     }
 
     async fn watermarks(&mut self, entries: &[Entry]) -> Result<Watermarks, sqlx::Error> {

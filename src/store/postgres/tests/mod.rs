@@ -5,7 +5,7 @@
 use sqlx::{ConnectOptions, PgConnection, Row};
 
 use super::*;
-use crate::store::contract::{Dump, Harness, contract};
+use crate::store::contract::{Dump, Harness, change, contract};
 use crate::store::url::StoreUrl;
 
 mod answers;
@@ -108,9 +108,9 @@ impl Harness for OnServer {
         Self::in_database(self.database).await
     }
 
-    async fn disable(&mut self, device: &str) {
-        let sql = format!("UPDATE devices SET enabled = 0 WHERE name = '{device}'");
-        self.run(&sql).await;
+    async fn change(&mut self, device: &str, is_enabled: bool, replaces_key: bool) -> i64 {
+        let store = StoreUrl::Postgres(self.database.settings().url);
+        change(&store, device, is_enabled, replaces_key).await
     }
 
     async fn fill_disk(&mut self) {

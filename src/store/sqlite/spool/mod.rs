@@ -8,7 +8,7 @@ use std::path::Path;
 use sqlx::SqliteConnection;
 
 pub(in crate::store) use self::read::SpoolReader;
-use super::open::{OpenError, Purpose, open_reader_of};
+use super::open::{OpenError, Purpose, open_editor_of, open_reader_of};
 use super::{SqliteSettings, SqliteStore, classify};
 use crate::clock::BootClock;
 use crate::store::{DeviceEvent, DeviceId, Entry, StoreError};
@@ -18,6 +18,11 @@ mod read;
 /// Opens the spool at `path` beside its writer.
 pub(in crate::store) async fn open_beside(path: &Path) -> Result<SqliteConnection, OpenError> {
     open_reader_of(path, Purpose::Spool).await
+}
+
+/// Opens a connection to the spool at `path` that writes beside the one that owns it.
+pub(in crate::store) async fn open_editor(path: &Path) -> Result<SqliteConnection, OpenError> {
+    open_editor_of(path, Purpose::Spool).await
 }
 
 /// Who a spool is to the store it feeds.
@@ -334,15 +339,6 @@ async fn write_standing(
 
 #[cfg(test)]
 impl SqliteStore {
-    /// Keeps a device out at its next login.
-    pub(in crate::store) async fn disable(&mut self, device: &str) {
-        sqlx::query("UPDATE devices SET enabled = 0 WHERE name = ?")
-            .bind(device)
-            .execute(self.spool_conn().unwrap())
-            .await
-            .unwrap();
-    }
-
     /// Lets all streams begin again behind this number.
     pub(in crate::store) async fn set_durable_seq(&mut self, seq: i64) {
         sqlx::query("UPDATE streams SET durable_seq = ?")

@@ -249,11 +249,8 @@ impl SpoolReader {
             chunk.events.push(DeviceEvent {
                 device: DeviceId(device),
                 at_us,
-                kind: match kind.as_str() {
-                    "connected" => DeviceEventKind::Connected,
-                    "disconnected" => DeviceEventKind::Disconnected,
-                    _ => return Err(damaged("an event of an unknown kind")),
-                },
+                kind: DeviceEventKind::of_name(&kind)
+                    .ok_or_else(|| damaged("an event of an unknown kind"))?,
                 code,
                 detail,
             });

@@ -6,7 +6,8 @@ use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 use tempfile::TempDir;
 
 use super::*;
-use crate::store::contract::{Dump, Harness, Peer, contract, peer};
+use crate::store::contract::{Dump, Harness, Peer, change, contract, peer};
+use crate::store::url::StoreUrl;
 use crate::store::{Entry, Login};
 
 mod open;
@@ -74,9 +75,14 @@ impl Harness for OnDisk {
         }
     }
 
-    async fn disable(&mut self, device: &str) {
-        let update = sqlx::query("UPDATE devices SET enabled = 0 WHERE name = ?");
-        update.bind(device).execute(self.conn()).await.unwrap();
+    async fn change(&mut self, device: &str, is_enabled: bool, replaces_key: bool) -> i64 {
+        change(
+            &StoreUrl::Sqlite(self.path()),
+            device,
+            is_enabled,
+            replaces_key,
+        )
+        .await
     }
 
     async fn fill_disk(&mut self) {

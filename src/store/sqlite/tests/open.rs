@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use sqlx::migrate::Migrator;
 use sqlx::{Connection, SqliteConnection};
 use tempfile::{TempDir, tempdir};
 
 use super::{OpenError, SqliteSettings, SqliteStore, open_reader, run};
 use crate::store::Store;
+use crate::store::sqlite::open::Purpose;
 
 async fn open(path: &Path) -> Result<SqliteStore, OpenError> {
     SqliteStore::open(path, &SqliteSettings::default()).await
@@ -141,32 +143,55 @@ async fn a_newer_schema_is_refused() {
     );
 }
 
+/// A database as an older version made it, with a line of its audit trail.
+async fn older(purpose: Purpose, version: i64) -> (TempDir, std::path::PathBuf) {
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("x.db");
+    let mut conn = connect(&path).await;
+    let migrations = purpose.migrations().iter();
+    let migrations = migrations.filter(|migration| migration.version <= version);
+    let migrator = Migrator::with_migrations(migrations.cloned().collect());
+    migrator.run(&mut conn).await.unwrap();
+    let rows = "INSERT INTO devices (name, enabled) VALUES ('pump', 0);
+        INSERT INTO device_events (device_id, at, kind, code, detail)
+            SELECT id, 5, 'connected', 0, 'peer' FROM devices";
+    run(&mut conn, rows).await;
+    conn.close().await.unwrap();
+    (directory, path)
+}
+
 #[tokio::test]
 async fn an_older_schema_is_for_the_gateway_to_bring_up_to_date() {
-    let views = [
-        "telemetry",
-        "latest",
-        "telemetry_hourly",
-        "device_status",
-        "missing_frames",
-        "readings",
-        "readings_unsorted",
-    ];
-    let drop: String = views
-        .iter()
-        .map(|view| format!("DROP VIEW {view};"))
-        .collect();
-    let (_directory, path) = altered(&format!(
-        "DELETE FROM _sqlx_migrations WHERE version >= 2; {drop}
-         DROP TABLE readings_recent; DROP TABLE readings_sorting;
-         ALTER TABLE readings_sorted RENAME TO readings;
-         ALTER TABLE device_events DROP COLUMN frame_id;"
-    ))
-    .await;
-    let says = open_reader(&path).await.unwrap_err().to_string();
-    assert!(says.contains("older fieldgate"), "{says}");
-    open(&path).await.unwrap().close().await.unwrap();
-    open_reader(&path).await.unwrap();
+    for version in [1, 2, 3, 2001] {
+        let (_directory, path) = older(Purpose::Store, version).await;
+        let says = open_reader(&path).await.unwrap_err().to_string();
+        assert!(says.contains("older fieldgate"), "{says}");
+        open(&path).await.unwrap().close().await.unwrap();
+        let mut reader = open_reader(&path).await.unwrap();
+        let found: (String, i64, String, String) = sqlx::query_as(
+            "SELECT name, revision, kind, state FROM devices AS d
+             JOIN device_events AS e ON e.device_id = d.id JOIN device_status AS s ON s.device = d.name",
+        )
+        .fetch_one(&mut reader)
+        .await
+        .unwrap();
+        let expected = ("pump", 0, "connected", "connected");
+        assert_eq!((&*found.0, found.1, &*found.2, &*found.3), expected);
+    }
+}
+
+#[tokio::test]
+async fn an_older_spool_is_brought_up_to_date() {
+    let (_directory, path) = older(Purpose::Spool, 1001).await;
+    let settings = SqliteSettings::default();
+    let mut spool = SqliteStore::open_spool(&path, &settings).await.unwrap();
+    let conn = &mut spool.writer.as_mut().unwrap().conn;
+    let plan: Vec<(i64, i64, i64, String)> =
+        sqlx::query_as("EXPLAIN QUERY PLAN SELECT id FROM device_events WHERE frame_id = 1")
+            .fetch_all(conn)
+            .await
+            .unwrap();
+    assert!(plan[0].3.contains("device_events_by_frame"), "{plan:?}");
 }
 
 #[tokio::test]

@@ -5,6 +5,10 @@ use std::future::Future;
 use super::*;
 use crate::clock::{BootClock, Quality};
 
+mod devices;
+
+pub(super) use self::devices::*;
+
 /// A store under test, and a way to look behind it.
 pub(super) trait Harness: Sized + Send {
     type Store: Store;
@@ -13,7 +17,14 @@ pub(super) trait Harness: Sized + Send {
     fn store(&mut self) -> &mut Self::Store;
     /// Closes the store and opens it again.
     fn reopen(self) -> impl Future<Output = Self>;
-    fn disable(&mut self, device: &str) -> impl Future<Output = ()>;
+    /// Lets a device in or keeps it out, and replaces its key or not, as an operator does; gives the number of
+    /// the change.
+    fn change(
+        &mut self,
+        device: &str,
+        is_enabled: bool,
+        replaces_key: bool,
+    ) -> impl Future<Output = i64>;
     /// Makes the next commit fail as a full disk does, half way if the store has such a thing.
     fn fill_disk(&mut self) -> impl Future<Output = ()>;
     fn free_disk(&mut self) -> impl Future<Output = ()>;
@@ -50,6 +61,8 @@ pub(super) fn login(device: &str, stream: u64, next_seq: u64) -> Login {
         firmware: "1.0".to_owned(),
         schema: None,
         clock: clock(1, AT_US),
+        key_revision: 0,
+        may_register: true,
         at_us: AT_US,
     }
 }
@@ -329,19 +342,6 @@ pub(super) async fn a_login_sees_the_entries_before_it<H: Harness>() {
     assert_eq!(receipt(&committed.logins[2]), receipt(&committed.logins[3]));
 }
 
-pub(super) async fn a_disabled_device_stays_out<H: Harness>() {
-    let mut h = H::create().await;
-    peer(h.store(), "a").await;
-    h.disable("a").await;
-    let batch = Batch {
-        logins: vec![login("a", 1, 1), login("b", 1, 1)],
-        ..Batch::default()
-    };
-    let logins = h.store().commit(&batch).await.unwrap().logins;
-    assert!(matches!(logins[0], LoginOutcome::Disabled));
-    assert!(matches!(logins[1], LoginOutcome::Admitted(_)));
-}
-
 pub(super) async fn a_schema_never_changes<H: Harness>() {
     let mut h = H::create().await;
     let device = admitted(h.store(), login("a", 1, 1)).await.device;
@@ -487,7 +487,7 @@ pub(super) async fn after_a_transient_error_the_same_batch_commits_once<H: Harne
         declares: vec![declare(one.device, 2, 2, &["new"])],
         entries: vec![one.readings(2, &rows), one.gap(3, 5)],
         clocks: vec![(one.device, clock(9, AT_US))],
-        events: vec![],
+        ..Batch::default()
     };
     let before = h.dump().await;
     h.fill_disk().await;
@@ -619,6 +619,9 @@ macro_rules! contract {
             readings_of_one_instant_both_stay,
             a_login_sees_the_entries_before_it,
             a_disabled_device_stays_out,
+            a_replaced_key_opens_no_more,
+            nobody_registers_where_that_is_closed,
+            refusals_of_known_devices_are_on_record,
             a_schema_never_changes,
             hostile_names_come_back_unchanged,
             watermarks_outlive_the_process,

@@ -1,0 +1,112 @@
+//! Who may come in: what operators change about devices, as every store sees it.
+
+use super::*;
+use crate::store::editor::Editor;
+use crate::store::lifecycle::{ChangeReader, DeviceEdit, StoredKey};
+use crate::store::steady::SteadyReader;
+use crate::store::url::StoreUrl;
+
+/// Changes a device that is known, as the commands do.
+pub(in crate::store) async fn change(
+    store: &StoreUrl,
+    device: &str,
+    is_enabled: bool,
+    replaces_key: bool,
+) -> i64 {
+    let mut editor = Editor::open(store).await.unwrap();
+    let mut edit = DeviceEdit::begin(&mut editor, AT_US).await.unwrap();
+    let before = edit.find([device].into_iter()).await.unwrap();
+    let before = &before[device];
+    let key = StoredKey {
+        version: before.key.version + u32::from(replaces_key),
+        sealed: replaces_key.then(|| vec![7; 60]),
+    };
+    let key = if replaces_key { &key } else { &before.key };
+    let is_set = edit.set(device, Some(before), is_enabled, key);
+    assert!(is_set.await.unwrap());
+    edit.commit().await.unwrap();
+    let mut changes = ChangeReader::new(SteadyReader::new(store.clone()));
+    changes.changes().await.unwrap().unwrap().latest
+}
+
+async fn outcomes<H: Harness>(h: &mut H, logins: Vec<Login>) -> Vec<LoginOutcome> {
+    let batch = Batch {
+        logins,
+        ..Batch::default()
+    };
+    h.store().commit(&batch).await.unwrap().logins
+}
+
+pub(in crate::store) async fn a_disabled_device_stays_out<H: Harness>() {
+    let mut h = H::create().await;
+    peer(h.store(), "a").await;
+    h.change("a", false, false).await;
+    let found = outcomes(&mut h, vec![login("a", 1, 1), login("b", 1, 1)]).await;
+    assert!(matches!(found[0], LoginOutcome::Disabled));
+    assert!(matches!(found[1], LoginOutcome::Admitted(_)));
+    let revision = h.change("a", true, false).await;
+    match &outcomes(&mut h, vec![login("a", 1, 1)]).await[0] {
+        LoginOutcome::Admitted(admission) => assert_eq!(admission.revision, revision),
+        other => panic!("{other:?}"),
+    }
+}
+
+pub(in crate::store) async fn a_replaced_key_opens_no_more<H: Harness>() {
+    let mut h = H::create().await;
+    peer(h.store(), "a").await;
+    let revision = h.change("a", true, true).await;
+    let with_key = |key_revision| Login {
+        key_revision,
+        ..login("a", 1, 1)
+    };
+    // In one batch, since nothing is known of one another in it.
+    let logins = vec![with_key(0), with_key(revision), with_key(revision + 1)];
+    let found = outcomes(&mut h, logins).await;
+    assert!(matches!(found[0], LoginOutcome::KeyReplaced));
+    assert!(matches!(found[1], LoginOutcome::Admitted(_)), "{found:?}");
+    assert!(matches!(found[2], LoginOutcome::KeyReplaced));
+    // Whoever has a key that is no more hears of nothing else.
+    let later = h.change("a", false, false).await;
+    let found = outcomes(&mut h, vec![with_key(0), with_key(revision)]).await;
+    assert!(matches!(found[0], LoginOutcome::KeyReplaced));
+    assert!(matches!(found[1], LoginOutcome::Disabled));
+    assert!(later > revision);
+}
+
+pub(in crate::store) async fn nobody_registers_where_that_is_closed<H: Harness>() {
+    let mut h = H::create().await;
+    peer(h.store(), "a").await;
+    let closed = |device| Login {
+        may_register: false,
+        ..login(device, 1, 1)
+    };
+    let logins = vec![closed("b"), closed("a"), closed("c"), closed("b")];
+    let found = outcomes(&mut h, logins).await;
+    assert!(matches!(found[0], LoginOutcome::Unregistered));
+    assert!(matches!(found[1], LoginOutcome::Admitted(_)));
+    assert!(matches!(found[2], LoginOutcome::Unregistered));
+    assert!(matches!(found[3], LoginOutcome::Unregistered));
+    let found = outcomes(&mut h, vec![login("b", 1, 1)]).await;
+    assert!(matches!(found[0], LoginOutcome::Admitted(_)));
+}
+
+pub(in crate::store) async fn refusals_of_known_devices_are_on_record<H: Harness>() {
+    let mut h = H::create().await;
+    let refusal = |device: &str, at_us| Refusal {
+        device: device.to_owned(),
+        at_us,
+        code: 50,
+        detail: "authentication failed".to_owned(),
+    };
+    let batch = Batch {
+        logins: vec![login("a", 1, 1)],
+        refusals: vec![refusal("a", 1), refusal("unknown", 2), refusal("a", 3)],
+        ..Batch::default()
+    };
+    h.store().commit(&batch).await.unwrap();
+    let line = |at| {
+        let detail = "authentication failed".to_owned();
+        ("a".to_owned(), at, "refused".to_owned(), 50, detail)
+    };
+    assert_eq!(h.dump().await.events, [line(1), line(3)]);
+}

@@ -1,0 +1,286 @@
+//! What operators change about devices: whether they may connect, and their keys. Commands write it,
+//! gateways read it.
+//!
+//! Invariants
+//! - Changes get their numbers in the order of their commits: whoever has seen one has seen all before it.
+//! - A device's key changes only together with its `key_revision`.
+
+use std::collections::HashMap;
+
+use super::DeviceId;
+use super::editor::Editor;
+use super::reader::{Argument, ReadError, Row, Value};
+use super::steady::{SteadyError, SteadyReader};
+
+/// A device as operators have left it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceState {
+    /// Its row.
+    pub device: DeviceId,
+    /// Its name.
+    pub name: String,
+    /// Whether it may connect.
+    pub is_enabled: bool,
+    /// Its key.
+    pub key: StoredKey,
+    /// The change that it had last; 0 if there was none.
+    pub revision: i64,
+    /// The change that gave its present key; 0 for the first one.
+    pub key_revision: i64,
+}
+
+/// The key of a device, as the store has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StoredKey {
+    /// How often it was replaced.
+    pub version: u32,
+    /// The device's own, sealed; `None` if it derives from the fleet's key and the version.
+    pub sealed: Option<Vec<u8>>,
+}
+
+const COLUMNS: &str = "id, name, enabled, key_version, sealed_key, revision, key_revision";
+
+impl DeviceState {
+    fn of(row: &Row) -> Result<DeviceState, ReadError> {
+        Ok(DeviceState {
+            device: DeviceId(row.integer(0)?),
+            name: row.text_or_null(1)?.unwrap_or_default().to_owned(),
+            is_enabled: row.integer(2)? != 0,
+            key: StoredKey {
+                version: row.integer(3)? as u32,
+                sealed: match &row.0[4] {
+                    Value::Null => None,
+                    _ => Some(row.bytes(4)?.to_vec()),
+                },
+            },
+            revision: row.integer(5)?,
+            key_revision: row.integer(6)?,
+        })
+    }
+}
+
+/// What has changed since it was last looked for.
+#[derive(Debug)]
+pub struct Changes {
+    /// Each device once.
+    pub devices: Vec<DeviceState>,
+    /// All devices that were ever changed are among them: nothing that was known before holds.
+    pub is_all: bool,
+    /// The number of the latest change.
+    pub latest: i64,
+}
+
+/// A way to look for changes.
+pub struct ChangeReader {
+    reader: SteadyReader,
+    seen: Option<i64>,
+}
+
+impl ChangeReader {
+    /// Has seen nothing yet.
+    pub fn new(reader: SteadyReader) -> ChangeReader {
+        ChangeReader { reader, seen: None }
+    }
+
+    /// What is new; everything at first, and when the store is found to be another one (a backup).
+    ///
+    /// # Errors
+    /// The store does not answer; what was not given is given the next time.
+    ///
+    /// # Cancel safety
+    /// As after an error.
+    pub async fn changes(&mut self) -> Result<Option<Changes>, SteadyError> {
+        let latest = { &mut self.reader }
+            .rows("SELECT latest FROM device_revision", &[])
+            .await?;
+        let latest = latest.first().map_or(Ok(0), |row| row.integer(0))?;
+        if self.seen == Some(latest) {
+            return Ok(None);
+        }
+        let since = self.seen.filter(|seen| *seen < latest);
+        let sql = format!("SELECT {COLUMNS} FROM devices WHERE revision > $1 ORDER BY revision");
+        let since_revision = since.unwrap_or(0);
+        let rows = self.reader.rows(&sql, &[since_revision.into()]).await?;
+        let devices: Vec<DeviceState> =
+            rows.iter().map(DeviceState::of).collect::<Result<_, _>>()?;
+        // More may have been committed since `latest` was read.
+        let newest = devices.last().map_or(latest, |last| last.revision);
+        let latest = newest.max(latest);
+        self.seen = Some(latest);
+        Ok(Some(Changes {
+            devices,
+            is_all: since.is_none(),
+            latest,
+        }))
+    }
+
+    /// Has seen nothing any more: what was given last may get lost. Gives what it had seen.
+    pub fn forget(&mut self) -> Option<i64> {
+        self.seen.take()
+    }
+
+    /// What was given last has arrived.
+    pub fn remember(&mut self, seen: Option<i64>) {
+        self.seen = seen;
+    }
+}
+
+/// An open transaction that changes devices.
+pub struct DeviceEdit<'e> {
+    editor: &'e mut Editor,
+    revision: i64,
+    at_us: i64,
+}
+
+impl<'e> DeviceEdit<'e> {
+    /// Begins; waits for others who are at it.
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub async fn begin(editor: &'e mut Editor, at_us: i64) -> Result<DeviceEdit<'e>, ReadError> {
+        editor.begin().await?;
+        let next = "UPDATE device_revision SET latest = latest + 1 RETURNING latest";
+        let rows = editor.rows(next, &[]).await?;
+        let revision = rows.first().map_or(Ok(1), |row| row.integer(0))?;
+        Ok(DeviceEdit {
+            editor,
+            revision,
+            at_us,
+        })
+    }
+
+    /// Those of `names` that there are.
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub async fn find<'n>(
+        &mut self,
+        names: impl Iterator<Item = &'n str>,
+    ) -> Result<HashMap<String, DeviceState>, ReadError> {
+        let mut found = HashMap::new();
+        let sql = format!("SELECT {COLUMNS} FROM devices WHERE name = $1");
+        for name in names {
+            if let Some(row) = self.editor.rows(&sql, &[name.into()]).await?.first() {
+                found.insert(name.to_owned(), DeviceState::of(row)?);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Makes a device, which was `before`, so, with a line in the audit trail for each thing that
+    /// changes; tells whether anything does.
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub async fn set(
+        &mut self,
+        name: &str,
+        before: Option<&DeviceState>,
+        is_enabled: bool,
+        key: &StoredKey,
+    ) -> Result<bool, ReadError> {
+        let has_new_key = before.map_or(*key != StoredKey::default(), |before| before.key != *key);
+        let is_let_in_or_out = before.map_or(!is_enabled, |before| before.is_enabled != is_enabled);
+        if before.is_some() && !has_new_key && !is_let_in_or_out {
+            return Ok(false);
+        }
+        let key_revision = match before {
+            _ if has_new_key => self.revision,
+            Some(before) => before.key_revision,
+            None => 0,
+        };
+        let revisions = [self.revision, key_revision];
+        let device = upsert(self.editor, name, is_enabled, key, revisions).await?;
+        if before.is_none() {
+            self.note(device, "added", "").await?;
+        }
+        if has_new_key {
+            let detail = match key.sealed {
+                Some(_) => "a key of its own".to_owned(),
+                None => format!("derived from the fleet key, version {}", key.version),
+            };
+            self.note(device, "key_changed", &detail).await?;
+        }
+        if is_let_in_or_out {
+            let kind = if is_enabled { "enabled" } else { "disabled" };
+            self.note(device, kind, "").await?;
+        }
+        Ok(true)
+    }
+
+    async fn note(&mut self, device: i64, kind: &str, detail: &str) -> Result<(), ReadError> {
+        let sql = "INSERT INTO device_events (device_id, at, kind, code, detail)
+            VALUES ($1, $2, $3, 0, $4)";
+        let values = [
+            device.into(),
+            Argument::Time(self.at_us),
+            kind.into(),
+            detail.into(),
+        ];
+        self.editor.execute(sql, &values).await.map(drop)
+    }
+
+    /// Ends with everything that was set.
+    ///
+    /// # Errors
+    /// Nothing of it was done, or, if the connection was lost, nobody knows.
+    pub async fn commit(self) -> Result<(), ReadError> {
+        self.editor.commit().await
+    }
+
+    /// Ends with nothing.
+    ///
+    /// # Errors
+    /// The store does not answer; nothing is set all the same.
+    pub async fn rollback(self) -> Result<(), ReadError> {
+        self.editor.rollback().await
+    }
+}
+
+/// Makes the devices of another store what they have become there, under the same numbers.
+///
+/// # Errors
+/// The store does not answer, and nothing was done.
+pub async fn adopt(editor: &mut Editor, changes: &Changes) -> Result<(), ReadError> {
+    editor.begin().await?;
+    for device in &changes.devices {
+        let revisions = [device.revision, device.key_revision];
+        upsert(
+            editor,
+            &device.name,
+            device.is_enabled,
+            &device.key,
+            revisions,
+        )
+        .await?;
+    }
+    let latest = "UPDATE device_revision SET latest = $1";
+    editor.execute(latest, &[changes.latest.into()]).await?;
+    editor.commit().await
+}
+
+/// Gives the device's row.
+async fn upsert(
+    editor: &mut Editor,
+    name: &str,
+    is_enabled: bool,
+    key: &StoredKey,
+    [revision, key_revision]: [i64; 2],
+) -> Result<i64, ReadError> {
+    let sql = "INSERT INTO devices (name, enabled, key_version, sealed_key, revision, key_revision)
+         VALUES ($1, $2, $3, $4, $5, $6)
+         ON CONFLICT (name) DO UPDATE SET enabled = excluded.enabled,
+             key_version = excluded.key_version, sealed_key = excluded.sealed_key,
+             revision = excluded.revision, key_revision = excluded.key_revision
+         RETURNING id";
+    let values = [
+        name.into(),
+        i64::from(is_enabled).into(),
+        i64::from(key.version).into(),
+        Argument::Bytes(key.sealed.as_deref()),
+        revision.into(),
+        key_revision.into(),
+    ];
+    let rows = editor.rows(sql, &values).await?;
+    rows.first().map_or(Ok(0), |row| row.integer(0))
+}
