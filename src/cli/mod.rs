@@ -95,7 +95,7 @@ enum Command {
     Serve(Box<serve::ServeArgs>),
     /// Run one SQL statement that reads, also beside a running gateway
     Query(query::QueryArgs),
-    /// Look at devices
+    /// Look at devices, and say which may connect and with which keys
     #[command(subcommand)]
     Device(device::DeviceCommand),
     /// Look at frames that arrived whole and could not be understood, and get rid of them
@@ -273,7 +273,9 @@ impl Cli {
         match self.command {
             Command::Serve(args) => serve::serve(args.into_settings(self.global)).await,
             Command::Query(args) => query::query(&store, &args).await,
-            Command::Device(command) => device::device(&store, &command).await,
+            Command::Device(command) => {
+                device::device(&self.global.data_dir, &store, &command).await
+            }
             Command::Quarantine(command) => quarantine::quarantine(&store, &command).await,
             Command::Tls(command) => tls::tls(&self.global.data_dir, &command),
             Command::Migrate => migrate::migrate(&self.global.data_dir, &store).await,

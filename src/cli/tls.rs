@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use fieldgate::config::{TLS_CERT_FILE, TLS_DIR, TLS_KEY_FILE};
 use fieldgate::keys::{create_data_dir, write_secret};
-use fieldgate_protocol::message::check_name;
 use jiff::civil::Date;
 use jiff::{Timestamp, ToSpan};
 use rcgen::{
@@ -15,6 +14,7 @@ use rcgen::{
     KeyUsagePurpose, date_time_ymd,
 };
 
+use super::device::device_name;
 use super::{Error, output};
 
 const CA_CERT_FILE: &str = "ca.pem";
@@ -46,7 +46,7 @@ pub struct InitArgs {
 #[derive(Args, Debug)]
 pub struct DeviceArgs {
     /// Names of the devices
-    #[arg(value_name = "NAME", required = true)]
+    #[arg(value_name = "NAME", required = true, value_parser = device_name)]
     names: Vec<String>,
 
     /// Directory for NAME.pem and NAME.key; it is made if it is missing
@@ -136,11 +136,6 @@ fn device(data_dir: &Path, args: &DeviceArgs) -> Result<(), Error> {
     create_data_dir(&args.out_dir)?;
     let mut out = output::stdout();
     for name in &args.names {
-        if check_name(name).is_err() {
-            return Err(Error::Usage(format!(
-                "{name:?} is no device's name: 1 to 32 characters out of A-Z a-z 0-9 . _ : -"
-            )));
-        }
         let (params, valid_until) = params(Vec::new(), name, args.days)?;
         let issued = issue(
             params,

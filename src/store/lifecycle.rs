@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use super::DeviceId;
 use super::editor::Editor;
-use super::reader::{Argument, ReadError, Row, Value};
+use super::reader::{Argument, ReadError, Reader, Row, Value};
 use super::steady::{SteadyError, SteadyReader};
 
 /// A device as operators have left it.
@@ -125,6 +125,29 @@ impl ChangeReader {
     }
 }
 
+/// A device; `None` if there is none of that name.
+///
+/// # Errors
+/// The store does not answer.
+pub async fn find(reader: &mut Reader, name: &str) -> Result<Option<DeviceState>, ReadError> {
+    let sql = format!("SELECT {COLUMNS} FROM devices WHERE name = $1");
+    let rows = reader.rows(&sql, &[name.into()]).await?;
+    rows.first().map(DeviceState::of).transpose()
+}
+
+/// Gives each device to `on_device`, by name, until that fails.
+///
+/// # Errors
+/// The store does not answer, or as `on_device`.
+pub async fn each(
+    reader: &mut Reader,
+    mut on_device: impl FnMut(DeviceState) -> Result<(), ReadError>,
+) -> Result<(), ReadError> {
+    let sql = format!("SELECT {COLUMNS} FROM devices ORDER BY name COLLATE \"C\"");
+    let on_row = |row: Row| on_device(DeviceState::of(&row)?);
+    reader.each(&sql, &[], on_row).await
+}
+
 /// An open transaction that changes devices.
 pub struct DeviceEdit<'e> {
     editor: &'e mut Editor,
@@ -158,10 +181,9 @@ impl<'e> DeviceEdit<'e> {
         names: impl Iterator<Item = &'n str>,
     ) -> Result<HashMap<String, DeviceState>, ReadError> {
         let mut found = HashMap::new();
-        let sql = format!("SELECT {COLUMNS} FROM devices WHERE name = $1");
         for name in names {
-            if let Some(row) = self.editor.rows(&sql, &[name.into()]).await?.first() {
-                found.insert(name.to_owned(), DeviceState::of(row)?);
+            if let Some(device) = find(self.editor, name).await? {
+                found.insert(name.to_owned(), device);
             }
         }
         Ok(found)

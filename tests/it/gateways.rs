@@ -19,13 +19,13 @@ const DEVICES: u64 = 8;
 const HOPS: u64 = 40;
 
 /// Two gateways with one fleet key, and the directories that hold it.
-struct Pair {
-    gateways: [Gateway; 2],
+pub struct Pair {
+    pub gateways: [Gateway; 2],
     _dirs: [TempDir; 2],
 }
 
 impl Pair {
-    fn start(database: &PgDatabase) -> Pair {
+    pub fn start(database: &PgDatabase) -> Pair {
         let dirs = [(); 2].map(|()| TempDir::new().expect("a directory"));
         let url = database.url();
         // Each has several writers, so that frames of one device meet those of others in transactions.

@@ -10,6 +10,7 @@ mod gateway;
 mod gateways;
 mod handshake;
 mod kill;
+mod lifecycle;
 mod limits;
 mod malformed;
 mod outage;

@@ -154,10 +154,10 @@ fn login(device: &str) -> Login {
             boot: 1,
             offset_us: AT_US,
             delay_us: 20_000,
-            measured_key_revision: 0,
-            may_register: true,
-            at_us: AT_US,
+            measured_at_us: AT_US,
         },
+        key_revision: 0,
+        may_register: true,
         at_us: AT_US,
     }
 }

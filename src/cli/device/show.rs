@@ -1,47 +1,27 @@
-//! `fieldgate device`: who has connected, and all that is known of one of them.
+//! `fieldgate device list|show`.
 
 use std::io::Write;
 
-use clap::Subcommand;
 use fieldgate::store::reader::{Argument, Reader, Row};
-use fieldgate::store::url::StoreUrl;
 
-use super::Error;
-use super::nearest::near;
-use super::output::{self, Grid, count, show_utc, utc_text, write_facts};
-use super::quarantine::code_text;
-use super::value::Value;
+use crate::cli::Error;
+use crate::cli::nearest::near;
+use crate::cli::output::{self, Grid, count, show_utc, utc_text, write_facts};
+use crate::cli::quarantine::code_text;
+use crate::cli::value::Value;
 
 /// Lines of the audit trail that `show` shows.
 const EVENTS_SHOWN: i64 = 10;
 /// Gaps and streams that `show` shows; `query` shows all.
 const LINES_SHOWN: i64 = 20;
 
-#[derive(Debug, Subcommand)]
-pub enum DeviceCommand {
-    /// List all devices
-    List,
-    /// Show all that is known of a device
-    Show {
-        /// The device's name
-        name: String,
-    },
-}
-
-/// Does what was asked for.
-pub async fn device(store: &StoreUrl, command: &DeviceCommand) -> Result<(), Error> {
-    let mut reader = Reader::open(store).await?;
-    match command {
-        DeviceCommand::List => list(&mut reader).await,
-        DeviceCommand::Show { name } => show(&mut reader, name).await,
-    }
-}
-
-async fn list(reader: &mut Reader) -> Result<(), Error> {
+/// Lists all devices.
+pub async fn list(reader: &mut Reader) -> Result<(), Error> {
     let rows = reader
         .rows(
-            "SELECT d.name, CASE d.enabled WHEN 0 THEN 'no' ELSE 'yes' END, d.firmware,
-                 d.last_seen_at, count(s.id), CAST(coalesce(sum(s.frames), 0) AS BIGINT),
+            "SELECT d.name, CASE d.enabled WHEN 0 THEN 'no' ELSE 'yes' END,
+                 CASE WHEN d.sealed_key IS NOT NULL THEN 'own' WHEN d.key_version = 0 THEN 'derived'
+                     ELSE 'derived ' || d.key_version END, d.firmware, d.last_seen_at, count(s.id), CAST(coalesce(sum(s.frames), 0) AS BIGINT),
                  CAST(coalesce(sum(s.readings), 0) AS BIGINT)
              FROM devices AS d LEFT JOIN streams AS s ON s.device_id = d.id
              GROUP BY d.id ORDER BY d.name COLLATE \"C\"",
@@ -51,6 +31,7 @@ async fn list(reader: &mut Reader) -> Result<(), Error> {
     let headers = [
         "name",
         "enabled",
+        "key",
         "firmware",
         "last seen",
         "streams",
@@ -62,18 +43,20 @@ async fn list(reader: &mut Reader) -> Result<(), Error> {
         writeln!(out, "no devices yet")?;
     } else {
         let devices = count(rows.len() as u64, "device");
-        grid(headers, rows, |row| show_utc(row, 3)).write(&mut out)?;
+        grid(headers, rows, |row| show_utc(row, 4)).write(&mut out)?;
         writeln!(out, "({devices})")?;
     }
     out.flush()?;
     Ok(())
 }
 
-async fn show(reader: &mut Reader, name: &str) -> Result<(), Error> {
+/// Shows all that is known of a device.
+pub async fn show(reader: &mut Reader, name: &str) -> Result<(), Error> {
     let device = reader
         .rows(
-            "SELECT id, enabled, firmware, first_seen_at, last_seen_at FROM devices
-             WHERE name = $1",
+            "SELECT id, enabled, firmware, first_seen_at, last_seen_at, key_version,
+                 CASE WHEN sealed_key IS NULL THEN 0 ELSE 1 END
+             FROM devices WHERE name = $1",
             &[name.into()],
         )
         .await?;
@@ -115,9 +98,15 @@ fn facts(name: &str, device: &Row) -> Result<Vec<(&'static str, String)>, Error>
     };
     let is_enabled = device.integer(1)? != 0;
     let firmware = device.text_or_null(2)?;
+    let key = match (device.integer(6)?, device.integer(5)?) {
+        (0, 0) => "derived from the fleet key".to_owned(),
+        (0, version) => format!("derived from the fleet key, version {version}"),
+        _ => "its own".to_owned(),
+    };
     Ok(vec![
         ("device", name.to_owned()),
         ("enabled", if is_enabled { "yes" } else { "no" }.to_owned()),
+        ("key", key),
         ("firmware", firmware.unwrap_or_default().to_owned()),
         ("first seen", time(3)?),
         ("last seen", time(4)?),

@@ -1,0 +1,61 @@
+//! `fieldgate device key`: what a factory puts into devices.
+
+use std::io::Write;
+use std::path::Path;
+
+use clap::Args;
+use fieldgate::device_key::DeviceKey;
+use fieldgate::keys::FleetKey;
+use fieldgate::store::lifecycle::{self, StoredKey};
+use fieldgate::store::postgres;
+use fieldgate::store::reader::{OpenError, Reader};
+use fieldgate::store::sqlite;
+use fieldgate::store::url::StoreUrl;
+
+use super::change::fleet_key;
+use super::device_name;
+use crate::cli::{Error, output};
+
+#[derive(Args, Debug)]
+pub struct KeyArgs {
+    /// Names of the devices
+    #[arg(value_name = "NAME", required = true, value_parser = device_name)]
+    names: Vec<String>,
+}
+
+/// Prints the keys.
+pub async fn key(data_dir: &Path, store: &StoreUrl, args: &KeyArgs) -> Result<(), Error> {
+    let fleet = fleet_key(data_dir)?;
+    let mut reader = match Reader::open(store).await {
+        Ok(reader) => Some(reader),
+        // Where no gateway has run yet, every device has its first key.
+        Err(
+            OpenError::Sqlite(sqlite::OpenError::Missing(_))
+            | OpenError::Postgres(postgres::OpenError::Missing { .. }),
+        ) => None,
+        Err(error) => return Err(error.into()),
+    };
+    let mut out = output::stdout();
+    for name in &args.names {
+        let stored = match &mut reader {
+            Some(reader) => lifecycle::find(reader, name).await?,
+            None => None,
+        };
+        let stored = stored.map_or_else(StoredKey::default, |device| device.key);
+        let digits = open(&fleet, name, &stored)?.to_digits();
+        match args.names.len() {
+            1 => writeln!(out, "{digits}")?,
+            _ => writeln!(out, "{name} {digits}")?,
+        }
+    }
+    out.flush().map_err(Error::Output)
+}
+
+/// The key that a device has to prove.
+pub fn open(fleet: &FleetKey, name: &str, stored: &StoredKey) -> Result<DeviceKey, Error> {
+    match &stored.sealed {
+        None => Ok(DeviceKey::derive(fleet, name, stored.version)),
+        Some(sealed) => DeviceKey::unseal(fleet, name, sealed)
+            .map_err(|error| Error::Failed(format!("{name}: {error}"))),
+    }
+}

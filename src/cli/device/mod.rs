@@ -1,0 +1,74 @@
+//! `fieldgate device`: who may connect and with which key, who has connected, and all that is known of one
+//! of them.
+
+mod change;
+mod key;
+mod show;
+mod transfer;
+
+use std::path::Path;
+
+use clap::Subcommand;
+use fieldgate::store::reader::Reader;
+use fieldgate::store::url::StoreUrl;
+use fieldgate_protocol::message::check_name;
+
+pub use self::show::unknown;
+use super::Error;
+
+#[derive(Debug, Subcommand)]
+pub enum DeviceCommand {
+    /// List all devices
+    List,
+    /// Show all that is known of a device
+    Show {
+        /// The device's name
+        name: String,
+    },
+    /// Make devices known before they connect for the first time, for `serve --registration closed` or to
+    /// give them keys of their own
+    Add(change::AddArgs),
+    /// Keep devices out: their sessions end within a second, and what they have not sent stays with them
+    Disable(change::NamesArgs),
+    /// Let devices in again
+    Enable(change::NamesArgs),
+    /// Give a device another key: its session ends within a second, and the former key opens no other one
+    RotateKey(change::RotateArgs),
+    /// Print the keys of devices, to be put into them: 64 hexadecimal digits; with several names, each
+    /// behind its name. Also for devices that are not known yet, and without a database
+    Key(key::KeyArgs),
+    /// Write all devices as CSV, for `device import` elsewhere
+    Export(transfer::ExportArgs),
+    /// Make devices known, enabled or disabled, and give them keys, as a CSV file says. Devices that are not
+    /// in it stay as they are, and a device that is as the file says is not touched
+    Import(transfer::ImportArgs),
+}
+
+/// Does what was asked for.
+pub async fn device(
+    data_dir: &Path,
+    store: &StoreUrl,
+    command: &DeviceCommand,
+) -> Result<(), Error> {
+    match command {
+        DeviceCommand::List => show::list(&mut Reader::open(store).await?).await,
+        DeviceCommand::Show { name } => show::show(&mut Reader::open(store).await?, name).await,
+        DeviceCommand::Add(args) => change::add(data_dir, store, args).await,
+        DeviceCommand::Disable(args) => change::set_enabled(store, args, false).await,
+        DeviceCommand::Enable(args) => change::set_enabled(store, args, true).await,
+        DeviceCommand::RotateKey(args) => change::rotate_key(data_dir, store, args).await,
+        DeviceCommand::Key(args) => key::key(data_dir, store, args).await,
+        DeviceCommand::Export(args) => transfer::export(data_dir, store, args).await,
+        DeviceCommand::Import(args) => transfer::import(data_dir, store, args).await,
+    }
+}
+
+/// A name that a device can have.
+pub fn device_name(name: &str) -> Result<String, String> {
+    match check_name(name) {
+        Ok(()) => Ok(name.to_owned()),
+        Err(_) => {
+            Err("a device's name is 1 to 32 characters out of A-Z a-z 0-9 . _ : -".to_owned())
+        }
+    }
+}

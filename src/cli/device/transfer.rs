@@ -1,0 +1,244 @@
+//! `fieldgate device export|import`: devices as CSV.
+//!
+//! A line is a device: its name, whether it is enabled (yes or no), how often its key was replaced, and
+//! its own key, as 64 hexadecimal digits. The last is empty if the key derives from the fleet's, and `-` if the
+//! device has a key of its own that the file does not tell.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use fieldgate::device_key::DeviceKey;
+use fieldgate::keys::{FleetKey, write_secret};
+use fieldgate::store::lifecycle::{self, DeviceState, StoredKey};
+use fieldgate::store::reader::Reader;
+use fieldgate::store::url::StoreUrl;
+use serde::{Deserialize, Serialize};
+
+use super::change::{Wanted, edit, fleet_key, seal};
+use super::{device_name, key};
+use crate::cli::Error;
+use crate::cli::output::{self, count};
+
+/// Devices of one transaction: while it is open, nothing is acknowledged.
+const DEVICES_AT_ONCE: usize = 500;
+/// Stands for a key that is not told.
+const UNTOLD: &str = "-";
+
+#[derive(Args, Debug)]
+pub struct ExportArgs {
+    /// Tell devices' own keys, too; whoever has the file can then stand in for them
+    #[arg(long)]
+    with_keys: bool,
+
+    /// File to write, for this user only; it must not be there yet [default: standard output]
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub struct ImportArgs {
+    /// CSV file with the columns name, enabled (yes or no), key_version and own_key, of which all but the
+    /// first may be left out; - for standard input
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+}
+
+/// A line of the file.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    name: String,
+    #[serde(default = "yes")]
+    enabled: String,
+    #[serde(default)]
+    key_version: u32,
+    #[serde(default)]
+    own_key: String,
+}
+
+fn yes() -> String {
+    "yes".to_owned()
+}
+
+/// Writes all devices.
+pub async fn export(data_dir: &Path, store: &StoreUrl, args: &ExportArgs) -> Result<(), Error> {
+    let mut reader = Reader::open(store).await?;
+    let mut devices = Vec::new();
+    lifecycle::each(&mut reader, |device| {
+        devices.push(device);
+        Ok(())
+    })
+    .await?;
+    let mut csv = csv::Writer::from_writer(Vec::new());
+    let mut untold = 0;
+    for device in devices {
+        let own_key = match &device.key.sealed {
+            None => String::new(),
+            Some(_) if args.with_keys => {
+                key::open(&fleet_key(data_dir)?, &device.name, &device.key)?.to_digits()
+            }
+            Some(_) => {
+                untold += 1;
+                UNTOLD.to_owned()
+            }
+        };
+        let line = Line {
+            name: device.name,
+            enabled: if device.is_enabled { "yes" } else { "no" }.to_owned(),
+            key_version: device.key.version,
+            own_key,
+        };
+        csv.serialize(line).map_err(cannot_write)?;
+    }
+    let text = csv
+        .into_inner()
+        .map_err(|error| cannot_write(error.into_error().into()))?;
+    let text = String::from_utf8_lossy(&text);
+    match &args.out {
+        Some(path) => write_secret(path, &text)
+            .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))?,
+        None => {
+            let mut out = output::stdout();
+            out.write_all(text.as_bytes())?;
+            out.flush()?;
+        }
+    }
+    if untold > 0 {
+        let keys = count(untold, "key");
+        eprintln!("{keys} of devices' own left out; --with-keys writes them");
+    }
+    Ok(())
+}
+
+fn cannot_write(error: csv::Error) -> Error {
+    Error::Output(error.into())
+}
+
+/// Makes devices what the file says.
+pub async fn import(data_dir: &Path, store: &StoreUrl, args: &ImportArgs) -> Result<(), Error> {
+    let lines = read(&args.file)?;
+    let fleet = fleet_key(data_dir)?;
+    let names: Vec<String> = lines.iter().map(|line| line.name.clone()).collect();
+    let by_name: HashMap<&str, (usize, &Line)> = lines
+        .iter()
+        .enumerate()
+        .map(|(at, line)| (line.name.as_str(), (at + 2, line)))
+        .collect();
+    let (mut added, mut changed, mut same) = (0, 0, 0);
+    for names in names.chunks(DEVICES_AT_ONCE) {
+        let mut are_new = 0;
+        let set = edit(store, names, |name, before| {
+            are_new += u64::from(before.is_none());
+            let (number, line) = by_name[name];
+            wanted(&fleet, line, before)
+                .map(Some)
+                .map_err(|fault| fault.of(&args.file, number))
+        })
+        .await?;
+        let are_set = set.values().filter(|is_changed| **is_changed).count() as u64;
+        added += are_new;
+        changed += are_set - are_new;
+        same += set.len() as u64 - are_set;
+    }
+    let mut out = output::stdout();
+    writeln!(out, "{added} added, {changed} changed, {same} as they were")?;
+    out.flush().map_err(Error::Output)
+}
+
+/// What is wrong with a line.
+enum Fault {
+    Line(String),
+    Other(Error),
+}
+
+impl Fault {
+    fn of(self, file: &Path, number: usize) -> Error {
+        match self {
+            Fault::Line(fault) => {
+                Error::Failed(format!("{}, line {number}: {fault}", file.display()))
+            }
+            Fault::Other(error) => error,
+        }
+    }
+}
+
+fn wanted(fleet: &FleetKey, line: &Line, before: Option<&DeviceState>) -> Result<Wanted, Fault> {
+    let is_enabled = line.enabled == "yes";
+    let kept = before.filter(|before| before.key.sealed.is_some());
+    let key = match (line.own_key.as_str(), kept) {
+        ("", _) => StoredKey {
+            version: line.key_version,
+            sealed: None,
+        },
+        (UNTOLD, Some(before)) => before.key.clone(),
+        (UNTOLD, None) => {
+            let fault = "the device's own key is not told (export it with --with-keys)";
+            return Err(Fault::Line(fault.to_owned()));
+        }
+        (digits, kept) => {
+            let own = DeviceKey::parse(digits).map_err(no_key)?;
+            let has_it = |before: &&DeviceState| {
+                key::open(fleet, &line.name, &before.key).is_ok_and(|kept| kept == own)
+            };
+            match kept.filter(has_it) {
+                Some(before) => before.key.clone(),
+                None => StoredKey {
+                    version: line.key_version,
+                    sealed: Some(seal(fleet, &line.name, own).map_err(Fault::Other)?),
+                },
+            }
+        }
+    };
+    Ok((is_enabled, key))
+}
+
+fn no_key(error: impl std::fmt::Display) -> Fault {
+    Fault::Line(format!(
+        "own_key holds {error}; a key is 64 hexadecimal digits"
+    ))
+}
+
+/// The lines of the file, all of them sound.
+fn read(path: &Path) -> Result<Vec<Line>, Error> {
+    let cannot = |error: &dyn std::fmt::Display| {
+        Error::Failed(format!("cannot read {}: {error}", path.display()))
+    };
+    let input: Box<dyn Read> = if path == Path::new("-") {
+        Box::new(io::stdin())
+    } else {
+        Box::new(File::open(path).map_err(|error| cannot(&error))?)
+    };
+    let mut csv = csv::ReaderBuilder::new()
+        .trim(csv::Trim::All)
+        .from_reader(input);
+    let mut lines: Vec<Line> = Vec::new();
+    let mut seen = HashMap::new();
+    for (at, line) in csv.deserialize().enumerate() {
+        let line: Line = line.map_err(|error| cannot(&error))?;
+        let number = at + 2;
+        check(&line).map_err(|fault| fault.of(path, number))?;
+        if let Some(before) = seen.insert(line.name.clone(), number) {
+            let fault = format!("{} is in line {before}, too", line.name);
+            return Err(Fault::Line(fault).of(path, number));
+        }
+        lines.push(line);
+    }
+    Ok(lines)
+}
+
+fn check(line: &Line) -> Result<(), Fault> {
+    device_name(&line.name).map_err(|fault| Fault::Line(format!("{:?}: {fault}", line.name)))?;
+    if !["yes", "no"].contains(&line.enabled.as_str()) {
+        let enabled = &line.enabled;
+        return Err(Fault::Line(format!(
+            "enabled is {enabled:?}, and must be yes or no"
+        )));
+    }
+    if !["", UNTOLD].contains(&line.own_key.as_str()) {
+        DeviceKey::parse(&line.own_key).map_err(no_key)?;
+    }
+    Ok(())
+}

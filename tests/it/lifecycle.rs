@@ -1,0 +1,455 @@
+//! What operators change about devices reaches gateways that run, and the sessions that are live: line 2 of
+//! the security checklist, for every kind of store.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
+
+use fieldgate_protocol::auth::derive_device_key;
+use fieldgate_protocol::error::Code;
+
+use crate::client::{Heard, Link, Login, readings};
+use crate::database::PgDatabase;
+use crate::gateway::{Gateway, command};
+use crate::gateways::Pair;
+use crate::handshake::AT_ONCE;
+
+/// A gateway, and its store as commands reach it.
+struct Place {
+    gateway: Gateway,
+    database: Option<PgDatabase>,
+}
+
+impl Place {
+    fn sqlite(flags: &[&str]) -> Place {
+        Place {
+            gateway: Gateway::start(&[&AT_ONCE[..], flags].concat()),
+            database: None,
+        }
+    }
+
+    fn postgres(flags: &[&str]) -> Place {
+        let database = PgDatabase::create();
+        let url = database.url();
+        Place {
+            gateway: Gateway::start(&[&AT_ONCE[..], &["--store", &url], flags].concat()),
+            database: Some(database),
+        }
+    }
+
+    /// What `fieldgate device` prints, which must succeed.
+    fn device(&self, args: &[&str]) -> String {
+        said(self.run(args, ""))
+    }
+
+    /// The one line that it says instead, with this exit code.
+    fn device_fails(&self, args: &[&str], code: i32) -> String {
+        let output = self.run(args, "");
+        assert_eq!(output.status.code(), Some(code), "{args:?}");
+        assert!(output.stdout.is_empty(), "{args:?}");
+        String::from_utf8(output.stderr).expect("text")
+    }
+
+    fn run(&self, args: &[&str], input: &str) -> Output {
+        let url = self.database.as_ref().map(PgDatabase::url);
+        run(self.gateway.data_dir(), url.as_deref(), args, input)
+    }
+
+    /// The device with the key that `device key` tells.
+    fn login(&self, name: &str) -> Login {
+        with_key(self.gateway.device(name), &self.device(&["key", name]))
+    }
+
+    /// The kinds and codes of the device's events, oldest first.
+    fn events(&self, name: &str) -> String {
+        let url = self.database.as_ref().map(PgDatabase::url);
+        let sql = format!(
+            "SELECT kind, code FROM device_events WHERE device_id =
+                 (SELECT id FROM devices WHERE name = '{name}') ORDER BY id"
+        );
+        let mut query = command(&["query", &sql, "--format", "csv"]);
+        query.arg("--data-dir").arg(self.gateway.data_dir());
+        query.args(url.iter().flat_map(|url| ["--store", url]));
+        said(query.output().expect("runs"))
+    }
+}
+
+fn with_key(login: Login, digits: &str) -> Login {
+    let digits = digits.trim_end();
+    assert_eq!(digits.len(), 64);
+    let byte = |i: usize| u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).expect("hex");
+    Login {
+        key: std::array::from_fn(byte),
+        ..login
+    }
+}
+
+fn run(data_dir: &Path, store: Option<&str>, args: &[&str], input: &str) -> Output {
+    let mut device = command(&["device"]);
+    device.args(args).arg("--data-dir").arg(data_dir);
+    device.args(store.iter().flat_map(|url| ["--store", url]));
+    let mut process = device
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut stdin = process.stdin.take().expect("piped");
+    // One that fails before it reads is told of by its output.
+    let _ = stdin.write_all(input.as_bytes());
+    drop(stdin);
+    process.wait_with_output().expect("ends")
+}
+
+fn said(output: Output) -> String {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+fn answer(gateway: &Gateway, login: &Login) -> (Link, Heard) {
+    let mut link = Link::open(gateway.addr);
+    let (auth, _) = login.auth(link.challenge(login));
+    link.send(&auth);
+    let heard = link.hear();
+    (link, heard)
+}
+
+fn assert_refused(gateway: &Gateway, login: &Login, expected: Code) {
+    match answer(gateway, login).1 {
+        Heard::Bye { code, .. } if code == expected as u8 => {}
+        other => panic!("{other:?} instead of BYE {}", expected as u8),
+    }
+}
+
+/// Logs in as soon as the gateway has heard of the change that allows it; until then it is refused so.
+fn get_in(gateway: &Gateway, login: &Login, meanwhile: Code) -> Link {
+    let begun = Instant::now();
+    loop {
+        match answer(gateway, login) {
+            (link, Heard::Welcome(_)) => return link,
+            (_, Heard::Bye { code, .. }) if code == meanwhile as u8 => {}
+            (_, other) => panic!("{other:?}"),
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "never gets in");
+    }
+}
+
+/// Two devices that are connected, and that the store knows.
+fn two_devices(place: &Place) -> [Link; 2] {
+    let links = ["pump", "other"].map(|name| {
+        let (mut link, _) = place.gateway.connect(name);
+        link.send(&readings(1));
+        link.expect_ack(1);
+        link
+    });
+    // A spool tells the database of them a moment later.
+    let begun = Instant::now();
+    while place.device(&["list"]).matches("yes").count() < 2 {
+        assert!(begun.elapsed() < Duration::from_secs(60), "never listed");
+    }
+    links
+}
+
+fn a_disabled_device_is_cut_off(place: &Place) {
+    let [mut pump, mut other] = two_devices(place);
+    let login = place.gateway.device("pump");
+    assert_eq!(place.device(&["disable", "pump"]), "pump is disabled\n");
+    pump.expect_bye(Code::Disabled);
+    assert_refused(&place.gateway, &login, Code::Disabled);
+    let already = place.device(&["disable", "pump"]);
+    assert_eq!(already, "pump is disabled already\n");
+    place.device(&["enable", "pump"]);
+    let mut pump = get_in(&place.gateway, &login, Code::Disabled);
+    pump.ping();
+    other.ping();
+}
+
+#[test]
+fn c02_a_disabled_device_is_cut_off() {
+    let place = Place::sqlite(&[]);
+    a_disabled_device_is_cut_off(&place);
+    let events = place.events("pump");
+    for line in ["disabled,0", "disconnected,52", "refused,52", "enabled,0"] {
+        assert_eq!(events.matches(line).count(), 1, "{line}: {events}");
+    }
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn c02_a_disabled_device_is_cut_off_in_postgres_and_before_it() {
+    a_disabled_device_is_cut_off(&Place::postgres(&[]));
+    a_disabled_device_is_cut_off(&Place::postgres(&["--spool"]));
+}
+
+fn a_replaced_key_opens_no_more(place: &Place) {
+    let [mut pump, mut other] = two_devices(place);
+    let first = place.gateway.device("pump");
+    assert_eq!(place.login("pump").key, first.key);
+    place.device(&["rotate-key", "pump"]);
+    pump.expect_bye(Code::Authentication);
+    assert_refused(&place.gateway, &first, Code::Authentication);
+    let second = place.login("pump");
+    assert_ne!(second.key, first.key);
+    let mut pump = get_in(&place.gateway, &second, Code::Authentication);
+
+    place.device(&["rotate-key", "pump", "--own-key"]);
+    pump.expect_bye(Code::Authentication);
+    assert_refused(&place.gateway, &second, Code::Authentication);
+    let own = place.login("pump");
+    let mut pump = get_in(&place.gateway, &own, Code::Authentication);
+    pump.ping();
+    other.ping();
+}
+
+#[test]
+fn c02_a_replaced_key_opens_no_more() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut place = Place {
+        gateway: Gateway::start_in(dir.path(), &AT_ONCE),
+        database: None,
+    };
+    a_replaced_key_opens_no_more(&place);
+    let (first, own) = (place.gateway.device("pump"), place.login("pump"));
+    let events = place.events("pump");
+    assert_eq!(events.matches("key_changed,0").count(), 2, "{events}");
+    assert!(events.contains("refused,50"), "{events}");
+
+    // The next gateway knows the keys from its first moment on.
+    let restart = |place: &mut Place| {
+        place.gateway.terminate();
+        assert!(place.gateway.wait().status.success());
+        place.gateway = Gateway::start_in(dir.path(), &AT_ONCE);
+    };
+    restart(&mut place);
+    assert_refused(&place.gateway, &first, Code::Authentication);
+    let (_, heard) = answer(&place.gateway, &own);
+    assert!(matches!(heard, Heard::Welcome(_)), "{heard:?}");
+
+    // Under another fleet key nobody opens what was sealed, and a derived key is a new one.
+    std::fs::remove_file(dir.path().join("fleet.key")).expect("removes");
+    restart(&mut place);
+    place
+        .gateway
+        .wait_for_line("sealed under another fleet key");
+    assert_refused(&place.gateway, &own, Code::Authentication);
+    let says = place.device_fails(&["key", "pump"], 1);
+    assert!(says.contains("another fleet key"), "{says}");
+    place.device(&["rotate-key", "pump", "--derived-key"]);
+    let login = place.login("pump");
+    get_in(&place.gateway, &login, Code::Authentication);
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn c02_a_replaced_key_opens_no_more_in_postgres_and_before_it() {
+    a_replaced_key_opens_no_more(&Place::postgres(&[]));
+    a_replaced_key_opens_no_more(&Place::postgres(&["--spool"]));
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn c02_a_change_reaches_every_gateway_on_a_database() {
+    let database = PgDatabase::create();
+    let pair = Pair::start(&database);
+    let url = database.url();
+    let data_dir = pair.gateways[0].data_dir();
+    let mut links = pair.gateways.each_ref().map(|gateway| {
+        let (mut link, _) = gateway.connect("pump");
+        link.ping();
+        link
+    });
+    said(run(data_dir, Some(&url), &["rotate-key", "pump"], ""));
+    for link in &mut links {
+        link.expect_bye(Code::Authentication);
+    }
+    said(run(data_dir, Some(&url), &["disable", "pump"], ""));
+    let digits = said(run(data_dir, Some(&url), &["key", "pump"], ""));
+    for gateway in &pair.gateways {
+        assert_refused(gateway, &gateway.device("pump"), Code::Authentication);
+        // Both have ended their sessions, so both have heard of the new key.
+        let login = with_key(gateway.device("pump"), &digits);
+        assert_refused(gateway, &login, Code::Disabled);
+    }
+}
+
+/// With registration closed, whoever has the fleet's key is not in it for that.
+fn only_those_that_were_added_may_connect(place: &Place) {
+    let gateway = &place.gateway;
+    let pump = gateway.device("pump");
+    assert_refused(gateway, &pump, Code::Authentication);
+    let added = place.device(&["add", "pump", "valve"]);
+    assert_eq!(added.lines().count(), 2, "{added}");
+    let mut link = get_in(gateway, &pump, Code::Authentication);
+    link.ping();
+    assert_refused(gateway, &gateway.device("other"), Code::Authentication);
+    let says = place.device_fails(&["show", "other"], 1);
+    assert!(says.contains("no device is named"), "{says}");
+}
+
+#[test]
+fn only_devices_that_were_added_may_connect() {
+    only_those_that_were_added_may_connect(&Place::sqlite(&["--registration", "closed"]));
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn only_devices_that_were_added_may_connect_to_postgres() {
+    let closed = ["--registration", "closed"];
+    only_those_that_were_added_may_connect(&Place::postgres(&closed));
+    let spooled = ["--registration", "closed", "--spool"];
+    only_those_that_were_added_may_connect(&Place::postgres(&spooled));
+}
+
+/// A stranger's claims fill neither the audit trail nor the list of devices.
+#[test]
+fn refusals_are_on_record_for_devices_that_there_are() {
+    let place = Place::sqlite(&["--log-lines-per-address-max", "3"]);
+    let _links = two_devices(&place);
+    let wrong = |name| Login {
+        key: [7; 32],
+        ..place.gateway.device(name)
+    };
+    assert_refused(&place.gateway, &wrong("nobody"), Code::Authentication);
+    for _ in 0..10 {
+        assert_refused(&place.gateway, &wrong("pump"), Code::Authentication);
+    }
+    // What is committed later comes behind it.
+    let (_link, _) = place.gateway.connect("later");
+    let begun = Instant::now();
+    while place.events("pump").matches("refused,50").count() < 2 {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+    }
+    assert_eq!(place.events("pump").matches("refused,50").count(), 2);
+    assert_eq!(place.events("nobody").lines().count(), 1);
+    assert!(!place.device(&["list"]).contains("nobody"));
+}
+
+#[test]
+fn devices_move_from_site_to_site_as_csv() {
+    let here = Place::sqlite(&["--registration", "closed"]);
+    here.device(&["add", "derived", "rotated", "off"]);
+    here.device(&["add", "own", "--own-key"]);
+    here.device(&["rotate-key", "rotated"]);
+    here.device(&["disable", "off"]);
+    let own = here.login("own");
+    let untold = here.device(&["export"]);
+    let told = here.device(&["export", "--with-keys"]);
+    assert_eq!(
+        untold,
+        "name,enabled,key_version,own_key\nderived,yes,0,\noff,no,0,\nown,yes,0,-\nrotated,yes,1,\n"
+    );
+    let digits = here.device(&["key", "own"]);
+    assert_eq!(
+        told,
+        untold.replace(",-", &format!(",{}", digits.trim_end()))
+    );
+
+    let there = Place::sqlite(&["--registration", "closed"]);
+    let import = |place: &Place, csv: &str| {
+        let output = place.run(&["import", "-"], csv);
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let refused = there.run(&["import", "-"], &untold);
+    let says = String::from_utf8(refused.stderr).expect("text");
+    assert!(
+        says.contains("line 4") && says.contains("--with-keys"),
+        "{says}"
+    );
+    assert_eq!(
+        import(&there, &told),
+        "4 added, 0 changed, 0 as they were\n"
+    );
+    assert_eq!(there.device(&["export", "--with-keys"]), told);
+    assert_eq!(
+        import(&there, &told),
+        "0 added, 0 changed, 4 as they were\n"
+    );
+    assert_eq!(
+        import(&there, &untold),
+        "0 added, 0 changed, 4 as they were\n"
+    );
+    let own_there = Login {
+        key: own.key,
+        ..there.gateway.device("own")
+    };
+    let mut link = get_in(&there.gateway, &own_there, Code::Authentication);
+    // Only what differs is touched, and a file may tell no more than names.
+    let disabled = import(&there, "name,enabled\nderived,no\n");
+    assert_eq!(disabled, "0 added, 1 changed, 0 as they were\n");
+    link.ping();
+    assert_eq!(
+        import(&there, "name\nown\n"),
+        "0 added, 1 changed, 0 as they were\n"
+    );
+    link.expect_bye(Code::Authentication);
+}
+
+#[test]
+fn what_cannot_be_done_to_devices_is_one_line() {
+    let place = Place::sqlite(&[]);
+    place.device(&["add", "pump"]);
+    for (args, code, words) in [
+        (&["add", "pump"][..], 1, &["pump", "already"][..]),
+        (&["add", "p u m p"], 2, &["A-Z a-z 0-9"]),
+        (&["add", "a", "b", "--key-file", "x"], 2, &["stand in"]),
+        (&["add", "a", "--key-file", "/nowhere"], 1, &["/nowhere"]),
+        (&["add"], 2, &["NAME"]),
+        (&["disable", "pumq"], 1, &["did you mean pump?"]),
+        (&["enable", "pump", "nobody"], 1, &["no device", "nobody"]),
+        (&["rotate-key", "nobody"], 1, &["no device"]),
+        (
+            &["rotate-key", "pump", "--own-key", "--derived-key"],
+            2,
+            &["cannot be used"],
+        ),
+        (&["key", "not a name"], 2, &["A-Z a-z 0-9"]),
+        (&["import", "/nowhere"], 1, &["/nowhere"]),
+    ] {
+        let says = place.device_fails(args, code);
+        assert!(says.lines().count() <= 2, "{args:?}: {says}");
+        for word in words {
+            assert!(says.contains(word), "{args:?}: {says}");
+        }
+    }
+    for (csv, words) in [
+        ("nam\npump\n", &["nam"][..]),
+        ("name\npump\npump\n", &["line 3", "line 2"]),
+        ("name,enabled\npump,maybe\n", &["line 2", "maybe"]),
+        ("name,own_key\npump,abc\n", &["line 2", "3 characters"]),
+        ("name\na b\n", &["line 2", "A-Z a-z"]),
+        ("name,colour\npump,red\n", &["colour"]),
+    ] {
+        let output = place.run(&["import", "-"], csv);
+        let says = String::from_utf8(output.stderr).expect("text");
+        assert_eq!(output.status.code(), Some(1), "{csv}");
+        assert_eq!(says.lines().count(), 1, "{csv}: {says}");
+        for word in words {
+            assert!(says.contains(word), "{csv}: {says}");
+        }
+    }
+    // Nothing of all that was done.
+    assert_eq!(place.device(&["export"]).lines().count(), 2);
+}
+
+/// A factory needs no gateway and no database to know which key a device will have.
+#[test]
+fn a_factory_derives_keys_without_a_database() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let digits = "00".repeat(31) + "07";
+    fieldgate::keys::write_secret(&dir.path().join("fleet.key"), &digits).expect("writes");
+    let mut fleet_key = [0; 32];
+    fleet_key[31] = 7;
+    let expected = |name| -> String {
+        let key = derive_device_key(&fleet_key, name, 0);
+        key.iter().map(|byte| format!("{byte:02x}")).collect()
+    };
+    let one = said(run(dir.path(), None, &["key", "pump"], ""));
+    assert_eq!(one, expected("pump") + "\n");
+    let two = said(run(dir.path(), None, &["key", "pump", "valve"], ""));
+    let lines = format!("pump {}\nvalve {}\n", expected("pump"), expected("valve"));
+    assert_eq!(two, lines);
+    assert!(!dir.path().join("fieldgate.db").exists());
+}
