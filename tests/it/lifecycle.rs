@@ -394,8 +394,12 @@ fn what_cannot_be_done_to_devices_is_one_line() {
     for (args, code, words) in [
         (&["add", "pump"][..], 1, &["pump", "already"][..]),
         (&["add", "p u m p"], 2, &["A-Z a-z 0-9"]),
-        (&["add", "a", "b", "--key-file", "x"], 2, &["stand in"]),
-        (&["add", "a", "--key-file", "/nowhere"], 1, &["/nowhere"]),
+        (&["add", "a", "b", "--own-key-file", "x"], 2, &["stand in"]),
+        (
+            &["add", "a", "--own-key-file", "/nowhere"],
+            1,
+            &["/nowhere"],
+        ),
         (&["add"], 2, &["NAME"]),
         (&["disable", "pumq"], 1, &["did you mean pump?"]),
         (&["enable", "pump", "nobody"], 1, &["no device", "nobody"]),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use fieldgate::device_key::DeviceKey;
-use fieldgate::keys::{FleetKey, KEY_FILE, KeyError, open_secret};
+use fieldgate::keys::{FleetKey, KEY_FILE, open_secret};
 use fieldgate::store::editor::Editor;
 use fieldgate::store::lifecycle::{DeviceEdit, DeviceState, StoredKey};
 use fieldgate::store::url::StoreUrl;
@@ -34,7 +34,7 @@ pub struct AddArgs {
 
     /// Give the device the key in this file, 64 hexadecimal digits; - for standard input
     #[arg(long, value_name = "FILE", conflicts_with = "own_key")]
-    key_file: Option<PathBuf>,
+    own_key_file: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
@@ -52,12 +52,12 @@ pub struct RotateArgs {
 
     /// The key in this file, 64 hexadecimal digits; - for standard input
     #[arg(long, value_name = "FILE", conflicts_with_all = ["own_key", "derived_key"])]
-    key_file: Option<PathBuf>,
+    own_key_file: Option<PathBuf>,
 }
 
 /// Makes devices known, all or none.
 pub async fn add(data_dir: &Path, store: &StoreUrl, args: &AddArgs) -> Result<(), Error> {
-    let given = match &args.key_file {
+    let given = match &args.own_key_file {
         Some(_) if args.names.len() > 1 => {
             let what = "two devices with one key could stand in for each other: give one NAME, or --own-key";
             return Err(Error::Usage(what.to_owned()));
@@ -111,7 +111,7 @@ pub async fn set_enabled(
 
 /// Gives a device another key.
 pub async fn rotate_key(data_dir: &Path, store: &StoreUrl, args: &RotateArgs) -> Result<(), Error> {
-    let given = match &args.key_file {
+    let given = match &args.own_key_file {
         Some(path) => Some(read_key(path)?),
         None => None,
     };
@@ -201,8 +201,15 @@ async fn set_all(
 }
 
 /// The fleet's key, which seals those of devices.
-pub fn fleet_key(data_dir: &Path) -> Result<FleetKey, KeyError> {
-    FleetKey::load(&data_dir.join(KEY_FILE))
+pub fn fleet_key(data_dir: &Path) -> Result<FleetKey, Error> {
+    let path = data_dir.join(KEY_FILE);
+    if !path.exists() {
+        let path = path.display();
+        return Err(Error::Failed(format!(
+            "there is no fleet key {path}: start `fieldgate serve` first, which makes it, or give --data-dir"
+        )));
+    }
+    Ok(FleetKey::load(&path)?)
 }
 
 /// A device's own key, as the store keeps it.
