@@ -115,7 +115,16 @@ impl Connection {
             self.rearm(timer.as_mut());
             let interest = self.interest();
             tokio::select! {
+                // What the gateway has decided comes before what the peer says next: a session that was told
+                // to end takes nothing more in.
+                biased;
                 mail = self.mailbox.take() => self.handle_mail(mail),
+                () = drain.cancelled(), if !self.session.is_leaving() => self.session.handle_drain(),
+                () = timer.as_mut() => {
+                    self.session.handle_timeout(self.shared.clock.now());
+                    // It may have had to wait for its rate.
+                    self.take_frames(None);
+                }
                 turn = async { self.waiting.as_mut().expect("checked").await },
                     if self.waiting.is_some() => {
                     self.waiting = None;
@@ -127,12 +136,6 @@ impl Connection {
                     Ok(_) => {}
                     Err(error) => self.lose(&error),
                 },
-                () = timer.as_mut() => {
-                    self.session.handle_timeout(self.shared.clock.now());
-                    // It may have had to wait for its rate.
-                    self.take_frames(None);
-                }
-                () = drain.cancelled(), if !self.session.is_leaving() => self.session.handle_drain(),
             }
             self.write();
         }
