@@ -27,6 +27,9 @@ const GIVES_WAY_AFTER_US: u64 = 1_000_000;
 const FAILURE_DELAY_MIN: Duration = Duration::from_millis(100);
 /// After so long nothing of an address is remembered.
 const FORGET_AFTER_US: u64 = 60_000_000;
+const MINUTE_US: u64 = 60_000_000;
+/// Lines of the log in a minute for all addresses, whatever their number.
+const LINES_MAX: u32 = 1000;
 /// Addresses without a connection that are remembered.
 const REMEMBERED_MAX: usize = 4096;
 
@@ -64,6 +67,7 @@ struct Tables {
     /// By number, so that the oldest is first.
     handshakes: BTreeMap<u64, Handshake>,
     next_number: u64,
+    lines: Lines,
 }
 
 /// Who counts as one: an IPv4 address, or an IPv6 network of the size that one customer gets.
@@ -91,11 +95,25 @@ struct Known {
     connections: usize,
     /// Authentications that failed, the latest less than [`FORGET_AFTER_US`] after the one before it.
     failures: u32,
-    lines: u32,
+    lines: Lines,
     lines_not_logged: u32,
-    /// Begin of the minute that lines are counted in.
-    lines_since_us: u64,
     seen_at_us: u64,
+}
+
+/// Lines of the log in a minute.
+#[derive(Debug, Default)]
+struct Lines {
+    count: u32,
+    since_us: u64,
+}
+
+impl Lines {
+    fn have_room(&mut self, max: u32, now_us: u64) -> bool {
+        if now_us >= self.since_us + MINUTE_US {
+            (self.count, self.since_us) = (0, now_us);
+        }
+        self.count < max
+    }
 }
 
 #[derive(Debug)]
@@ -198,16 +216,17 @@ impl Entrance {
     /// Whether a line on `peer` may be logged, and how many were not since the latest one that was.
     pub fn may_log(&self, peer: IpAddr, now_us: u64) -> Option<u32> {
         let mut tables = self.lock();
+        let all_have_room = tables.lines.have_room(LINES_MAX, now_us);
         let known = tables.known(peer.into(), now_us, self.limits.connections_max);
-        if now_us >= known.lines_since_us + FORGET_AFTER_US {
-            (known.lines, known.lines_since_us) = (0, now_us);
-        }
-        if known.lines >= self.limits.log_lines_per_address_max {
+        let max = self.limits.log_lines_per_address_max;
+        if !known.lines.have_room(max, now_us) || !all_have_room {
             known.lines_not_logged += 1;
             return None;
         }
-        known.lines += 1;
-        Some(std::mem::take(&mut known.lines_not_logged))
+        known.lines.count += 1;
+        let not_logged = std::mem::take(&mut known.lines_not_logged);
+        tables.lines.count += 1;
+        Some(not_logged)
     }
 
     fn lock(&self) -> MutexGuard<'_, Tables> {
@@ -247,7 +266,7 @@ impl Drop for Visit {
         let mut tables = self.entrance.lock();
         if let Some(known) = tables.addresses.get_mut(&self.address) {
             known.connections -= 1;
-            if known.connections == 0 && known.failures == 0 && known.lines == 0 {
+            if known.connections == 0 && known.failures == 0 && known.lines.count == 0 {
                 tables.addresses.remove(&self.address);
             }
         }
@@ -386,6 +405,17 @@ mod tests {
         assert_eq!(entrance.may_log(other, NOW_US), Some(0));
         let told = entrance.may_log(one, NOW_US + FORGET_AFTER_US);
         assert_eq!(told, Some(2), "it is told how many were left out");
+    }
+
+    #[test]
+    fn many_addresses_together_cannot_fill_the_log() {
+        let entrance = entrance(LIMITS);
+        let may = |now_us| {
+            let from = |number: u32| entrance.may_log(IpAddr::from(number.to_be_bytes()), now_us);
+            (0..5000).filter_map(from).count()
+        };
+        assert_eq!(may(NOW_US), LINES_MAX as usize);
+        assert_eq!(may(NOW_US + MINUTE_US), LINES_MAX as usize);
     }
 
     #[test]
