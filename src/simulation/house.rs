@@ -185,7 +185,7 @@ impl House {
                 .push_back((submission, Arc::clone(&served.mailbox)));
         }
         if let Some(outcome) = mail.declare {
-            served.session.handle_declare_outcome(outcome);
+            served.session.handle_declare_outcome(outcome, now);
         }
         if let Some((receipt, through_seq)) = mail.receipt {
             served.session.handle_receipt(receipt, through_seq);
