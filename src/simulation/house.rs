@@ -3,10 +3,7 @@
 //! anything can happen in between.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::future::Future;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
 
 use bytes::BytesMut;
 use tokio_util::codec::Decoder;
@@ -17,6 +14,7 @@ use super::random::Random;
 use crate::batcher::{BatchLimits, Batcher, Tagged};
 use crate::clock::Now;
 use crate::codec::{CodecError, FrameCodec};
+use crate::fuzz::poll_once;
 use crate::ingest::{STORE_RETRY_AFTER_MS, answer};
 use crate::mailbox::Mailbox;
 use crate::registry::Registry;
@@ -281,13 +279,5 @@ impl House {
             .poll_deadline()
             .filter(|_| !self.batcher.is_empty());
         sessions.chain(batch).min()
-    }
-}
-
-/// What a future gives without being woken.
-fn poll_once<F: Future>(future: F) -> Option<F::Output> {
-    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(output) => Some(output),
-        Poll::Pending => None,
     }
 }
