@@ -238,7 +238,7 @@ impl Connection {
             self.submit(submission, None);
         }
         if let Some(outcome) = mail.declare {
-            self.session.handle_declare_outcome(outcome);
+            self.session.handle_declare_outcome(outcome, now);
         }
         if let Some((receipt, through_seq)) = mail.receipt {
             self.session.handle_receipt(receipt, through_seq);

@@ -108,7 +108,7 @@ impl Gauge {
     }
 
     /// A reading of the store begins: it will have all that is committed by now.
-    fn begin_reading(&self) {
+    pub(crate) fn begin_reading(&self) {
         let mut levels = self.lock();
         for (device, bytes) in std::mem::take(&mut levels.settled_since) {
             *levels.settled.entry(device).or_default() += bytes;
@@ -117,7 +117,7 @@ impl Gauge {
 
     /// The reading that began last found this. What was committed meanwhile may be in it and is counted
     /// twice until the next one: too much rather than too little.
-    fn end_reading(&self, stored: KeptBytes) {
+    pub(crate) fn end_reading(&self, stored: KeptBytes) {
         let mut levels = self.lock();
         levels.settled.clear();
         levels.stored = stored;

@@ -140,7 +140,7 @@ pub fn session() -> Session {
                 session.handle_login_outcome(outcome, NOW);
             }
             for outcome in committed.declares {
-                session.handle_declare_outcome(outcome);
+                session.handle_declare_outcome(outcome, NOW);
             }
         }
         let said = session.outbound().bytes().to_vec();

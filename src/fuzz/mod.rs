@@ -1,15 +1,29 @@
 //! What must hold for any bytes at all, as functions that panic where it does not. Fuzz targets
 //! (`tests/fuzz`) and tests call them; nothing else does.
 
+mod session;
 #[cfg(test)]
 mod tests;
+
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 
 use bytes::BytesMut;
 use fieldgate_protocol::frame::{FRAME_BYTES_MAX, FrameError, Header};
 use fieldgate_protocol::fuzz::mend;
 use tokio_util::codec::Decoder;
 
+pub use self::session::session;
 use crate::codec::{CodecError, FrameCodec};
+
+/// What a future gives without being woken.
+pub(crate) fn poll_once<F: Future>(future: F) -> Option<F::Output> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(output) => Some(output),
+        Poll::Pending => None,
+    }
+}
 
 /// Lengths of pieces that an input names, used again and again.
 const CUTS: usize = 8;

@@ -8,30 +8,37 @@ use crate::simulation::random::Random;
 
 /// Inputs made of the corpus of each target: a second or two without optimization.
 const MUTATIONS: usize = 100_000;
+/// Of the target `session`, which does more with each.
+const SESSION_MUTATIONS: usize = 5_000;
 const INPUT_BYTES_MAX: usize = 2_048;
 
 #[test]
 fn frames_hold() {
-    run("frame", fieldgate_protocol::fuzz::frame);
+    run("frame", fieldgate_protocol::fuzz::frame, MUTATIONS);
 }
 
 #[test]
 fn messages_hold() {
-    run("message", fieldgate_protocol::fuzz::message);
+    run("message", fieldgate_protocol::fuzz::message, MUTATIONS);
 }
 
 #[test]
 fn columns_hold() {
-    run("column", fieldgate_protocol::fuzz::column);
+    run("column", fieldgate_protocol::fuzz::column, MUTATIONS);
 }
 
 #[test]
 fn pieces_of_a_stream_hold() {
-    run("codec", super::codec);
+    run("codec", super::codec, MUTATIONS);
+}
+
+#[test]
+fn sessions_hold() {
+    run("session", super::session, SESSION_MUTATIONS);
 }
 
 /// The seed is of the moment, or FIELDGATE_TEST_SEED.
-fn run(target: &str, check: fn(&[u8])) {
+fn run(target: &str, check: fn(&[u8]), mutations: usize) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fuzz/corpus")
         .join(target);
@@ -56,7 +63,7 @@ fn run(target: &str, check: fn(&[u8])) {
         check_or_print(target, check, input);
     }
     let mut random = Random::new(seed);
-    for _ in 0..MUTATIONS {
+    for _ in 0..mutations {
         check_or_print(target, check, &mutated(&corpus, &mut random));
     }
 }

@@ -324,8 +324,10 @@ impl Session {
     }
 
     /// The store's word on this session's DECLARE.
-    pub fn handle_declare_outcome(&mut self, outcome: DeclareOutcome) {
+    pub fn handle_declare_outcome(&mut self, outcome: DeclareOutcome, now: Now) {
         if let State::Serving(stream) = &mut self.state {
+            // It was not listened to, so it was not silent.
+            self.heard_at_us = now.mono_us;
             stream.handle_declare_outcome(outcome, &mut self.outbound);
         }
         self.close_if_settled();

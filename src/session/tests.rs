@@ -7,7 +7,7 @@ use std::sync::Arc;
 use fieldgate_protocol::auth::NO_CHANNEL_BINDING;
 use fieldgate_protocol::device::{Config, Device, Queue};
 use fieldgate_protocol::frame::{self, HEADER_BYTES, NoRoom, types};
-use fieldgate_protocol::message::{self, Ack, Event, Gap, Nack};
+use fieldgate_protocol::message::{self, Ack, Channel, Event, Gap, Nack};
 use proptest::prelude::*;
 
 use super::*;
@@ -196,6 +196,7 @@ impl Bench {
         let frame = frame::decode(bytes, 4096).unwrap().expect("whole");
         match self.session.handle_frame(&frame, NOW) {
             Some(Submission::Login(login)) => self.waiting.logins.push(login),
+            Some(Submission::Declare(declare)) => self.waiting.declares.push(declare),
             Some(Submission::Entry(entry) | Submission::Quarantine(entry, _)) => {
                 self.waiting.entries.push(entry);
             }
@@ -286,6 +287,40 @@ fn frame_for(input: Input, first: u64, seq: u64) -> Vec<u8> {
         _ => {}
     }
     out
+}
+
+/// The store took longer over a DECLARE than a device may be silent, and nobody read meanwhile.
+#[tokio::test]
+async fn a_device_that_was_not_listened_to_was_not_silent() {
+    let mut bench = Bench::welcomed().await;
+    let mut out = [0; 512];
+    let declare = message::Declare {
+        schema: 1,
+        channels: [Channel {
+            id: 1,
+            name: "level",
+            unit: "",
+            kind: 2,
+            exp10: 0,
+        }]
+        .into_iter()
+        .collect(),
+        ext: &[],
+    };
+    let sent = message::encode(&declare, 0, &mut out).expect("fits");
+    bench.take(&out[..sent]);
+    let idle_us = SessionSettings::default().idle_timeout_us;
+    let later = Now {
+        mono_us: NOW.mono_us + 2 * idle_us,
+        ..NOW
+    };
+    let committed = bench.store.commit(&bench.waiting).await.expect("commits");
+    for outcome in committed.declares {
+        bench.session.handle_declare_outcome(outcome, later);
+    }
+    bench.session.handle_timeout(later);
+    assert_eq!(bench.session.closed(), None);
+    assert_eq!(bench.session.poll_deadline(), Some(later.mono_us + idle_us));
 }
 
 proptest! {

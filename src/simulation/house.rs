@@ -3,10 +3,7 @@
 //! anything can happen in between.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::future::Future;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
 
 use bytes::BytesMut;
 use tokio_util::codec::Decoder;
@@ -18,6 +15,7 @@ use crate::batcher::{BatchLimits, Batcher, Tagged};
 use crate::clock::Now;
 use crate::codec::{CodecError, FrameCodec};
 use crate::credentials::Credentials;
+use crate::fuzz::poll_once;
 use crate::ingest::{STORE_RETRY_AFTER_MS, answer};
 use crate::keys::FleetKey;
 use crate::mailbox::Mailbox;
@@ -187,7 +185,7 @@ impl House {
                 .push_back((submission, Arc::clone(&served.mailbox)));
         }
         if let Some(outcome) = mail.declare {
-            served.session.handle_declare_outcome(outcome);
+            served.session.handle_declare_outcome(outcome, now);
         }
         if let Some((receipt, through_seq)) = mail.receipt {
             served.session.handle_receipt(receipt, through_seq);
@@ -283,13 +281,5 @@ impl House {
             .poll_deadline()
             .filter(|_| !self.batcher.is_empty());
         sessions.chain(batch).min()
-    }
-}
-
-/// What a future gives without being woken.
-fn poll_once<F: Future>(future: F) -> Option<F::Output> {
-    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(output) => Some(output),
-        Poll::Pending => None,
     }
 }
