@@ -8,7 +8,7 @@ use crate::catalogue::CHANNELS_MAX;
 use crate::faults::{Fault, Faults};
 use crate::pace::Pace;
 use crate::plan::{self, Clock, Plan, PlanError, Profile, Script};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use fieldgate::store::url::{StoreUrl, StoreUrlError};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -193,6 +193,17 @@ pub struct BenchArgs {
           value_parser = clap::value_parser!(u32).range(1..=100))]
     pub rounds: Option<u32>,
 
+    /// Measure these only, such as tls,hostile; latency is told as a share of throughput, and takes that along
+    /// [default: all]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "SECTIONS",
+        value_delimiter = ',',
+        env = "FIELDGATE_SIM_ONLY"
+    )]
+    pub only: Vec<Section>,
+
     /// Measure also a store that holds so many readings already, such as 100000000, against an empty
     /// one; filling it takes some 4 minutes and 5 GB of disk for a hundred million, on SQLite
     /// [default: not measured]
@@ -203,6 +214,33 @@ pub struct BenchArgs {
     /// File for all figures as JSON [default: none]
     #[arg(long, value_name = "FILE.json", env = "FIELDGATE_SIM_JSON")]
     pub json: Option<PathBuf>,
+}
+
+/// What `bench` measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Section {
+    /// Bursts of several fleets, against a bare loop
+    Throughput,
+    /// What frames wait at fixed rates
+    Latency,
+    /// Bursts through TLS, against those in plain text
+    Tls,
+    /// Memory and time that many connections take
+    Connections,
+    /// What devices feel of peers that misbehave
+    Hostile,
+}
+
+impl Section {
+    /// Those that are measured if these are asked for, in their order: all, if none is.
+    pub fn wanted(only: &[Section]) -> Vec<Section> {
+        let is_wanted = |section: &&Section| {
+            let needs = only.contains(&Section::Latency) && **section == Section::Throughput;
+            only.is_empty() || only.contains(section) || needs
+        };
+        let all = Section::value_variants().iter();
+        all.filter(is_wanted).copied().collect()
+    }
 }
 
 /// How a plan is to be carried out: all that does not alter what the frames hold.

@@ -42,6 +42,7 @@ pub(super) struct Sending {
     pub(super) is_silent: bool,
     pub(super) through_tls: bool,
     pub(super) storm_every: Option<Duration>,
+    pub(super) name_prefix: &'static str,
 }
 
 impl Sending {
@@ -56,6 +57,7 @@ impl Sending {
             is_silent: false,
             through_tls: false,
             storm_every: None,
+            name_prefix: NAME_PREFIX,
         }
     }
 
@@ -64,7 +66,7 @@ impl Sending {
             format: plan::FORMAT,
             seed: 1,
             nonce: jiff::Timestamp::now().as_microsecond().unsigned_abs(),
-            name_prefix: NAME_PREFIX.into(),
+            name_prefix: self.name_prefix.into(),
             devices: self.cell.devices,
             channels: self.cell.channels,
             interval_us: self.interval_us,

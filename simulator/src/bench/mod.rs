@@ -4,8 +4,8 @@
 //! The limit is a loop that does nothing but put the same kind of rows into the same tables, in large
 //! synced transactions, on a machine that does nothing else: `sqlite` and `postgres` have one each. The
 //! gateway is the real binary (`gateway`) over real sockets, with the fleet (`load`) on the same machine.
-//! `cell` says what is sent. What is measured is in `throughput`, `latency`, `secured`, `connections` and
-//! `stored`; `show` makes tables of it.
+//! `cell` says what is sent. What is measured is in `throughput`, `latency`, `secured`, `connections`,
+//! `hostile` (with the `peers` that are) and `stored`; `show` makes tables of it.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,12 +20,13 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use self::connections::Connections;
 use self::gateway::Site;
+use self::hostile::Hostile;
 use self::latency::Latency;
 use self::machine::Machine;
 use self::secured::Secured;
 use self::stored::Stored;
 use self::throughput::Throughput;
-use crate::args::BenchArgs;
+use crate::args::{BenchArgs, Section};
 use crate::descriptors::{self, TooFew};
 use crate::fleet::{FleetError, TlsError};
 use crate::plan::PlanError;
@@ -34,9 +35,11 @@ mod bare;
 mod cell;
 mod connections;
 mod gateway;
+mod hostile;
 mod latency;
 mod load;
 mod machine;
+mod peers;
 mod postgres;
 mod secured;
 mod show;
@@ -116,6 +119,7 @@ pub struct Bench {
     latency: Vec<Latency>,
     secured: Vec<Secured>,
     connections: Option<Connections>,
+    hostile: Vec<Hostile>,
     stored: Option<Stored>,
 }
 
@@ -134,6 +138,8 @@ struct Scope<'a> {
     /// From frame to frame of a device that sends now and then, and how long that is measured.
     slow_period: Duration,
     slow: Duration,
+    /// How long devices are measured beside peers that misbehave.
+    hostile: Duration,
 }
 
 impl<'a> Scope<'a> {
@@ -151,6 +157,7 @@ impl<'a> Scope<'a> {
             connections_tls: if args.quick { 1_000 } else { 10_000 },
             slow_period: of(s(15), s(3)),
             slow: of(s(15), s(3)),
+            hostile: of(s(10), s(4)),
         }
     }
 }
@@ -161,8 +168,9 @@ pub async fn run(args: &BenchArgs) -> Result<Bench, BenchError> {
     let binary = gateway_binary()?;
     let site = Site::make(&args.store)?;
     let scope = Scope::new(args, &binary, &site);
+    let sections = Section::wanted(&args.only);
     let measured = tokio::select! {
-        measured = measure(&scope, args.stored) => measured,
+        measured = measure(&scope, &sections, args.stored) => measured,
         stopped = told_to_stop() => Err(stopped.map_or_else(BenchError::Io, |()| BenchError::Stopped)),
     };
     // The first thing that went wrong is what counts.
@@ -189,7 +197,11 @@ fn gateway_binary() -> Result<PathBuf, BenchError> {
     }
 }
 
-async fn measure(scope: &Scope<'_>, stored: Option<u64>) -> Result<Bench, BenchError> {
+async fn measure(
+    scope: &Scope<'_>,
+    sections: &[Section],
+    stored: Option<u64>,
+) -> Result<Bench, BenchError> {
     // Told at once, not after a quarter of an hour; and gateways inherit it.
     descriptors::raise_for(scope.connections)?;
     let mut bench = Bench {
@@ -203,12 +215,18 @@ async fn measure(scope: &Scope<'_>, stored: Option<u64>) -> Result<Bench, BenchE
         latency: Vec::new(),
         secured: Vec::new(),
         connections: None,
+        hostile: Vec::new(),
         stored: None,
     };
-    throughput::measure(scope, &mut bench).await?;
-    latency::measure(scope, &mut bench).await?;
-    secured::measure(scope, &mut bench).await?;
-    connections::measure(scope, &mut bench).await?;
+    for section in sections {
+        match section {
+            Section::Throughput => throughput::measure(scope, &mut bench).await?,
+            Section::Latency => latency::measure(scope, &mut bench).await?,
+            Section::Tls => secured::measure(scope, &mut bench).await?,
+            Section::Connections => connections::measure(scope, &mut bench).await?,
+            Section::Hostile => hostile::measure(scope, &mut bench).await?,
+        }
+    }
     if let Some(readings) = stored {
         stored::measure(scope, readings, &mut bench).await?;
     }

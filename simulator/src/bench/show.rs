@@ -5,7 +5,8 @@ use std::fmt::{self, Display, Formatter};
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::cell::Cell;
-use super::{Bench, Connections, Latency, Secured, Stored, Throughput};
+use super::peers::Misdeed;
+use super::{Bench, Connections, Hostile, Latency, Secured, Stored, Throughput};
 use crate::report::grouped;
 
 impl Display for Cell {
@@ -27,21 +28,34 @@ impl Display for Bench {
             "{}, synced commits, {rounds}; fleets are devices x channels x samples in a frame",
             self.store
         )?;
-        writeln!(
-            f,
-            "\nThroughput: the gateway under a burst against a bare loop"
-        )?;
-        writeln!(f, "{}", throughput(&self.throughput))?;
-        writeln!(f, "\nLatency: frames wait from when they are due")?;
-        writeln!(f, "{}", latency(&self.latency))?;
-        writeln!(f, "\nTLS: the same burst through it and in plain text")?;
-        writeln!(f, "{}", secured(&self.secured))?;
+        if !self.throughput.is_empty() {
+            writeln!(
+                f,
+                "\nThroughput: the gateway under a burst against a bare loop"
+            )?;
+            writeln!(f, "{}", throughput(&self.throughput))?;
+        }
+        if !self.latency.is_empty() {
+            writeln!(f, "\nLatency: frames wait from when they are due")?;
+            writeln!(f, "{}", latency(&self.latency))?;
+        }
+        if !self.secured.is_empty() {
+            writeln!(f, "\nTLS: the same burst through it and in plain text")?;
+            writeln!(f, "{}", secured(&self.secured))?;
+        }
         if let Some(connections) = &self.connections {
             writeln!(
                 f,
                 "\nConnections: memory of the gateway, its store's cache included"
             )?;
             write_connections(f, connections)?;
+        }
+        if !self.hostile.is_empty() {
+            writeln!(
+                f,
+                "\nHostile peers: what healthy devices feel of them; the aim is twice their p99 at most"
+            )?;
+            writeln!(f, "{}", hostile(&self.hostile))?;
         }
         if let Some(stored) = &self.stored {
             let readings = grouped(stored.readings);
@@ -140,6 +154,55 @@ fn secured(cells: &[Secured]) -> impl Display {
             whole(plain),
             format!("{tls_s:.2} s/M"),
             format!("{plain_s:.2} s/M"),
+        ]
+    });
+    table(header, rows).trim_fmt()
+}
+
+impl Display for Misdeed {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Misdeed::HalfTls => "half a TLS handshake",
+            Misdeed::Silence => "not a word",
+            Misdeed::Slowness => "a byte every 10 s",
+            Misdeed::Deafness => "ask and never read",
+        })
+    }
+}
+
+fn hostile(cases: &[Hostile]) -> impl Display {
+    let ms = |value: Option<f64>| value.map_or("-".to_owned(), |ms| format!("{ms:.1} ms"));
+    let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
+    let header = [
+        "peers",
+        "open",
+        "closed/s",
+        "p99 ratio",
+        "p99",
+        "alone",
+        "p50",
+        "alone",
+        "cores",
+        "alone",
+        "memory",
+        "alone",
+        "20 more in",
+    ];
+    let rows = cases.iter().map(|case| {
+        [
+            format!("{} {}", grouped(case.peers.into()), case.misdeed),
+            whole(case.open),
+            whole(case.closed_per_s),
+            format!("{:.2}", case.ratio()),
+            ms(case.beside_ms.p99),
+            ms(case.alone_ms.p99),
+            ms(case.beside_ms.p50),
+            ms(case.alone_ms.p50),
+            format!("{:.2}", case.beside_cores),
+            format!("{:.2}", case.alone_cores),
+            mib(case.beside_resident_bytes),
+            mib(case.alone_resident_bytes),
+            format!("{:.2} s", case.newcomers_s),
         ]
     });
     table(header, rows).trim_fmt()
