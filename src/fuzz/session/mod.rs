@@ -341,7 +341,7 @@ impl World {
     /// What comes about by others than devices and store.
     fn turn(&mut self, line: usize, pick: u8) {
         let line = &mut self.lines[line];
-        match pick % 8 {
+        match pick % 9 {
             0 => line.reads = false,
             1 => line.reads = true,
             2 | 3 => line.read(usize::from(pick)),
@@ -350,6 +350,7 @@ impl World {
             6 => self
                 .store
                 .bar_or_let_in(KNOWN[usize::from(pick / 8 % 4)].name),
+            7 => line.tell_old_receipt(),
             _ => self.now.utc_us += (i64::from(pick) - 128) * 60_000_000,
         }
         line.hear(&self.store, self.now);
