@@ -6,8 +6,8 @@
 //! - what it says of numbers is in the store by then: ACK, WELCOME, and NACK of class 3, for a frame that
 //!   is in quarantine;
 //! - the numbers of ACKs never fall, and there is at most one for each commit and each duplicate;
-//! - what it has to say grows by [`line::CALL_BYTES_MAX`] a call, and [`line::NACK_BYTES_MAX`] for each refusal that
-//!   is durable;
+//! - what it has to say grows by [`line::CALL_BYTES_MAX`] a call at most, and by
+//!   [`line::NACK_BYTES_MAX`] for each refusal that is durable;
 //! - a closed session says, wants and takes nothing, whatever comes;
 //! - the store has each stream's numbers once, in order, without holes, equal to what was handed in, and
 //!   no more in quarantine than has room.
