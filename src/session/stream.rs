@@ -5,7 +5,9 @@
 //! a stream.
 //!
 //! Invariants
-//! - `expected_seq` is one more than the last number submitted, or durable, whichever is more.
+//! - `expected_seq` is one more than the last number submitted, or durable, whichever is more; but when the
+//!   store goes down it falls to one more than durable, behind `taken_through`.
+//! - What is taken is submitted once: a frame is not judged anew while its number may still be committed.
 //! - A NACK of class 3 is said only after a receipt covers the number, for the device forgets the
 //!   frame when it hears it.
 
@@ -45,6 +47,8 @@ pub(super) struct Stream {
     window_frames: u64,
     quarantine: Arc<Gauge>,
     expected_seq: u64,
+    /// The highest number submitted.
+    taken_through: u64,
     /// After a NACK of class 1 or 2: frames are dropped until `expected_seq` comes (R62).
     awaits_resend: bool,
     awaits_declare: bool,
@@ -79,6 +83,7 @@ impl Stream {
             window_frames,
             quarantine,
             expected_seq: admission.receipt.durable_seq() + 1,
+            taken_through: 0,
             awaits_resend: false,
             awaits_declare: false,
             store_is_down: false,
@@ -280,6 +285,12 @@ impl Stream {
             self.ask_for(Code::StoreDown, seq, detail, outbound);
             return Ok(None);
         }
+        if seq <= self.taken_through {
+            // From before the store went down, and on its way: a duplicate (R65).
+            self.awaits_resend = false;
+            self.expected_seq = seq + 1;
+            return Ok(None);
+        }
         if !frame.intact {
             return self.handle_damaged(frame, now, outbound);
         }
@@ -373,6 +384,7 @@ impl Stream {
     /// What is submitted for a frame that is taken.
     fn entry(&mut self, frame: &Frame<'_>, first_seq: u64, content: Content, now: Now) -> Entry {
         self.expected_seq = frame.header.seq + 1;
+        self.taken_through = frame.header.seq;
         Entry {
             device: self.device,
             stream: self.durable.stream(),
@@ -418,6 +430,7 @@ impl Stream {
         self.ack_is_due = true;
         if receipt.durable_seq() < through_seq {
             self.expected_seq = durable_seq + 1;
+            self.taken_through = durable_seq;
             self.ask_for(
                 Code::SeqGap,
                 through_seq,
@@ -427,8 +440,7 @@ impl Stream {
         }
     }
 
-    /// What was taken in may still be committed; the device sends it again all the same, and the
-    /// ledger absorbs it (R65).
+    /// What was taken in may still be committed; the device sends it again all the same (R65).
     pub(super) fn handle_store_down(&mut self, retry_after_ms: u32, outbound: &mut Outbound) {
         self.store_is_down = true;
         self.store_retry_after_ms = retry_after_ms;

@@ -323,6 +323,31 @@ async fn a_device_that_was_not_listened_to_was_not_silent() {
     assert_eq!(bench.session.poll_deadline(), Some(later.mono_us + idle_us));
 }
 
+/// They may come damaged this time, and are stored as they came before.
+#[tokio::test]
+async fn what_is_on_its_way_to_a_store_that_was_down_is_not_judged_again() {
+    let mut bench = Bench::welcomed().await;
+    bench.take(&frame_for(Input::Good(0), 1, 1));
+    bench.take(&frame_for(Input::Malformed(0), 2, 2));
+    bench.session.handle_store_down(true, 1000);
+    bench.session.handle_store_down(false, 1000);
+    let nack = |code: Code, seq, expected_seq| Reply::Nack {
+        code: code as u8,
+        seq,
+        expected_seq,
+    };
+    assert_eq!(bench.replies(), [nack(Code::StoreDown, 1, 1)]);
+    for _ in 0..2 {
+        bench.take(&frame_for(Input::Damaged(0), 1, 1));
+    }
+    bench.take(&frame_for(Input::Malformed(0), 2, 2));
+    bench.take(&frame_for(Input::Good(0), 3, 3));
+    assert_eq!(bench.replies(), []);
+    bench.commit().await;
+    let refused = nack(Code::Malformed, 2, 4);
+    assert_eq!(bench.replies(), [refused, Reply::Ack { seq: 3 }]);
+}
+
 proptest! {
     #[test]
     fn a_session_agrees_with_the_rules(inputs in prop::collection::vec(input(), 1..60)) {

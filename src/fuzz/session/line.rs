@@ -42,6 +42,7 @@ pub(super) struct Line {
     calls: usize,
     /// The highest number that the session was told to be durable.
     told_seq: u64,
+    first_receipt: Option<Receipt>,
     latest_receipt: Option<(Receipt, u64)>,
     acked_seq: u64,
     /// How many ACKs and NACKs of class 3 there is reason to say.
@@ -66,6 +67,7 @@ impl Line {
             heard_bytes: 0,
             calls: 0,
             told_seq: 0,
+            first_receipt: None,
             latest_receipt: None,
             acked_seq: 0,
             acks_left: 0,
@@ -143,7 +145,7 @@ impl Line {
             LoginOutcome::Admitted(admission) if is_awaited => {
                 let receipt = admission.receipt;
                 (self.stream, self.told_seq) = (Some(receipt.stream()), receipt.durable_seq());
-                self.latest_receipt = Some((receipt, receipt.durable_seq()));
+                self.first_receipt = Some(receipt);
                 self.model.welcome(admission, now);
                 admitted = Some(admission.device);
             }
@@ -203,6 +205,13 @@ impl Line {
         self.acks_left += 1;
         self.session.handle_receipt(receipt, through_seq);
         self.model.receipt(receipt.durable_seq(), through_seq);
+    }
+
+    /// A receipt that comes after newer ones says nothing new.
+    pub(super) fn tell_old_receipt(&mut self) {
+        if let Some(receipt) = self.first_receipt {
+            self.tell_receipt(receipt, receipt.durable_seq());
+        }
     }
 
     pub(super) fn tell_time(&mut self, now: Now) {

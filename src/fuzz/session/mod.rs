@@ -6,8 +6,8 @@
 //! - what it says of numbers is in the store by then: ACK, WELCOME, and NACK of class 3, for a frame that
 //!   is in quarantine;
 //! - the numbers of ACKs never fall, and there is at most one for each commit and each duplicate;
-//! - what it has to say grows by [`line::CALL_BYTES_MAX`] a call, and [`line::NACK_BYTES_MAX`] for each refusal that
-//!   is durable;
+//! - what it has to say grows by [`line::CALL_BYTES_MAX`] a call at most, and by
+//!   [`line::NACK_BYTES_MAX`] for each refusal that is durable;
 //! - a closed session says, wants and takes nothing, whatever comes;
 //! - the store has each stream's numbers once, in order, without holes, equal to what was handed in, and
 //!   no more in quarantine than has room.
@@ -343,7 +343,7 @@ impl World {
     /// What comes about by others than devices and store.
     fn turn(&mut self, line: usize, pick: u8) {
         let line = &mut self.lines[line];
-        match pick % 8 {
+        match pick % 9 {
             0 => line.reads = false,
             1 => line.reads = true,
             2 | 3 => line.read(usize::from(pick)),
@@ -352,6 +352,7 @@ impl World {
             6 => self
                 .store
                 .bar_or_let_in(KNOWN[usize::from(pick / 8 % 4)].name),
+            7 => line.tell_old_receipt(),
             _ => self.now.utc_us += (i64::from(pick) - 128) * 60_000_000,
         }
         line.hear(&self.store, self.now);

@@ -71,6 +71,7 @@ struct Serving {
     known: usize,
     durable_seq: u64,
     expected_seq: u64,
+    taken_through: u64,
     is_dropping: bool,
     is_declaring: bool,
     is_store_down: bool,
@@ -322,6 +323,10 @@ impl Model {
         if serving.is_store_down {
             return self.ask(Code::StoreDown, seq, STORE_RETRY_AFTER_MS);
         }
+        if seq <= serving.taken_through {
+            serving.expected_seq = seq + 1;
+            return Submits::Nothing;
+        }
         let made = if frame.intact {
             match made(frame, &serving.schemas) {
                 Ok(Some(made)) => made,
@@ -349,7 +354,7 @@ impl Model {
     fn take(&mut self, taken: Taken, now: Now) -> Submits {
         let rate = self.settings.device_readings;
         let serving = self.serving();
-        serving.expected_seq = taken.seq + 1;
+        (serving.expected_seq, serving.taken_through) = (taken.seq + 1, taken.seq);
         if let Made::Readings { values, .. } = &taken.made {
             let count = values.len() as u64;
             let next_us = serving.meter.spend(rate, count, now.mono_us);
@@ -373,7 +378,7 @@ impl Model {
         serving.refusals.push((taken.seq, code));
         // A GAP may begin before it; what is taken already is not refused.
         taken.first_seq = serving.expected_seq;
-        serving.expected_seq = taken.seq + 1;
+        (serving.expected_seq, serving.taken_through) = (taken.seq + 1, taken.seq);
         Submits::Refused(taken)
     }
 
@@ -414,6 +419,7 @@ impl Model {
             known,
             durable_seq,
             expected_seq: durable_seq + 1,
+            taken_through: 0,
             is_dropping: false,
             is_declaring: false,
             is_store_down: false,
@@ -466,6 +472,7 @@ impl Model {
         // An older session's frame that does not continue the stream any more (R112).
         if durable_seq < through_seq {
             serving.expected_seq = serving.durable_seq + 1;
+            serving.taken_through = serving.durable_seq;
             self.ask(Code::SeqGap, through_seq, 0);
         }
         self.close_if_settled();

@@ -97,8 +97,7 @@ impl StoreSide {
         self.found.get(&stream)?.refusals.get(&seq).copied()
     }
 
-    /// Whether a number came in two frames before the first was durable: after a store that was down, or
-    /// to two sessions. No session knows then which of them was stored.
+    /// Whether two sessions took a number before it was durable. Neither knows then whose was stored.
     pub(super) fn is_taken_twice(&self, stream: StreamId, seq: u64) -> bool {
         let of_stream = self.expected.iter().filter(|((of, _), _)| *of == stream);
         let taken = of_stream.flat_map(|(_, taken)| taken);
