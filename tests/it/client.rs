@@ -138,6 +138,8 @@ pub enum Heard {
 pub struct Link {
     socket: Wire,
     input: Vec<u8>,
+    /// All that was sent, before any encryption.
+    pub sent: Vec<u8>,
 }
 
 impl Link {
@@ -146,6 +148,7 @@ impl Link {
         Link {
             socket: Wire::Plain(connect(addr)),
             input: Vec::new(),
+            sent: Vec::new(),
         }
     }
 
@@ -165,6 +168,7 @@ impl Link {
         let link = Link {
             socket: Wire::Tls(Box::new(StreamOwned::new(conn, socket))),
             input: Vec::new(),
+            sent: Vec::new(),
         };
         Ok((link, binding.expect("a binding")))
     }
@@ -222,7 +226,13 @@ impl Link {
     }
 
     pub fn send(&mut self, bytes: &[u8]) {
+        self.sent.extend_from_slice(bytes);
         self.socket.write_all(bytes).expect("sends");
+    }
+
+    /// Sends, unless the gateway has had enough.
+    pub fn try_send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.socket.write_all(bytes)
     }
 
     /// Sends what the gateway may well not want to hear to the end.

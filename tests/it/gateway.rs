@@ -168,7 +168,7 @@ impl Gateway {
         (link, welcomed)
     }
 
-    fn fleet_key(&self) -> [u8; KEY_BYTES] {
+    pub fn fleet_key(&self) -> [u8; KEY_BYTES] {
         let digits = std::fs::read_to_string(self.data_dir.join("fleet.key")).expect("a key");
         let digits = digits.trim();
         std::array::from_fn(|i| u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).expect("hex"))

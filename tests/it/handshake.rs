@@ -14,7 +14,7 @@ use crate::malformed::{Cases, assert_only, assert_serves};
 pub const AT_ONCE: [&str; 2] = ["--failure-delay-max-ms", "0"];
 
 #[test]
-fn before_welcome_all_faults_look_alike() {
+fn c04_before_welcome_all_faults_look_alike() {
     let gateway = Gateway::start(&AT_ONCE);
     let pump = gateway.device("pump");
     let hello = pump.hello();
@@ -113,7 +113,7 @@ fn before_welcome_all_faults_look_alike() {
 }
 
 #[test]
-fn whoever_cannot_prove_the_key_learns_nothing() {
+fn c04_whoever_cannot_prove_the_key_learns_nothing() {
     let gateway = Gateway::start(&AT_ONCE);
     assert_serves(&gateway, "known");
     let mut answers = Vec::new();

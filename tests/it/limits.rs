@@ -12,7 +12,7 @@ use crate::malformed::assert_serves;
 
 /// SPEC, limits: more of a device is read later, and nothing is refused.
 #[test]
-fn a_device_over_its_rate_waits_and_the_others_do_not() {
+fn c13_a_device_over_its_rate_waits_and_the_others_do_not() {
     let rate = [
         "--device-readings-per-s",
         "2000",
@@ -49,7 +49,7 @@ fn a_device_over_its_rate_waits_and_the_others_do_not() {
 }
 
 #[test]
-fn an_address_has_so_many_connections_and_no_more() {
+fn c12_an_address_has_so_many_connections_and_no_more() {
     let mut gateway = Gateway::start(&["--connections-per-address-max", "3"]);
     let (first, _) = gateway.connect("first");
     let (_second, _) = gateway.connect("second");
@@ -70,9 +70,9 @@ fn an_address_has_so_many_connections_and_no_more() {
     }
 }
 
-/// Checklist 8: whoever begins a handshake and does not end it gives way.
+/// Whoever begins a handshake and does not end it gives way.
 #[test]
-fn half_a_handshake_gives_way_to_devices() {
+fn c08_half_a_handshake_gives_way_to_devices() {
     let gateway = Gateway::start(&["--handshakes-max", "20", "--handshake-timeout-s", "600"]);
     let mut idle: Vec<Link> = (0..60).map(|_| Link::open(gateway.addr)).collect();
     assert_serves(&gateway, "good");
@@ -80,9 +80,9 @@ fn half_a_handshake_gives_way_to_devices() {
     idle[0].expect_closed();
 }
 
-/// Checklist 9: two frames, and little else.
+/// Two frames, and little else.
 #[test]
-fn a_stranger_may_not_send_for_ever() {
+fn c09_a_stranger_may_not_send_for_ever() {
     let gateway = Gateway::start(&["--stranger-bytes-max", "1024"]);
     let skipped = sealed(header(0x90, 0), &[0; 480]);
     let mut link = Link::open(gateway.addr);
@@ -98,9 +98,9 @@ fn a_stranger_may_not_send_for_ever() {
     device.ping();
 }
 
-/// Checklist 5: failures are answered later and later, a right key at once.
+/// Failures are answered later and later, a right key at once.
 #[test]
-fn failures_wait_and_a_right_key_does_not() {
+fn c05_failures_wait_and_a_right_key_does_not() {
     let gateway = Gateway::start(&["--failure-delay-max-ms", "60000"]);
     let mut waiting = Vec::new();
     let first = Instant::now();
@@ -156,7 +156,7 @@ fn failures_do_not_keep_the_gateway_from_leaving() {
 }
 
 #[test]
-fn one_address_cannot_fill_the_log() {
+fn c05_one_address_cannot_fill_the_log() {
     let flags = [
         "--log-lines-per-address-max",
         "5",
@@ -177,9 +177,9 @@ fn one_address_cannot_fill_the_log() {
     assert_eq!(lines.count(), 5, "{stderr}");
 }
 
-/// Checklist 12, with `ulimit -n 128`.
+/// With `ulimit -n 128`.
 #[test]
-fn few_open_files_mean_few_connections_and_nothing_fails() {
+fn c12_few_open_files_mean_few_connections_and_nothing_fails() {
     let mut gateway = Gateway::start_with_files(128, &[]);
     gateway.wait_for_line("because of the limit of open files");
     let (mut first, _) = gateway.connect("first");

@@ -1,5 +1,6 @@
 //! Tests that need the real binary, a file for each subject.
 
+mod checklist;
 mod cli;
 mod client;
 mod cluster;

@@ -90,7 +90,7 @@ fn a_wrong_header_checksum_ends_the_connection() {
 }
 
 #[test]
-fn a_frame_over_the_limit_is_refused_by_its_header_alone() {
+fn c09_a_frame_over_the_limit_is_refused_by_its_header_alone() {
     let gateway = Gateway::start(&[]);
     let header_of = |payload_bytes: usize| {
         let mut whole = sealed(header(types::DATA, 1), &vec![0; payload_bytes]);
@@ -127,7 +127,7 @@ fn a_frame_over_the_limit_is_refused_by_its_header_alone() {
 }
 
 #[test]
-fn a_stall_ends_the_connection() {
+fn c10_a_stall_ends_the_connection() {
     let gateway = Gateway::start(&["--handshake-timeout-s", "2", "--frame-timeout-s", "1"]);
     let pump = gateway.device("pump");
     // All at once, for each takes its time.
@@ -155,7 +155,7 @@ fn a_stall_ends_the_connection() {
 }
 
 #[test]
-fn silence_ends_the_connection() {
+fn c10_silence_ends_the_connection() {
     let gateway = Gateway::start(&["--idle-timeout-s", "2", "--keepalive-s", "1"]);
     let (mut silent, welcomed) = gateway.connect("silent");
     assert_eq!(welcomed.keepalive_s, 1);

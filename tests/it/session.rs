@@ -94,7 +94,7 @@ fn one_ack_covers_all_frames_of_a_commit() {
 }
 
 #[test]
-fn frames_sent_again_are_stored_once() {
+fn c14_frames_sent_again_are_stored_once() {
     let gateway = Gateway::start(&SLOW_COMMITS);
     let (mut link, _) = gateway.connect("pump");
     // In flight: the commit under way will answer for the copies.
@@ -389,7 +389,7 @@ fn sigterm_answers_what_was_taken_in_and_ends_well() {
 }
 
 #[test]
-fn logs_hold_no_key_and_no_names() {
+fn c03_logs_hold_no_key_and_no_names() {
     let dir = TempDir::new().expect("a directory");
     let mut gateway = Gateway::start_in(dir.path(), &[]);
     let (mut link, _) = gateway.connect("secretive-pump");

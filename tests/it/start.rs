@@ -121,7 +121,7 @@ fn a_second_gateway_on_the_same_directory_is_refused() {
 }
 
 #[test]
-fn a_key_that_others_can_read_is_refused() {
+fn c03_a_key_that_others_can_read_is_refused() {
     let dir = used_directory();
     let key = dir.path().join("fleet.key");
     let mode = fs::metadata(&key).expect("a key").permissions().mode();
@@ -166,7 +166,7 @@ fn an_unknown_setting_in_the_file_is_refused() {
 }
 
 #[test]
-fn plain_text_for_other_machines_takes_a_word() {
+fn c06_plain_text_for_other_machines_takes_a_word() {
     let dir = directory();
     for listen in ["0.0.0.0:0", "[::]:0", "192.0.2.1:7300"] {
         let flags = ["--listen", listen];

@@ -17,7 +17,7 @@ fn now_us() -> i64 {
 }
 
 #[test]
-fn hostile_texts_come_back_unchanged() {
+fn c16_hostile_texts_come_back_unchanged() {
     let gateway = Gateway::start(&[]);
     let names = [
         "'; DROP TABLE readings; --",

@@ -139,7 +139,7 @@ fn far_off_times_are_kept_and_make_no_partitions() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn hostile_texts_come_back_unchanged() {
+fn c16_hostile_texts_come_back_unchanged() {
     let (gateway, mut database) = gateway();
     let names = [
         "'; DROP TABLE readings; --",

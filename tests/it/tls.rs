@@ -119,7 +119,7 @@ fn readings_go_through_both_versions() {
 
 /// R34, R35: what was signed for one connection proves nothing on another.
 #[test]
-fn a_proof_holds_for_its_connection_alone() {
+fn c14_a_proof_holds_for_its_connection_alone() {
     let site = Site::new();
     let gateway = site.start(&[]);
     let client = site.client();
@@ -188,7 +188,7 @@ fn until_closed(socket: &mut TcpStream) -> Vec<u8> {
 
 /// RFC 8996.
 #[test]
-fn tls_before_1_2_is_refused() {
+fn c06_tls_before_1_2_is_refused() {
     let site = Site::new();
     let gateway = site.start(&[]);
     let answer = |version: [u8; 2]| {
@@ -254,7 +254,7 @@ fn records_are_small() {
 }
 
 #[test]
-fn with_mutual_tls_the_certificate_must_be_the_devices() {
+fn c02_with_mutual_tls_the_certificate_must_be_the_devices() {
     let site = Site::new();
     let ca = site.path("tls/ca.pem");
     let gateway = site.start(&["--tls-client-ca", ca.to_str().expect("UTF-8")]);
@@ -287,7 +287,7 @@ fn with_mutual_tls_the_certificate_must_be_the_devices() {
 }
 
 #[test]
-fn certificates_change_under_way_and_sessions_stay() {
+fn c07_certificates_change_under_way_and_sessions_stay() {
     let site = Site::new();
     let mut gateway = site.start(&[]);
     let client = site.client();
