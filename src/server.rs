@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,10 @@ use crate::socket::Socket;
 use crate::store::{Store, StoreError};
 use crate::tls::Tls;
 
+/// What the system keeps of what a peer has not taken yet; it counts twice as much, for its own needs.
+const SEND_BUFFER_BYTES: u32 = 32 * 1024;
+/// Connections that wait to be accepted, as far as the system allows so many.
+const BACKLOG: u32 = 1024;
 /// After accept failed (descriptors run out, mostly): long enough for some to come free.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
@@ -63,6 +67,24 @@ pub struct Listeners {
     pub plain: TcpListener,
     /// Through TLS.
     pub tls: Option<TlsListener>,
+}
+
+/// Listens, on connections of whose outgoing bytes the system keeps little: devices are told a few hundred
+/// bytes at a time, and one that does not read would have megabytes of the system's memory otherwise.
+///
+/// # Errors
+/// The address is not this machine's, or taken.
+pub fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match addr {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // A gateway may start again while connections of its predecessor time out.
+    socket.set_reuseaddr(true)?;
+    // Connections have it from their listener.
+    socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
+    socket.bind(addr)?;
+    socket.listen(BACKLOG)
 }
 
 /// Where devices connect through TLS.

@@ -30,7 +30,6 @@ use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
 use fieldgate::store::steady::SteadyReader;
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
 use fieldgate::tls::Tls;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -329,7 +328,7 @@ async fn serve_into<S: Store>(
     let credentials = Arc::new(Credentials::new(key.clone()));
     let loaded = credentials::load(&credentials, &mut changes).await;
     loaded.map_err(|error| Error::Failed(format!("cannot read who may connect: {error}")))?;
-    let listeners = bind(config, tls.as_ref()).await?;
+    let listeners = bind(config, tls.as_ref())?;
     // Before anybody is told that the gateway is there, and may tell it to leave.
     let drain = CancellationToken::new();
     tokio::spawn(leave_when_told(drain.clone())?);
@@ -398,20 +397,20 @@ fn connections_within_limit(wanted: usize) -> usize {
     wanted.min(fitting)
 }
 
-async fn bind(config: &Config, tls: Option<&Arc<Tls>>) -> Result<Listeners, Error> {
-    let bind = async |flag, listen| {
-        let listener = TcpListener::bind(listen).await;
+fn bind(config: &Config, tls: Option<&Arc<Tls>>) -> Result<Listeners, Error> {
+    let bind = |flag, listen| {
+        let listener = server::listen(listen);
         listener.map_err(|error| cannot_listen(flag, listen, &error))
     };
     let tls = match (config.tls_listen, tls) {
         (Some(listen), Some(tls)) => Some(TlsListener {
-            listener: bind("--tls-listen", listen).await?,
+            listener: bind("--tls-listen", listen)?,
             tls: Arc::clone(tls),
         }),
         _ => None,
     };
     Ok(Listeners {
-        plain: bind("--listen", config.listen).await?,
+        plain: bind("--listen", config.listen)?,
         tls,
     })
 }

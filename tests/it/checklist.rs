@@ -114,7 +114,7 @@ fn c11_who_does_not_read_is_cut_off() {
         }
         if asked % 10_000 == 0 {
             assert_serves(&gateway, &format!("good-{asked}"));
-            assert!(asked < 10_000_000, "never cut off");
+            assert!(asked < 50_000, "{asked} questions, and not cut off");
         }
     };
     let kinds = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];

@@ -27,7 +27,7 @@ const RETURN_AFTER: Duration = Duration::from_secs(1);
 const BYTE_EVERY: Duration = Duration::from_secs(10);
 /// A deaf one asks so often, so many times at once.
 const ASK_EVERY: Duration = Duration::from_millis(200);
-const ASKS: usize = 10;
+const ASKS: usize = 20;
 /// The smallest that Linux gives: answers shall wait at the gateway.
 const DEAF_RECEIVE_BYTES: u32 = 2304;
 /// Peers that come from one address of the loopback.
