@@ -296,6 +296,7 @@ async fn devices_are_listed_and_shown() {
         [
             "pump-1",
             "yes",
+            "derived",
             "1.2.0",
             "2026-02-25T06:13:20Z",
             "1",
