@@ -31,6 +31,7 @@ use crate::client::{
 };
 use crate::gateway::{Gateway, command};
 use crate::handshake::AT_ONCE;
+use crate::logs::keep_of;
 use crate::malformed::assert_serves;
 
 /// What is tried first, in a gateway that was just made: nothing of it is a key.
@@ -147,7 +148,7 @@ fn stored(gateway: &Gateway) -> Vec<String> {
         let sql = format!("SELECT * FROM {table}");
         let mut query = command(&["query", &sql, "--format", "json"]);
         let output = query.arg("--data-dir").arg(gateway.data_dir()).output();
-        let output = output.expect("runs");
+        let output = keep_of(output.expect("runs"));
         assert!(output.status.success(), "{output:?}");
         let text = String::from_utf8(output.stdout).expect("text");
         let mut rows: Vec<&str> = text.lines().collect();

@@ -20,6 +20,7 @@ use fieldgate_protocol::message::{
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
+use crate::logs::{keep_frame, keep_key};
 use crate::wire::{Wire, connect};
 
 /// The schema that [`declare`] declares, and [`readings`] uses.
@@ -205,6 +206,7 @@ impl Link {
     /// AUTH, WELCOME.
     pub fn authenticate(&mut self, login: &Login, transcript: Transcript) -> Welcomed {
         let (auth, mut transcript) = login.auth(transcript);
+        keep_key(&login.key);
         self.send(&auth);
         let bytes = match self.hear() {
             Heard::Welcome(bytes) => bytes,
@@ -227,6 +229,7 @@ impl Link {
 
     pub fn send(&mut self, bytes: &[u8]) {
         self.sent.extend_from_slice(bytes);
+        keep_frame(bytes);
         self.socket.write_all(bytes).expect("sends");
     }
 

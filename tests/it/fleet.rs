@@ -2,7 +2,6 @@
 //!
 //! Its binary stands beside the gateway's: `cargo build --workspace` makes both.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -10,7 +9,8 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use crate::database::PgDatabase;
-use crate::gateway::{Database, Gateway, command};
+use crate::gateway::{Database, Gateway, clean, command};
+use crate::logs::{Stderr, collect, keep_of};
 
 /// Within this time after a start of whatever was down, something must be acknowledged again.
 const READY_AGAIN: Duration = Duration::from_secs(20);
@@ -121,7 +121,7 @@ impl Place for Spooled {
 pub fn spool_status(store: &str, data_dir: &Path) -> String {
     let data_dir = data_dir.to_str().expect("UTF-8");
     let output = command(&["status", "--store", store, "--data-dir", data_dir]).output();
-    let said = String::from_utf8(output.expect("starts").stdout).expect("text");
+    let said = String::from_utf8(keep_of(output.expect("starts")).stdout).expect("text");
     let mut lines = said.lines();
     let line = lines.find(|line| line.trim_start().starts_with("spool"));
     line.unwrap_or_else(|| panic!("no spool in {said:?}"))
@@ -133,6 +133,7 @@ pub struct Fleet<P> {
     pub place: P,
     dir: TempDir,
     process: Child,
+    stderr: Stderr,
     durable: i64,
 }
 
@@ -144,7 +145,7 @@ impl<P: Place> Fleet<P> {
         let url = place.url();
         let flags_of_place = [&["--store", url.as_str()], place.serve_flags()].concat();
         let gateway = Gateway::start_in(dir.path(), &flags_of_place);
-        let process = simulator("run")
+        let mut process = simulator("run")
             .args(["--gateway", &gateway.addr.to_string()])
             .args(["--duration", "1h", "--journal"])
             .arg(dir.path().join("journal"))
@@ -158,6 +159,7 @@ impl<P: Place> Fleet<P> {
         let fleet = Fleet {
             place,
             dir,
+            stderr: collect(process.stderr.take().expect("piped")),
             process,
             durable: 0,
         };
@@ -221,10 +223,7 @@ impl<P: Place> Fleet<P> {
     }
 
     fn said(&mut self) -> String {
-        let mut said = String::new();
-        let mut stderr = self.process.stderr.take().expect("piped");
-        stderr.read_to_string(&mut said).expect("text");
-        said
+        self.stderr.read_to_end().expect("an end")
     }
 
     /// As Ctrl-C does: what is in flight is still acknowledged, and the journal completed.
@@ -268,8 +267,8 @@ pub fn verify(store: &str, journal: &Path) {
         .arg("--journal")
         .arg(journal)
         .args(["--store", store])
-        .output()
-        .expect("starts");
+        .output();
+    let output = keep_of(output.expect("starts"));
     let said = String::from_utf8_lossy(&output.stdout);
     println!("{said}");
     assert!(
@@ -286,7 +285,7 @@ pub fn simulator(subcommand: &str) -> Command {
         "{} is missing: run `cargo build --workspace`",
         path.display()
     );
-    let mut command = Command::new(path);
-    command.arg(subcommand).stdin(Stdio::null());
+    let mut command = clean(path);
+    command.arg(subcommand);
     command
 }

@@ -1,11 +1,12 @@
 //! A gateway for tests: the real binary in a directory of its own, on a port of its own.
 
-use std::io::{BufRead, BufReader, Read};
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
@@ -17,9 +18,10 @@ use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::client::{Link, Login, Welcomed, declare};
+use crate::logs::{Stderr, collect, keep_key};
 
 /// Longer than a start or an end takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// `fieldgate` with `args`, not started yet, and nothing set by whoever runs the tests.
 pub fn command(args: &[&str]) -> Command {
@@ -28,15 +30,15 @@ pub fn command(args: &[&str]) -> Command {
     command
 }
 
-/// A program with nothing set by whoever runs the tests.
-fn clean(program: &str) -> Command {
+/// A program with nothing set by whoever runs the tests, that logs all there is to log.
+pub fn clean(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("FIELDGATE_") || name == "RUST_LOG" {
+        if name.to_string_lossy().starts_with("FIELDGATE_") {
             command.env_remove(name);
         }
     }
-    command.stdin(Stdio::null());
+    command.env("RUST_LOG", "debug").stdin(Stdio::null());
     command
 }
 
@@ -123,7 +125,7 @@ impl Gateway {
         };
         let addr = listens();
         let tls_addr = flags.contains(&"--tls-listen").then(listens);
-        Gateway {
+        let gateway = Gateway {
             addr,
             tls_addr,
             process,
@@ -131,7 +133,9 @@ impl Gateway {
             ended: None,
             data_dir,
             _dir: None,
-        }
+        };
+        keep_key(&gateway.fleet_key());
+        gateway
     }
 
     /// Where it speaks TLS.
@@ -262,56 +266,6 @@ pub fn run(args: &[&str]) -> Ended {
             let _ = process.kill();
             panic!("{args:?} does not end");
         }
-    }
-}
-
-/// What a process writes to stderr.
-#[derive(Debug)]
-struct Stderr {
-    lines: Receiver<String>,
-    /// All that was received.
-    text: String,
-}
-
-impl Stderr {
-    /// All of it, when the process has closed it.
-    fn read_to_end(&mut self) -> Option<String> {
-        loop {
-            match self.lines.recv_timeout(PATIENCE) {
-                Ok(line) => self.text.push_str(&line),
-                Err(RecvTimeoutError::Disconnected) => return Some(self.text.clone()),
-                Err(RecvTimeoutError::Timeout) => return None,
-            }
-        }
-    }
-
-    fn wait_for(&mut self, what: &str) {
-        while let Ok(line) = self.lines.recv_timeout(PATIENCE) {
-            self.text.push_str(&line);
-            if line.contains(what) {
-                return;
-            }
-        }
-        panic!("no line with {what:?}: {}", self.text);
-    }
-}
-
-fn collect(pipe: impl Read + Send + 'static) -> Stderr {
-    let (sender, lines) = channel();
-    thread::spawn(move || {
-        let mut pipe = BufReader::new(pipe);
-        let mut line = Vec::new();
-        while pipe
-            .read_until(b'\n', &mut line)
-            .is_ok_and(|count| count > 0)
-        {
-            let _ = sender.send(String::from_utf8_lossy(&line).into_owned());
-            line.clear();
-        }
-    });
-    Stderr {
-        lines,
-        text: String::new(),
     }
 }
 

@@ -14,6 +14,7 @@ use crate::database::PgDatabase;
 use crate::gateway::{Gateway, command};
 use crate::gateways::Pair;
 use crate::handshake::AT_ONCE;
+use crate::logs::{keep_key, keep_of};
 
 /// A gateway, and its store as commands reach it.
 struct Place {
@@ -71,7 +72,7 @@ impl Place {
         let mut query = command(&["query", &sql, "--format", "csv"]);
         query.arg("--data-dir").arg(self.gateway.data_dir());
         query.args(url.iter().flat_map(|url| ["--store", url]));
-        said(query.output().expect("runs"))
+        said(keep_of(query.output().expect("runs")))
     }
 }
 
@@ -79,10 +80,9 @@ fn with_key(login: Login, digits: &str) -> Login {
     let digits = digits.trim_end();
     assert_eq!(digits.len(), 64);
     let byte = |i: usize| u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).expect("hex");
-    Login {
-        key: std::array::from_fn(byte),
-        ..login
-    }
+    let key = std::array::from_fn(byte);
+    keep_key(&key);
+    Login { key, ..login }
 }
 
 fn run(data_dir: &Path, store: Option<&str>, args: &[&str], input: &str) -> Output {
@@ -99,7 +99,7 @@ fn run(data_dir: &Path, store: Option<&str>, args: &[&str], input: &str) -> Outp
     // One that fails before it reads is told of by its output.
     let _ = stdin.write_all(input.as_bytes());
     drop(stdin);
-    process.wait_with_output().expect("ends")
+    keep_of(process.wait_with_output().expect("ends"))
 }
 
 fn said(output: Output) -> String {

@@ -13,6 +13,7 @@ mod handshake;
 mod kill;
 mod lifecycle;
 mod limits;
+mod logs;
 mod malformed;
 mod outage;
 mod own_postgres;

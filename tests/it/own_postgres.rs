@@ -8,6 +8,7 @@ use tempfile::TempDir;
 use crate::cluster::Cluster;
 use crate::database::{PgDatabase, Session};
 use crate::gateway::{Gateway, run};
+use crate::logs::by_default;
 
 /// Counts what a store would have made.
 const TABLES: &str = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'";
@@ -19,7 +20,7 @@ fn assert_refused(store: &str, code: i32, words: &[&str]) {
     let (listen, store_flag) = (["--listen", "127.0.0.1:0"], ["--store", store]);
     let args = [&["serve", "--data-dir", data_dir], &listen[..], &store_flag].concat();
     let ended = run(&args);
-    let said = &ended.stderr;
+    let said = by_default(&ended.stderr);
     assert_eq!(ended.status.code(), Some(code), "{said}");
     assert_eq!(said.lines().count(), 1, "{said}");
     assert!(said.starts_with("error: "), "{said}");

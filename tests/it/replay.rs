@@ -15,7 +15,8 @@ use crate::client::{
     readings_at, reheaded, sealed, with_columns,
 };
 use crate::database::PgDatabase;
-use crate::gateway::{Database, Ended, Gateway, meddle, run};
+use crate::gateway::{Database, Ended, Gateway, command, meddle, run};
+use crate::logs::keep_of;
 
 /// Has the gateway put `bytes`, which it would understand, into quarantine as number `seq`: the number is
 /// used by a frame of a type that it does not know, and then it is these bytes that are kept.
@@ -338,11 +339,8 @@ fn replays_in_postgres_store_each_frame_once() {
 }
 
 fn show(gateway: &Gateway, id: u64) -> String {
-    let done = std::process::Command::new(env!("CARGO_BIN_EXE_fieldgate"))
-        .args(["quarantine", "show", &id.to_string(), "--data-dir"])
-        .arg(gateway.data_dir())
-        .output()
-        .expect("runs");
+    let mut show = command(&["quarantine", "show", &id.to_string(), "--data-dir"]);
+    let done = keep_of(show.arg(gateway.data_dir()).output().expect("runs"));
     assert!(done.status.success(), "{done:?}");
     String::from_utf8(done.stdout).expect("UTF-8")
 }

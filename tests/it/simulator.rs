@@ -6,6 +6,7 @@ use tempfile::TempDir;
 
 use crate::fleet::{simulator, verify};
 use crate::gateway::Gateway;
+use crate::logs::keep_of;
 
 /// Runs the simulator to its end and proves what it sent.
 fn run(gateway: &Gateway, dir: &TempDir, journal: &str, flags: &[&str]) {
@@ -16,8 +17,8 @@ fn run(gateway: &Gateway, dir: &TempDir, journal: &str, flags: &[&str]) {
         .arg("--key-file")
         .arg(gateway.data_dir().join("fleet.key"))
         .args(flags)
-        .output()
-        .expect("starts");
+        .output();
+    let output = keep_of(output.expect("starts"));
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{flags:?}: {said}");
     let database = gateway.data_dir().join("fieldgate.db");

@@ -1,7 +1,7 @@
 //! What tests work in: a directory, the binary that runs in it, and a store with something in it.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
@@ -13,6 +13,9 @@ use fieldgate::store::{
 };
 use fieldgate_protocol::column::Kind;
 use fieldgate_protocol::frame::types;
+
+use crate::gateway::command;
+use crate::logs::{Stderr, collect, keep_of};
 
 /// 2026-02-25T06:13:20Z
 pub const AT_US: i64 = 1_772_000_000_000_000;
@@ -99,13 +102,8 @@ impl Site {
     }
 
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fieldgate"));
-        command.args(args).current_dir(self.dir.path());
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("FIELDGATE_") || name == "RUST_LOG" {
-                command.env_remove(name);
-            }
-        }
+        let mut command = command(args);
+        command.current_dir(self.dir.path());
         command
     }
 
@@ -115,7 +113,7 @@ impl Site {
 
     pub fn run_with(&self, args: &[&str], environment: &[(&str, &str)]) -> Said {
         let mut command = self.command(args);
-        let done = command.envs(environment.iter().copied()).output().unwrap();
+        let done = keep_of(command.envs(environment.iter().copied()).output().unwrap());
         Said {
             code: done.status.code().unwrap(),
             out: String::from_utf8(done.stdout).unwrap(),
@@ -206,6 +204,7 @@ fn quarantined() -> Content {
 /// A gateway that runs until it is dropped.
 pub struct Gateway {
     child: Child,
+    stderr: Stderr,
     pub announced: Vec<String>,
 }
 
@@ -219,7 +218,11 @@ impl Gateway {
             .unwrap();
         let out = BufReader::new(child.stdout.take().unwrap());
         let announced = out.lines().map(Result::unwrap).take(4).collect();
-        Gateway { child, announced }
+        Gateway {
+            stderr: collect(child.stderr.take().unwrap()),
+            child,
+            announced,
+        }
     }
 
     /// As a service manager ends it.
@@ -227,9 +230,7 @@ impl Gateway {
         let pid = self.child.id().to_string();
         let told = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
         assert!(told.success());
-        let mut log = String::new();
-        let mut err = self.child.stderr.take().unwrap();
-        err.read_to_string(&mut log).unwrap();
+        let log = self.stderr.read_to_end().unwrap();
         (self.child.wait().unwrap().code(), log)
     }
 }
