@@ -3,30 +3,18 @@
 use serde::Serialize;
 
 use super::cell::{BASE, Cell, SINGLE};
-use super::gateway::Which;
 use super::load::Sending;
-use super::throughput::{Burst, burst};
-use super::{Bench, BenchError, Scope, median, say};
+use super::throughput::{Compared, burst_into_new};
+use super::{Bench, BenchError, Scope, say};
 
-/// A burst through TLS, against one in plain text.
+/// A burst in plain text, and one through TLS.
 #[derive(Clone, Debug, Serialize)]
 pub struct Secured {
     /// The fleet.
     pub cell: Cell,
-    /// Median of TLS to plain text.
-    pub ratio: f64,
-    /// Each round: plain, through TLS.
-    pub rounds: Vec<(Burst, Burst)>,
-}
-
-impl Secured {
-    /// Of a figure in plain text and through TLS.
-    pub(super) fn medians(&self, figure: impl Fn(&Burst) -> f64) -> [f64; 2] {
-        [
-            median(self.rounds.iter().map(|(plain, _)| figure(plain))),
-            median(self.rounds.iter().map(|(_, secured)| figure(secured))),
-        ]
-    }
+    /// Plain text first.
+    #[serde(flatten)]
+    pub compared: Compared,
 }
 
 /// Each round takes both, one after the other.
@@ -38,27 +26,17 @@ pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), 
                 "round {round} of {}, {cell}: plain, and through TLS",
                 scope.rounds
             ));
-            let plain = one(scope, Sending::burst(cell)).await?;
+            let plain = burst_into_new(scope, Sending::burst(cell)).await?;
             let secured = Sending {
                 through_tls: true,
                 ..Sending::burst(cell)
             };
-            rounds.push((plain, one(scope, secured).await?));
+            rounds.push((plain, burst_into_new(scope, secured).await?));
         }
-        let ratio =
-            |(plain, secured): &(Burst, Burst)| secured.readings_per_s / plain.readings_per_s;
         bench.secured.push(Secured {
             cell,
-            ratio: median(rounds.iter().map(ratio)),
-            rounds,
+            compared: Compared::of(rounds),
         });
     }
     Ok(())
-}
-
-async fn one(scope: &Scope<'_>, sending: Sending) -> Result<Burst, BenchError> {
-    let store = scope.site.new_store(Which::Fresh).await?;
-    let measured = burst(scope, &store, sending).await?;
-    store.remove().await?;
-    Ok(measured)
 }

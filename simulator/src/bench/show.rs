@@ -145,11 +145,13 @@ fn latency(cases: &[Latency]) -> impl Display {
 fn secured(cells: &[Secured]) -> impl Display {
     let header = ["fleet", "ratio", "TLS/s", "plain/s", "gateway", "plain"];
     let rows = cells.iter().map(|one| {
-        let [plain, tls] = one.medians(|burst| burst.readings_per_s);
-        let [plain_s, tls_s] = one.medians(|burst| burst.gateway_cpu_s_per_million);
+        let [plain, tls] = one.compared.medians(|burst| burst.readings_per_s);
+        let [plain_s, tls_s] = one
+            .compared
+            .medians(|burst| burst.gateway_cpu_s_per_million);
         [
             one.cell.to_string(),
-            format!("{:.2}", one.ratio),
+            format!("{:.2}", one.compared.ratio),
             whole(tls),
             whole(plain),
             format!("{tls_s:.2} s/M"),
@@ -246,8 +248,8 @@ fn write_connections(f: &mut Formatter<'_>, all: &Connections) -> fmt::Result {
 }
 
 fn full(stored: &Stored) -> impl Display {
-    let [empty, full] = stored.medians(|burst| burst.readings_per_s);
-    let [empty_ms, full_ms] = stored.medians(|burst| burst.ack_p99_ms);
+    let [empty, full] = stored.compared.medians(|burst| burst.readings_per_s);
+    let [empty_ms, full_ms] = stored.compared.medians(|burst| burst.ack_p99_ms);
     let bytes = stored.bytes as f64 / stored.readings as f64;
     let header = [
         "ratio to empty",
@@ -258,7 +260,7 @@ fn full(stored: &Stored) -> impl Display {
         "disk",
     ];
     let row = [
-        format!("{:.2}", stored.ratio),
+        format!("{:.2}", stored.compared.ratio),
         whole(full),
         whole(empty),
         format!("{full_ms:.0} ms"),

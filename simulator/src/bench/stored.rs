@@ -6,32 +6,21 @@ use super::bare::{self, Job, Until};
 use super::cell::BASE;
 use super::gateway::Which;
 use super::load::{Sending, start_us};
-use super::throughput::{Burst, burst};
-use super::{Bench, BenchError, Scope, median, say};
+use super::throughput::{Compared, burst, burst_into_new};
+use super::{Bench, BenchError, Scope, say};
 
 const DAY_US: i64 = 86_400_000_000;
 
-/// A burst into a full store, against one into an empty one.
+/// A burst into an empty store, and one into a full one.
 #[derive(Clone, Debug, Serialize)]
 pub struct Stored {
     /// What the full one held.
     pub readings: u64,
     /// What it took on the disk.
     pub bytes: u64,
-    /// Median of full to empty.
-    pub ratio: f64,
-    /// Each round: empty, full.
-    pub rounds: Vec<(Burst, Burst)>,
-}
-
-impl Stored {
-    /// Of a figure of the empty store and of the full one.
-    pub(super) fn medians(&self, figure: impl Fn(&Burst) -> f64) -> [f64; 2] {
-        [
-            median(self.rounds.iter().map(|(empty, _)| figure(empty))),
-            median(self.rounds.iter().map(|(_, full)| figure(full))),
-        ]
-    }
+    /// The empty one first.
+    #[serde(flatten)]
+    pub compared: Compared,
 }
 
 /// Fills a store with what the burst's own devices measured before, and compares.
@@ -59,9 +48,7 @@ pub(super) async fn measure(
     let mut rounds = Vec::new();
     for round in 1..=scope.rounds {
         say(&format!("round {round} of {}: empty store", scope.rounds));
-        let empty = scope.site.new_store(Which::Fresh).await?;
-        let into_empty = burst(scope, &empty, Sending::burst(BASE)).await?;
-        empty.remove().await?;
+        let into_empty = burst_into_new(scope, Sending::burst(BASE)).await?;
         say(&format!("round {round} of {}: full store", scope.rounds));
         let sending = Sending {
             // Nothing is measured twice at the same time.
@@ -71,12 +58,10 @@ pub(super) async fn measure(
         rounds.push((into_empty, burst(scope, &full, sending).await?));
     }
     full.remove().await?;
-    let ratio = |(empty, full): &(Burst, Burst)| full.readings_per_s / empty.readings_per_s;
     bench.stored = Some(Stored {
         readings,
         bytes,
-        ratio: median(rounds.iter().map(ratio)),
-        rounds,
+        compared: Compared::of(rounds),
     });
     Ok(())
 }

@@ -29,6 +29,34 @@ pub struct Burst {
     pub disk_bytes_per_reading: f64,
 }
 
+/// Bursts under two conditions, one after the other in each round.
+#[derive(Clone, Debug, Serialize)]
+pub struct Compared {
+    /// Median of the second's readings a second to the first's.
+    pub ratio: f64,
+    /// All rounds.
+    pub rounds: Vec<(Burst, Burst)>,
+}
+
+impl Compared {
+    /// Of these rounds.
+    pub(super) fn of(rounds: Vec<(Burst, Burst)>) -> Compared {
+        let ratio = |(first, second): &(Burst, Burst)| second.readings_per_s / first.readings_per_s;
+        Compared {
+            ratio: median(rounds.iter().map(ratio)),
+            rounds,
+        }
+    }
+
+    /// Of a figure under the first condition and under the second.
+    pub(super) fn medians(&self, figure: impl Fn(&Burst) -> f64) -> [f64; 2] {
+        [
+            median(self.rounds.iter().map(|(first, _)| figure(first))),
+            median(self.rounds.iter().map(|(_, second)| figure(second))),
+        ]
+    }
+}
+
 /// One round of a cell.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Pair {
@@ -78,9 +106,7 @@ pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), 
             say(&format!("{of}: bare loop"));
             let bare_readings_per_s = bare(scope, *cell).await?;
             say(&format!("{of}: gateway"));
-            let store = scope.site.new_store(Which::Fresh).await?;
-            let gateway = burst(scope, &store, Sending::burst(*cell)).await?;
-            store.remove().await?;
+            let gateway = burst_into_new(scope, Sending::burst(*cell)).await?;
             pairs.push(Pair {
                 bare_readings_per_s,
                 gateway,
@@ -109,6 +135,17 @@ async fn bare(scope: &Scope<'_>, cell: Cell) -> Result<f64, BenchError> {
     let rate = store.bare(&job).await?;
     store.remove().await?;
     Ok(rate)
+}
+
+/// A burst into a store of its own.
+pub(super) async fn burst_into_new(
+    scope: &Scope<'_>,
+    sending: Sending,
+) -> Result<Burst, BenchError> {
+    let store = scope.site.new_store(Which::Fresh).await?;
+    let measured = burst(scope, &store, sending).await?;
+    store.remove().await?;
+    Ok(measured)
 }
 
 /// A burst into a store, measured while all devices are there: ten thousand handshakes are no part of it,
