@@ -33,6 +33,7 @@ const DAY_S: u64 = 86_400;
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
 const CONNECTIONS: u64 = 1_000_000;
+const FRAMES_PER_S: u64 = 1_000_000;
 const READINGS_PER_S: u64 = 1_000_000_000;
 
 /// Which devices may connect.
@@ -83,6 +84,10 @@ pub struct Settings {
     pub outbound_bytes_max: usize,
     /// Lines of the log that tell of one address in a minute.
     pub log_lines_per_address_max: u32,
+    /// Frames that a device may send in a second; more wait.
+    pub device_frames_per_s: u64,
+    /// Frames that a device may send at once, after a pause.
+    pub device_frames_burst: u64,
     /// Readings that a device may send in a second; more wait.
     pub device_readings_per_s: u64,
     /// Readings that a device may send at once, after a pause.
@@ -150,6 +155,8 @@ impl Default for Settings {
             stranger_bytes_max: 4_096,
             outbound_bytes_max: 16 * 1024,
             log_lines_per_address_max: 20,
+            device_frames_per_s: 20_000,
+            device_frames_burst: 200_000,
             device_readings_per_s: 250_000,
             device_readings_burst: 2_000_000,
             handshake_timeout_s: 10,
@@ -350,6 +357,18 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
             s.log_lines_per_address_max.into(),
             0,
             u32_max,
+        ),
+        (
+            "device-frames-per-s",
+            s.device_frames_per_s,
+            1,
+            FRAMES_PER_S,
+        ),
+        (
+            "device-frames-burst",
+            s.device_frames_burst,
+            1,
+            1000 * FRAMES_PER_S,
         ),
         (
             "device-readings-per-s",

@@ -119,6 +119,15 @@ pub struct ServeArgs {
     #[arg(long, value_name = "LINES", default_value_t = Settings::default().log_lines_per_address_max)]
     log_lines_per_address_max: u32,
 
+    /// Frames of any kind that a device may send in a second, in the long run. More are not refused: they
+    /// are read later. Lower it so that a single device cannot take the time that others need
+    #[arg(long, value_name = "FRAMES", default_value_t = Settings::default().device_frames_per_s)]
+    device_frames_per_s: u64,
+
+    /// Frames that a device may send at once after a pause, beyond that rate
+    #[arg(long, value_name = "FRAMES", default_value_t = Settings::default().device_frames_burst)]
+    device_frames_burst: u64,
+
     /// Readings that a device may send in a second, in the long run. More are not refused: they are read
     /// later. Lower it so that a single device cannot take what others need
     #[arg(long, value_name = "READINGS", default_value_t = Settings::default().device_readings_per_s)]
@@ -245,6 +254,8 @@ impl ServeArgs {
             stranger_bytes_max: self.stranger_bytes_max,
             outbound_bytes_max: self.outbound_bytes_max,
             log_lines_per_address_max: self.log_lines_per_address_max,
+            device_frames_per_s: self.device_frames_per_s,
+            device_frames_burst: self.device_frames_burst,
             device_readings_per_s: self.device_readings_per_s,
             device_readings_burst: self.device_readings_burst,
             handshake_timeout_s: self.handshake_timeout_s,
@@ -452,6 +463,10 @@ fn server_settings(
             keepalive_s: config.keepalive_s,
             ack_timeout_s: config.ack_timeout_s,
             stranger_bytes_max: config.stranger_bytes_max,
+            device_frames: Rate {
+                per_s: config.device_frames_per_s,
+                burst: config.device_frames_burst,
+            },
             device_readings: Rate {
                 per_s: config.device_readings_per_s,
                 burst: config.device_readings_burst,

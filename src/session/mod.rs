@@ -61,6 +61,8 @@ pub struct SessionSettings {
     pub ack_timeout_s: u16,
     /// Bytes that a peer may send before it has proved its key.
     pub stranger_bytes_max: usize,
+    /// Frames of any kind that a device may send; more are not refused, but read later.
+    pub device_frames: Rate,
     /// Readings that a device may send; more are not refused, but read later.
     pub device_readings: Rate,
     /// Bytes that may wait for a peer to read them.
@@ -82,6 +84,10 @@ impl Default for SessionSettings {
             keepalive_s: 40,
             ack_timeout_s: 30,
             stranger_bytes_max: 4096,
+            device_frames: Rate {
+                per_s: 20_000,
+                burst: 200_000,
+            },
             device_readings: Rate {
                 per_s: 250_000,
                 burst: 2_000_000,
@@ -240,6 +246,11 @@ impl Session {
             Ok(()) => self.route(frame, now),
             Err(close) => Err(close),
         };
+        if let (State::Serving(stream), Ok(taken)) = (&mut self.state, &step) {
+            let settings = &self.settings;
+            let (frames, readings) = (settings.device_frames, settings.device_readings);
+            stream.pace(taken.as_ref(), frames, readings, now);
+        }
         self.finish_step(step)
     }
 
@@ -268,11 +279,7 @@ impl Session {
                 self.state = State::AwaitAdmission(Box::new(next));
                 Ok(Some(Submission::Login(login)))
             }
-            State::Serving(stream) => {
-                let step = stream.handle_frame(frame, now, &mut self.outbound)?;
-                stream.pace(&step, self.settings.device_readings, now);
-                Ok(step)
-            }
+            State::Serving(stream) => stream.handle_frame(frame, now, &mut self.outbound),
             State::AwaitAdmission(_) | State::Closed(_) => Ok(None),
         }
     }

@@ -63,6 +63,7 @@ pub(super) struct Stream {
     refused_at_us: VecDeque<u64>,
     schemas: VecDeque<Arc<Schema>>,
     clocks: BootClocks,
+    frames: Meter,
     readings: Meter,
     paced_until_us: Option<u64>,
 }
@@ -94,23 +95,31 @@ impl Stream {
             refused_at_us: VecDeque::new(),
             schemas: admission.schema.into_iter().collect(),
             clocks: BootClocks::new(admission.clocks),
+            frames: Meter::default(),
             readings: Meter::default(),
             paced_until_us: None,
         }
     }
 
-    /// Counts the readings of what was taken in: beyond the rate, nothing more is listened to for a while.
-    pub(super) fn pace(&mut self, taken: &Option<Submission>, rate: Rate, now: Now) {
-        if let Some(Submission::Entry(Entry {
-            content: Content::Readings(readings),
-            ..
-        })) = taken
-        {
-            let next_us = self
-                .readings
-                .spend(rate, readings.values.len() as u64, now.mono_us);
-            self.paced_until_us = (next_us > now.mono_us).then_some(next_us);
-        }
+    /// Counts a frame, and the readings of what was taken in: beyond either rate, nothing more is listened
+    /// to for a while.
+    pub(super) fn pace(
+        &mut self,
+        taken: Option<&Submission>,
+        frames: Rate,
+        readings: Rate,
+        now: Now,
+    ) {
+        let count = match taken {
+            Some(Submission::Entry(Entry {
+                content: Content::Readings(readings),
+                ..
+            })) => readings.values.len() as u64,
+            _ => 0,
+        };
+        let next_us = self.frames.spend(frames, 1, now.mono_us);
+        let next_us = next_us.max(self.readings.spend(readings, count, now.mono_us));
+        self.paced_until_us = (next_us > now.mono_us).then_some(next_us);
     }
 
     /// When it is listened to again, if it has sent more than it may.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 
-use crate::client::{Heard, Link, T0_US, header, readings, readings_at, sealed};
+use crate::client::{Heard, Link, T0_US, header, ping, readings, readings_at, sealed};
 use crate::gateway::Gateway;
 use crate::malformed::assert_serves;
 
@@ -46,6 +46,35 @@ fn c13_a_device_over_its_rate_waits_and_the_others_do_not() {
         gateway.database().count("SELECT count(*) FROM readings"),
         30 * 406 + 50
     );
+}
+
+/// What brings no readings takes time, too.
+#[test]
+fn c13_a_device_may_not_ask_without_end() {
+    let rate = [
+        "--device-frames-per-s",
+        "200",
+        "--device-frames-burst",
+        "100",
+    ];
+    let gateway = Gateway::start(&rate);
+    let (mut hot, _) = gateway.connect("hot");
+    let begun = Instant::now();
+    // The burst, and two seconds' more.
+    let asks = 500;
+    hot.send(&ping(77, 0, 0).repeat(asks));
+    let (mut calm, _) = gateway.connect("calm");
+    for seq in 1..=50 {
+        calm.send(&readings(seq));
+        calm.expect_ack(seq);
+    }
+    let calm_took = begun.elapsed();
+    for _ in 0..asks {
+        assert!(matches!(hot.hear(), Heard::Pong { .. }));
+    }
+    let hot_took = begun.elapsed();
+    assert!(hot_took >= Duration::from_millis(1_500), "{hot_took:?}");
+    assert!(calm_took < hot_took, "{calm_took:?}, {hot_took:?}");
 }
 
 #[test]

@@ -92,6 +92,10 @@ impl World {
         let settings = SessionSettings {
             credentials: Arc::new(Credentials::new(FleetKey::from_bytes(FLEET_KEY))),
             window_frames: if picks & 2 == 0 { 64 } else { 3 },
+            device_frames: match picks & 8 {
+                0 => SessionSettings::default().device_frames,
+                _ => Rate { per_s: 2, burst: 9 },
+            },
             device_readings: match picks & 4 {
                 0 => SessionSettings::default().device_readings,
                 _ => Rate {

@@ -80,7 +80,8 @@ struct Serving {
     refusals: Vec<(u64, Code)>,
     refused_at_us: Vec<u64>,
     schemas: Vec<Arc<Schema>>,
-    meter: Meter,
+    frames: Meter,
+    readings: Meter,
     paced_until_us: Option<u64>,
     /// When the peer was last heard, or began to be listened to.
     heard_at_us: u64,
@@ -213,6 +214,10 @@ impl Model {
         }
         if let Phase::Serving(serving) = &mut self.phase {
             (serving.heard_at_us, serving.begun_at_us) = (now.mono_us, None);
+            let next_us = serving
+                .frames
+                .spend(self.settings.device_frames, 1, now.mono_us);
+            serving.pace(next_us, now);
         }
         if types::is_skippable(frame.header.frame_type) && frame.intact {
             return Submits::Nothing;
@@ -356,9 +361,10 @@ impl Model {
         let serving = self.serving();
         (serving.expected_seq, serving.taken_through) = (taken.seq + 1, taken.seq);
         if let Made::Readings { values, .. } = &taken.made {
-            let count = values.len() as u64;
-            let next_us = serving.meter.spend(rate, count, now.mono_us);
-            serving.paced_until_us = (next_us > now.mono_us).then_some(next_us);
+            let next_us = serving
+                .readings
+                .spend(rate, values.len() as u64, now.mono_us);
+            serving.pace(next_us, now);
         }
         Submits::Taken(taken)
     }
@@ -428,7 +434,8 @@ impl Model {
             refusals: Vec::new(),
             refused_at_us: Vec::new(),
             schemas: admission.schema.iter().cloned().collect(),
-            meter: Meter::default(),
+            frames: Meter::default(),
+            readings: Meter::default(),
             paced_until_us: None,
             heard_at_us: now.mono_us,
             begun_at_us: None,
@@ -505,6 +512,13 @@ impl Model {
 }
 
 impl Serving {
+    /// Nothing more is wanted before `next_us`.
+    fn pace(&mut self, next_us: u64, now: Now) {
+        if next_us > now.mono_us {
+            self.paced_until_us = self.paced_until_us.max(Some(next_us));
+        }
+    }
+
     fn is_settled(&self) -> bool {
         !self.is_declaring && self.expected_seq <= self.durable_seq + 1
     }
