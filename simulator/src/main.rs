@@ -34,7 +34,7 @@ async fn main() -> ExitCode {
     match carried_out {
         Ok(code) => code,
         Err(Failure { error, code }) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", with_causes(&error));
             code
         }
     }
@@ -78,6 +78,17 @@ async fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
         return Err(failure(anyhow!("no frame was acked")));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The error and what caused it; some tell their cause in their own words already.
+fn with_causes(error: &anyhow::Error) -> String {
+    let mut told = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !told.contains(&cause) {
+            told = format!("{told}: {cause}");
+        }
+    }
+    told
 }
 
 /// Where and with which key.

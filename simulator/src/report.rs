@@ -32,6 +32,8 @@ pub struct Report {
     pub reconnects: u64,
     /// NACKs received, by code.
     pub nacks: BTreeMap<u8, u64>,
+    /// Connections that ended, or could not be made, against the device's will, by reason.
+    pub losses: BTreeMap<String, u64>,
     ack_us: Histogram<u64>,
 }
 
@@ -49,6 +51,7 @@ impl Default for Report {
             bytes_sent: 0,
             reconnects: 0,
             nacks: BTreeMap::new(),
+            losses: BTreeMap::new(),
             // Two digits, so 1% exact. A histogram grows to some 10 KiB; three digits would be 100.
             ack_us: Histogram::new(2).expect("two digits are within the histogram's limits"),
         }
@@ -79,6 +82,11 @@ impl Report {
         *self.nacks.entry(code).or_default() += 1;
     }
 
+    /// Notes the loss of a connection.
+    pub fn lost(&mut self, reason: String) {
+        *self.losses.entry(reason).or_default() += 1;
+    }
+
     /// Adds the counts of another part of the fleet.
     pub fn add(&mut self, other: &Self) {
         self.devices += other.devices;
@@ -90,6 +98,9 @@ impl Report {
         self.reconnects += other.reconnects;
         for (&code, count) in &other.nacks {
             *self.nacks.entry(code).or_default() += count;
+        }
+        for (reason, count) in &other.losses {
+            *self.losses.entry(reason.clone()).or_default() += count;
         }
         self.ack_us
             .add(&other.ack_us)
@@ -123,6 +134,7 @@ impl Report {
             },
             reconnects: self.reconnects,
             nacks: self.nacks.clone(),
+            losses: self.losses.clone(),
         }
     }
 }
@@ -154,6 +166,8 @@ pub struct Summary {
     pub reconnects: u64,
     /// See [`Report::nacks`].
     pub nacks: BTreeMap<u8, u64>,
+    /// See [`Report::losses`].
+    pub losses: BTreeMap<String, u64>,
 }
 
 /// Percentiles in milliseconds, 1% exact; null if there was no ACK.
@@ -222,6 +236,9 @@ impl fmt::Display for Summary {
                 .collect();
             write!(f, "; NACKs: {}", nacks.join(", "))?;
         }
+        for (reason, count) in &self.losses {
+            write!(f, "\nconnections lost: {}: {reason}", grouped(*count))?;
+        }
         Ok(())
     }
 }
@@ -255,6 +272,7 @@ mod tests {
         };
         (first_ms..=last_ms).for_each(|ms| report.waited(Duration::from_millis(ms)));
         report.refused(22);
+        report.lost("closed by the gateway".into());
         report
     }
 
@@ -270,6 +288,8 @@ mod tests {
             (10, 2_200, 2)
         );
         assert_eq!(summary.nacks, BTreeMap::from([(22, 2), (30, 1)]));
+        let closed = "closed by the gateway".to_owned();
+        assert_eq!(summary.losses, BTreeMap::from([(closed, 2)]));
         assert_eq!(
             (summary.readings_per_s, summary.bytes_per_reading),
             (30_000.0, 2.0)
@@ -299,6 +319,7 @@ mod tests {
             "duration_s",
             "frames_acked",
             "frames_sent",
+            "losses",
             "nacks",
             "readings_acked",
             "readings_per_s",
@@ -330,11 +351,12 @@ mod tests {
             "2.00 bytes per reading",
             "p99 10.",
             "reconnects: 1; NACKs: 1 of code 22",
+            "connections lost: 1: closed by the gateway",
         ] {
             assert!(text.contains(figure), "{figure} is not in\n{text}");
         }
         assert!(
-            text.lines().count() < 12 && text.lines().all(|line| line.len() < 200),
+            text.lines().count() <= 12 && text.lines().all(|line| line.len() < 200),
             "{text}"
         );
     }

@@ -16,8 +16,9 @@ use rustls::{ClientConfig, ConfigBuilder, RootCertStore, SupportedProtocolVersio
 use tempfile::TempDir;
 
 use crate::client::{Heard, Link, Login, SCHEMA, Welcomed, declare, readings};
+use crate::fleet::simulator;
 use crate::gateway::{Ended, Gateway, run};
-use crate::logs::{by_default, keep_key};
+use crate::logs::{by_default, keep_key, keep_of};
 use crate::malformed::assert_serves;
 use crate::wire::connect;
 
@@ -290,6 +291,35 @@ fn c02_with_mutual_tls_the_certificate_must_be_the_devices() {
         }
     }
     assert_eq!(gateway.database().durable_seq("pump:7_a"), 1);
+}
+
+#[test]
+fn a_fleet_that_is_not_let_in_is_told_why() {
+    let site = Site::new();
+    let ca = site.path("tls/ca.pem");
+    let ca = ca.to_str().expect("UTF-8");
+    let gateway = site.start(&["--tls-client-ca", ca]);
+    let key = site.path("fleet.key");
+    let key = key.to_str().expect("UTF-8");
+    // Plain to the TLS port, and TLS without a certificate.
+    for (flags, reason) in [
+        (&[][..], ": not a frame; TLS, perhaps?"),
+        (
+            &["--tls", "--ca", ca],
+            ": received fatal alert: CertificateRequired",
+        ),
+    ] {
+        let mut command = simulator("run");
+        command.args(["--gateway", &gateway.tls_addr().to_string()]);
+        command.args(["--key-file", key, "--devices", "2", "--duration", "1s"]);
+        let output = keep_of(command.args(flags).output().expect("starts"));
+        let said = String::from_utf8_lossy(&output.stdout);
+        let mut lost = said
+            .lines()
+            .filter(|line| line.starts_with("connections lost: "));
+        assert!(lost.any(|line| line.ends_with(reason)), "{flags:?}: {said}");
+        assert_eq!(output.status.code(), Some(1));
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! after every loss.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -41,11 +42,50 @@ enum Ended {
     /// All is acked.
     Done,
     /// Something went wrong: connect again after a while.
-    Lost(Option<Fault>),
+    Lost(Loss),
     /// The device dropped the connection on purpose: connect again at once.
     Dropped,
     /// The device leaves the connection open and never speaks on it again: connect again at once.
     Abandoned,
+}
+
+/// What went wrong with a connection.
+enum Loss {
+    /// There is none any more, or never was.
+    Connection(io::Error),
+    /// It stands, and serves for nothing.
+    Fault(Fault),
+}
+
+impl From<io::Error> for Ended {
+    fn from(error: io::Error) -> Ended {
+        Ended::Lost(Loss::Connection(error))
+    }
+}
+
+impl From<Fault> for Ended {
+    fn from(fault: Fault) -> Ended {
+        Ended::Lost(Loss::Fault(fault))
+    }
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Loss::Connection(error) => write!(f, "{error}"),
+            Loss::Fault(Fault::Bye { code, .. }) => write!(f, "BYE {code} ({})", name_of(*code)),
+            Loss::Fault(Fault::NotOurGateway) => f.write_str("the gateway holds another key"),
+            Loss::Fault(Fault::Protocol(what)) => write!(f, "against the protocol: {what}"),
+            Loss::Fault(Fault::Timeout) => f.write_str("no answer in time"),
+            Loss::Fault(Fault::SchemaConflict) => f.write_str("other channels are known"),
+            Loss::Fault(Fault::FrameTooLong) => f.write_str("the next frame is too long for it"),
+        }
+    }
+}
+
+/// What a code stands for.
+fn name_of(code: u8) -> &'static str {
+    Code::from_wire(code).map_or("unknown", Code::name)
 }
 
 pub(super) struct DeviceTask {
@@ -104,14 +144,19 @@ impl DeviceTask {
         }
         let mut is_again = false;
         while !self.outbox.is_done() {
-            let fault = match self.connect_and_serve(&mut device, is_again).await? {
+            let loss = match self.connect_and_serve(&mut device, is_again).await? {
                 Ended::Done => break,
                 Ended::Dropped | Ended::Abandoned => {
                     device.disconnect(None, self.uptime_us(), 0);
                     is_again = true;
                     continue;
                 }
-                Ended::Lost(fault) => fault,
+                Ended::Lost(loss) => loss,
+            };
+            fleet.report().lost(loss.to_string());
+            let fault = match loss {
+                Loss::Connection(_) => None,
+                Loss::Fault(fault) => Some(fault),
             };
             self.check_refusal(fault)?;
             let again_us = device.disconnect(fault, self.uptime_us(), random());
@@ -148,7 +193,7 @@ impl DeviceTask {
         Err(FleetError::Refused {
             device: self.outbox.script.name().to_owned(),
             code,
-            name: Code::from_wire(code).map_or("unknown", Code::name),
+            name: name_of(code),
             advice,
         })
     }
@@ -165,9 +210,12 @@ impl DeviceTask {
     ) -> Result<Ended, FleetError> {
         let index = self.outbox.script.index();
         let connecting = connect(&self.fleet.terms, index, self.outbox.script.name());
-        let Ok(Ok((socket, binding))) = timeout(CONNECT_TIMEOUT, connecting).await else {
-            return Ok(Ended::Lost(None));
-        };
+        let connected = timeout(CONNECT_TIMEOUT, connecting).await;
+        let (socket, binding) =
+            match connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+                Ok(connected) => connected,
+                Err(error) => return Ok(error.into()),
+            };
         if is_again {
             self.fleet.report().reconnects += 1;
         }
@@ -201,9 +249,8 @@ impl DeviceTask {
         let fleet = Arc::clone(&self.fleet);
         loop {
             let next_due_us = self.outbox.advance(fleet.now_us());
-            match self.transmit(device, link).await? {
-                Transmitted::All => {}
-                Transmitted::Ended(ended) => return Ok(ended),
+            if let Some(ended) = self.transmit(device, link).await? {
+                return Ok(ended);
             }
             if device.is_ready() && self.outbox.is_done() {
                 link.leave().await;
@@ -220,11 +267,11 @@ impl DeviceTask {
             link.rest();
             tokio::select! {
                 ready = link.socket.ready(Interest::READABLE) => {
-                    if ready.is_err() || !link.read() {
-                        return Ok(Ended::Lost(None));
+                    if let Err(error) = ready.and_then(|_| link.read()) {
+                        return Ok(error.into());
                     }
                     if let Err(fault) = self.receive(device, link)? {
-                        return Ok(Ended::Lost(Some(fault)));
+                        return Ok(fault.into());
                     }
                 }
                 () = sleep_until(fleet.instant(wake_us.unwrap_or(u64::MAX))) => {
@@ -233,7 +280,7 @@ impl DeviceTask {
                         return Ok(Ended::Dropped);
                     }
                     if let Err(fault) = device.handle_timeout(self.uptime_us()) {
-                        return Ok(Ended::Lost(Some(fault)));
+                        return Ok(fault.into());
                     }
                 }
                 () = fleet.stop.cancelled(), if !self.is_stopping => self.is_stopping = true,
@@ -241,13 +288,13 @@ impl DeviceTask {
         }
     }
 
-    /// Sends what the device has to send, with the faults that strike.
+    /// Sends what the device has to send, with the faults that strike; tells if that was the
+    /// connection's end.
     async fn transmit(
         &mut self,
         device: &mut Device<'_>,
         link: &mut Link,
-    ) -> Result<Transmitted, FleetError> {
-        const LOST: Transmitted = Transmitted::Ended(Ended::Lost(None));
+    ) -> Result<Option<Ended>, FleetError> {
         loop {
             let start = link.output.len();
             let uptime_us = self.uptime_us();
@@ -266,19 +313,17 @@ impl DeviceTask {
                 let frame = link.output.split_off(start);
                 match self.send_struck(link, frame, strikes).await {
                     Ok(None) => {}
-                    Ok(Some(ended)) => return Ok(Transmitted::Ended(ended)),
-                    Err(_) => return Ok(LOST),
+                    Ok(Some(ended)) => return Ok(Some(ended)),
+                    Err(error) => return Ok(Some(error.into())),
                 }
             }
-            if link.output.len() >= WRITE_BYTES && link.flush().await.is_err() {
-                return Ok(LOST);
+            if link.output.len() >= WRITE_BYTES
+                && let Err(error) = link.flush().await
+            {
+                return Ok(Some(error.into()));
             }
         }
-        Ok(if link.flush().await.is_ok() {
-            Transmitted::All
-        } else {
-            LOST
-        })
+        Ok(link.flush().await.err().map(Ended::from))
     }
 
     /// Notes a numbered frame before it leaves, for its ACK may follow at once; tells the faults that
@@ -347,7 +392,7 @@ impl DeviceTask {
             let frame = match codec.decode(&mut link.input) {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Ok(Ok(())),
-                Err(_) => return Ok(Err(Fault::Protocol("not a frame"))),
+                Err(_) => return Ok(Err(Fault::Protocol("not a frame; TLS, perhaps?"))),
             };
             let uptime_us = self.uptime_us();
             let notice = match device.handle_frame(&frame.frame(), &mut self.outbox, uptime_us) {
@@ -378,11 +423,6 @@ impl DeviceTask {
             }
         }
     }
-}
-
-enum Transmitted {
-    All,
-    Ended(Ended),
 }
 
 fn utc_us() -> i64 {

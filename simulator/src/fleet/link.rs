@@ -67,12 +67,17 @@ async fn shake_hands(socket: &mut Socket) -> io::Result<[u8; KEY_BYTES]> {
         };
         socket.ready(interest).await?;
         match socket.try_read(&mut nothing, 1) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(0) => return Err(closed()),
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
     }
+}
+
+/// The end of what the gateway sends.
+fn closed() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the gateway")
 }
 
 /// The loopback address that a device is to connect from; `None` where the system chooses. Only Linux
@@ -119,11 +124,16 @@ impl Link {
         Ok(())
     }
 
-    /// Reads what is there; tells whether the connection still stands.
-    pub(super) fn read(&mut self) -> bool {
+    /// Reads what is there, if anything is.
+    ///
+    /// # Errors
+    /// The connection does not stand any more.
+    pub(super) fn read(&mut self) -> io::Result<()> {
         match self.socket.try_read(&mut self.input, READ_BYTES) {
-            Ok(count) => count > 0,
-            Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+            Ok(0) => Err(closed()),
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(error) => Err(error),
         }
     }
 
