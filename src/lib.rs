@@ -3,6 +3,7 @@
 //! The way of the data, one room an arrow: `connection` (socket and codec) -> `session` ->
 //! `ingest` (queue, `batcher`) -> `store`; a `store::Receipt` travels back.
 
+pub mod allowance;
 pub mod batcher;
 pub mod clock;
 pub mod codec;

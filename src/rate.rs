@@ -24,6 +24,11 @@ impl Meter {
         self.paid_at_us = self.paid_at_us.max(now_us).saturating_add(us(amount));
         self.paid_at_us.saturating_sub(us(rate.burst))
     }
+
+    /// Whether some of what has come is not paid for.
+    pub fn owes(&self, now_us: u64) -> bool {
+        self.paid_at_us > now_us
+    }
 }
 
 #[cfg(test)]

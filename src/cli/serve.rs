@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::BoolishValueParser;
+use fieldgate::allowance::Allowances;
 use fieldgate::batcher::BatchLimits;
 use fieldgate::config::{Config, Registration, Settings};
 use fieldgate::credentials::{self, Credentials};
@@ -463,14 +464,16 @@ fn server_settings(
             keepalive_s: config.keepalive_s,
             ack_timeout_s: config.ack_timeout_s,
             stranger_bytes_max: config.stranger_bytes_max,
-            device_frames: Rate {
-                per_s: config.device_frames_per_s,
-                burst: config.device_frames_burst,
-            },
-            device_readings: Rate {
-                per_s: config.device_readings_per_s,
-                burst: config.device_readings_burst,
-            },
+            allowances: Arc::new(Allowances::new(
+                Rate {
+                    per_s: config.device_frames_per_s,
+                    burst: config.device_frames_burst,
+                },
+                Rate {
+                    per_s: config.device_readings_per_s,
+                    burst: config.device_readings_burst,
+                },
+            )),
             outbound_bytes_max: config.outbound_bytes_max,
             quarantine,
         },

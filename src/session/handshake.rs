@@ -178,6 +178,7 @@ impl AwaitAdmission {
             utc_us: now.utc_us,
             schema_known: admission.schema.is_some(),
         };
+        let allowance = settings.allowances.of(admission.device, now.mono_us);
         let transcript = std::mem::take(&mut self.transcript);
         let key = self.key.as_bytes();
         outbound.welcome(admission.receipt, terms, transcript, key, binding);
@@ -187,6 +188,7 @@ impl AwaitAdmission {
             admission,
             settings.window_frames,
             Arc::clone(&settings.quarantine),
+            allowance,
         ))
     }
 }

@@ -28,11 +28,11 @@ use fieldgate_protocol::frame::{
 use self::handshake::{AwaitAdmission, AwaitAuth, AwaitHello, Secured};
 use self::reply::Outbound;
 use self::stream::Stream;
+use crate::allowance::Allowances;
 use crate::clock::{BootClock, Now};
 use crate::credentials::Credentials;
 use crate::keys::FleetKey;
 use crate::quarantine::{Gauge, Reservation};
-use crate::rate::Rate;
 use crate::store::{
     Declare, DeclareOutcome, DeviceEvent, DeviceEventKind, DeviceId, Entry, Login, LoginOutcome,
     Receipt, Refusal,
@@ -61,10 +61,8 @@ pub struct SessionSettings {
     pub ack_timeout_s: u16,
     /// Bytes that a peer may send before it has proved its key.
     pub stranger_bytes_max: usize,
-    /// Frames of any kind that a device may send; more are not refused, but read later.
-    pub device_frames: Rate,
-    /// Readings that a device may send; more are not refused, but read later.
-    pub device_readings: Rate,
+    /// What each device may send; more is not refused, but read later.
+    pub allowances: Arc<Allowances>,
     /// Bytes that may wait for a peer to read them.
     pub outbound_bytes_max: usize,
     /// Whether there is room for frames that cannot be understood.
@@ -84,14 +82,7 @@ impl Default for SessionSettings {
             keepalive_s: 40,
             ack_timeout_s: 30,
             stranger_bytes_max: 4096,
-            device_frames: Rate {
-                per_s: 20_000,
-                burst: 200_000,
-            },
-            device_readings: Rate {
-                per_s: 250_000,
-                burst: 2_000_000,
-            },
+            allowances: Arc::default(),
             outbound_bytes_max: 16 * 1024,
             quarantine: Arc::default(),
         }
@@ -246,10 +237,9 @@ impl Session {
             Ok(()) => self.route(frame, now),
             Err(close) => Err(close),
         };
-        if let (State::Serving(stream), Ok(taken)) = (&mut self.state, &step) {
-            let settings = &self.settings;
-            let (frames, readings) = (settings.device_frames, settings.device_readings);
-            stream.pace(taken.as_ref(), frames, readings, now);
+        if let State::Serving(stream) = &mut self.state {
+            let taken = step.as_ref().ok().and_then(Option::as_ref);
+            stream.pace(taken, now);
         }
         self.finish_step(step)
     }
@@ -312,7 +302,8 @@ impl Session {
         let binding = secured.map_or(NO_CHANNEL_BINDING, |secured| secured.binding);
         let outbound = &mut self.outbound;
         let step = match state.handle_outcome(outcome, &self.settings, &binding, now, outbound) {
-            Ok(stream) => {
+            Ok(mut stream) => {
+                stream.pace(None, now);
                 let device = stream.device();
                 let peer = self.peer.to_string();
                 self.heard_at_us = now.mono_us;

@@ -23,10 +23,10 @@ use fieldgate_protocol::message::{Bye, Declare, Ping, Pong, decode};
 
 use super::reply::Outbound;
 use super::{Close, Step, Submission};
+use crate::allowance::Allowance;
 use crate::clock::{BootClock, BootClocks, Now};
 use crate::content::{Context, first_seq};
 use crate::quarantine::{self, Gauge};
-use crate::rate::{Meter, Rate};
 use crate::store::{
     self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Receipt, Schema,
 };
@@ -63,8 +63,7 @@ pub(super) struct Stream {
     refused_at_us: VecDeque<u64>,
     schemas: VecDeque<Arc<Schema>>,
     clocks: BootClocks,
-    frames: Meter,
-    readings: Meter,
+    allowance: Arc<Allowance>,
     paced_until_us: Option<u64>,
 }
 
@@ -75,6 +74,7 @@ impl Stream {
         admission: Admission,
         window_frames: u64,
         quarantine: Arc<Gauge>,
+        allowance: Arc<Allowance>,
     ) -> Stream {
         Stream {
             boot,
@@ -95,30 +95,22 @@ impl Stream {
             refused_at_us: VecDeque::new(),
             schemas: admission.schema.into_iter().collect(),
             clocks: BootClocks::new(admission.clocks),
-            frames: Meter::default(),
-            readings: Meter::default(),
+            allowance,
             paced_until_us: None,
         }
     }
 
-    /// Counts a frame, and the readings of what was taken in: beyond either rate, nothing more is listened
+    /// Counts a login or a frame, and the readings of what was taken in: beyond either rate, nothing more is listened
     /// to for a while.
-    pub(super) fn pace(
-        &mut self,
-        taken: Option<&Submission>,
-        frames: Rate,
-        readings: Rate,
-        now: Now,
-    ) {
-        let count = match taken {
+    pub(super) fn pace(&mut self, taken: Option<&Submission>, now: Now) {
+        let readings = match taken {
             Some(Submission::Entry(Entry {
                 content: Content::Readings(readings),
                 ..
             })) => readings.values.len() as u64,
             _ => 0,
         };
-        let next_us = self.frames.spend(frames, 1, now.mono_us);
-        let next_us = next_us.max(self.readings.spend(readings, count, now.mono_us));
+        let next_us = self.allowance.spend(1, readings, now.mono_us);
         self.paced_until_us = (next_us > now.mono_us).then_some(next_us);
     }
 

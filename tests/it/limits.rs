@@ -48,6 +48,34 @@ fn c13_a_device_over_its_rate_waits_and_the_others_do_not() {
     );
 }
 
+/// Whoever connects again does not begin anew.
+#[test]
+fn c13_a_device_cannot_leave_its_rate_behind() {
+    let rate = [
+        "--device-readings-per-s",
+        "2000",
+        "--device-readings-burst",
+        "8192",
+    ];
+    let gateway = Gateway::start(&rate);
+    let begun = Instant::now();
+    // 12,180 readings: the burst, and two seconds' more; but less than the burst on each connection.
+    for connection in 0..3 {
+        let (mut hot, _) = gateway.connect("hot");
+        let seqs = connection * 10 + 1..=connection * 10 + 10;
+        for seq in seqs.clone() {
+            hot.send(&readings_at(
+                seq,
+                T0_US + seq as i64 * 2_000_000_000,
+                &[7; 406],
+            ));
+        }
+        hot.expect_ack(*seqs.end());
+    }
+    let took = begun.elapsed();
+    assert!(took >= Duration::from_millis(1_500), "{took:?}");
+}
+
 /// What brings no readings takes time, too.
 #[test]
 fn c13_a_device_may_not_ask_without_end() {

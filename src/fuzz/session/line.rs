@@ -11,6 +11,7 @@ use fieldgate_protocol::message::{self, Ack, Bye, Message, Nack, Pong, Welcome};
 use super::device::{BOOT, CHALLENGE, KNOWN, NONCE};
 use super::model::{Model, Said, Submits};
 use super::store::StoreSide;
+use crate::allowance::Allowances;
 use crate::clock::Now;
 use crate::ingest::STORE_RETRY_AFTER_MS;
 use crate::mailbox::Mailbox;
@@ -51,11 +52,15 @@ pub(super) struct Line {
 }
 
 impl Line {
-    pub(super) fn new(settings: Arc<SessionSettings>, now: Now) -> Line {
+    pub(super) fn new(
+        settings: Arc<SessionSettings>,
+        allowances: Arc<Allowances>,
+        now: Now,
+    ) -> Line {
         let peer = ([127, 0, 0, 1], 1000).into();
         Line {
             session: Session::new(Arc::clone(&settings), peer, NONCE, now),
-            model: Model::new(Arc::clone(&settings), now),
+            model: Model::new(Arc::clone(&settings), allowances, now),
             mailbox: Arc::default(),
             input: BytesMut::new(),
             held_back: Vec::new(),

@@ -29,6 +29,7 @@ use self::device::{FLEET_KEY, KNOWN};
 use self::line::Line;
 use self::store::StoreSide;
 use super::{mend_all, poll_once};
+use crate::allowance::Allowances;
 use crate::clock::Now;
 use crate::codec::{CodecError, FrameCodec};
 use crate::credentials::Credentials;
@@ -37,6 +38,11 @@ use crate::quarantine::Gauge;
 use crate::rate::Rate;
 use crate::session::SessionSettings;
 
+/// More than a device can use up here.
+const PLENTY: Rate = Rate {
+    per_s: 1_000_000,
+    burst: 1_000_000,
+};
 const OPERATIONS_MAX: usize = 300;
 /// Sessions at a time; the oldest goes when there is one more.
 const LINES_MAX: usize = 3;
@@ -79,6 +85,8 @@ impl<'a> Input<'a> {
 struct World {
     now: Now,
     settings: Arc<SessionSettings>,
+    /// The model's.
+    allowances: Arc<Allowances>,
     store: StoreSide,
     /// The newest is the last.
     lines: Vec<Line>,
@@ -89,20 +97,16 @@ impl World {
         let is_roomy = picks & 1 == 0;
         // A device may use an eighth: a few short frames.
         let bytes_max = if is_roomy { u64::MAX / 2 } else { 8 * 200 };
+        let rate = |is_plenty, per_s, burst| match is_plenty {
+            true => PLENTY,
+            false => Rate { per_s, burst },
+        };
+        let frames = rate(picks & 8 == 0, 2, 9);
+        let readings = rate(picks & 4 == 0, 10, 40);
         let settings = SessionSettings {
             credentials: Arc::new(Credentials::new(FleetKey::from_bytes(FLEET_KEY))),
             window_frames: if picks & 2 == 0 { 64 } else { 3 },
-            device_frames: match picks & 8 {
-                0 => SessionSettings::default().device_frames,
-                _ => Rate { per_s: 2, burst: 9 },
-            },
-            device_readings: match picks & 4 {
-                0 => SessionSettings::default().device_readings,
-                _ => Rate {
-                    per_s: 10,
-                    burst: 40,
-                },
-            },
+            allowances: Arc::new(Allowances::new(frames, readings)),
             outbound_bytes_max: OUTBOUND_BYTES_MAX,
             quarantine: Arc::new(Gauge::new(bytes_max)),
             ..SessionSettings::default()
@@ -115,6 +119,7 @@ impl World {
             },
             store: StoreSide::new(Arc::clone(&settings.quarantine), bytes_max),
             settings,
+            allowances: Arc::new(Allowances::new(frames, readings)),
             lines: Vec::new(),
         }
     }
@@ -124,8 +129,8 @@ impl World {
             self.lose(0);
             self.forget_closed();
         }
-        self.lines
-            .push(Line::new(Arc::clone(&self.settings), self.now));
+        let (settings, allowances) = (Arc::clone(&self.settings), Arc::clone(&self.allowances));
+        self.lines.push(Line::new(settings, allowances, self.now));
         if is_welcomed {
             let line = self.lines.len() - 1;
             self.receive(line, &KNOWN[known].hello);

@@ -9,10 +9,10 @@ use fieldgate_protocol::message::{Bye, Declare, Gap, Hello, Ping, decode};
 
 use super::device::KNOWN;
 use super::taken::{Made, Taken, made, refused};
+use crate::allowance::{Allowance, Allowances};
 use crate::clock::Now;
 use crate::ingest::STORE_RETRY_AFTER_MS;
 use crate::quarantine;
-use crate::rate::Meter;
 use crate::session::SessionSettings;
 use crate::store::{Admission, DeclareOutcome, Schema};
 
@@ -80,8 +80,7 @@ struct Serving {
     refusals: Vec<(u64, Code)>,
     refused_at_us: Vec<u64>,
     schemas: Vec<Arc<Schema>>,
-    frames: Meter,
-    readings: Meter,
+    allowance: Arc<Allowance>,
     paced_until_us: Option<u64>,
     /// When the peer was last heard, or began to be listened to.
     heard_at_us: u64,
@@ -90,6 +89,8 @@ struct Serving {
 
 pub(super) struct Model {
     settings: Arc<SessionSettings>,
+    /// What the devices may still send, apart from what the sessions reckon.
+    allowances: Arc<Allowances>,
     phase: Phase,
     opened_at_us: u64,
     stranger_bytes: usize,
@@ -98,9 +99,14 @@ pub(super) struct Model {
 }
 
 impl Model {
-    pub(super) fn new(settings: Arc<SessionSettings>, now: Now) -> Model {
+    pub(super) fn new(
+        settings: Arc<SessionSettings>,
+        allowances: Arc<Allowances>,
+        now: Now,
+    ) -> Model {
         Model {
             settings,
+            allowances,
             phase: Phase::AwaitHello,
             opened_at_us: now.mono_us,
             stranger_bytes: 0,
@@ -214,10 +220,7 @@ impl Model {
         }
         if let Phase::Serving(serving) = &mut self.phase {
             (serving.heard_at_us, serving.begun_at_us) = (now.mono_us, None);
-            let next_us = serving
-                .frames
-                .spend(self.settings.device_frames, 1, now.mono_us);
-            serving.pace(next_us, now);
+            serving.pace(1, 0, now);
         }
         if types::is_skippable(frame.header.frame_type) && frame.intact {
             return Submits::Nothing;
@@ -357,14 +360,10 @@ impl Model {
     }
 
     fn take(&mut self, taken: Taken, now: Now) -> Submits {
-        let rate = self.settings.device_readings;
         let serving = self.serving();
         (serving.expected_seq, serving.taken_through) = (taken.seq + 1, taken.seq);
         if let Made::Readings { values, .. } = &taken.made {
-            let next_us = serving
-                .readings
-                .spend(rate, values.len() as u64, now.mono_us);
-            serving.pace(next_us, now);
+            serving.pace(0, values.len() as u64, now);
         }
         Submits::Taken(taken)
     }
@@ -434,12 +433,12 @@ impl Model {
             refusals: Vec::new(),
             refused_at_us: Vec::new(),
             schemas: admission.schema.iter().cloned().collect(),
-            frames: Meter::default(),
-            readings: Meter::default(),
+            allowance: self.allowances.of(admission.device, now.mono_us),
             paced_until_us: None,
             heard_at_us: now.mono_us,
             begun_at_us: None,
         }));
+        self.serving().pace(1, 0, now);
     }
 
     pub(super) fn declared(&mut self, outcome: &DeclareOutcome, now: Now) {
@@ -512,8 +511,9 @@ impl Model {
 }
 
 impl Serving {
-    /// Nothing more is wanted before `next_us`.
-    fn pace(&mut self, next_us: u64, now: Now) {
+    /// Nothing more is wanted while more has come than the device may send.
+    fn pace(&mut self, frames: u64, readings: u64, now: Now) {
+        let next_us = self.allowance.spend(frames, readings, now.mono_us);
         if next_us > now.mono_us {
             self.paced_until_us = self.paced_until_us.max(Some(next_us));
         }
