@@ -101,12 +101,3 @@ impl Context<'_> {
         }
     }
 }
-
-/// The first number a frame covers: differs from its own only for a GAP that can be read.
-pub fn first_seq(frame: &Frame<'_>) -> u64 {
-    let seq = frame.header.seq;
-    if frame.header.frame_type != types::GAP || !frame.intact {
-        return seq;
-    }
-    decode::<Gap<'_>>(frame.payload()).map_or(seq, |gap| gap.from_seq.min(seq))
-}

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::auth::{KEY_BYTES, NONCE_BYTES};
 use crate::column::{Kind, check_time, check_utc};
 use crate::error::Violation;
-use crate::frame::{self, NoRoom, SEQ_MAX, types};
+use crate::frame::{self, Frame, NoRoom, SEQ_MAX, types};
 
 /// Channels of a schema, and columns of a DATA (R42, R53).
 pub const CHANNELS_MAX: usize = 32;
@@ -527,6 +527,15 @@ impl<'a> Message<'a> for Bye<'a> {
         check_text(self.detail, DETAIL_BYTES_MAX)?;
         check_ext(self.ext)
     }
+}
+
+/// The first number a frame covers: differs from its own only for a GAP that can be read (R45).
+pub fn first_seq(frame: &Frame<'_>) -> u64 {
+    let seq = frame.header.seq;
+    if frame.header.frame_type != types::GAP || !frame.intact {
+        return seq;
+    }
+    decode::<Gap<'_>>(frame.payload()).map_or(seq, |gap| gap.from_seq.min(seq))
 }
 
 /// Whether `name` can be a device's (R31).

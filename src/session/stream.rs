@@ -19,13 +19,13 @@ use fieldgate_protocol::auth::schema_hash;
 use fieldgate_protocol::column::Kind;
 use fieldgate_protocol::error::{Code, Violation};
 use fieldgate_protocol::frame::{Frame, SEQ_MAX, VERSION, types};
-use fieldgate_protocol::message::{Bye, Declare, Ping, Pong, decode};
+use fieldgate_protocol::message::{Bye, Declare, Ping, Pong, decode, first_seq};
 
 use super::reply::Outbound;
 use super::{Close, Step, Submission};
 use crate::allowance::Allowance;
 use crate::clock::{BootClock, BootClocks, Now};
-use crate::content::{Context, first_seq};
+use crate::content::Context;
 use crate::quarantine::{self, Gauge};
 use crate::store::{
     self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Receipt, Schema,

@@ -3,13 +3,14 @@
 
 use std::io::Write;
 
-use fieldgate::content::{Context, first_seq};
+use fieldgate::content::Context;
 use fieldgate::store::Content;
 use fieldgate::store::editor::Editor;
 use fieldgate::store::reader::Reader;
 use fieldgate::store::replay::{KeptFrame, Known, Understood};
 use fieldgate::store::url::StoreUrl;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
+use fieldgate_protocol::message::first_seq;
 
 use super::select::Selection;
 use crate::cli::Error;

@@ -6,8 +6,10 @@ use super::*;
 use crate::clock::{BootClock, Quality};
 
 mod devices;
+mod quarantine;
 
 pub(super) use self::devices::*;
+pub(super) use self::quarantine::*;
 
 /// A store under test, and a way to look behind it.
 pub(super) trait Harness: Sized + Send {
@@ -241,28 +243,6 @@ pub(super) async fn a_gap_is_kept_from_what_is_durable_on<H: Harness>() {
     // The longest gap that can be kept, and one that cannot.
     let batch = entries(vec![peer.gap(10, u64::MAX), peer.gap(10, ledger::SEQ_MAX)]);
     assert_eq!(durable(h.store(), &batch).await, [ledger::SEQ_MAX]);
-}
-
-pub(super) async fn quarantine_moves_the_watermark<H: Harness>() {
-    let mut h = H::create().await;
-    let peer = peer(h.store(), "a").await;
-    let content = Content::Quarantined {
-        code: 31,
-        detail: "column 'x'".to_owned(),
-        bytes: vec![0, 255, 39],
-        peer: "192.0.2.1:9".to_owned(),
-    };
-    let batch = entries(vec![
-        peer.entry(1, 1, 0x11, content),
-        peer.readings(2, &[(5, 5.0)]),
-    ]);
-    assert_eq!(durable(h.store(), &batch).await, [2]);
-    let dump = h.dump().await;
-    assert_eq!(
-        dump.quarantine,
-        [(1, 1, 31, "column 'x'".to_owned(), vec![0, 255, 39])]
-    );
-    assert_eq!(dump.frames[0], ("a".into(), 1, 1, 0x11, None, None));
 }
 
 pub(super) async fn values_keep_their_bits<H: Harness>() {
@@ -615,6 +595,7 @@ macro_rules! contract {
             what_does_not_continue_the_stream_waits,
             a_gap_is_kept_from_what_is_durable_on,
             quarantine_moves_the_watermark,
+            a_refused_gap_covers_what_it_says,
             values_keep_their_bits,
             readings_of_one_instant_both_stay,
             a_login_sees_the_entries_before_it,

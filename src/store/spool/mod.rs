@@ -420,11 +420,8 @@ impl Connected {
 
     /// Commits the batch, with a gap before it where the database lacks what it once had.
     async fn commit(&mut self, batch: &mut Batch) -> Result<(), StoreError> {
-        let committed = self.store.commit(batch).await?;
+        let mut committed = self.store.commit(batch).await?;
         let lost = lost_ranges(&batch.entries, &committed);
-        if lost.is_empty() {
-            return Ok(());
-        }
         for gap in &lost {
             tracing::error!(
                 stream = gap.stream.0,
@@ -433,9 +430,14 @@ impl Connected {
                 "Postgres lacks frames that it had; recorded as a gap"
             );
         }
-        batch.entries.splice(0..0, lost);
-        let committed = self.store.commit(batch).await?;
-        if lost_ranges(&batch.entries, &committed).is_empty() {
+        if !lost.is_empty() {
+            batch.entries.splice(0..0, lost);
+            committed = self.store.commit(batch).await?;
+        }
+        // What follows is that the spool forgets them, so the database's own word is needed for each.
+        let durable = durable_seqs(&committed);
+        let is_taken = |entry: &Entry| durable.get(&entry.stream) >= Some(&entry.seq);
+        if batch.entries.iter().all(is_taken) {
             return Ok(());
         }
         let reason = "Postgres does not take frames that continue their streams";
@@ -448,13 +450,17 @@ fn missing<I: Ord + Hash>(ids: impl Iterator<Item = I>, known: &HashMap<I, I>) -
     ids.filter(|id| !known.contains_key(id)).collect()
 }
 
+/// How far each stream is in the database.
+fn durable_seqs(committed: &Committed) -> HashMap<StreamId, u64> {
+    let receipts = committed.receipts.iter();
+    receipts
+        .map(|receipt| (receipt.stream(), receipt.durable_seq()))
+        .collect()
+}
+
 /// Gaps that stand for what has to be in the database for `entries` to be taken, and is not.
 fn lost_ranges(entries: &[Entry], committed: &Committed) -> Vec<Entry> {
-    let durable: HashMap<StreamId, u64> = committed
-        .receipts
-        .iter()
-        .map(|receipt| (receipt.stream(), receipt.durable_seq()))
-        .collect();
+    let durable = durable_seqs(committed);
     // What is read of a stream is contiguous, so its first entry tells.
     let mut seen = BTreeSet::new();
     let firsts = entries.iter().filter(|entry| seen.insert(entry.stream));

@@ -148,6 +148,29 @@ async fn what_the_database_lost_is_a_gap() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn what_the_database_does_not_take_is_not_forgotten() {
+    let mut h = Spooled::create().await;
+    let peer = peer(&mut h.store, "a").await;
+    h.drained().await;
+    h.store.drain.shutdown().await;
+    h.readings(&peer, 1..5).await;
+    let path = h.directory.path().join("spool.db");
+    let mut reader = SpoolReader::open(&path).await.unwrap();
+    let mut chunk = reader.chunk(Cursor::default()).await.unwrap();
+    // What nothing but a mistake of this program's could bring about.
+    chunk.entries.remove(1);
+    let settings = PostgresSettings {
+        spool: Some(h.store.spool.lock().await.identity().await.unwrap().id),
+        ..h.database.settings()
+    };
+    let mut connected = Connected::open(&settings).await.unwrap();
+    let mut batch = connected.translate(&mut chunk, &mut reader).await.unwrap();
+    let refused = connected.commit(&mut batch).await.unwrap_err();
+    assert!(matches!(&refused, StoreError::Transient(why) if why.contains("continue")));
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
 async fn a_full_spool_takes_more_when_it_is_drained() {
     let mut h = Spooled::create().await;
     let peer = peer(&mut h.store, "a").await;

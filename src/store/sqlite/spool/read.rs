@@ -3,6 +3,8 @@
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
+use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
+use fieldgate_protocol::message::first_seq;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
@@ -143,7 +145,26 @@ impl SpoolReader {
                     entry.first_seq = from_seq;
                     Content::Gap { reason }
                 }
-                (Some(Other::Content(content)), None) => content,
+                (
+                    Some(Other::Quarantined {
+                        code,
+                        detail,
+                        bytes,
+                        peer,
+                    }),
+                    None,
+                ) => {
+                    // A GAP that was refused covers more than its own number, which it alone tells.
+                    if let Ok(Some(frame)) = frame::decode(&bytes, FRAME_BYTES_MAX) {
+                        entry.first_seq = first_seq(&frame);
+                    }
+                    Content::Quarantined {
+                        code,
+                        detail,
+                        bytes,
+                        peer,
+                    }
+                }
                 (Some(Other::Event(event)), Some(time)) => Content::Event {
                     time,
                     at_us: event.at_us,
@@ -206,13 +227,13 @@ impl SpoolReader {
         .fetch_all(&mut self.conn)
         .await?;
         for (frame, code, detail, bytes, peer) in quarantined {
-            let content = Content::Quarantined {
+            let quarantined = Other::Quarantined {
                 code,
                 detail,
                 bytes,
                 peer,
             };
-            others.insert(frame, Other::Content(content));
+            others.insert(frame, quarantined);
         }
         let events: Vec<(i64, i64, u8, u16, String)> = sqlx::query_as(
             "SELECT frame_id, at, level, code, detail FROM device_events
@@ -404,8 +425,16 @@ impl SpoolReader {
 
 /// The content of a frame that is not readings.
 enum Other {
-    Gap { from_seq: u64, reason: u8 },
-    Content(Content),
+    Gap {
+        from_seq: u64,
+        reason: u8,
+    },
+    Quarantined {
+        code: u8,
+        detail: String,
+        bytes: Vec<u8>,
+        peer: String,
+    },
     Event(ReportedEvent),
 }
 

@@ -1,0 +1,72 @@
+//! What is kept of frames that were refused.
+
+use fieldgate_protocol::frame::{self, HEADER_BYTES, Header, types};
+use fieldgate_protocol::message::{self, Gap};
+
+use super::*;
+
+pub(in crate::store) async fn quarantine_moves_the_watermark<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let content = Content::Quarantined {
+        code: 31,
+        detail: "column 'x'".to_owned(),
+        bytes: vec![0, 255, 39],
+        peer: "192.0.2.1:9".to_owned(),
+    };
+    let batch = entries(vec![
+        peer.entry(1, 1, 0x11, content),
+        peer.readings(2, &[(5, 5.0)]),
+    ]);
+    assert_eq!(durable(h.store(), &batch).await, [2]);
+    let dump = h.dump().await;
+    assert_eq!(
+        dump.quarantine,
+        [(1, 1, 31, "column 'x'".to_owned(), vec![0, 255, 39])]
+    );
+    assert_eq!(dump.frames[0], ("a".into(), 1, 1, 0x11, None, None));
+}
+
+/// So a spool, which hands on what it has kept, knows what continues a stream.
+pub(in crate::store) async fn a_refused_gap_covers_what_it_says<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let content = Content::Quarantined {
+        code: 34,
+        detail: "flags".to_owned(),
+        bytes: flagged_gap(3, 5),
+        peer: "192.0.2.1:9".to_owned(),
+    };
+    let batch = entries(vec![
+        peer.readings(1, &[(1, 1.0)]),
+        peer.readings(2, &[(2, 2.0)]),
+        peer.entry(3, 5, types::GAP, content),
+        peer.readings(6, &[(6, 6.0)]),
+    ]);
+    assert_eq!(durable(h.store(), &batch).await, [6]);
+    let dump = h.dump().await;
+    assert_eq!(seqs(&dump), [1, 2, 5, 6]);
+    assert!(dump.gaps.is_empty(), "{:?}", dump.gaps);
+    let kept = (1, 5, 34, "flags".to_owned(), flagged_gap(3, 5));
+    assert_eq!(dump.quarantine, [kept]);
+}
+
+/// A GAP with a flag that nobody knows.
+fn flagged_gap(from_seq: u64, seq: u64) -> Vec<u8> {
+    let gap = Gap {
+        from_seq,
+        reason: 3,
+        ext: &[],
+    };
+    let mut bytes = vec![0; 64];
+    let frame_bytes = message::encode(&gap, seq, &mut bytes).unwrap();
+    bytes.truncate(frame_bytes);
+    let header = Header {
+        flags: 1,
+        ..frame::decode_header(&bytes[..HEADER_BYTES], bytes.len())
+            .unwrap()
+            .unwrap()
+    };
+    frame::seal(header, &mut bytes).unwrap();
+    bytes
+}
