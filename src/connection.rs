@@ -33,6 +33,8 @@ use crate::tls;
 const READ_BYTES: usize = 16 * 1024;
 /// What is read at once from a peer that has not proved yet that it is one.
 const STRANGER_READ_BYTES: usize = 1024;
+/// Of TLS from such a peer: its handshake, with a chain of certificates, and what carries two short frames.
+const STRANGER_TLS_BYTES_MAX: usize = 64 * 1024;
 /// How long a peer may take to read the last words and close.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// When there is no deadline: far enough to never matter.
@@ -187,6 +189,9 @@ impl Connection {
             Ok(_) => self.take_frames(None),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => self.lose(&error),
+        }
+        if self.session.device().is_none() && self.socket.tls_bytes() > STRANGER_TLS_BYTES_MAX {
+            self.session.handle_loss("too much of TLS before AUTH");
         }
         if self.input.is_empty() {
             self.input = BytesMut::new();

@@ -34,6 +34,8 @@ struct Tls {
     is_told: bool,
     /// The peer has said that it sends no more.
     has_ended: bool,
+    /// What has come through the TCP socket, whatever it held.
+    received_bytes: usize,
 }
 
 /// What the two ends of a TLS connection agree upon.
@@ -57,6 +59,7 @@ impl Socket {
             conn: conn.into(),
             is_told: false,
             has_ended: false,
+            received_bytes: 0,
         };
         Socket {
             tcp,
@@ -77,18 +80,25 @@ impl Socket {
         if tls.is_told || tls.conn.is_handshaking() {
             return None;
         }
-        tls.is_told = true;
         let binding = [0; KEY_BYTES];
+        // Fails if what came right behind the handshake broke the rules; whoever reads hears of that.
         let exported = tls
             .conn
             .export_keying_material(binding, BINDING_LABEL, Some(&[]));
+        let binding = exported.ok()?;
+        tls.is_told = true;
         let certificates = tls.conn.peer_certificates();
         Some(Channel {
-            binding: exported.expect("a handshake that has ended has keys"),
+            binding,
             certificate: certificates
                 .and_then(<[_]>::first)
                 .map(|certificate| certificate.clone().into_owned()),
         })
+    }
+
+    /// How many bytes of TLS have come, whatever they held; 0 without TLS.
+    pub fn tls_bytes(&self) -> usize {
+        self.tls.as_ref().map_or(0, |tls| tls.received_bytes)
     }
 
     /// Whether records wait for the TCP socket to take them.
@@ -104,11 +114,11 @@ impl Socket {
         self.tcp.ready(interest).await
     }
 
-    /// Appends what has come to `input`, of a plain connection `bytes_max` bytes at most; 0 says that the
-    /// peer sends no more.
+    /// Appends what has come to `input`, `bytes_max` bytes at most, or through TLS until at least so many came
+    /// with its records, of which not all need to hold something; 0 says that the peer sends no more.
     ///
     /// # Errors
-    /// `WouldBlock` if nothing has come; `InvalidData` if it is not TLS, or breaks its rules.
+    /// `WouldBlock` if there is nothing to append; `InvalidData` if it is not TLS, or breaks its rules.
     pub fn try_read(&mut self, input: &mut BytesMut, bytes_max: usize) -> io::Result<usize> {
         match &mut self.tls {
             None => {
@@ -205,14 +215,20 @@ impl Tls {
         bytes_max: usize,
     ) -> io::Result<usize> {
         let before = input.len();
-        while !self.has_ended && input.len() - before < bytes_max {
+        // Records can be empty without end, so it is they that are counted, or a peer could keep this loop busy.
+        let mut received = 0;
+        while !self.has_ended && received < bytes_max {
             match self.conn.read_tls(&mut TryIo(tcp)) {
                 Ok(0) => self.has_ended = true,
-                Ok(_) => self.take_in(tcp, input)?,
+                Ok(count) => {
+                    received += count;
+                    self.take_in(tcp, input)?;
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error),
             }
         }
+        self.received_bytes = self.received_bytes.saturating_add(received);
         // The handshake's next words.
         self.flush(tcp)?;
         match input.len() - before {
@@ -269,5 +285,85 @@ impl Write for TryIo<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use rcgen::CertifiedKey;
+    use rustls::crypto::ring;
+    use rustls::pki_types::PrivatePkcs8KeyDer;
+    use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// The two ends of a connection through TLS, whose handshake is over.
+    async fn pair() -> (Socket, Socket) {
+        let CertifiedKey { cert, signing_key } =
+            rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let key = PrivatePkcs8KeyDer::from(signing_key.serialize_der()).into();
+        let mut roots = RootCertStore::empty();
+        roots.add(cert.der().clone()).unwrap();
+        let provider = Arc::new(ring::default_provider());
+        let server = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![cert.der().clone()], key);
+        let client = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap())
+            .await
+            .unwrap();
+        let host = "localhost".try_into().unwrap();
+        let client = ClientConnection::new(Arc::new(client), host).unwrap();
+        let mut near = Socket::tls(tcp, client);
+        let server = ServerConnection::new(Arc::new(server.unwrap())).unwrap();
+        let mut far = Socket::tls(listener.accept().await.unwrap().0, server);
+        let mut nothing = BytesMut::new();
+        while near.is_handshaking() || far.is_handshaking() {
+            for socket in [&mut near, &mut far] {
+                socket.try_flush().unwrap();
+                match socket.try_read(&mut nothing, 1) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    read => assert_eq!(read.unwrap(), 0),
+                }
+            }
+            tokio::task::yield_now().await;
+        }
+        (near, far)
+    }
+
+    /// Nearly nothing but records that say nothing.
+    #[tokio::test]
+    async fn a_peer_that_says_little_in_many_records_keeps_nobody_busy() {
+        let (mut peer, mut socket) = pair().await;
+        let said: Vec<u8> = (0..50).collect();
+        for byte in &said {
+            let conn = &mut peer.tls.as_mut().unwrap().conn;
+            for _ in 0..30 {
+                conn.refresh_traffic_keys().unwrap();
+            }
+            peer.write_all(&[*byte]).await.unwrap();
+        }
+        let mut input = BytesMut::new();
+        let mut most = 0;
+        while input.len() < said.len() {
+            socket.ready(Interest::READABLE).await.unwrap();
+            match socket.try_read(&mut input, 1024) {
+                Ok(count) => most = most.max(count),
+                Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+            }
+        }
+        assert_eq!(input, said);
+        // 4 KiB of some 900 bytes each.
+        assert!(most <= 10, "{most}");
     }
 }

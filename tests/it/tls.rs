@@ -12,7 +12,9 @@ use rustls::client::WantsClientCert;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ClientConfig, ConfigBuilder, RootCertStore, SupportedProtocolVersion, version};
+use rustls::{
+    ClientConfig, ClientConnection, ConfigBuilder, RootCertStore, SupportedProtocolVersion, version,
+};
 use tempfile::TempDir;
 
 use crate::client::{Heard, Link, Login, SCHEMA, Welcomed, declare, readings};
@@ -232,30 +234,88 @@ fn client_hello(version: [u8; 2]) -> Vec<u8> {
     [&[0x16, 3, 1][..], &with_length(&handshake)].concat()
 }
 
-#[test]
-fn records_are_small() {
-    let site = Site::new();
-    let gateway = site.start(&["--tls-record-bytes-max", "256"]);
-    let client = trusting(&site.path("tls/ca.pem"), &version::TLS13).with_no_client_auth();
+/// A handshake up to the client's last words, which are not sent yet; with the lengths of the records that the
+/// gateway sent.
+fn shake_hands(site: &Site, gateway: &Gateway) -> (TcpStream, ClientConnection, Vec<usize>) {
     let host = "localhost".try_into().expect("a name");
-    let mut conn = rustls::ClientConnection::new(Arc::new(client), host).expect("a config");
+    let mut conn = ClientConnection::new(site.client(), host).expect("a config");
     let mut socket = connect(gateway.tls_addr());
     conn.write_tls(&mut socket).expect("sends");
-    let mut longest = 0;
-    let mut records = 0;
+    let mut lengths = Vec::new();
     while conn.is_handshaking() {
         let mut record = vec![0; 5];
         socket.read_exact(&mut record).expect("a record");
         let length = usize::from(u16::from_be_bytes([record[3], record[4]]));
-        (records, longest) = (records + 1, longest.max(length));
+        lengths.push(length);
         record.resize(5 + length, 0);
         socket.read_exact(&mut record[5..]).expect("a whole record");
         conn.read_tls(&mut &record[..]).expect("takes it");
         conn.process_new_packets().expect("TLS");
     }
+    (socket, conn, lengths)
+}
+
+/// What is wrong right behind a handshake is an end like any other.
+#[test]
+fn a_handshake_with_rubbish_behind_it_is_closed() {
+    let site = Site::new();
+    let mut gateway = site.start(&[]);
+    let (mut socket, mut conn, _) = shake_hands(&site, &gateway);
+    let mut last_words = Vec::new();
+    conn.write_tls(&mut last_words).expect("writes");
+    // A record of the right form that no key has sealed.
+    last_words.extend([&[0x17, 3, 3, 0, 40][..], &[7; 40]].concat());
+    socket.write_all(&last_words).expect("sends");
+    until_closed(&mut socket);
+    assert_serves(&gateway, "good");
+    gateway.terminate();
+    let Ended { stderr, .. } = gateway.wait();
+    let told = by_default(&stderr);
+    assert!(told.lines().all(|line| line.contains("leaving")), "{told}");
+}
+
+/// What strangers send is counted with all that carries it.
+#[test]
+fn c09_a_stranger_may_not_send_records_for_ever() {
+    let site = Site::new();
+    let gateway = site.start(&[]);
+    let hello = gateway.device("pump").hello();
+    for (refreshes, is_answered) in [(1, true), (30, false)] {
+        let (mut socket, mut conn, _) = shake_hands(&site, &gateway);
+        // A gateway that has closed takes no more.
+        let mut send = |conn: &mut ClientConnection| conn.write_tls(&mut socket).is_ok();
+        let is_sent = hello.iter().all(|byte| {
+            (0..refreshes).for_each(|_| conn.refresh_traffic_keys().expect("TLS 1.3"));
+            conn.writer().write_all(&[*byte]).expect("writes");
+            while conn.wants_write() {
+                if !send(&mut conn) {
+                    return false;
+                }
+            }
+            true
+        });
+        let mut answer = Vec::new();
+        while is_sent
+            && conn.read_tls(&mut socket).is_ok_and(|count| count > 0)
+            && answer.is_empty()
+        {
+            let state = conn.process_new_packets().expect("TLS");
+            answer.resize(state.plaintext_bytes_to_read(), 0);
+            conn.reader().read_exact(&mut answer).expect("is there");
+        }
+        assert_eq!(!answer.is_empty(), is_answered, "{refreshes}");
+    }
+}
+
+#[test]
+fn records_are_small() {
+    let site = Site::new();
+    let gateway = site.start(&["--tls-record-bytes-max", "256"]);
+    let (_socket, _conn, lengths) = shake_hands(&site, &gateway);
+    let (records, longest) = (lengths.len(), lengths.iter().max().expect("some"));
     // The certificate alone is longer; a record has a tag of 16 bytes and a type besides.
     assert!(
-        records > 4 && longest <= 256 + 17,
+        records > 4 && *longest <= 256 + 17,
         "{records} records, up to {longest} bytes"
     );
 }
