@@ -36,7 +36,7 @@ const REMEMBERED_MAX: usize = 4096;
 /// Bounds on strangers.
 #[derive(Clone, Copy, Debug)]
 pub struct EntranceLimits {
-    /// Connections at once; further ones wait to be accepted.
+    /// Connections at once; further ones wait, or the oldest that has not proved a key yet ends.
     pub connections_max: usize,
     /// Of those, from one address; further ones are closed.
     pub connections_per_address_max: usize,
@@ -147,8 +147,6 @@ impl Entrance {
     /// # Cancel safety
     /// A cancelled call takes no place.
     pub async fn has_room(&self, clock: &SystemClock) {
-        // Given back at once: it is taken by `admit`, and nobody else takes one in between.
-        drop(self.places.acquire().await);
         while let Some(wait) = self.handshakes_full(clock.now().mono_us) {
             let _ = timeout(wait, self.handshake_ended.notified()).await;
         }
@@ -166,20 +164,60 @@ impl Entrance {
     /// How long until the oldest handshake may be ended, if there are too many.
     fn handshakes_full(&self, now_us: u64) -> Option<Duration> {
         let tables = self.lock();
-        let (_, oldest) = tables.handshakes.first_key_value()?;
-        let gives_way_us = oldest.begun_at_us + GIVES_WAY_AFTER_US;
         let is_full = tables.handshakes.len() >= self.limits.handshakes_max;
-        (is_full && gives_way_us > now_us).then(|| Duration::from_micros(gives_way_us - now_us))
+        let wait = tables.until_oldest_gives_way(now_us)?;
+        (is_full && wait > Duration::ZERO).then_some(wait)
     }
 
-    /// Gives a connection its place, after [`Entrance::has_room`]; `None` if there are too many from its
-    /// address. Should there be too many handshakes, the oldest one's `mailbox` is told to end.
-    pub fn admit(
+    /// Gives a connection that was accepted its place, as soon as there is one; `None` if there are too many
+    /// from its address. Where places or handshakes have run out, the `mailbox` of the oldest handshake is told
+    /// to end, if that has taken a while.
+    ///
+    /// One connection more than there are places is open meanwhile. So nobody is told to end as long as nobody
+    /// waits.
+    ///
+    /// # Cancel safety
+    /// A cancelled call takes no place.
+    pub async fn enter(
         self: &Arc<Self>,
         peer: IpAddr,
         mailbox: &Arc<Mailbox>,
-        now_us: u64,
+        clock: &SystemClock,
     ) -> Option<Visit> {
+        if self.has_many_from(peer.into()) {
+            return None;
+        }
+        while self.places.available_permits() == 0 {
+            let wait = self.make_place(clock.now().mono_us);
+            // A place is given back at once: it is taken by `admit`, and nobody else takes one in between.
+            match wait {
+                Some(wait) => drop(timeout(wait, self.places.acquire()).await),
+                None => drop(self.places.acquire().await),
+            }
+        }
+        self.admit(peer, mailbox, clock.now().mono_us)
+    }
+
+    fn has_many_from(&self, address: Address) -> bool {
+        let max = self.limits.connections_per_address_max;
+        let tables = self.lock();
+        let known = tables.addresses.get(&address);
+        known.is_some_and(|known| known.connections >= max)
+    }
+
+    /// Ends the oldest handshake if it has taken a while; gives the time after which it is worth another try,
+    /// if there are handshakes.
+    fn make_place(&self, now_us: u64) -> Option<Duration> {
+        let mut tables = self.lock();
+        let wait = tables.until_oldest_gives_way(now_us)?;
+        if wait > Duration::ZERO {
+            return Some(wait);
+        }
+        tables.end_oldest();
+        Some(Duration::from_micros(GIVES_WAY_AFTER_US))
+    }
+
+    fn admit(self: &Arc<Self>, peer: IpAddr, mailbox: &Arc<Mailbox>, now_us: u64) -> Option<Visit> {
         let address = Address::from(peer);
         let mut tables = self.lock();
         let known = tables.known(address, now_us, self.limits.connections_max);
@@ -195,16 +233,8 @@ impl Entrance {
             mailbox: Arc::clone(mailbox),
         };
         tables.handshakes.insert(number, handshake);
-        if tables.handshakes.len() > self.limits.handshakes_max
-            && let Some((_, oldest)) = tables.handshakes.pop_first()
-        {
-            oldest.mailbox.put(|mail| {
-                mail.close = Some(Close {
-                    code: None,
-                    retry_after_ms: 0,
-                    detail: "its handshake took long, and others waited".into(),
-                });
-            });
+        if tables.handshakes.len() > self.limits.handshakes_max {
+            tables.end_oldest();
         }
         Some(Visit {
             entrance: Arc::clone(self),
@@ -286,6 +316,25 @@ impl Tables {
         }
         known.seen_at_us = now_us;
         known
+    }
+
+    /// How long the oldest handshake has before it must give way, if there is one.
+    fn until_oldest_gives_way(&self, now_us: u64) -> Option<Duration> {
+        let (_, oldest) = self.handshakes.first_key_value()?;
+        let gives_way_us = oldest.begun_at_us + GIVES_WAY_AFTER_US;
+        Some(Duration::from_micros(gives_way_us.saturating_sub(now_us)))
+    }
+
+    fn end_oldest(&mut self) {
+        if let Some((_, oldest)) = self.handshakes.pop_first() {
+            oldest.mailbox.put(|mail| {
+                mail.close = Some(Close {
+                    code: None,
+                    retry_after_ms: 0,
+                    detail: "its handshake took long, and others waited".into(),
+                });
+            });
+        }
     }
 
     /// Those who were not seen lately, or all without a connection if that is not enough.

@@ -158,9 +158,9 @@ async fn accept(
     loop {
         entrance.has_room(&shared.clock).await;
         let (tcp, peer, tls) = accept_one(listeners).await;
-        let now = shared.clock.now();
         let mailbox = Arc::default();
-        let Some(visit) = entrance.admit(peer.ip(), &mailbox, now.mono_us) else {
+        let Some(visit) = entrance.enter(peer.ip(), &mailbox, &shared.clock).await else {
+            let now = shared.clock.now();
             if let Some(not_logged) = entrance.may_log(peer.ip(), now.mono_us) {
                 tracing::info!(%peer, not_logged, "connection closed: too many from its address");
             }

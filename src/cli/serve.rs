@@ -83,8 +83,8 @@ pub struct ServeArgs {
     #[arg(long, value_enum, value_name = "WHICH", default_value_t = Settings::default().registration)]
     registration: Registration,
 
-    /// Connections at once; further ones wait. Raise it for a larger fleet, together with the limit
-    /// of open files (ulimit -n)
+    /// Connections at once; further ones wait, or the oldest that has not proved its key ends. Raise it for a
+    /// larger fleet, together with the limit of open files (ulimit -n)
     #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().connections_max)]
     connections_max: usize,
 
@@ -108,7 +108,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "MS", default_value_t = Settings::default().failure_delay_max_ms)]
     failure_delay_max_ms: u64,
 
-    /// Bytes that a peer may send before it has proved its key, at least 1024
+    /// Bytes that a peer may send before it has proved its key, at least 1024; not counted is what TLS adds,
+    /// which may be 64 KiB
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().stranger_bytes_max)]
     stranger_bytes_max: usize,
 

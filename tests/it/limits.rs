@@ -137,6 +137,18 @@ fn c08_half_a_handshake_gives_way_to_devices() {
     idle[0].expect_closed();
 }
 
+/// So it is when not handshakes run out, but places.
+#[test]
+fn c08_half_a_handshake_gives_way_when_places_run_out() {
+    let gateway = Gateway::start(&["--connections-max", "20", "--handshake-timeout-s", "600"]);
+    let (mut first, _) = gateway.connect("first");
+    let mut idle: Vec<Link> = (0..60).map(|_| Link::open(gateway.addr)).collect();
+    assert_serves(&gateway, "good");
+    idle[0].expect_closed();
+    first.send(&readings(1));
+    first.expect_ack(1);
+}
+
 /// Two frames, and little else.
 #[test]
 fn c09_a_stranger_may_not_send_for_ever() {
@@ -246,7 +258,8 @@ fn c12_few_open_files_mean_few_connections_and_nothing_fails() {
         first.send(&readings(seq));
         first.expect_ack(seq);
     }
-    drop(idle);
     assert_serves(&gateway, "good");
+    drop(idle);
+    assert_serves(&gateway, "better");
     assert!(gateway.is_alive());
 }
