@@ -432,6 +432,8 @@ impl Stream {
         if receipt.durable_seq() < through_seq {
             self.expected_seq = durable_seq + 1;
             self.taken_through = durable_seq;
+            // What may have been asked for before comes after that.
+            self.awaits_resend = false;
             self.ask_for(
                 Code::SeqGap,
                 through_seq,

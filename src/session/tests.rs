@@ -323,6 +323,25 @@ async fn a_device_that_was_not_listened_to_was_not_silent() {
     assert_eq!(bench.session.poll_deadline(), Some(later.mono_us + idle_us));
 }
 
+/// The second NACK tells that more is missing than the first one said.
+#[tokio::test]
+async fn what_the_store_did_not_take_is_asked_for_though_something_else_was_before() {
+    let mut bench = Bench::welcomed().await;
+    bench.take(&frame_for(Input::Good(0), 1, 1));
+    let committed = bench.store.commit(&bench.waiting).await.expect("commits");
+    bench.session.handle_receipt(committed.receipts[0], 1);
+    bench.take(&frame_for(Input::Good(0), 2, 2));
+    bench.take(&frame_for(Input::Good(0), 4, 4));
+    bench.replies();
+    bench.session.handle_receipt(committed.receipts[0], 2);
+    let nack = Reply::Nack {
+        code: Code::SeqGap as u8,
+        seq: 2,
+        expected_seq: 2,
+    };
+    assert!(bench.replies().contains(&nack));
+}
+
 /// They may come damaged this time, and are stored as they came before.
 #[tokio::test]
 async fn what_is_on_its_way_to_a_store_that_was_down_is_not_judged_again() {

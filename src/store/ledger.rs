@@ -44,6 +44,9 @@ pub fn judge(durable_seq: u64, first_seq: u64, seq: u64) -> Verdict {
     }
 }
 
+/// Reason of a gap that was told by a frame which is in quarantine (SPEC, section 4).
+pub const REASON_REFUSED: u8 = 253;
+
 /// An entry that is to be stored.
 #[derive(Clone, Copy, Debug)]
 pub struct Admitted<'a> {
@@ -59,6 +62,15 @@ impl Admitted<'_> {
         match &self.entry.content {
             Content::Readings(readings) => readings.values.len(),
             Content::Gap { .. } | Content::Event { .. } | Content::Quarantined { .. } => 0,
+        }
+    }
+
+    /// Why its numbers are a gap, if they are one.
+    pub fn gap_reason(&self) -> Option<u8> {
+        match self.entry.content {
+            Content::Gap { reason } => Some(reason),
+            Content::Quarantined { .. } if self.first_seq < self.entry.seq => Some(REASON_REFUSED),
+            _ => None,
         }
     }
 }

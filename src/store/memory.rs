@@ -444,7 +444,7 @@ mod tests {
                 time = Some(readings.time);
                 dump_readings(store, dump, device, seq, &readings);
             }
-            Content::Gap { reason } => dump.gaps.push((stream.0, stored.first_seq, seq, reason)),
+            Content::Gap { .. } => {}
             Content::Event {
                 time: at,
                 at_us,
@@ -465,6 +465,12 @@ mod tests {
                 dump.quarantine.push((stream.0, seq, code, detail, bytes));
             }
         }
+        let item = ledger::Admitted {
+            entry: &stored.entry,
+            first_seq: stored.first_seq,
+        };
+        let gap = { item.gap_reason() }.map(|reason| (stream.0, item.first_seq, seq, reason));
+        dump.gaps.extend(gap);
         let (quality, offset_us) = time.map(|t| (t.quality as u8, t.offset_us)).unzip();
         let frame_type = stored.entry.frame_type;
         dump.frames.push((

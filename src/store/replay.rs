@@ -225,7 +225,8 @@ impl Editor {
         self.execute(sql, &values).await.map(drop)
     }
 
-    /// A gap covers what was not durable before it came: from behind the number before it in the ledger.
+    /// A gap covers what was not durable before it came: from behind the number before it in the ledger. It
+    /// stands there already, without its reason, if it covers more than one number.
     async fn add_gap(
         &mut self,
         frame: &KeptFrame,
@@ -238,6 +239,8 @@ impl Editor {
         for row in self.rows(before, &of_frame).await? {
             from_seq = from_seq.max(row.integer(0)? + 1);
         }
+        let known = "DELETE FROM gaps WHERE stream_id = $1 AND to_seq = $2";
+        self.execute(known, &of_frame).await?;
         let sql = "INSERT INTO gaps (stream_id, from_seq, to_seq, reason, received_at)
             VALUES ($1, $2, $3, $4, $5)";
         let values = [

@@ -8,7 +8,7 @@ use std::thread;
 
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
-use fieldgate_protocol::message::{Data, Event};
+use fieldgate_protocol::message::{Data, Event, Gap};
 
 use crate::client::{
     Link, T0_US, TEMPERATURE, damaged, event, frame, gap, header, no_columns, raw, readings,
@@ -73,6 +73,40 @@ fn all_of(database: &mut Database, device: &str) -> (Vec<Row>, Readings, Gaps) {
         "SELECT f.from_seq, f.to_seq, f.reason FROM gaps f {of_device} ORDER BY 1"
     ));
     (frames, database.readings(device), gaps)
+}
+
+/// It counts as what it says, though it is not understood: nothing else comes under these numbers (R45).
+#[test]
+fn a_refused_gap_is_one_and_replay_finds_its_reason() {
+    let gateway = Gateway::start(&[]);
+    let (mut link, _) = gateway.connect("pump");
+    link.send(&readings(1));
+    link.expect_ack(1);
+    let critical = Gap {
+        from_seq: 2,
+        reason: 1,
+        ext: &[4, 0],
+    };
+    link.send(&frame(&critical, 5));
+    link.expect_nack(5, Code::Critical, 6);
+    link.expect_ack(5);
+    link.send(&readings(6));
+    link.expect_ack(6);
+    let mut database = gateway.database();
+    let mut missing = || -> Vec<(i64, i64, String)> {
+        database.rows("SELECT from_seq, to_seq, reason FROM missing_frames")
+    };
+    assert_eq!(missing(), [(2, 5, "told by a refused frame".to_owned())]);
+    // As if the tag were known by now.
+    let digits: String = gap(2, 5, 1)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    in_sqlite(gateway.data_dir(), "pump", 5)(&digits);
+    let path = gateway.data_dir().join("fieldgate.db");
+    let done = replay(&format!("sqlite://{}", path.display()), &[]);
+    assert!(done.status.success(), "{}", done.stderr);
+    assert_eq!(missing(), [(2, 5, "queue damaged".to_owned())]);
 }
 
 /// One device's frames go straight in; another's come by way of quarantine, and end up the same.

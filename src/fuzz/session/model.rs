@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{Frame, SEQ_MAX, VERSION, types};
-use fieldgate_protocol::message::{Bye, Declare, Gap, Hello, Ping, decode};
+use fieldgate_protocol::message::{Bye, Declare, Hello, Ping, decode};
 
 use super::device::KNOWN;
 use super::taken::{Made, Taken, made, refused};
@@ -479,6 +479,7 @@ impl Model {
         if durable_seq < through_seq {
             serving.expected_seq = serving.durable_seq + 1;
             serving.taken_through = serving.durable_seq;
+            serving.is_dropping = false;
             self.ask(Code::SeqGap, through_seq, 0);
         }
         self.close_if_settled();
@@ -536,8 +537,18 @@ impl Serving {
 /// The first number that a frame covers (R45).
 fn first_seq(frame: &Frame<'_>) -> u64 {
     let seq = frame.header.seq;
-    match decode::<Gap<'_>>(frame.payload()) {
-        Ok(gap) if frame.header.frame_type == types::GAP && frame.intact => gap.from_seq.min(seq),
-        _ => seq,
+    if frame.header.frame_type != types::GAP || !frame.intact {
+        return seq;
     }
+    let mut from_seq = 0_u128;
+    for (i, byte) in frame.payload().iter().take(10).enumerate() {
+        from_seq |= u128::from(byte & 0x7f) << (7 * i);
+        if byte & 0x80 == 0 {
+            return match u64::try_from(from_seq) {
+                Ok(from_seq) if from_seq <= seq => from_seq,
+                _ => seq,
+            };
+        }
+    }
+    seq
 }

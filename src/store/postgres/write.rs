@@ -198,7 +198,7 @@ impl Writer {
     async fn store_gaps(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
         for frame in frames {
             let entry = frame.item.entry;
-            let Content::Gap { reason } = entry.content else {
+            let Some(reason) = frame.item.gap_reason() else {
                 continue;
             };
             sqlx::query(

@@ -91,10 +91,7 @@ impl Rows {
     ) -> Result<(), sqlx::Error> {
         let gaps: Vec<_> = frames
             .iter()
-            .filter_map(|frame| match &frame.item.entry.content {
-                Content::Gap { reason } => Some((frame.item, *reason)),
-                _ => None,
-            })
+            .filter_map(|frame| Some((frame.item, frame.item.gap_reason()?)))
             .collect();
         self.gaps
             .execute(conn, gaps.into_iter(), |params, (item, reason)| {

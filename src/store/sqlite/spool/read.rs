@@ -3,8 +3,6 @@
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
-use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
-use fieldgate_protocol::message::first_seq;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
@@ -141,29 +139,9 @@ impl SpoolReader {
         } in ledger
         {
             entry.content = match (others.remove(&id), time) {
-                (Some(Other::Gap { from_seq, reason }), None) => {
-                    entry.first_seq = from_seq;
-                    Content::Gap { reason }
-                }
-                (
-                    Some(Other::Quarantined {
-                        code,
-                        detail,
-                        bytes,
-                        peer,
-                    }),
-                    None,
-                ) => {
-                    // A GAP that was refused covers more than its own number, which it alone tells.
-                    if let Ok(Some(frame)) = frame::decode(&bytes, FRAME_BYTES_MAX) {
-                        entry.first_seq = first_seq(&frame);
-                    }
-                    Content::Quarantined {
-                        code,
-                        detail,
-                        bytes,
-                        peer,
-                    }
+                (Some(Other::Content { content, from_seq }), None) => {
+                    entry.first_seq = from_seq.unwrap_or(entry.seq);
+                    content
                 }
                 (Some(Other::Event(event)), Some(time)) => Content::Event {
                     time,
@@ -215,8 +193,11 @@ impl SpoolReader {
         .fetch_all(&mut self.conn)
         .await?;
         for (frame, from_seq, reason) in gaps {
-            let from_seq = from_seq.cast_unsigned();
-            others.insert(frame, Other::Gap { from_seq, reason });
+            let gap = Other::Content {
+                content: Content::Gap { reason },
+                from_seq: Some(from_seq.cast_unsigned()),
+            };
+            others.insert(frame, gap);
         }
         let quarantined: Vec<(i64, u8, String, Vec<u8>, String)> = sqlx::query_as(
             "SELECT f.id, q.code, q.detail, q.bytes, q.peer FROM quarantine AS q
@@ -227,13 +208,18 @@ impl SpoolReader {
         .fetch_all(&mut self.conn)
         .await?;
         for (frame, code, detail, bytes, peer) in quarantined {
-            let quarantined = Other::Quarantined {
+            // A GAP that was refused is in both tables.
+            let from_seq = match others.remove(&frame) {
+                Some(Other::Content { from_seq, .. }) => from_seq,
+                _ => None,
+            };
+            let content = Content::Quarantined {
                 code,
                 detail,
                 bytes,
                 peer,
             };
-            others.insert(frame, quarantined);
+            others.insert(frame, Other::Content { content, from_seq });
         }
         let events: Vec<(i64, i64, u8, u16, String)> = sqlx::query_as(
             "SELECT frame_id, at, level, code, detail FROM device_events
@@ -425,15 +411,10 @@ impl SpoolReader {
 
 /// The content of a frame that is not readings.
 enum Other {
-    Gap {
-        from_seq: u64,
-        reason: u8,
-    },
-    Quarantined {
-        code: u8,
-        detail: String,
-        bytes: Vec<u8>,
-        peer: String,
+    /// What has no time; with the first number it covers, if that is not its own.
+    Content {
+        content: Content,
+        from_seq: Option<u64>,
     },
     Event(ReportedEvent),
 }
