@@ -228,6 +228,27 @@ fn the_password_of_a_store_is_not_said() {
     }
 }
 
+/// A line that lacks fields: any of them may be the password.
+#[test]
+fn a_damaged_password_file_is_not_logged() {
+    let site = Site::new();
+    site.write("pgpass", "127.0.0.1:1:s3cret\n");
+    fs::set_permissions(site.path("pgpass"), fs::Permissions::from_mode(0o600)).unwrap();
+    let file = site.path("pgpass");
+    let args = ["status", "--store", "postgres://ann@127.0.0.1:1/db"];
+    for format in ["text", "json"] {
+        let environment = [
+            ("PGPASSFILE", file.to_str().unwrap()),
+            ("RUST_LOG", "trace"),
+            ("FIELDGATE_LOG_FORMAT", format),
+        ];
+        let said = site.run_with(&args, &environment);
+        assert_eq!(said.code, 1, "{said:?}");
+        assert!(said.err.contains("no Postgres answers"), "{said:?}");
+        assert!(!said.err.contains("s3cret"), "{said:?}");
+    }
+}
+
 #[tokio::test]
 async fn values_are_told_apart_in_every_format() {
     let (site, _store) = Site::with_readings().await;
