@@ -6,7 +6,11 @@ mod cli;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
+use tracing::Metadata;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::cli::{Cli, Error, LogFormat};
 
@@ -51,8 +55,13 @@ fn start_log(format: LogFormat) -> Result<(), Error> {
         .with_writer(io::stderr)
         .with_ansi(is_colored);
     match format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
+        LogFormat::Text => log.finish().with(filter_fn(is_no_secret)).init(),
+        LogFormat::Json => log.json().finish().with(filter_fn(is_no_secret)).init(),
     }
     Ok(())
+}
+
+/// A line of ~/.pgpass that cannot be understood would be logged whole, with the password in it.
+fn is_no_secret(what: &Metadata<'_>) -> bool {
+    what.target() != "sqlx_postgres::options::pgpass" || what.fields().field("line").is_none()
 }

@@ -212,11 +212,13 @@ async fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A refused value is shown, and the address of a store may hold a password.
+/// What is refused is shown: the address of a store may hold a password, and be in the wrong place, too.
 fn without_password(mut error: clap::Error) -> clap::Error {
-    if let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue) {
-        let shown = ContextValue::String(url::without_password(value));
-        error.insert(ContextKind::InvalidValue, shown);
+    for kind in [ContextKind::InvalidValue, ContextKind::InvalidArg] {
+        if let Some(ContextValue::String(value)) = error.get(kind) {
+            let shown = ContextValue::String(url::without_password(value));
+            error.insert(kind, shown);
+        }
     }
     error
 }

@@ -224,11 +224,7 @@ fn usage_error(error: &clap::Error, args: &[OsString]) -> Error {
         let _ = error.print();
         return Error::Shown(error.exit_code() as u8);
     }
-    let mut rendered = error.render().to_string();
-    // A refused value is shown, and the address of a store may hold a password.
-    if let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue) {
-        rendered = rendered.replace(value, &without_password(value));
-    }
+    let rendered = rendered(error);
     let mut paragraphs = rendered
         .split("\n\n")
         .map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "))
@@ -244,6 +240,18 @@ fn usage_error(error: &clap::Error, args: &[OsString]) -> Error {
         message.push_str(&format!("\n{more}"));
     }
     Error::Usage(message)
+}
+
+/// Clap's message, which shows what was given: the address of a store may hold a password, and be in the wrong
+/// place, too.
+fn rendered(error: &clap::Error) -> String {
+    let mut rendered = error.render().to_string();
+    for (_, given) in error.context() {
+        if let ContextValue::String(given) = given {
+            rendered = rendered.replace(given, &without_password(given));
+        }
+    }
+    rendered
 }
 
 /// The environment variable that a refused value came from, if it was no argument.

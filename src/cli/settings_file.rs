@@ -9,9 +9,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, Command};
+use fieldgate::store::url::without_password;
 use toml::{Table, Value};
 
 use super::nearest::nearest;
+use super::rendered;
 
 /// What is wrong with a settings file.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +53,7 @@ pub enum FileError {
         path: PathBuf,
         /// The setting.
         key: String,
-        /// As it is in the file.
+        /// As it may be shown.
         value: String,
         /// What is wrong with it.
         fault: String,
@@ -101,7 +103,7 @@ impl SettingsFile {
                 .map_err(|fault| FileError::Value {
                     path: path.to_owned(),
                     key: key.clone(),
-                    value: value.to_string(),
+                    value: shown(value),
                     fault,
                 })?;
             command = set_default(command, key, &text);
@@ -143,6 +145,17 @@ fn text_of(flag: &Arg, value: &Value) -> Result<String, &'static str> {
     }
 }
 
+/// A value that is refused: the address of a store may hold a password.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::String(text) => Value::from(without_password(text)).to_string(),
+        // No flag takes these, whatever is in them.
+        Value::Array(_) => "[…]".to_owned(),
+        Value::Table(_) => "{…}".to_owned(),
+        value => value.to_string(),
+    }
+}
+
 /// Has the flag itself judge the value: as a default it would be taken for the program's own.
 fn try_out(flag: &Arg, text: &str) -> Result<(), String> {
     let name = flag.get_long().unwrap_or_default();
@@ -158,7 +171,7 @@ fn try_out(flag: &Arg, text: &str) -> Result<(), String> {
     let Err(error) = refused else {
         return Ok(());
     };
-    let rendered = error.render().to_string();
+    let rendered = rendered(&error);
     let paragraph = rendered.split("\n\n").next().unwrap_or_default();
     let paragraph = paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
     // "error: invalid value '0' for '--some-flag <N>': why", of which "why" is new here.

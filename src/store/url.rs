@@ -44,7 +44,7 @@ const POSTGRES_PARAMETERS: [&str; 14] = [
 /// Why a text is no address of a store.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreUrlError {
-    /// There is no `…://` in it.
+    /// There is no `…://` in it; shown without its password.
     #[error("`{0}` is not the address of a store: write sqlite://{0} for a file of that name")]
     NoScheme(String),
     /// A store that this program does not know.
@@ -75,22 +75,59 @@ impl FromStr for StoreUrl {
     type Err = StoreUrlError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let no_scheme = || StoreUrlError::NoScheme(text.to_owned());
+        let no_scheme = || StoreUrlError::NoScheme(without_password(text));
         let (scheme, rest) = text.split_once("://").ok_or_else(no_scheme)?;
         match scheme {
             "sqlite" => sqlite_path(rest).map(Self::Sqlite),
             "postgres" | "postgresql" => PostgresUrl::new(text).map(Self::Postgres),
-            other => Err(StoreUrlError::UnknownScheme(other.to_owned())),
+            other => Err(StoreUrlError::UnknownScheme(without_password(other))),
         }
     }
 }
 
-/// An address as it may be shown, whether it is a right one or not.
+/// An address as it may be shown, whether it is a right one or not: without what may be a password.
 pub fn without_password(text: &str) -> String {
-    match (text.split_once("://"), text.rsplit_once('@')) {
-        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://…@{host}"),
-        _ => text.to_owned(),
+    let (address, query) = match text.split_once('?') {
+        Some((address, query)) => (address, Some(query)),
+        None => (text, None),
+    };
+    let (scheme, rest) = match address.find("://") {
+        Some(at) => address.split_at(at + 3),
+        None => ("", address),
+    };
+    // Is it in the query, or is the `?` in a password? Nobody can tell.
+    if query.is_some_and(|query| query.contains('@')) {
+        return format!("{scheme}…");
     }
+    let (user, host) = match rest.rsplit_once('@') {
+        Some((user, host)) if !scheme.is_empty() || user.contains(':') => ("…@", host),
+        _ => ("", rest),
+    };
+    // Other programs write `host=db password=…`, or have parameters behind a `;`.
+    if let Some((before, _)) = host.split_once('=') {
+        return format!("{scheme}{user}{before}=…");
+    }
+    let query = query.map(|query| format!("?{}", without_unknown(query)));
+    format!("{scheme}{user}{host}{}", query.unwrap_or_default())
+}
+
+/// The parameters of an address up to the first one that is not known: it may be a password.
+fn without_unknown(query: &str) -> String {
+    let mut shown = Vec::new();
+    for parameter in query.split('&') {
+        match parameter.split_once('=') {
+            Some((name, _)) if !is_known(name) => {
+                shown.push(format!("{name}=…"));
+                break;
+            }
+            _ => shown.push(parameter.to_owned()),
+        }
+    }
+    shown.join("&")
+}
+
+fn is_known(parameter: &str) -> bool {
+    POSTGRES_PARAMETERS.contains(&parameter) || parameter.starts_with("options[")
 }
 
 fn sqlite_path(path: &str) -> Result<PathBuf, StoreUrlError> {
@@ -105,10 +142,24 @@ fn sqlite_path(path: &str) -> Result<PathBuf, StoreUrlError> {
 
 impl PostgresUrl {
     fn new(text: &str) -> Result<Self, StoreUrlError> {
-        let query = text.split_once('?').map_or("", |(_, query)| query);
+        let address = text.split_once("://").map_or(text, |(_, address)| address);
+        let path_at = address.find(['/', '?', '#']).unwrap_or(address.len());
+        let (path, query) =
+            { address[path_at..].split_once('?') }.unwrap_or((&address[path_at..], ""));
+        // A password that is not encoded may end the host early, and its rest would be shown as a name.
+        let misplaced = || {
+            let what = "there is an `@` or a `=` behind the host, and not in a parameter's value";
+            StoreUrlError::Postgres(what.to_owned())
+        };
+        if path.contains(['@', '=']) {
+            return Err(misplaced());
+        }
         for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
             let name = parameter.split('=').next().unwrap_or_default();
-            if !POSTGRES_PARAMETERS.contains(&name) && !name.starts_with("options[") {
+            if !is_known(name) && query.contains('@') {
+                return Err(misplaced());
+            }
+            if !is_known(name) {
                 return Err(StoreUrlError::PostgresParameter(name.to_owned()));
             }
         }
@@ -207,6 +258,16 @@ mod tests {
             ("sqlite://", "names no file"),
             ("sqlite:///var/lib/", "is no file"),
             ("mysql://host/db", "`mysql://` is not supported"),
+            ("ann:s3cret@host/db", "`…@host/db` is not the address"),
+            ("ann:s3cret@host://db", "`…@host://` is not supported"),
+            (
+                "host=db password=s3cret",
+                "`host=…` is not the address of a store",
+            ),
+            ("postgres://ann:5/s3cret@host/db", "behind the host"),
+            ("postgres://ann:5#s3cret@host/db", "behind the host"),
+            ("postgres://ann:5?s3cret@host/db", "behind the host"),
+            ("postgres://host/db;password=s3cret", "behind the host"),
             (
                 "postgres://u:s3cret@host:x/db",
                 "the Postgres address is wrong",
@@ -243,8 +304,34 @@ mod tests {
         for (text, shown) in [
             ("postgres://ann:s3cret@host:x/db", "postgres://…@host:x/db"),
             ("postgres://ann:s3@cret@host", "postgres://…@host"),
+            ("postgres://ann:s3/cret@host/db", "postgres://…@host/db"),
+            ("postgres://ann:s3?cret@host/db", "postgres://…"),
+            (
+                "postgres://ann@host/db?sslmode=of&host=/run",
+                "postgres://…@host/db?sslmode=of&host=/run",
+            ),
+            (
+                "postgres://host/db?sslmode=of&password=s3&cret=x",
+                "postgres://host/db?sslmode=of&password=…",
+            ),
+            (
+                "postgres://host/db?pass%77ord=s3cret",
+                "postgres://host/db?pass%77ord=…",
+            ),
+            (
+                "postgres://host/db?sslpassword=s3cret",
+                "postgres://host/db?sslpassword=…",
+            ),
+            ("postgres://host/db?password=s3@cret", "postgres://…"),
+            (
+                "postgres://host/db;password=s3cret",
+                "postgres://host/db;password=…",
+            ),
+            ("host=db password=s3cret", "host=…"),
+            ("ann:s3cret@host/db", "…@host/db"),
+            ("pump@site", "pump@site"),
             ("sqlite://a.db", "sqlite://a.db"),
-            ("what", "what"),
+            ("what?", "what?"),
         ] {
             assert_eq!(without_password(text), shown);
         }

@@ -8,7 +8,8 @@ use std::process::Stdio;
 
 use fieldgate::store::Store;
 
-use crate::site::{AT_US, DATABASE, Gateway, Site};
+use crate::fleet::simulator;
+use crate::site::{AT_US, DATABASE, Gateway, Said, Site};
 
 #[test]
 fn a_new_site_is_told_what_to_do() {
@@ -108,9 +109,11 @@ fn a_flag_wins_over_the_environment_which_wins_over_the_file() {
 #[test]
 fn a_wrong_file_is_one_line_that_names_it() {
     let site = Site::new();
-    let cases: [(&str, &[&str]); 10] = [
+    let cases: [(&str, &[&str]); 12] = [
         ("lisen = \"a\"", &["\"lisen\"", "nearest is \"listen\""]),
-        ("[listen]", &["listen = ", "text in quotes"]),
+        ("[listen]", &["listen = {…}", "text in quotes"]),
+        ("listen = [\"a\"]", &["listen = […]", "text in quotes"]),
+        ("listen = \"there\"", &["listen = \"there\""]),
         ("config = \"f.toml\"", &["\"config\"", "nearest"]),
         ("connections_max = 5", &["nearest is \"connections-max\""]),
         ("connections-max = \"5\"", &["\"5\"", "a whole number"]),
@@ -165,6 +168,85 @@ fn wrong_usage_is_two_lines_at_most() {
         help.out
     );
     assert!(help.out.contains("[default: 16384]"));
+}
+
+/// Wherever a wrong address comes from, its password is not said, and what is wrong with it is.
+#[test]
+fn the_password_of_a_store_is_not_said() {
+    let site = Site::new();
+    for (address, word) in [
+        ("postgres://ann:s3cret@host/db?sslmod=require", "`sslmod`"),
+        ("postgres://ann:s3cret@host:x/db", "port"),
+        (
+            "postgres://host/db?password=s3cret&sslmode=require",
+            "`password`",
+        ),
+        ("postgres://host/db?pass%77ord=s3cret", "`pass%77ord`"),
+        ("postgres://host/db?sslpassword=s3cret", "`sslpassword`"),
+        ("postgres://ann:5/s3cret@host/db", "behind the host"),
+        ("ann:s3cret@host/db", "not the address of a store"),
+        (
+            "host=db user=ann password=s3cret",
+            "not the address of a store",
+        ),
+    ] {
+        site.write("f.toml", &format!("store = {address:?}"));
+        let mut simulator = simulator("verify");
+        simulator.args(["--journal", "j", "--store", address]);
+        for said in [
+            site.run(&["--config", "f.toml", "status"]),
+            site.run(&["status", "--store", address]),
+            site.run_with(&["status"], &[("FIELDGATE_STORE", address)]),
+            Said::of(simulator),
+        ] {
+            assert_eq!((said.code, &*said.out), (2, ""), "{said:?}");
+            assert!(!said.err.contains("s3cret"), "{said:?}");
+            assert!(said.err.contains(word), "{said:?}");
+        }
+    }
+    let address = "postgres://ann:s3cret@host/db";
+    for text in [
+        &format!("store = [{address:?}]"),
+        "[store]\npassword = \"s3cret\"",
+        &format!("listen = {address:?}"),
+        &format!("store = {address}"),
+    ] {
+        site.write("f.toml", text);
+        let said = site.run(&["--config", "f.toml", "status"]);
+        said.refused(2, &["settings file f.toml"]);
+        assert!(!said.err.contains("s3cret"), "{said:?}");
+    }
+    let mut simulator = simulator("verify");
+    simulator.args(["--journal", "j", address]);
+    for said in [
+        site.run(&["status", address]),
+        site.run(&[address]),
+        Said::of(simulator),
+    ] {
+        assert_eq!(said.code, 2, "{said:?}");
+        assert!(!said.err.contains("s3cret"), "{said:?}");
+    }
+}
+
+/// A line that lacks fields: any of them may be the password.
+#[test]
+fn a_damaged_password_file_is_not_logged() {
+    let site = Site::new();
+    site.write("pgpass", "127.0.0.1:1:s3cret\n");
+    fs::set_permissions(site.path("pgpass"), fs::Permissions::from_mode(0o600)).unwrap();
+    let file = site.path("pgpass");
+    let args = ["status", "--store", "postgres://ann@127.0.0.1:1/db"];
+    for format in ["text", "json"] {
+        let environment = [
+            ("PGPASSFILE", file.to_str().unwrap()),
+            ("RUST_LOG", "trace"),
+            ("FIELDGATE_LOG_FORMAT", format),
+        ];
+        let said = site.run_with(&args, &environment);
+        assert_eq!(said.code, 1, "{said:?}");
+        assert!(said.err.contains("no Postgres answers"), "{said:?}");
+        assert!(!said.err.contains("s3cret"), "{said:?}");
+    }
 }
 
 #[tokio::test]

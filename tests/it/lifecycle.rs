@@ -52,6 +52,11 @@ impl Place {
         String::from_utf8(output.stderr).expect("text")
     }
 
+    /// What `fieldgate device import` prints of a file, which must succeed.
+    fn import(&self, csv: &str) -> String {
+        said(self.run(&["import", "-"], csv))
+    }
+
     fn run(&self, args: &[&str], input: &str) -> Output {
         let url = self.database.as_ref().map(PgDatabase::url);
         run(self.gateway.data_dir(), url.as_deref(), args, input)
@@ -356,44 +361,85 @@ fn devices_move_from_site_to_site_as_csv() {
     );
 
     let there = Place::sqlite(&["--registration", "closed"]);
-    let import = |place: &Place, csv: &str| {
-        let output = place.run(&["import", "-"], csv);
-        assert!(output.status.success(), "{output:?}");
-        String::from_utf8(output.stdout).expect("text")
-    };
     let refused = there.run(&["import", "-"], &untold);
     let says = String::from_utf8(refused.stderr).expect("text");
     assert!(
         says.contains("line 4") && says.contains("--with-keys"),
         "{says}"
     );
-    assert_eq!(
-        import(&there, &told),
-        "4 added, 0 changed, 0 as they were\n"
-    );
+    assert_eq!(there.import(&told), "4 added, 0 changed, 0 as they were\n");
     assert_eq!(there.device(&["export", "--with-keys"]), told);
-    assert_eq!(
-        import(&there, &told),
-        "0 added, 0 changed, 4 as they were\n"
-    );
-    assert_eq!(
-        import(&there, &untold),
-        "0 added, 0 changed, 4 as they were\n"
-    );
+    for again in [&told, &untold] {
+        let same = there.import(again);
+        assert_eq!(same, "0 added, 0 changed, 4 as they were\n");
+    }
     let own_there = Login {
         key: own.key,
         ..there.gateway.device("own")
     };
     let mut link = get_in(&there.gateway, &own_there, Code::Authentication);
-    // Only what differs is touched, and a file may tell no more than names.
-    let disabled = import(&there, "name,enabled\nderived,no\n");
+    // Only what differs is touched.
+    let disabled = there.import("name,enabled\nderived,no\n");
     assert_eq!(disabled, "0 added, 1 changed, 0 as they were\n");
     link.ping();
-    assert_eq!(
-        import(&there, "name\nown\n"),
-        "0 added, 1 changed, 0 as they were\n"
-    );
+    let derived = there.import("name,own_key\nown,\n");
+    assert_eq!(derived, "0 added, 1 changed, 0 as they were\n");
     link.expect_bye(Code::Authentication);
+}
+
+/// What a file does not speak of stays, above all keys that were replaced and devices that were disabled.
+#[test]
+fn columns_that_are_left_out_change_nothing() {
+    let place = Place::sqlite(&[]);
+    place.device(&["add", "pump", "valve"]);
+    place.device(&["add", "own", "--own-key"]);
+    place.device(&["rotate-key", "pump"]);
+    place.device(&["disable", "valve"]);
+    let before = place.device(&["export", "--with-keys"]);
+    let names = place.import("name\npump\nvalve\nown\n");
+    assert_eq!(names, "0 added, 0 changed, 3 as they were\n");
+    assert_eq!(place.device(&["export", "--with-keys"]), before);
+
+    // Each row of the export as it is then.
+    let row = |name: &str| {
+        let export = place.device(&["export"]);
+        let row = export.lines().find(|line| line.starts_with(name));
+        row.expect(name).to_owned()
+    };
+    let digits = "01".repeat(32);
+    let digits = digits.as_str();
+    for (csv, name, expected) in [
+        ("name,enabled\npump,no\n", "pump", "pump,no,1,"),
+        ("name,enabled\nown,no\n", "own", "own,no,0,-"),
+        ("name,key_version\nvalve,3\n", "valve", "valve,no,3,"),
+        ("name,key_version\nown,0\n", "own", "own,no,0,-"),
+        ("name,own_key\nvalve,\n", "valve", "valve,no,3,"),
+        // Whatever key comes without a number has one that no key had before.
+        (
+            &format!("name,own_key\npump,{digits}\n"),
+            "pump",
+            "pump,no,2,-",
+        ),
+        ("name,own_key\npump,\n", "pump", "pump,no,3,"),
+        ("name\nnew\n", "new", "new,yes,0,"),
+        (
+            &format!("name,own_key\nnewer,{digits}\n"),
+            "newer",
+            "newer,yes,0,-",
+        ),
+    ] {
+        place.import(csv);
+        assert_eq!(row(name), expected, "{csv}");
+    }
+
+    // A number alone does not say what becomes of an own key.
+    let refused = place.run(&["import", "-"], "name,key_version\nown,1\n");
+    assert_eq!(refused.status.code(), Some(1));
+    let says = String::from_utf8(refused.stderr).expect("text");
+    for word in ["line 2", "a key of its own", "own_key"] {
+        assert!(says.contains(word), "{says}");
+    }
+    assert_eq!(row("own"), "own,no,0,-");
 }
 
 #[test]
@@ -431,6 +477,8 @@ fn what_cannot_be_done_to_devices_is_one_line() {
         ("nam\npump\n", &["nam"][..]),
         ("name\npump\npump\n", &["line 3", "line 2"]),
         ("name,enabled\npump,maybe\n", &["line 2", "maybe"]),
+        ("name,enabled\npump,\n", &["line 2", "yes or no"]),
+        ("name,key_version\npump,\n", &["line: 2", "empty"]),
         ("name,own_key\npump,abc\n", &["line 2", "3 characters"]),
         ("name\na b\n", &["line 2", "A-Z a-z"]),
         ("name,colour\npump,red\n", &["colour"]),

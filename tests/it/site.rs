@@ -113,12 +113,8 @@ impl Site {
 
     pub fn run_with(&self, args: &[&str], environment: &[(&str, &str)]) -> Said {
         let mut command = self.command(args);
-        let done = keep_of(command.envs(environment.iter().copied()).output().unwrap());
-        Said {
-            code: done.status.code().unwrap(),
-            out: String::from_utf8(done.stdout).unwrap(),
-            err: String::from_utf8(done.stderr).unwrap(),
-        }
+        command.envs(environment.iter().copied());
+        Said::of(command)
     }
 
     pub fn query(&self, sql: &str, format: &str) -> String {
@@ -129,6 +125,16 @@ impl Site {
 }
 
 impl Said {
+    /// What a process says until its end.
+    pub fn of(mut command: Command) -> Said {
+        let done = keep_of(command.output().unwrap());
+        Said {
+            code: done.status.code().unwrap(),
+            out: String::from_utf8(done.stdout).unwrap(),
+            err: String::from_utf8(done.stderr).unwrap(),
+        }
+    }
+
     /// One line that has all these words in it, and nothing else.
     #[track_caller]
     pub fn refused(&self, code: i32, words: &[&str]) {

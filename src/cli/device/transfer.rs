@@ -2,7 +2,8 @@
 //!
 //! A line is a device: its name, whether it is enabled (yes or no), how often its key was replaced, and
 //! its own key, as 64 hexadecimal digits. The last is empty if the key derives from the fleet's, and `-` if the
-//! device has a key of its own that the file does not tell.
+//! device has a key of its own that the file does not tell. A column that is left out says nothing, and changes
+//! nothing about devices that there are.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -15,7 +16,7 @@ use fieldgate::keys::{FleetKey, write_secret};
 use fieldgate::store::lifecycle::{self, DeviceState, StoredKey};
 use fieldgate::store::reader::Reader;
 use fieldgate::store::url::StoreUrl;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::change::{Wanted, edit, fleet_key, seal};
 use super::{device_name, key};
@@ -40,27 +41,29 @@ pub struct ExportArgs {
 
 #[derive(Args, Debug)]
 pub struct ImportArgs {
-    /// CSV file with the columns name, enabled (yes or no), key_version and own_key, of which all but the
-    /// first may be left out; - for standard input
+    /// CSV file with the columns name, enabled (yes or no), key_version and own_key (empty if the key
+    /// derives from the fleet's); - for standard input. All columns but the first may be left out: devices
+    /// then keep what they have, and new ones are enabled, with the first key
     #[arg(value_name = "FILE")]
     file: PathBuf,
 }
 
-/// A line of the file.
+/// A line of the file; what has no column is `None`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Line {
     name: String,
-    #[serde(default = "yes")]
-    enabled: String,
-    #[serde(default)]
-    key_version: u32,
-    #[serde(default)]
-    own_key: String,
+    #[serde(default, deserialize_with = "field")]
+    enabled: Option<String>,
+    #[serde(default, deserialize_with = "field")]
+    key_version: Option<u32>,
+    #[serde(default, deserialize_with = "field")]
+    own_key: Option<String>,
 }
 
-fn yes() -> String {
-    "yes".to_owned()
+/// A field of a column that is there: an empty one is a value, too.
+fn field<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(from).map(Some)
 }
 
 /// Writes all devices.
@@ -87,9 +90,9 @@ pub async fn export(data_dir: &Path, store: &StoreUrl, args: &ExportArgs) -> Res
         };
         let line = Line {
             name: device.name,
-            enabled: if device.is_enabled { "yes" } else { "no" }.to_owned(),
-            key_version: device.key.version,
-            own_key,
+            enabled: Some(if device.is_enabled { "yes" } else { "no" }.to_owned()),
+            key_version: Some(device.key.version),
+            own_key: Some(own_key),
         };
         csv.serialize(line).map_err(cannot_write)?;
     }
@@ -166,33 +169,57 @@ impl Fault {
 }
 
 fn wanted(fleet: &FleetKey, line: &Line, before: Option<&DeviceState>) -> Result<Wanted, Fault> {
-    let is_enabled = line.enabled == "yes";
-    let kept = before.filter(|before| before.key.sealed.is_some());
-    let key = match (line.own_key.as_str(), kept) {
-        ("", _) => StoredKey {
-            version: line.key_version,
-            sealed: None,
-        },
-        (UNTOLD, Some(before)) => before.key.clone(),
-        (UNTOLD, None) => {
-            let fault = "the device's own key is not told (export it with --with-keys)";
-            return Err(Fault::Line(fault.to_owned()));
+    let is_enabled = match &line.enabled {
+        Some(enabled) => enabled == "yes",
+        None => before.is_none_or(|before| before.is_enabled),
+    };
+    Ok((is_enabled, wanted_key(fleet, line, before)?))
+}
+
+fn wanted_key(
+    fleet: &FleetKey,
+    line: &Line,
+    before: Option<&DeviceState>,
+) -> Result<StoredKey, Fault> {
+    let before = before.map(|before| &before.key);
+    let kept = before.filter(|before| before.sealed.is_some());
+    let version_or = |otherwise| line.key_version.unwrap_or(otherwise);
+    // As `rotate-key` counts: under the present number a key that was replaced could come back.
+    let next_version = before.map_or(0, |before| before.version + 1);
+    match (line.own_key.as_deref(), kept) {
+        (None, Some(kept)) if version_or(kept.version) == kept.version => Ok(kept.clone()),
+        (None, Some(_)) => {
+            let fault = "the device has a key of its own, which key_version does not change: add the column \
+                 own_key, and leave it empty for a key that derives from the fleet's";
+            Err(Fault::Line(fault.to_owned()))
         }
-        (digits, kept) => {
+        (Some(""), Some(_)) => Ok(StoredKey {
+            version: version_or(next_version),
+            sealed: None,
+        }),
+        (None | Some(""), None) => Ok(StoredKey {
+            version: version_or(before.map_or(0, |before| before.version)),
+            sealed: None,
+        }),
+        (Some(UNTOLD), Some(kept)) => Ok(kept.clone()),
+        (Some(UNTOLD), None) => {
+            let fault = "the device's own key is not told (export it with --with-keys)";
+            Err(Fault::Line(fault.to_owned()))
+        }
+        (Some(digits), kept) => {
             let own = DeviceKey::parse(digits).map_err(no_key)?;
-            let has_it = |before: &&DeviceState| {
-                key::open(fleet, &line.name, &before.key).is_ok_and(|kept| kept == own)
+            let has_it = |kept: &&StoredKey| {
+                key::open(fleet, &line.name, kept).is_ok_and(|kept| kept == own)
             };
             match kept.filter(has_it) {
-                Some(before) => before.key.clone(),
-                None => StoredKey {
-                    version: line.key_version,
+                Some(kept) => Ok(kept.clone()),
+                None => Ok(StoredKey {
+                    version: version_or(next_version),
                     sealed: Some(seal(fleet, &line.name, own).map_err(Fault::Other)?),
-                },
+                }),
             }
         }
-    };
-    Ok((is_enabled, key))
+    }
 }
 
 fn no_key(error: impl std::fmt::Display) -> Fault {
@@ -231,14 +258,16 @@ fn read(path: &Path) -> Result<Vec<Line>, Error> {
 
 fn check(line: &Line) -> Result<(), Fault> {
     device_name(&line.name).map_err(|fault| Fault::Line(format!("{:?}: {fault}", line.name)))?;
-    if !["yes", "no"].contains(&line.enabled.as_str()) {
-        let enabled = &line.enabled;
+    let is_word = |enabled: &&String| ["yes", "no"].contains(&enabled.as_str());
+    if let Some(enabled) = line.enabled.as_ref().filter(|enabled| !is_word(enabled)) {
         return Err(Fault::Line(format!(
             "enabled is {enabled:?}, and must be yes or no"
         )));
     }
-    if !["", UNTOLD].contains(&line.own_key.as_str()) {
-        DeviceKey::parse(&line.own_key).map_err(no_key)?;
+    if let Some(digits) = &line.own_key
+        && !["", UNTOLD].contains(&digits.as_str())
+    {
+        DeviceKey::parse(digits).map_err(no_key)?;
     }
     Ok(())
 }
