@@ -242,8 +242,10 @@ impl Connection {
         {
             self.submit(submission, None);
         }
-        if let Some(outcome) = mail.declare {
-            self.session.handle_declare_outcome(outcome, now);
+        if let Some(outcome) = mail.declare
+            && let Some(submission) = self.session.handle_declare_outcome(outcome, now)
+        {
+            self.submit(submission, None);
         }
         if let Some((receipt, through_seq)) = mail.receipt {
             self.session.handle_receipt(receipt, through_seq);

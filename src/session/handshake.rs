@@ -31,17 +31,20 @@ pub struct Secured {
 /// Nothing is known of the peer.
 pub(super) struct AwaitHello {
     pub nonce: [u8; NONCE_BYTES],
+    /// Who it says that it is, once it has.
+    pub device: String,
 }
 
 impl AwaitHello {
     pub(super) fn handle_frame(
-        &self,
+        &mut self,
         frame: &Frame<'_>,
         settings: &SessionSettings,
         now: Now,
         outbound: &mut Outbound,
     ) -> Result<AwaitAuth, Close> {
         let hello: Hello<'_> = expect(frame)?;
+        self.device = hello.name.to_owned();
         if !(hello.min_version..=hello.max_version).contains(&VERSION) {
             return Err(Close::bye(Code::Version, "this gateway speaks version 1"));
         }
@@ -59,7 +62,7 @@ impl AwaitHello {
             credential: settings.credentials.of(hello.name),
             may_register: settings.may_register,
             transcript,
-            device: hello.name.to_owned(),
+            device: std::mem::take(&mut self.device),
             stream: hello.stream,
             next_seq: hello.next_seq,
             firmware: hello.firmware.to_owned(),

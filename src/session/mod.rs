@@ -192,7 +192,10 @@ impl Session {
             settings,
             peer,
             secured: None,
-            state: State::AwaitHello(AwaitHello { nonce }),
+            state: State::AwaitHello(AwaitHello {
+                nonce,
+                device: String::new(),
+            }),
             outbound: Outbound::default(),
             opened_at_us: now.mono_us,
             stranger_bytes: 0,
@@ -322,13 +325,25 @@ impl Session {
     }
 
     /// The store's word on this session's DECLARE.
-    pub fn handle_declare_outcome(&mut self, outcome: DeclareOutcome, now: Now) {
+    pub fn handle_declare_outcome(
+        &mut self,
+        outcome: DeclareOutcome,
+        now: Now,
+    ) -> Option<Submission> {
+        let mut told = None;
         if let State::Serving(stream) = &mut self.state {
             // It was not listened to, so it was not silent.
             self.heard_at_us = now.mono_us;
-            stream.handle_declare_outcome(outcome, &mut self.outbound);
+            if stream.handle_declare_outcome(outcome, &mut self.outbound) {
+                let detail =
+                    "schema number is taken by other channels; the firmware must use another";
+                let (device, code) = (stream.device(), Code::SchemaConflict as u8);
+                let kind = DeviceEventKind::Refused;
+                told = Some(audit(device, kind, code, detail.to_owned(), now));
+            }
         }
         self.close_if_settled();
+        told
     }
 
     /// A commit covered entries of this session, the last of them `through_seq`.
@@ -384,7 +399,8 @@ impl Session {
     pub fn close(&mut self, close: Close) {
         let whose = match &mut self.state {
             State::Closed(_) => return,
-            State::AwaitHello(_) => Whose::Nobodys,
+            State::AwaitHello(state) if state.device.is_empty() => Whose::Nobodys,
+            State::AwaitHello(state) => Whose::Claimed(std::mem::take(&mut state.device)),
             State::AwaitAuth(state) => Whose::Claimed(std::mem::take(&mut state.device)),
             State::AwaitAdmission(state) => Whose::Claimed(std::mem::take(&mut state.device)),
             State::Serving(stream) => {
@@ -491,7 +507,12 @@ impl Session {
             }
             (
                 Whose::Claimed(device),
-                Some(code @ (Code::Authentication | Code::Disabled | Code::StreamConflict)),
+                Some(
+                    code @ (Code::Version
+                    | Code::Authentication
+                    | Code::Disabled
+                    | Code::StreamConflict),
+                ),
             ) if tells_refusals => Some(Submission::Refusal(Refusal {
                 device: device.clone(),
                 at_us: now.utc_us,

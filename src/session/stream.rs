@@ -52,6 +52,8 @@ pub(super) struct Stream {
     /// After a NACK of class 1 or 2: frames are dropped until `expected_seq` comes (R62).
     awaits_resend: bool,
     awaits_declare: bool,
+    /// Whether a schema's number was found taken in this session.
+    had_conflict: bool,
     store_is_down: bool,
     store_retry_after_ms: u32,
     ack_is_due: bool,
@@ -87,6 +89,7 @@ impl Stream {
             taken_through: 0,
             awaits_resend: false,
             awaits_declare: false,
+            had_conflict: false,
             store_is_down: false,
             store_retry_after_ms: 0,
             ack_is_due: false,
@@ -211,11 +214,13 @@ impl Stream {
         })))
     }
 
+    /// Tells whether an operator should hear of it: the first conflict of a session, which the device cannot
+    /// mend by itself.
     pub(super) fn handle_declare_outcome(
         &mut self,
         outcome: DeclareOutcome,
         outbound: &mut Outbound,
-    ) {
+    ) -> bool {
         self.awaits_declare = false;
         match outcome {
             DeclareOutcome::Accepted(schema) => {
@@ -224,10 +229,17 @@ impl Stream {
                     self.schemas.pop_front();
                 }
                 self.schemas.push_back(schema);
+                false
             }
             DeclareOutcome::Conflict => {
                 let detail = "schema number is taken by other content";
                 outbound.nack(Code::SchemaConflict, 0, self.expected_seq, 0, detail);
+                let is_first = !std::mem::replace(&mut self.had_conflict, true);
+                if is_first {
+                    let code = Code::SchemaConflict as u8;
+                    tracing::info!(device = self.device.0, code, %detail, "DECLARE refused");
+                }
+                is_first
             }
         }
     }

@@ -184,8 +184,11 @@ impl House {
             self.queue
                 .push_back((submission, Arc::clone(&served.mailbox)));
         }
-        if let Some(outcome) = mail.declare {
-            served.session.handle_declare_outcome(outcome, now);
+        if let Some(outcome) = mail.declare
+            && let Some(submission) = served.session.handle_declare_outcome(outcome, now)
+        {
+            self.queue
+                .push_back((submission, Arc::clone(&served.mailbox)));
         }
         if let Some((receipt, through_seq)) = mail.receipt {
             served.session.handle_receipt(receipt, through_seq);

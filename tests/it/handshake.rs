@@ -175,6 +175,26 @@ fn c04_whoever_cannot_prove_the_key_learns_nothing() {
 }
 
 #[test]
+fn a_known_device_that_speaks_another_version_is_in_the_audit_trail() {
+    let mut gateway = Gateway::start(&[]);
+    gateway.connect("pump");
+    for name in ["pump", "nobody"] {
+        let mut link = Link::open(gateway.addr);
+        let mut login = gateway.device(name);
+        login.versions = (2, 9);
+        link.send(&login.hello());
+        link.expect_bye(Code::Version);
+    }
+    gateway.terminate();
+    gateway.wait();
+    let told: Vec<(String, i64)> = gateway.database().rows(
+        "SELECT d.name, e.code FROM device_events e JOIN devices d ON d.id = e.device_id
+         WHERE e.kind = 'refused'",
+    );
+    assert_eq!(told, [("pump".to_owned(), 51)]);
+}
+
+#[test]
 fn versions_that_nobody_agreed_on_are_told_the_range() {
     let gateway = Gateway::start(&[]);
     for versions in [(2, 2), (2, 9), (0, 0), (255, 255)] {

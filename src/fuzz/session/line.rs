@@ -44,6 +44,7 @@ pub(super) struct Line {
     /// The highest number that the session was told to be durable.
     told_seq: u64,
     first_receipt: Option<Receipt>,
+    had_conflict: bool,
     latest_receipt: Option<(Receipt, u64)>,
     acked_seq: u64,
     /// How many ACKs and NACKs of class 3 there is reason to say.
@@ -73,6 +74,7 @@ impl Line {
             calls: 0,
             told_seq: 0,
             first_receipt: None,
+            had_conflict: false,
             latest_receipt: None,
             acked_seq: 0,
             acks_left: 0,
@@ -172,10 +174,26 @@ impl Line {
         }
     }
 
-    pub(super) fn tell_declare(&mut self, outcome: DeclareOutcome, now: Now) {
+    pub(super) fn tell_declare(
+        &mut self,
+        outcome: DeclareOutcome,
+        now: Now,
+        store: &mut StoreSide,
+    ) {
         self.calls += 1;
+        // An operator hears of the first conflict only.
+        let is_conflict = matches!(outcome, DeclareOutcome::Conflict);
+        let is_news = is_conflict && self.model.closed().is_none() && !self.had_conflict;
+        self.had_conflict |= is_news;
         self.model.declared(&outcome, now);
-        self.session.handle_declare_outcome(outcome, now);
+        match self.session.handle_declare_outcome(outcome, now) {
+            Some(Submission::Event(event)) if is_news => {
+                let refused = (DeviceEventKind::Refused, Code::SchemaConflict as u8);
+                assert_eq!((event.kind, event.code), refused);
+                store.submit(Submission::Event(event), &self.mailbox);
+            }
+            found => assert!(found.is_none() && !is_news, "{found:?}"),
+        }
     }
 
     pub(super) fn tell_store_down(&mut self, is_down: bool) {

@@ -284,7 +284,7 @@ impl World {
             line_.hear(store, now);
         }
         if let Some(outcome) = mail.declare {
-            line_.tell_declare(outcome, now);
+            line_.tell_declare(outcome, now, store);
             line_.hear(store, now);
         }
         if let Some((receipt, through_seq)) = mail.receipt {
