@@ -25,8 +25,9 @@ use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 
+use clap::builder::BoolishValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use fieldgate::config::{self, ConfigError, Settings};
 use fieldgate::keys::KeyError;
 use fieldgate::store::reader::{OpenError, ReadError};
@@ -208,10 +209,19 @@ fn command() -> clap::Command {
 fn with_environment(command: clap::Command) -> clap::Command {
     command
         .mut_args(|arg| match arg.get_long().map(env_name) {
-            Some(name) => arg.env(name).hide_env_values(true),
+            Some(name) => given_by(arg, name),
             None => arg,
         })
         .mut_subcommands(with_environment)
+}
+
+fn given_by(arg: Arg, variable: String) -> Arg {
+    let arg = arg.env(variable).hide_env_values(true);
+    match arg.get_action() {
+        // Variables are set to 1 as often as to true.
+        ArgAction::SetTrue => arg.value_parser(BoolishValueParser::new()),
+        _ => arg,
+    }
 }
 
 fn env_name(flag: &str) -> String {

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use clap::builder::BoolishValueParser;
 use fieldgate::allowance::Allowances;
 use fieldgate::batcher::BatchLimits;
 use fieldgate::config::{Config, Registration, Settings};
@@ -51,7 +50,7 @@ pub struct ServeArgs {
 
     /// Let other machines connect although nothing is encrypted. Only for a network that you trust,
     /// such as a VPN
-    #[arg(long, value_parser = BoolishValueParser::new())]
+    #[arg(long)]
     allow_plaintext: bool,
 
     /// Address and port where devices connect through TLS, also from other machines [default: none].
@@ -205,12 +204,12 @@ pub struct ServeArgs {
 
     /// Take a Postgres that runs with fsync, full_page_writes or synchronous_commit off, and may lose
     /// acknowledged readings when it crashes. For tests
-    #[arg(long, value_parser = BoolishValueParser::new())]
+    #[arg(long)]
     allow_postgres_data_loss: bool,
 
     /// Acknowledge readings when they are in spool.db in the data directory, and bring them to Postgres
     /// from there: devices go on while Postgres is away. No other gateway may write to that database
-    #[arg(long, value_parser = BoolishValueParser::new())]
+    #[arg(long)]
     spool: bool,
 
     /// Bytes of the spool at which nothing more is taken until Postgres is back. Raise it to bridge
@@ -285,13 +284,15 @@ impl ServeArgs {
 
 /// Runs the gateway until it is told to leave.
 pub async fn serve(settings: Settings) -> Result<(), Error> {
+    // Unheard it would end the process. Until there are certificates to load again it waits.
+    let hangup = listen_to(SignalKind::hangup())?;
     let config = Config::new(settings)?;
     let (key, origin) = FleetKey::create_or_load(&config.data_dir)?;
     match config.store() {
         StoreUrl::Sqlite(path) => {
             spool::refuse_undrained(&config.spool_path()).await?;
             let store = SqliteStore::open(path, &sqlite_settings(&config)).await?;
-            serve_into(vec![store], &config, &key, origin).await
+            serve_into(vec![store], &config, &key, origin, hangup).await
         }
         StoreUrl::Postgres(url) if config.spool => {
             let store = SpoolStore::open(
@@ -301,13 +302,13 @@ pub async fn serve(settings: Settings) -> Result<(), Error> {
                 postgres_settings(&config, url),
             )
             .await?;
-            serve_into(vec![store], &config, &key, origin).await
+            serve_into(vec![store], &config, &key, origin, hangup).await
         }
         StoreUrl::Postgres(url) => {
             let postgres = postgres_settings(&config, url);
             spool::leave(&config.spool_path(), &sqlite_settings(&config), &postgres).await?;
             let stores = PostgresStore::open(postgres).await?;
-            serve_into(stores, &config, &key, origin).await
+            serve_into(stores, &config, &key, origin, hangup).await
         }
     }
 }
@@ -317,6 +318,7 @@ async fn serve_into<S: Store>(
     config: &Config,
     key: &FleetKey,
     origin: Origin,
+    hangup: Signal,
 ) -> Result<(), Error> {
     let tls = match config.tls_files() {
         Some(files) if config.tls_cert.is_none() && !files.cert.exists() => {
@@ -345,9 +347,9 @@ async fn serve_into<S: Store>(
     // Before anybody is told that the gateway is there, and may tell it to leave.
     let drain = CancellationToken::new();
     tokio::spawn(leave_when_told(drain.clone())?);
-    if let Some(tls) = tls {
-        let hangup = listen_to(SignalKind::hangup())?;
-        tokio::spawn(async move { tls.keep_current(hangup).await });
+    match tls {
+        Some(tls) => drop(tokio::spawn(async move { tls.keep_current(hangup).await })),
+        None => drop(tokio::spawn(load_nothing(hangup))),
     }
     // A service may have closed its output; that is no reason not to serve.
     let _ = announce(config, origin, &listeners);
@@ -552,6 +554,13 @@ fn leave_when_told(drain: CancellationToken) -> Result<impl Future<Output = ()>,
         tracing::warn!("left without answering; devices send again what was not acknowledged");
         std::process::exit(1);
     })
+}
+
+/// Without TLS there is nothing that SIGHUP could mean.
+async fn load_nothing(mut hangup: Signal) {
+    while hangup.recv().await.is_some() {
+        tracing::info!("SIGHUP: there are no certificates to load again");
+    }
 }
 
 fn listen_to(kind: SignalKind) -> Result<Signal, Error> {

@@ -89,7 +89,7 @@ fn real(value: f64) -> String {
 fn escape_controls(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
-            let (plain, escaped) = if c.is_control() {
+            let (plain, escaped) = if c.is_control() || is_bidi_control(c) {
                 (None, Some(c.escape_default()))
             } else {
                 (Some(c), None)
@@ -97,6 +97,14 @@ fn escape_controls(text: &str) -> String {
             plain.into_iter().chain(escaped.into_iter().flatten())
         })
         .collect()
+}
+
+/// Whether a terminal would show what follows in another order (Unicode's property Bidi_Control).
+fn is_bidi_control(c: char) -> bool {
+    matches!(
+        c,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+    )
 }
 
 #[cfg(test)]
@@ -147,8 +155,8 @@ mod tests {
 
     #[test]
     fn terminals_see_no_control_characters() {
-        let value = Value::from("a\u{1b}[2Jb\nc\u{9b}é");
-        assert_eq!(value.shown(), "a\\u{1b}[2Jb\\nc\\u{9b}é");
+        let value = Value::from("a\u{1b}[2Jb\nc\u{9b}é\u{202e}d");
+        assert_eq!(value.shown(), "a\\u{1b}[2Jb\\nc\\u{9b}é\\u{202e}d");
         assert_eq!(Value::from("\u{1b}\"").json(), "\"\\u001b\\\"\"".to_owned());
     }
 }

@@ -228,6 +228,16 @@ fn the_password_of_a_store_is_not_said() {
     }
 }
 
+#[test]
+fn a_switch_in_the_environment_may_be_a_number() {
+    let site = Site::new();
+    site.run(&["migrate"]);
+    for (value, code) in [("1", 0), ("yes", 0), ("0", 2), ("perhaps", 2)] {
+        let said = site.run_with(&["quarantine", "purge"], &[("FIELDGATE_ALL", value)]);
+        assert_eq!(said.code, code, "{said:?}");
+    }
+}
+
 /// A line that lacks fields: any of them may be the password.
 #[test]
 fn a_damaged_password_file_is_not_logged() {

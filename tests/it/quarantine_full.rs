@@ -157,11 +157,11 @@ fn purge_wants_to_be_told_what() {
         refused.stderr
     );
     assert_eq!(gateway.database().quarantine("pump").len(), 1);
-    for (args, left) in [
-        (["purge", "2"], 1),
-        (["purge", "1"], 0),
-        (["purge", "--all"], 0),
-    ] {
+    let refused = quarantine(gateway.data_dir(), &["purge", "1", "2"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(refused.stderr.contains("no frame 2"), "{}", refused.stderr);
+    assert_eq!(gateway.database().quarantine("pump").len(), 1);
+    for (args, left) in [(["purge", "1"], 0), (["purge", "--all"], 0)] {
         let purged = quarantine(gateway.data_dir(), &args);
         assert!(purged.status.success(), "{}", purged.stderr);
         assert_eq!(

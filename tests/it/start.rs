@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use crate::gateway::{Gateway, meddle, run};
+use crate::malformed::assert_serves;
 
 /// `serve` on `data_dir` with `flags` ends with `code`, and stderr is an error that holds all `words`.
 fn assert_refused(data_dir: &Path, flags: &[&str], code: i32, words: &[&str]) {
@@ -189,4 +190,13 @@ fn settings_that_contradict_each_other_are_refused() {
     assert_refused(dir.path(), &flags, 2, &["idle-timeout-s", "keepalive-s"]);
     let store = ["--store", "mysql://localhost/x"];
     assert_refused(dir.path(), &store, 2, &["sqlite://PATH", "postgres://"]);
+}
+
+/// It says "load again" to many programs, and ends those that do not know it.
+#[test]
+fn a_hangup_ends_nothing() {
+    let mut gateway = Gateway::start(&[]);
+    gateway.signal("HUP");
+    gateway.wait_for_line("no certificates to load");
+    assert_serves(&gateway, "good");
 }

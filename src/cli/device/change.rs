@@ -131,13 +131,20 @@ pub async fn rotate_key(data_dir: &Path, store: &StoreUrl, args: &RotateArgs) ->
             Some(_) => "one of its own",
             None => "derived from the fleet key",
         };
-        let version = before.key.version + 1;
+        let version = next_version(&before.key).map_err(Error::Failed)?;
         Ok(Some((before.is_enabled, StoredKey { version, sealed })))
     })
     .await?;
     tell(names, |name| {
         format!("{name} has another key, {kind}; `fieldgate device key {name}` prints it")
     })
+}
+
+/// The number of the key after this one: a number that came round again would bring back a key that was
+/// replaced.
+pub fn next_version(key: &StoredKey) -> Result<u32, String> {
+    let next = key.version.checked_add(1);
+    next.ok_or_else(|| "the device's key was replaced as often as can be counted".to_owned())
 }
 
 /// Whether a device may connect, and its key.

@@ -28,11 +28,14 @@ pub async fn key(data_dir: &Path, store: &StoreUrl, args: &KeyArgs) -> Result<()
     let fleet = fleet_key(data_dir)?;
     let mut reader = match Reader::open(store).await {
         Ok(reader) => Some(reader),
-        // Where no gateway has run yet, every device has its first key.
+        // Where no gateway has run yet, every device has its first key; but who says that this is the place?
         Err(
-            OpenError::Sqlite(sqlite::OpenError::Missing(_))
-            | OpenError::Postgres(postgres::OpenError::Missing { .. }),
-        ) => None,
+            missing @ (OpenError::Sqlite(sqlite::OpenError::Missing(_))
+            | OpenError::Postgres(postgres::OpenError::Missing { .. })),
+        ) => {
+            eprintln!("{missing}; without it, keys are told as if none was ever replaced");
+            None
+        }
         Err(error) => return Err(error.into()),
     };
     let mut out = output::stdout();

@@ -18,7 +18,7 @@ use fieldgate::store::reader::Reader;
 use fieldgate::store::url::StoreUrl;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::change::{Wanted, edit, fleet_key, seal};
+use super::change::{Wanted, edit, fleet_key, next_version, seal};
 use super::{device_name, key};
 use crate::cli::Error;
 use crate::cli::output::{self, count};
@@ -140,7 +140,14 @@ pub async fn import(data_dir: &Path, store: &StoreUrl, args: &ImportArgs) -> Res
                 .map(Some)
                 .map_err(|fault| fault.of(&args.file, number))
         })
-        .await?;
+        .await
+        .map_err(|error| match added + changed + same {
+            0 => error,
+            done => Error::Failed(format!(
+                "{error}; the {done} devices before line {} are as the file says, those behind are as they were",
+                done + 2
+            )),
+        })?;
         let are_set = set.values().filter(|is_changed| **is_changed).count() as u64;
         added += are_new;
         changed += are_set - are_new;
@@ -185,7 +192,11 @@ fn wanted_key(
     let kept = before.filter(|before| before.sealed.is_some());
     let version_or = |otherwise| line.key_version.unwrap_or(otherwise);
     // As `rotate-key` counts: under the present number a key that was replaced could come back.
-    let next_version = before.map_or(0, |before| before.version + 1);
+    let next_version = || match (line.key_version, before) {
+        (Some(version), _) => Ok(version),
+        (None, Some(before)) => next_version(before).map_err(Fault::Line),
+        (None, None) => Ok(0),
+    };
     match (line.own_key.as_deref(), kept) {
         (None, Some(kept)) if version_or(kept.version) == kept.version => Ok(kept.clone()),
         (None, Some(_)) => {
@@ -194,7 +205,7 @@ fn wanted_key(
             Err(Fault::Line(fault.to_owned()))
         }
         (Some(""), Some(_)) => Ok(StoredKey {
-            version: version_or(next_version),
+            version: next_version()?,
             sealed: None,
         }),
         (None | Some(""), None) => Ok(StoredKey {
@@ -214,7 +225,7 @@ fn wanted_key(
             match kept.filter(has_it) {
                 Some(kept) => Ok(kept.clone()),
                 None => Ok(StoredKey {
-                    version: version_or(next_version),
+                    version: next_version()?,
                     sealed: Some(seal(fleet, &line.name, own).map_err(Fault::Other)?),
                 }),
             }

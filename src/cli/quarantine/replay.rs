@@ -65,23 +65,25 @@ pub async fn replay(store: &StoreUrl, selection: &Selection) -> Result<(), Error
             }
         }
     }
-    let mut out = output::stdout();
-    if outcome.stayed > 0 {
-        stayed.write(&mut out)?;
-    }
-    let (frames, readings) = (
-        count(outcome.frames, "frame"),
-        count(outcome.readings, "reading"),
-    );
-    writeln!(out, "replayed {frames} with {readings}")?;
-    out.flush()?;
+    let told = tell(&outcome, &stayed);
     match outcome.stayed {
-        0 => Ok(()),
+        0 => told,
         stayed => Err(Error::Failed(format!(
             "{} not understood by this version either: kept in quarantine",
             count(stayed, "frame")
         ))),
     }
+}
+
+fn tell(outcome: &Outcome, stayed: &Grid) -> Result<(), Error> {
+    let mut out = output::stdout();
+    if outcome.stayed > 0 {
+        stayed.write(&mut out)?;
+    }
+    let frames = count(outcome.frames, "frame");
+    let readings = count(outcome.readings, "reading");
+    writeln!(out, "replayed {frames} with {readings}")?;
+    out.flush().map_err(Error::Output)
 }
 
 /// Reads a frame again, by the same code as when it came; or tells why it cannot be understood.

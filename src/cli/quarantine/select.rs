@@ -1,5 +1,7 @@
 //! Which frames in quarantine a command is about.
 
+use std::collections::HashSet;
+
 use clap::Args;
 use fieldgate::store::reader::{Argument, Reader};
 use jiff::Timestamp;
@@ -39,7 +41,7 @@ impl Selection {
     /// The condition that the frames meet.
     ///
     /// # Errors
-    /// There is no such device, or the store does not answer.
+    /// There is no such device or frame, or the store does not answer.
     pub async fn condition(&self, reader: &mut Reader) -> Result<Condition, Error> {
         let device = match &self.device {
             Some(name) => Some(device_id(reader, name).await?),
@@ -49,7 +51,9 @@ impl Selection {
         let mut conditions = vec!["1 = 1".to_owned()];
         if !self.ids.is_empty() {
             let ids: Vec<String> = self.ids.iter().map(i64::to_string).collect();
-            conditions.push(format!("q.id IN ({})", ids.join(", ")));
+            let named = format!("q.id IN ({})", ids.join(", "));
+            check_ids(reader, &self.ids, &named).await?;
+            conditions.push(named);
         }
         let mut count = 0;
         let mut parameter = |condition: &str| {
@@ -82,6 +86,25 @@ impl Condition {
         let before = self.before_us.map(Argument::Time);
         device.into_iter().chain(before).collect()
     }
+}
+
+async fn check_ids(reader: &mut Reader, ids: &[i64], named: &str) -> Result<(), Error> {
+    let sql = format!("SELECT q.id FROM quarantine AS q WHERE {named}");
+    let mut found = HashSet::new();
+    for row in reader.rows(&sql, &[]).await? {
+        found.insert(row.integer(0)?);
+    }
+    match ids.iter().find(|id| !found.contains(id)) {
+        Some(missing) => Err(no_frame(*missing)),
+        None => Ok(()),
+    }
+}
+
+/// There is no such frame in quarantine.
+pub fn no_frame(id: i64) -> Error {
+    Error::Failed(format!(
+        "no frame {id} in quarantine; `fieldgate quarantine list` shows all"
+    ))
 }
 
 async fn device_id(reader: &mut Reader, name: &str) -> Result<i64, Error> {

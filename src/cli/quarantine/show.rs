@@ -12,6 +12,7 @@ use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
 use fieldgate_protocol::message::{Data, decode};
 
 use super::code_text;
+use super::select::no_frame;
 use crate::cli::Error;
 use crate::cli::output::{self, bytes_text, utc_text, write_facts};
 use crate::cli::value::{Value, Written};
@@ -32,10 +33,7 @@ pub async fn show(store: &StoreUrl, args: &ShowArgs) -> Result<(), Error> {
     let condition = format!("q.id = {}", args.id);
     let frames = reader.kept_frames(&condition, &[], i64::MIN, 1).await?;
     let Some(kept) = frames.first() else {
-        return Err(Error::Failed(format!(
-            "no frame {} in quarantine; `fieldgate quarantine list` shows all",
-            args.id
-        )));
+        return Err(no_frame(args.id));
     };
     let mut facts = facts(&mut reader, kept).await?;
     let mut out = output::stdout();
