@@ -115,7 +115,7 @@ pub async fn watch<T>(
             Ok(Ok(Some(changes))) => {
                 // In this order: whoever is cut off shall not come back by the old key.
                 credentials.take_in(&changes);
-                registry.change(&changes.devices);
+                registry.change(&changes);
             }
             // That the store does not answer is told by those who commit.
             Ok(Err(error)) => tracing::debug!(%error, "changes of devices cannot be read"),
@@ -146,11 +146,7 @@ mod tests {
     }
 
     fn changes(is_all: bool, devices: Vec<DeviceState>) -> Changes {
-        Changes {
-            devices,
-            is_all,
-            latest: 9,
-        }
+        Changes { devices, is_all }
     }
 
     #[test]

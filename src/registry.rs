@@ -13,7 +13,7 @@ use fieldgate_protocol::error::Code;
 use crate::mailbox::Mailbox;
 use crate::session::Close;
 use crate::store::DeviceId;
-use crate::store::lifecycle::DeviceState;
+use crate::store::lifecycle::Changes;
 
 /// The live sessions by device.
 #[derive(Debug, Default)]
@@ -90,10 +90,13 @@ impl Registry {
         }
     }
 
-    /// Operators have changed these devices: their sessions are told to end, if they may not go on.
-    pub fn change(&self, devices: &[DeviceState]) {
+    /// Operators have changed devices: their sessions are told to end, if they may not go on.
+    pub fn change(&self, changes: &Changes) {
         let mut sessions = self.lock();
-        for device in devices {
+        if changes.is_all {
+            sessions.begin_anew();
+        }
+        for device in &changes.devices {
             let changed = Changed {
                 is_enabled: device.is_enabled,
                 revision: device.revision,
@@ -136,6 +139,22 @@ impl Registry {
     }
 }
 
+impl Sessions {
+    /// The store is another one than before, and its numbers have nothing to do with those that are known.
+    fn begin_anew(&mut self) {
+        self.changed.clear();
+        // A device that nobody had changed was admitted with 0, which is below all. With a higher number a
+        // session would outlive changes to come, so its device has to log in anew.
+        for live in self.live.values().filter(|live| live.revision > 0) {
+            live.end(Some(Close {
+                code: None,
+                retry_after_ms: 0,
+                detail: "the store was put back to an earlier state".into(),
+            }));
+        }
+    }
+}
+
 impl Live {
     fn end(&self, close: Option<Close>) {
         if let Some(close) = close {
@@ -147,24 +166,32 @@ impl Live {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::lifecycle::StoredKey;
+    use crate::store::lifecycle::{DeviceState, StoredKey};
 
     const PUMP: DeviceId = DeviceId(1);
 
-    fn change(is_enabled: bool, revision: i64, key_revision: i64) -> [DeviceState; 1] {
-        [DeviceState {
+    fn change(is_enabled: bool, revision: i64, key_revision: i64) -> Changes {
+        let pump = DeviceState {
             device: PUMP,
             name: "pump".to_owned(),
             is_enabled,
             key: StoredKey::default(),
             revision,
             key_revision,
-        }]
+        };
+        Changes {
+            devices: vec![pump],
+            is_all: false,
+        }
+    }
+
+    async fn closed(mailbox: &Mailbox) -> Option<Close> {
+        mailbox.put(|_| ());
+        mailbox.take().await.close
     }
 
     async fn told(mailbox: &Mailbox) -> Option<Code> {
-        mailbox.put(|_| ());
-        mailbox.take().await.close?.code
+        closed(mailbox).await?.code
     }
 
     #[tokio::test]
@@ -189,5 +216,37 @@ mod tests {
                 assert_eq!(told(&mailbox).await, expected, "{device:?}");
             }
         }
+    }
+    #[tokio::test]
+    async fn what_was_known_of_another_store_does_not_hold() {
+        let registry = Registry::default();
+        registry.change(&change(false, 7, 0));
+        let other_store = Changes {
+            devices: vec![],
+            is_all: true,
+        };
+        registry.change(&other_store);
+        let mailbox = Arc::default();
+        registry.admit(PUMP, 0, &mailbox, 0);
+        assert_eq!(told(&mailbox).await, None);
+        // It has its first key, and nobody has changed that.
+        registry.change(&other_store);
+        assert_eq!(told(&mailbox).await, None);
+        registry.change(&change(false, 1, 0));
+        assert_eq!(told(&mailbox).await, Some(Code::Disabled));
+    }
+
+    /// By its number it would outlive whatever is changed next.
+    #[tokio::test]
+    async fn a_session_that_another_store_admitted_with_a_changed_device_ends() {
+        let registry = Registry::default();
+        let mailbox = Arc::<Mailbox>::default();
+        registry.admit(PUMP, 0, &mailbox, 7);
+        registry.change(&Changes {
+            is_all: true,
+            ..change(true, 3, 3)
+        });
+        let close = closed(&mailbox).await.expect("ends");
+        assert_eq!(close.code, None);
     }
 }

@@ -5,7 +5,7 @@
 //! - Changes get their numbers in the order of their commits: whoever has seen one has seen all before it.
 //! - A device's key changes only together with its `key_revision`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::DeviceId;
 use super::editor::Editor;
@@ -66,8 +66,6 @@ pub struct Changes {
     pub devices: Vec<DeviceState>,
     /// All devices that were ever changed are among them: nothing that was known before holds.
     pub is_all: bool,
-    /// The number of the latest change.
-    pub latest: i64,
 }
 
 /// A way to look for changes.
@@ -105,12 +103,10 @@ impl ChangeReader {
             rows.iter().map(DeviceState::of).collect::<Result<_, _>>()?;
         // More may have been committed since `latest` was read.
         let newest = devices.last().map_or(latest, |last| last.revision);
-        let latest = newest.max(latest);
-        self.seen = Some(latest);
+        self.seen = Some(newest.max(latest));
         Ok(Some(Changes {
             devices,
             is_all: since.is_none(),
-            latest,
         }))
     }
 
@@ -201,29 +197,22 @@ impl<'e> DeviceEdit<'e> {
         is_enabled: bool,
         key: &StoredKey,
     ) -> Result<bool, ReadError> {
-        let has_new_key = before.map_or(*key != StoredKey::default(), |before| before.key != *key);
-        let is_let_in_or_out = before.map_or(!is_enabled, |before| before.is_enabled != is_enabled);
-        if before.is_some() && !has_new_key && !is_let_in_or_out {
+        let put = put(self.editor, name, before, is_enabled, key, self.revision).await?;
+        let Some(put) = put else {
             return Ok(false);
-        }
-        let key_revision = match before {
-            _ if has_new_key => self.revision,
-            Some(before) => before.key_revision,
-            None => 0,
         };
-        let revisions = [self.revision, key_revision];
-        let device = upsert(self.editor, name, is_enabled, key, revisions).await?;
+        let device = put.device;
         if before.is_none() {
             self.note(device, "added", "").await?;
         }
-        if has_new_key {
+        if put.has_new_key {
             let detail = match key.sealed {
                 Some(_) => "a key of its own".to_owned(),
                 None => format!("derived from the fleet key, version {}", key.version),
             };
             self.note(device, "key_changed", &detail).await?;
         }
-        if is_let_in_or_out {
+        if put.is_let_in_or_out {
             let kind = if is_enabled { "enabled" } else { "disabled" };
             self.note(device, kind, "").await?;
         }
@@ -259,36 +248,83 @@ impl<'e> DeviceEdit<'e> {
     }
 }
 
-/// Makes the devices of another store what they have become there, under the same numbers.
+/// Makes the devices of a spool what they have become in the database, as one change of the spool's own: a
+/// database that is put back to an earlier state counts from there, and sessions and logins are held against
+/// numbers that only rise.
 ///
 /// # Errors
-/// The store does not answer, and nothing was done.
-pub async fn adopt(editor: &mut Editor, changes: &Changes) -> Result<(), ReadError> {
-    editor.begin().await?;
+/// The spool does not answer, and nothing was done.
+pub async fn adopt(spool: &mut Editor, changes: &Changes) -> Result<(), ReadError> {
+    spool.begin().await?;
+    // Spools of before had the database's numbers, and after such a return one below their highest.
+    let next = "UPDATE device_revision SET latest = 1 + max(latest,
+            (SELECT coalesce(max(revision), 0) FROM devices WHERE revision > 0))
+        RETURNING latest";
+    let rows = spool.rows(next, &[]).await?;
+    let revision = rows.first().map_or(Ok(1), |row| row.integer(0))?;
     for device in &changes.devices {
-        let revisions = [device.revision, device.key_revision];
-        upsert(
-            editor,
-            &device.name,
+        let before = find(spool, &device.name).await?;
+        let DeviceState { name, key, .. } = device;
+        put(
+            spool,
+            name,
+            before.as_ref(),
             device.is_enabled,
-            &device.key,
-            revisions,
+            key,
+            revision,
         )
         .await?;
     }
-    let latest = "UPDATE device_revision SET latest = $1";
-    editor.execute(latest, &[changes.latest.into()]).await?;
-    editor.commit().await
+    if changes.is_all {
+        let changed = changes.devices.iter().map(|device| device.name.as_str());
+        undo_others(spool, &changed.collect(), revision).await?;
+    }
+    spool.commit().await
 }
 
-/// Gives the device's row.
-async fn upsert(
+/// Makes all devices but these what they were before anybody changed them.
+async fn undo_others(
+    spool: &mut Editor,
+    changed: &HashSet<&str>,
+    revision: i64,
+) -> Result<(), ReadError> {
+    let sql = format!("SELECT {COLUMNS} FROM devices WHERE revision > 0");
+    for row in &spool.rows(&sql, &[]).await? {
+        let device = DeviceState::of(row)?;
+        if !changed.contains(device.name.as_str()) {
+            let first = StoredKey::default();
+            put(spool, &device.name, Some(&device), true, &first, revision).await?;
+        }
+    }
+    Ok(())
+}
+
+/// What was done to a device.
+struct Put {
+    device: i64,
+    has_new_key: bool,
+    is_let_in_or_out: bool,
+}
+
+/// Makes a device, which was `before`, so, by the change of this number; `None` if it is so already.
+async fn put(
     editor: &mut Editor,
     name: &str,
+    before: Option<&DeviceState>,
     is_enabled: bool,
     key: &StoredKey,
-    [revision, key_revision]: [i64; 2],
-) -> Result<i64, ReadError> {
+    revision: i64,
+) -> Result<Option<Put>, ReadError> {
+    let has_new_key = before.map_or(*key != StoredKey::default(), |before| before.key != *key);
+    let is_let_in_or_out = before.map_or(!is_enabled, |before| before.is_enabled != is_enabled);
+    if before.is_some() && !has_new_key && !is_let_in_or_out {
+        return Ok(None);
+    }
+    let key_revision = match before {
+        _ if has_new_key => revision,
+        Some(before) => before.key_revision,
+        None => 0,
+    };
     let sql = "INSERT INTO devices (name, enabled, key_version, sealed_key, revision, key_revision)
          VALUES ($1, $2, $3, $4, $5, $6)
          ON CONFLICT (name) DO UPDATE SET enabled = excluded.enabled,
@@ -304,5 +340,9 @@ async fn upsert(
         key_revision.into(),
     ];
     let rows = editor.rows(sql, &values).await?;
-    rows.first().map_or(Ok(0), |row| row.integer(0))
+    Ok(Some(Put {
+        device: rows.first().map_or(Ok(0), |row| row.integer(0))?,
+        has_new_key,
+        is_let_in_or_out,
+    }))
 }

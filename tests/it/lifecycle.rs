@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use fieldgate_protocol::auth::derive_device_key;
 use fieldgate_protocol::error::Code;
 
-use crate::client::{Heard, Link, Login, readings};
+use crate::client::{Heard, Link, Login, ping, readings};
 use crate::database::PgDatabase;
 use crate::gateway::{Gateway, command};
 use crate::gateways::Pair;
@@ -195,6 +195,44 @@ fn c02_a_disabled_device_is_cut_off() {
 fn c02_a_disabled_device_is_cut_off_in_postgres_and_before_it() {
     a_disabled_device_is_cut_off(&Place::postgres(&[]));
     a_disabled_device_is_cut_off(&Place::postgres(&["--spool"]));
+}
+
+/// The database is put back to what it was before anybody changed anything, as from a backup.
+fn what_a_database_has_lost_holds_no_more(place: &mut Place) {
+    let [mut pump, mut other] = two_devices(place);
+    let login = place.gateway.device("pump");
+    place.device(&["disable", "pump"]);
+    pump.expect_bye(Code::Disabled);
+    assert_refused(&place.gateway, &login, Code::Disabled);
+    let put_back = "BEGIN; UPDATE devices SET enabled = 1, revision = 0;
+        UPDATE device_revision SET latest = 0; COMMIT";
+    let database = place.database.as_mut().expect("Postgres");
+    database.session().execute(put_back);
+    // Until the gateway has heard of it, a session ends as soon as it has begun.
+    let begun = Instant::now();
+    let mut pump = loop {
+        let mut pump = get_in(&place.gateway, &login, Code::Disabled);
+        pump.send_in_vain(&ping(77, 0, 0));
+        match pump.hear() {
+            Heard::Pong { .. } => break pump,
+            Heard::Bye { code, .. } if code == Code::Disabled as u8 => {}
+            other => panic!("{other:?}"),
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "never stays in");
+    };
+    other.ping();
+    // The number of this change was there before.
+    assert_eq!(place.device(&["disable", "pump"]), "pump is disabled\n");
+    pump.expect_bye(Code::Disabled);
+    assert_refused(&place.gateway, &login, Code::Disabled);
+    other.ping();
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn what_postgres_has_lost_holds_no_more_there_and_before_it() {
+    what_a_database_has_lost_holds_no_more(&mut Place::postgres(&[]));
+    what_a_database_has_lost_holds_no_more(&mut Place::postgres(&["--spool"]));
 }
 
 fn a_replaced_key_opens_no_more(place: &Place) {

@@ -2,8 +2,7 @@
 
 use super::*;
 use crate::store::editor::Editor;
-use crate::store::lifecycle::{ChangeReader, DeviceEdit, StoredKey};
-use crate::store::steady::SteadyReader;
+use crate::store::lifecycle::{self, DeviceEdit, StoredKey};
 use crate::store::url::StoreUrl;
 
 /// Changes a device that is known, as the commands do.
@@ -25,8 +24,13 @@ pub(in crate::store) async fn change(
     let is_set = edit.set(device, Some(before), is_enabled, key);
     assert!(is_set.await.unwrap());
     edit.commit().await.unwrap();
-    let mut changes = ChangeReader::new(SteadyReader::new(store.clone()));
-    changes.changes().await.unwrap().unwrap().latest
+    revision_of(&mut editor, device).await
+}
+
+/// The number of a device's latest change.
+pub(in crate::store) async fn revision_of(editor: &mut Editor, device: &str) -> i64 {
+    let found = lifecycle::find(editor, device).await.unwrap();
+    found.unwrap().revision
 }
 
 async fn outcomes<H: Harness>(h: &mut H, logins: Vec<Login>) -> Vec<LoginOutcome> {

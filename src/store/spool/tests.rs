@@ -5,7 +5,8 @@ use tempfile::TempDir;
 
 use super::mirror::Mirror;
 use super::*;
-use crate::store::contract::{Dump, Harness, Peer, change, contract, peer};
+use crate::store::contract::{Dump, Harness, Peer, change, contract, peer, revision_of};
+use crate::store::editor::Editor;
 use crate::store::postgres::tests::{Database, dump};
 use crate::store::url::StoreUrl;
 
@@ -83,10 +84,10 @@ impl Harness for Spooled {
         // Devices come to the database with what is drained.
         self.drained().await;
         let database = StoreUrl::Postgres(self.database.settings().url);
-        let revision = change(&database, device, is_enabled, replaces_key).await;
+        change(&database, device, is_enabled, replaces_key).await;
         let path = self.directory.path().join("spool.db");
-        Mirror::new(database, path).copy().await.unwrap();
-        revision
+        Mirror::new(database, path.clone()).copy().await.unwrap();
+        revision_of(&mut Editor::open_spool(&path).await.unwrap(), device).await
     }
 
     async fn fill_disk(&mut self) {
