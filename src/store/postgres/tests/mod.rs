@@ -9,6 +9,7 @@ use crate::store::contract::{Dump, Harness, change, contract, peer};
 use crate::store::url::StoreUrl;
 
 mod answers;
+mod declares;
 mod partitions;
 
 contract!(
