@@ -2,7 +2,7 @@
 //! the rows found for a login come to.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use fieldgate_protocol::column::Kind;
@@ -55,17 +55,18 @@ pub(super) struct StreamRow {
     pub(super) durable_seq: u64,
 }
 
-/// The series of some devices.
-#[derive(Default)]
-pub(super) struct SeriesIndex(HashMap<DeviceId, Vec<SeriesRow>>);
+type SchemaKey = (DeviceId, u16, SchemaHash);
 
-/// A row of `series`.
-pub(super) struct SeriesRow {
-    pub(super) id: SeriesId,
-    pub(super) channel: String,
-    pub(super) unit: String,
-    pub(super) kind: String,
-}
+/// The channels of the schemas that logins name, where they are stored with the same hash.
+pub(super) struct NamedSchemas(BTreeMap<SchemaKey, Vec<DeclaredChannel>>);
+
+/// Device, channel, unit and kind, which tell a series from all others. By nothing less are series
+/// looked for: a device may have declared any number of them.
+pub(super) type SeriesKey<'a> = (DeviceId, &'a str, &'a str, &'a str);
+
+/// The series that a batch's schemas need.
+#[derive(Default)]
+pub(super) struct SeriesIndex<'a>(HashMap<SeriesKey<'a>, SeriesId>);
 
 /// What the database has of a batch's logins.
 pub(super) struct Found {
@@ -76,9 +77,7 @@ pub(super) struct Found {
     /// Of admitted devices.
     pub(super) clocks: HashMap<DeviceId, Vec<BootClock>>,
     /// Those that the logins name.
-    pub(super) schemas: StoredSchemas,
-    /// Of the schemas' devices.
-    pub(super) series: SeriesIndex,
+    pub(super) schemas: HashMap<SchemaKey, Arc<Schema>>,
 }
 
 impl Found {
@@ -101,6 +100,7 @@ impl Found {
         if login.next_seq <= stream.durable_seq {
             return Ok(LoginOutcome::StreamConflict);
         }
+        let named = |(schema, hash)| self.schemas.get(&(device, schema, hash));
         Ok(LoginOutcome::Admitted(Box::new(Admission {
             device,
             revision: found.revision,
@@ -108,71 +108,110 @@ impl Found {
                 stream: stream.id,
                 durable_seq: stream.durable_seq,
             },
-            schema: login_schema(login, device, &self.schemas, &self.series)?,
+            schema: login.schema.and_then(named).cloned(),
             clocks: self.clocks.get(&device).cloned().unwrap_or_default(),
         })))
     }
 }
 
-impl SeriesIndex {
-    pub(super) fn add(&mut self, device: DeviceId, series: SeriesRow) {
-        self.0.entry(device).or_default().push(series);
+impl NamedSchemas {
+    pub(super) fn of(
+        logins: &[(DeviceId, &Login)],
+        stored: &StoredSchemas,
+    ) -> Result<Self, sqlx::Error> {
+        let mut named = BTreeMap::new();
+        for (device, login) in logins {
+            let Some((schema, hash)) = login.schema else {
+                continue;
+            };
+            let stored = stored.get(&(*device, schema));
+            if let Some(stored) = stored.filter(|stored| stored.hash == hash) {
+                let channels = parse_declaration(&stored.declaration)?;
+                named.insert((*device, schema, hash), channels);
+            }
+        }
+        Ok(Self(named))
+    }
+
+    pub(super) fn series_keys(&self) -> Vec<SeriesKey<'_>> {
+        let schemas = self.0.iter();
+        schemas
+            .flat_map(|((device, ..), channels)| series_keys(*device, channels))
+            .collect()
+    }
+
+    pub(super) fn schemas(
+        &self,
+        series: &SeriesIndex<'_>,
+    ) -> Result<HashMap<SchemaKey, Arc<Schema>>, sqlx::Error> {
+        let schema = |(key, channels): (&SchemaKey, &Vec<_>)| {
+            let (device, number, _) = *key;
+            Ok((*key, series.schema(device, number, channels)?))
+        };
+        self.0.iter().map(schema).collect()
+    }
+}
+
+impl<'a> SeriesIndex<'a> {
+    /// `found` has the places in `wanted` of what there is, and its ids.
+    pub(super) fn new(wanted: &[SeriesKey<'a>], found: &[(i64, i64)]) -> Self {
+        let series = |(n, id): &(i64, i64)| (wanted[*n as usize], SeriesId(*id));
+        Self(found.iter().map(series).collect())
+    }
+
+    pub(super) fn contains(&self, key: &SeriesKey<'a>) -> bool {
+        self.0.contains_key(key)
+    }
+
+    pub(super) fn extend(&mut self, others: Self) {
+        self.0.extend(others.0);
     }
 
     /// The outcome for a declare that was found to be kept.
     pub(super) fn accepted(&self, declare: &Declare) -> Result<DeclareOutcome, sqlx::Error> {
-        let channel = |channel| {
-            let found = self.channel(declare.device, channel);
-            found.ok_or_else(unreturned)
-        };
-        let channels = declare.channels.iter().map(channel);
-        Ok(DeclareOutcome::Accepted(Arc::new(Schema {
-            schema: declare.schema,
-            channels: channels.collect::<Result<_, _>>()?,
-        })))
+        let schema = self.schema(declare.device, declare.schema, &declare.channels)?;
+        Ok(DeclareOutcome::Accepted(schema))
     }
 
-    pub(super) fn channel(
+    fn schema(
         &self,
         device: DeviceId,
-        declared: &DeclaredChannel,
-    ) -> Option<SchemaChannel> {
-        let series = self.0.get(&device)?.iter().find(|series| {
-            series.channel == declared.name
-                && series.unit == declared.unit
-                && series.kind == declared.kind.name()
-        })?;
-        Some(SchemaChannel {
-            id: declared.id,
-            kind: declared.kind,
-            exp10: declared.exp10,
-            series: series.id,
-        })
+        schema: u16,
+        channels: &[DeclaredChannel],
+    ) -> Result<Arc<Schema>, sqlx::Error> {
+        let channel = |channel: &DeclaredChannel| {
+            let series = self.0.get(&series_key(device, channel));
+            Ok(channel.with(*series.ok_or_else(unreturned)?))
+        };
+        let channels: Result<_, sqlx::Error> = channels.iter().map(channel).collect();
+        let channels = channels?;
+        Ok(Arc::new(Schema { schema, channels }))
     }
 }
 
-/// The schema that a login names, if it is stored with the same hash.
-fn login_schema(
-    login: &Login,
-    device: DeviceId,
-    schemas: &StoredSchemas,
-    series: &SeriesIndex,
-) -> Result<Option<Arc<Schema>>, sqlx::Error> {
-    let Some((schema, hash)) = login.schema else {
-        return Ok(None);
-    };
-    let Some(stored) = schemas.get(&(device, schema)) else {
-        return Ok(None);
-    };
-    if stored.hash != SchemaHash::as_slice(&hash) {
-        return Ok(None);
+impl DeclaredChannel {
+    /// As it is once its series is known.
+    pub(super) fn with(&self, series: SeriesId) -> SchemaChannel {
+        SchemaChannel {
+            id: self.id,
+            kind: self.kind,
+            exp10: self.exp10,
+            series,
+        }
     }
-    let channels = parse_declaration(&stored.declaration)?;
-    let channels = channels
+}
+
+pub(super) fn series_key(device: DeviceId, channel: &DeclaredChannel) -> SeriesKey<'_> {
+    (device, &channel.name, &channel.unit, channel.kind.name())
+}
+
+pub(super) fn series_keys(
+    device: DeviceId,
+    channels: &[DeclaredChannel],
+) -> impl Iterator<Item = SeriesKey<'_>> {
+    channels
         .iter()
-        .map(|channel| series.channel(device, channel).ok_or_else(unreturned))
-        .collect::<Result<_, _>>()?;
-    Ok(Some(Arc::new(Schema { schema, channels })))
+        .map(move |channel| series_key(device, channel))
 }
 
 /// A schema as it is kept.

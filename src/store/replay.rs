@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use super::admission::{SeriesIndex, SeriesRow, parse_declaration};
+use super::admission::{parse_declaration, series_key};
 use super::editor::Editor;
 use super::reader::{Argument, ReadError, Reader};
 use super::rows::Run;
@@ -111,28 +111,20 @@ impl Reader {
         let Some(declaration) = rows.first() else {
             return Ok(None);
         };
-        let channels = parse_declaration(declaration.text_or_null(0)?.unwrap_or_default())?;
-        let sql = "SELECT id, channel, unit, kind FROM series WHERE device_id = $1";
-        let mut series = SeriesIndex::default();
-        for row in self.rows(sql, &[device.0.into()]).await? {
-            let text = |column| -> Result<String, ReadError> {
-                Ok(row.text_or_null(column)?.unwrap_or_default().to_owned())
+        let declared = parse_declaration(declaration.text_or_null(0)?.unwrap_or_default())?;
+        let sql = "SELECT id FROM series
+             WHERE device_id = $1 AND channel = $2 AND unit = $3 AND kind = $4";
+        let mut channels = Vec::with_capacity(declared.len());
+        for channel in &declared {
+            let (device, name, unit, kind) = series_key(device, channel);
+            let key = [device.0.into(), name.into(), unit.into(), kind.into()];
+            let rows = self.rows(sql, &key).await?;
+            let Some(series) = rows.first() else {
+                return Ok(None);
             };
-            series.add(
-                device,
-                SeriesRow {
-                    id: SeriesId(row.integer(0)?),
-                    channel: text(1)?,
-                    unit: text(2)?,
-                    kind: text(3)?,
-                },
-            );
+            channels.push(channel.with(SeriesId(series.integer(0)?)));
         }
-        let channels = channels
-            .iter()
-            .map(|channel| series.channel(device, channel));
-        let channels: Option<Vec<_>> = channels.collect();
-        Ok(channels.map(|channels| Schema { schema, channels }))
+        Ok(Some(Schema { schema, channels }))
     }
 }
 

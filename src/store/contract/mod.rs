@@ -7,9 +7,11 @@ use crate::clock::{BootClock, Quality};
 
 mod devices;
 mod quarantine;
+mod schemas;
 
 pub(super) use self::devices::*;
 pub(super) use self::quarantine::*;
+pub(super) use self::schemas::*;
 
 /// A store under test, and a way to look behind it.
 pub(super) trait Harness: Sized + Send {
@@ -604,6 +606,7 @@ macro_rules! contract {
             nobody_registers_where_that_is_closed,
             refusals_of_known_devices_are_on_record,
             a_schema_never_changes,
+            a_schema_is_found_among_very_many,
             hostile_names_come_back_unchanged,
             watermarks_outlive_the_process,
             receipts_are_sorted_by_stream,

@@ -12,10 +12,11 @@ use sqlx::PgConnection;
 use super::timestamp::Timestamp;
 use crate::clock::BootClock;
 use crate::store::admission::{
-    Found, FoundDevice, SeriesIndex, SeriesRow, StoredSchema, StoredSchemas, StreamRow, declaration,
+    Found, FoundDevice, NamedSchemas, SeriesIndex, SeriesKey, StoredSchema, StoredSchemas,
+    StreamRow, declaration, series_keys,
 };
 use crate::store::ledger::DRIFT_PARTS;
-use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, SeriesId, StreamId};
+use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, StreamId};
 
 /// How many boots' clocks a login gets.
 const CLOCKS_MAX: i64 = 8;
@@ -60,15 +61,14 @@ impl<'c> Admissions<'c> {
         let wanted = admitted
             .iter()
             .filter_map(|(device, login)| login.schema.map(|(schema, _)| (*device, schema)));
-        let schemas = self.find_schemas(wanted.collect()).await?;
-        let of_schemas = schemas.keys().map(|(device, _)| *device).collect();
-        let series = self.find_series(of_schemas).await?;
+        let stored = self.find_schemas(wanted.collect()).await?;
+        let named = NamedSchemas::of(&admitted, &stored)?;
+        let series = self.find_series(&named.series_keys()).await?;
         let found = Found {
             devices,
             streams,
             clocks,
-            schemas,
-            series,
+            schemas: named.schemas(&series)?,
         };
         logins.iter().map(|login| found.outcome(login)).collect()
     }
@@ -369,69 +369,74 @@ impl<'c> Admissions<'c> {
         .map(drop)
     }
 
-    async fn find_or_create_series(
+    async fn find_or_create_series<'k>(
         &mut self,
-        declares: &[&Declare],
-    ) -> Result<SeriesIndex, sqlx::Error> {
-        let devices: BTreeSet<DeviceId> = declares.iter().map(|declare| declare.device).collect();
-        let known = self.find_series(devices.clone()).await?;
-        let channels = declares.iter().flat_map(|declare| {
-            let of_device = |channel| (declare.device, channel);
-            declare.channels.iter().map(of_device)
-        });
-        let new: BTreeSet<(DeviceId, &str, &str, &str)> = channels
-            .filter(|(device, channel)| known.channel(*device, channel).is_none())
-            .map(|(device, channel)| {
-                let (name, unit) = (channel.name.as_str(), channel.unit.as_str());
-                (device, name, unit, channel.kind.name())
-            })
+        declares: &[&'k Declare],
+    ) -> Result<SeriesIndex<'k>, sqlx::Error> {
+        let wanted: Vec<SeriesKey<'k>> = { declares.iter() }
+            .flat_map(|declare| series_keys(declare.device, &declare.channels))
+            .collect();
+        let mut series = self.find_series(&wanted).await?;
+        let new: BTreeSet<_> = { wanted.into_iter() }
+            .filter(|key| !series.contains(key))
             .collect();
         if new.is_empty() {
-            return Ok(known);
+            return Ok(series);
         }
+        let new = Vec::from_iter(new);
+        let (devices, channels, units, kinds) = series_columns(&new);
         sqlx::query(
             "INSERT INTO series (device_id, channel, unit, kind)
              SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[])
              ON CONFLICT (device_id, channel, unit, kind) DO NOTHING",
         )
-        .bind(new.iter().map(|(device, ..)| device.0).collect::<Vec<_>>())
-        .bind(
-            new.iter()
-                .map(|(_, channel, ..)| *channel)
-                .collect::<Vec<_>>(),
-        )
-        .bind(new.iter().map(|(_, _, unit, _)| *unit).collect::<Vec<_>>())
-        .bind(new.iter().map(|(.., kind)| *kind).collect::<Vec<_>>())
+        .bind(devices)
+        .bind(channels)
+        .bind(units)
+        .bind(kinds)
         .execute(&mut *self.conn)
         .await?;
-        self.find_series(devices).await
+        series.extend(self.find_series(&new).await?);
+        Ok(series)
     }
 
-    async fn find_series(
+    /// Planned anew each time: a few are looked up in the index, whatever else there is, and those of a
+    /// whole fleet are joined. A plan that was kept could be from when the table was small, and read all
+    /// of it.
+    async fn find_series<'k>(
         &mut self,
-        devices: BTreeSet<DeviceId>,
-    ) -> Result<SeriesIndex, sqlx::Error> {
-        let mut index = SeriesIndex::default();
-        if devices.is_empty() {
-            return Ok(index);
+        wanted: &[SeriesKey<'k>],
+    ) -> Result<SeriesIndex<'k>, sqlx::Error> {
+        if wanted.is_empty() {
+            return Ok(SeriesIndex::default());
         }
-        let rows: Vec<(i64, i64, String, String, String)> = sqlx::query_as(
-            "SELECT device_id, id, channel, unit, kind FROM series WHERE device_id = ANY($1)",
+        let (devices, channels, units, kinds) = series_columns(wanted);
+        let found: Vec<(i64, i64)> = sqlx::query_as(
+            "SELECT wanted.n - 1, s.id
+             FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[]) WITH ORDINALITY
+                 AS wanted (device_id, channel, unit, kind, n)
+             JOIN series AS s USING (device_id, channel, unit, kind)",
         )
-        .bind(devices.iter().map(|device| device.0).collect::<Vec<_>>())
+        .persistent(false)
+        .bind(devices)
+        .bind(channels)
+        .bind(units)
+        .bind(kinds)
         .fetch_all(&mut *self.conn)
         .await?;
-        for (device, id, channel, unit, kind) in rows {
-            let series = SeriesRow {
-                id: SeriesId(id),
-                channel,
-                unit,
-                kind,
-            };
-            index.add(DeviceId(device), series);
-        }
-        Ok(index)
+        Ok(SeriesIndex::new(wanted, &found))
     }
+}
+
+type SeriesColumns<'k> = (Vec<i64>, Vec<&'k str>, Vec<&'k str>, Vec<&'k str>);
+
+fn series_columns<'k>(keys: &[SeriesKey<'k>]) -> SeriesColumns<'k> {
+    (
+        keys.iter().map(|(device, ..)| device.0).collect(),
+        keys.iter().map(|(_, channel, ..)| *channel).collect(),
+        keys.iter().map(|(_, _, unit, _)| *unit).collect(),
+        keys.iter().map(|(.., kind)| *kind).collect(),
+    )
 }
 
 fn device_row(columns: DeviceColumns) -> (String, FoundDevice) {

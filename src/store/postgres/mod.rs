@@ -154,12 +154,15 @@ fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
 }
 
 /// Whether an SQLSTATE tells of a state that may pass: lost connections (08), conflicts of
-/// transactions (40), a lack of room (53), locks (55), shutdown and cancellation (57), I/O errors of
-/// the server (58; those that endanger what is committed, it does not survive), and a server that has
-/// become a standby.
+/// transactions (40), a lack of room (53), shutdown and cancellation (57), I/O errors of the server
+/// (58; those that endanger what is committed, it does not survive). Other classes tell mostly of
+/// faults that last. Of them may pass: a server that has become a standby (25006); a transaction that
+/// the server has ended because this process was suspended in it (25P03, and 25P04 from release 17 on);
+/// what somebody else uses or has locked (55006, 55P03).
 fn is_passing(code: &str) -> bool {
-    const CLASSES: [&str; 6] = ["08", "40", "53", "55", "57", "58"];
-    CLASSES.iter().any(|class| code.starts_with(class)) || code == "25006"
+    const CLASSES: [&str; 5] = ["08", "40", "53", "57", "58"];
+    const CODES: [&str; 5] = ["25006", "25P03", "25P04", "55006", "55P03"];
+    CLASSES.iter().any(|class| code.starts_with(class)) || CODES.contains(&code)
 }
 
 fn classify(error: &CommitError) -> StoreError {

@@ -9,10 +9,11 @@ use sqlx::{Row, SqliteConnection};
 use super::bulk::{Bulk, Params};
 use crate::clock::BootClock;
 use crate::store::admission::{
-    Found, FoundDevice, SeriesIndex, SeriesRow, StoredSchema, StoredSchemas, StreamRow, declaration,
+    Found, FoundDevice, NamedSchemas, SeriesIndex, SeriesKey, StoredSchema, StoredSchemas,
+    StreamRow, declaration, series_keys,
 };
 use crate::store::ledger::DRIFT_PARTS;
-use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, SeriesId, StreamId};
+use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, StreamId};
 
 /// The statements.
 pub(super) struct Admissions {
@@ -90,10 +91,10 @@ impl Admissions {
                 "",
             ),
             find_series: bulk(
-                "WITH wanted(device_id) AS (",
-                1,
-                ") SELECT s.device_id, s.id, s.channel, s.unit, s.kind
-                FROM wanted CROSS JOIN series AS s USING (device_id)",
+                "WITH wanted(n, device_id, channel, unit, kind) AS (",
+                5,
+                ") SELECT w.n, s.id
+                FROM wanted AS w CROSS JOIN series AS s USING (device_id, channel, unit, kind)",
             ),
             insert_series: bulk(
                 "INSERT INTO series(device_id, channel, unit, kind)",
@@ -127,17 +128,15 @@ impl Admissions {
         let wanted = admitted
             .iter()
             .filter_map(|(device, login)| login.schema.map(|(schema, _)| (*device, schema)));
-        let schemas = self.find_schemas(conn, wanted.collect()).await?;
-        let series = self
-            .find_series(conn, schemas.keys().map(|(device, _)| *device).collect())
-            .await?;
+        let stored = self.find_schemas(conn, wanted.collect()).await?;
+        let named = NamedSchemas::of(&admitted, &stored)?;
+        let series = self.find_series(conn, &named.series_keys()).await?;
 
         let found = Found {
             devices,
             streams,
             clocks,
-            schemas,
-            series,
+            schemas: named.schemas(&series)?,
         };
         logins.iter().map(|login| found.outcome(login)).collect()
     }
@@ -169,12 +168,9 @@ impl Admissions {
             accepted.push(*hash == declare.hash);
         }
         self.insert_schemas(conn, &new).await?;
-        let series = self
-            .find_series(
-                conn,
-                declares.iter().map(|declare| declare.device).collect(),
-            )
-            .await?;
+        let kept = declares.iter().zip(&accepted).filter(|(_, kept)| **kept);
+        let keys = kept.flat_map(|(declare, _)| series_keys(declare.device, &declare.channels));
+        let series = self.find_series(conn, &keys.collect::<Vec<_>>()).await?;
         let outcome = |(declare, accepted): (&Declare, bool)| match accepted {
             true => series.accepted(declare),
             false => Ok(DeclareOutcome::Conflict),
@@ -373,28 +369,27 @@ impl Admissions {
             .await
     }
 
-    async fn find_series(
+    async fn find_series<'k>(
         &self,
         conn: &mut SqliteConnection,
-        devices: BTreeSet<DeviceId>,
-    ) -> Result<SeriesIndex, sqlx::Error> {
-        let rows = self
-            .find_series
-            .fetch(conn, devices.into_iter(), bind_device)
+        wanted: &[SeriesKey<'k>],
+    ) -> Result<SeriesIndex<'k>, sqlx::Error> {
+        let bind = |params: &mut Params, (n, key): (usize, &SeriesKey<'k>)| {
+            let (device, channel, unit, kind) = *key;
+            params
+                .bind(n as i64)
+                .bind(device.0)
+                .bind(channel)
+                .bind(unit)
+                .bind(kind);
+        };
+        let rows = { &self.find_series }
+            .fetch(conn, wanted.iter().enumerate(), bind)
             .await?;
-        let mut index = SeriesIndex::default();
-        for row in &rows {
-            index.add(
-                DeviceId(row.try_get(0)?),
-                SeriesRow {
-                    id: SeriesId(row.try_get(1)?),
-                    channel: row.try_get(2)?,
-                    unit: row.try_get(3)?,
-                    kind: row.try_get(4)?,
-                },
-            );
-        }
-        Ok(index)
+        let series = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?));
+        let found = rows.iter().map(series);
+        let found = found.collect::<Result<Vec<_>, sqlx::Error>>()?;
+        Ok(SeriesIndex::new(wanted, &found))
     }
 }
 

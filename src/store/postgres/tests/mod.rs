@@ -5,10 +5,11 @@
 use sqlx::{ConnectOptions, PgConnection, Row};
 
 use super::*;
-use crate::store::contract::{Dump, Harness, change, contract};
+use crate::store::contract::{Dump, Harness, change, contract, peer};
 use crate::store::url::StoreUrl;
 
 mod answers;
+mod declares;
 mod partitions;
 
 contract!(
@@ -200,4 +201,46 @@ fn small(row: &sqlx::postgres::PgRow, column: usize) -> u8 {
 
 fn time_us(row: &sqlx::postgres::PgRow, column: usize) -> i64 {
     row.get::<Timestamp, _>(column).0
+}
+
+#[test]
+fn what_passes_by_itself_is_told_from_what_does_not() {
+    let passing = [
+        "08006", "25006", "25P03", "25P04", "40001", "40P01", "53100", "53300", "55006", "55P03",
+        "57014", "57P01", "57P03", "57P05", "58030",
+    ];
+    let lasting = [
+        "0A000", "22003", "23503", "23505", "25P01", "25P02", "42501", "42P01", "42703", "54000",
+        "55000", "XX000", "XX001",
+    ];
+    for code in passing {
+        assert!(is_passing(code), "{code}");
+    }
+    for code in lasting {
+        assert!(!is_passing(code), "{code}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_gateway_that_was_suspended_in_a_transaction_goes_on() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    // It does not speak for longer than the server waits.
+    let suspended = &mut h.store.writer.as_mut().unwrap().conn;
+    let transaction = "SET idle_in_transaction_session_timeout = '1ms'; BEGIN; LOCK TABLE gaps";
+    run(suspended, transaction).await.unwrap();
+    // Whoever waits for its lock gets it when the server has ended it.
+    h.run("BEGIN; LOCK TABLE gaps; COMMIT").await;
+    let batch = Batch {
+        entries: vec![peer.readings(1, &[(1, 1.0)])],
+        ..Batch::default()
+    };
+    let failed = h.store().commit(&batch).await;
+    assert!(
+        matches!(failed, Err(StoreError::Transient(_))),
+        "{failed:?}"
+    );
+    let committed = h.store().commit(&batch).await.unwrap();
+    assert_eq!(committed.receipts[0].durable_seq(), 1);
 }

@@ -10,6 +10,7 @@ use crate::store::contract::{Dump, Harness, Peer, change, contract, peer};
 use crate::store::url::StoreUrl;
 use crate::store::{Entry, Login};
 
+mod declares;
 mod open;
 mod recent;
 mod views;

@@ -1,0 +1,45 @@
+//! What logins and declares cost.
+
+use super::admit::Admissions;
+use super::*;
+use crate::store::contract::{admitted, comes_back, login, very_many};
+
+/// Rows of `series` that the transaction on this connection has read so far.
+async fn rows_read(conn: &mut PgConnection) -> i64 {
+    let read = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables
+        WHERE relname = 'series'";
+    sqlx::query_scalar(read).fetch_one(conn).await.unwrap()
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn what_a_device_has_declared_before_costs_nothing() {
+    let mut h = OnServer::create().await;
+    let device = admitted(h.store(), login("a", 1, 1)).await.device;
+    let commit = async |h: &mut OnServer, schemas| {
+        let (logins, _) = comes_back(device, 0);
+        let declares = very_many(device, schemas);
+        let batch = Batch {
+            logins,
+            declares,
+            ..Batch::default()
+        };
+        h.store().commit(&batch).await.unwrap();
+    };
+    // What the server knows of the table, and the plans that it keeps, are from when it was small.
+    commit(&mut h, 0..1).await;
+    h.run("ANALYZE series").await;
+    for schema in 1..7 {
+        commit(&mut h, schema..schema + 1).await;
+    }
+    commit(&mut h, 1000..1700).await;
+    let (logins, declares) = comes_back(device, 7);
+    let conn = &mut h.store.writer.as_mut().unwrap().conn;
+    run(conn, "BEGIN").await.unwrap();
+    let before = rows_read(conn).await;
+    Admissions::new(conn).declare(&declares).await.unwrap();
+    Admissions::new(conn).login(&logins).await.unwrap();
+    // The channels of the new schema, and of the one that is known.
+    assert_eq!(rows_read(conn).await - before, 2 * 32);
+    run(conn, "COMMIT").await.unwrap();
+}
