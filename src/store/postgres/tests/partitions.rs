@@ -31,6 +31,17 @@ async fn store(h: &mut OnServer, peer: &Peer, seq: u64, times_us: &[i64]) {
     h.store().commit(&batch).await.unwrap();
 }
 
+/// Until somebody waits for the default partition.
+async fn awaits_default(conn: &mut PgConnection) {
+    let waits = "SELECT EXISTS (SELECT FROM pg_locks
+        WHERE relation = 'readings_default'::regclass AND NOT granted)";
+    let mut does_wait = false;
+    while !does_wait {
+        let found = sqlx::query_scalar(waits).fetch_one(&mut *conn).await;
+        does_wait = found.unwrap();
+    }
+}
+
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
 async fn days_near_the_present_have_their_own_table() {
@@ -90,6 +101,51 @@ async fn a_long_query_keeps_nothing_from_being_stored() {
         filled(&h.database).await,
         [("readings_default".to_owned(), 1)]
     );
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_commit_that_meets_a_new_partition_is_tried_again() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    let now_us = now_us();
+    let day = name_of(now_us);
+    h.run(&format!(
+        "ALTER TABLE readings DETACH PARTITION {day}; DROP TABLE {day}"
+    ))
+    .await;
+    let mut other = h.database.connect().await;
+    // Another gateway makes the partition, while this one stores into the default one.
+    let made = format!(
+        "BEGIN; CREATE TABLE {day} (LIKE readings INCLUDING ALL);
+         LOCK TABLE readings_default IN ACCESS EXCLUSIVE MODE;
+         ALTER TABLE readings ATTACH PARTITION {day}
+             FOR VALUES FROM (to_timestamp({0})) TO (to_timestamp({0} + 86400))",
+        now_us.div_euclid(DAY_US) * 86_400
+    );
+    run(&mut other, made).await.unwrap();
+    let batch = Batch {
+        entries: vec![peer.readings(1, &[(now_us, 1.0)])],
+        ..Batch::default()
+    };
+    let mut watch = h.database.connect().await;
+    let commit_other = async {
+        awaits_default(&mut watch).await;
+        run(&mut other, "COMMIT").await.unwrap();
+    };
+    let (met, ()) = tokio::join!(h.store.commit(&batch), commit_other);
+    assert!(matches!(met, Err(StoreError::Transient(_))), "{met:?}");
+    h.store().commit(&batch).await.unwrap();
+    assert_eq!(filled(&h.database).await, [(day, 1)]);
+    // What somebody else demands of the default partition does not pass by itself.
+    h.run("ALTER TABLE readings_default ADD CONSTRAINT none CHECK (false)")
+        .await;
+    let batch = Batch {
+        entries: vec![peer.readings(2, &[(0, 1.0)])],
+        ..Batch::default()
+    };
+    let failed = h.store().commit(&batch).await;
+    assert!(matches!(failed, Err(StoreError::Fatal(_))), "{failed:?}");
 }
 
 #[tokio::test]
