@@ -15,7 +15,7 @@
 use std::borrow::Cow;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::{Connection, PgConnection};
 
@@ -109,7 +109,8 @@ impl Store for PostgresStore {
         let mut writer = self.writer().await?;
         let progress = Arc::clone(&writer.progress);
         let attempt = async {
-            self.partitions.make_for(&batch.entries).await;
+            let now = Instant::now();
+            self.partitions.make_for(&batch.entries, now).await;
             writer.commit(batch).await
         };
         let committed = while_answering(attempt, &progress).await?;
