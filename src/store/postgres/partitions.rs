@@ -5,11 +5,16 @@
 //! so a device with a wrong clock makes no tables. When the present comes near a day of which the
 //! default partition holds readings already, they move with it.
 //!
-//! Invariant: nothing here keeps readings from being stored. A partition that cannot be made now is
-//! tried again later, and until then its readings go to the default partition.
+//! To make a partition, the default partition is locked, what it has of that day moves, and all of it is
+//! looked through: the more it holds, the longer whoever stores into it has to wait.
+//!
+//! Invariant: nothing here keeps readings from being stored for longer than some seconds. The server
+//! itself ends what takes longer, for it goes on with what is given up here. A partition that cannot be
+//! made now is tried again later, and later still the more often it was in vain; until then its readings
+//! go to the default partition.
 
-use std::collections::BTreeSet;
-use std::sync::{Mutex as SyncMutex, PoisonError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex as SyncMutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::civil::Date;
@@ -30,25 +35,44 @@ const DAY_US: i64 = 86_400_000_000;
 /// "FGpt": gateways on one database make partitions one at a time.
 const MAKERS_LOCK: i64 = 1_179_086_964;
 /// A partition waits so long for queries that read the default partition, and no longer: what is
-/// stored meanwhile would have to wait as well.
-const LOCK_TIMEOUT_MS: u64 = 1000;
-/// After a partition could not be made.
-const RETRY_AFTER: Duration = Duration::from_secs(60);
+/// stored meanwhile would have to wait as well. After a second (`deadlock_timeout`) Postgres makes a
+/// vacuum give way.
+const LOCK_TIMEOUT_MS: u64 = 2000;
+/// So long may readings take to move at the first try, and the look through the default partition. Twice
+/// as long the second time, and four times from the third one on: all of it stays below the time after
+/// which a server is given up that does not answer.
+const WORK_TIMEOUT_MS: u64 = 3000;
+/// A commit makes no further partition when it has made some for so long.
+const ROUND_MAX: Duration = Duration::from_secs(3);
+/// After a partition could not be made, and at least before any other is tried.
+pub(super) const RETRY_MIN: Duration = Duration::from_secs(60);
+/// After a partition could not be made time and again.
+const RETRY_MAX: Duration = Duration::from_secs(3600);
 
 /// The partitions; see the module.
 pub(super) struct Partitions {
     url: PostgresUrl,
-    known: SyncMutex<Known>,
-    /// The connection that makes them; one at a time.
-    maker: Mutex<Option<PgConnection>>,
-}
-
-struct Known {
     /// `readings` is not partitioned by this scheme, so there is nothing to make.
     is_foreign: bool,
     /// Days since 1970 that have a partition, as far as is known.
-    days: BTreeSet<i64>,
-    retry_at: Option<Instant>,
+    days: SyncMutex<BTreeSet<i64>>,
+    /// Makes one at a time.
+    maker: Mutex<Maker>,
+}
+
+struct Maker {
+    /// `None` after an error, until the next try.
+    conn: Option<PgConnection>,
+    /// No day is tried before.
+    rests_until: Option<Instant>,
+    /// Days whose partition could not be made.
+    retries: BTreeMap<i64, Retry>,
+}
+
+struct Retry {
+    at: Instant,
+    /// How often it was in vain.
+    tries: u32,
 }
 
 impl Partitions {
@@ -63,56 +87,59 @@ impl Partitions {
         .map_err(|error| open_error(&url, error))?;
         let partitions = Self {
             url,
-            known: SyncMutex::new(Known {
-                is_foreign,
-                days: BTreeSet::new(),
-                retry_at: None,
+            is_foreign,
+            days: SyncMutex::default(),
+            maker: Mutex::new(Maker {
+                conn: Some(conn),
+                rests_until: None,
+                retries: BTreeMap::new(),
             }),
-            maker: Mutex::new(Some(conn)),
         };
-        partitions.make_for(&[]).await;
+        partitions.make_for(&[], Instant::now()).await;
         Ok(partitions)
     }
 
     /// Makes the partitions that the readings of these entries need, and those of the days to come.
-    pub(super) async fn make_for(&self, entries: &[Entry]) {
+    pub(super) async fn make_for(&self, entries: &[Entry], now: Instant) {
         let today = UtcTime::now().as_microsecond().div_euclid(DAY_US);
-        let Some(missing) = self.missing(entries, today) else {
+        let missing = self.missing(entries, today);
+        if missing.is_empty() {
             return;
-        };
+        }
         let mut maker = self.maker.lock().await;
+        let began = Instant::now();
         for day in missing {
             // Another writer may have been here in the meantime.
-            if self.lock().days.contains(&day) {
+            if self.lock().contains(&day) || !maker.may_try(day, now) {
                 continue;
             }
-            match self.make(&mut maker, day).await {
-                Ok(()) => {
-                    self.lock().days.insert(day);
-                }
-                Err(error) => {
-                    tracing::warn!(
-                        day = %date(day),
-                        reason = reason(&error),
-                        "no partition could be made for a day; its readings go to the default one"
-                    );
-                    self.lock().retry_at = Some(Instant::now() + RETRY_AFTER);
-                    return;
-                }
+            // Before it is tried: it may be given up at any moment.
+            let tries = maker.put_off(day, now);
+            if let Err(error) = maker.make(&self.url, day, work_timeout_ms(tries)).await {
+                tracing::warn!(
+                    day = %date(day),
+                    reason = reason(&error),
+                    retry_s = wait_after(tries).as_secs(),
+                    "no partition could be made for a day; its readings go to the default one"
+                );
+                return;
+            }
+            self.lock().insert(day);
+            maker.retries.remove(&day);
+            if began.elapsed() < ROUND_MAX {
+                maker.rests_until = None;
             }
         }
     }
 
-    /// Days that should have a partition and are not known to; `None` if there are none, or if it is too
-    /// early to try again.
-    fn missing(&self, entries: &[Entry], today: i64) -> Option<BTreeSet<i64>> {
+    /// Days that should have a partition and are not known to.
+    fn missing(&self, entries: &[Entry], today: i64) -> BTreeSet<i64> {
         let window = today - LATE_DAYS..=today + AHEAD_DAYS;
-        let mut known = self.lock();
-        if known.is_foreign || known.retry_at.is_some_and(|at| Instant::now() < at) {
-            return None;
-        }
-        known.retry_at = None;
         let mut missing = BTreeSet::new();
+        if self.is_foreign {
+            return missing;
+        }
+        let known = self.lock();
         for entry in entries {
             let Content::Readings(readings) = &entry.content else {
                 continue;
@@ -120,43 +147,78 @@ impl Partitions {
             // Times grow within a frame: few frames touch more than one day.
             let day_of = |time_us: Option<&i64>| time_us.map_or(today, |us| us.div_euclid(DAY_US));
             let span = day_of(readings.times_us.first())..=day_of(readings.times_us.last());
-            if known.days.contains(span.start()) && span.start() == span.end() {
+            if known.contains(span.start()) && span.start() == span.end() {
                 continue;
             }
             let days = readings.times_us.iter().map(|us| us.div_euclid(DAY_US));
-            missing.extend(days.filter(|day| window.contains(day) && !known.days.contains(day)));
+            missing.extend(days.filter(|day| window.contains(day) && !known.contains(day)));
         }
-        missing.extend((today..=today + AHEAD_DAYS).filter(|day| !known.days.contains(day)));
-        (!missing.is_empty()).then_some(missing)
+        missing.extend((today..=today + AHEAD_DAYS).filter(|day| !known.contains(day)));
+        missing
     }
 
-    async fn make(&self, maker: &mut Option<PgConnection>, day: i64) -> Result<(), sqlx::Error> {
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<i64>> {
+        self.days.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Maker {
+    fn may_try(&self, day: i64, now: Instant) -> bool {
+        let retry = self.retries.get(&day).map(|retry| retry.at);
+        let not_before = retry.max(self.rests_until);
+        not_before.is_none_or(|at| now >= at)
+    }
+
+    /// Has the day wait, and for a while all others, so that they do not fail one after the other. Gives
+    /// back how often the day was tried before.
+    fn put_off(&mut self, day: i64, now: Instant) -> u32 {
+        let tries = self.retries.get(&day).map_or(0, |retry| retry.tries);
+        let retry = Retry {
+            at: now + wait_after(tries),
+            tries: tries + 1,
+        };
+        self.retries.insert(day, retry);
+        self.rests_until = Some(now + RETRY_MIN);
+        tries
+    }
+
+    async fn make(
+        &mut self,
+        url: &PostgresUrl,
+        day: i64,
+        work_timeout_ms: u64,
+    ) -> Result<(), sqlx::Error> {
         // Given up unless all goes well, and if this is cancelled.
-        let mut conn = match maker.take() {
+        let mut conn = match self.conn.take() {
             Some(conn) => conn,
             None => {
-                let connected = super::open::connect(&self.url, true).await;
+                let connected = super::open::connect(url, true).await;
                 connected.map_err(|error| sqlx::Error::Protocol(error.to_string()))?
             }
         };
-        make(&mut conn, day).await?;
-        *maker = Some(conn);
+        make(&mut conn, day, work_timeout_ms).await?;
+        self.conn = Some(conn);
         Ok(())
     }
+}
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn work_timeout_ms(tries: u32) -> u64 {
+    WORK_TIMEOUT_MS << tries.min(2)
+}
+
+fn wait_after(tries: u32) -> Duration {
+    (RETRY_MIN * (1 << tries.min(6))).min(RETRY_MAX)
 }
 
 /// Makes the partition of a day, unless another gateway has. An error leaves nothing behind, but a
 /// transaction: the connection must be given up.
-async fn make(conn: &mut PgConnection, day: i64) -> Result<(), sqlx::Error> {
+async fn make(conn: &mut PgConnection, day: i64, work_timeout_ms: u64) -> Result<(), sqlx::Error> {
     let name = format!("readings_{}", date(day).strftime("%Y%m%d"));
     run(
         conn,
         format!(
             "BEGIN; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; \
+             SET LOCAL statement_timeout = {work_timeout_ms}; \
              SELECT pg_advisory_xact_lock({MAKERS_LOCK})"
         ),
     )
@@ -190,4 +252,30 @@ fn date(day: i64) -> Date {
     let epoch = UtcTime::UNIX_EPOCH.to_zoned(TimeZone::UTC).date();
     // Days near the present only.
     epoch.saturating_add(day.days())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_day_waits_longer_each_time_and_the_others_do_not() {
+        let mut maker = Maker {
+            conn: None,
+            rests_until: None,
+            retries: BTreeMap::new(),
+        };
+        let mut now = Instant::now();
+        let second = Duration::from_secs(1);
+        for minutes in [1, 2, 4, 8, 16, 32, 60, 60] {
+            assert!(maker.may_try(7, now) && maker.may_try(8, now));
+            maker.put_off(7, now);
+            assert!(!maker.may_try(8, now + 59 * second));
+            assert!(maker.may_try(8, now + 60 * second));
+            now += 60 * minutes * second;
+            assert!(!maker.may_try(7, now - second));
+        }
+        let timeouts = [0, 1, 2, 3, 99].map(work_timeout_ms);
+        assert_eq!(timeouts, [3000, 6000, 12_000, 12_000, 12_000]);
+    }
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::store::contract::{Peer, peer};
+use crate::store::postgres::partitions::RETRY_MIN;
 
 const DAY_US: i64 = 86_400_000_000;
 
@@ -29,6 +30,24 @@ async fn store(h: &mut OnServer, peer: &Peer, seq: u64, times_us: &[i64]) {
         ..Batch::default()
     };
     h.store().commit(&batch).await.unwrap();
+}
+
+/// As a commit does that has a reading of that time, and comes so much later.
+async fn try_again(h: &OnServer, peer: &Peer, us: i64, after: Duration) {
+    let entries = [peer.readings(1, &[(us, 1.0)])];
+    let now = Instant::now() + after;
+    h.store.partitions.make_for(&entries, now).await;
+}
+
+/// Until somebody waits for the default partition.
+async fn awaits_default(conn: &mut PgConnection) {
+    let waits = "SELECT EXISTS (SELECT FROM pg_locks
+        WHERE relation = 'readings_default'::regclass AND NOT granted)";
+    let mut does_wait = false;
+    while !does_wait {
+        let found = sqlx::query_scalar(waits).fetch_one(&mut *conn).await;
+        does_wait = found.unwrap();
+    }
 }
 
 #[tokio::test]
@@ -86,10 +105,118 @@ async fn a_long_query_keeps_nothing_from_being_stored() {
         .unwrap();
     let late_us = now_us() - 7 * DAY_US;
     store(&mut h, &peer, 1, &[late_us]).await;
+    let default = "readings_default".to_owned();
+    assert_eq!(filled(&h.database).await, [(default.clone(), 1)]);
+    run(&mut reader, "COMMIT").await.unwrap();
+    // Not with each commit, but in a while.
+    store(&mut h, &peer, 2, &[late_us]).await;
+    assert_eq!(filled(&h.database).await, [(default, 2)]);
+    try_again(&h, &peer, late_us, RETRY_MIN).await;
+    assert_eq!(filled(&h.database).await, [(name_of(late_us), 2)]);
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_full_default_partition_keeps_nothing_from_being_stored() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    let (late_us, later_us) = (now_us() - 7 * DAY_US, now_us() - 6 * DAY_US);
+    let default = "readings_default".to_owned();
+    // As if there were so many that to move them takes four seconds.
+    h.run(&format!(
+        "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN PERFORM pg_sleep(4); RETURN OLD; END $$;
+         CREATE TRIGGER dawdle BEFORE DELETE ON readings_default FOR EACH ROW
+             WHEN (OLD.frame_id = 1) EXECUTE FUNCTION dawdle();
+         INSERT INTO readings VALUES ({}, to_timestamp({}), 1, 1.0)",
+        peer.series.0,
+        late_us / 1_000_000
+    ))
+    .await;
+    store(&mut h, &peer, 1, &[late_us]).await;
+    store(&mut h, &peer, 2, &[late_us]).await;
+    assert_eq!(filled(&h.database).await, [(default.clone(), 3)]);
+    // Another day does not have to wait for this one.
+    try_again(&h, &peer, later_us, RETRY_MIN).await;
+    store(&mut h, &peer, 3, &[later_us]).await;
+    let others = [(name_of(later_us), 1), (default.clone(), 3)];
+    assert_eq!(filled(&h.database).await, others);
+    // And this one may take longer the next time.
+    try_again(&h, &peer, late_us, RETRY_MIN).await;
+    let all = [(name_of(late_us), 3), (name_of(later_us), 1)];
+    assert_eq!(filled(&h.database).await, all);
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_try_that_was_given_up_counts_as_one_in_vain() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    let late_us = now_us() - 7 * DAY_US;
+    let mut reader = h.database.connect().await;
+    run(&mut reader, "BEGIN; SELECT count(*) FROM readings")
+        .await
+        .unwrap();
+    let mut watch = h.database.connect().await;
+    let times_us = [late_us];
+    tokio::select! {
+        biased;
+        () = awaits_default(&mut watch) => {}
+        () = store(&mut h, &peer, 1, &times_us) => panic!("it did not wait"),
+    }
+    run(&mut reader, "COMMIT").await.unwrap();
+    store(&mut h, &peer, 1, &times_us).await;
     assert_eq!(
         filled(&h.database).await,
         [("readings_default".to_owned(), 1)]
     );
+    try_again(&h, &peer, late_us, RETRY_MIN).await;
+    assert_eq!(filled(&h.database).await, [(name_of(late_us), 1)]);
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_commit_that_meets_a_new_partition_is_tried_again() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    let now_us = now_us();
+    let day = name_of(now_us);
+    h.run(&format!(
+        "ALTER TABLE readings DETACH PARTITION {day}; DROP TABLE {day}"
+    ))
+    .await;
+    let mut other = h.database.connect().await;
+    // Another gateway makes the partition, while this one stores into the default one.
+    let made = format!(
+        "BEGIN; CREATE TABLE {day} (LIKE readings INCLUDING ALL);
+         LOCK TABLE readings_default IN ACCESS EXCLUSIVE MODE;
+         ALTER TABLE readings ATTACH PARTITION {day}
+             FOR VALUES FROM (to_timestamp({0})) TO (to_timestamp({0} + 86400))",
+        now_us.div_euclid(DAY_US) * 86_400
+    );
+    run(&mut other, made).await.unwrap();
+    let batch = Batch {
+        entries: vec![peer.readings(1, &[(now_us, 1.0)])],
+        ..Batch::default()
+    };
+    let mut watch = h.database.connect().await;
+    let commit_other = async {
+        awaits_default(&mut watch).await;
+        run(&mut other, "COMMIT").await.unwrap();
+    };
+    let (met, ()) = tokio::join!(h.store.commit(&batch), commit_other);
+    assert!(matches!(met, Err(StoreError::Transient(_))), "{met:?}");
+    h.store().commit(&batch).await.unwrap();
+    assert_eq!(filled(&h.database).await, [(day, 1)]);
+    // What somebody else demands of the default partition does not pass by itself.
+    h.run("ALTER TABLE readings_default ADD CONSTRAINT none CHECK (false)")
+        .await;
+    let batch = Batch {
+        entries: vec![peer.readings(2, &[(0, 1.0)])],
+        ..Batch::default()
+    };
+    let failed = h.store().commit(&batch).await;
+    assert!(matches!(failed, Err(StoreError::Fatal(_))), "{failed:?}");
 }
 
 #[tokio::test]
