@@ -1,7 +1,9 @@
 //! `fieldgate tls`: certificates of one's own making, to try TLS with, or for a closed network.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
@@ -27,7 +29,8 @@ pub enum TlsCommand {
     /// Make a certificate for the gateway, and an authority that signs it, into tls/ in the data
     /// directory. Again later, a new certificate by the same authority; a gateway that runs takes it
     Init(InitArgs),
-    /// Make certificates for devices, for a gateway that asks for them (serve --tls-client-ca)
+    /// Make certificates for devices, for a gateway that asks for them (serve --tls-client-ca). Files that are
+    /// there stay, unless --replace is given
     Device(DeviceArgs),
 }
 
@@ -49,9 +52,13 @@ pub struct DeviceArgs {
     #[arg(value_name = "NAME", required = true, value_parser = device_name)]
     names: Vec<String>,
 
-    /// Directory for NAME.pem and NAME.key; it is made if it is missing
+    /// Directory for NAME.pem and NAME.key; it is made if it is missing, and must not be the data directory
     #[arg(long, value_name = "DIR", default_value = ".")]
     out_dir: PathBuf,
+
+    /// Make new keys and certificates also where there are some; those devices need both new files
+    #[arg(long)]
+    replace: bool,
 
     /// Days for which the certificates are valid
     #[arg(long, value_name = "DAYS", default_value_t = 3650,
@@ -133,9 +140,35 @@ fn device(data_dir: &Path, args: &DeviceArgs) -> Result<(), Error> {
             ca_key.display()
         )));
     }
+    // A device may be named like the gateway's own files.
+    if [data_dir, &dir]
+        .iter()
+        .any(|own| is_same(own, &args.out_dir))
+    {
+        return Err(Error::Failed(format!(
+            "{} is where the gateway keeps its own keys; give another --out-dir",
+            args.out_dir.display()
+        )));
+    }
     create_data_dir(&args.out_dir)?;
+    let mut named = HashSet::new();
+    let pairs: Vec<(&String, [PathBuf; 2])> = args
+        .names
+        .iter()
+        .filter(|name| named.insert(*name))
+        .map(|name| {
+            let pair = ["pem", "key"].map(|end| args.out_dir.join(format!("{name}.{end}")));
+            (name, pair)
+        })
+        .collect();
+    // All or none, where that can be known.
+    let mut files = pairs.iter().flat_map(|(_, pair)| pair);
+    if let Some(there) = files.find(|path| !args.replace && fs::symlink_metadata(path).is_ok()) {
+        return Err(is_there(there));
+    }
+    let put = if args.replace { replace } else { create };
     let mut out = output::stdout();
-    for name in &args.names {
+    for (name, [cert, key]) in &pairs {
         let (params, valid_until) = params(Vec::new(), name, args.days)?;
         let issued = issue(
             params,
@@ -143,9 +176,8 @@ fn device(data_dir: &Path, args: &DeviceArgs) -> Result<(), Error> {
             &ca_cert,
             &ca_key,
         )?;
-        let [cert, key] = ["pem", "key"].map(|end| args.out_dir.join(format!("{name}.{end}")));
-        replace(&key, &issued.key)?;
-        replace(&cert, &issued.certificate)?;
+        put(key, &issued.key)?;
+        put(cert, &issued.certificate)?;
         writeln!(
             out,
             "{} and {}, until {valid_until}",
@@ -154,6 +186,15 @@ fn device(data_dir: &Path, args: &DeviceArgs) -> Result<(), Error> {
         )?;
     }
     out.flush().map_err(Error::Output)
+}
+
+/// Whether two paths lead to one directory; what is not there is no other's.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let id = |path| {
+        let meta = fs::metadata(path).ok()?;
+        Some((meta.dev(), meta.ino()))
+    };
+    id(one).is_some_and(|one| id(other) == Some(one))
 }
 
 /// What is signed, and its last day.
@@ -210,13 +251,30 @@ fn issue(
     })
 }
 
+/// Makes a file that nobody else may touch, where there is none.
+fn create(path: &Path, text: &str) -> Result<(), Error> {
+    write_secret(path, text).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => is_there(path),
+        _ => cannot_write(path, &error),
+    })
+}
+
 /// Puts a file there whole, in the place of one that may be there; nobody else may touch it.
 fn replace(path: &Path, text: &str) -> Result<(), Error> {
     let draft = path.with_extension(format!("{}.new", std::process::id()));
     let written = write_secret(&draft, text).and_then(|()| fs::rename(&draft, path));
-    written.map_err(|error: io::Error| {
-        Error::Failed(format!("cannot write {}: {error}", path.display()))
-    })
+    written.map_err(|error| cannot_write(path, &error))
+}
+
+fn is_there(path: &Path) -> Error {
+    Error::Failed(format!(
+        "{} is there already and is left alone; --replace makes another in its place",
+        path.display()
+    ))
+}
+
+fn cannot_write(path: &Path, error: &io::Error) -> Error {
+    Error::Failed(format!("cannot write {}: {error}", path.display()))
 }
 
 fn cannot_make(error: rcgen::Error) -> Error {

@@ -1,5 +1,6 @@
 //! The TLS listener: what goes through it, who is kept out, and certificates that change under way.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -479,4 +480,63 @@ fn what_cannot_serve_is_refused_with_one_line() {
         "{}",
         ended.stderr
     );
+}
+
+/// What every file of a directory holds, by its name.
+fn files(dir: &Path) -> BTreeMap<PathBuf, String> {
+    let entries = std::fs::read_dir(dir).expect("a directory");
+    let paths = entries.map(|entry| entry.expect("an entry").path());
+    let texts = paths.filter(|path| path.is_file()).map(|path| {
+        let text = std::fs::read_to_string(&path).expect("a text");
+        (path, text)
+    });
+    texts.collect()
+}
+
+#[test]
+fn certificates_of_devices_replace_nothing_unasked() {
+    let site = Site::new();
+    std::fs::write(site.path("fleet.key"), "ab".repeat(32)).expect("writes");
+    let dir = site.0.path().to_str().expect("UTF-8");
+    let device = |args: &[&str]| run(&[&["tls", "device", "--data-dir", dir][..], args].concat());
+    let refused = |args: &[&str], says: &str| {
+        let ended = device(args);
+        assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+        assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+        assert!(ended.stderr.contains(says), "{}", ended.stderr);
+    };
+    // Never the gateway's own, whichever way they are named.
+    let link = site.path("link");
+    std::os::unix::fs::symlink(site.path("tls"), &link).expect("links");
+    let before = (files(site.0.path()), files(&site.path("tls")));
+    for own in [site.0.path(), &site.path("tls"), &link] {
+        let own = own.to_str().expect("UTF-8");
+        for name in ["fleet", "ca", "server", "new"] {
+            let args = [name, "--out-dir", own, "--replace"];
+            refused(&args, "give another --out-dir");
+            refused(&args[..3], "give another --out-dir");
+        }
+    }
+    // Compared without being shown: there are keys in it.
+    assert!(before == (files(site.0.path()), files(&site.path("tls"))));
+
+    // A device's only if that is what is wanted; of several, none then.
+    let out = site.path("devices");
+    let out_dir = ["--out-dir", out.to_str().expect("UTF-8")];
+    let ended = device(&[&["pump", "pump", "valve"][..], &out_dir].concat());
+    assert!(ended.status.success(), "{ended:?}");
+    let made = files(&out);
+    assert_eq!(made.len(), 4);
+    std::fs::remove_file(out.join("valve.key")).expect("removes");
+    let left = files(&out);
+    for names in [&["new", "pump"][..], &["valve"]] {
+        let args = [names, &out_dir].concat();
+        refused(&args, "is there already and is left alone; --replace");
+    }
+    assert!(files(&out) == left);
+    let ended = device(&[&["pump", "valve", "--replace"][..], &out_dir].concat());
+    assert!(ended.status.success(), "{ended:?}");
+    let remade = files(&out);
+    assert!(remade.keys().eq(made.keys()));
+    assert!(remade.iter().all(|(path, text)| made[path] != *text));
 }
