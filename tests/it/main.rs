@@ -30,4 +30,5 @@ mod store_down;
 mod stored;
 mod stored_in_postgres;
 mod tls;
+mod tls_made;
 mod wire;

@@ -1,6 +1,5 @@
 //! The TLS listener: what goes through it, who is kept out, and certificates that change under way.
 
-use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -26,21 +25,21 @@ use crate::malformed::assert_serves;
 use crate::wire::connect;
 
 /// A data directory with a certificate, kept until dropped.
-struct Site(TempDir);
+pub struct Site(pub TempDir);
 
 impl Site {
-    fn new() -> Site {
+    pub fn new() -> Site {
         let site = Site(TempDir::new().expect("a directory"));
         site.tls(&["init"]);
         site
     }
 
-    fn path(&self, file: &str) -> PathBuf {
+    pub fn path(&self, file: &str) -> PathBuf {
         self.0.path().join(file)
     }
 
     /// `fieldgate tls …` in this directory.
-    fn tls(&self, args: &[&str]) {
+    pub fn tls(&self, args: &[&str]) {
         let dir = self.0.path().to_str().expect("UTF-8");
         let args = [&["tls", "--data-dir", dir], args].concat();
         let ended = run(&args);
@@ -50,13 +49,13 @@ impl Site {
         }
     }
 
-    fn start(&self, flags: &[&str]) -> Gateway {
+    pub fn start(&self, flags: &[&str]) -> Gateway {
         let flags = [&["--tls-listen", "127.0.0.1:0"], flags].concat();
         Gateway::start_in(self.0.path(), &flags)
     }
 
     /// A client that knows this site's authority.
-    fn client(&self) -> Arc<ClientConfig> {
+    pub fn client(&self) -> Arc<ClientConfig> {
         Arc::new(trusting(&self.path("tls/ca.pem"), &version::TLS13).with_no_client_auth())
     }
 
@@ -82,7 +81,7 @@ impl Site {
     }
 }
 
-fn private_key(path: &Path) -> PrivateKeyDer<'static> {
+pub fn private_key(path: &Path) -> PrivateKeyDer<'static> {
     PrivateKeyDer::from_pem_file(path).expect("a key")
 }
 
@@ -480,63 +479,4 @@ fn what_cannot_serve_is_refused_with_one_line() {
         "{}",
         ended.stderr
     );
-}
-
-/// What every file of a directory holds, by its name.
-fn files(dir: &Path) -> BTreeMap<PathBuf, String> {
-    let entries = std::fs::read_dir(dir).expect("a directory");
-    let paths = entries.map(|entry| entry.expect("an entry").path());
-    let texts = paths.filter(|path| path.is_file()).map(|path| {
-        let text = std::fs::read_to_string(&path).expect("a text");
-        (path, text)
-    });
-    texts.collect()
-}
-
-#[test]
-fn certificates_of_devices_replace_nothing_unasked() {
-    let site = Site::new();
-    std::fs::write(site.path("fleet.key"), "ab".repeat(32)).expect("writes");
-    let dir = site.0.path().to_str().expect("UTF-8");
-    let device = |args: &[&str]| run(&[&["tls", "device", "--data-dir", dir][..], args].concat());
-    let refused = |args: &[&str], says: &str| {
-        let ended = device(args);
-        assert_eq!(ended.status.code(), Some(1), "{ended:?}");
-        assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
-        assert!(ended.stderr.contains(says), "{}", ended.stderr);
-    };
-    // Never the gateway's own, whichever way they are named.
-    let link = site.path("link");
-    std::os::unix::fs::symlink(site.path("tls"), &link).expect("links");
-    let before = (files(site.0.path()), files(&site.path("tls")));
-    for own in [site.0.path(), &site.path("tls"), &link] {
-        let own = own.to_str().expect("UTF-8");
-        for name in ["fleet", "ca", "server", "new"] {
-            let args = [name, "--out-dir", own, "--replace"];
-            refused(&args, "give another --out-dir");
-            refused(&args[..3], "give another --out-dir");
-        }
-    }
-    // Compared without being shown: there are keys in it.
-    assert!(before == (files(site.0.path()), files(&site.path("tls"))));
-
-    // A device's only if that is what is wanted; of several, none then.
-    let out = site.path("devices");
-    let out_dir = ["--out-dir", out.to_str().expect("UTF-8")];
-    let ended = device(&[&["pump", "pump", "valve"][..], &out_dir].concat());
-    assert!(ended.status.success(), "{ended:?}");
-    let made = files(&out);
-    assert_eq!(made.len(), 4);
-    std::fs::remove_file(out.join("valve.key")).expect("removes");
-    let left = files(&out);
-    for names in [&["new", "pump"][..], &["valve"]] {
-        let args = [names, &out_dir].concat();
-        refused(&args, "is there already and is left alone; --replace");
-    }
-    assert!(files(&out) == left);
-    let ended = device(&[&["pump", "valve", "--replace"][..], &out_dir].concat());
-    assert!(ended.status.success(), "{ended:?}");
-    let remade = files(&out);
-    assert!(remade.keys().eq(made.keys()));
-    assert!(remade.iter().all(|(path, text)| made[path] != *text));
 }
