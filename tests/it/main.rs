@@ -31,4 +31,5 @@ mod stored;
 mod stored_in_postgres;
 mod tls;
 mod tls_made;
+mod tls_reload;
 mod wire;

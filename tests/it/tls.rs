@@ -424,7 +424,7 @@ fn c07_certificates_change_under_way_and_sessions_stay() {
 }
 
 /// Asks again and again, but not for ever.
-fn until<T>(mut ask: impl FnMut() -> Option<T>) -> T {
+pub fn until<T>(mut ask: impl FnMut() -> Option<T>) -> T {
     let started = std::time::Instant::now();
     loop {
         if let Some(answer) = ask() {
