@@ -283,11 +283,18 @@ impl fmt::Debug for FleetKey {
 /// # Errors
 /// It cannot be made or written.
 pub fn create_data_dir(dir: &Path) -> Result<(), KeyError> {
-    let made = if dir.is_dir() { probe(dir) } else { make(dir) };
-    made.map_err(|source| KeyError::DataDir {
+    create_private_dir(dir).map_err(|source| KeyError::DataDir {
         path: dir.to_owned(),
         source,
     })
+}
+
+/// Makes any directory in the same way.
+///
+/// # Errors
+/// It cannot be made or written.
+pub fn create_private_dir(dir: &Path) -> io::Result<()> {
+    if dir.is_dir() { probe(dir) } else { make(dir) }
 }
 
 fn make(dir: &Path) -> io::Result<()> {

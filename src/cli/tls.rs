@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use fieldgate::config::{TLS_CERT_FILE, TLS_DIR, TLS_KEY_FILE};
-use fieldgate::keys::{create_data_dir, create_secret, replace_secret, write_secret};
+use fieldgate::keys::{
+    create_data_dir, create_private_dir, create_secret, replace_secret, write_secret,
+};
 use jiff::civil::Date;
 use jiff::{Timestamp, ToSpan};
 use rcgen::{
@@ -222,37 +224,44 @@ fn device(data_dir: &Path, args: &DeviceArgs) -> Result<(), Error> {
         )));
     }
     let authority = Authority::load(&ca_cert, &ca_key)?;
-    create_data_dir(&args.out_dir)?;
+    create_private_dir(&args.out_dir).map_err(|error| {
+        Error::Failed(format!(
+            "cannot write the directory {}: {error}; give another --out-dir",
+            args.out_dir.display()
+        ))
+    })?;
+    // Whoever stops reading ends no more than the output.
+    let said = make_pairs(&authority, args)?;
+    let mut out = output::stdout();
+    out.write_all(said.as_bytes())?;
+    out.flush().map_err(Error::Output)
+}
+
+/// Makes the files, and a line for each device.
+fn make_pairs(authority: &Authority, args: &DeviceArgs) -> Result<String, Error> {
     let mut named = HashSet::new();
-    let pairs: Vec<(&String, [PathBuf; 2])> = args
-        .names
-        .iter()
-        .filter(|name| named.insert(*name))
-        .map(|name| {
-            let pair = ["pem", "key"].map(|end| args.out_dir.join(format!("{name}.{end}")));
-            (name, pair)
-        })
-        .collect();
+    let names = args.names.iter().filter(|name| named.insert(*name));
+    let with_files = |name| {
+        let file = |end| args.out_dir.join(format!("{name}.{end}"));
+        (name, file("pem"), file("key"))
+    };
+    let pairs: Vec<(&String, PathBuf, PathBuf)> = names.map(with_files).collect();
     // All or none, where that can be known.
-    let mut files = pairs.iter().flat_map(|(_, pair)| pair);
+    let mut files = pairs.iter().flat_map(|(_, cert, key)| [cert, key]);
     if let Some(there) = files.find(|path| !args.replace && fs::symlink_metadata(path).is_ok()) {
         return Err(is_there(there));
     }
     let put = if args.replace { replace } else { create };
-    let mut out = output::stdout();
-    for (name, [cert, key]) in &pairs {
-        let (params, valid_until) = params(Vec::new(), name, args.days)?;
+    let mut said = String::new();
+    for (name, cert, key) in &pairs {
+        let (params, until) = params(Vec::new(), name, args.days)?;
         let issued = authority.issue(params, ExtendedKeyUsagePurpose::ClientAuth)?;
         put(key, &issued.key)?;
         put(cert, &issued.certificate)?;
-        writeln!(
-            out,
-            "{} and {}, until {valid_until}",
-            cert.display(),
-            key.display()
-        )?;
+        let (cert, key) = (cert.display(), key.display());
+        said.push_str(&format!("{cert} and {key}, until {until}\n"));
     }
-    out.flush().map_err(Error::Output)
+    Ok(said)
 }
 
 /// Whether two paths lead to one directory; what is not there is no other's.

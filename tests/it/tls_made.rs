@@ -13,7 +13,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::oid_registry::OID_X509_EXT_SUBJECT_ALT_NAME;
 use x509_parser::prelude::FromDer;
 
-use crate::gateway::run;
+use crate::gateway::{command, run};
 use crate::tls::{Site, private_key};
 
 /// What every file of a directory holds, by its name.
@@ -73,6 +73,39 @@ fn certificates_of_devices_replace_nothing_unasked() {
     let remade = files(&out);
     assert!(remade.keys().eq(made.keys()));
     assert!(remade.iter().all(|(path, text)| made[path] != *text));
+}
+
+#[test]
+fn certificates_of_devices_are_made_whoever_reads() {
+    let site = Site::new();
+    let dir = site.0.path().to_str().expect("UTF-8");
+    let out = site.path("devices");
+    let out_dir = out.to_str().expect("UTF-8");
+    // More lines than are held back until the end.
+    let names: Vec<String> = (0..100).map(|number| format!("pump-{number}")).collect();
+    let mut made = command(&["tls", "device", "--data-dir", dir, "--out-dir", out_dir]);
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let status = made.args(&names).stdout(writer).status();
+    assert!(status.expect("starts").success());
+    assert_eq!(files(&out).len(), 2 * names.len());
+
+    let ended = run(&[
+        "tls",
+        "device",
+        "pump",
+        "--data-dir",
+        dir,
+        "--out-dir",
+        "/proc/nope",
+    ]);
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+    assert!(
+        ended.stderr.trim_end().ends_with("give another --out-dir"),
+        "{}",
+        ended.stderr
+    );
 }
 
 /// The hosts of a certificate, as they are encoded.
