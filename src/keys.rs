@@ -206,24 +206,12 @@ impl FleetKey {
     }
 
     fn store(&self, dir: &Path) -> io::Result<()> {
-        let draft = dir.join(format!(".{KEY_FILE}.{:08x}", nonce()?));
-        let written = self.write(&draft).and_then(|()| {
-            // Unlike a rename, a link fails where there is a key already.
-            fs::hard_link(&draft, dir.join(KEY_FILE))
-        });
-        let removed = fs::remove_file(&draft);
-        written?;
-        removed?;
-        File::open(dir)?.sync_all()
-    }
-
-    fn write(&self, path: &Path) -> io::Result<()> {
         let mut text = String::with_capacity(KEY_DIGITS + 1);
         for byte in self.0 {
             text.push_str(&format!("{byte:02x}"));
         }
         text.push('\n');
-        write_secret(path, &text)
+        create_secret(&dir.join(KEY_FILE), &text)
     }
 }
 
@@ -240,6 +228,34 @@ pub(crate) fn key_of_digits(digits: &[u8]) -> Result<[u8; KEY_BYTES], DigitsErro
         *byte = high << 4 | low;
     }
     Ok(key)
+}
+
+/// Makes a file that nobody but this user may read or write; it is there whole or not at all.
+///
+/// # Errors
+/// It is there already, or cannot be written.
+pub fn create_secret(path: &Path, text: &str) -> io::Result<()> {
+    let draft = draft_of(path)?;
+    // Unlike a rename, a link fails where there is a file already.
+    let written = write_secret(&draft, text).and_then(|()| fs::hard_link(&draft, path));
+    let removed = fs::remove_file(&draft);
+    written?;
+    removed?;
+    File::open(dir_of(path))?.sync_all()
+}
+
+/// The same, in the place of a file that may be there.
+///
+/// # Errors
+/// It cannot be written; what was there stays.
+pub fn replace_secret(path: &Path, text: &str) -> io::Result<()> {
+    let draft = draft_of(path)?;
+    let written = write_secret(&draft, text).and_then(|()| fs::rename(&draft, path));
+    if written.is_err() {
+        let _ = fs::remove_file(&draft);
+    }
+    written?;
+    File::open(dir_of(path))?.sync_all()
 }
 
 /// Makes a file that nobody but this user may read or write, durably.
@@ -267,20 +283,36 @@ impl fmt::Debug for FleetKey {
 /// # Errors
 /// It cannot be made or written.
 pub fn create_data_dir(dir: &Path) -> Result<(), KeyError> {
-    let made = if dir.is_dir() { probe(dir) } else { make(dir) };
-    made.map_err(|source| KeyError::DataDir {
+    create_private_dir(dir).map_err(|source| KeyError::DataDir {
         path: dir.to_owned(),
         source,
     })
 }
 
+/// Makes any directory in the same way.
+///
+/// # Errors
+/// It cannot be made or written.
+pub fn create_private_dir(dir: &Path) -> io::Result<()> {
+    if dir.is_dir() { probe(dir) } else { make(dir) }
+}
+
 fn make(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    let parent = match dir.parent() {
+    File::open(dir_of(dir))?.sync_all()
+}
+
+fn dir_of(path: &Path) -> &Path {
+    match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
-    };
-    File::open(parent)?.sync_all()
+    }
+}
+
+/// Where a file is written before it gets its name.
+fn draft_of(path: &Path) -> io::Result<PathBuf> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    Ok(dir_of(path).join(format!(".{name}.{:08x}", nonce()?)))
 }
 
 /// Modes alone do not tell: the file system may be read-only, or have rules of its own.

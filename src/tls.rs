@@ -2,8 +2,8 @@
 //! files, and again when they change.
 //!
 //! Invariants
-//! - A gateway never serves with files that do not fit each other: what cannot be loaded is told, and what
-//!   was loaded before stays.
+//! - A gateway never serves with files that do not fit each other, nor with an expired certificate while it has
+//!   one that is not: what cannot be used is told and tried again, and what was loaded before stays.
 //! - A session keeps what it began with, whatever is loaded later.
 
 use std::fs;
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -27,10 +27,14 @@ use x509_parser::prelude::FromDer;
 
 use crate::keys::{SecretError, open_secret};
 
+#[cfg(test)]
+mod tests;
+
 /// How often the files are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// A certificate that expires sooner is warned of.
-const EXPIRES_SOON: Duration = Duration::from_secs(14 * 86_400);
+const DAY: SignedDuration = SignedDuration::from_hours(24);
+/// A certificate that expires sooner is warned of, each day.
+const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
 
 /// The files.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,6 +79,14 @@ pub enum TlsError {
         /// What is wrong.
         reason: String,
     },
+    /// The certificate is of no use any more.
+    #[error("the certificate in {} has expired, on {expires}", path.display())]
+    Expired {
+        /// Which.
+        path: PathBuf,
+        /// Since when.
+        expires: Timestamp,
+    },
 }
 
 /// What new TLS connections begin with.
@@ -82,7 +94,23 @@ pub enum TlsError {
 pub struct Tls {
     files: TlsFiles,
     record_bytes_max: usize,
-    current: RwLock<Arc<ServerConfig>>,
+    current: RwLock<Loaded>,
+    /// How the files were before they were loaded for the first time.
+    first: Stamps,
+}
+
+/// What the files said.
+#[derive(Debug)]
+struct Loaded {
+    config: Arc<ServerConfig>,
+    /// When the gateway's certificate does; `None` if nobody can tell.
+    expires: Option<Timestamp>,
+}
+
+impl Loaded {
+    fn has_expired(&self, now: Timestamp) -> bool {
+        self.expires.is_some_and(|expires| expires <= now)
+    }
 }
 
 impl Tls {
@@ -91,12 +119,15 @@ impl Tls {
     /// # Errors
     /// One of them cannot be used.
     pub fn load(files: TlsFiles, record_bytes_max: usize) -> Result<Tls, TlsError> {
-        let config = load(&files, record_bytes_max)?;
-        Ok(Tls {
+        let first = stamps(&files);
+        let tls = Tls {
+            current: RwLock::new(load(&files, record_bytes_max)?),
             files,
             record_bytes_max,
-            current: RwLock::new(Arc::new(config)),
-        })
+            first,
+        };
+        tls.warn_of_expiry(Timestamp::now());
+        Ok(tls)
     }
 
     /// The server's side of a new connection.
@@ -105,62 +136,149 @@ impl Tls {
     /// The system gives no random numbers.
     pub fn connection(&self) -> io::Result<ServerConnection> {
         let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
-        ServerConnection::new(Arc::clone(&current)).map_err(io::Error::other)
+        ServerConnection::new(Arc::clone(&current.config)).map_err(io::Error::other)
     }
 
-    /// Loads the files again, now and then and whenever they changed or `hangup` came; for ever.
+    /// Loads the files again whenever they changed or `hangup` came, and now and then if that failed; warns each
+    /// day of a certificate that expires. For ever.
     pub async fn keep_current(&self, mut hangup: Signal) {
-        let mut seen = self.stamps();
+        let mut watch = Watch::new(self, Timestamp::now());
         let mut look = interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            tokio::select! {
-                _ = look.tick() => {
-                    let stamps = self.stamps();
-                    if stamps == seen {
-                        continue;
-                    }
-                    seen = stamps;
-                }
-                Some(()) = hangup.recv() => seen = self.stamps(),
-            }
-            self.reload();
+            let is_asked = tokio::select! {
+                _ = look.tick() => false,
+                Some(()) = hangup.recv() => true,
+            };
+            watch.look(is_asked, Timestamp::now());
         }
     }
 
-    fn reload(&self) {
-        match load(&self.files, self.record_bytes_max) {
-            Ok(config) => {
-                let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
-                *current = Arc::new(config);
-                tracing::info!("new connections are served with the certificate that is there now");
+    fn reload(&self, now: Timestamp) -> Result<(), TlsError> {
+        let loaded = load(&self.files, self.record_bytes_max)?;
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        match loaded.expires {
+            Some(expires) if expires <= now && !current.has_expired(now) => {
+                let path = self.files.cert.clone();
+                Err(TlsError::Expired { path, expires })
             }
-            Err(error) => {
-                tracing::warn!(%error, "the certificate that was loaded before stays in use");
+            _ => {
+                *current = loaded;
+                Ok(())
             }
         }
     }
 
-    /// What tells a file from the one that was there before, whichever way it was replaced.
-    fn stamps(&self) -> Vec<Option<(u64, u64, i64, i64)>> {
-        let TlsFiles {
-            cert,
-            key,
-            client_ca,
-        } = &self.files;
-        let stamp = |path: &PathBuf| {
-            let meta = fs::metadata(path).ok()?;
-            Some((meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec()))
+    fn warn_of_expiry(&self, now: Timestamp) {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(expires) = current.expires else {
+            return;
         };
-        [cert, key]
-            .into_iter()
-            .chain(client_ca)
-            .map(stamp)
-            .collect()
+        let path = self.files.cert.display();
+        if current.has_expired(now) {
+            tracing::warn!(%path, %expires, "the certificate has expired: devices will not connect");
+        } else if expires.duration_since(now) < EXPIRES_SOON {
+            tracing::warn!(%path, %expires, "the certificate expires soon");
+        }
     }
 }
 
-fn load(files: &TlsFiles, record_bytes_max: usize) -> Result<ServerConfig, TlsError> {
+/// Looks at the files again and again.
+struct Watch<'a> {
+    tls: &'a Tls,
+    seen: Stamps,
+    /// Why what was seen is not in use.
+    failure: Option<String>,
+    /// When the certificate's expiry was looked at.
+    reminded: Timestamp,
+}
+
+impl Watch<'_> {
+    fn new(tls: &Tls, now: Timestamp) -> Watch<'_> {
+        Watch {
+            tls,
+            seen: tls.first.clone(),
+            failure: None,
+            reminded: now,
+        }
+    }
+
+    /// `is_asked`: whether an operator wants the files to be loaded, changed or not.
+    fn look(&mut self, is_asked: bool, now: Timestamp) {
+        let stamps = stamps(&self.tls.files);
+        if is_asked || stamps != self.seen {
+            self.seen = stamps;
+            // Whoever did something about it is told what came of it.
+            self.failure = None;
+            self.load(now);
+        } else if self.failure.is_some() {
+            // What was in the way need not be in the files.
+            self.load(now);
+        }
+        // In both directions, because clocks are set.
+        if now.duration_since(self.reminded).abs() >= DAY {
+            self.remind(now);
+        }
+    }
+
+    fn load(&mut self, now: Timestamp) {
+        match self.tls.reload(now) {
+            Ok(()) => {
+                self.failure = None;
+                tracing::info!("new connections are served with the certificate that is there now");
+                self.remind(now);
+            }
+            Err(error) => {
+                let failure = Some(error.to_string());
+                if self.failure == failure {
+                    tracing::debug!(%error, "the certificate still cannot be loaded");
+                } else {
+                    tracing::warn!(%error, "the certificate that was loaded before stays in use");
+                }
+                self.failure = failure;
+            }
+        }
+    }
+
+    fn remind(&mut self, now: Timestamp) {
+        self.reminded = now;
+        self.tls.warn_of_expiry(now);
+    }
+}
+
+/// Of each file that there is.
+type Stamps = Vec<Option<Stamp>>;
+
+/// What tells a file from the one that was there before, whichever way it was replaced, and from itself before its
+/// mode changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Stamp {
+    dev: u64,
+    ino: u64,
+    len: u64,
+    mtime: (i64, i64),
+    ctime: (i64, i64),
+}
+
+fn stamps(files: &TlsFiles) -> Stamps {
+    let stamp = |path: &PathBuf| {
+        let meta = fs::metadata(path).ok()?;
+        Some(Stamp {
+            dev: meta.dev(),
+            ino: meta.ino(),
+            len: meta.len(),
+            mtime: (meta.mtime(), meta.mtime_nsec()),
+            ctime: (meta.ctime(), meta.ctime_nsec()),
+        })
+    };
+    let pair = [&files.cert, &files.key];
+    pair.into_iter()
+        .chain(&files.client_ca)
+        .map(stamp)
+        .collect()
+}
+
+fn load(files: &TlsFiles, record_bytes_max: usize) -> Result<Loaded, TlsError> {
     let pair = |reason: String| TlsError::Pair {
         cert: files.cert.clone(),
         key: files.key.clone(),
@@ -175,7 +293,7 @@ fn load(files: &TlsFiles, record_bytes_max: usize) -> Result<ServerConfig, TlsEr
         Some(path) => builder.with_client_cert_verifier(client_verifier(path, provider)?),
     };
     let chain = certificates(&files.cert)?;
-    warn_of_expiry(&files.cert, &chain[0]);
+    let expires = expiry(&chain[0]);
     let mut config = builder
         .with_single_cert(chain, private_key(&files.key)?)
         .map_err(|error| pair(error.to_string()))?;
@@ -184,7 +302,8 @@ fn load(files: &TlsFiles, record_bytes_max: usize) -> Result<ServerConfig, TlsEr
     config.ticketer = ring::Ticketer::new().map_err(|error| pair(error.to_string()))?;
     // Without it the exporter of TLS 1.2 is not bound to this connection alone (RFC 9266).
     config.require_ems = true;
-    Ok(config)
+    let config = Arc::new(config);
+    Ok(Loaded { config, expires })
 }
 
 fn client_verifier(
@@ -212,9 +331,9 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
         reason,
     };
     let found = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
-    let found: Vec<_> = found.map_err(|error: pem::Error| refused(error.to_string()))?;
+    let found: Vec<_> = found.map_err(|error| refused(pem_fault(&error)))?;
     match found.is_empty() {
-        true => Err(refused("there is none in it".into())),
+        true => Err(refused(pem_fault(&pem::Error::NoItemsFound))),
         false => Ok(found),
     }
 }
@@ -228,24 +347,23 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
     let mut file = open_secret(path)?;
     file.read_to_end(&mut text)
         .map_err(|error| refused(error.to_string()))?;
-    PrivateKeyDer::from_pem_slice(&text).map_err(|error| refused(error.to_string()))
+    PrivateKeyDer::from_pem_slice(&text).map_err(|error| refused(pem_fault(&error)))
 }
 
-fn warn_of_expiry(path: &Path, certificate: &CertificateDer<'_>) {
-    let Ok((_, certificate)) = X509Certificate::from_der(certificate) else {
-        return;
-    };
-    let expires_s = certificate.validity().not_after.timestamp();
-    let Ok(expires) = Timestamp::from_second(expires_s) else {
-        return;
-    };
-    let left_s = expires_s - Timestamp::now().as_second();
-    let path = path.display();
-    if left_s <= 0 {
-        tracing::warn!(%path, %expires, "the certificate has expired: devices will not connect");
-    } else if left_s < EXPIRES_SOON.as_secs() as i64 {
-        tracing::warn!(%path, %expires, "the certificate expires soon");
+/// What is wrong, without anything of what is there: it may be a key.
+fn pem_fault(error: &pem::Error) -> String {
+    match error {
+        pem::Error::MissingSectionEnd { .. } => "a section in it has no end".to_owned(),
+        pem::Error::IllegalSectionStart { .. } => "a section in it begins wrongly".to_owned(),
+        pem::Error::Base64Decode(_) => "a section in it is not base64".to_owned(),
+        pem::Error::NoItemsFound => "there is none in it".to_owned(),
+        error => error.to_string(),
     }
+}
+
+fn expiry(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+    Timestamp::from_second(certificate.validity().not_after.timestamp()).ok()
 }
 
 /// Whom a certificate that was verified names: its common name and its DNS names.

@@ -1,40 +1,56 @@
 //! `fieldgate tls`: certificates of one's own making, to try TLS with, or for a closed network.
 
-use std::fs;
+use std::collections::HashSet;
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::net::IpAddr;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use fieldgate::config::{TLS_CERT_FILE, TLS_DIR, TLS_KEY_FILE};
-use fieldgate::keys::{create_data_dir, write_secret};
+use fieldgate::keys::{
+    create_data_dir, create_private_dir, create_secret, replace_secret, write_secret,
+};
 use jiff::civil::Date;
 use jiff::{Timestamp, ToSpan};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, date_time_ymd,
 };
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::FromDer;
 
 use super::device::device_name;
 use super::{Error, output};
 
 const CA_CERT_FILE: &str = "ca.pem";
 const CA_KEY_FILE: &str = "ca.key";
+const LOCK_FILE: &str = ".lock";
+/// Whom the first certificate names if nobody says it.
+const FIRST_HOSTS: [&str; 3] = ["localhost", "127.0.0.1", "::1"];
 /// The authority's certificate is in devices, where it is not easily changed.
 const CA_DAYS: u32 = 20 * 365;
 
 #[derive(Debug, Subcommand)]
 pub enum TlsCommand {
     /// Make a certificate for the gateway, and an authority that signs it, into tls/ in the data
-    /// directory. Again later, a new certificate by the same authority; a gateway that runs takes it
+    /// directory. Again later, a new certificate by the same authority for the same hosts; a gateway that
+    /// runs takes it
     Init(InitArgs),
-    /// Make certificates for devices, for a gateway that asks for them (serve --tls-client-ca)
+    /// Make certificates for devices, for a gateway that asks for them (serve --tls-client-ca). Files that are
+    /// there stay, unless --replace is given
     Device(DeviceArgs),
 }
 
 #[derive(Args, Debug)]
 pub struct InitArgs {
-    /// Names and addresses by which devices reach the gateway
-    #[arg(value_name = "HOST", default_values = ["localhost", "127.0.0.1", "::1"])]
+    /// Names and addresses by which devices reach the gateway [default: those of the certificate that is
+    /// there, or else localhost, 127.0.0.1 and ::1]
+    #[arg(value_name = "HOST")]
     hosts: Vec<String>,
 
     /// Days for which the certificate is valid
@@ -49,9 +65,13 @@ pub struct DeviceArgs {
     #[arg(value_name = "NAME", required = true, value_parser = device_name)]
     names: Vec<String>,
 
-    /// Directory for NAME.pem and NAME.key; it is made if it is missing
+    /// Directory for NAME.pem and NAME.key; it is made if it is missing, and must not be the data directory
     #[arg(long, value_name = "DIR", default_value = ".")]
     out_dir: PathBuf,
+
+    /// Make new keys and certificates also where there are some; those devices need both new files
+    #[arg(long)]
+    replace: bool,
 
     /// Days for which the certificates are valid
     #[arg(long, value_name = "DAYS", default_value_t = 3650,
@@ -71,29 +91,27 @@ fn init(data_dir: &Path, args: &InitArgs) -> Result<(), Error> {
     create_data_dir(data_dir)?;
     let dir = data_dir.join(TLS_DIR);
     create_data_dir(&dir)?;
+    let _lock = lock(&dir)?;
     let [ca_cert, ca_key, cert, key] =
         [CA_CERT_FILE, CA_KEY_FILE, TLS_CERT_FILE, TLS_KEY_FILE].map(|file| dir.join(file));
-    if ca_key.exists() {
-        // Goes on with the authority that devices know.
-    } else if let Some(foreign) = [&cert, &key, &ca_cert]
-        .into_iter()
-        .find(|path| path.exists())
-    {
-        return Err(Error::Failed(format!(
-            "{} is there and was not made by this command, which leaves it alone; move it away, or give \
-             another --data-dir",
-            foreign.display()
-        )));
-    } else {
+    if !ca_key.exists() {
+        if let Some(foreign) = [&cert, &key, &ca_cert]
+            .into_iter()
+            .find(|path| path.exists())
+        {
+            return Err(foreign_file(foreign, "was not made by this command"));
+        }
         make_authority(&ca_cert, &ca_key)?;
     }
-    let (params, valid_until) = params(args.hosts.clone(), "fieldgate", args.days)?;
-    let issued = issue(
-        params,
-        ExtendedKeyUsagePurpose::ServerAuth,
-        &ca_cert,
-        &ca_key,
-    )?;
+    let authority = Authority::load(&ca_cert, &ca_key)?;
+    let present = present_certificate(&authority, &cert, &key)?;
+    let hosts = match (&args.hosts[..], present) {
+        ([], Some(present)) => hosts_of(&cert, &present)?,
+        ([], None) => FIRST_HOSTS.map(str::to_owned).to_vec(),
+        (hosts, _) => hosts.to_vec(),
+    };
+    let (params, valid_until) = params(hosts.clone(), "fieldgate", args.days)?;
+    let issued = authority.issue(params, ExtendedKeyUsagePurpose::ServerAuth)?;
     // The key first: a gateway that looks in between keeps what it has, and looks again.
     replace(&key, &issued.key)?;
     replace(&cert, &issued.certificate)?;
@@ -105,7 +123,7 @@ fn init(data_dir: &Path, args: &InitArgs) -> Result<(), Error> {
         "its key      {} (signs all others: keep it safe)",
         ca_key.display()
     )?;
-    let hosts = args.hosts.join(", ");
+    let hosts = hosts.join(", ");
     writeln!(
         out,
         "certificate  {} for {hosts}, until {valid_until}",
@@ -124,6 +142,68 @@ fn init(data_dir: &Path, args: &InitArgs) -> Result<(), Error> {
     out.flush().map_err(Error::Output)
 }
 
+/// Keeps others out who want to make certificates here, as long as the file is open.
+fn lock(dir: &Path) -> Result<File, Error> {
+    let path = dir.join(LOCK_FILE);
+    let mut options = OpenOptions::new();
+    let opened = options.append(true).create(true).mode(0o600).open(&path);
+    let locked = opened.and_then(|file| file.lock().map(|()| file));
+    locked.map_err(|error| Error::Failed(format!("cannot lock {}: {error}", path.display())))
+}
+
+/// The certificate that is there, if there is one. It and its key are about to be replaced: so what is not this
+/// authority's is refused.
+fn present_certificate(
+    authority: &Authority,
+    cert: &Path,
+    key: &Path,
+) -> Result<Option<CertificateDer<'static>>, Error> {
+    let present = match cert.exists() {
+        false => None,
+        true => match CertificateDer::from_pem_file(cert) {
+            Ok(certificate) if authority.has_signed(&certificate) => Some(certificate),
+            _ => {
+                return Err(foreign_file(
+                    cert,
+                    "was not signed by the authority beside it",
+                ));
+            }
+        },
+    };
+    let fits = |key: KeyPair| present.as_ref().is_some_and(|it| is_of(&key, it));
+    if key.exists() && !KeyPair::from_pem(&read(key)?).is_ok_and(fits) {
+        return Err(foreign_file(
+            key,
+            "is not the key of the certificate beside it",
+        ));
+    }
+    Ok(present)
+}
+
+fn hosts_of(path: &Path, certificate: &CertificateDer<'_>) -> Result<Vec<String>, Error> {
+    let unknown = || {
+        Error::Failed(format!(
+            "cannot tell the hosts that {} is for; name them behind `tls init`",
+            path.display()
+        ))
+    };
+    let (_, certificate) = X509Certificate::from_der(certificate).map_err(|_| unknown())?;
+    let names = certificate.subject_alternative_name().ok().flatten();
+    let names = names.ok_or_else(unknown)?.value.general_names.iter();
+    let hosts = names.map(|name| match name {
+        GeneralName::DNSName(name) => Some((*name).to_owned()),
+        GeneralName::IPAddress(bytes) => address(bytes).map(|address| address.to_string()),
+        _ => None,
+    });
+    hosts.collect::<Option<_>>().ok_or_else(unknown)
+}
+
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
+        .ok()
+}
+
 fn device(data_dir: &Path, args: &DeviceArgs) -> Result<(), Error> {
     let dir = data_dir.join(TLS_DIR);
     let [ca_cert, ca_key] = [CA_CERT_FILE, CA_KEY_FILE].map(|file| dir.join(file));
@@ -133,27 +213,64 @@ fn device(data_dir: &Path, args: &DeviceArgs) -> Result<(), Error> {
             ca_key.display()
         )));
     }
-    create_data_dir(&args.out_dir)?;
-    let mut out = output::stdout();
-    for name in &args.names {
-        let (params, valid_until) = params(Vec::new(), name, args.days)?;
-        let issued = issue(
-            params,
-            ExtendedKeyUsagePurpose::ClientAuth,
-            &ca_cert,
-            &ca_key,
-        )?;
-        let [cert, key] = ["pem", "key"].map(|end| args.out_dir.join(format!("{name}.{end}")));
-        replace(&key, &issued.key)?;
-        replace(&cert, &issued.certificate)?;
-        writeln!(
-            out,
-            "{} and {}, until {valid_until}",
-            cert.display(),
-            key.display()
-        )?;
+    // A device may be named like the gateway's own files.
+    if [data_dir, &dir]
+        .iter()
+        .any(|own| is_same(own, &args.out_dir))
+    {
+        return Err(Error::Failed(format!(
+            "{} is where the gateway keeps its own keys; give another --out-dir",
+            args.out_dir.display()
+        )));
     }
+    let authority = Authority::load(&ca_cert, &ca_key)?;
+    create_private_dir(&args.out_dir).map_err(|error| {
+        Error::Failed(format!(
+            "cannot write the directory {}: {error}; give another --out-dir",
+            args.out_dir.display()
+        ))
+    })?;
+    // Whoever stops reading ends no more than the output.
+    let said = make_pairs(&authority, args)?;
+    let mut out = output::stdout();
+    out.write_all(said.as_bytes())?;
     out.flush().map_err(Error::Output)
+}
+
+/// Makes the files, and a line for each device.
+fn make_pairs(authority: &Authority, args: &DeviceArgs) -> Result<String, Error> {
+    let mut named = HashSet::new();
+    let names = args.names.iter().filter(|name| named.insert(*name));
+    let with_files = |name| {
+        let file = |end| args.out_dir.join(format!("{name}.{end}"));
+        (name, file("pem"), file("key"))
+    };
+    let pairs: Vec<(&String, PathBuf, PathBuf)> = names.map(with_files).collect();
+    // All or none, where that can be known.
+    let mut files = pairs.iter().flat_map(|(_, cert, key)| [cert, key]);
+    if let Some(there) = files.find(|path| !args.replace && fs::symlink_metadata(path).is_ok()) {
+        return Err(is_there(there));
+    }
+    let put = if args.replace { replace } else { create };
+    let mut said = String::new();
+    for (name, cert, key) in &pairs {
+        let (params, until) = params(Vec::new(), name, args.days)?;
+        let issued = authority.issue(params, ExtendedKeyUsagePurpose::ClientAuth)?;
+        put(key, &issued.key)?;
+        put(cert, &issued.certificate)?;
+        let (cert, key) = (cert.display(), key.display());
+        said.push_str(&format!("{cert} and {key}, until {until}\n"));
+    }
+    Ok(said)
+}
+
+/// Whether two paths lead to one directory; what is not there is no other's.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let id = |path| {
+        let meta = fs::metadata(path).ok()?;
+        Some((meta.dev(), meta.ino()))
+    };
+    id(one).is_some_and(|one| id(other) == Some(one))
 }
 
 /// What is signed, and its last day.
@@ -177,8 +294,11 @@ fn make_authority(cert: &Path, key: &Path) -> Result<(), Error> {
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let signing = KeyPair::generate().map_err(cannot_make)?;
     let certificate = params.self_signed(&signing).map_err(cannot_make)?;
-    replace(cert, &certificate.pem())?;
-    replace(key, &signing.serialize_pem())
+    // Never over another's; and the key last, which tells that all is there.
+    for (path, text) in [(cert, certificate.pem()), (key, signing.serialize_pem())] {
+        create_secret(path, &text).map_err(|error| cannot_write(path, &error))?;
+    }
+    Ok(())
 }
 
 /// As PEM.
@@ -187,36 +307,99 @@ struct Issued {
     key: String,
 }
 
-fn issue(
-    mut params: CertificateParams,
-    usage: ExtendedKeyUsagePurpose,
-    ca_cert: &Path,
-    ca_key: &Path,
-) -> Result<Issued, Error> {
-    let read = |path: &Path| {
-        let unreadable = |error| Error::Failed(format!("cannot read {}: {error}", path.display()));
-        fs::read_to_string(path).map_err(unreadable)
-    };
-    let signing = KeyPair::from_pem(&read(ca_key)?).map_err(cannot_make)?;
-    let issuer = Issuer::from_ca_cert_pem(&read(ca_cert)?, signing).map_err(cannot_make)?;
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages = vec![usage];
-    params.use_authority_key_identifier_extension = true;
-    let key = KeyPair::generate().map_err(cannot_make)?;
-    let certificate = params.signed_by(&key, &issuer).map_err(cannot_make)?;
-    Ok(Issued {
-        certificate: certificate.pem(),
-        key: key.serialize_pem(),
+/// Who signs.
+struct Authority {
+    certificate: CertificateDer<'static>,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn load(cert: &Path, key: &Path) -> Result<Authority, Error> {
+        let signing = KeyPair::from_pem(&read(key)?).map_err(cannot_make)?;
+        let text = read(cert)?;
+        let certificate = CertificateDer::from_pem_slice(text.as_bytes());
+        // What another key signs, nobody would take.
+        let certificate = certificate.ok().filter(|it| is_of(&signing, it));
+        let certificate = certificate.ok_or_else(|| {
+            Error::Failed(format!(
+                "{} is not the key of {}; bring back the file that belongs to the other",
+                key.display(),
+                cert.display()
+            ))
+        })?;
+        let issuer = Issuer::from_ca_cert_der(&certificate, signing).map_err(cannot_make)?;
+        Ok(Authority {
+            certificate,
+            issuer,
+        })
+    }
+
+    fn issue(
+        &self,
+        mut params: CertificateParams,
+        usage: ExtendedKeyUsagePurpose,
+    ) -> Result<Issued, Error> {
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![usage];
+        params.use_authority_key_identifier_extension = true;
+        let key = KeyPair::generate().map_err(cannot_make)?;
+        let certificate = params.signed_by(&key, &self.issuer).map_err(cannot_make)?;
+        Ok(Issued {
+            certificate: certificate.pem(),
+            key: key.serialize_pem(),
+        })
+    }
+
+    fn has_signed(&self, certificate: &CertificateDer<'_>) -> bool {
+        let parsed = [&self.certificate, certificate].map(|it| X509Certificate::from_der(it));
+        let [Ok((_, own)), Ok((_, other))] = parsed else {
+            return false;
+        };
+        let signed = other.verify_signature(Some(own.public_key()));
+        other.issuer() == own.subject() && signed.is_ok()
+    }
+}
+
+fn is_of(key: &KeyPair, certificate: &CertificateDer<'_>) -> bool {
+    X509Certificate::from_der(certificate).is_ok_and(|(_, certificate)| {
+        *certificate.public_key().subject_public_key.data == *key.public_key_raw()
+    })
+}
+
+fn read(path: &Path) -> Result<String, Error> {
+    let unreadable = |error| Error::Failed(format!("cannot read {}: {error}", path.display()));
+    fs::read_to_string(path).map_err(unreadable)
+}
+
+/// Makes a file that nobody else may touch, where there is none.
+fn create(path: &Path, text: &str) -> Result<(), Error> {
+    write_secret(path, text).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => is_there(path),
+        _ => cannot_write(path, &error),
     })
 }
 
 /// Puts a file there whole, in the place of one that may be there; nobody else may touch it.
 fn replace(path: &Path, text: &str) -> Result<(), Error> {
-    let draft = path.with_extension(format!("{}.new", std::process::id()));
-    let written = write_secret(&draft, text).and_then(|()| fs::rename(&draft, path));
-    written.map_err(|error: io::Error| {
-        Error::Failed(format!("cannot write {}: {error}", path.display()))
-    })
+    replace_secret(path, text).map_err(|error| cannot_write(path, &error))
+}
+
+fn foreign_file(path: &Path, why: &str) -> Error {
+    Error::Failed(format!(
+        "{} is there and {why}, so it is left alone; move it away, or give another --data-dir",
+        path.display()
+    ))
+}
+
+fn is_there(path: &Path) -> Error {
+    Error::Failed(format!(
+        "{} is there already and is left alone; --replace makes another in its place",
+        path.display()
+    ))
+}
+
+fn cannot_write(path: &Path, error: &io::Error) -> Error {
+    Error::Failed(format!("cannot write {}: {error}", path.display()))
 }
 
 fn cannot_make(error: rcgen::Error) -> Error {

@@ -30,4 +30,6 @@ mod store_down;
 mod stored;
 mod stored_in_postgres;
 mod tls;
+mod tls_made;
+mod tls_reload;
 mod wire;

@@ -1,0 +1,167 @@
+use std::os::unix::fs::PermissionsExt;
+
+use jiff::ToSpan;
+use rcgen::{CertificateParams, KeyPair, date_time_ymd};
+use tempfile::{NamedTempFile, TempDir};
+
+use super::*;
+
+/// The year at whose beginning a certificate expires that is good.
+const EXPIRES: i32 = 2100;
+
+/// A certificate and its key, kept until dropped.
+struct Site(TempDir);
+
+impl Site {
+    fn new() -> Site {
+        let site = Site(tempfile::tempdir().unwrap());
+        site.put(EXPIRES);
+        site
+    }
+
+    fn files(&self) -> TlsFiles {
+        TlsFiles {
+            cert: self.0.path().join("server.pem"),
+            key: self.0.path().join("server.key"),
+            client_ca: None,
+        }
+    }
+
+    /// Makes a new pair.
+    fn put(&self, expires: i32) {
+        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        (params.not_before, params.not_after) =
+            (date_time_ymd(2000, 1, 1), date_time_ymd(expires, 1, 1));
+        let key = KeyPair::generate().unwrap();
+        let cert = params.self_signed(&key).unwrap();
+        fs::write(self.files().key, key.serialize_pem()).unwrap();
+        fs::write(self.files().cert, cert.pem()).unwrap();
+        self.chmod(0o600);
+    }
+
+    fn chmod(&self, mode: u32) {
+        fs::set_permissions(self.files().key, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    fn load(&self) -> Tls {
+        Tls::load(self.files(), 4096).unwrap()
+    }
+}
+
+/// What a look is logged as, from INFO on.
+fn look(watch: &mut Watch<'_>, now: Timestamp) -> String {
+    let log = NamedTempFile::new().unwrap();
+    let subscriber = tracing_subscriber::fmt()
+        .with_writer(Arc::new(log.reopen().unwrap()))
+        .finish();
+    tracing::subscriber::with_default(subscriber, || watch.look(false, now));
+    fs::read_to_string(log.path()).unwrap()
+}
+
+fn config(tls: &Tls) -> Arc<ServerConfig> {
+    Arc::clone(&tls.current.read().unwrap().config)
+}
+
+fn expires() -> Timestamp {
+    format!("{EXPIRES}-01-01T00:00:00Z").parse().unwrap()
+}
+
+#[test]
+fn what_changes_before_the_first_look_is_seen() {
+    let site = Site::new();
+    let tls = site.load();
+    let before = config(&tls);
+    site.put(EXPIRES);
+    let now = Timestamp::now();
+    let mut watch = Watch::new(&tls, now);
+    let log = look(&mut watch, now);
+    assert!(log.contains("the certificate that is there now"), "{log}");
+    assert!(!Arc::ptr_eq(&before, &config(&tls)));
+    assert_eq!(look(&mut watch, now), "");
+}
+
+#[test]
+fn what_cannot_be_loaded_is_told_once_and_tried_again() {
+    let site = Site::new();
+    let tls = site.load();
+    let now = Timestamp::now();
+    let mut watch = Watch::new(&tls, now);
+    site.chmod(0o644);
+    let log = look(&mut watch, now);
+    assert!(log.contains("run chmod 600"), "{log}");
+    assert_eq!(look(&mut watch, now), "");
+    // Whoever tries something else is told again.
+    site.chmod(0o640);
+    let log = look(&mut watch, now);
+    assert!(log.contains("its group can read it"), "{log}");
+    // Whether the files tell or not that they are better now.
+    site.chmod(0o600);
+    watch.seen = stamps(&tls.files);
+    let log = look(&mut watch, now);
+    assert!(log.contains("the certificate that is there now"), "{log}");
+    assert_eq!(look(&mut watch, now), "");
+}
+
+#[test]
+fn an_expired_certificate_replaces_only_an_expired_one() {
+    let site = Site::new();
+    let tls = site.load();
+    let before = config(&tls);
+    let now = Timestamp::now();
+    let mut watch = Watch::new(&tls, now);
+    site.put(2020);
+    let log = look(&mut watch, now);
+    assert!(log.contains("has expired, on 2020-01-01"), "{log}");
+    assert!(Arc::ptr_eq(&before, &config(&tls)));
+    let log = look(&mut watch, expires());
+    assert!(log.contains("the certificate that is there now"), "{log}");
+    assert!(log.contains("devices will not connect"), "{log}");
+}
+
+#[test]
+fn expiry_is_told_each_day_of_the_last() {
+    let site = Site::new();
+    let tls = site.load();
+    let days_left = |days: i64| expires() - (24 * days).hours();
+    let mut watch = Watch::new(&tls, days_left(17));
+    let told: Vec<(i64, String)> = (-2..=16)
+        .rev()
+        .map(|days| (days, look(&mut watch, days_left(days))))
+        .collect();
+    for (days, log) in told {
+        let says = match days {
+            14.. => "",
+            1.. => "the certificate expires soon",
+            _ => "the certificate has expired",
+        };
+        assert_eq!(log.lines().count(), usize::from(days < 14), "{days}: {log}");
+        assert!(log.contains(says), "{days}: {log}");
+    }
+    // Not more often.
+    assert_eq!(look(&mut watch, days_left(-2) + 23.hours()), "");
+}
+
+#[test]
+fn what_is_no_pem_is_told_without_what_it_is() {
+    let site = Site::new();
+    let tls = site.load();
+    let TlsFiles { cert, key, .. } = site.files();
+    for (text, says) in [
+        ("", "there is none in it"),
+        ("-----BEGIN CERTIFICATE-----\nAAAA\n", "has no end"),
+        ("-----BEGIN CERTIFICATE\nAAAA\n", "begins wrongly"),
+        (
+            "-----BEGIN CERTIFICATE-----\nA!AA\n-----END CERTIFICATE-----\n",
+            "is not base64",
+        ),
+    ] {
+        let key_text = text.replace("CERTIFICATE", "PRIVATE KEY");
+        for (path, text) in [(&key, &key_text[..]), (&cert, text)] {
+            fs::write(path, text).unwrap();
+            let said = tls.reload(Timestamp::now()).unwrap_err().to_string();
+            assert!(said.ends_with(says), "{said}");
+            assert!(!said.contains('['), "{said}");
+            site.put(EXPIRES);
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! `fieldgate tls`: what it makes, and what it leaves alone.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use rustls::crypto::ring;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use rustls::sign::CertifiedKey;
+use tempfile::TempDir;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::oid_registry::OID_X509_EXT_SUBJECT_ALT_NAME;
+use x509_parser::prelude::FromDer;
+
+use crate::gateway::{command, run};
+use crate::tls::{Site, private_key};
+
+/// What every file of a directory holds, by its name.
+fn files(dir: &Path) -> BTreeMap<PathBuf, String> {
+    let entries = std::fs::read_dir(dir).expect("a directory");
+    let paths = entries.map(|entry| entry.expect("an entry").path());
+    let texts = paths.filter(|path| path.is_file()).map(|path| {
+        let text = std::fs::read_to_string(&path).expect("a text");
+        (path, text)
+    });
+    texts.collect()
+}
+
+#[test]
+fn certificates_of_devices_replace_nothing_unasked() {
+    let site = Site::new();
+    std::fs::write(site.path("fleet.key"), "ab".repeat(32)).expect("writes");
+    let dir = site.0.path().to_str().expect("UTF-8");
+    let device = |args: &[&str]| run(&[&["tls", "device", "--data-dir", dir][..], args].concat());
+    let refused = |args: &[&str], says: &str| {
+        let ended = device(args);
+        assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+        assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+        assert!(ended.stderr.contains(says), "{}", ended.stderr);
+    };
+    // Never the gateway's own, whichever way they are named.
+    let link = site.path("link");
+    std::os::unix::fs::symlink(site.path("tls"), &link).expect("links");
+    let before = (files(site.0.path()), files(&site.path("tls")));
+    for own in [site.0.path(), &site.path("tls"), &link] {
+        let own = own.to_str().expect("UTF-8");
+        for name in ["fleet", "ca", "server", "new"] {
+            let args = [name, "--out-dir", own, "--replace"];
+            refused(&args, "give another --out-dir");
+            refused(&args[..3], "give another --out-dir");
+        }
+    }
+    // Compared without being shown: there are keys in it.
+    assert!(before == (files(site.0.path()), files(&site.path("tls"))));
+
+    // A device's only if that is what is wanted; of several, none then.
+    let out = site.path("devices");
+    let out_dir = ["--out-dir", out.to_str().expect("UTF-8")];
+    let ended = device(&[&["pump", "pump", "valve"][..], &out_dir].concat());
+    assert!(ended.status.success(), "{ended:?}");
+    let made = files(&out);
+    assert_eq!(made.len(), 4);
+    std::fs::remove_file(out.join("valve.key")).expect("removes");
+    let left = files(&out);
+    for names in [&["new", "pump"][..], &["valve"]] {
+        let args = [names, &out_dir].concat();
+        refused(&args, "is there already and is left alone; --replace");
+    }
+    assert!(files(&out) == left);
+    let ended = device(&[&["pump", "valve", "--replace"][..], &out_dir].concat());
+    assert!(ended.status.success(), "{ended:?}");
+    let remade = files(&out);
+    assert!(remade.keys().eq(made.keys()));
+    assert!(remade.iter().all(|(path, text)| made[path] != *text));
+}
+
+#[test]
+fn certificates_of_devices_are_made_whoever_reads() {
+    let site = Site::new();
+    let dir = site.0.path().to_str().expect("UTF-8");
+    let out = site.path("devices");
+    let out_dir = out.to_str().expect("UTF-8");
+    // More lines than are held back until the end.
+    let names: Vec<String> = (0..100).map(|number| format!("pump-{number}")).collect();
+    let mut made = command(&["tls", "device", "--data-dir", dir, "--out-dir", out_dir]);
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let status = made.args(&names).stdout(writer).status();
+    assert!(status.expect("starts").success());
+    assert_eq!(files(&out).len(), 2 * names.len());
+
+    let ended = run(&[
+        "tls",
+        "device",
+        "pump",
+        "--data-dir",
+        dir,
+        "--out-dir",
+        "/proc/nope",
+    ]);
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+    assert!(
+        ended.stderr.trim_end().ends_with("give another --out-dir"),
+        "{}",
+        ended.stderr
+    );
+}
+
+/// The hosts of a certificate, as they are encoded.
+fn hosts(cert: &Path) -> Vec<u8> {
+    let cert = CertificateDer::from_pem_file(cert).expect("a certificate");
+    let (_, cert) = X509Certificate::from_der(&cert).expect("a certificate");
+    let extensions = cert.extensions().iter();
+    let mut names = extensions.filter(|it| it.oid == OID_X509_EXT_SUBJECT_ALT_NAME);
+    names.next().expect("hosts").value.to_vec()
+}
+
+/// Whether a key is a certificate's.
+fn fit(cert: &Path, key: &Path) -> bool {
+    let cert = CertificateDer::from_pem_file(cert).expect("a certificate");
+    CertifiedKey::from_der(vec![cert], private_key(key), &ring::default_provider()).is_ok()
+}
+
+#[test]
+fn a_new_certificate_is_for_the_same_hosts() {
+    let site = Site::new();
+    let cert = site.path("tls/server.pem");
+    let first = hosts(&cert);
+    site.tls(&["init", "gate.example.com", "10.0.0.7", "fd00::7"]);
+    let named = hosts(&cert);
+    assert_ne!(named, first);
+    let before = std::fs::read(&cert).expect("a certificate");
+    site.tls(&["init"]);
+    assert_ne!(std::fs::read(&cert).expect("a certificate"), before);
+    assert_eq!(hosts(&cert), named);
+    // Only when they are named do they change.
+    site.tls(&["init", "gate.example.org"]);
+    assert_ne!(hosts(&cert), named);
+}
+
+#[test]
+fn a_new_certificate_takes_no_others_place() {
+    let site = Site::new();
+    let other = Site::new();
+    let dir = site.0.path().to_str().expect("UTF-8");
+    let own = files(&site.path("tls"));
+    for (foreign, says) in [
+        (
+            &["server.pem", "server.key"][..],
+            "server.pem is there and was not signed",
+        ),
+        (&["server.key"], "server.key is there and is not the key"),
+        (&["ca.key"], "is not the key of"),
+        (&["ca.pem"], "is not the key of"),
+        (
+            &["ca.pem", "ca.key"],
+            "server.pem is there and was not signed",
+        ),
+    ] {
+        for file in foreign {
+            let from = other.path("tls").join(file);
+            std::fs::copy(from, site.path("tls").join(file)).expect("copies");
+        }
+        let before = files(&site.path("tls"));
+        for args in [&["tls", "init"][..], &["tls", "init", "localhost"]] {
+            let ended = run(&[args, &["--data-dir", dir]].concat());
+            assert_eq!(ended.status.code(), Some(1), "{foreign:?}: {ended:?}");
+            assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+            assert!(ended.stderr.contains(says), "{foreign:?}: {}", ended.stderr);
+        }
+        // Compared without being shown: there are keys in it.
+        assert!(files(&site.path("tls")) == before, "{foreign:?}");
+        for (path, text) in &own {
+            std::fs::write(path, text).expect("writes");
+        }
+    }
+    // With the wrong authority's key, devices get nothing either.
+    std::fs::copy(other.path("tls/ca.key"), site.path("tls/ca.key")).expect("copies");
+    let out = site.path("devices");
+    let out_dir = out.to_str().expect("UTF-8");
+    let ended = run(&[
+        "tls",
+        "device",
+        "pump",
+        "--data-dir",
+        dir,
+        "--out-dir",
+        out_dir,
+    ]);
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    assert!(!out.exists());
+}
+
+#[test]
+fn authorities_made_at_once_are_one() {
+    for _ in 0..5 {
+        let site = Site(TempDir::new().expect("a directory"));
+        let dir = site.0.path().to_str().expect("UTF-8");
+        let args = ["tls", "init", "--data-dir", dir];
+        thread::scope(|scope| {
+            let inits: [_; 6] = std::array::from_fn(|_| scope.spawn(|| run(&args)));
+            for init in inits {
+                let ended = init.join().expect("ends");
+                assert!(ended.status.success(), "{ended:?}");
+            }
+        });
+        for name in ["ca", "server"] {
+            let [cert, key] =
+                ["pem", "key"].map(|end| site.path("tls").join(format!("{name}.{end}")));
+            assert!(fit(&cert, &key), "{name}");
+        }
+        // The one signed the other.
+        site.tls(&["init"]);
+    }
+}
