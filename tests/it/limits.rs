@@ -10,26 +10,29 @@ use crate::client::{Heard, Link, T0_US, header, ping, readings, readings_at, sea
 use crate::gateway::Gateway;
 use crate::malformed::assert_serves;
 
+/// So many readings of a device in a second.
+const READINGS_2000: [&str; 4] = [
+    "--device-readings-per-s",
+    "2000",
+    "--device-readings-burst",
+    "8192",
+];
+
+/// A frame with so many.
+fn readings_406(seq: u64) -> Vec<u8> {
+    readings_at(seq, T0_US + seq as i64 * 2_000_000_000, &[7; 406])
+}
+
 /// SPEC, limits: more of a device is read later, and nothing is refused.
 #[test]
 fn c13_a_device_over_its_rate_waits_and_the_others_do_not() {
-    let rate = [
-        "--device-readings-per-s",
-        "2000",
-        "--device-readings-burst",
-        "8192",
-    ];
-    let gateway = Gateway::start(&rate);
+    let gateway = Gateway::start(&READINGS_2000);
     let (mut hot, _) = gateway.connect("hot");
     let begun = Instant::now();
     // 12,180 readings: the burst, and two seconds' more.
     let frames = 30;
     for seq in 1..=frames {
-        hot.send(&readings_at(
-            seq,
-            T0_US + seq as i64 * 2_000_000_000,
-            &[7; 406],
-        ));
+        hot.send(&readings_406(seq));
     }
     // Meanwhile another device is served as ever.
     let (mut calm, _) = gateway.connect("calm");
@@ -51,24 +54,14 @@ fn c13_a_device_over_its_rate_waits_and_the_others_do_not() {
 /// Whoever connects again does not begin anew.
 #[test]
 fn c13_a_device_cannot_leave_its_rate_behind() {
-    let rate = [
-        "--device-readings-per-s",
-        "2000",
-        "--device-readings-burst",
-        "8192",
-    ];
-    let gateway = Gateway::start(&rate);
+    let gateway = Gateway::start(&READINGS_2000);
     let begun = Instant::now();
     // 12,180 readings: the burst, and two seconds' more; but less than the burst on each connection.
     for connection in 0..3 {
         let (mut hot, _) = gateway.connect("hot");
         let seqs = connection * 10 + 1..=connection * 10 + 10;
         for seq in seqs.clone() {
-            hot.send(&readings_at(
-                seq,
-                T0_US + seq as i64 * 2_000_000_000,
-                &[7; 406],
-            ));
+            hot.send(&readings_406(seq));
         }
         hot.expect_ack(*seqs.end());
     }
