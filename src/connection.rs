@@ -139,8 +139,16 @@ impl Connection {
                     Err(error) => self.lose(&error),
                 },
             }
-            self.write();
+            if !self.has_failed() {
+                self.write();
+            }
         }
+    }
+
+    /// Whether it is closed to a stranger who did not prove a key, and who is to wait for the answer.
+    fn has_failed(&self) -> bool {
+        let code = self.session.closed().and_then(|close| close.code);
+        code == Some(Code::Authentication) && self.session.device().is_none()
     }
 
     /// What of the socket is waited for.
@@ -293,22 +301,23 @@ impl Connection {
         if let Some(device) = self.session.device() {
             self.shared.registry.leave(device, &self.mailbox);
         }
-        let mut is_told = false;
-        if let Some(close) = self.session.closed() {
-            is_told = self.log(close);
-            if close.code == Some(Code::Authentication) {
-                let now = self.shared.clock.now();
-                tokio::select! {
-                    () = sleep(self.visit.fail(now.mono_us)) => {}
-                    // Nobody waits for a failure: neither those for whom there is no room, nor the end.
-                    _ = self.mailbox.take() => {}
-                    () = self.shared.drain.cancelled() => {}
-                }
+        let is_told = self.session.closed().is_some_and(|close| self.log(close));
+        let mut is_gone = false;
+        if self.has_failed() {
+            let now = self.shared.clock.now();
+            tokio::select! {
+                () = sleep(self.visit.fail(now.mono_us)) => {}
+                // Nobody waits for a failure: neither those for whom there is no room, nor the end.
+                _ = self.mailbox.take() => {}
+                () = self.shared.drain.cancelled() => {}
+                // And nobody hears sooner by leaving.
+                _ = self.socket.wait_for_end() => is_gone = true,
             }
-            match close.code {
-                Some(_) => drop(timeout(FAREWELL, self.say_farewell()).await),
-                None => self.socket.try_end(),
-            }
+        }
+        match self.session.closed().and_then(|close| close.code) {
+            Some(_) if is_gone => {}
+            Some(_) => drop(timeout(FAREWELL, self.say_farewell()).await),
+            None => self.socket.try_end(),
         }
         drop(self.socket);
         let now = self.shared.clock.now();

@@ -64,8 +64,8 @@ pub struct Entrance {
 struct Tables {
     accepts: Meter,
     addresses: HashMap<Address, Known>,
-    /// By number, so that the oldest is first.
-    handshakes: BTreeMap<u64, Handshake>,
+    /// The first is the first to give way.
+    handshakes: BTreeMap<Rank, Handshake>,
     next_number: u64,
     lines: Lines,
 }
@@ -116,6 +116,13 @@ impl Lines {
     }
 }
 
+/// Those who have failed to prove a key come before those who still may, and then the oldest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    is_open: bool,
+    number: u64,
+}
+
 #[derive(Debug)]
 struct Handshake {
     begun_at_us: u64,
@@ -128,7 +135,7 @@ pub struct Visit {
     entrance: Arc<Entrance>,
     address: Address,
     /// The handshake's; `None` once a key was proved.
-    handshake: Option<u64>,
+    handshake: Option<Rank>,
 }
 
 impl Entrance {
@@ -226,20 +233,23 @@ impl Entrance {
         }
         self.places.try_acquire().ok()?.forget();
         known.connections += 1;
-        let number = tables.next_number;
+        let rank = Rank {
+            is_open: true,
+            number: tables.next_number,
+        };
         tables.next_number += 1;
         let handshake = Handshake {
             begun_at_us: now_us,
             mailbox: Arc::clone(mailbox),
         };
-        tables.handshakes.insert(number, handshake);
+        tables.handshakes.insert(rank, handshake);
         if tables.handshakes.len() > self.limits.handshakes_max {
             tables.end_oldest();
         }
         Some(Visit {
             entrance: Arc::clone(self),
             address,
-            handshake: Some(number),
+            handshake: Some(rank),
         })
     }
 
@@ -268,16 +278,29 @@ impl Entrance {
 impl Visit {
     /// The peer has proved a key: it is no stranger any more.
     pub fn prove(&mut self) {
-        if let Some(number) = self.handshake.take() {
-            self.entrance.lock().handshakes.remove(&number);
+        if let Some(rank) = self.handshake.take() {
+            self.entrance.lock().handshakes.remove(&rank);
             self.entrance.handshake_ended.notify_one();
         }
     }
 
     /// The peer has failed to prove a key: how long it is to wait for the answer. It waits longer with each
-    /// failure at its address; one that proves its key waits for nothing.
-    pub fn fail(&self, now_us: u64) -> Duration {
+    /// failure at its address; one that proves its key waits for nothing. Meanwhile it gives way to all others.
+    pub fn fail(&mut self, now_us: u64) -> Duration {
         let mut tables = self.entrance.lock();
+        if let Some(rank) = &mut self.handshake
+            && let Some(failed) = tables.handshakes.remove(rank)
+        {
+            rank.is_open = false;
+            let begun_at_us = 0;
+            tables.handshakes.insert(
+                *rank,
+                Handshake {
+                    begun_at_us,
+                    ..failed
+                },
+            );
+        }
         let known = tables.known(self.address, now_us, self.entrance.limits.connections_max);
         known.failures = known.failures.saturating_add(1);
         let doublings = (known.failures - 1).min(16);
@@ -431,11 +454,30 @@ mod tests {
         assert_eq!(entrance.lock().handshakes.len(), 1);
     }
 
+    #[tokio::test]
+    async fn those_who_failed_give_way_before_those_who_are_slow() {
+        let entrance = entrance(LIMITS);
+        let admit = |host: u8, mailbox: &Arc<Mailbox>| {
+            let peer = IpAddr::from([10, 0, 0, host]);
+            entrance.admit(peer, mailbox, NOW_US).unwrap()
+        };
+        let _slow: Vec<Visit> = (1..5).map(|host| admit(host, &Arc::default())).collect();
+        let mailbox = Arc::default();
+        let mut failed = admit(5, &mailbox);
+        assert!(entrance.handshakes_full(NOW_US).is_some(), "all are young");
+        failed.fail(NOW_US);
+        assert_eq!(entrance.handshakes_full(NOW_US), None);
+        let _next = admit(6, &Arc::default());
+        assert!(mailbox.take().await.close.is_some());
+        drop(failed);
+        assert_eq!(entrance.lock().handshakes.len(), 5);
+    }
+
     #[test]
     fn failures_wait_longer_and_longer() {
         let entrance = entrance(LIMITS);
-        let visit = from(&entrance, "10.0.0.1").unwrap();
-        let other = from(&entrance, "10.0.0.2").unwrap();
+        let mut visit = from(&entrance, "10.0.0.1").unwrap();
+        let mut other = from(&entrance, "10.0.0.2").unwrap();
         let waits: Vec<u128> = (0..8).map(|_| visit.fail(NOW_US).as_millis()).collect();
         assert_eq!(waits, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
         assert_eq!(other.fail(NOW_US).as_millis(), 100);

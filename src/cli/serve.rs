@@ -139,7 +139,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "READINGS", default_value_t = Settings::default().device_readings_burst)]
     device_readings_burst: u64,
 
-    /// Seconds from a connection's first byte to the end of its handshake. Raise it for links of many
+    /// Seconds from a connection's beginning to the end of its handshake. Raise it for links of many
     /// seconds' delay
     #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().handshake_timeout_s)]
     handshake_timeout_s: u64,

@@ -198,7 +198,8 @@ impl Stream {
     }
 
     /// Changes nothing else (R108).
-    fn refuse_damaged_unsequenced(&self, outbound: &mut Outbound) {
+    fn refuse_damaged_unsequenced(&mut self, outbound: &mut Outbound) {
+        self.write_due_ack(outbound);
         let detail = "payload checksum wrong";
         outbound.nack(Code::PayloadCrc, 0, self.expected_seq, 0, detail);
     }

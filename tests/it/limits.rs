@@ -7,7 +7,7 @@ use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 
 use crate::client::{Heard, Link, T0_US, header, ping, readings, readings_at, sealed};
-use crate::gateway::Gateway;
+use crate::gateway::{Gateway, run};
 use crate::malformed::assert_serves;
 
 /// So many readings of a device in a second.
@@ -185,15 +185,44 @@ fn c05_failures_wait_and_a_right_key_does_not() {
         begun.elapsed()
     );
     // 100 ms, 200 ms, … in the order in which they failed, which is not quite that of the links: of any
-    // five, one has waited for the fifth time at least.
+    // five, one has waited for the fifth time at least. It is the answer that waits, not only the end.
     for link in &mut waiting[..5] {
-        link.expect_bye(Code::Authentication);
+        let heard = link.hear();
+        assert!(matches!(heard, Heard::Bye { .. }), "{heard:?}");
     }
     assert!(
         first.elapsed() >= Duration::from_millis(1_600),
         "{:?}",
         first.elapsed()
     );
+}
+
+/// Whoever leaves before has no answer, and keeps no place.
+#[test]
+fn c05_who_does_not_wait_for_the_answer_has_none() {
+    let gateway = Gateway::start(&["--failure-delay-max-ms", "600000", "--connections-max", "2"]);
+    for _ in 0..8 {
+        let mut login = gateway.device("pump");
+        login.key[0] ^= 1;
+        let mut link = Link::open(gateway.addr);
+        let transcript = link.challenge(&login);
+        link.send(&login.auth(transcript).0);
+        link.finish();
+        link.expect_closed();
+    }
+}
+
+/// What an operator does is nobody's failure.
+#[test]
+fn c05_a_replaced_key_delays_nobody() {
+    let gateway = Gateway::start(&["--failure-delay-max-ms", "600000"]);
+    let data_dir = gateway.data_dir().to_str().expect("UTF-8");
+    for name in ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l"] {
+        let (mut link, _) = gateway.connect(name);
+        let rotated = run(&["device", "rotate-key", name, "--data-dir", data_dir]);
+        assert!(rotated.status.success(), "{}", rotated.stderr);
+        link.expect_bye(Code::Authentication);
+    }
 }
 
 /// The end of the gateway waits for nobody who failed.

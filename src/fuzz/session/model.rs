@@ -283,6 +283,7 @@ impl Model {
         let serving = self.serving();
         if !frame.intact {
             let nack = serving.nack(Code::PayloadCrc, 0, 0);
+            self.flush_ack();
             self.said.push(nack);
             return Submits::Nothing;
         }
