@@ -471,6 +471,8 @@ def judge(state, data, serving):
     version, kind, flags, seq, payload, intact = found
     if kind >= 0x80 and intact:
         return PASSED
+    if kind >= 0x80 and state.startswith("serving"):
+        return nack(22, 0, serving["expected_seq"])
     if state == "device":
         return judge_device(version, kind, flags, payload, intact)
     if before:
@@ -524,17 +526,22 @@ def judge_serving(state, found, serving):
     return TAKEN
 
 
+def covered_from(payload, seq):
+    """R45: the first number that an intact GAP covers, whatever is wrong behind that field."""
+    first = 0
+    for i, byte in enumerate(payload[:10]):
+        first |= (byte & 0x7F) << (7 * i)
+        if byte < 0x80:
+            return first if first <= seq else seq
+    return seq
+
+
 def judge_sequenced(state, found, serving):
     _, kind, flags, seq, payload, intact = found
     expected = serving["expected_seq"]
     if not 1 <= seq <= SEQ_MAX:
         return bye(44)
-    first = seq
-    if kind == 0x12 and intact:
-        try:
-            first = min(seq, message(kind, payload)["from_seq"])
-        except Refusal:
-            pass
+    first = covered_from(payload, seq) if kind == 0x12 and intact else seq
     if first > serving["limit_seq"]:
         return bye(43)
     if seq < expected:

@@ -118,6 +118,7 @@ fn checksums() -> Vec<Vector> {
         vector("payload-crc-ahead", SERVING, &bad(6), nack(21, 6), "R106"),
         vector("payload-crc-ping", SERVING, &damaged_payload(message_frame(&ping(), 0)), unsequenced.clone(), "R108"),
         vector("payload-crc-declare", SERVING, &damaged_payload(message_frame(&declare(), 0)), unsequenced.clone(), "R108: the device declares again"),
+        vector("payload-crc-skippable-seq", SERVING, &damaged_payload(frame_of(0x80, 66, &[1])), unsequenced.clone(), "R101: before the number is looked at"),
         vector("payload-crc-skippable", SERVING, &damaged_payload(frame_of(0x90, 0, &[1, 2, 3])), unsequenced, "R108: the type may be skipped, the damage is told all the same"),
         vector("payload-crc-hello", AWAIT_HELLO, &damaged_payload(message_frame(&handshake::hello(), 0)), bye(50), "R102"),
         vector("payload-crc-device", DEVICE, &damaged_payload(message_frame(&messages::pong(), 0)), Expect::Close, "R87"),
@@ -199,6 +200,10 @@ fn order() -> Vec<Vector> {
 fn gaps() -> Vec<Vector> {
     let gap = |from_seq, seq| message_frame(&Gap { from_seq, reason: 0, ext: &[] }, seq);
     let flagged = frame_with(1, types::GAP, 1, 9, payload_of(&gap(5, 9)));
+    let critical = message_frame(&Gap { from_seq: 5, reason: 0, ext: &[2, 0] }, 9);
+    let trailing = frame_with(1, types::GAP, 0, 9, &[5, 0, 0, 7]);
+    let long = frame_with(1, types::GAP, 0, 9, &[0x85, 0, 0, 0]);
+    let empty = frame_with(1, types::GAP, 0, 9, &[]);
     vec![
         vector("gap-one", SERVING, &gap(5, 5), Expect::Taken, "R45: a single number"),
         vector("gap-next", SERVING, &gap(5, 9), Expect::Taken, "R45: 6 to 9 as well; 10 is next"),
@@ -211,7 +216,11 @@ fn gaps() -> Vec<Vector> {
         vector("gap-backwards", SERVING, &gap(6, 5), refused(33), "R45: from_seq above the header's seq"),
         vector("gap-backwards-ahead", SERVING, &gap(8, 7), nack(21, 7), "R45: stands for its own number, which is not next"),
         vector("gap-from-0", SERVING, &gap(0, 5), refused(33), "R24"),
-        vector("gap-from-0-ahead", SERVING, &gap(0, 9), nack(21, 9), "R45: does not decode, so it stands for its own number"),
+        vector("gap-from-0-ahead", SERVING, &gap(0, 9), nack(33, 9), "R45: covers 0 to 9, and is refused"),
+        vector("gap-critical", SERVING, &critical, nack(34, 9), "R26, R45: covers 5 to 9 all the same"),
+        vector("gap-trailing", SERVING, &trailing, nack(30, 9), "R21, R45: covers 5 to 9 all the same"),
+        vector("gap-long-varint", SERVING, &long, nack(30, 9), "R22, R45: covers 5 to 9 all the same"),
+        vector("gap-of-nothing", SERVING, &empty, nack(21, 9), "R45: tells no first number, so it covers its own alone"),
         vector("gap-dropping", DROPPING, &gap(4, 9), Expect::Taken, "R62: covers the awaited number"),
         vector("gap-flags", SERVING, &flagged, nack(34, 9), "R11: all its numbers are used up"),
         vector("gap-damaged", SERVING, &damaged_payload(gap(5, 9)), nack(21, 9), "R44: its first number cannot be known"),

@@ -83,6 +83,15 @@ fn handshake(state: &str, frame: &Frame<'_>) -> Expect {
 
 fn serving(state: &str, frame: &Frame<'_>) -> Expect {
     let header = frame.header;
+    let damaged = Expect::Nack {
+        code: 22,
+        seq: 0,
+        expected_seq: EXPECTED_SEQ,
+        consumed: false,
+    };
+    if types::is_skippable(header.frame_type) {
+        return damaged;
+    }
     if !(1..=VERSION).contains(&header.version) {
         return bye(51);
     }
@@ -93,12 +102,7 @@ fn serving(state: &str, frame: &Frame<'_>) -> Expect {
         return bye(44);
     }
     if !frame.intact {
-        return Expect::Nack {
-            code: 22,
-            seq: 0,
-            expected_seq: EXPECTED_SEQ,
-            consumed: false,
-        };
+        return damaged;
     }
     let payload = frame.payload();
     let is_right = match header.frame_type {
@@ -136,9 +140,10 @@ fn sequenced(state: &str, frame: &Frame<'_>) -> Expect {
     let mut first_seq = seq;
     if frame.header.frame_type == types::GAP
         && frame.intact
-        && let Ok(gap) = decode::<Gap<'_>>(frame.payload())
+        && let Ok((from_seq, _)) = postcard::take_from_bytes::<u64>(frame.payload())
+        && from_seq <= seq
     {
-        first_seq = gap.from_seq.min(seq);
+        first_seq = from_seq;
     }
     if first_seq > LIMIT_SEQ {
         return bye(43);
