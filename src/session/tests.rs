@@ -14,6 +14,8 @@ use super::*;
 use crate::store::memory::MemoryStore;
 use crate::store::{Batch, Store};
 
+mod vectors;
+
 /// What a device does, and what its numbers are relative to: the next number that is expected.
 #[derive(Clone, Copy, Debug)]
 enum Input {
@@ -210,6 +212,9 @@ impl Bench {
         let committed = self.store.commit(&batch).await.expect("commits");
         for outcome in committed.logins {
             self.session.handle_login_outcome(outcome, NOW);
+        }
+        for outcome in committed.declares {
+            self.session.handle_declare_outcome(outcome, NOW);
         }
         if let Some(last) = batch.entries.last() {
             self.session.handle_receipt(committed.receipts[0], last.seq);

@@ -1,0 +1,152 @@
+//! The protocol's published vectors, which say what a gateway does with a frame, against a session.
+
+use bytes::BytesMut;
+use serde_json::{Value, json};
+use tokio_util::codec::Decoder;
+
+use super::*;
+use crate::codec::{CodecError, FrameCodec};
+
+const FILES: [&str; 3] = ["frames", "messages", "readings"];
+
+fn bytes_of(hex: &Value) -> Vec<u8> {
+    let digits = hex.as_str().unwrap().as_bytes();
+    let byte = |pair: &[u8]| u8::from_str_radix(str::from_utf8(pair).unwrap(), 16).unwrap();
+    digits.chunks(2).map(byte).collect()
+}
+
+fn sealed(frame_type: u8, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0; frame::OVERHEAD_BYTES + payload.len()];
+    bytes[HEADER_BYTES..][..payload.len()].copy_from_slice(payload);
+    let header = frame::Header {
+        version: frame::VERSION,
+        frame_type,
+        flags: 0,
+        payload_bytes: payload.len() as u16,
+        seq: 0,
+    };
+    frame::seal(header, &mut bytes).unwrap();
+    bytes
+}
+
+/// 1 to 3 are durable, 4 is on its way.
+async fn serving(declare: &[u8], state: &str) -> Bench {
+    let mut bench = Bench::welcomed().await;
+    bench.take(&sealed(types::DECLARE, declare));
+    bench.commit().await;
+    for seq in 1..=4 {
+        if seq == 4 {
+            bench.commit().await;
+        }
+        bench.take(&frame_for(Input::Good(0), seq, seq));
+    }
+    match state {
+        "serving_dropping" => bench.take(&frame_for(Input::Good(0), 6, 6)),
+        "serving_crc_failed_5" => bench.take(&frame_for(Input::Damaged(0), 5, 5)),
+        _ => {}
+    }
+    bench.say();
+    bench
+}
+
+fn await_hello() -> Bench {
+    let settings = Arc::new(SessionSettings::default());
+    let peer = SocketAddr::from(([127, 0, 0, 1], 9));
+    Bench {
+        session: Session::new(settings, peer, [7; 16], NOW),
+        store: MemoryStore::new(),
+        waiting: Batch::default(),
+    }
+}
+
+/// What became of `bytes`, in the words of the vectors.
+async fn judge(bench: &mut Bench, bytes: &[u8]) -> Value {
+    let mut codec = FrameCodec {
+        frame_bytes_max: bench.session.frame_bytes_max(),
+    };
+    let mut frame_type = 0;
+    let (mut is_submitted, mut is_refused) = (false, false);
+    match codec.decode(&mut BytesMut::from(bytes)) {
+        Ok(None) => return json!({"outcome": "incomplete"}),
+        Err(CodecError::Frame(error)) => bench.session.handle_frame_error(error),
+        Err(CodecError::Io(error)) => panic!("nothing here does I/O: {error}"),
+        Ok(Some(frame)) => {
+            frame_type = frame.frame().header.frame_type;
+            let submission = bench.session.handle_frame(&frame.frame(), NOW);
+            is_submitted = submission.is_some();
+            match submission {
+                Some(Submission::Declare(declare)) => bench.waiting.declares.push(declare),
+                Some(Submission::Quarantine(entry, _)) => {
+                    is_refused = true;
+                    bench.waiting.entries.push(entry);
+                }
+                _ => {}
+            }
+        }
+    }
+    match bench.session.closed().map(|close| close.code) {
+        // The device takes its leave.
+        Some(None) if frame_type == types::BYE => return json!({"outcome": "taken"}),
+        Some(None) => return json!({"outcome": "close"}),
+        Some(Some(code)) => return json!({"outcome": "bye", "code": code as u8}),
+        None => {}
+    }
+    if is_refused || !bench.waiting.declares.is_empty() {
+        bench.commit().await;
+    }
+    let said = bench.say();
+    let mut rest = said.as_slice();
+    while let Some(frame) = frame::decode(rest, 4096).unwrap() {
+        let seq = frame.header.seq;
+        rest = &rest[frame.bytes.len()..];
+        if frame.header.frame_type == types::NACK {
+            let nack: Nack<'_> = message::decode(frame.payload()).unwrap();
+            return json!({
+                "outcome": "nack",
+                "code": nack.code,
+                "seq": seq,
+                "expected_seq": nack.expected_seq,
+                "consumed": is_refused,
+            });
+        }
+        if frame.header.frame_type == types::ACK && !is_submitted {
+            return json!({"outcome": "ack", "seq": seq});
+        }
+    }
+    let outcome = match frame_type {
+        _ if is_submitted || !said.is_empty() => "taken",
+        frame_type if types::is_skippable(frame_type) => "passed_over",
+        _ => "dropped",
+    };
+    json!({"outcome": outcome})
+}
+
+/// All but those in which a device is addressed, and AUTH, whose proof is another's business.
+#[tokio::test]
+async fn a_session_does_what_the_vectors_say() {
+    let mut judged = 0;
+    for file in FILES {
+        let path = format!(
+            "{}/protocol/vectors/{file}.json",
+            env!("CARGO_MANIFEST_DIR")
+        );
+        let text = std::fs::read_to_string(path).unwrap();
+        let vectors: Value = serde_json::from_str(&text).unwrap();
+        let declare = bytes_of(&vectors["states"]["serving"]["schemas"][0]);
+        for vector in vectors["vectors"].as_array().unwrap() {
+            let mut bench = match vector["state"].as_str().unwrap() {
+                "device" | "await_auth" => continue,
+                "await_hello" => await_hello(),
+                state => serving(&declare, state).await,
+            };
+            let found = judge(&mut bench, &bytes_of(&vector["hex"])).await;
+            assert_eq!(
+                found, vector["expect"],
+                "{}: {}",
+                vector["id"], vector["note"]
+            );
+            judged += 1;
+        }
+    }
+    assert!(judged > 300, "{judged}");
+}
