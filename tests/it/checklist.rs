@@ -8,9 +8,9 @@
 //! | 4 an unknown device and a wrong key look the same | `handshake` |
 //! | 5 failures are answered later and later | `limits` |
 //! | 6 TLS 1.2 or later; plain text beyond loopback only on request | `tls`, `start` |
-//! | 7 certificates are reloaded | `tls` |
+//! | 7 certificates are reloaded | `tls`, `tls_reload` |
 //! | 8 half a handshake gives way | `limits`; its figures come from `fieldgate-sim bench --only hostile` |
-//! | 9 lengths are checked first, and strangers take little memory | here, `malformed`, `limits` |
+//! | 9 lengths are checked first, and strangers take little memory | here, `malformed`, `limits`, `tls` |
 //! | 10 deadlines for the first byte, a frame and silence | `malformed` |
 //! | 11 who does not read is cut off | here |
 //! | 12 caps on connections, and few descriptors | `limits` |

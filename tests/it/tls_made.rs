@@ -13,7 +13,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::oid_registry::OID_X509_EXT_SUBJECT_ALT_NAME;
 use x509_parser::prelude::FromDer;
 
-use crate::gateway::{command, run};
+use crate::gateway::{Ended, command, run};
 use crate::tls::{Site, private_key};
 
 /// What every file of a directory holds, by its name.
@@ -27,12 +27,17 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, String> {
     texts.collect()
 }
 
+/// `fieldgate tls device …` by the authority in `data_dir`.
+fn device(data_dir: &str, args: &[&str]) -> Ended {
+    run(&[&["tls", "device", "--data-dir", data_dir][..], args].concat())
+}
+
 #[test]
 fn certificates_of_devices_replace_nothing_unasked() {
     let site = Site::new();
     std::fs::write(site.path("fleet.key"), "ab".repeat(32)).expect("writes");
     let dir = site.0.path().to_str().expect("UTF-8");
-    let device = |args: &[&str]| run(&[&["tls", "device", "--data-dir", dir][..], args].concat());
+    let device = |args: &[&str]| device(dir, args);
     let refused = |args: &[&str], says: &str| {
         let ended = device(args);
         assert_eq!(ended.status.code(), Some(1), "{ended:?}");
@@ -90,15 +95,7 @@ fn certificates_of_devices_are_made_whoever_reads() {
     assert!(status.expect("starts").success());
     assert_eq!(files(&out).len(), 2 * names.len());
 
-    let ended = run(&[
-        "tls",
-        "device",
-        "pump",
-        "--data-dir",
-        dir,
-        "--out-dir",
-        "/proc/nope",
-    ]);
+    let ended = device(dir, &["pump", "--out-dir", "/proc/nope"]);
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
     assert!(
@@ -180,15 +177,7 @@ fn a_new_certificate_takes_no_others_place() {
     std::fs::copy(other.path("tls/ca.key"), site.path("tls/ca.key")).expect("copies");
     let out = site.path("devices");
     let out_dir = out.to_str().expect("UTF-8");
-    let ended = run(&[
-        "tls",
-        "device",
-        "pump",
-        "--data-dir",
-        dir,
-        "--out-dir",
-        out_dir,
-    ]);
+    let ended = device(dir, &["pump", "--out-dir", out_dir]);
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     assert!(!out.exists());
 }

@@ -25,7 +25,7 @@ fn chmod(site: &Site, mode: u32) {
 }
 
 #[test]
-fn a_key_that_is_mended_by_chmod_is_taken() {
+fn c07_a_key_that_is_mended_by_chmod_is_taken() {
     let site = Site::new();
     let mut gateway = site.start(&[]);
     chmod(&site, 0o644);
@@ -59,7 +59,7 @@ fn a_key_that_is_mended_by_chmod_is_taken() {
 }
 
 #[test]
-fn an_expired_certificate_takes_no_good_ones_place() {
+fn c07_an_expired_certificate_takes_no_good_ones_place() {
     let site = Site::new();
     let mut gateway = site.start(&[]);
     let first = shown(&site, &gateway);
