@@ -20,8 +20,9 @@ impl Display for Cell {
 impl Display for Bench {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let rounds = match self.rounds {
-            1 => "one round".to_owned(),
-            rounds => format!("medians of {rounds} rounds"),
+            1 => "each measured once".to_owned(),
+            // Nobody would wait for the rest so often.
+            rounds => format!("bursts are medians of {rounds} rounds, the rest is measured once"),
         };
         writeln!(
             f,
