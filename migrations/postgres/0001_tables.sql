@@ -11,8 +11,24 @@ CREATE TABLE devices (
     enabled       integer NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)),
     firmware      text,
     first_seen_at timestamptz,
-    last_seen_at  timestamptz
+    last_seen_at  timestamptz,
+    -- The device's key is derived from the fleet key, its name and key_version, which is 0 until the key is
+    -- replaced; or it is the device's own, stored here encrypted under a key derived from the fleet key.
+    key_version   bigint NOT NULL DEFAULT 0,
+    sealed_key    bytea,
+    -- The number of the last change by an operator (see device_revision), and of the one that set the key.
+    revision      bigint NOT NULL DEFAULT 0,
+    key_revision  bigint NOT NULL DEFAULT 0
 );
+CREATE INDEX devices_by_revision ON devices (revision) WHERE revision > 0;
+
+-- One row. Each change by an operator takes the next number; gateways poll for numbers above the last they saw.
+-- A row and not a sequence: a change holds it until it commits, so that numbers become visible in order.
+CREATE TABLE device_revision (
+    is_only boolean PRIMARY KEY DEFAULT true CHECK (is_only),
+    latest  bigint NOT NULL
+);
+INSERT INTO device_revision (latest) VALUES (0);
 
 -- A device numbers its frames in a stream, and starts a new stream when it has lost count. Its row is
 -- what two gateways lock: whoever stores frames of a stream holds it until they are committed. Every
@@ -112,13 +128,15 @@ CREATE TABLE quarantine (
 );
 CREATE INDEX quarantine_by_device ON quarantine (device_id);
 
--- kind: connected, disconnected (code is the reason's BYE code), event (level and code are the
--- device's own, frame_id is the frame that told it).
+-- kind: connected, disconnected (code is the BYE code of the reason), refused (a proof of identity failed, or the
+-- device may not connect; code is the BYE code), added, enabled, disabled, key_changed (by an operator), event
+-- (level and code are the device's own, frame_id is the frame that carried it).
 CREATE TABLE device_events (
     id        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     device_id bigint NOT NULL REFERENCES devices (id),
     at        timestamptz NOT NULL,
-    kind      text NOT NULL CHECK (kind IN ('connected', 'disconnected', 'event')),
+    kind      text NOT NULL CHECK (kind IN ('connected', 'disconnected', 'refused', 'added', 'enabled',
+        'disabled', 'key_changed', 'event')),
     level     smallint,
     code      integer NOT NULL,
     detail    text NOT NULL,

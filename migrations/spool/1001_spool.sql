@@ -4,7 +4,6 @@
 -- "FGsp": nobody shall take this for a store.
 PRAGMA application_id = 1179087728;
 
-DROP TABLE readings;
 CREATE TABLE readings (
     frame_id  INTEGER NOT NULL,
     series_id INTEGER NOT NULL,

@@ -13,8 +13,23 @@ CREATE TABLE devices (
     enabled       INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)),
     firmware      TEXT,
     first_seen_at INTEGER,
-    last_seen_at  INTEGER
+    last_seen_at  INTEGER,
+    -- The device's key is derived from the fleet key, its name and key_version, which is 0 until the key is
+    -- replaced; or it is the device's own, stored here encrypted under a key derived from the fleet key.
+    key_version   INTEGER NOT NULL DEFAULT 0,
+    sealed_key    BLOB,
+    -- The number of the last change by an operator (see device_revision), and of the one that set the key.
+    revision      INTEGER NOT NULL DEFAULT 0,
+    key_revision  INTEGER NOT NULL DEFAULT 0
 ) STRICT;
+CREATE INDEX devices_by_revision ON devices (revision) WHERE revision > 0;
+
+-- One row. Each change by an operator takes the next number; gateways poll for numbers above the last they saw.
+CREATE TABLE device_revision (
+    is_only INTEGER PRIMARY KEY DEFAULT 1 CHECK (is_only = 1),
+    latest  INTEGER NOT NULL
+) STRICT;
+INSERT INTO device_revision (latest) VALUES (0);
 
 -- A device numbers its frames in a stream, and starts a new stream when it has lost count.
 CREATE TABLE streams (
@@ -49,7 +64,7 @@ CREATE TABLE series (
 ) STRICT;
 
 -- The ledger: one row for each numbered frame that was stored, of whatever type; a gap has the
--- number of its last frame. No foreign keys here and in `readings`: this is the hot path, and only
+-- number of its last frame. No foreign keys here and in the tables of readings: this is the hot path, and only
 -- the gateway writes it.
 CREATE TABLE frames (
     id              INTEGER PRIMARY KEY,
@@ -64,17 +79,6 @@ CREATE TABLE frames (
     clock_offset_us INTEGER,
     UNIQUE (stream_id, seq)
 ) STRICT;
-
--- Clustered by series and time, which is how it is read. `frame_id` keeps two readings of one
--- instant apart. `value` is a REAL, or NULL, which says: sampled, no valid value. It is declared ANY
--- because SQLite keeps whole numbers of a REAL column as integers and so loses the sign of -0.0.
-CREATE TABLE readings (
-    series_id INTEGER NOT NULL,
-    ts        INTEGER NOT NULL,
-    frame_id  INTEGER NOT NULL,
-    value     ANY,
-    PRIMARY KEY (series_id, ts, frame_id)
-) STRICT, WITHOUT ROWID;
 
 -- Frames that the device lost before it could send them, from_seq to to_seq inclusive.
 CREATE TABLE gaps (
@@ -101,16 +105,19 @@ CREATE TABLE quarantine (
 ) STRICT;
 CREATE INDEX quarantine_by_device ON quarantine (device_id);
 
--- kind: connected, disconnected (code is the reason's BYE code), event (level and code are the
--- device's own).
+-- kind: connected, disconnected (code is the BYE code of the reason), refused (a proof of identity failed, or the
+-- device may not connect; code is the BYE code), added, enabled, disabled, key_changed (by an operator), event
+-- (level and code are the device's own, frame_id is the frame that carried it).
 CREATE TABLE device_events (
     id        INTEGER PRIMARY KEY,
     device_id INTEGER NOT NULL REFERENCES devices (id),
     at        INTEGER NOT NULL,
-    kind      TEXT NOT NULL CHECK (kind IN ('connected', 'disconnected', 'event')),
+    kind      TEXT NOT NULL CHECK (kind IN ('connected', 'disconnected', 'refused', 'added', 'enabled',
+        'disabled', 'key_changed', 'event')),
     level     INTEGER,
     code      INTEGER NOT NULL,
-    detail    TEXT NOT NULL
+    detail    TEXT NOT NULL,
+    frame_id  INTEGER
 ) STRICT;
 CREATE INDEX device_events_by_device ON device_events (device_id, at);
 

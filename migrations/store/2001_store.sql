@@ -3,12 +3,16 @@
 -- readings of a small commit would each rewrite a page of its own: measured, up to five times the
 -- time, and six times the bytes written to the disk.
 
-DROP VIEW telemetry;
-DROP VIEW telemetry_hourly;
-DROP VIEW latest;
-
--- Clustered by series and time, which is how it is read.
-ALTER TABLE readings RENAME TO readings_sorted;
+-- Clustered by series and time, which is how it is read. `frame_id` keeps two readings of one
+-- instant apart. `value` is a REAL, or NULL, which says: sampled, no valid value. It is declared ANY
+-- because SQLite keeps whole numbers of a REAL column as integers and so loses the sign of -0.0.
+CREATE TABLE readings_sorted (
+    series_id INTEGER NOT NULL,
+    ts        INTEGER NOT NULL,
+    frame_id  INTEGER NOT NULL,
+    value     ANY,
+    PRIMARY KEY (series_id, ts, frame_id)
+) STRICT, WITHOUT ROWID;
 
 -- One row for each series in a frame. `samples` is a JSON object: microseconds since `ts`, and the
 -- value or null. Each number in it is written so that SQLite reads back the same bits.
@@ -48,8 +52,20 @@ SELECT u.series_id, u.ts + CAST(v.key AS INTEGER), u.frame_id, v.value
 FROM readings_unsorted AS u
 CROSS JOIN json_each(u.samples) AS v;
 
--- The same views as before. Each has a half for what is sorted and one for what is not, so that a
--- filter on device or time reaches the index of the first.
+-- Views for people.
+--
+-- Filter by `ts`, integer microseconds UTC, which the index carries; `time` is for reading only, and
+-- a filter on it computes a text for every row. From a text:
+--     ... WHERE ts >= unixepoch('2026-11-22 10:00') * 1000000
+--     ... WHERE ts >= unixepoch('now', '-5 minutes') * 1000000
+-- A time outside the years 0 to 9999 has no text: `time` is NULL, `ts` is still there.
+--
+-- CROSS JOIN keeps SQLite to the order written: device, its series, then (series_id, ts) in
+-- `readings`. Left to itself and without statistics, it may read all of `readings` instead. LEFT JOIN
+-- lets it leave `frames` alone where no column of it is asked for.
+--
+-- Each view has a half for what is sorted and one for what is not, so that a filter on device or time
+-- reaches the index of the first.
 
 CREATE VIEW telemetry AS
 SELECT
@@ -214,3 +230,56 @@ FROM (
         WHERE r.series_id = u.series_id AND r.ts >= u.hour AND r.ts <= u.hour + 3599999999
     )
 );
+
+-- One row for each device. `missing` are frames that the device lost, `quarantined` those that could
+-- not be understood; `state` is the last thing its sessions told, 'new' before the first.
+CREATE VIEW device_status AS
+SELECT
+    d.name AS device,
+    d.enabled,
+    coalesce((
+        SELECT e.kind FROM device_events AS e
+        WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected')
+        ORDER BY e.at DESC, e.id DESC LIMIT 1
+    ), 'new') AS state,
+    d.firmware,
+    strftime('%Y-%m-%dT%H:%M:%SZ', d.first_seen_at / 1000000, 'unixepoch') AS first_seen_at,
+    strftime('%Y-%m-%dT%H:%M:%SZ', d.last_seen_at / 1000000, 'unixepoch') AS last_seen_at,
+    strftime('%Y-%m-%dT%H:%M:%SZ', (
+        SELECT max((
+            SELECT f.received_at FROM frames AS f
+            WHERE f.stream_id = st.id ORDER BY f.seq DESC LIMIT 1
+        ))
+        FROM streams AS st WHERE st.device_id = d.id
+    ) / 1000000, 'unixepoch') AS last_frame_at,
+    (SELECT coalesce(sum(st.frames), 0) FROM streams AS st WHERE st.device_id = d.id) AS frames,
+    (SELECT coalesce(sum(st.readings), 0) FROM streams AS st WHERE st.device_id = d.id) AS readings,
+    (
+        -- total(), not sum(): a device may claim a gap so long that a sum would overflow.
+        SELECT CAST(total(g.to_seq - g.from_seq + 1) AS INTEGER)
+        FROM streams AS st CROSS JOIN gaps AS g ON g.stream_id = st.id
+        WHERE st.device_id = d.id
+    ) AS missing,
+    (SELECT count(*) FROM quarantine AS q WHERE q.device_id = d.id) AS quarantined
+FROM devices AS d;
+
+-- What devices lost before they could send it.
+CREATE VIEW missing_frames AS
+SELECT
+    d.name AS device,
+    st.stream,
+    g.from_seq,
+    g.to_seq,
+    g.to_seq - g.from_seq + 1 AS frames,
+    CASE g.reason
+        WHEN 0 THEN 'overwritten'
+        WHEN 1 THEN 'queue damaged'
+        WHEN 2 THEN 'erased'
+        -- Told by a frame that is, or was, in quarantine.
+        WHEN 253 THEN 'told by a refused frame'
+        ELSE 'reason ' || g.reason
+    END AS reason,
+    strftime('%Y-%m-%dT%H:%M:%SZ', g.received_at / 1000000, 'unixepoch') AS received_at
+FROM devices AS d
+CROSS JOIN streams AS st ON st.device_id = d.id
+CROSS JOIN gaps AS g ON g.stream_id = st.id;

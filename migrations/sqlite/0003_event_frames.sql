@@ -1,2 +1,0 @@
--- The frame that told an event; NULL for what the gateway itself saw, and for events from before.
-ALTER TABLE device_events ADD COLUMN frame_id INTEGER;
