@@ -241,22 +241,40 @@ fn no_key(error: impl std::fmt::Display) -> Fault {
 
 /// The lines of the file, all of them sound.
 fn read(path: &Path) -> Result<Vec<Line>, Error> {
-    let cannot = |error: &dyn std::fmt::Display| {
-        Error::Failed(format!("cannot read {}: {error}", path.display()))
-    };
-    let input: Box<dyn Read> = if path == Path::new("-") {
-        Box::new(io::stdin())
+    let cannot =
+        |fault: String| Error::Failed(format!("could not read {}: {fault}", path.display()));
+    let mut bytes = Vec::new();
+    if path == Path::new("-") {
+        io::stdin().read_to_end(&mut bytes)
     } else {
-        Box::new(File::open(path).map_err(|error| cannot(&error))?)
-    };
+        File::open(path).and_then(|mut file| file.read_to_end(&mut bytes))
+    }
+    .map_err(|error| cannot(error.to_string()))?;
+    lines(&bytes, path)
+}
+
+fn lines(bytes: &[u8], path: &Path) -> Result<Vec<Line>, Error> {
+    let cannot =
+        |fault: String| Error::Failed(format!("could not read {}: {fault}", path.display()));
+    // Spreadsheets write a byte order mark.
+    let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
     let mut csv = csv::ReaderBuilder::new()
         .trim(csv::Trim::All)
-        .from_reader(input);
+        .from_reader(bytes);
+    let headers = csv
+        .headers()
+        .map_err(|error| cannot(fault(bytes, &error)))?;
+    let headers = headers.clone();
+    if let Some(fault) = other_separator(&headers) {
+        return Err(cannot(fault));
+    }
     let mut lines: Vec<Line> = Vec::new();
     let mut seen = HashMap::new();
-    for (at, line) in csv.deserialize().enumerate() {
-        let line: Line = line.map_err(|error| cannot(&error))?;
-        let number = at + 2;
+    for record in csv.records() {
+        let record = record.map_err(|error| cannot(fault(bytes, &error)))?;
+        let number = line_number(bytes, record.position());
+        let line: Result<Line, csv::Error> = record.deserialize(Some(&headers));
+        let line = line.map_err(|error| cannot(fault(bytes, &error)))?;
         check(&line).map_err(|fault| fault.of(path, number))?;
         if let Some(before) = seen.insert(line.name.clone(), number) {
             let fault = format!("{} is in line {before}, too", line.name);
@@ -265,6 +283,46 @@ fn read(path: &Path) -> Result<Vec<Line>, Error> {
         lines.push(line);
     }
     Ok(lines)
+}
+
+/// The header is a single field, and holds what other programs separate fields by.
+fn other_separator(headers: &csv::StringRecord) -> Option<String> {
+    let header = headers.get(0).filter(|_| headers.len() == 1)?;
+    let (separator, name) = [(';', "`;`"), ('\t', "tabs"), ('|', "`|`")]
+        .into_iter()
+        .find(|(separator, _)| header.contains(*separator))?;
+    let fields = header.split(separator).map(str::trim).collect::<Vec<_>>();
+    Some(format!(
+        "its fields are separated by {name}; save it with commas, the first line as {}",
+        fields.join(",")
+    ))
+}
+
+/// What is wrong with a record, and where.
+fn fault(bytes: &[u8], error: &csv::Error) -> String {
+    let what = match error.kind() {
+        csv::ErrorKind::UnequalLengths {
+            expected_len, len, ..
+        } => format!("{len} fields, but the header has {expected_len}"),
+        csv::ErrorKind::Utf8 { .. } => "text that is not UTF-8".to_owned(),
+        csv::ErrorKind::Deserialize { err, .. } => err.kind().to_string(),
+        _ => return error.to_string(),
+    };
+    match error.position() {
+        Some(position) => format!("line {}: {what}", line_number(bytes, Some(position))),
+        None => what,
+    }
+}
+
+/// The line of the file on which a record begins, counted from 1. The parser's own count stops before blank lines,
+/// and leaves out line ends within quotes.
+fn line_number(bytes: &[u8], position: Option<&csv::Position>) -> usize {
+    let at = position.map_or(0, |position| position.byte() as usize);
+    let blank = bytes[at.min(bytes.len())..]
+        .iter()
+        .take_while(|byte| matches!(byte, b'\n' | b'\r'));
+    let begin = (at + blank.count()).min(bytes.len());
+    1 + bytes[..begin].iter().filter(|byte| **byte == b'\n').count()
 }
 
 fn check(line: &Line) -> Result<(), Fault> {
@@ -281,4 +339,48 @@ fn check(line: &Line) -> Result<(), Fault> {
         DeviceKey::parse(digits).map_err(no_key)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(text: &str) -> String {
+        match lines(text.as_bytes(), Path::new("devices.csv")) {
+            Ok(lines) => panic!("{} lines were read", lines.len()),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn faults_name_the_line_of_the_file() {
+        for (text, says) in [
+            ("name,enabled\na,yes\nb,perhaps\n", "line 3"),
+            ("name,enabled\n\n\na,yes\n\nb,perhaps\n", "line 6"),
+            ("name,enabled\r\n\r\na,yes\r\nb,perhaps\r\n", "line 4"),
+            ("name,enabled\n\"a\n\",yes\nb,perhaps\n", "line 4"),
+            ("name,enabled\n\"a\",\"y\nes\"\n", "line 2"),
+            ("name,enabled\na,yes\n\na,yes\n", "line 4"),
+            ("name,enabled\n\na,yes\n\na,yes\n", "line 3, too"),
+            ("name,enabled\n\na\n", "line 3: 1 fields"),
+            ("name,key_version\n\na,b\n", "line 3"),
+            ("\u{feff}name,enabled\n\na,perhaps\n", "line 3"),
+        ] {
+            let refused = refusal(text);
+            assert!(refused.contains(says), "{text:?}: {refused}");
+        }
+    }
+
+    #[test]
+    fn other_separators_are_named() {
+        for (text, says) in [
+            ("name;enabled\na;yes\n", "separated by `;`"),
+            ("name\tenabled\na\tyes\n", "separated by tabs"),
+            ("name|enabled\na|yes\n", "as name,enabled"),
+        ] {
+            let refused = refusal(text);
+            assert!(refused.contains(says), "{text:?}: {refused}");
+        }
+        assert_eq!(lines(b"name\na\nb\n", Path::new("x")).unwrap().len(), 2);
+    }
 }
