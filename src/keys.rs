@@ -53,7 +53,7 @@ pub enum KeyError {
         source: io::Error,
     },
     /// The key's file cannot be read.
-    #[error("cannot read the fleet key {}: {source}", path.display())]
+    #[error("could not read the fleet key {}: {source}{}", path.display(), user_hint(source))]
     Read {
         /// Which.
         path: PathBuf,
@@ -109,7 +109,7 @@ pub struct Exposed {
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
     /// The file cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("could not read {}: {source}{}", path.display(), user_hint(source))]
     Read {
         /// Which.
         path: PathBuf,
@@ -119,6 +119,14 @@ pub enum SecretError {
     /// Whoever could read it may have it.
     #[error(transparent)]
     Exposed(Exposed),
+}
+
+/// Returns what to do about a secret that this user may not read.
+fn user_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "; run this as the user that the gateway runs as",
+        _ => "",
+    }
 }
 
 /// Opens a file for reading that nobody but its user may read or write.

@@ -7,9 +7,9 @@ use std::path::Path;
 
 use fieldgate::clock::SystemClock;
 use fieldgate::config::SPOOL_FILE;
-use fieldgate::store::reader::{OpenError, Reader};
+use fieldgate::store::reader::Reader;
+use fieldgate::store::spool;
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
-use fieldgate::store::{postgres, spool, sqlite};
 
 use super::Error;
 use super::output::{self, age, bytes_text, count, utc_text, write_facts};
@@ -33,16 +33,6 @@ pub async fn status(store: &StoreUrl, data_dir: &Path) -> Result<(), Error> {
             facts.extend(counted(&mut reader, now_us).await?);
             write_facts(&facts, &mut out)?;
         }
-        // What a new site looks like; nothing has failed.
-        Err(OpenError::Sqlite(sqlite::OpenError::Missing(path))) => writeln!(
-            out,
-            "nothing is stored yet: there is no database at {}; `fieldgate serve` makes it",
-            path.display()
-        )?,
-        Err(OpenError::Postgres(postgres::OpenError::Missing { url })) => writeln!(
-            out,
-            "nothing is stored yet: there are no tables in {url}; `fieldgate serve` makes them"
-        )?,
         Err(error) => {
             if !facts.is_empty() {
                 write_facts(&facts, &mut out)?;

@@ -325,6 +325,23 @@ mod tests {
         let missing = Reader::open(&store).await.err().unwrap();
         assert!(missing.to_string().contains("no store in"), "{missing}");
         postgres::migrate(&url).await.unwrap();
+        // Settings of a role or a database do not change how values are written.
+        let mut admin = database.connect().await;
+        for setting in [
+            "bytea_output = escape",
+            "IntervalStyle = iso_8601",
+            "DateStyle = German",
+            "TimeZone = Japan",
+            "extra_float_digits = 0",
+        ] {
+            let set = format!(
+                "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET {setting}', current_database()); END $$"
+            );
+            sqlx::raw_sql(AssertSqlSafe(set))
+                .execute(&mut admin)
+                .await
+                .unwrap();
+        }
         let mut reader = Reader::open(&store).await.unwrap();
         let numbers = "SELECT 7::int2, -7::int8, 0.1::float4, 0.1::float8 + 0.2, '-0'::float8,
                            1e20::float8, 'NaN'::numeric, 12.50, true, NULL";

@@ -49,7 +49,9 @@ const DURABILITY_SETTINGS: [&str; 3] = ["fsync", "full_page_writes", "synchronou
 const WRITER_SETTINGS: &str = "SET default_transaction_read_only = off;
     SET idle_in_transaction_session_timeout = '30s'; SET tcp_keepalives_idle = 30;
     SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3";
-const READER_SETTINGS: &str = "SET default_transaction_read_only = on";
+/// A reader shows values as text: what the role or the database sets must not change how they are written.
+const READER_SETTINGS: &str = "SET default_transaction_read_only = on; SET bytea_output = 'hex';
+    SET IntervalStyle = 'postgres'";
 
 /// How long the server may take to let a connection in.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

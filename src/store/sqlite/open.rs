@@ -53,7 +53,7 @@ const EDITOR_PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// A reader found no file.
-    #[error("no database at {}: start `fieldgate serve` first or give --store", .0.display())]
+    #[error("no database at {}: start `fieldgate serve` first, or give the right --data-dir or --store", .0.display())]
     Missing(PathBuf),
     /// The directory of the file does not exist.
     #[error("no directory {} to keep the database in: create it", .0.display())]
