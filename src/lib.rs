@@ -31,3 +31,4 @@ mod simulation;
 pub mod socket;
 pub mod store;
 pub mod tls;
+pub mod units;

@@ -203,7 +203,11 @@ async fn accept_one(listeners: &Listeners) -> (TcpStream, SocketAddr, Option<&Tl
             (accepted, tls) = accept_tls(listeners.tls.as_ref()) => (accepted, Some(tls)),
         };
         match accepted {
-            Ok((tcp, peer)) => return (tcp, peer, tls),
+            Ok((tcp, mut peer)) => {
+                // A socket of IPv6 that listens on every address shows IPv4 peers as IPv6 addresses.
+                peer.set_ip(peer.ip().to_canonical());
+                return (tcp, peer, tls);
+            }
             Err(error) => {
                 if !is_failing {
                     tracing::warn!(%error, "cannot accept connections; trying again");

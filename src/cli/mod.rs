@@ -1,13 +1,15 @@
 //! The command line: what can be asked for, and a file for each subcommand that does it.
 //!
-//! A setting has one name, the long name of its flag: `--listen`, `FIELDGATE_LISTEN`, and the key
-//! `listen` of the file given by `--config`. A flag wins over the environment, which wins over the
-//! file (see [`settings_file`]).
+//! A setting is a flag of `serve` or one that all subcommands have. It has one name, the long name of its flag:
+//! `--listen`, `FIELDGATE_LISTEN`, and the key `listen` of the file given by `--config`. A flag wins over the
+//! environment, which wins over the file (see [`settings_file`]). What the other subcommands act on, and that
+//! they may do so, is said on the command line alone: a variable that is left in a shell must not delete data.
 //!
 //! Invariants
 //! - What was asked for goes to stdout, everything else to stderr.
 //! - An error is one line, two at most, and says what failed, on what, and what to do.
 
+mod address;
 mod device;
 mod migrate;
 mod nearest;
@@ -21,6 +23,7 @@ mod status;
 mod tls;
 mod value;
 
+use std::any::TypeId;
 use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
@@ -35,7 +38,9 @@ use fieldgate::store::spool::SpoolError;
 use fieldgate::store::url::{StoreUrl, without_password};
 use fieldgate::store::{postgres, sqlite};
 use fieldgate::tls::TlsError;
+use fieldgate::units::Unit;
 
+use self::nearest::nearest;
 use self::settings_file::FileError;
 
 /// Takes sensor readings from field devices and puts them into SQL, each exactly once.
@@ -48,9 +53,13 @@ pub struct Cli {
     command: Command,
 }
 
-const PRECEDENCE: &str = "Every flag --some-name is also the environment variable \
-    FIELDGATE_SOME_NAME and the key some-name of the file given by --config. A flag wins over the \
-    environment, which wins over the file. RUST_LOG sets log levels (default: info).";
+/// The subcommand whose flags are settings.
+const SETTINGS_COMMAND: &str = "serve";
+
+const PRECEDENCE: &str = "Every option --some-name of all subcommands and of serve is also the environment \
+    variable FIELDGATE_SOME_NAME and the key some-name of the file given by --config. A flag wins over the \
+    environment, which wins over the file; an empty variable counts as not set. Sizes and durations may have \
+    units (64MiB, 2GB; 500ms, 30s, 5min). RUST_LOG sets log levels (default: info).";
 
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Options of all subcommands")]
@@ -205,23 +214,67 @@ fn command() -> clap::Command {
     with_environment(Cli::command())
 }
 
-/// Gives each flag its environment variable: no flag can be without.
+/// Gives each setting its environment variable, and lets it take units.
 fn with_environment(command: clap::Command) -> clap::Command {
     command
-        .mut_args(|arg| match arg.get_long().map(env_name) {
-            Some(name) => given_by(arg, name),
-            None => arg,
-        })
-        .mut_subcommands(with_environment)
+        .mut_args(as_setting)
+        .mut_subcommand(SETTINGS_COMMAND, |serve| serve.mut_args(as_setting))
 }
 
-fn given_by(arg: Arg, variable: String) -> Arg {
+fn as_setting(arg: Arg) -> Arg {
+    let Some(long) = arg.get_long().map(str::to_owned) else {
+        return arg;
+    };
+    let arg = match Unit::of_setting(&long) {
+        Some(unit) => with_unit(arg, unit),
+        None => arg,
+    };
+    let variable = env_name(&long);
+    // An empty variable is how compose files and unit files leave a setting out.
+    if std::env::var_os(&variable).is_some_and(|value| value.is_empty()) {
+        return arg;
+    }
     let arg = arg.env(variable).hide_env_values(true);
     match arg.get_action() {
         // Variables are set to 1 as often as to true.
         ArgAction::SetTrue => arg.value_parser(BoolishValueParser::new()),
         _ => arg,
     }
+}
+
+/// Replaces the parser of a number by one that takes units, too.
+fn with_unit(arg: Arg, unit: Unit) -> Arg {
+    let number = arg.get_value_parser().type_id();
+    if number == TypeId::of::<u16>() {
+        arg.value_parser(move |text: &str| unit.parse::<u16>(text))
+    } else if number == TypeId::of::<usize>() {
+        arg.value_parser(move |text: &str| unit.parse::<usize>(text))
+    } else {
+        arg.value_parser(move |text: &str| unit.parse::<u64>(text))
+    }
+}
+
+/// Returns a line for each environment variable that looks like a setting and is none.
+fn unknown_variables(names: impl Iterator<Item = OsString>) -> Vec<String> {
+    let command = command();
+    let settings: Vec<String> = settings_file::settings(&command)
+        .chain(["config"])
+        .map(env_name)
+        .collect();
+    let is_unknown = |name: &String| {
+        let is_ours = name.starts_with("FIELDGATE_") && !name.starts_with("FIELDGATE_TEST_");
+        is_ours && !settings.contains(name)
+    };
+    let names = names.filter_map(|name| name.into_string().ok());
+    names
+        .filter(is_unknown)
+        .map(
+            |name| match nearest(&name, settings.iter().map(String::as_str)) {
+                Some(nearest) => format!("{name}; the nearest setting is {nearest}"),
+                None => name,
+            },
+        )
+        .collect()
 }
 
 fn env_name(flag: &str) -> String {
@@ -287,9 +340,12 @@ impl Cli {
 
     /// Does what was asked for.
     pub async fn carry_out(self) -> Result<(), Error> {
+        for variable in unknown_variables(std::env::vars_os().map(|(name, _)| name)) {
+            tracing::warn!(%variable, "environment variable ignored: it is no setting");
+        }
         let store = self.global.store();
         match self.command {
-            Command::Serve(args) => serve::serve(args.into_settings(self.global)).await,
+            Command::Serve(args) => serve::serve(args.into_settings(self.global)?).await,
             Command::Query(args) => query::query(&store, &args).await,
             Command::Device(command) => {
                 device::device(&self.global.data_dir, &store, &command).await
@@ -312,17 +368,46 @@ mod tests {
     }
 
     #[test]
-    fn every_flag_has_its_environment_variable() {
-        fn check(command: &clap::Command) {
-            for arg in command.get_arguments() {
-                if let Some(long) = arg.get_long() {
-                    let name = arg.get_env().expect(long).to_str().unwrap();
-                    assert_eq!(name, env_name(long));
-                }
-            }
-            command.get_subcommands().for_each(check);
+    fn only_settings_have_environment_variables() {
+        fn flags(command: &clap::Command) -> impl Iterator<Item = (&str, Option<&str>)> {
+            command.get_arguments().filter_map(|arg| {
+                let variable = arg.get_env().and_then(|name| name.to_str());
+                Some((arg.get_long()?, variable))
+            })
         }
-        check(&command());
+        fn check_none(command: &clap::Command) {
+            for (long, variable) in flags(command) {
+                assert_eq!(variable, None, "{}: --{long}", command.get_name());
+            }
+            command.get_subcommands().for_each(check_none);
+        }
+        let command = command();
+        let (serve, others): (Vec<_>, Vec<_>) = command
+            .get_subcommands()
+            .partition(|command| command.get_name() == SETTINGS_COMMAND);
+        for (long, variable) in flags(&command).chain(flags(serve[0])) {
+            assert_eq!(variable, Some(&*env_name(long)));
+        }
+        others.into_iter().for_each(check_none);
         assert_eq!(env_name("allow-plaintext"), "FIELDGATE_ALLOW_PLAINTEXT");
+    }
+
+    #[test]
+    fn variables_that_are_no_settings_are_found() {
+        let names = [
+            "FIELDGATE_LISTEN",
+            "FIELDGATE_CONFIG",
+            "FIELDGATE_TEST_LOGS",
+            "FIELDGATE_LISTN",
+            "FIELDGATE_ALL",
+            "PATH",
+        ];
+        let found = unknown_variables(names.iter().map(OsString::from));
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert_eq!(
+            found[0],
+            "FIELDGATE_LISTN; the nearest setting is FIELDGATE_LISTEN"
+        );
+        assert!(found[1].starts_with("FIELDGATE_ALL"));
     }
 }

@@ -33,6 +33,7 @@ use fieldgate::tls::Tls;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use super::address::ListenAddress;
 use super::{Error, GlobalArgs, output};
 
 const SECOND_US: u64 = 1_000_000;
@@ -43,20 +44,20 @@ const MIRROR_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Args, Debug)]
 pub struct ServeArgs {
-    /// Address and port where devices connect, in plain text. Change it to be reached from other
-    /// machines, which takes --allow-plaintext, too
-    #[arg(long, value_name = "IP:PORT", default_value_t = Settings::default().listen)]
-    listen: SocketAddr,
+    /// Where devices connect in plain text: IP:PORT, HOST:PORT, or :PORT for every address of this machine.
+    /// Change it to be reached from other machines, which takes --allow-plaintext, too
+    #[arg(long, value_name = "ADDRESS", default_value_t = Settings::default().listen.into())]
+    listen: ListenAddress,
 
     /// Let other machines connect although nothing is encrypted. Only for a network that you trust,
     /// such as a VPN
     #[arg(long)]
     allow_plaintext: bool,
 
-    /// Address and port where devices connect through TLS, also from other machines [default: none].
+    /// Where devices connect through TLS, also from other machines, written as for --listen [default: none].
     /// `fieldgate tls init` makes a certificate to try it with
-    #[arg(long, value_name = "IP:PORT")]
-    tls_listen: Option<SocketAddr>,
+    #[arg(long, value_name = "ADDRESS")]
+    tls_listen: Option<ListenAddress>,
 
     /// PEM file with the gateway's certificate and those that lead to one that devices know [default:
     /// tls/server.pem in the data directory]. It is loaded again when it changes, and on SIGHUP
@@ -234,14 +235,20 @@ pub struct ServeArgs {
 }
 
 impl ServeArgs {
-    /// All settings of the gateway, not checked yet.
-    pub fn into_settings(self, global: GlobalArgs) -> Settings {
-        Settings {
+    /// Returns all settings of the gateway, not checked yet.
+    ///
+    /// # Errors
+    /// The name of a host to listen on cannot be resolved.
+    pub fn into_settings(self, global: GlobalArgs) -> Result<Settings, Error> {
+        let listen = resolve("--listen", &self.listen)?;
+        let tls_listen = self.tls_listen.as_ref();
+        let tls_listen = tls_listen.map(|address| resolve("--tls-listen", address));
+        Ok(Settings {
             data_dir: global.data_dir,
             store: global.store,
-            listen: self.listen,
+            listen,
             allow_plaintext: self.allow_plaintext,
-            tls_listen: self.tls_listen,
+            tls_listen: tls_listen.transpose()?,
             tls_cert: self.tls_cert,
             tls_key: self.tls_key,
             tls_client_ca: self.tls_client_ca,
@@ -278,8 +285,16 @@ impl ServeArgs {
             quarantine_bytes_max: self.quarantine_bytes_max,
             cache_bytes: self.cache_bytes,
             wal_bytes_max: self.wal_bytes_max,
-        }
+        })
     }
+}
+
+fn resolve(flag: &str, address: &ListenAddress) -> Result<SocketAddr, Error> {
+    address.resolve().map_err(|error| {
+        Error::Failed(format!(
+            "could not resolve {flag} {address}: {error}; give an IP address, or check the name"
+        ))
+    })
 }
 
 /// Runs the gateway until it is told to leave.

@@ -10,10 +10,11 @@ use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, Command};
 use fieldgate::store::url::without_password;
+use fieldgate::units::Unit;
 use toml::{Table, Value};
 
 use super::nearest::nearest;
-use super::rendered;
+use super::{SETTINGS_COMMAND, rendered};
 
 /// What is wrong with a settings file.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +46,14 @@ pub enum FileError {
         key: String,
         /// What may be meant.
         nearest: String,
+    },
+    /// The flag of a command that acts on what it is given.
+    #[error("settings file {}: {key:?} cannot be set in a file; give it on the command line as --{key}", path.display())]
+    NotASetting {
+        /// The file.
+        path: PathBuf,
+        /// What is there.
+        key: String,
     },
     /// Not what the flag takes.
     #[error("settings file {}: {key} = {value}: {fault}", path.display())]
@@ -83,19 +92,18 @@ pub fn read(path: &Path) -> Result<SettingsFile, FileError> {
 }
 
 impl SettingsFile {
-    /// Makes the file's values the defaults of `command` and all its subcommands; `path` is for
-    /// errors.
+    /// Makes the file's values the defaults of the settings of `command`; `path` is for errors.
     pub fn apply(&self, mut command: Command, path: &Path) -> Result<Command, FileError> {
-        let mut flags = Vec::new();
-        collect_flags(&command, &mut flags);
+        let flags: Vec<Arg> = setting_flags(&command).cloned().collect();
         for (key, value) in &self.0 {
             let Some(flag) = flags.iter().find(|flag| flag.get_long() == Some(key)) else {
+                let (path, key) = (path.to_owned(), key.clone());
+                if is_flag(&command, &key) {
+                    return Err(FileError::NotASetting { path, key });
+                }
                 let names = flags.iter().filter_map(|flag| flag.get_long());
-                return Err(FileError::UnknownKey {
-                    path: path.to_owned(),
-                    key: key.clone(),
-                    nearest: nearest(key, names).unwrap_or_default().to_owned(),
-                });
+                let nearest = nearest(&key, names).unwrap_or_default().to_owned();
+                return Err(FileError::UnknownKey { path, key, nearest });
             };
             let text = text_of(flag, value)
                 .map_err(str::to_owned)
@@ -112,16 +120,24 @@ impl SettingsFile {
     }
 }
 
-/// Every flag of every subcommand that a file may set: all but the one that names the file.
-fn collect_flags(command: &Command, flags: &mut Vec<Arg>) {
-    let settable = command.get_arguments().filter(|arg| {
+/// Returns the names of all settings that a file may have.
+pub fn settings(command: &Command) -> impl Iterator<Item = &str> {
+    setting_flags(command).filter_map(Arg::get_long)
+}
+
+/// The flags that are settings, but for the one that names the file.
+fn setting_flags(command: &Command) -> impl Iterator<Item = &Arg> {
+    let serve = command.find_subcommand(SETTINGS_COMMAND);
+    let serve = serve.into_iter().flat_map(Command::get_arguments);
+    command.get_arguments().chain(serve).filter(|arg| {
         arg.get_long()
             .is_some_and(|long| !matches!(long, "config" | "help" | "version"))
-    });
-    flags.extend(settable.cloned());
-    for subcommand in command.get_subcommands() {
-        collect_flags(subcommand, flags);
-    }
+    })
+}
+
+fn is_flag(command: &Command, name: &str) -> bool {
+    let mut flags = command.get_arguments().filter_map(Arg::get_long);
+    flags.any(|long| long == name) || command.get_subcommands().any(|it| is_flag(it, name))
 }
 
 /// The value as it would be written on the command line, if it has the flag's type.
@@ -135,10 +151,12 @@ fn text_of(flag: &Arg, value: &Value) -> Result<String, &'static str> {
     ]
     .iter()
     .any(|number| parser == *number);
+    let unit = flag.get_long().and_then(Unit::of_setting);
     match (flag.get_action(), value) {
         (ArgAction::SetTrue, Value::Boolean(value)) => Ok(value.to_string()),
         (ArgAction::SetTrue, _) => Err("must be true or false"),
         (_, Value::Integer(value)) if is_number => Ok(value.to_string()),
+        (_, Value::String(value)) if is_number && unit.is_some() => Ok(value.clone()),
         (_, _) if is_number => Err("must be a whole number"),
         (_, Value::String(value)) => Ok(value.clone()),
         (_, _) => Err("must be a text in quotes"),
@@ -183,13 +201,11 @@ fn try_out(flag: &Arg, text: &str) -> Result<(), String> {
 }
 
 fn set_default(command: Command, key: &str, text: &str) -> Command {
+    let set = |arg: Arg| match arg.get_long() == Some(key) {
+        true => arg.default_value(text.to_owned()),
+        false => arg,
+    };
     command
-        .mut_args(|arg| {
-            if arg.get_long() == Some(key) {
-                arg.default_value(text.to_owned())
-            } else {
-                arg
-            }
-        })
-        .mut_subcommands(|subcommand| set_default(subcommand, key, text))
+        .mut_args(set)
+        .mut_subcommand(SETTINGS_COMMAND, |serve| serve.mut_args(set))
 }

@@ -1,6 +1,6 @@
 //! `fieldgate tls`: certificates of one's own making, to try TLS with, or for a closed network.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::net::IpAddr;
@@ -24,6 +24,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 
+use super::address::host_name;
 use super::device::device_name;
 use super::{Error, output};
 
@@ -50,8 +51,13 @@ pub enum TlsCommand {
 pub struct InitArgs {
     /// Names and addresses by which devices reach the gateway [default: those of the certificate that is
     /// there, or else localhost, 127.0.0.1 and ::1]
-    #[arg(value_name = "HOST")]
+    #[arg(value_name = "HOST", value_parser = host_name)]
     hosts: Vec<String>,
+
+    /// Replace the certificate that is there although it is for other hosts. Without it, a running gateway keeps
+    /// the names by which devices reach it
+    #[arg(long)]
+    replace: bool,
 
     /// Days for which the certificate is valid
     #[arg(long, value_name = "DAYS", default_value_t = 365,
@@ -108,6 +114,10 @@ fn init(data_dir: &Path, args: &InitArgs) -> Result<(), Error> {
     let hosts = match (&args.hosts[..], present) {
         ([], Some(present)) => hosts_of(&cert, &present)?,
         ([], None) => FIRST_HOSTS.map(str::to_owned).to_vec(),
+        (hosts, Some(present)) if !args.replace => {
+            refuse_other_hosts(&hosts_of(&cert, &present)?, hosts, &cert)?;
+            hosts.to_vec()
+        }
         (hosts, _) => hosts.to_vec(),
     };
     let (params, valid_until) = params(hosts.clone(), "fieldgate", args.days)?;
@@ -140,6 +150,22 @@ fn init(data_dir: &Path, args: &InitArgs) -> Result<(), Error> {
         ca_cert.display()
     )?;
     out.flush().map_err(Error::Output)
+}
+
+/// Devices that reach a running gateway by a name that its certificate loses are cut off.
+fn refuse_other_hosts(present: &[String], wanted: &[String], cert: &Path) -> Result<(), Error> {
+    let set = |hosts: &[String]| -> BTreeSet<String> {
+        hosts.iter().map(|host| host.to_ascii_lowercase()).collect()
+    };
+    if set(present) == set(wanted) {
+        return Ok(());
+    }
+    Err(Error::Failed(format!(
+        "{} is for {}, not for {}; give --replace to make a new one for the hosts named, or name none to renew it",
+        cert.display(),
+        present.join(", "),
+        wanted.join(", ")
+    )))
 }
 
 /// Keeps others out who want to make certificates here, as long as the file is open.

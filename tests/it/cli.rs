@@ -14,17 +14,16 @@ use crate::site::{AT_US, DATABASE, Gateway, Said, Site};
 #[test]
 fn a_new_site_is_told_what_to_do() {
     let site = Site::new();
-    let said = site.run(&["status"]);
-    assert_eq!(said.code, 0);
-    assert!(said.out.contains("nothing is stored yet") && said.out.contains("serve"));
     for args in [
-        &["query", "SELECT 1"][..],
+        &["status"][..],
+        &["status", "--data-dir", "mistyped"],
+        &["query", "SELECT 1"],
         &["device", "list"],
         &["device", "show", "x"],
         &["quarantine", "list"],
     ] {
         site.run(args)
-            .refused(1, &["fieldgate-data/fieldgate.db", "fieldgate serve"]);
+            .refused(1, &["/fieldgate.db", "fieldgate serve", "--data-dir"]);
     }
     // Looking makes nothing.
     assert_eq!(fs::read_dir(site.dir.path()).unwrap().count(), 0);
@@ -79,9 +78,9 @@ fn a_flag_wins_over_the_environment_which_wins_over_the_file() {
     );
     let store_of = |args: &[&str], environment: &[(&str, &str)]| {
         let said = site.run_with(args, environment);
-        assert_eq!(said.code, 0, "{said:?}");
-        let path = said.out.split("no database at ").nth(1).unwrap().to_owned();
-        path.split(';').next().unwrap().to_owned()
+        said.refused(1, &["no database at "]);
+        let path = said.err.split("no database at ").nth(1).unwrap().to_owned();
+        path.split(": start").next().unwrap().to_owned()
     };
     let environment = [("FIELDGATE_DATA_DIR", "from-env")];
     assert_eq!(store_of(&["status"], &[]), "./fieldgate-data/fieldgate.db");
@@ -98,6 +97,9 @@ fn a_flag_wins_over_the_environment_which_wins_over_the_file() {
     }
     let store = [("FIELDGATE_STORE", "sqlite://other.db")];
     assert_eq!(store_of(&file, &store), "other.db");
+    // Compose files and unit files leave a setting out by an empty variable.
+    let empty = [("FIELDGATE_STORE", ""), ("FIELDGATE_DATA_DIR", "")];
+    assert_eq!(store_of(&file, &empty), "from-file/fieldgate.db");
     // What the file says counts for `serve`, and is refused as a flag would be.
     let refused = site.run(&["--config", "f.toml", "serve"]);
     refused.refused(2, &["0.0.0.0:1", "--allow-plaintext"]);
@@ -109,18 +111,27 @@ fn a_flag_wins_over_the_environment_which_wins_over_the_file() {
 #[test]
 fn a_wrong_file_is_one_line_that_names_it() {
     let site = Site::new();
-    let cases: [(&str, &[&str]); 12] = [
+    let cases: [(&str, &[&str]); 15] = [
         ("lisen = \"a\"", &["\"lisen\"", "nearest is \"listen\""]),
         ("[listen]", &["listen = {…}", "text in quotes"]),
         ("listen = [\"a\"]", &["listen = […]", "text in quotes"]),
         ("listen = \"there\"", &["listen = \"there\""]),
-        ("config = \"f.toml\"", &["\"config\"", "nearest"]),
+        (
+            "config = \"f.toml\"",
+            &["\"config\"", "on the command line"],
+        ),
         ("connections_max = 5", &["nearest is \"connections-max\""]),
         ("connections-max = \"5\"", &["\"5\"", "a whole number"]),
         ("connections-max = -5", &["connections-max = -5"]),
         ("frame-bytes-max = 70000", &["70000", "65535"]),
         ("allow-plaintext = 1", &["true or false"]),
-        ("format = \"xml\"", &["xml", "table, csv, json"]),
+        (
+            "format = \"csv\"",
+            &["\"format\"", "on the command line as --format"],
+        ),
+        ("all = true", &["\"all\"", "on the command line as --all"]),
+        ("queue-bytes-max = \"a lot\"", &["a lot", "64MiB"]),
+        ("keepalive-s = \"1500ms\"", &["1500ms", "whole seconds"]),
         ("a = 1\nb =", &["line 2"]),
     ];
     for (text, words) in cases {
@@ -132,9 +143,11 @@ fn a_wrong_file_is_one_line_that_names_it() {
     }
     site.run(&["--config", "none.toml", "status"])
         .refused(2, &["cannot read the settings file none.toml"]);
-    site.write("f.toml", "keepalive-s = 500");
-    site.run(&["--config", "f.toml", "serve"])
-        .refused(2, &["idle-timeout-s (120)", "keepalive-s (500)"]);
+    for keepalive in ["500", "\"500s\"", "\"8min 20s\""] {
+        site.write("f.toml", &format!("keepalive-s = {keepalive}"));
+        site.run(&["--config", "f.toml", "serve"])
+            .refused(2, &["idle-timeout-s (120)", "keepalive-s (500)"]);
+    }
 }
 
 #[test]
@@ -231,11 +244,64 @@ fn the_password_of_a_store_is_not_said() {
 #[test]
 fn a_switch_in_the_environment_may_be_a_number() {
     let site = Site::new();
-    site.run(&["migrate"]);
-    for (value, code) in [("1", 0), ("yes", 0), ("0", 2), ("perhaps", 2)] {
-        let said = site.run_with(&["quarantine", "purge"], &[("FIELDGATE_ALL", value)]);
-        assert_eq!(said.code, code, "{said:?}");
+    for (value, word) in [
+        ("1", "--spool is for"),
+        ("yes", "--spool is for"),
+        ("0", "--allow-plaintext"),
+        ("perhaps", "perhaps"),
+    ] {
+        let environment = [
+            ("FIELDGATE_LISTEN", ":0"),
+            ("FIELDGATE_ALLOW_PLAINTEXT", value),
+            ("FIELDGATE_SPOOL", "1"),
+        ];
+        let said = site.run_with(&["serve"], &environment);
+        assert_eq!(said.code, 2, "{said:?}");
+        assert!(said.err.contains(word), "{said:?}");
     }
+}
+
+/// A variable or a file that was written for something else must not choose what is deleted.
+#[tokio::test]
+async fn what_a_command_acts_on_is_said_on_the_command_line_alone() {
+    let (site, _store) = Site::with_readings().await;
+    for variable in ["ALL", "DEVICE", "BEFORE"] {
+        let value = match variable {
+            "ALL" => "true",
+            "DEVICE" => "pump-1",
+            _ => "2100-01-01T00:00:00Z",
+        };
+        let name = format!("FIELDGATE_{variable}");
+        let said = site.run_with(&["quarantine", "purge"], &[(&name, value)]);
+        assert_eq!(said.code, 2, "{said:?}");
+        let listed = site.run_with(&["quarantine", "list"], &[(&name, value)]);
+        assert!(
+            listed.err.contains("it is no setting") && listed.err.contains(&name),
+            "{listed:?}"
+        );
+    }
+    assert_eq!(
+        site.query("SELECT count(*) AS n FROM quarantine", "csv"),
+        "n\n1\n"
+    );
+}
+
+/// Without `USER` the account's name comes from the system, as for every client of Postgres.
+#[test]
+fn the_user_of_a_store_is_the_account() {
+    let site = Site::new();
+    let id = std::process::Command::new("id")
+        .arg("-un")
+        .output()
+        .unwrap();
+    let account = String::from_utf8(id.stdout).unwrap();
+    let mut command = site.command(&["status", "--store", "postgres://127.0.0.1:1/db"]);
+    for variable in ["USER", "LOGNAME", "USERNAME", "PGUSER"] {
+        command.env_remove(variable);
+    }
+    let url = format!("postgres://{}@127.0.0.1:1/db", account.trim());
+    let said = Said::of(command);
+    assert!(said.err.contains(&url), "{said:?}");
 }
 
 /// A line that lacks fields: any of them may be the password.

@@ -400,7 +400,7 @@ fn c07_certificates_change_under_way_and_sessions_stay() {
     assert_eq!(first, session.certificate());
 
     // Because the files changed.
-    site.tls(&["init", "localhost"]);
+    site.tls(&["init"]);
     let second = until(|| Some(shown(&gateway)).filter(|certificate| *certificate != first));
 
     // A file that cannot be used is told, and changes nothing.
@@ -413,7 +413,7 @@ fn c07_certificates_change_under_way_and_sessions_stay() {
 
     // Because of the signal, at the latest.
     std::fs::write(&cert, good).expect("writes");
-    site.tls(&["init", "localhost", "--days", "30"]);
+    site.tls(&["init", "--days", "30"]);
     gateway.signal("HUP");
     until(|| Some(shown(&gateway)).filter(|certificate| *certificate != second));
 

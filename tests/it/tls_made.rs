@@ -125,7 +125,8 @@ fn a_new_certificate_is_for_the_same_hosts() {
     let site = Site::new();
     let cert = site.path("tls/server.pem");
     let first = hosts(&cert);
-    site.tls(&["init", "gate.example.com", "10.0.0.7", "fd00::7"]);
+    let wanted = ["gate.example.com", "10.0.0.7", "fd00::7", "--replace"];
+    site.tls(&[&["init"][..], &wanted].concat());
     let named = hosts(&cert);
     assert_ne!(named, first);
     let before = std::fs::read(&cert).expect("a certificate");
@@ -133,8 +134,43 @@ fn a_new_certificate_is_for_the_same_hosts() {
     assert_ne!(std::fs::read(&cert).expect("a certificate"), before);
     assert_eq!(hosts(&cert), named);
     // Only when they are named do they change.
-    site.tls(&["init", "gate.example.org"]);
+    let dir = site.0.path().to_str().expect("UTF-8");
+    let init = |hosts: &[&str]| run(&[&["tls", "init", "--data-dir", dir][..], hosts].concat());
+    let before = std::fs::read(&cert).expect("a certificate");
+    for hosts in [&["gate.example.org"][..], &["gate.example.com"]] {
+        let ended = init(hosts);
+        assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+        assert!(
+            ended
+                .stderr
+                .contains("is for gate.example.com, 10.0.0.7, fd00::7")
+        );
+        assert!(ended.stderr.contains("--replace"), "{}", ended.stderr);
+    }
+    assert_eq!(std::fs::read(&cert).expect("a certificate"), before);
+    // The same hosts in another order renew it.
+    site.tls(&["init", "10.0.0.7", "FD00::7", "Gate.Example.Com"]);
+    site.tls(&["init", "gate.example.org", "--replace"]);
     assert_ne!(hosts(&cert), named);
+}
+
+/// A name in a certificate that no device can ask for is a mistake, not a host.
+#[test]
+fn hosts_are_names_and_addresses() {
+    let dir = TempDir::new().expect("a directory");
+    for (host, says) in [
+        ("https://gate.example.com:7301/x", "alone: gate.example.com"),
+        ("gate.example.com:7301", "path: gate.example.com"),
+        ("[::1]", "brackets out: ::1"),
+        ("", "the name is empty"),
+    ] {
+        let path = dir.path().join("data");
+        let path = path.to_str().expect("UTF-8");
+        let ended = run(&["tls", "init", "--data-dir", path, host]);
+        assert_eq!(ended.status.code(), Some(2), "{ended:?}");
+        assert!(ended.stderr.contains(says), "{}", ended.stderr);
+        assert!(!dir.path().join("data").exists());
+    }
 }
 
 #[test]
