@@ -13,6 +13,13 @@ use crate::store::DeviceId;
 /// Fewer are not worth looking through.
 const TIDY_AT_MIN: usize = 1024;
 
+/// Of each device: one notice a minute, ten at once.
+const NOTICES: Rate = Rate {
+    per_s: 1,
+    burst: 10 * NOTICE,
+};
+const NOTICE: u64 = 60;
+
 /// What each device may send.
 #[derive(Debug)]
 pub struct Allowances {
@@ -40,6 +47,7 @@ pub struct Allowance {
 struct Used {
     frames: Meter,
     readings: Meter,
+    notices: Meter,
 }
 
 impl Default for Allowances {
@@ -97,9 +105,23 @@ impl Allowance {
         next_us.max(used.readings.spend(self.readings, readings, now_us))
     }
 
+    /// Whether the operator is to hear of something that the device did wrong: a few times at once, and then
+    /// once a minute, in whichever session.
+    pub fn may_tell(&self, now_us: u64) -> bool {
+        let used = &mut *lock(&self.used);
+        let mut notices = used.notices;
+        let has_room = notices.spend(NOTICES, NOTICE, now_us) <= now_us;
+        if has_room {
+            used.notices = notices;
+        }
+        has_room
+    }
+
     fn owes(&self, now_us: u64) -> bool {
         let used = lock(&self.used);
-        used.frames.owes(now_us) || used.readings.owes(now_us)
+        [used.frames, used.readings, used.notices]
+            .iter()
+            .any(|meter| meter.owes(now_us))
     }
 }
 

@@ -15,6 +15,7 @@ use fieldgate_protocol::frame::{
     DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, HANDSHAKE_FRAME_BYTES_MAX,
 };
 
+use crate::store::bounds::DeviceBounds;
 use crate::store::url::StoreUrl;
 use crate::tls::TlsFiles;
 
@@ -92,6 +93,12 @@ pub struct Settings {
     pub device_readings_per_s: u64,
     /// Readings that a device may send at once, after a pause.
     pub device_readings_burst: u64,
+    /// Series that a device may have.
+    pub device_series_max: u32,
+    /// Schemas that a device may have.
+    pub device_schemas_max: u32,
+    /// Streams that a device may have.
+    pub device_streams_max: u32,
     /// From the first byte of a connection to the end of its handshake.
     pub handshake_timeout_s: u64,
     /// From a frame's first byte to its last.
@@ -136,6 +143,7 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
+        let bounds = DeviceBounds::default();
         Settings {
             data_dir: PathBuf::from("./fieldgate-data"),
             store: None,
@@ -159,6 +167,9 @@ impl Default for Settings {
             device_frames_burst: 200_000,
             device_readings_per_s: 250_000,
             device_readings_burst: 2_000_000,
+            device_series_max: bounds.series_max,
+            device_schemas_max: bounds.schemas_max,
+            device_streams_max: bounds.streams_max,
             handshake_timeout_s: 10,
             frame_timeout_s: 30,
             idle_timeout_s: 120,
@@ -381,6 +392,20 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
             s.device_readings_burst,
             frame_readings,
             1000 * READINGS_PER_S,
+        ),
+        ("device-series-max", s.device_series_max.into(), 1, u32_max),
+        // SPEC has no more numbers.
+        (
+            "device-schemas-max",
+            s.device_schemas_max.into(),
+            1,
+            u64::from(u16::MAX),
+        ),
+        (
+            "device-streams-max",
+            s.device_streams_max.into(),
+            1,
+            u32_max,
         ),
         // What rustls can, and TLS allows.
         (

@@ -118,6 +118,8 @@ pub enum Fault {
     Timeout,
     /// The schema's number is taken by other content: firmware must choose another number.
     SchemaConflict,
+    /// The gateway takes no more schemas or series of this device: an operator must act.
+    SchemaBound,
     /// The next frame does not fit what this gateway receives, or the buffer given (R9).
     FrameTooLong,
 }
@@ -249,7 +251,12 @@ impl<'a> Device<'a> {
                     ceiling_ms,
                 )
             }
-            Some(Fault::NotOurGateway | Fault::SchemaConflict | Fault::FrameTooLong) => (0, max_ms),
+            Some(
+                Fault::NotOurGateway
+                | Fault::SchemaConflict
+                | Fault::SchemaBound
+                | Fault::FrameTooLong,
+            ) => (0, max_ms),
             Some(Fault::Protocol(_) | Fault::Timeout) | None => {
                 (0, self.backoff_ms(min_ms, max_ms))
             }
@@ -604,6 +611,9 @@ impl<'a> Device<'a> {
             }
             Class::Mend if nack.code == Code::SchemaConflict as u8 => {
                 return Err(Fault::SchemaConflict);
+            }
+            Class::Mend if nack.code == Code::SchemaBound as u8 => {
+                return Err(Fault::SchemaBound);
             }
             // An unsequenced frame was damaged. If it was DECLARE it must be sent again, and saying it
             // twice does no harm; the stream goes on where it is.

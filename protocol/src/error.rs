@@ -1,6 +1,6 @@
 //! Codes of NACK and BYE, and what each obliges the device to do (R60 to R66).
 
-/// Why a gateway refuses a frame (NACK, 10 to 35) or ends a connection (BYE, 40 to 52).
+/// Why a gateway refuses a frame (NACK, 10 to 35) or ends a connection (BYE, 40 to 53).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Code {
@@ -18,6 +18,8 @@ pub enum Code {
     PayloadCrc = 22,
     /// The schema's number is taken by other content.
     SchemaConflict = 23,
+    /// The device would have more schemas or series than it may.
+    SchemaBound = 24,
     /// The payload is not a canonical encoding of its type.
     Malformed = 30,
     /// A column or the times cannot be decoded.
@@ -52,6 +54,8 @@ pub enum Code {
     Version = 51,
     /// An operator disabled the device.
     Disabled = 52,
+    /// The device would have more streams than it may.
+    StreamBound = 53,
 }
 
 /// What a code obliges the device to do; holds for codes of later versions too (R61).
@@ -87,7 +91,7 @@ impl Class {
 
 impl Code {
     /// Every code, in ascending order.
-    pub const ALL: [Code; 24] = [
+    pub const ALL: [Code; 26] = [
         Code::Busy,
         Code::StoreDown,
         Code::QuarantineFull,
@@ -95,6 +99,7 @@ impl Code {
         Code::SeqGap,
         Code::PayloadCrc,
         Code::SchemaConflict,
+        Code::SchemaBound,
         Code::Malformed,
         Code::Column,
         Code::UnknownType,
@@ -112,6 +117,7 @@ impl Code {
         Code::Authentication,
         Code::Version,
         Code::Disabled,
+        Code::StreamBound,
     ];
 
     /// The code that a byte of NACK, BYE or the quarantine stands for, if this version knows it.
@@ -134,6 +140,7 @@ impl Code {
             Code::SeqGap => "sequence gap",
             Code::PayloadCrc => "payload checksum",
             Code::SchemaConflict => "schema conflict",
+            Code::SchemaBound => "too many schemas or series",
             Code::Malformed => "malformed",
             Code::Column => "column",
             Code::UnknownType => "unknown type",
@@ -151,6 +158,7 @@ impl Code {
             Code::Authentication => "authentication",
             Code::Version => "version",
             Code::Disabled => "disabled",
+            Code::StreamBound => "too many streams",
         }
     }
 }

@@ -21,6 +21,7 @@ use fieldgate::registry::Registry;
 use fieldgate::server::{self, Listeners, ServerSettings, TlsListener};
 use fieldgate::session::SessionSettings;
 use fieldgate::store::Store;
+use fieldgate::store::bounds::DeviceBounds;
 use fieldgate::store::kept::KeptFrames;
 use fieldgate::store::lifecycle::ChangeReader;
 use fieldgate::store::postgres::{PostgresSettings, PostgresStore};
@@ -139,6 +140,20 @@ pub struct ServeArgs {
     /// bring a large backlog
     #[arg(long, value_name = "READINGS", default_value_t = Settings::default().device_readings_burst)]
     device_readings_burst: u64,
+
+    /// Series that a device may have, over all its schemas. A schema that would bring more is refused; the
+    /// device goes on with those it has
+    #[arg(long, value_name = "SERIES", default_value_t = Settings::default().device_series_max)]
+    device_series_max: u32,
+
+    /// Schemas that a device may have. One more is refused; the device goes on with those it has
+    #[arg(long, value_name = "SCHEMAS", default_value_t = Settings::default().device_schemas_max)]
+    device_schemas_max: u32,
+
+    /// Streams that a device may have. One more is refused; streams it has go on. Raise it for devices that
+    /// draw a new stream at each boot and boot often
+    #[arg(long, value_name = "STREAMS", default_value_t = Settings::default().device_streams_max)]
+    device_streams_max: u32,
 
     /// Seconds from a connection's beginning to the end of its handshake. Raise it for links of many
     /// seconds' delay
@@ -266,6 +281,9 @@ impl ServeArgs {
             device_frames_burst: self.device_frames_burst,
             device_readings_per_s: self.device_readings_per_s,
             device_readings_burst: self.device_readings_burst,
+            device_series_max: self.device_series_max,
+            device_schemas_max: self.device_schemas_max,
+            device_streams_max: self.device_streams_max,
             handshake_timeout_s: self.handshake_timeout_s,
             frame_timeout_s: self.frame_timeout_s,
             idle_timeout_s: self.idle_timeout_s,
@@ -452,7 +470,16 @@ fn sqlite_settings(config: &Config) -> SqliteSettings {
         wal_checkpoint_bytes: defaults.wal_checkpoint_bytes.min(config.wal_bytes_max / 4),
         wal_soft_bytes: defaults.wal_soft_bytes.min(config.wal_bytes_max / 2),
         wal_hard_bytes: config.wal_bytes_max,
+        bounds: device_bounds(config),
         ..defaults
+    }
+}
+
+fn device_bounds(config: &Config) -> DeviceBounds {
+    DeviceBounds {
+        series_max: config.device_series_max,
+        schemas_max: config.device_schemas_max,
+        streams_max: config.device_streams_max,
     }
 }
 
@@ -461,6 +488,7 @@ fn postgres_settings(config: &Config, url: &PostgresUrl) -> PostgresSettings {
         url: url.clone(),
         writers: config.postgres_writers,
         allows_data_loss: config.allow_postgres_data_loss,
+        bounds: device_bounds(config),
         spool: None,
     }
 }

@@ -173,6 +173,9 @@ impl AwaitAdmission {
                 let detail = "numbers of this stream were given out before: start a new stream";
                 return Err(Close::bye(Code::StreamConflict, detail));
             }
+            LoginOutcome::OverBound(reached) => {
+                return Err(Close::bye(Code::StreamBound, reached.to_string()));
+            }
         };
         let terms = WelcomeTerms {
             window_frames: settings.window_frames,

@@ -334,12 +334,10 @@ impl Session {
         if let State::Serving(stream) = &mut self.state {
             // It was not listened to, so it was not silent.
             self.heard_at_us = now.mono_us;
-            if stream.handle_declare_outcome(outcome, &mut self.outbound) {
-                let detail =
-                    "schema number is taken by other channels; the firmware must use another";
-                let (device, code) = (stream.device(), Code::SchemaConflict as u8);
-                let kind = DeviceEventKind::Refused;
-                told = Some(audit(device, kind, code, detail.to_owned(), now));
+            let refused = stream.handle_declare_outcome(outcome, now, &mut self.outbound);
+            if let Some((code, detail)) = refused {
+                let (device, kind) = (stream.device(), DeviceEventKind::Refused);
+                told = Some(audit(device, kind, code as u8, detail, now));
             }
         }
         self.close_if_settled();
@@ -511,7 +509,8 @@ impl Session {
                     code @ (Code::Version
                     | Code::Authentication
                     | Code::Disabled
-                    | Code::StreamConflict),
+                    | Code::StreamConflict
+                    | Code::StreamBound),
                 ),
             ) if tells_refusals => Some(Submission::Refusal(Refusal {
                 device: device.clone(),

@@ -52,7 +52,7 @@ pub(super) struct Stream {
     /// After a NACK of class 1 or 2: frames are dropped until `expected_seq` comes (R62).
     awaits_resend: bool,
     awaits_declare: bool,
-    /// Whether a schema's number was found taken in this session.
+    /// Whether a DECLARE was refused in this session.
     had_conflict: bool,
     store_is_down: bool,
     store_retry_after_ms: u32,
@@ -215,34 +215,39 @@ impl Stream {
         })))
     }
 
-    /// Tells whether an operator should hear of it: the first conflict of a session, which the device cannot
-    /// mend by itself.
+    /// Gives what an operator should hear of: the first refusal of a session, unless the device had many
+    /// lately. The device cannot fix it by itself.
     pub(super) fn handle_declare_outcome(
         &mut self,
         outcome: DeclareOutcome,
+        now: Now,
         outbound: &mut Outbound,
-    ) -> bool {
+    ) -> Option<(Code, String)> {
         self.awaits_declare = false;
-        match outcome {
+        let (code, detail) = match outcome {
             DeclareOutcome::Accepted(schema) => {
                 self.schemas.retain(|known| known.schema != schema.schema);
                 if self.schemas.len() == SCHEMAS_MAX {
                     self.schemas.pop_front();
                 }
                 self.schemas.push_back(schema);
-                false
+                return None;
             }
             DeclareOutcome::Conflict => {
-                let detail = "schema number is taken by other content";
-                outbound.nack(Code::SchemaConflict, 0, self.expected_seq, 0, detail);
-                let is_first = !std::mem::replace(&mut self.had_conflict, true);
-                if is_first {
-                    let code = Code::SchemaConflict as u8;
-                    tracing::info!(device = self.device.0, code, %detail, "DECLARE refused");
-                }
-                is_first
+                let detail =
+                    "schema number is taken by other content; the firmware must use another";
+                (Code::SchemaConflict, detail.to_owned())
             }
+            DeclareOutcome::OverBound(reached) => (Code::SchemaBound, reached.to_string()),
+        };
+        outbound.nack(code, 0, self.expected_seq, 0, &detail);
+        let is_first = !std::mem::replace(&mut self.had_conflict, true);
+        let is_told = is_first && self.allowance.may_tell(now.mono_us);
+        if is_told {
+            let code = code as u8;
+            tracing::info!(device = self.device.0, code, %detail, "DECLARE refused");
         }
+        is_told.then_some((code, detail))
     }
 
     fn handle_ping(&mut self, frame: &Frame<'_>, now: Now, outbound: &mut Outbound) -> Step {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use fieldgate_protocol::column::Kind;
 use serde::{Deserialize, Serialize};
 
+use super::bounds::{DeclareVerdict, DeviceBounds, Reached};
 use super::{
     Admission, Declare, DeclareOutcome, DeclaredChannel, DeviceId, Login, LoginOutcome, Receipt,
     Schema, SchemaChannel, SchemaHash, SeriesId, StreamId,
@@ -78,6 +79,7 @@ pub(super) struct Found {
     pub(super) clocks: HashMap<DeviceId, Vec<BootClock>>,
     /// Those that the logins name.
     pub(super) schemas: HashMap<SchemaKey, Arc<Schema>>,
+    pub(super) bounds: DeviceBounds,
 }
 
 impl Found {
@@ -95,8 +97,11 @@ impl Found {
             return Ok(LoginOutcome::Disabled);
         }
         let device = found.id;
-        let stream = self.streams.get(&(device, login.stream));
-        let stream = stream.ok_or_else(unreturned)?;
+        // A stream that a login brings is made, unless the device has too many.
+        let Some(stream) = self.streams.get(&(device, login.stream)) else {
+            let reached = Reached::Streams(self.bounds.streams_max);
+            return Ok(LoginOutcome::OverBound(reached));
+        };
         if login.next_seq <= stream.durable_seq {
             return Ok(LoginOutcome::StreamConflict);
         }
@@ -167,10 +172,20 @@ impl<'a> SeriesIndex<'a> {
         self.0.extend(others.0);
     }
 
-    /// The outcome for a declare that was found to be kept.
-    pub(super) fn accepted(&self, declare: &Declare) -> Result<DeclareOutcome, sqlx::Error> {
-        let schema = self.schema(declare.device, declare.schema, &declare.channels)?;
-        Ok(DeclareOutcome::Accepted(schema))
+    /// What a verdict comes to; a kept declare's series are here.
+    pub(super) fn outcome(
+        &self,
+        declare: &Declare,
+        verdict: DeclareVerdict,
+    ) -> Result<DeclareOutcome, sqlx::Error> {
+        Ok(match verdict {
+            DeclareVerdict::Conflict => DeclareOutcome::Conflict,
+            DeclareVerdict::Over(reached) => DeclareOutcome::OverBound(reached),
+            DeclareVerdict::Known | DeclareVerdict::New => {
+                let schema = self.schema(declare.device, declare.schema, &declare.channels)?;
+                DeclareOutcome::Accepted(schema)
+            }
+        })
     }
 
     fn schema(

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::bounds::{Counts, DeviceBounds, Reached};
 use super::ledger::{self, Watermarks};
 use super::{
     Admission, Batch, BootClock, Committed, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
@@ -49,6 +50,7 @@ pub struct SeriesKey {
 #[derive(Clone, Debug, Default)]
 struct State {
     failures_left: u32,
+    bounds: DeviceBounds,
     /// The latest change by an operator.
     revision: i64,
     devices: Vec<Device>,
@@ -234,6 +236,9 @@ impl State {
                 DeclareOutcome::Conflict
             };
         }
+        if let Some(reached) = self.reached(declare) {
+            return DeclareOutcome::OverBound(reached);
+        }
         let channels = declare
             .channels
             .iter()
@@ -247,13 +252,22 @@ impl State {
         DeclareOutcome::Accepted(schema)
     }
 
-    fn channel(&mut self, device: DeviceId, declared: &DeclaredChannel) -> SchemaChannel {
-        let key = SeriesKey {
-            device,
-            channel: declared.name.clone(),
-            unit: declared.unit.clone(),
-            kind: declared.kind,
+    /// The bound that a new schema would exceed.
+    fn reached(&self, declare: &Declare) -> Option<Reached> {
+        let device = declare.device;
+        let schemas = self.schemas.keys().filter(|(of, _)| *of == device);
+        let series = self.series.iter().filter(|key| key.device == device);
+        let keys = declare.channels.iter().map(|channel| key(device, channel));
+        let new = keys.filter(|key| !self.series_ids.contains_key(key));
+        let counts = Counts {
+            schemas: schemas.count() as u64,
+            series: series.count() as u64,
         };
+        self.bounds.reached(counts, new.count() as u64)
+    }
+
+    fn channel(&mut self, device: DeviceId, declared: &DeclaredChannel) -> SchemaChannel {
+        let key = key(device, declared);
         let series = *self.series_ids.entry(key).or_insert_with_key(|key| {
             self.series.push(key.clone());
             SeriesId(self.series.len() as i64)
@@ -282,6 +296,13 @@ impl State {
         }
         if !enabled {
             return LoginOutcome::Disabled;
+        }
+        if !self.stream_ids.contains_key(&(device, login.stream)) {
+            let streams_max = self.bounds.streams_max;
+            let of_device = self.stream_ids.keys().filter(|(of, _)| *of == device);
+            if of_device.count() >= streams_max as usize {
+                return LoginOutcome::OverBound(Reached::Streams(streams_max));
+            }
         }
         let stream = self.find_or_create_stream(device, login.stream);
         let durable_seq = self.stream_mut(stream).durable_seq;
@@ -353,6 +374,15 @@ impl State {
 
     fn stream_mut(&mut self, stream: StreamId) -> &mut Stream {
         &mut self.streams[row(stream.0)]
+    }
+}
+
+fn key(device: DeviceId, declared: &DeclaredChannel) -> SeriesKey {
+    SeriesKey {
+        device,
+        channel: declared.name.clone(),
+        unit: declared.unit.clone(),
+        kind: declared.kind,
     }
 }
 

@@ -14,9 +14,11 @@ use std::sync::Arc;
 
 use fieldgate_protocol::column::Kind;
 
+use self::bounds::Reached;
 use crate::clock::{BootClock, Quality};
 
 mod admission;
+pub mod bounds;
 #[cfg(test)]
 mod contract;
 pub mod editor;
@@ -114,6 +116,8 @@ pub enum LoginOutcome {
     KeyReplaced,
     /// The device would number frames anew that are stored already: it must start a new stream.
     StreamConflict,
+    /// It would be one stream more than the device may have.
+    OverBound(Reached),
 }
 
 /// Where a device's stream stands.
@@ -166,6 +170,8 @@ pub enum DeclareOutcome {
     Accepted(Arc<Schema>),
     /// The number is taken by other content.
     Conflict,
+    /// The device would have more than it may; nothing was stored.
+    OverBound(Reached),
 }
 
 /// A stored schema, with the series its channels write to.

@@ -28,6 +28,9 @@ fn every_code_is_answered_by_its_class() {
             Class::Mend if code == Code::SchemaConflict as u8 => {
                 assert_eq!(found, Err(Fault::SchemaConflict));
             }
+            Class::Mend if code == Code::SchemaBound as u8 => {
+                assert_eq!(found, Err(Fault::SchemaBound));
+            }
             Class::Mend if code == Code::UnknownSchema as u8 => {
                 assert_eq!(sent, [Sent::Declare, Sent::Data(2), Sent::Data(3)]);
             }

@@ -130,6 +130,7 @@ fn the_first_wait_depends_on_the_fault() {
     for fault in [
         Some(Fault::NotOurGateway),
         Some(Fault::SchemaConflict),
+        Some(Fault::SchemaBound),
         Some(Fault::FrameTooLong),
         bye(41, 0),
         bye(50, 0),

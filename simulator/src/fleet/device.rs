@@ -78,6 +78,7 @@ impl fmt::Display for Loss {
             Loss::Fault(Fault::Protocol(what)) => write!(f, "against the protocol: {what}"),
             Loss::Fault(Fault::Timeout) => f.write_str("no answer in time"),
             Loss::Fault(Fault::SchemaConflict) => f.write_str("other channels are known"),
+            Loss::Fault(Fault::SchemaBound) => f.write_str("it has too many schemas or series"),
             Loss::Fault(Fault::FrameTooLong) => f.write_str("the next frame is too long for it"),
         }
     }
@@ -176,6 +177,7 @@ impl DeviceTask {
                 return Err(FleetError::Schema(self.outbox.script.name().to_owned()));
             }
             Some(Fault::FrameTooLong) => Code::TooLarge as u8,
+            Some(Fault::SchemaBound) => Code::SchemaBound as u8,
             Some(Fault::Bye { code, .. }) => code,
             _ => return Ok(()),
         };
@@ -183,11 +185,15 @@ impl DeviceTask {
             Some(Code::TooLarge) => {
                 "its frames are longer than the gateway takes: lower --batch or --channels"
             }
+            Some(Code::SchemaBound) => {
+                "raise --device-series-max and --device-schemas-max of the gateway"
+            }
             Some(Code::Authentication) => "is --key-file the gateway's fleet key?",
             _ => "see the gateway's log",
         };
-        let is_final = code == Code::TooLarge as u8 || Class::of(code) == Class::Operator;
-        if self.was_welcomed && code != Code::TooLarge as u8 || !is_final {
+        let lasts = [Code::TooLarge as u8, Code::SchemaBound as u8].contains(&code);
+        let is_final = lasts || Class::of(code) == Class::Operator;
+        if self.was_welcomed && !lasts || !is_final {
             return Ok(());
         }
         Err(FleetError::Refused {

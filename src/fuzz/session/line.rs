@@ -162,6 +162,7 @@ impl Line {
             }
             LoginOutcome::Disabled => self.model.close(Some(Code::Disabled), 0),
             LoginOutcome::StreamConflict => self.model.close(Some(Code::StreamConflict), 0),
+            LoginOutcome::OverBound(_) => unreachable!("there are few streams"),
         }
         match (self.session.handle_login_outcome(outcome, now), admitted) {
             (Some(Submission::Event(event)), Some(device)) => {
@@ -183,8 +184,9 @@ impl Line {
         self.calls += 1;
         // An operator hears of the first conflict only.
         let is_conflict = matches!(outcome, DeclareOutcome::Conflict);
-        let is_news = is_conflict && self.model.closed().is_none() && !self.had_conflict;
-        self.had_conflict |= is_news;
+        let is_first = is_conflict && self.model.closed().is_none() && !self.had_conflict;
+        self.had_conflict |= is_first;
+        let is_news = is_first && self.model.may_tell(now);
         self.model.declared(&outcome, now);
         match self.session.handle_declare_outcome(outcome, now) {
             Some(Submission::Event(event)) if is_news => {

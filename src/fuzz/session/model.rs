@@ -461,8 +461,17 @@ impl Model {
                 let nack = serving.nack(Code::SchemaConflict, 0, 0);
                 self.said.push(nack);
             }
+            DeclareOutcome::OverBound(_) => unreachable!("there are few schemas"),
         }
         self.close_if_settled();
+    }
+
+    /// Whether an operator hears of a DECLARE that was refused.
+    pub(super) fn may_tell(&self, now: Now) -> bool {
+        match &self.phase {
+            Phase::Serving(serving) => serving.allowance.may_tell(now.mono_us),
+            _ => false,
+        }
     }
 
     pub(super) fn receipt(&mut self, durable_seq: u64, through_seq: u64) {

@@ -246,6 +246,7 @@ impl StoreSide {
                 }
             }
             DeclareOutcome::Conflict => assert_ne!(declare.hash, hash),
+            DeclareOutcome::OverBound(_) => panic!("there are few schemas"),
         }
     }
 
@@ -267,7 +268,9 @@ impl StoreSide {
             }
             LoginOutcome::Disabled => assert!(self.barred.contains(&login.device)),
             LoginOutcome::StreamConflict => assert!(login.next_seq <= durable_seq),
-            LoginOutcome::Unregistered | LoginOutcome::KeyReplaced => panic!("nobody did that"),
+            LoginOutcome::Unregistered | LoginOutcome::KeyReplaced | LoginOutcome::OverBound(_) => {
+                panic!("none of them can happen here")
+            }
         }
     }
 

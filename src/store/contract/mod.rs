@@ -132,7 +132,7 @@ async fn declared(store: &mut impl Store, declare: Declare) -> DeclareOutcome {
 async fn accepted(store: &mut impl Store, declare: Declare) -> Arc<Schema> {
     match declared(store, declare).await {
         DeclareOutcome::Accepted(schema) => schema,
-        DeclareOutcome::Conflict => panic!("conflict"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -607,6 +607,7 @@ macro_rules! contract {
             refusals_of_known_devices_are_on_record,
             a_schema_never_changes,
             a_schema_is_found_among_very_many,
+            a_device_has_what_it_may_and_no_more,
             hostile_names_come_back_unchanged,
             watermarks_outlive_the_process,
             receipts_are_sorted_by_stream,

@@ -1,6 +1,7 @@
 //! A device that declares more than others, as every store sees it.
 
 use super::*;
+use crate::store::bounds::{DeviceBounds, Reached};
 
 /// Schemas of as many channels as there may be, no two alike.
 pub(in crate::store) fn very_many(device: DeviceId, schemas: std::ops::Range<u16>) -> Vec<Declare> {
@@ -37,7 +38,7 @@ pub(in crate::store) async fn a_schema_is_found_among_very_many<H: Harness>() {
         .into_iter()
         .map(|outcome| match outcome {
             DeclareOutcome::Accepted(schema) => schema,
-            DeclareOutcome::Conflict => panic!("conflict"),
+            other => panic!("{other:?}"),
         })
         .collect();
     let series = kept.iter().flat_map(|schema| &schema.channels);
@@ -62,6 +63,72 @@ pub(in crate::store) async fn a_schema_is_found_among_very_many<H: Harness>() {
         assert_eq!(again, kept);
         assert_eq!(admission.schema.as_ref(), Some(kept));
     }
+}
+
+pub(in crate::store) async fn a_device_has_what_it_may_and_no_more<H: Harness>() {
+    let DeviceBounds {
+        series_max,
+        schemas_max,
+        streams_max,
+    } = DeviceBounds::DEFAULT;
+    let mut h = H::create().await;
+    let device = admitted(h.store(), login("a", 1, 1)).await.device;
+    // 32 channels each: as many series as it may have, and one schema more.
+    let full = (series_max / 32) as u16;
+    let declare_all = async |h: &mut H, declares| {
+        let batch = Batch {
+            declares,
+            ..Batch::default()
+        };
+        h.store().commit(&batch).await.unwrap().declares
+    };
+    let found = declare_all(&mut h, very_many(device, 0..full + 1)).await;
+    let (last, kept) = found.split_last().unwrap();
+    let is_kept = |outcome: &DeclareOutcome| matches!(outcome, DeclareOutcome::Accepted(_));
+    assert!(kept.iter().all(is_kept));
+    let over = |outcome: &DeclareOutcome, reached| matches!(outcome, DeclareOutcome::OverBound(found) if *found == reached);
+    assert!(over(last, Reached::Series(series_max)), "{last:?}");
+    // What it has goes on, and so does a schema that needs no new series.
+    let again = declared(h.store(), very_many(device, 0..1).remove(0)).await;
+    assert!(is_kept(&again));
+    let of_same = |schema| Declare {
+        schema,
+        hash: [9; 8],
+        ..very_many(device, 0..1).remove(0)
+    };
+    let found = declare_all(
+        &mut h,
+        (full..schemas_max as u16 + 1).map(of_same).collect(),
+    )
+    .await;
+    let (last, kept) = found.split_last().unwrap();
+    assert!(kept.iter().all(is_kept));
+    assert!(over(last, Reached::Schemas(schemas_max)), "{last:?}");
+
+    let mut h = h.reopen().await;
+    let logins = (1..u64::from(streams_max) + 2).map(|stream| login("a", stream, 1));
+    let batch = Batch {
+        logins: logins.chain([login("a", 1, 1), login("b", 9, 1)]).collect(),
+        ..Batch::default()
+    };
+    let found = h.store().commit(&batch).await.unwrap().logins;
+    let is_let_in = |outcome: &LoginOutcome| matches!(outcome, LoginOutcome::Admitted(_));
+    let refused = found.iter().position(|outcome| !is_let_in(outcome));
+    assert_eq!(refused, Some(streams_max as usize));
+    let reached = Reached::Streams(streams_max);
+    assert!(
+        matches!(&found[streams_max as usize], LoginOutcome::OverBound(found) if *found == reached)
+    );
+    assert!(found[streams_max as usize + 1..].iter().all(is_let_in));
+    // Nothing of what was refused is there, and another commit finds the same.
+    let found = declare_all(&mut h, very_many(device, 2000..2001)).await;
+    assert!(over(&found[0], Reached::Schemas(schemas_max)));
+    let batch = Batch {
+        logins: vec![login("a", u64::from(streams_max) + 1, 1)],
+        ..Batch::default()
+    };
+    let found = h.store().commit(&batch).await.unwrap().logins;
+    assert!(matches!(found[0], LoginOutcome::OverBound(_)));
 }
 
 /// A login with a schema that is known and a declare of one that is new: what is asked of a store when a

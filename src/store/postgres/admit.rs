@@ -15,6 +15,9 @@ use crate::store::admission::{
     Found, FoundDevice, NamedSchemas, SeriesIndex, SeriesKey, StoredSchema, StoredSchemas,
     StreamRow, declaration, series_keys,
 };
+use crate::store::bounds::{
+    Counts, DeclareVerdict, DeviceBounds, StreamRoom, judge_declares, new_declares,
+};
 use crate::store::ledger::DRIFT_PARTS;
 use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, StreamId};
 
@@ -24,6 +27,7 @@ const CLOCKS_MAX: i64 = 8;
 /// A transaction's logins and declares.
 pub(super) struct Admissions<'c> {
     conn: &'c mut PgConnection,
+    bounds: DeviceBounds,
 }
 
 type Devices = HashMap<String, FoundDevice>;
@@ -31,8 +35,8 @@ type DeviceColumns = (String, i64, i32, i64, i64);
 type Streams = HashMap<(DeviceId, u64), StreamRow>;
 
 impl<'c> Admissions<'c> {
-    pub(super) fn new(conn: &'c mut PgConnection) -> Self {
-        Self { conn }
+    pub(super) fn new(conn: &'c mut PgConnection, bounds: DeviceBounds) -> Self {
+        Self { conn, bounds }
     }
 
     /// Says of each login whether its device may send, and from where on.
@@ -69,6 +73,7 @@ impl<'c> Admissions<'c> {
             streams,
             clocks,
             schemas: named.schemas(&series)?,
+            bounds: self.bounds,
         };
         logins.iter().map(|login| found.outcome(login)).collect()
     }
@@ -81,22 +86,67 @@ impl<'c> Admissions<'c> {
         if declares.is_empty() {
             return Ok(Vec::new());
         }
-        self.insert_schemas(declares).await?;
-        let keys = declares
-            .iter()
-            .map(|declare| (declare.device, declare.schema));
-        let stored = self.find_schemas(keys.collect()).await?;
-        let is_kept = |declare: &&Declare| {
-            let kept = stored.get(&(declare.device, declare.schema));
-            kept.is_some_and(|kept| kept.hash == declare.hash)
-        };
-        let kept: Vec<&Declare> = declares.iter().filter(is_kept).collect();
+        let wanted: BTreeSet<_> = { declares.iter() }
+            .map(|declare| (declare.device, declare.schema))
+            .collect();
+        let mut stored = self.find_schemas(wanted.clone()).await?;
+        let new = new_declares(declares, &stored);
+        let devices: BTreeSet<DeviceId> = new.iter().map(|declare| declare.device).collect();
+        let mut counts = HashMap::new();
+        if !devices.is_empty() {
+            // Another gateway may have been faster; from here on it waits.
+            counts = self.lock_and_count(&devices).await?;
+            stored = self.find_schemas(wanted).await?;
+        }
+        let new = new_declares(declares, &stored);
+        let keys = { new.iter() }
+            .flat_map(|declare| series_keys(declare.device, &declare.channels))
+            .collect::<Vec<_>>();
+        let series = self.find_series(&keys).await?;
+        let verdicts = judge_declares(declares, &stored, &series, counts, self.bounds);
+        let judged = || declares.iter().zip(&verdicts);
+        let new: Vec<&Declare> = judged()
+            .filter(|(_, verdict)| **verdict == DeclareVerdict::New)
+            .map(|(declare, _)| declare)
+            .collect();
+        self.insert_schemas(&new).await?;
+        let kept: Vec<&Declare> = judged()
+            .filter(|(_, verdict)| verdict.is_kept())
+            .map(|(declare, _)| declare)
+            .collect();
         let series = self.find_or_create_series(&kept).await?;
-        let outcome = |declare| match is_kept(&declare) {
-            true => series.accepted(declare),
-            false => Ok(DeclareOutcome::Conflict),
-        };
-        declares.iter().map(outcome).collect()
+        judged()
+            .map(|(declare, verdict)| series.outcome(declare, *verdict))
+            .collect()
+    }
+
+    /// What devices have, which nobody else adds to before this transaction ends.
+    async fn lock_and_count(
+        &mut self,
+        devices: &BTreeSet<DeviceId>,
+    ) -> Result<HashMap<DeviceId, Counts>, sqlx::Error> {
+        let ids: Vec<i64> = devices.iter().map(|device| device.0).collect();
+        // By name, as logins lock them.
+        sqlx::query("SELECT FROM devices WHERE id = ANY($1) ORDER BY name FOR NO KEY UPDATE")
+            .bind(&ids)
+            .execute(&mut *self.conn)
+            .await?;
+        let counts: Vec<(i64, i64, i64)> = sqlx::query_as(
+            "SELECT id, (SELECT count(*) FROM schemas AS c WHERE c.device_id = id),
+                 (SELECT count(*) FROM series AS s WHERE s.device_id = id)
+             FROM unnest($1::bigint[]) AS wanted (id)",
+        )
+        .bind(ids)
+        .fetch_all(&mut *self.conn)
+        .await?;
+        let counts = counts.into_iter().map(|(device, schemas, series)| {
+            let counts = Counts {
+                schemas: schemas.unsigned_abs(),
+                series: series.unsigned_abs(),
+            };
+            (DeviceId(device), counts)
+        });
+        Ok(counts.collect())
     }
 
     async fn upsert_devices(&mut self, logins: &[Login]) -> Result<Devices, sqlx::Error> {
@@ -220,6 +270,9 @@ impl<'c> Admissions<'c> {
         let mut streams: Streams = found.into_iter().map(stream_row).collect();
         let mut new = wanted;
         new.retain(|key, _| !streams.contains_key(key));
+        // Their devices are locked since the login began.
+        let mut room = StreamRoom::new(self.count_streams(new.keys()).await?, self.bounds);
+        new.retain(|(device, _), _| room.take(*device));
         if new.is_empty() {
             return Ok(streams);
         }
@@ -240,6 +293,25 @@ impl<'c> Admissions<'c> {
         .await?;
         streams.extend(created.into_iter().map(stream_row));
         Ok(streams)
+    }
+
+    async fn count_streams(
+        &mut self,
+        new: impl Iterator<Item = &(DeviceId, u64)>,
+    ) -> Result<HashMap<DeviceId, i64>, sqlx::Error> {
+        let devices: BTreeSet<i64> = new.map(|(device, _)| device.0).collect();
+        if devices.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let counts: Vec<(i64, i64)> = sqlx::query_as(
+            "SELECT id, (SELECT count(*) FROM streams AS s WHERE s.device_id = id)
+             FROM unnest($1::bigint[]) AS wanted (id)",
+        )
+        .bind(devices.into_iter().collect::<Vec<i64>>())
+        .fetch_all(&mut *self.conn)
+        .await?;
+        let count = |(device, streams)| (DeviceId(device), streams);
+        Ok(counts.into_iter().map(count).collect())
     }
 
     /// Keeps the logins' clocks where they are better than what is kept, and reads the latest.
@@ -340,14 +412,14 @@ impl<'c> Admissions<'c> {
         rows.into_iter().map(schema).collect()
     }
 
-    /// Keeps those whose number is free; of several with one number, the first one.
-    async fn insert_schemas(&mut self, declares: &[Declare]) -> Result<(), sqlx::Error> {
-        let mut by_key: BTreeMap<(DeviceId, u16), &Declare> = BTreeMap::new();
-        for declare in declares {
-            by_key
-                .entry((declare.device, declare.schema))
-                .or_insert(declare);
+    /// Keeps new ones, each number once.
+    async fn insert_schemas(&mut self, declares: &[&Declare]) -> Result<(), sqlx::Error> {
+        if declares.is_empty() {
+            return Ok(());
         }
+        let by_key: BTreeMap<(DeviceId, u16), &Declare> = { declares.iter() }
+            .map(|declare| ((declare.device, declare.schema), *declare))
+            .collect();
         let devices: Vec<i64> = by_key.keys().map(|(device, _)| device.0).collect();
         let numbers: Vec<i32> = by_key.keys().map(|(_, schema)| (*schema).into()).collect();
         let hashes: Vec<&[u8]> = by_key.values().map(|declare| &declare.hash[..]).collect();
@@ -357,8 +429,7 @@ impl<'c> Admissions<'c> {
         let declarations = declarations.collect::<Result<Vec<String>, _>>()?;
         sqlx::query(
             "INSERT INTO schemas (device_id, schema, hash, declaration)
-             SELECT * FROM unnest($1::bigint[], $2::integer[], $3::bytea[], $4::text[])
-             ON CONFLICT (device_id, schema) DO NOTHING",
+             SELECT * FROM unnest($1::bigint[], $2::integer[], $3::bytea[], $4::text[])",
         )
         .bind(devices)
         .bind(numbers)

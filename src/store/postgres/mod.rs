@@ -25,6 +25,7 @@ use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
 pub(super) use self::write::insert_readings;
 use self::write::{CommitError, Writer};
+use super::bounds::DeviceBounds;
 use super::{Batch, Committed, Store, StoreError};
 use crate::store::url::PostgresUrl;
 
@@ -51,6 +52,8 @@ pub struct PostgresSettings {
     pub writers: usize,
     /// Whether a server that may lose what it says is committed will do.
     pub allows_data_loss: bool,
+    /// What each device may have.
+    pub bounds: DeviceBounds,
     /// Identity of the spool that this gateway writes for, if it has one.
     pub spool: Option<String>,
 }
@@ -80,7 +83,7 @@ impl PostgresStore {
             stores.push(Self {
                 settings: Arc::clone(&settings),
                 partitions: Arc::clone(&partitions),
-                writer: Some(Writer::new(conn)),
+                writer: Some(Writer::new(conn, settings.bounds)),
             });
         }
         Ok(stores)
@@ -93,7 +96,7 @@ impl PostgresStore {
         // Whatever is wrong with the server now was not when the gateway began: it may be mended.
         let connected = connect(&self.settings).await;
         let conn = connected.map_err(|error| StoreError::Transient(error.to_string()))?;
-        Ok(Writer::new(conn))
+        Ok(Writer::new(conn, self.settings.bounds))
     }
 }
 

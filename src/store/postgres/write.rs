@@ -17,6 +17,7 @@ use super::open::reason;
 use super::run;
 use super::timestamp::Timestamp;
 use crate::clock::BootClock;
+use crate::store::bounds::DeviceBounds;
 use crate::store::ledger::{self, UnknownStream, Watermarks};
 use crate::store::rows::{EventRow, Frame, Run, resolved_time, sorted_runs};
 use crate::store::{Batch, Committed, Content, DeviceEvent, DeviceId, Entry, Refusal, StreamId};
@@ -46,14 +47,16 @@ pub(super) struct Writer {
     /// Ids taken from the sequence and not given to a frame.
     frame_ids: std::ops::Range<i64>,
     pub(super) progress: Arc<Progress>,
+    bounds: DeviceBounds,
 }
 
 impl Writer {
-    pub(super) fn new(conn: PgConnection) -> Self {
+    pub(super) fn new(conn: PgConnection, bounds: DeviceBounds) -> Self {
         Self {
             conn,
             frame_ids: 0..0,
             progress: Arc::default(),
+            bounds,
         }
     }
 
@@ -61,7 +64,7 @@ impl Writer {
     pub(super) async fn commit(&mut self, batch: &Batch) -> Result<Committed, CommitError> {
         // Each statement must see what another gateway has committed while this one waited for a lock.
         run(&mut self.conn, "BEGIN ISOLATION LEVEL READ COMMITTED").await?;
-        let mut admissions = Admissions::new(&mut self.conn);
+        let mut admissions = Admissions::new(&mut self.conn, self.bounds);
         let declares = admissions.declare(&batch.declares).await?;
         let mut watermarks = self.lock_watermarks(&batch.entries).await?;
         let mut admitted = watermarks.admit(&batch.entries)?;
@@ -78,7 +81,7 @@ impl Writer {
         self.store_gaps(&frames).await?;
         self.store_quarantine(&frames).await?;
         self.store_watermarks(&watermarks).await?;
-        let mut admissions = Admissions::new(&mut self.conn);
+        let mut admissions = Admissions::new(&mut self.conn, self.bounds);
         let logins = admissions.login(&batch.logins).await?;
         self.store_clocks(&batch.clocks).await?;
         let refusals = self.refusals(&batch.refusals).await?;

@@ -12,6 +12,9 @@ use crate::store::admission::{
     Found, FoundDevice, NamedSchemas, SeriesIndex, SeriesKey, StoredSchema, StoredSchemas,
     StreamRow, declaration, series_keys,
 };
+use crate::store::bounds::{
+    Counts, DeclareVerdict, DeviceBounds, StreamRoom, judge_declares, new_declares,
+};
 use crate::store::ledger::DRIFT_PARTS;
 use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, StreamId};
 
@@ -27,10 +30,13 @@ pub(super) struct Admissions {
     insert_schemas: Bulk,
     find_series: Bulk,
     insert_series: Bulk,
+    count: Bulk,
+    count_streams: Bulk,
+    bounds: DeviceBounds,
 }
 
 impl Admissions {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(bounds: DeviceBounds) -> Self {
         let bulk = |head: &str, columns, tail: &str| Bulk::new(head, columns, tail);
         Self {
             find_devices: bulk(
@@ -101,6 +107,22 @@ impl Admissions {
                 4,
                 "ON CONFLICT (device_id, channel, unit, kind) DO NOTHING",
             ),
+            count: bulk(
+                "WITH wanted(device_id) AS (",
+                1,
+                ") SELECT w.device_id,
+                    (SELECT count(*) FROM schemas AS c WHERE c.device_id = w.device_id),
+                    (SELECT count(*) FROM series AS s WHERE s.device_id = w.device_id)
+                FROM wanted AS w",
+            ),
+            count_streams: bulk(
+                "WITH wanted(device_id) AS (",
+                1,
+                ") SELECT w.device_id,
+                    (SELECT count(*) FROM streams AS s WHERE s.device_id = w.device_id)
+                FROM wanted AS w",
+            ),
+            bounds,
         }
     }
 
@@ -137,6 +159,7 @@ impl Admissions {
             streams,
             clocks,
             schemas: named.schemas(&series)?,
+            bounds: self.bounds,
         };
         logins.iter().map(|login| found.outcome(login)).collect()
     }
@@ -152,30 +175,45 @@ impl Admissions {
             .map(|declare| (declare.device, declare.schema))
             .collect();
         let stored = self.find_schemas(conn, wanted).await?;
-        let mut hashes: HashMap<(DeviceId, u16), Vec<u8>> = stored
-            .into_iter()
-            .map(|(key, schema)| (key, schema.hash))
+        let new = new_declares(declares, &stored);
+        let keys = { new.iter() }
+            .flat_map(|declare| series_keys(declare.device, &declare.channels))
+            .collect::<Vec<_>>();
+        let series = self.find_series(conn, &keys).await?;
+        let devices = new.iter().map(|declare| declare.device).collect();
+        let counts = self.count(conn, devices).await?;
+        let verdicts = judge_declares(declares, &stored, &series, counts, self.bounds);
+        let judged = || declares.iter().zip(&verdicts);
+        let new: Vec<&Declare> = judged()
+            .filter(|(_, verdict)| **verdict == DeclareVerdict::New)
+            .map(|(declare, _)| declare)
             .collect();
-        let mut new = Vec::new();
-        let mut accepted = Vec::with_capacity(declares.len());
-        for declare in declares {
-            let hash = hashes
-                .entry((declare.device, declare.schema))
-                .or_insert_with(|| {
-                    new.push(declare);
-                    declare.hash.to_vec()
-                });
-            accepted.push(*hash == declare.hash);
-        }
         self.insert_schemas(conn, &new).await?;
-        let kept = declares.iter().zip(&accepted).filter(|(_, kept)| **kept);
+        let kept = judged().filter(|(_, verdict)| verdict.is_kept());
         let keys = kept.flat_map(|(declare, _)| series_keys(declare.device, &declare.channels));
         let series = self.find_series(conn, &keys.collect::<Vec<_>>()).await?;
-        let outcome = |(declare, accepted): (&Declare, bool)| match accepted {
-            true => series.accepted(declare),
-            false => Ok(DeclareOutcome::Conflict),
+        judged()
+            .map(|(declare, verdict)| series.outcome(declare, *verdict))
+            .collect()
+    }
+
+    async fn count(
+        &self,
+        conn: &mut SqliteConnection,
+        devices: BTreeSet<DeviceId>,
+    ) -> Result<HashMap<DeviceId, Counts>, sqlx::Error> {
+        let rows = self
+            .count
+            .fetch(conn, devices.into_iter(), bind_device)
+            .await?;
+        let counts = |row: &SqliteRow| {
+            let counts = Counts {
+                schemas: row.try_get::<i64, _>(1)?.unsigned_abs(),
+                series: row.try_get::<i64, _>(2)?.unsigned_abs(),
+            };
+            Ok((DeviceId(row.try_get(0)?), counts))
         };
-        declares.iter().zip(accepted).map(outcome).collect()
+        rows.iter().map(counts).collect()
     }
 
     async fn upsert_devices(
@@ -253,7 +291,15 @@ impl Admissions {
             let key = (*device, login.stream);
             !streams.contains_key(&key) && seen.insert(key)
         };
-        let new: Vec<_> = logins.iter().filter(is_new).collect();
+        let mut new: Vec<_> = logins.iter().filter(is_new).collect();
+        let devices: BTreeSet<DeviceId> = new.iter().map(|(device, _)| *device).collect();
+        let counted = { &self.count_streams }
+            .fetch(conn, devices.into_iter(), bind_device)
+            .await?;
+        let count = |row: &SqliteRow| Ok((DeviceId(row.try_get(0)?), row.try_get(1)?));
+        let counts = counted.iter().map(count);
+        let mut room = StreamRoom::new(counts.collect::<Result<_, sqlx::Error>>()?, self.bounds);
+        new.retain(|(device, _)| room.take(*device));
         let bind_new = |params: &mut Params, (device, login): &(DeviceId, &Login)| {
             params
                 .bind(device.0)

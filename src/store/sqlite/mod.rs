@@ -19,6 +19,7 @@ use self::checkpoint::{Checkpoints, Limits};
 pub use self::open::{OpenError, migrate, open_editor, open_reader};
 use self::open::{Purpose, WriterSettings};
 use self::write::Writer;
+use super::bounds::DeviceBounds;
 use super::rows::Run;
 use super::{Batch, Committed, Content, Store, StoreError};
 
@@ -65,6 +66,8 @@ pub struct SqliteSettings {
     /// When a reader keeps the write-ahead log from being reset and it is longer than this, commits
     /// are refused as transient until the reader is gone.
     pub wal_hard_bytes: u64,
+    /// What each device may have.
+    pub bounds: DeviceBounds,
 }
 
 /// Measured with frames of 1 and of 60 readings, in batches of 20,000 and 200,000: pages of 8 KiB take
@@ -79,6 +82,7 @@ impl Default for SqliteSettings {
             wal_checkpoint_bytes: 4 << 20,
             wal_soft_bytes: 128 << 20,
             wal_hard_bytes: 1 << 30,
+            bounds: DeviceBounds::default(),
         }
     }
 }
@@ -144,7 +148,7 @@ impl SqliteStore {
         );
         // A crash may have left a long log behind.
         checkpoints.observe(&mut conn).await.map_err(sqlite)?;
-        let mut writer = Writer::new(conn, purpose);
+        let mut writer = Writer::new(conn, purpose, settings.bounds);
         match writer.settle().await {
             // A full disk is no reason not to start: the first commit tries again, and tells.
             Err(error) if !is_transient(&error) => return Err(sqlite(error)),

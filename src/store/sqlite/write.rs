@@ -16,6 +16,7 @@ use super::bulk::Bulk;
 use super::open::Purpose;
 use super::recent::{Recent, Step};
 use super::rows::{Rows, insert_runs, readings_into};
+use crate::store::bounds::DeviceBounds;
 use crate::store::ledger::Watermarks;
 use crate::store::rows::{Frame, sorted_runs};
 use crate::store::{Batch, Committed, DeviceEvent, Entry, Refusal, StreamId};
@@ -73,12 +74,12 @@ impl ReadingsTable {
 }
 
 impl Writer {
-    pub(super) fn new(conn: SqliteConnection, purpose: Purpose) -> Self {
+    pub(super) fn new(conn: SqliteConnection, purpose: Purpose, bounds: DeviceBounds) -> Self {
         Self {
             conn,
             rows: Rows::new(),
             readings: ReadingsTable::of(purpose),
-            admissions: Admissions::new(),
+            admissions: Admissions::new(bounds),
             move_watermarks: Bulk::new(
                 "WITH moved(id, durable_seq, frames, readings) AS (",
                 4,

@@ -32,14 +32,27 @@ async fn what_a_device_has_declared_before_costs_nothing() {
     for schema in 1..7 {
         commit(&mut h, schema..schema + 1).await;
     }
-    commit(&mut h, 1000..1700).await;
-    let (logins, declares) = comes_back(device, 7);
+    let (logins, declares) = comes_back(device, 6);
     let conn = &mut h.store.writer.as_mut().unwrap().conn;
+    let bounds = DeviceBounds {
+        series_max: u32::MAX,
+        ..DeviceBounds::DEFAULT
+    };
+    let many = very_many(device, 1000..1700);
+    run(conn, "BEGIN").await.unwrap();
+    Admissions::new(conn, bounds).declare(&many).await.unwrap();
+    run(conn, "COMMIT").await.unwrap();
     run(conn, "BEGIN").await.unwrap();
     let before = rows_read(conn).await;
-    Admissions::new(conn).declare(&declares).await.unwrap();
-    Admissions::new(conn).login(&logins).await.unwrap();
-    // The channels of the new schema, and of the one that is known.
+    Admissions::new(conn, DeviceBounds::DEFAULT)
+        .declare(&declares)
+        .await
+        .unwrap();
+    Admissions::new(conn, DeviceBounds::DEFAULT)
+        .login(&logins)
+        .await
+        .unwrap();
+    // The channels of the schema that is declared again, and of the one that the login names.
     assert_eq!(rows_read(conn).await - before, 2 * 32);
     run(conn, "COMMIT").await.unwrap();
 }

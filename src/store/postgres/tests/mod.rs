@@ -50,6 +50,7 @@ impl Database {
             url: self.url(),
             writers: 1,
             allows_data_loss: true,
+            bounds: DeviceBounds::default(),
             spool: None,
         }
     }

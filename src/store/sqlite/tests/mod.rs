@@ -166,6 +166,7 @@ const SMALL_LOG: SqliteSettings = SqliteSettings {
     wal_checkpoint_bytes: 128 << 10,
     wal_soft_bytes: 512 << 10,
     wal_hard_bytes: 2 << 20,
+    bounds: DeviceBounds::DEFAULT,
 };
 /// More than what a batch of `frames` below adds to the log.
 const BATCH_BYTES: u64 = 512 << 10;
