@@ -132,9 +132,9 @@ impl<'c> Admissions<'c> {
             .execute(&mut *self.conn)
             .await?;
         let counts: Vec<(i64, i64, i64)> = sqlx::query_as(
-            "SELECT id, (SELECT count(*) FROM schemas AS c WHERE c.device_id = id),
-                 (SELECT count(*) FROM series AS s WHERE s.device_id = id)
-             FROM unnest($1::bigint[]) AS wanted (id)",
+            "SELECT w.device, (SELECT count(*) FROM schemas AS c WHERE c.device_id = w.device),
+                 (SELECT count(*) FROM series AS s WHERE s.device_id = w.device)
+             FROM unnest($1::bigint[]) AS w (device)",
         )
         .bind(ids)
         .fetch_all(&mut *self.conn)
@@ -304,8 +304,8 @@ impl<'c> Admissions<'c> {
             return Ok(HashMap::new());
         }
         let counts: Vec<(i64, i64)> = sqlx::query_as(
-            "SELECT id, (SELECT count(*) FROM streams AS s WHERE s.device_id = id)
-             FROM unnest($1::bigint[]) AS wanted (id)",
+            "SELECT w.device, (SELECT count(*) FROM streams AS s WHERE s.device_id = w.device)
+             FROM unnest($1::bigint[]) AS w (device)",
         )
         .bind(devices.into_iter().collect::<Vec<i64>>())
         .fetch_all(&mut *self.conn)
