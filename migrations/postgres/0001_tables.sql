@@ -103,6 +103,12 @@ CREATE INDEX readings_by_series ON readings (series_id, ts);
 CREATE INDEX readings_by_time ON readings USING brin (ts) WITH (pages_per_range = 32, autosummarize = on);
 CREATE TABLE readings_default PARTITION OF readings DEFAULT;
 
+-- Hours that hold readings, each as its begin: `telemetry_hourly` finds its readings by them. A commit adds
+-- the hours of its readings that are missing here. A row that no reading belongs to does no harm.
+CREATE TABLE reading_hours (
+    hour timestamptz PRIMARY KEY
+);
+
 -- Frames that the device lost before it could send them, from_seq to to_seq inclusive.
 CREATE TABLE gaps (
     stream_id   bigint NOT NULL REFERENCES streams (id),

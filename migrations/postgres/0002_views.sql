@@ -1,7 +1,10 @@
 -- Views for people; the same names and columns as in SQLite.
 --
--- Filter by `ts`, which the partitions and the index carry: WHERE ts >= now() - interval '5 minutes'.
--- `time` is the same as UTC text, for reading only.
+-- A time is a timestamptz. The column with `_text` after its name is the same time as UTC text, for reading
+-- only. Filter by `ts`, which the partitions and the index carry: WHERE ts >= now() - interval '5 minutes';
+-- in `telemetry_hourly` by `hour`.
+--
+-- `kind` is how the device encodes a channel. A channel that changes it becomes another series.
 --
 -- May be run again by hand, after `readings` was replaced by a table of another scheme.
 
@@ -12,6 +15,31 @@ RETURN to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"');
 CREATE OR REPLACE FUNCTION utc_text_s(at timestamptz) RETURNS text
 LANGUAGE sql STABLE PARALLEL SAFE
 RETURN to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
+
+CREATE OR REPLACE FUNCTION utc_text_h(at timestamptz) RETURNS text
+LANGUAGE sql STABLE PARALLEL SAFE
+RETURN to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24":00Z"');
+
+-- The mean of n values, none of which can make it fail. `total` is the sum of those below 1e288, `huge` that
+-- of the others times 2^-64: a sum of either is finite. avg() fails from 1e154 on, sum() near 1e308, and a
+-- quotient that is too small for a double. NULL where both infinities are among the values.
+CREATE OR REPLACE FUNCTION mean_of(
+    n bigint, total double precision, huge double precision, min double precision, max double precision
+) RETURNS double precision
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN CASE
+    WHEN huge IS NULL THEN
+        CASE WHEN abs(total) * 2 <= n * 4.9406564584124654e-324::double precision THEN 0 ELSE total / n END
+    WHEN huge = 'NaN' THEN NULL
+    WHEN abs(huge) = 'Infinity' THEN huge
+    ELSE least(greatest(
+        least(greatest(huge / n, -9.745314011399998e288), 9.745314011399998e288) * 18446744073709551616.0
+            + CASE
+                WHEN total IS NULL OR abs(total) * 2 <= n * 4.9406564584124654e-324::double precision THEN 0
+                ELSE total / n
+            END,
+        min), max)
+END;
 
 CREATE OR REPLACE FUNCTION quality_text(quality smallint) RETURNS text
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
@@ -27,10 +55,12 @@ SELECT
     d.name AS device,
     s.channel,
     s.unit,
+    s.kind,
     r.ts,
-    utc_text(r.ts) AS time,
+    utc_text(r.ts) AS ts_text,
     r.value,
-    utc_text(f.received_at) AS received_at,
+    f.received_at,
+    utc_text(f.received_at) AS received_at_text,
     quality_text(f.quality) AS quality
 FROM devices AS d
 JOIN series AS s ON s.device_id = d.id
@@ -46,10 +76,12 @@ SELECT
     d.name AS device,
     s.channel,
     s.unit,
+    s.kind,
     r.ts,
-    utc_text(r.ts) AS time,
+    utc_text(r.ts) AS ts_text,
     r.value,
-    utc_text(r.received_at) AS received_at,
+    r.received_at,
+    utc_text(r.received_at) AS received_at_text,
     quality_text(r.quality) AS quality
 FROM devices AS d
 JOIN series AS s ON s.device_id = d.id
@@ -64,56 +96,156 @@ LEFT JOIN LATERAL (
     LIMIT 1
 ) AS r ON true;
 
--- By UTC hour, of the valid values; `n` counts them. Name a device: without one, every reading in
--- the store is read. For hours of one short range in a large store, group `telemetry` by
--- `date_trunc('hour', ts)` with a filter on `ts`.
+-- One row for each series: its first reading, its newest one as `latest` shows it, and `in_future`, the
+-- readings whose time is more than a day from now; it counts to 1000.
+CREATE OR REPLACE VIEW channels AS
+SELECT
+    d.name AS device,
+    s.channel,
+    s.unit,
+    s.kind,
+    o.ts AS first_ts,
+    utc_text(o.ts) AS first_ts_text,
+    r.ts AS last_ts,
+    utc_text(r.ts) AS last_ts_text,
+    r.value AS last_value,
+    (
+        SELECT count(*) FROM (
+            SELECT FROM readings AS c
+            WHERE c.series_id = s.id AND c.ts > now() + interval '1 day'
+            LIMIT 1000
+        ) AS ahead
+    ) AS in_future
+FROM devices AS d
+JOIN series AS s ON s.device_id = d.id
+LEFT JOIN LATERAL (
+    SELECT c.ts FROM readings AS c WHERE c.series_id = s.id ORDER BY c.ts LIMIT 1
+) AS o ON true
+LEFT JOIN LATERAL (
+    SELECT c.ts, c.value
+    FROM readings AS c
+    JOIN frames AS f ON f.id = c.frame_id
+    WHERE c.series_id = s.id
+        AND c.ts <= now() + interval '1 day'
+        AND c.ts <= f.received_at + interval '1 day'
+    ORDER BY c.ts DESC, c.frame_id DESC
+    LIMIT 1
+) AS r ON true;
+
+-- By UTC hour, of the valid values; `n` counts them. Name a device, or hours, or both: without, every
+-- reading in the store is read.
 CREATE OR REPLACE VIEW telemetry_hourly AS
 SELECT
     d.name AS device,
     s.channel,
     s.unit,
-    to_char(date_trunc('hour', r.ts, 'UTC') AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24":00Z"') AS hour,
-    count(r.value) AS n,
-    min(r.value) AS min,
-    avg(r.value) AS mean,
-    max(r.value) AS max
+    s.kind,
+    h.hour,
+    utc_text_h(h.hour) AS hour_text,
+    r.n,
+    r.min,
+    mean_of(r.n, r.total, r.huge, r.min, r.max) AS mean,
+    r.max
 FROM devices AS d
 JOIN series AS s ON s.device_id = d.id
-JOIN readings AS r ON r.series_id = s.id
-GROUP BY d.name, s.channel, s.unit, date_trunc('hour', r.ts, 'UTC');
+CROSS JOIN reading_hours AS h
+CROSS JOIN LATERAL (
+    SELECT
+        count(*) AS readings,
+        count(c.value) AS n,
+        min(c.value) AS min,
+        sum(c.value) FILTER (WHERE abs(c.value) < 1e288) AS total,
+        sum(c.value * 5.421010862427522e-20) FILTER (WHERE abs(c.value) >= 1e288) AS huge,
+        max(c.value) AS max
+    FROM readings AS c
+    WHERE c.series_id = s.id AND c.ts >= h.hour AND c.ts < h.hour + interval '1 hour'
+) AS r
+WHERE r.readings > 0;
+
+-- After `readings` was replaced by a table that holds some.
+INSERT INTO reading_hours
+SELECT DISTINCT date_trunc('hour', ts, 'UTC') FROM readings
+ON CONFLICT DO NOTHING;
 
 -- One row for each device. `missing` are frames that the device lost, `quarantined` those that could
 -- not be understood; `state` is the last thing its sessions told, 'new' before the first.
 CREATE OR REPLACE VIEW device_status AS
 SELECT
+    device,
+    enabled,
+    state,
+    firmware,
+    first_seen_at,
+    utc_text_s(first_seen_at) AS first_seen_at_text,
+    last_seen_at,
+    utc_text_s(last_seen_at) AS last_seen_at_text,
+    last_frame_at,
+    utc_text_s(last_frame_at) AS last_frame_at_text,
+    frames,
+    readings,
+    missing,
+    quarantined
+FROM (
+    SELECT
+        d.name AS device,
+        d.enabled,
+        coalesce((
+            SELECT e.kind FROM device_events AS e
+            WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected')
+            ORDER BY e.at DESC, e.id DESC LIMIT 1
+        ), 'new') AS state,
+        d.firmware,
+        d.first_seen_at,
+        d.last_seen_at,
+        (
+            SELECT max((
+                SELECT f.received_at FROM frames AS f
+                WHERE f.stream_id = st.id ORDER BY f.seq DESC LIMIT 1
+            ))
+            FROM streams AS st WHERE st.device_id = d.id
+        ) AS last_frame_at,
+        (SELECT coalesce(sum(st.frames), 0) FROM streams AS st WHERE st.device_id = d.id)::bigint AS frames,
+        (SELECT coalesce(sum(st.readings), 0) FROM streams AS st WHERE st.device_id = d.id)::bigint
+            AS readings,
+        (
+            -- The sum is numeric, and may be more than any bigint: a device may claim gaps that long.
+            SELECT least(coalesce(sum(g.to_seq - g.from_seq + 1), 0), 9223372036854775807)
+            FROM streams AS st JOIN gaps AS g ON g.stream_id = st.id
+            WHERE st.device_id = d.id
+        )::bigint AS missing,
+        (SELECT count(*) FROM quarantine AS q WHERE q.device_id = d.id) AS quarantined
+    FROM devices AS d
+) AS status;
+
+-- Enabled devices without a frame in the last hour, or ever; `silent_s` is the time since the last one.
+CREATE OR REPLACE VIEW silent_devices AS
+SELECT
+    device,
+    state,
+    last_frame_at,
+    last_frame_at_text,
+    extract(epoch FROM now() - last_frame_at)::bigint AS silent_s
+FROM device_status
+WHERE enabled = 1 AND (last_frame_at IS NULL OR last_frame_at < now() - interval '1 hour');
+
+-- What happened to devices, and what they reported (kind 'event'); `code` of a session's end is a BYE code.
+CREATE OR REPLACE VIEW events AS
+SELECT
     d.name AS device,
-    d.enabled,
-    coalesce((
-        SELECT e.kind FROM device_events AS e
-        WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected')
-        ORDER BY e.at DESC, e.id DESC LIMIT 1
-    ), 'new') AS state,
-    d.firmware,
-    utc_text_s(d.first_seen_at) AS first_seen_at,
-    utc_text_s(d.last_seen_at) AS last_seen_at,
-    utc_text_s((
-        SELECT max((
-            SELECT f.received_at FROM frames AS f
-            WHERE f.stream_id = st.id ORDER BY f.seq DESC LIMIT 1
-        ))
-        FROM streams AS st WHERE st.device_id = d.id
-    )) AS last_frame_at,
-    (SELECT coalesce(sum(st.frames), 0) FROM streams AS st WHERE st.device_id = d.id)::bigint AS frames,
-    (SELECT coalesce(sum(st.readings), 0) FROM streams AS st WHERE st.device_id = d.id)::bigint
-        AS readings,
-    (
-        -- The sum is numeric, and may be more than any bigint: a device may claim gaps that long.
-        SELECT least(coalesce(sum(g.to_seq - g.from_seq + 1), 0), 9223372036854775807)
-        FROM streams AS st JOIN gaps AS g ON g.stream_id = st.id
-        WHERE st.device_id = d.id
-    )::bigint AS missing,
-    (SELECT count(*) FROM quarantine AS q WHERE q.device_id = d.id) AS quarantined
-FROM devices AS d;
+    e.at,
+    utc_text(e.at) AS at_text,
+    e.kind,
+    CASE e.level
+        WHEN 0 THEN 'debug'
+        WHEN 1 THEN 'info'
+        WHEN 2 THEN 'warning'
+        WHEN 3 THEN 'error'
+        WHEN 4 THEN 'critical'
+    END AS level,
+    e.code,
+    e.detail AS text
+FROM devices AS d
+JOIN device_events AS e ON e.device_id = d.id;
 
 -- What devices lost before they could send it.
 CREATE OR REPLACE VIEW missing_frames AS
@@ -132,7 +264,8 @@ SELECT
         WHEN 254 THEN 'lost by the store'
         ELSE 'reason ' || g.reason
     END AS reason,
-    utc_text_s(g.received_at) AS received_at
+    g.received_at,
+    utc_text_s(g.received_at) AS received_at_text
 FROM devices AS d
 JOIN streams AS st ON st.device_id = d.id
 JOIN gaps AS g ON g.stream_id = st.id;

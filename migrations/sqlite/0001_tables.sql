@@ -1,6 +1,6 @@
 -- The store of a Fieldgate gateway.
 --
--- Times are integer microseconds since 1970-01-01T00:00:00Z; the views show them as UTC text.
+-- Times are integer microseconds since 1970-01-01T00:00:00Z; the views show them as UTC text as well.
 -- A frame is stored in one transaction with the move of its stream's durable_seq: what is in here
 -- is exactly what was acknowledged, or is about to be.
 

@@ -52,13 +52,22 @@ SELECT u.series_id, u.ts + CAST(v.key AS INTEGER), u.frame_id, v.value
 FROM readings_unsorted AS u
 CROSS JOIN json_each(u.samples) AS v;
 
--- Views for people.
+-- Hours that hold readings, each as its first microsecond: `telemetry_hourly` finds its readings by them.
+-- A commit adds the hours of its readings that are missing here. A row that no reading belongs to does no harm.
+CREATE TABLE reading_hours (
+    hour INTEGER PRIMARY KEY
+) STRICT;
+
+-- Views for people; the same names and columns as in Postgres.
 --
--- Filter by `ts`, integer microseconds UTC, which the index carries; `time` is for reading only, and
--- a filter on it computes a text for every row. From a text:
+-- A time is integer microseconds UTC. The column with `_text` after its name is the same time as text, for reading
+-- only: a filter on it computes a text for every row. Filter by `ts`, and in `telemetry_hourly` by `hour`, which
+-- reach the index. From a text:
 --     ... WHERE ts >= unixepoch('2026-11-22 10:00') * 1000000
 --     ... WHERE ts >= unixepoch('now', '-5 minutes') * 1000000
--- A time outside the years 0 to 9999 has no text: `time` is NULL, `ts` is still there.
+-- A time outside the years 0 to 9999 has no text: `ts_text` is NULL, `ts` is still there.
+--
+-- `kind` is how the device encodes a channel. A channel that changes it becomes another series.
 --
 -- CROSS JOIN keeps SQLite to the order written: device, its series, then (series_id, ts) in
 -- `readings`. Left to itself and without statistics, it may read all of `readings` instead. LEFT JOIN
@@ -72,12 +81,14 @@ SELECT
     device,
     channel,
     unit,
+    kind,
     ts,
     strftime('%Y-%m-%dT%H:%M:%S', (ts - (ts % 1000000 + 1000000) % 1000000) / 1000000, 'unixepoch')
-        || printf('.%06dZ', (ts % 1000000 + 1000000) % 1000000) AS time,
+        || printf('.%06dZ', (ts % 1000000 + 1000000) % 1000000) AS ts_text,
     value,
-    strftime('%Y-%m-%dT%H:%M:%S', received_us / 1000000, 'unixepoch')
-        || printf('.%06dZ', received_us % 1000000) AS received_at,
+    received_at,
+    strftime('%Y-%m-%dT%H:%M:%S', received_at / 1000000, 'unixepoch')
+        || printf('.%06dZ', received_at % 1000000) AS received_at_text,
     CASE quality
         WHEN 0 THEN 'utc'
         WHEN 1 THEN 'anchored'
@@ -85,13 +96,13 @@ SELECT
         WHEN 3 THEN 'suspect'
     END AS quality
 FROM (
-    SELECT d.name AS device, s.channel, s.unit, r.ts, r.value, f.received_at AS received_us, f.quality
+    SELECT d.name AS device, s.channel, s.unit, s.kind, r.ts, r.value, f.received_at, f.quality
     FROM devices AS d
     CROSS JOIN series AS s ON s.device_id = d.id
     CROSS JOIN readings_sorted AS r ON r.series_id = s.id
     LEFT JOIN frames AS f ON f.id = r.frame_id
     UNION ALL
-    SELECT d.name, s.channel, s.unit, u.ts + CAST(v.key AS INTEGER), v.value, f.received_at, f.quality
+    SELECT d.name, s.channel, s.unit, s.kind, u.ts + CAST(v.key AS INTEGER), v.value, f.received_at, f.quality
     FROM readings_unsorted AS u
     CROSS JOIN series AS s ON s.id = u.series_id
     CROSS JOIN devices AS d ON d.id = s.device_id
@@ -99,11 +110,11 @@ FROM (
     LEFT JOIN frames AS f ON f.id = u.frame_id
 );
 
--- One row for each series: its newest reading. A reading that claims a time more than a day after
--- its receipt is passed over, so that a device whose clock once stood in the future does not freeze
--- here; a series without any other reading shows NULL. (The bound by the present time says the same
--- of most such rows in a way the index can carry out.)
-CREATE VIEW latest AS
+-- The newest reading of each series. A reading that claims a time more than a day after its receipt is
+-- passed over, so that a device whose clock once stood in the future does not freeze here; a series
+-- without any other reading shows NULL. (The bound by the present time says the same of most such rows
+-- in a way the index can carry out.)
+CREATE VIEW newest_readings AS
 WITH unsorted AS MATERIALIZED (
     SELECT series_id, ts, frame_id, value
     FROM (
@@ -125,52 +136,112 @@ WITH unsorted AS MATERIALIZED (
     WHERE place = 1
 )
 SELECT
+    d.name AS device,
+    s.channel,
+    s.unit,
+    s.kind,
+    s.id AS series_id,
+    iif(r.ts IS NULL OR (n.ts, n.frame_id) > (r.ts, r.frame_id), n.ts, r.ts) AS ts,
+    iif(r.ts IS NULL OR (n.ts, n.frame_id) > (r.ts, r.frame_id), n.value, r.value) AS value,
+    iif(r.ts IS NULL OR (n.ts, n.frame_id) > (r.ts, r.frame_id), n.frame_id, r.frame_id) AS frame_id
+FROM devices AS d
+CROSS JOIN series AS s ON s.device_id = d.id
+LEFT JOIN readings_sorted AS r
+    ON r.series_id = s.id
+    AND (r.ts, r.frame_id) = (
+        SELECT c.ts, c.frame_id
+        FROM readings_sorted AS c
+        CROSS JOIN frames AS cf ON cf.id = c.frame_id
+        WHERE c.series_id = s.id
+            AND c.ts <= (unixepoch('now') + 86400) * 1000000
+            AND c.ts <= cf.received_at + 86400000000
+        ORDER BY c.ts DESC, c.frame_id DESC
+        LIMIT 1
+    )
+LEFT JOIN unsorted AS n ON n.series_id = s.id;
+
+-- One row for each series: its newest reading.
+CREATE VIEW latest AS
+SELECT
     device,
     channel,
     unit,
+    kind,
     ts,
     strftime('%Y-%m-%dT%H:%M:%S', (ts - (ts % 1000000 + 1000000) % 1000000) / 1000000, 'unixepoch')
-        || printf('.%06dZ', (ts % 1000000 + 1000000) % 1000000) AS time,
+        || printf('.%06dZ', (ts % 1000000 + 1000000) % 1000000) AS ts_text,
     value,
+    f.received_at,
     strftime('%Y-%m-%dT%H:%M:%S', f.received_at / 1000000, 'unixepoch')
-        || printf('.%06dZ', f.received_at % 1000000) AS received_at,
+        || printf('.%06dZ', f.received_at % 1000000) AS received_at_text,
     CASE f.quality
         WHEN 0 THEN 'utc'
         WHEN 1 THEN 'anchored'
         WHEN 2 THEN 'unanchored'
         WHEN 3 THEN 'suspect'
     END AS quality
-FROM (
-    SELECT
-        d.name AS device,
-        s.channel,
-        s.unit,
-        iif(r.ts IS NULL OR (n.ts, n.frame_id) > (r.ts, r.frame_id), n.ts, r.ts) AS ts,
-        iif(r.ts IS NULL OR (n.ts, n.frame_id) > (r.ts, r.frame_id), n.value, r.value) AS value,
-        iif(r.ts IS NULL OR (n.ts, n.frame_id) > (r.ts, r.frame_id), n.frame_id, r.frame_id) AS frame_id
-    FROM devices AS d
-    CROSS JOIN series AS s ON s.device_id = d.id
-    LEFT JOIN readings_sorted AS r
-        ON r.series_id = s.id
-        AND (r.ts, r.frame_id) = (
-            SELECT c.ts, c.frame_id
-            FROM readings_sorted AS c
-            CROSS JOIN frames AS cf ON cf.id = c.frame_id
-            WHERE c.series_id = s.id
-                AND c.ts <= (unixepoch('now') + 86400) * 1000000
-                AND c.ts <= cf.received_at + 86400000000
-            ORDER BY c.ts DESC, c.frame_id DESC
-            LIMIT 1
-        )
-    LEFT JOIN unsorted AS n ON n.series_id = s.id
-)
+FROM newest_readings
 LEFT JOIN frames AS f ON f.id = frame_id;
 
--- By UTC hour, of the valid values; `n` counts them. Name a device: without one, every reading in
--- the store is read. For hours of one short range in a large store, group `telemetry` by
--- `ts / 3600000000` with a filter on `ts`.
+-- One row for each series: its first reading, its newest one as `latest` shows it, and `in_future`, the
+-- readings whose time is more than a day from now; it counts to 1000.
+CREATE VIEW channels AS
+WITH unsorted AS MATERIALIZED (
+    SELECT
+        u.series_id,
+        min(u.ts + CAST(v.key AS INTEGER)) AS first_ts,
+        count(*) FILTER (WHERE u.ts + CAST(v.key AS INTEGER) > (unixepoch('now') + 86400) * 1000000) AS in_future
+    FROM readings_unsorted AS u
+    CROSS JOIN json_each(u.samples) AS v
+    GROUP BY u.series_id
+)
+SELECT
+    device,
+    channel,
+    unit,
+    kind,
+    first_ts,
+    strftime('%Y-%m-%dT%H:%M:%S', (first_ts - (first_ts % 1000000 + 1000000) % 1000000) / 1000000, 'unixepoch')
+        || printf('.%06dZ', (first_ts % 1000000 + 1000000) % 1000000) AS first_ts_text,
+    last_ts,
+    strftime('%Y-%m-%dT%H:%M:%S', (last_ts - (last_ts % 1000000 + 1000000) % 1000000) / 1000000, 'unixepoch')
+        || printf('.%06dZ', (last_ts % 1000000 + 1000000) % 1000000) AS last_ts_text,
+    last_value,
+    in_future
+FROM (
+    SELECT
+        n.device,
+        n.channel,
+        n.unit,
+        n.kind,
+        coalesce(min(r.ts, u.first_ts), r.ts, u.first_ts) AS first_ts,
+        n.ts AS last_ts,
+        n.value AS last_value,
+        min(coalesce(u.in_future, 0) + (
+            SELECT count(*) FROM (
+                SELECT 1 FROM readings_sorted AS c
+                WHERE c.series_id = n.series_id AND c.ts > (unixepoch('now') + 86400) * 1000000
+                LIMIT 1000
+            )
+        ), 1000) AS in_future
+    FROM newest_readings AS n
+    LEFT JOIN readings_sorted AS r
+        ON r.series_id = n.series_id
+        AND (r.ts, r.frame_id) = (
+            SELECT c.ts, c.frame_id FROM readings_sorted AS c
+            WHERE c.series_id = n.series_id ORDER BY c.ts, c.frame_id LIMIT 1
+        )
+    LEFT JOIN unsorted AS u ON u.series_id = n.series_id
+);
+
+-- By UTC hour, of the valid values; `n` counts them. Name a device, or hours, or both: without, every
+-- reading in the store is read.
+--
+-- `total` leaves out values beyond 1e288, whose sum may be no finite number; `huge` is their sum times
+-- 2^-64. `mean` is NULL where both infinities are among the values.
 CREATE VIEW telemetry_hourly AS
 WITH unsorted AS MATERIALIZED (
+    -- Values beyond 1e15 are sorted in at once, and never here.
     SELECT series_id, hour, count(value) AS n, min(value) AS min, total(value) AS total, max(value) AS max
     FROM (
         SELECT
@@ -187,40 +258,51 @@ SELECT
     device,
     channel,
     unit,
-    strftime('%Y-%m-%dT%H:00Z', hour_us / 1000000, 'unixepoch') AS hour,
+    kind,
+    hour,
+    strftime('%Y-%m-%dT%H:00Z', hour / 1000000, 'unixepoch') AS hour_text,
     n,
     min,
-    total / n AS mean,
+    max(min(
+        total / n + iif(abs(huge) >= 1e308, huge, huge / n * 4294967296.0 * 4294967296.0),
+        max
+    ), min) AS mean,
     max
 FROM (
     SELECT
         o.device,
         o.channel,
         o.unit,
-        o.hour AS hour_us,
+        o.kind,
+        o.hour,
         o.n + coalesce(u.n, 0) AS n,
         coalesce(min(o.min, u.min), o.min, u.min) AS min,
         o.total + coalesce(u.total, 0) AS total,
+        o.huge,
         coalesce(max(o.max, u.max), o.max, u.max) AS max
     FROM (
         SELECT
             d.name AS device,
             s.channel,
             s.unit,
-            r.ts - (r.ts % 3600000000 + 3600000000) % 3600000000 AS hour,
+            s.kind,
+            h.hour,
             s.id AS series_id,
             count(r.value) AS n,
             min(r.value) AS min,
-            total(r.value) AS total,
+            total(iif(abs(r.value) < 1e288, r.value, NULL)) AS total,
+            total(iif(abs(r.value) < 1e288, NULL, r.value / 4294967296.0 / 4294967296.0)) AS huge,
             max(r.value) AS max
         FROM devices AS d
         CROSS JOIN series AS s ON s.device_id = d.id
-        CROSS JOIN readings_sorted AS r ON r.series_id = s.id
-        GROUP BY 1, 2, 3, 4, 5
+        CROSS JOIN reading_hours AS h
+        CROSS JOIN readings_sorted AS r
+            ON r.series_id = s.id AND r.ts >= h.hour AND r.ts <= h.hour + 3599999999
+        GROUP BY 1, 2, 3, 4, 5, 6
     ) AS o
     LEFT JOIN unsorted AS u ON u.series_id = o.series_id AND u.hour = o.hour
     UNION ALL
-    SELECT d.name, s.channel, s.unit, u.hour, u.n, u.min, u.total, u.max
+    SELECT d.name, s.channel, s.unit, s.kind, u.hour, u.n, u.min, u.total, 0.0, u.max
     FROM unsorted AS u
     CROSS JOIN series AS s ON s.id = u.series_id
     CROSS JOIN devices AS d ON d.id = s.device_id
@@ -235,33 +317,81 @@ FROM (
 -- not be understood; `state` is the last thing its sessions told, 'new' before the first.
 CREATE VIEW device_status AS
 SELECT
+    device,
+    enabled,
+    state,
+    firmware,
+    first_seen_at,
+    strftime('%Y-%m-%dT%H:%M:%SZ', first_seen_at / 1000000, 'unixepoch') AS first_seen_at_text,
+    last_seen_at,
+    strftime('%Y-%m-%dT%H:%M:%SZ', last_seen_at / 1000000, 'unixepoch') AS last_seen_at_text,
+    last_frame_at,
+    strftime('%Y-%m-%dT%H:%M:%SZ', last_frame_at / 1000000, 'unixepoch') AS last_frame_at_text,
+    frames,
+    readings,
+    missing,
+    quarantined
+FROM (
+    SELECT
+        d.name AS device,
+        d.enabled,
+        coalesce((
+            SELECT e.kind FROM device_events AS e
+            WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected')
+            ORDER BY e.at DESC, e.id DESC LIMIT 1
+        ), 'new') AS state,
+        d.firmware,
+        d.first_seen_at,
+        d.last_seen_at,
+        (
+            SELECT max((
+                SELECT f.received_at FROM frames AS f
+                WHERE f.stream_id = st.id ORDER BY f.seq DESC LIMIT 1
+            ))
+            FROM streams AS st WHERE st.device_id = d.id
+        ) AS last_frame_at,
+        (SELECT coalesce(sum(st.frames), 0) FROM streams AS st WHERE st.device_id = d.id) AS frames,
+        (SELECT coalesce(sum(st.readings), 0) FROM streams AS st WHERE st.device_id = d.id) AS readings,
+        (
+            -- total(), not sum(): a device may claim a gap so long that a sum would overflow.
+            SELECT CAST(total(g.to_seq - g.from_seq + 1) AS INTEGER)
+            FROM streams AS st CROSS JOIN gaps AS g ON g.stream_id = st.id
+            WHERE st.device_id = d.id
+        ) AS missing,
+        (SELECT count(*) FROM quarantine AS q WHERE q.device_id = d.id) AS quarantined
+    FROM devices AS d
+);
+
+-- Enabled devices without a frame in the last hour, or ever; `silent_s` is the time since the last one.
+CREATE VIEW silent_devices AS
+SELECT
+    device,
+    state,
+    last_frame_at,
+    last_frame_at_text,
+    unixepoch('now') - last_frame_at / 1000000 AS silent_s
+FROM device_status
+WHERE enabled = 1 AND (last_frame_at IS NULL OR last_frame_at < (unixepoch('now') - 3600) * 1000000);
+
+-- What happened to devices, and what they reported (kind 'event'); `code` of a session's end is a BYE code.
+CREATE VIEW events AS
+SELECT
     d.name AS device,
-    d.enabled,
-    coalesce((
-        SELECT e.kind FROM device_events AS e
-        WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected')
-        ORDER BY e.at DESC, e.id DESC LIMIT 1
-    ), 'new') AS state,
-    d.firmware,
-    strftime('%Y-%m-%dT%H:%M:%SZ', d.first_seen_at / 1000000, 'unixepoch') AS first_seen_at,
-    strftime('%Y-%m-%dT%H:%M:%SZ', d.last_seen_at / 1000000, 'unixepoch') AS last_seen_at,
-    strftime('%Y-%m-%dT%H:%M:%SZ', (
-        SELECT max((
-            SELECT f.received_at FROM frames AS f
-            WHERE f.stream_id = st.id ORDER BY f.seq DESC LIMIT 1
-        ))
-        FROM streams AS st WHERE st.device_id = d.id
-    ) / 1000000, 'unixepoch') AS last_frame_at,
-    (SELECT coalesce(sum(st.frames), 0) FROM streams AS st WHERE st.device_id = d.id) AS frames,
-    (SELECT coalesce(sum(st.readings), 0) FROM streams AS st WHERE st.device_id = d.id) AS readings,
-    (
-        -- total(), not sum(): a device may claim a gap so long that a sum would overflow.
-        SELECT CAST(total(g.to_seq - g.from_seq + 1) AS INTEGER)
-        FROM streams AS st CROSS JOIN gaps AS g ON g.stream_id = st.id
-        WHERE st.device_id = d.id
-    ) AS missing,
-    (SELECT count(*) FROM quarantine AS q WHERE q.device_id = d.id) AS quarantined
-FROM devices AS d;
+    e.at,
+    strftime('%Y-%m-%dT%H:%M:%S', (e.at - (e.at % 1000000 + 1000000) % 1000000) / 1000000, 'unixepoch')
+        || printf('.%06dZ', (e.at % 1000000 + 1000000) % 1000000) AS at_text,
+    e.kind,
+    CASE e.level
+        WHEN 0 THEN 'debug'
+        WHEN 1 THEN 'info'
+        WHEN 2 THEN 'warning'
+        WHEN 3 THEN 'error'
+        WHEN 4 THEN 'critical'
+    END AS level,
+    e.code,
+    e.detail AS text
+FROM devices AS d
+CROSS JOIN device_events AS e ON e.device_id = d.id;
 
 -- What devices lost before they could send it.
 CREATE VIEW missing_frames AS
@@ -277,9 +407,11 @@ SELECT
         WHEN 2 THEN 'erased'
         -- Told by a frame that is, or was, in quarantine.
         WHEN 253 THEN 'told by a refused frame'
+        WHEN 254 THEN 'lost by the store'
         ELSE 'reason ' || g.reason
     END AS reason,
-    strftime('%Y-%m-%dT%H:%M:%SZ', g.received_at / 1000000, 'unixepoch') AS received_at
+    g.received_at,
+    strftime('%Y-%m-%dT%H:%M:%SZ', g.received_at / 1000000, 'unixepoch') AS received_at_text
 FROM devices AS d
 CROSS JOIN streams AS st ON st.device_id = d.id
 CROSS JOIN gaps AS g ON g.stream_id = st.id;

@@ -20,8 +20,8 @@ const TABLE_ROWS_MAX: usize = 10_000;
 
 #[derive(Args, Debug)]
 pub struct QueryArgs {
-    /// One statement that reads. Start from the views: telemetry, latest, telemetry_hourly,
-    /// device_status, missing_frames
+    /// One statement that reads. Start from the views: telemetry, latest, telemetry_hourly, channels,
+    /// device_status, silent_devices, events, missing_frames
     #[arg(value_name = "SQL")]
     sql: String,
 

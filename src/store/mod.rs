@@ -22,6 +22,7 @@ pub mod bounds;
 #[cfg(test)]
 mod contract;
 pub mod editor;
+mod hours;
 pub mod kept;
 pub mod ledger;
 pub mod lifecycle;

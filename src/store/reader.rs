@@ -6,6 +6,7 @@
 
 use std::future::poll_fn;
 use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
 
 use sqlx::postgres::{PgArguments, PgDatabaseError};
 use sqlx::sqlite::SqliteArguments;
@@ -17,6 +18,12 @@ use sqlx::{
 use super::url::StoreUrl;
 pub use super::value::Value;
 use super::{postgres, sqlite, value};
+
+/// How long a query of this program's own may read from a file. The gateway cannot shorten its write-ahead log
+/// past a reader, and stops storing when the log is full.
+const OWN_QUERY_MAX: Duration = Duration::from_secs(10);
+/// Steps of SQLite between two looks at the clock.
+const STEPS_BETWEEN_LOOKS: i32 = 10_000;
 
 /// A connection that reads.
 pub enum Reader {
@@ -43,6 +50,12 @@ pub enum ReadError {
     /// What the store says.
     #[error("{}", words(.0))]
     Sql(#[from] sqlx::Error),
+    /// It took too long to go on holding the gateway's write-ahead log.
+    #[error(
+        "could not read all of it within {} s, and gave up so that the gateway can shorten its write-ahead log; try again when the machine has less to do",
+        OWN_QUERY_MAX.as_secs()
+    )]
+    TooSlow,
     /// A row is not what this program writes.
     #[error("column {column} of a row holds {found:?}, which does not belong there")]
     Unexpected {
@@ -80,6 +93,12 @@ impl ReadError {
             _ => None,
         }
     }
+}
+
+fn is_interrupted(error: &sqlx::Error) -> bool {
+    const SQLITE_INTERRUPT: &str = "9";
+    let code = error.as_database_error().and_then(|error| error.code());
+    code.as_deref() == Some(SQLITE_INTERRUPT)
 }
 
 /// The store's own words, where they are.
@@ -196,9 +215,21 @@ impl Reader {
         }
     }
 
-    /// The rows of a query of this program's own.
+    /// Returns the rows of a query of this program's own.
+    ///
+    /// # Errors
+    /// The store does not answer, or a file has not given all rows within [`OWN_QUERY_MAX`].
     pub async fn rows(
         &mut self,
+        sql: &str,
+        arguments: &[Argument<'_>],
+    ) -> Result<Vec<Row>, ReadError> {
+        self.rows_within(OWN_QUERY_MAX, sql, arguments).await
+    }
+
+    async fn rows_within(
+        &mut self,
+        limit: Duration,
         sql: &str,
         arguments: &[Argument<'_>],
     ) -> Result<Vec<Row>, ReadError> {
@@ -207,8 +238,28 @@ impl Reader {
             rows.push(row);
             Ok(())
         };
-        self.each(sql, arguments, on_row).await?;
-        Ok(rows)
+        self.limit(Some(limit)).await?;
+        let read = self.each(sql, arguments, on_row).await;
+        self.limit(None).await?;
+        match read {
+            Err(ReadError::Sql(error)) if is_interrupted(&error) => Err(ReadError::TooSlow),
+            read => read.map(|()| rows),
+        }
+    }
+
+    /// Has SQLite end a statement that runs longer than `limit`, from now on.
+    async fn limit(&mut self, limit: Option<Duration>) -> Result<(), sqlx::Error> {
+        let Reader::Sqlite(conn) = self else {
+            return Ok(());
+        };
+        let mut handle = conn.lock_handle().await?;
+        match limit.and_then(|limit| Instant::now().checked_add(limit)) {
+            Some(end) => {
+                handle.set_progress_handler(STEPS_BETWEEN_LOOKS, move || Instant::now() < end);
+            }
+            None => handle.remove_progress_handler(),
+        }
+        Ok(())
     }
 
     /// Gives the rows of a query of this program's own to `on_row`, one at a time, until that fails.
@@ -427,6 +478,21 @@ mod tests {
         assert_eq!(rows[1], Row(vec!["a".into(), 42.into()]));
         assert!(rows[0].integer(0).is_err() && rows[0].real_or_null(1).is_err());
         assert_eq!(rows[0].text_or_null(0).unwrap(), Some("B"));
+        // A query of this program's own does not hold the log for long.
+        let endless =
+            "WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n";
+        let given_up = { &mut reader }
+            .rows_within(Duration::from_millis(1), endless, &[])
+            .await;
+        assert!(matches!(given_up, Err(ReadError::TooSlow)), "{given_up:?}");
+        assert_eq!(
+            reader
+                .rows(sql, &["a".into(), 1.into()])
+                .await
+                .unwrap()
+                .len(),
+            2
+        );
         let write = "INSERT INTO devices (name) VALUES ('a')";
         let result = reader.run(write, |_| ControlFlow::<()>::Continue(())).await;
         assert!(result.unwrap_err().is_write());

@@ -9,6 +9,7 @@ use std::collections::hash_map::Entry;
 
 use super::admission::{parse_declaration, series_key};
 use super::editor::Editor;
+use super::hours::hours_of;
 use super::reader::{Argument, ReadError, Reader};
 use super::rows::Run;
 use super::{Content, DeviceId, ResolvedTime, Schema, SeriesId, StreamId, postgres, sqlite};
@@ -177,7 +178,10 @@ impl Editor {
                 let runs: Vec<Run<'_>> = Run::of(id, readings).collect();
                 match &mut **self {
                     Reader::Sqlite(conn) => sqlite::insert_sorted(conn, &runs).await?,
-                    Reader::Postgres(conn) => postgres::insert_readings(conn, &runs).await?,
+                    Reader::Postgres(conn) => {
+                        postgres::insert_readings(conn, &runs).await?;
+                        postgres::insert_hours(conn, &hours_of(&runs)).await?;
+                    }
                 }
                 let sql = "UPDATE streams SET readings = readings + $1 WHERE id = $2";
                 self.execute(sql, &[count.into(), frame.stream.0.into()])

@@ -6,10 +6,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
 
-use fieldgate::store::Store;
+use fieldgate::store::{Batch, Store};
 
 use crate::fleet::simulator;
-use crate::site::{AT_US, DATABASE, Gateway, Said, Site};
+use crate::site::{AT_US, DATABASE, Gateway, Said, Site, readings};
 
 #[test]
 fn a_new_site_is_told_what_to_do() {
@@ -488,6 +488,49 @@ async fn devices_are_listed_and_shown() {
     said.refused(1, &["\"pmup-1\"", "did you mean pump-1"]);
     let said = site.run(&["device", "show", "turbine"]);
     said.refused(1, &["\"turbine\"", "device list"]);
+}
+
+#[tokio::test]
+async fn a_device_is_shown_with_its_newest_plausible_reading() {
+    let (site, mut store) = Site::with_readings().await;
+    let year_9999_us = 253_400_000_000_000_000;
+    for (seq, rows) in [
+        (5, vec![(year_9999_us, 7.0), (year_9999_us + 1, 8.0)]),
+        // Sorted in at once, where the others wait.
+        (6, (2..200).map(|n| (year_9999_us + n, 9.0)).collect()),
+    ] {
+        let batch = Batch {
+            entries: vec![readings(seq, &rows)],
+            ..Batch::default()
+        };
+        store.commit(&batch).await.unwrap();
+    }
+    let shown = |said: &Said| {
+        let line = said.out.lines().find(|line| line.contains("temperature"));
+        line.unwrap()
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let said = site.run(&["device", "show", "pump-1"]);
+    let newest = [
+        "temperature",
+        "Cel",
+        "integer",
+        "2026-02-25T06:13:20Z",
+        "NULL",
+    ];
+    assert_eq!(shown(&said)[..5], newest, "{}", said.out);
+    assert_eq!(shown(&said)[5..], ["200"], "{}", said.out);
+    // They are counted to a bound.
+    let rows: Vec<_> = (200..1500).map(|n| (year_9999_us + n, 9.0)).collect();
+    let batch = Batch {
+        entries: vec![readings(7, &rows)],
+        ..Batch::default()
+    };
+    store.commit(&batch).await.unwrap();
+    let said = site.run(&["device", "show", "pump-1"]);
+    assert_eq!(shown(&said)[5..], ["1000", "or", "more"], "{}", said.out);
 }
 
 #[tokio::test]

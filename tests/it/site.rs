@@ -9,7 +9,8 @@ use fieldgate::clock::{BootClock, Quality};
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
 use fieldgate::store::{
     Admission, Batch, Content, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
-    DeviceEventKind, Entry, Login, LoginOutcome, Readings, ResolvedTime, Store,
+    DeviceEventKind, DeviceId, Entry, Login, LoginOutcome, Readings, ResolvedTime, SeriesId, Store,
+    StreamId,
 };
 use fieldgate_protocol::column::Kind;
 use fieldgate_protocol::frame::types;
@@ -195,6 +196,28 @@ fn entry(
         frame_type,
         received_at_us: AT_US,
         content,
+    }
+}
+
+/// Readings of the only series, in a frame of the device that sent some.
+pub fn readings(seq: u64, rows: &[(i64, f64)]) -> Entry {
+    let readings = Readings {
+        time: ResolvedTime {
+            offset_us: 0,
+            quality: Quality::Utc,
+        },
+        times_us: rows.iter().map(|(ts_us, _)| *ts_us).collect(),
+        series: vec![SeriesId(1)],
+        values: rows.iter().map(|(_, value)| *value).collect(),
+    };
+    Entry {
+        device: DeviceId(2),
+        stream: StreamId(2),
+        first_seq: seq,
+        seq,
+        frame_type: types::DATA,
+        received_at_us: AT_US,
+        content: Content::Readings(readings),
     }
 }
 

@@ -12,6 +12,8 @@ use crate::cli::value::Value;
 
 /// Lines of the audit trail that `show` shows.
 const EVENTS_SHOWN: i64 = 10;
+/// Readings of a series in the future that the view `channels` counts.
+const IN_FUTURE_MAX: i64 = 1000;
 /// Gaps and streams that `show` shows; `query` shows all.
 const LINES_SHOWN: i64 = 20;
 
@@ -67,7 +69,12 @@ pub async fn show(reader: &mut Reader, name: &str) -> Result<(), Error> {
     let mut out = output::stdout();
     write_facts(&facts(name, device)?, &mut out)?;
     for section in SECTIONS {
-        write_section(reader, id, section, &mut out).await?;
+        let key = if section.is_by_name {
+            name.into()
+        } else {
+            id.into()
+        };
+        write_section(reader, key, section, &mut out).await?;
     }
     out.flush()?;
     Ok(())
@@ -116,8 +123,10 @@ fn facts(name: &str, device: &Row) -> Result<Vec<(&'static str, String)>, Error>
 /// One table of `show`.
 struct Section {
     title: &'static str,
-    /// Has the device's id as its only parameter, and rows limited.
+    /// Has the device as its first parameter, and maybe a limit of rows as its second.
     sql: &'static str,
+    /// Whether the device is given by its name, and not by its id.
+    is_by_name: bool,
     headers: &'static [&'static str],
     /// Makes a row's values readable.
     mend: fn(&mut [Value]),
@@ -128,20 +137,23 @@ struct Section {
 const SECTIONS: [&Section; 6] = [
     &Section {
         title: "channels",
-        sql: "SELECT s.channel, s.unit,
-                  s.kind,
-                  (SELECT r.ts FROM readings AS r WHERE r.series_id = s.id
-                      ORDER BY r.ts DESC, r.frame_id DESC LIMIT 1),
-                  (SELECT r.value FROM readings AS r WHERE r.series_id = s.id
-                      ORDER BY r.ts DESC, r.frame_id DESC LIMIT 1)
-              FROM series AS s WHERE s.device_id = $1
-              ORDER BY s.channel COLLATE \"C\", s.unit COLLATE \"C\", s.id",
-        headers: &["channel", "unit", "kind", "newest reading", "value"],
-        mend: |row| show_utc(row, 3),
+        is_by_name: true,
+        sql: "SELECT channel, unit, kind, last_ts, last_value, in_future FROM channels
+              WHERE device = $1 ORDER BY channel COLLATE \"C\", unit COLLATE \"C\", kind",
+        headers: &[
+            "channel",
+            "unit",
+            "kind",
+            "newest reading",
+            "value",
+            "in the future",
+        ],
+        mend: mend_channel,
         limit: None,
     },
     &Section {
         title: "schemas",
+        is_by_name: false,
         sql: "SELECT schema, hash FROM schemas WHERE device_id = $1 ORDER BY schema",
         headers: &["schema", "hash"],
         mend: |_| (),
@@ -149,6 +161,7 @@ const SECTIONS: [&Section; 6] = [
     },
     &Section {
         title: "streams, newest first",
+        is_by_name: false,
         sql: "SELECT stream, durable_seq, frames, readings, created_at FROM streams
               WHERE device_id = $1 ORDER BY id DESC LIMIT $2",
         headers: &["stream", "durable seq", "frames", "readings", "created"],
@@ -157,6 +170,7 @@ const SECTIONS: [&Section; 6] = [
     },
     &Section {
         title: "gaps, newest first",
+        is_by_name: false,
         sql: "SELECT st.stream, g.from_seq, g.to_seq,
                   CASE g.reason WHEN 0 THEN 'overwritten' WHEN 1 THEN 'queue damaged'
                       WHEN 2 THEN 'erased' ELSE CAST(g.reason AS TEXT) END, g.received_at
@@ -168,6 +182,7 @@ const SECTIONS: [&Section; 6] = [
     },
     &Section {
         title: "clocks, newest first",
+        is_by_name: false,
         sql: "SELECT boot, offset_us, delay_us, measured_at FROM clocks
               WHERE device_id = $1 ORDER BY measured_at DESC LIMIT $2",
         headers: &["boot", "offset us", "delay us", "measured"],
@@ -176,6 +191,7 @@ const SECTIONS: [&Section; 6] = [
     },
     &Section {
         title: "events, newest first",
+        is_by_name: false,
         sql: "SELECT at, kind, code, detail FROM device_events
               WHERE device_id = $1 ORDER BY at DESC, id DESC LIMIT $2",
         headers: &["time", "kind", "code", "detail"],
@@ -186,11 +202,11 @@ const SECTIONS: [&Section; 6] = [
 
 async fn write_section(
     reader: &mut Reader,
-    device: i64,
+    device: Argument<'_>,
     section: &Section,
     out: &mut impl Write,
 ) -> Result<(), Error> {
-    let mut arguments = vec![Argument::from(device)];
+    let mut arguments = vec![device];
     arguments.extend(section.limit.map(Argument::from));
     let rows = reader.rows(section.sql, &arguments).await?;
     if rows.is_empty() {
@@ -223,6 +239,14 @@ fn grid<'a>(
         grid.push(values);
     }
     grid
+}
+
+/// The view counts readings of the future to a bound, so that it reads no more of them.
+fn mend_channel(row: &mut [Value]) {
+    show_utc(row, 3);
+    if row[5] == Value::Integer(IN_FUTURE_MAX) {
+        row[5] = format!("{IN_FUTURE_MAX} or more").into();
+    }
 }
 
 /// What a session ended with is a code of the protocol; what a device reports is its own.

@@ -25,7 +25,7 @@ static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     migrator
 });
 /// Tables that another program may have, under the same names.
-const TABLES: [&str; 12] = [
+const TABLES: [&str; 13] = [
     "devices",
     "device_revision",
     "streams",
@@ -33,6 +33,7 @@ const TABLES: [&str; 12] = [
     "series",
     "frames",
     "readings",
+    "reading_hours",
     "gaps",
     "quarantine",
     "device_events",

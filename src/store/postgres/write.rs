@@ -18,6 +18,7 @@ use super::run;
 use super::timestamp::Timestamp;
 use crate::clock::BootClock;
 use crate::store::bounds::DeviceBounds;
+use crate::store::hours::KnownHours;
 use crate::store::ledger::{self, UnknownStream, Watermarks};
 use crate::store::rows::{EventRow, Frame, Run, resolved_time, sorted_runs};
 use crate::store::{Batch, Committed, Content, DeviceEvent, DeviceId, Entry, Refusal, StreamId};
@@ -46,6 +47,7 @@ pub(super) struct Writer {
     pub(super) conn: PgConnection,
     /// Ids taken from the sequence and not given to a frame.
     frame_ids: std::ops::Range<i64>,
+    hours: KnownHours,
     pub(super) progress: Arc<Progress>,
     bounds: DeviceBounds,
 }
@@ -55,6 +57,7 @@ impl Writer {
         Self {
             conn,
             frame_ids: 0..0,
+            hours: KnownHours::default(),
             progress: Arc::default(),
             bounds,
         }
@@ -78,6 +81,8 @@ impl Writer {
             .collect();
         self.store_ledger(&frames).await?;
         self.store_readings(&frames).await?;
+        let hours = self.hours.missing(&frames);
+        insert_hours(&mut self.conn, &hours).await?;
         self.store_gaps(&frames).await?;
         self.store_quarantine(&frames).await?;
         self.store_watermarks(&watermarks).await?;
@@ -88,6 +93,7 @@ impl Writer {
         let events: Vec<&DeviceEvent> = batch.events.iter().chain(&refusals).collect();
         self.store_events(&frames, &events).await?;
         run(&mut self.conn, "COMMIT").await?;
+        self.hours.learn(hours);
         Ok(Committed {
             logins,
             declares,
@@ -368,6 +374,22 @@ impl Writer {
         .await
         .map(drop)
     }
+}
+
+/// Adds the hours that are not there yet.
+pub(in crate::store) async fn insert_hours(
+    conn: &mut PgConnection,
+    hours: &[i64],
+) -> Result<(), sqlx::Error> {
+    if hours.is_empty() {
+        return Ok(());
+    }
+    let hours = hours.iter().copied().map(Timestamp);
+    sqlx::query("INSERT INTO reading_hours SELECT unnest($1::timestamptz[]) ON CONFLICT DO NOTHING")
+        .bind(hours.collect::<Vec<_>>())
+        .execute(conn)
+        .await
+        .map(drop)
 }
 
 /// Puts readings in by one statement.

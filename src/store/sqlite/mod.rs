@@ -20,6 +20,7 @@ pub use self::open::{OpenError, migrate, open_editor, open_reader};
 use self::open::{Purpose, WriterSettings};
 use self::write::Writer;
 use super::bounds::DeviceBounds;
+use super::hours::hours_of;
 use super::rows::Run;
 use super::{Batch, Committed, Content, Store, StoreError};
 
@@ -279,7 +280,8 @@ pub(super) async fn insert_sorted(
     conn: &mut sqlx::SqliteConnection,
     runs: &[Run<'_>],
 ) -> Result<(), sqlx::Error> {
-    rows::insert_runs(&rows::readings_into("readings_sorted"), conn, runs).await
+    rows::insert_runs(&rows::readings_into("readings_sorted"), conn, runs).await?;
+    recent::insert_hours(conn, &hours_of(runs)).await
 }
 
 fn primary_code(error: &sqlx::Error) -> Option<i32> {

@@ -19,6 +19,7 @@ use tokio::task::JoinHandle;
 
 use super::bulk::Bulk;
 use super::rows::{insert_runs, readings_into};
+use crate::store::hours::KnownHours;
 use crate::store::rows::{Frame, Run, sorted_runs};
 use crate::store::{Content, Readings};
 
@@ -60,6 +61,7 @@ pub(super) struct Recent {
     position: Position,
     /// Rows up to this one are deleted.
     deleted_id: i64,
+    hours: KnownHours,
 }
 
 /// How far sorting in has come: the row of `readings_sorting`, and the last id in `readings_recent`.
@@ -89,6 +91,8 @@ pub(super) struct Step<'a> {
     deleted_id: i64,
     begins_generation: bool,
     runs_sorted: usize,
+    /// Hours that it adds.
+    hours: Vec<i64>,
 }
 
 impl Recent {
@@ -106,6 +110,7 @@ impl Recent {
             lately_readings: 0,
             position: Position::default(),
             deleted_id: 0,
+            hours: KnownHours::default(),
         }
     }
 
@@ -173,7 +178,9 @@ impl Recent {
             deleted_id: self.deleted_id,
             begins_generation: self.is_generation_due(is_idle),
             runs_sorted: 0,
+            hours: self.hours.missing(frames),
         };
+        insert_hours(conn, &step.hours).await?;
         if step.begins_generation {
             step.position.sorting_id = self.position.last_id;
             step.position.run = (0, 0, 0);
@@ -217,6 +224,7 @@ impl Recent {
         self.lately_readings += self.gathering.values.len() - before;
         self.position = step.position;
         self.deleted_id = step.deleted_id;
+        self.hours.learn(step.hours);
     }
 
     fn is_generation_due(&self, is_idle: bool) -> bool {
@@ -327,6 +335,22 @@ impl Position {
     fn row(self) -> (i64, i64, (i64, i64, i64)) {
         (self.sorted_id, self.sorting_id, self.run)
     }
+}
+
+/// Adds the hours that are not there yet.
+pub(super) async fn insert_hours(
+    conn: &mut SqliteConnection,
+    hours: &[i64],
+) -> Result<(), sqlx::Error> {
+    if hours.is_empty() {
+        return Ok(());
+    }
+    let hours = serde_json::to_string(hours).expect("numbers are JSON");
+    sqlx::query("INSERT OR IGNORE INTO reading_hours SELECT value FROM json_each(?)")
+        .bind(hours)
+        .execute(conn)
+        .await
+        .map(drop)
 }
 
 /// The readings that are to wait, and the frames whose readings are to be sorted in at once. `frames`

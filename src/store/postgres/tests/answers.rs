@@ -17,15 +17,12 @@ const NAMES: [&str; 3] = [
 ];
 
 /// What is asked in the README, and of each view everything that is written alike.
-const QUESTIONS: [&str; 9] = [
-    "SELECT device, channel, unit, time, value, quality FROM telemetry
-     ORDER BY device COLLATE \"C\", time, value",
-    "SELECT device, channel, time, value, received_at, quality FROM latest
-     ORDER BY device COLLATE \"C\"",
-    "SELECT device, channel, unit, hour, n, min, round(mean * 1000) / 1000 AS mean, max
+const QUESTIONS: [&str; 7] = [
+    "SELECT device, channel, unit, ts_text, value, quality FROM telemetry
+     ORDER BY device COLLATE \"C\", ts, value",
+    "SELECT device, channel, unit, hour_text, n, min, round(mean * 1000) / 1000 AS mean, max
      FROM telemetry_hourly ORDER BY device COLLATE \"C\", hour",
-    "SELECT * FROM device_status ORDER BY device COLLATE \"C\"",
-    "SELECT device, stream, from_seq, to_seq, frames, reason, received_at FROM missing_frames
+    "SELECT device, stream, from_seq, to_seq, frames, reason, received_at_text FROM missing_frames
      ORDER BY device COLLATE \"C\"",
     "SELECT name, enabled FROM devices ORDER BY id",
     "SELECT code, detail, peer FROM quarantine",
@@ -34,7 +31,11 @@ const QUESTIONS: [&str; 9] = [
     "SELECT count(*), count(value), min(value), max(value) FROM telemetry WHERE value < 20.5",
 ];
 /// Where the time of a reading is asked for: in SQLite, in Postgres.
-const BY_TIME: [(&str, &str); 2] = [
+const BY_TIME: [(&str, &str); 3] = [
+    (
+        "SELECT count(*), sum(n) FROM telemetry_hourly WHERE hour >= unixepoch('2026-11-01 10:00') * 1000000",
+        "SELECT count(*), CAST(sum(n) AS bigint) FROM telemetry_hourly WHERE hour >= '2026-11-01 10:00Z'",
+    ),
     (
         "SELECT count(*) FROM telemetry WHERE ts >= unixepoch('2026-11-01 10:00') * 1000000",
         "SELECT count(*) FROM telemetry WHERE ts >= '2026-11-01 10:00Z'",

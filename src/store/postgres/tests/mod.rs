@@ -11,6 +11,7 @@ use crate::store::url::StoreUrl;
 mod answers;
 mod declares;
 mod partitions;
+mod views;
 
 contract!(
     #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]

@@ -44,7 +44,7 @@ async fn plans_use_the_index_with_and_without_statistics() {
     }
     let one = "SELECT * FROM telemetry WHERE device = 'd7' AND channel = 'temperature'
         AND ts BETWEEN 100 AND 200";
-    let text = "SELECT device, time, value FROM telemetry WHERE device = 'd7'
+    let text = "SELECT device, ts_text, value FROM telemetry WHERE device = 'd7'
         AND ts >= unixepoch('1970-01-01 00:00:00') * 1000000";
     let all = "SELECT * FROM telemetry WHERE ts > unixepoch('now', '-5 minutes') * 1000000";
     let narrow = "SELECT device, ts, value FROM telemetry WHERE ts > 100";
@@ -91,7 +91,7 @@ async fn telemetry_shows_time_as_text() {
         (i64::MAX, 3.5),
     ];
     store_readings(&mut h, vec![peer.readings(1, &rows)]).await;
-    let times = texts(h.conn(), "SELECT time FROM telemetry ORDER BY ts").await;
+    let times = texts(h.conn(), "SELECT ts_text FROM telemetry ORDER BY ts").await;
     let mut expected = vec![None];
     expected.extend(some(&[
         "1969-12-31T23:59:59.999999Z",
@@ -101,7 +101,7 @@ async fn telemetry_shows_time_as_text() {
     expected.push(None);
     assert_eq!(times, expected);
     let sql = format!(
-        "SELECT device, channel, unit, CAST(value AS TEXT), received_at, quality FROM telemetry
+        "SELECT device, channel, unit, CAST(value AS TEXT), received_at_text, quality FROM telemetry
         WHERE ts = {}",
         AT_US + 1
     );
@@ -160,7 +160,7 @@ async fn hours_count_valid_values() {
         (hour, 7.0),
     ];
     store_readings(&mut h, vec![peer.readings(1, &rows)]).await;
-    let sql = "SELECT hour, CAST(n AS TEXT), CAST(min AS TEXT), CAST(mean AS TEXT),
+    let sql = "SELECT hour_text, CAST(n AS TEXT), CAST(min AS TEXT), CAST(mean AS TEXT),
         CAST(max AS TEXT) FROM telemetry_hourly WHERE device = 'a' ORDER BY hour";
     let expected = [
         ["1969-12-31T23:00Z", "1", "9.0", "9.0", "9.0"],
@@ -182,7 +182,7 @@ async fn status_tells_what_is_missing() {
     ];
     store_readings(&mut h, entries).await;
     let sql = "SELECT device, state, CAST(frames AS TEXT), CAST(readings AS TEXT),
-        CAST(missing AS TEXT), CAST(quarantined AS TEXT), last_frame_at FROM device_status";
+        CAST(missing AS TEXT), CAST(quarantined AS TEXT), last_frame_at_text FROM device_status";
     let mut expected = some(&["a", "new", "3", "2", "8", "0", "2023-11-14T22:13:20Z"]);
     expected.extend(some(&["b", "new", "0", "0", "0", "0"]));
     expected.push(None);
