@@ -40,7 +40,10 @@ impl Unit {
             Ok(number) => number,
             Err(_) => self.with_unit(text.trim())?,
         };
-        N::try_from(number).map_err(|_| format!("{number} is too large"))
+        N::try_from(number).map_err(|_| {
+            let max = u64::MAX >> (u64::BITS - 8 * size_of::<N>() as u32);
+            format!("{number} is too large; it must be at most {max}")
+        })
     }
 
     fn with_unit(self, text: &str) -> Result<u64, String> {
@@ -127,7 +130,7 @@ mod tests {
         }
         assert_eq!(
             Unit::Seconds.parse::<u16>("1day"),
-            Err("86400 is too large".into())
+            Err("86400 is too large; it must be at most 65535".into())
         );
     }
 }

@@ -3,8 +3,11 @@
 //! CSV and JSON are written as the rows come, so the size of a result does not matter. No signal is
 //! caught: Ctrl-C ends the process at once.
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use fieldgate::store::reader::{ReadError, Reader, Row};
@@ -15,18 +18,26 @@ use super::output::{self, Grid};
 use super::statement::{self, Dialect};
 use super::value::{Value, Written, csv_text, json_text};
 
+/// A gateway cannot shorten its write-ahead log past a statement that still reads, and stores nothing more when the log
+/// is full (1 GiB by default). So a statement ends when the log has grown by this much under it, ...
+const LOG_GROWTH_MAX: u64 = 256 << 20;
+/// ... or has grown at all and is as long as this.
+const LOG_BYTES_MAX: u64 = 512 << 20;
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
 /// A table is laid out as a whole, so it has to be held in memory.
 const TABLE_ROWS_MAX: usize = 10_000;
 
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct QueryArgs {
     /// One statement that reads. Start from the views: telemetry, latest, telemetry_hourly, channels,
     /// device_status, silent_devices, events, missing_frames
     #[arg(value_name = "SQL")]
     sql: String,
 
-    /// How rows are written; csv and json stream results of any size, a table holds 10000 rows. While
-    /// a reader of a stream pauses (`| less`), SQLite cannot shorten its write-ahead log
+    /// How rows are written; csv and json stream results of any size, a table holds 10000 rows. A
+    /// statement that reads from SQLite for so long that it would stop the gateway from storing ends with an error,
+    /// also while a reader of its output pauses (`| less`)
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Table)]
     format: Format,
 }
@@ -45,9 +56,43 @@ enum Format {
 pub async fn query(store: &StoreUrl, args: &QueryArgs) -> Result<(), Error> {
     statement::check(&args.sql, Dialect::of(store))
         .map_err(|refusal| Error::Failed(refusal.to_string()))?;
-    let mut reader = Reader::open(store).await?;
+    let running = tokio::spawn(write_rows(store.clone(), args.clone()));
+    let ended = async {
+        running
+            .await
+            .map_err(|error| Error::Failed(error.to_string()))?
+    };
+    tokio::select! {
+        ended = ended => ended,
+        // It may wait for a reader of its output, and then ends with the process.
+        () = log_grows(store) => Err(Error::Failed(
+            "query ended: the gateway stores on into a write-ahead log that it cannot shorten while the query reads; \
+             ask for less at once, or write the output to a file"
+                .to_owned(),
+        )),
+    }
+}
+
+/// Waits until the write-ahead log has grown so far that the gateway would soon stop storing.
+async fn log_grows(store: &StoreUrl) {
+    let StoreUrl::Sqlite(path) = store else {
+        return std::future::pending().await;
+    };
+    let mut log = OsString::from(path);
+    log.push("-wal");
+    let bytes = || std::fs::metadata(Path::new(&log)).map_or(0, |file| file.len());
+    let began = bytes();
+    let limit = (began + LOG_GROWTH_MAX).min(LOG_BYTES_MAX).max(began + 1);
+    while bytes() < limit {
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+async fn write_rows(store: StoreUrl, args: QueryArgs) -> Result<(), Error> {
+    let mut reader = Reader::open(&store).await?;
     let headers = reader.columns(&args.sql).await.map_err(query_error)?;
-    let mut out = output::stdout();
+    // Not locked, for it may be held for as long as a reader pauses.
+    let mut out = io::BufWriter::with_capacity(1 << 16, io::stdout());
     match args.format {
         Format::Table => {
             let mut sink = Sheet::new(headers);

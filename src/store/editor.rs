@@ -5,28 +5,44 @@
 //! Statements are one text for both stores, as those of [`Reader`].
 
 use std::ops::{Deref, DerefMut};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use sqlx::{AssertSqlSafe, Executor};
 
 use super::reader::{Argument, OpenError, ReadError, Reader, postgres_arguments, sqlite_arguments};
+use super::sqlite::turn::Turn;
 use super::url::StoreUrl;
 use super::{postgres, sqlite};
 
 /// A connection that writes; it reads as a [`Reader`] does.
-pub struct Editor(Reader);
+pub struct Editor {
+    reader: Reader,
+    /// The file of the database, if it is one.
+    path: Option<PathBuf>,
+    /// The transaction that is open, if there is one.
+    open: Option<Open>,
+    /// How long the last transaction took.
+    took: Duration,
+}
+
+struct Open {
+    began: Instant,
+    /// Ends with the transaction.
+    _turn: Option<Turn>,
+}
 
 impl Deref for Editor {
     type Target = Reader;
 
     fn deref(&self) -> &Reader {
-        &self.0
+        &self.reader
     }
 }
 
 impl DerefMut for Editor {
     fn deref_mut(&mut self) -> &mut Reader {
-        &mut self.0
+        &mut self.reader
     }
 }
 
@@ -36,10 +52,16 @@ impl Editor {
     /// # Errors
     /// As [`Reader::open`]: there is none, or it is not one of this program's present schema.
     pub async fn open(store: &StoreUrl) -> Result<Editor, OpenError> {
-        Ok(Editor(match store {
-            StoreUrl::Sqlite(path) => Reader::Sqlite(sqlite::open_editor(path).await?),
-            StoreUrl::Postgres(url) => Reader::Postgres(postgres::open_editor(url).await?),
-        }))
+        Ok(match store {
+            StoreUrl::Sqlite(path) => {
+                let conn = sqlite::open_editor(path).await?;
+                Editor::of(Reader::Sqlite(conn), Some(path))
+            }
+            StoreUrl::Postgres(url) => {
+                let conn = postgres::open_editor(url).await?;
+                Editor::of(Reader::Postgres(conn), None)
+            }
+        })
     }
 
     /// Opens the spool in the file `path`, beside the gateway that uses it.
@@ -48,20 +70,47 @@ impl Editor {
     /// There is none, or it is not one of this program's present schema.
     pub async fn open_spool(path: &Path) -> Result<Editor, OpenError> {
         let conn = sqlite::spool::open_editor(path).await?;
-        Ok(Editor(Reader::Sqlite(conn)))
+        Ok(Editor::of(Reader::Sqlite(conn), Some(path)))
     }
 
-    /// Begins a transaction; in SQLite, waits for its turn to write.
+    fn of(reader: Reader, path: Option<&Path>) -> Editor {
+        Editor {
+            reader,
+            path: path.map(Path::to_owned),
+            open: None,
+            took: Duration::ZERO,
+        }
+    }
+
+    /// Begins a transaction; in SQLite, waits for its turn to write. Leaves the store to others for as long as the
+    /// last transaction took, so that many in a row take at most half of the time.
     ///
     /// # Errors
     /// The store does not answer.
     pub async fn begin(&mut self) -> Result<(), ReadError> {
-        let begin = match &self.0 {
+        let turn = match &self.path {
+            Some(path) => {
+                tokio::time::sleep(self.took).await;
+                // Through a link it is the same database, and the same turn.
+                let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+                Turn::take(&path).await
+            }
+            None => None,
+        };
+        self.open = Some(Open {
+            began: Instant::now(),
+            _turn: turn,
+        });
+        let begin = match &self.reader {
             Reader::Sqlite(_) => "BEGIN IMMEDIATE",
             // Each statement must see what was committed while it waited for a lock.
             Reader::Postgres(_) => "BEGIN ISOLATION LEVEL READ COMMITTED",
         };
-        self.run_alone(begin).await
+        let begun = self.run_alone(begin).await;
+        if begun.is_err() {
+            self.end();
+        }
+        begun
     }
 
     /// Ends the transaction: all that was done in it is synced.
@@ -69,7 +118,9 @@ impl Editor {
     /// # Errors
     /// Nothing of it was done, or, if the connection was lost, nobody knows.
     pub async fn commit(&mut self) -> Result<(), ReadError> {
-        self.run_alone("COMMIT").await
+        let committed = self.run_alone("COMMIT").await;
+        self.end();
+        committed
     }
 
     /// Ends the transaction and undoes it.
@@ -77,7 +128,15 @@ impl Editor {
     /// # Errors
     /// The store does not answer; the transaction is undone all the same.
     pub async fn rollback(&mut self) -> Result<(), ReadError> {
-        self.run_alone("ROLLBACK").await
+        let undone = self.run_alone("ROLLBACK").await;
+        self.end();
+        undone
+    }
+
+    fn end(&mut self) {
+        if let Some(open) = self.open.take() {
+            self.took = open.began.elapsed();
+        }
     }
 
     /// Runs a statement that writes; gives the number of rows that it changed.
@@ -90,7 +149,7 @@ impl Editor {
         arguments: &[Argument<'_>],
     ) -> Result<u64, ReadError> {
         let sql = AssertSqlSafe(sql.to_owned());
-        Ok(match &mut self.0 {
+        Ok(match &mut self.reader {
             Reader::Sqlite(conn) => sqlx::query_with(sql, sqlite_arguments(arguments)?)
                 .execute(conn)
                 .await?
@@ -104,7 +163,7 @@ impl Editor {
 
     async fn run_alone(&mut self, sql: &'static str) -> Result<(), ReadError> {
         let sql = sqlx::raw_sql(sql);
-        match &mut self.0 {
+        match &mut self.reader {
             Reader::Sqlite(conn) => conn.execute(sql).await.map(drop)?,
             Reader::Postgres(conn) => conn.execute(sql).await.map(drop)?,
         }

@@ -10,6 +10,7 @@ use fieldgate::store::{Batch, Store};
 
 use crate::fleet::simulator;
 use crate::site::{AT_US, DATABASE, Gateway, Said, Site, readings};
+use crate::tls::until;
 
 #[test]
 fn a_new_site_is_told_what_to_do() {
@@ -441,6 +442,42 @@ fn a_closed_pipe_ends_a_query_quietly() {
     }
     let table = site.query(endless, "table");
     assert!(table.ends_with("(10000 rows, and more: --format csv or json gives all)\n"));
+}
+
+/// A gateway that cannot shorten its log stops storing; whatever the query waits for, it ends before.
+#[test]
+fn a_query_ends_before_it_stops_the_gateway() {
+    let site = Site::new();
+    assert_eq!(site.run(&["migrate"]).code, 0);
+    let endless = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT n FROM c";
+    let silent =
+        "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT max(n) FROM c";
+    // One waits for a reader of its output that has stopped, the other has nothing to write yet.
+    for sql in [endless, silent] {
+        let log = site.path(DATABASE).with_extension("db-wal");
+        let mut child = site
+            .command(&["query", sql, "--format", "csv"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let log = until(|| fs::OpenOptions::new().append(true).open(&log).ok());
+        assert!(child.try_wait().unwrap().is_none());
+        // Long, and empty: nothing in it is a part of the database.
+        let mut bytes = 600 << 20;
+        until(|| {
+            bytes += 1;
+            log.set_len(bytes).unwrap();
+            child.try_wait().unwrap()
+        });
+        let done = child.wait_with_output().unwrap();
+        let says = String::from_utf8(done.stderr).unwrap();
+        assert_eq!(done.status.code(), Some(1), "{says}");
+        assert!(says.contains("write-ahead log"), "{says}");
+        drop(out);
+        log.set_len(0).unwrap();
+    }
 }
 
 #[tokio::test]

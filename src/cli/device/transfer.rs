@@ -24,7 +24,7 @@ use crate::cli::Error;
 use crate::cli::output::{self, count};
 
 /// Devices of one transaction: while it is open, nothing is acknowledged.
-const DEVICES_AT_ONCE: usize = 500;
+const DEVICES_AT_ONCE: usize = 100;
 /// Stands for a key that is not told.
 const UNTOLD: &str = "-";
 
@@ -124,11 +124,10 @@ fn cannot_write(error: csv::Error) -> Error {
 pub async fn import(data_dir: &Path, store: &StoreUrl, args: &ImportArgs) -> Result<(), Error> {
     let lines = read(&args.file)?;
     let fleet = fleet_key(data_dir)?;
-    let names: Vec<String> = lines.iter().map(|line| line.name.clone()).collect();
-    let by_name: HashMap<&str, (usize, &Line)> = lines
+    let names: Vec<String> = lines.iter().map(|(_, line)| line.name.clone()).collect();
+    let by_name: HashMap<&str, &(usize, Line)> = lines
         .iter()
-        .enumerate()
-        .map(|(at, line)| (line.name.as_str(), (at + 2, line)))
+        .map(|line| (line.1.name.as_str(), line))
         .collect();
     let (mut added, mut changed, mut same) = (0, 0, 0);
     for names in names.chunks(DEVICES_AT_ONCE) {
@@ -138,14 +137,14 @@ pub async fn import(data_dir: &Path, store: &StoreUrl, args: &ImportArgs) -> Res
             let (number, line) = by_name[name];
             wanted(&fleet, line, before)
                 .map(Some)
-                .map_err(|fault| fault.of(&args.file, number))
+                .map_err(|fault| fault.of(&args.file, *number))
         })
         .await
         .map_err(|error| match added + changed + same {
             0 => error,
             done => Error::Failed(format!(
                 "{error}; the {done} devices before line {} are as the file says, those behind are as they were",
-                done + 2
+                by_name[names[0].as_str()].0
             )),
         })?;
         let are_set = set.values().filter(|is_changed| **is_changed).count() as u64;
@@ -239,8 +238,8 @@ fn no_key(error: impl std::fmt::Display) -> Fault {
     ))
 }
 
-/// The lines of the file, all of them sound.
-fn read(path: &Path) -> Result<Vec<Line>, Error> {
+/// The lines of the file with their numbers, all of them sound.
+fn read(path: &Path) -> Result<Vec<(usize, Line)>, Error> {
     let cannot =
         |fault: String| Error::Failed(format!("could not read {}: {fault}", path.display()));
     let mut bytes = Vec::new();
@@ -253,7 +252,7 @@ fn read(path: &Path) -> Result<Vec<Line>, Error> {
     lines(&bytes, path)
 }
 
-fn lines(bytes: &[u8], path: &Path) -> Result<Vec<Line>, Error> {
+fn lines(bytes: &[u8], path: &Path) -> Result<Vec<(usize, Line)>, Error> {
     let cannot =
         |fault: String| Error::Failed(format!("could not read {}: {fault}", path.display()));
     // Spreadsheets write a byte order mark.
@@ -268,7 +267,7 @@ fn lines(bytes: &[u8], path: &Path) -> Result<Vec<Line>, Error> {
     if let Some(fault) = other_separator(&headers) {
         return Err(cannot(fault));
     }
-    let mut lines: Vec<Line> = Vec::new();
+    let mut lines = Vec::new();
     let mut seen = HashMap::new();
     for record in csv.records() {
         let record = record.map_err(|error| cannot(fault(bytes, &error)))?;
@@ -280,7 +279,7 @@ fn lines(bytes: &[u8], path: &Path) -> Result<Vec<Line>, Error> {
             let fault = format!("{} is in line {before}, too", line.name);
             return Err(Fault::Line(fault).of(path, number));
         }
-        lines.push(line);
+        lines.push((number, line));
     }
     Ok(lines)
 }

@@ -28,12 +28,14 @@ pub async fn purge(store: &StoreUrl, args: &PurgeArgs) -> Result<(), Error> {
     }
     let mut editor = Editor::open(store).await?;
     let condition = args.selection.condition(&mut editor).await?;
-    // One statement is a transaction of its own, and its rows are not changed by anybody else.
+    // The rows of one statement are not changed by anybody else.
     let purge = format!(
         "DELETE FROM quarantine AS q WHERE {} RETURNING length(bytes)",
         condition.sql()
     );
+    editor.begin().await?;
     let rows = editor.rows(&purge, &condition.arguments()).await?;
+    editor.commit().await?;
     let mut bytes = 0;
     for row in &rows {
         bytes += row.integer(0)?.unsigned_abs();

@@ -18,6 +18,7 @@ use sqlx::Connection;
 use self::checkpoint::{Checkpoints, Limits};
 pub use self::open::{OpenError, migrate, open_editor, open_reader};
 use self::open::{Purpose, WriterSettings};
+use self::turn::Turns;
 use self::write::Writer;
 use super::bounds::DeviceBounds;
 use super::hours::hours_of;
@@ -33,6 +34,7 @@ mod rows;
 pub(super) mod spool;
 #[cfg(test)]
 mod tests;
+pub(super) mod turn;
 mod write;
 
 // SQLite's primary result codes, the low byte of an extended one.
@@ -94,6 +96,7 @@ pub struct SqliteStore {
     writer: Option<Writer>,
     checkpoints: Checkpoints,
     statistics: Statistics,
+    turns: Turns,
     /// Held while the store is open.
     _lock: File,
 }
@@ -162,6 +165,7 @@ impl SqliteStore {
                 readings: 0,
                 due_at_readings: OPTIMIZE_AFTER_READINGS.0,
             },
+            turns: Turns::of_gateway(&path),
             _lock: lock,
         })
     }
@@ -171,6 +175,7 @@ impl SqliteStore {
             return Err(StoreError::Fatal("the store has failed before".to_owned()));
         };
         self.checkpoints.make_room().await?;
+        self.turns.give_way().await;
         self.statistics.look_after(writer).await?;
         let committed = writer
             .commit(batch)

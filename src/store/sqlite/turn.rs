@@ -1,0 +1,127 @@
+//! Turns at writing, between the gateway and the commands that write next to it.
+//!
+//! SQLite has no queue for its write lock: whoever waits looks again now and then, while a gateway under load begins
+//! its next transaction at once. So a command locks the file `<database>.turn` before it asks for the write lock, and
+//! keeps it until its transaction ends; the gateway begins no transaction while that file is locked.
+//!
+//! Invariants
+//! - The gateway waits at most [`GIVE_WAY_MAX`] before it competes for the write lock again.
+//! - A process that ends, in whatever way, gives its turn back: the system unlocks its files.
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The longest that a gateway gives way: commands that come one after the other must not hold it up.
+const GIVE_WAY_MAX: Duration = Duration::from_millis(100);
+/// How often the gateway looks whether a command has finished.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+fn path_of(database: &Path) -> PathBuf {
+    let mut path = OsString::from(database);
+    path.push(".turn");
+    path.into()
+}
+
+fn open(database: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    let options = options.create(true).truncate(false).write(true);
+    options.open(path_of(database))
+}
+
+/// The gateway's view of the turns. Where the file system has no locks there are none.
+pub(super) struct Turns(Option<File>);
+
+impl Turns {
+    pub(super) fn of_gateway(database: &Path) -> Self {
+        Self(open(database).ok())
+    }
+
+    /// Waits until no command is about to write, or is writing.
+    pub(super) async fn give_way(&self) {
+        let Some(file) = &self.0 else {
+            return;
+        };
+        let end = Instant::now() + GIVE_WAY_MAX;
+        while let Err(TryLockError::WouldBlock) = file.try_lock_shared() {
+            if Instant::now() >= end {
+                return;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        let _ = file.unlock();
+    }
+}
+
+/// A command's turn; it ends when this is dropped.
+pub(in crate::store) struct Turn(#[expect(dead_code, reason = "held for its lock")] File);
+
+impl Turn {
+    /// Waits behind other commands for the turn at writing to the database at `path`; `None` where the file system
+    /// has no locks, or this user may not write there.
+    pub(in crate::store) async fn take(path: &Path) -> Option<Turn> {
+        let file = open(path).ok()?;
+        let locked = tokio::task::spawn_blocking(move || file.lock().map(|()| Turn(file)));
+        locked.await.ok()?.ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::store::editor::Editor;
+    use crate::store::sqlite::{SqliteSettings, SqliteStore};
+    use crate::store::url::StoreUrl;
+    use crate::store::{Batch, Store};
+
+    const MOMENT: Duration = Duration::from_millis(20);
+
+    async fn takes_turn(turns: &Turns) -> bool {
+        timeout(MOMENT, turns.give_way()).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn the_gateway_gives_way_to_a_command_until_it_has_committed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.db");
+        let settings = SqliteSettings::default();
+        let mut store = SqliteStore::open(&path, &settings).await.unwrap();
+        let turns = Turns::of_gateway(&path);
+        // By any other name it is the same database.
+        let link = directory.path().join("link.db");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        for path in [&path, &link] {
+            let mut editor = Editor::open(&StoreUrl::Sqlite(path.clone())).await.unwrap();
+            assert!(takes_turn(&turns).await);
+            editor.begin().await.unwrap();
+            assert!(!takes_turn(&turns).await);
+            editor.commit().await.unwrap();
+            assert!(takes_turn(&turns).await);
+            editor.begin().await.unwrap();
+            assert!(!takes_turn(&turns).await);
+            editor.rollback().await.unwrap();
+            store.commit(&Batch::default()).await.unwrap();
+            // A command that ends without a word gives its turn back.
+            editor.begin().await.unwrap();
+            drop(editor);
+            turns.give_way().await;
+            assert!(takes_turn(&turns).await);
+        }
+    }
+
+    #[tokio::test]
+    async fn commands_that_follow_each_other_do_not_stop_the_gateway() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.db");
+        let turns = Turns::of_gateway(&path);
+        let _turn = Turn::take(&path).await.unwrap();
+        let waited = timeout(20 * GIVE_WAY_MAX, turns.give_way()).await;
+        assert!(waited.is_ok());
+    }
+}
