@@ -8,6 +8,7 @@ use crate::catalogue::CHANNELS_MAX;
 use crate::faults::{Fault, Faults};
 use crate::pace::Pace;
 use crate::plan::{self, Clock, Plan, PlanError, Profile, Script};
+use crate::verify::Others;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use fieldgate::store::url::{StoreUrl, StoreUrlError};
 use std::path::PathBuf;
@@ -162,9 +163,25 @@ pub struct RunArgs {
 /// Flags of `verify`.
 #[derive(Clone, Debug, Args)]
 pub struct VerifyArgs {
-    /// Record of the run, as written by run --journal
-    #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_JOURNAL")]
-    pub journal: PathBuf,
+    /// Record of the run, as written by run --journal. For several runs into one store, give each journal with
+    /// a --journal of its own
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "FIELDGATE_SIM_JOURNAL",
+        required = true
+    )]
+    pub journal: Vec<PathBuf>,
+
+    /// What the store may hold besides the data of these runs
+    #[arg(
+        long,
+        value_name = "WHAT",
+        env = "FIELDGATE_SIM_OTHERS",
+        value_enum,
+        default_value_t = Others::Older
+    )]
+    pub others: Others,
 
     /// Store of the gateway, as sqlite://PATH or postgres://USER@HOST/DATABASE; a password is better
     /// left to PGPASSWORD or ~/.pgpass

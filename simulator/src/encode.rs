@@ -16,6 +16,9 @@ use fieldgate_protocol::message::{self, CHANNELS_MAX, Data};
 use crate::faults::Malformation;
 use crate::readings::{Column, Readings, Values};
 
+/// A type of sequenced frames that does not exist.
+pub const UNKNOWN_TYPE: u8 = 0x1E;
+
 /// What a DATA tells besides its readings.
 #[derive(Clone, Copy, Debug)]
 pub struct DataTerms {
@@ -246,7 +249,7 @@ fn spoil_bytes(
             rest[1] = 0;
             header.payload_bytes += 1;
         }
-        Malformation::UnknownType => header.frame_type = 0x1E,
+        Malformation::UnknownType => header.frame_type = UNKNOWN_TYPE,
         Malformation::ReservedFlag => header.flags = 1,
         Malformation::UnknownEncoding
         | Malformation::RowCountMismatch

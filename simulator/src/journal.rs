@@ -8,7 +8,8 @@
 //! Invariants: what a journal calls acked was acked (it may call less); acked never exceeds sent and
 //! neither decreases. Lines hold increments, and devices that advanced alike share an entry, so the
 //! size grows with the time that a run takes and hardly with the readings; the totals on each line
-//! show if one is missing. A last line without its line break was torn by a crash and is ignored;
+//! show if one is missing. Logins, damaged frames and frames that the gateway lost are listed one by one:
+//! [`verify`](crate::verify) holds the store's times, addresses and quarantined bytes against them. A last line without its line break was torn by a crash and is ignored;
 //! anything else out of order is an error.
 
 use crate::plan::{self, Plan};
@@ -16,10 +17,11 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 /// Version of the form of the lines.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Least time between two lines, in microseconds.
 pub const TICK_US: u64 = 1_000_000;
 
@@ -84,9 +86,35 @@ pub struct Journal<W> {
     devices: Vec<Progress>,
     /// Devices that advanced since the last line, each once.
     moved: Vec<u32>,
-    quarantined: Vec<(u32, u64, u8)>,
+    /// What else happened since the last line.
+    notes: Notes,
+    /// The gateway's clock less the fleet's; `None` before the first WELCOME.
+    clock_us: Option<ClockBounds>,
     totals: Totals,
     next_tick_us: u64,
+}
+
+/// By how much one clock is ahead of another, from several measurements, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct ClockBounds {
+    /// The least and the most that any measurement allows.
+    all: (i64, i64),
+    /// The least and the most that every measurement allows; the wrong way round if one of the clocks stepped.
+    common: (i64, i64),
+}
+
+impl ClockBounds {
+    fn add(&mut self, least_us: i64, most_us: i64) {
+        self.all = (self.all.0.min(least_us), self.all.1.max(most_us));
+        self.common = (self.common.0.max(least_us), self.common.1.min(most_us));
+    }
+
+    fn bounds(self) -> (i64, i64) {
+        match self.common.0 <= self.common.1 {
+            true => self.common,
+            false => self.all,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -133,10 +161,43 @@ impl<W: Write> Journal<W> {
             out,
             devices: vec![Progress::default(); plan.devices as usize],
             moved: Vec::new(),
-            quarantined: Vec::new(),
+            notes: Notes::default(),
+            clock_us: None,
             totals: Totals::default(),
             next_tick_us: 0,
         })
+    }
+
+    /// Notes when the run began, on the fleet's clock in microseconds since 1970.
+    pub fn started(&mut self, utc_us: i64) {
+        self.notes.started_us = Some(utc_us);
+    }
+
+    /// Notes a connection on which the device proved its key.
+    pub fn login(&mut self, device: u32, login: Login) -> Result<(), JournalError> {
+        self.progress(device)?;
+        self.notes.logins.push((device, login));
+        Ok(())
+    }
+
+    /// Notes that the gateway's clock was ahead of the fleet's by `least_us` to `most_us`.
+    pub fn clock(&mut self, least_us: i64, most_us: i64) {
+        let known = self.clock_us;
+        let clock = self.clock_us.get_or_insert(ClockBounds {
+            all: (least_us, most_us),
+            common: (least_us, most_us),
+        });
+        clock.add(least_us, most_us);
+        if known != Some(*clock) {
+            self.notes.clock_us = Some(clock.bounds());
+        }
+    }
+
+    /// Notes that a frame leaves with one bit of its payload flipped, counted from the payload's first byte.
+    pub fn damaged(&mut self, device: u32, seq: u64, bit: u32) -> Result<(), JournalError> {
+        self.progress(device)?;
+        self.notes.damaged.push((device, seq, bit));
+        Ok(())
     }
 
     /// Notes that a device has sent frames up to `seq`. A lower `seq`, sent again, changes nothing.
@@ -164,18 +225,24 @@ impl<W: Write> Journal<W> {
         Err(JournalError::Progress { device, reason })
     }
 
+    /// Notes that the gateway no longer knows frames that it had acked: `first` to `last`.
+    pub fn lost(&mut self, device: u32, first: u64, last: u64) -> Result<(), JournalError> {
+        self.progress(device)?;
+        self.notes.lost.push((device, first, last));
+        Ok(())
+    }
+
     /// Notes that the gateway says it stored a frame in quarantine, with its NACK code.
     pub fn quarantined(&mut self, device: u32, seq: u64, code: u8) -> Result<(), JournalError> {
         self.progress(device)?;
-        self.quarantined.push((device, seq, code));
+        self.notes.quarantined.push((device, seq, code));
         Ok(())
     }
 
     /// Writes and flushes what changed, if a second has passed since the last line; tells whether it
     /// did. `elapsed_us` is the time since the run began.
     pub fn tick(&mut self, elapsed_us: u64) -> Result<bool, JournalError> {
-        if elapsed_us < self.next_tick_us || (self.moved.is_empty() && self.quarantined.is_empty())
-        {
+        if elapsed_us < self.next_tick_us || (self.moved.is_empty() && self.notes.is_empty()) {
             return Ok(false);
         }
         self.next_tick_us = elapsed_us.saturating_add(TICK_US);
@@ -232,7 +299,7 @@ impl<W: Write> Journal<W> {
             sent_total: self.totals.sent,
             acked_total: self.totals.acked,
             moved: moved.collect(),
-            quarantined: std::mem::take(&mut self.quarantined),
+            notes: std::mem::take(&mut self.notes),
         };
         write_line(&mut self.out, &line)
     }
@@ -253,6 +320,11 @@ pub struct Ledger {
     pub program: String,
     /// How far each device came, in the order of their indices.
     pub devices: Vec<DeviceLedger>,
+    /// When the run began, on the fleet's clock in microseconds since 1970; `None` if it never did.
+    pub started_us: Option<i64>,
+    /// By how much the gateway's clock was ahead of the fleet's, at least and at most; `None` if no device was
+    /// ever welcomed.
+    pub clock_us: Option<(i64, i64)>,
     /// Whether the run ended in order.
     pub complete: bool,
     /// When the last line was written, in milliseconds since the run began.
@@ -271,6 +343,24 @@ pub struct DeviceLedger {
     pub acked: u64,
     /// Frames that the gateway says are in quarantine, with the NACK code.
     pub quarantined: Vec<(u64, u8)>,
+    /// Connections on which it proved its key.
+    pub logins: Vec<Login>,
+    /// Frames sent with one bit of the payload flipped: number and bit.
+    pub damaged: Vec<(u64, u32)>,
+    /// First and last of frames that were acked, and not durable any more by a later WELCOME.
+    pub lost: Vec<(u64, u64)>,
+}
+
+/// A connection on which a device proved its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Login {
+    /// From HELLO to WELCOME, or to the end of the connection, in microseconds.
+    pub took_us: u64,
+    /// The device's end of the connection.
+    pub from: SocketAddr,
+    /// Whether the WELCOME came.
+    pub welcomed: bool,
 }
 
 impl Ledger {
@@ -291,6 +381,8 @@ impl Ledger {
             devices: vec![DeviceLedger::default(); header.plan.devices as usize],
             plan: header.plan,
             program: header.program,
+            started_us: None,
+            clock_us: None,
             complete: false,
             elapsed_ms: 0,
             torn: false,
@@ -324,9 +416,7 @@ impl Ledger {
         for moved in &line.moved {
             self.fold_moved(moved, totals)?;
         }
-        for (device, seq, code) in line.quarantined {
-            self.device(device)?.quarantined.push((seq, code));
-        }
+        self.fold_notes(line.notes)?;
         let written = Totals {
             sent: line.sent_total,
             acked: line.acked_total,
@@ -340,6 +430,24 @@ impl Ledger {
         }
         self.complete = line.complete == Some(true);
         self.elapsed_ms = line.elapsed_ms;
+        Ok(())
+    }
+
+    fn fold_notes(&mut self, notes: Notes) -> Result<(), String> {
+        self.started_us = notes.started_us.or(self.started_us);
+        self.clock_us = notes.clock_us.or(self.clock_us);
+        for (device, seq, code) in notes.quarantined {
+            self.device(device)?.quarantined.push((seq, code));
+        }
+        for (device, login) in notes.logins {
+            self.device(device)?.logins.push(login);
+        }
+        for (device, seq, bit) in notes.damaged {
+            self.device(device)?.damaged.push((seq, bit));
+        }
+        for (device, first, last) in notes.lost {
+            self.device(device)?.lost.push((first, last));
+        }
         Ok(())
     }
 
@@ -437,8 +545,32 @@ struct Line {
     acked_total: u64,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     moved: Vec<Moved>,
+    #[serde(default, skip_serializing_if = "Notes::is_empty")]
+    notes: Notes,
+}
+
+/// What happened besides frames sent and acked; each item with the index of its device.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Notes {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    started_us: Option<i64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    clock_us: Option<(i64, i64)>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     quarantined: Vec<(u32, u64, u8)>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    logins: Vec<(u32, Login)>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    damaged: Vec<(u32, u64, u32)>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    lost: Vec<(u32, u64, u64)>,
+}
+
+impl Notes {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// By how many frames some devices advanced. Signed, so that a decrease can be told as such.

@@ -71,6 +71,7 @@ fn a_journal_folds_to_where_each_device_came() {
         sent,
         acked,
         quarantined,
+        ..DeviceLedger::default()
     };
     assert_eq!(
         ledger.devices,
@@ -82,6 +83,47 @@ fn a_journal_folds_to_where_each_device_came() {
     );
     assert!(ledger.complete && !ledger.torn);
     assert_eq!(ledger.elapsed_ms, 1_500);
+}
+
+#[test]
+fn what_the_store_is_held_against_comes_back() {
+    let mut journal = journal(2);
+    let login = Login {
+        took_us: 900,
+        from: "127.0.0.1:40000".parse().unwrap(),
+        welcomed: true,
+    };
+    journal.started(5_000);
+    journal.login(1, login).unwrap();
+    journal.clock(-20, 30);
+    journal.clock(-10, 50);
+    journal.damaged(1, 3, 77).unwrap();
+    assert!(journal.tick(0).unwrap());
+    journal.sent(1, 9).unwrap();
+    journal.acked(1, 9).unwrap();
+    journal.lost(1, 4, 9).unwrap();
+    assert!(journal.login(2, login).is_err());
+    let ledger = read(&journal.complete(1_000_000).unwrap()).unwrap();
+    // What every measurement allows.
+    assert_eq!(
+        (ledger.started_us, ledger.clock_us),
+        (Some(5_000), Some((-10, 30)))
+    );
+    let device = &ledger.devices[1];
+    assert_eq!(
+        (&device.logins[..], &device.damaged[..], &device.lost[..]),
+        (&[login][..], &[(3, 77)][..], &[(4, 9)][..])
+    );
+}
+
+#[test]
+fn a_clock_that_stepped_allows_all_that_was_measured() {
+    let mut journal = journal(1);
+    journal.clock(-10, 10);
+    journal.clock(1_000, 1_020);
+    journal.clock(995, 1_005);
+    let ledger = read(&journal.complete(0).unwrap()).unwrap();
+    assert_eq!(ledger.clock_us, Some((-10, 1_020)));
 }
 
 #[test]
@@ -159,9 +201,9 @@ fn a_journal_of_another_program_is_refused_in_one_line() {
     let start = "a.jsonl is no journal that this program can read: ";
     let cases = [
         (
-            "\"journal\":1",
             "\"journal\":2",
-            format!("journal format 2, not 1; it was written by fieldgate-sim {version}"),
+            "\"journal\":1",
+            format!("journal format 1, not 2; it was written by fieldgate-sim {version}"),
         ),
         (
             "\"format\":1",

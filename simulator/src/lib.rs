@@ -26,3 +26,4 @@ pub mod replay;
 pub mod report;
 pub mod signal;
 pub mod verify;
+pub mod wire;

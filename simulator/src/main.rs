@@ -77,6 +77,12 @@ async fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     if summary.frames_acked == 0 {
         return Err(failure(anyhow!("no frame was acked")));
     }
+    if summary.frames_lost > 0 {
+        let lost = summary.frames_lost;
+        return Err(failure(anyhow!(
+            "the gateway lost {lost} frames that it had acknowledged: was its store put back to an older state?"
+        )));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -181,12 +187,18 @@ impl Drop for BarOnDrop {
 }
 
 async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
-    let ledger = Ledger::read(&args.journal).map_err(configuration)?;
-    if !ledger.complete {
-        eprintln!("the journal has no end: the run was killed; what it tells is compared");
+    let ledgers: Result<Vec<Ledger>, _> =
+        args.journal.iter().map(|path| Ledger::read(path)).collect();
+    let ledgers = ledgers.map_err(configuration)?;
+    if ledgers.iter().any(|ledger| !ledger.complete) {
+        eprintln!("a journal has no end: its run was killed; what it says is compared");
     }
-    let progress = BarOnDrop(Progress::new(ledger.devices.len() as u64));
-    let verdict = verify::verify(ledger, &args.store, |done| {
+    let devices = ledgers
+        .iter()
+        .map(|ledger| ledger.devices.len() as u64)
+        .sum();
+    let progress = BarOnDrop(Progress::new(devices));
+    let verdict = verify::verify(ledgers, &args.store, args.others, |done| {
         progress.0.show(done, "devices".into())
     })
     .await

@@ -340,6 +340,11 @@ impl DeviceScript {
         self.boot
     }
 
+    /// Which time it knows.
+    pub fn clock(&self) -> Clock {
+        self.script.plan.clock
+    }
+
     /// How long it has been on at a moment, in microseconds: what its own clock shows, if it does not
     /// know the time of day.
     pub fn uptime_us(&self, utc_us: i64) -> i64 {

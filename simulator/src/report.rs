@@ -30,6 +30,8 @@ pub struct Report {
     pub bytes_sent: u64,
     /// Connections after the first of each device.
     pub reconnects: u64,
+    /// Frames that were acked and that the gateway did not know any more at a later WELCOME.
+    pub frames_lost: u64,
     /// NACKs received, by code.
     pub nacks: BTreeMap<u8, u64>,
     /// Connections that ended, or could not be made, against the device's will, by reason.
@@ -50,6 +52,7 @@ impl Default for Report {
             readings_acked: 0,
             bytes_sent: 0,
             reconnects: 0,
+            frames_lost: 0,
             nacks: BTreeMap::new(),
             losses: BTreeMap::new(),
             // Two digits, so 1% exact. A histogram grows to some 10 KiB; three digits would be 100.
@@ -96,6 +99,7 @@ impl Report {
         self.readings_acked += other.readings_acked;
         self.bytes_sent += other.bytes_sent;
         self.reconnects += other.reconnects;
+        self.frames_lost += other.frames_lost;
         for (&code, count) in &other.nacks {
             *self.nacks.entry(code).or_default() += count;
         }
@@ -133,6 +137,7 @@ impl Report {
                 max: percentile(100.0),
             },
             reconnects: self.reconnects,
+            frames_lost: self.frames_lost,
             nacks: self.nacks.clone(),
             losses: self.losses.clone(),
         }
@@ -164,6 +169,8 @@ pub struct Summary {
     pub ack_ms: Percentiles,
     /// See [`Report::reconnects`].
     pub reconnects: u64,
+    /// See [`Report::frames_lost`].
+    pub frames_lost: u64,
     /// See [`Report::nacks`].
     pub nacks: BTreeMap<u8, u64>,
     /// See [`Report::losses`].
@@ -235,6 +242,13 @@ impl fmt::Display for Summary {
                 .map(|(code, n)| format!("{} of code {code}", grouped(*n)))
                 .collect();
             write!(f, "; NACKs: {}", nacks.join(", "))?;
+        }
+        if self.frames_lost > 0 {
+            let lost = grouped(self.frames_lost);
+            write!(
+                f,
+                "\nLOST: {lost} frames that the gateway had acknowledged and no longer knows"
+            )?;
         }
         for (reason, count) in &self.losses {
             write!(f, "\nconnections lost: {}: {reason}", grouped(*count))?;
@@ -318,6 +332,7 @@ mod tests {
             "devices",
             "duration_s",
             "frames_acked",
+            "frames_lost",
             "frames_sent",
             "losses",
             "nacks",

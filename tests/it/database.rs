@@ -123,6 +123,11 @@ impl PgDatabase {
         }
     }
 
+    /// A database with all that is in this one, to which nothing may be connected.
+    pub fn copy(&self) -> PgDatabase {
+        PgDatabase::create_as(&self.server, &format!("TEMPLATE {}", self.name))
+    }
+
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -3,7 +3,7 @@
 //! Its binary stands beside the gateway's: `cargo build --workspace` makes both.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -170,8 +170,26 @@ impl<P: Place> Fleet<P> {
     pub fn restart(&self, gateway: Gateway) -> Gateway {
         let listen = gateway.addr.to_string();
         gateway.kill();
+        self.start_again(&listen)
+    }
+
+    /// The same gateway again, with something done to its files in between.
+    pub fn restart_after(&self, mut gateway: Gateway, then: impl FnOnce()) -> Gateway {
+        let listen = gateway.addr.to_string();
+        gateway.terminate();
+        gateway.wait();
+        then();
+        self.start_again(&listen)
+    }
+
+    /// Where all files are.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    fn start_again(&self, listen: &str) -> Gateway {
         let url = self.place.url();
-        let flags = ["--store", url.as_str(), "--listen", &listen];
+        let flags = ["--store", url.as_str(), "--listen", listen];
         let flags = [&flags[..], self.place.serve_flags()].concat();
         Gateway::start_in(self.dir.path(), &flags)
     }
@@ -228,11 +246,17 @@ impl<P: Place> Fleet<P> {
 
     /// As Ctrl-C does: what is in flight is still acknowledged, and the journal completed.
     fn stop(&mut self) {
+        let (status, said) = self.interrupt();
+        assert!(status.success(), "{status}: {said}");
+    }
+
+    /// Stops it; returns its exit status and what it said on stderr.
+    pub fn interrupt(&mut self) -> (ExitStatus, String) {
         let pid = self.process.id().to_string();
         let told = Command::new("kill").args(["-INT", &pid]).status();
         assert!(told.expect("kill").success());
         let status = self.process.wait().expect("a child");
-        assert!(status.success(), "{status}: {}", self.said());
+        (status, self.said())
     }
 }
 

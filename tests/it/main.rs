@@ -18,6 +18,7 @@ mod malformed;
 mod outage;
 mod own_postgres;
 mod plans;
+mod proof;
 mod quarantine;
 mod quarantine_full;
 mod replay;

@@ -22,10 +22,11 @@ use tokio::task::yield_now;
 use tokio::time::{sleep_until, timeout};
 use tokio_util::codec::Decoder;
 
-use super::link::{Link, connect};
+use super::link::{Connected, Handshake, Link, connect};
 use super::outbox::Outbox;
 use super::{Fleet, FleetError};
 use crate::faults::Strikes;
+use crate::journal::Login;
 use crate::plan::Clock;
 
 const RECONNECT_MIN_MS: u32 = 50;
@@ -106,7 +107,7 @@ pub(super) struct DeviceTask {
 impl DeviceTask {
     pub(super) fn new(fleet: Arc<Fleet>, index: u32) -> DeviceTask {
         let script = fleet.script.device(index);
-        let uptime_at_start_us = script.uptime_us(utc_us()).max(0) as u64;
+        let uptime_at_start_us = script.uptime_us(fleet.started_utc_us).max(0) as u64;
         let outbox = Outbox::new(Arc::clone(&fleet), script);
         DeviceTask {
             fleet,
@@ -204,6 +205,40 @@ impl DeviceTask {
         })
     }
 
+    /// Notes a WELCOME: that the device is in, what is durable, and what the gateway's clock showed. `known_seq`
+    /// was durable by its word before.
+    fn note_welcome(
+        &mut self,
+        link: &mut Link,
+        utc_us: i64,
+        known_seq: u64,
+    ) -> Result<(), FleetError> {
+        let fleet = Arc::clone(&self.fleet);
+        self.was_welcomed = true;
+        fleet.counters.devices_ready.fetch_add(1, Relaxed);
+        fleet.counters.welcomes.fetch_add(1, Relaxed);
+        link.handshake.is_welcomed = true;
+        self.note_login(&link.handshake)?;
+        // The gateway looked at its clock after AUTH left and before WELCOME came.
+        let ahead_us = |run_us: u64| utc_us - fleet.started_utc_us - run_us as i64;
+        let least_us = ahead_us(fleet.now_us());
+        let most_us = link.handshake.auth_us.map_or(least_us, ahead_us);
+        let index = self.outbox.script.index();
+        let (durable_seq, deleted_seq) = (self.outbox.durable_seq, self.outbox.deleted_seq);
+        let is_lost = durable_seq < known_seq;
+        fleet.with_journal(|journal| {
+            journal.clock(least_us, most_us);
+            if is_lost {
+                journal.lost(index, durable_seq + 1, known_seq)?;
+            }
+            journal.acked(index, deleted_seq)
+        })?;
+        if is_lost {
+            fleet.report().frames_lost += known_seq - durable_seq;
+        }
+        Ok(())
+    }
+
     /// The device's own clock: microseconds since its boot.
     fn uptime_us(&self) -> u64 {
         self.uptime_at_start_us + self.fleet.now_us()
@@ -217,11 +252,15 @@ impl DeviceTask {
         let index = self.outbox.script.index();
         let connecting = connect(&self.fleet.terms, index, self.outbox.script.name());
         let connected = timeout(CONNECT_TIMEOUT, connecting).await;
-        let (socket, binding) =
-            match connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-                Ok(connected) => connected,
-                Err(error) => return Ok(error.into()),
-            };
+        let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let Connected {
+            socket,
+            binding,
+            from,
+        } = match connected {
+            Ok(connected) => connected,
+            Err(error) => return Ok(error.into()),
+        };
         if is_again {
             self.fleet.report().reconnects += 1;
         }
@@ -233,8 +272,11 @@ impl DeviceTask {
         let mut nonce = [0; NONCE_BYTES];
         getrandom::fill(&mut nonce).expect("the system has random numbers");
         device.connect(nonce, binding, self.uptime_us(), utc_us);
-        let mut link = Link::new(socket);
+        let mut link = Link::new(socket, from, self.fleet.now_us());
         let ended = self.serve(device, &mut link).await;
+        if !link.handshake.is_welcomed {
+            self.note_login(&link.handshake)?;
+        }
         if device.is_ready() {
             self.fleet.counters.devices_ready.fetch_sub(1, Relaxed);
         }
@@ -312,6 +354,9 @@ impl DeviceTask {
             if written.is_err() {
                 break;
             }
+            if link.output[start + 2] == types::AUTH {
+                link.handshake.auth_us = Some(self.fleet.now_us());
+            }
             // Malformed ones have other types, too.
             if types::is_sequenced(link.output[start + 2])
                 && let Some(strikes) = self.note_sent(&link.output[start..])?
@@ -346,7 +391,27 @@ impl DeviceTask {
             .faults
             .on_attempt(seed, index, seq, self.attempts);
         self.attempts = self.attempts.wrapping_add(1);
+        if strikes.corrupt {
+            let bit = damaged_bit(frame, strikes) as u32;
+            self.fleet
+                .with_journal(|journal| journal.damaged(index, seq, bit))?;
+        }
         Ok(strikes.any().then_some(strikes))
+    }
+
+    /// Notes a connection on which the gateway may have let the device in.
+    fn note_login(&self, handshake: &Handshake) -> Result<(), FleetError> {
+        if handshake.auth_us.is_none() {
+            return Ok(());
+        }
+        let login = Login {
+            took_us: self.fleet.now_us() - handshake.hello_us,
+            from: handshake.from,
+            welcomed: handshake.is_welcomed,
+        };
+        let index = self.outbox.script.index();
+        self.fleet
+            .with_journal(|journal| journal.login(index, login))
     }
 
     async fn send_struck(
@@ -356,8 +421,7 @@ impl DeviceTask {
         strikes: Strikes,
     ) -> io::Result<Option<Ended>> {
         if strikes.corrupt {
-            let payload_bits = (frame.len() - HEADER_BYTES - TRAILER_BYTES) * 8;
-            let bit = strikes.bits as usize % payload_bits;
+            let bit = damaged_bit(&frame, strikes);
             frame[HEADER_BYTES + bit / 8] ^= 1 << (bit % 8);
         }
         link.flush().await?;
@@ -401,23 +465,18 @@ impl DeviceTask {
                 Err(_) => return Ok(Err(Fault::Protocol("not a frame; TLS, perhaps?"))),
             };
             let uptime_us = self.uptime_us();
+            let known_seq = self.outbox.durable_seq;
             let notice = match device.handle_frame(&frame.frame(), &mut self.outbox, uptime_us) {
                 Ok(notice) => notice,
                 Err(fault) => return Ok(Err(fault)),
             };
             match notice {
-                Some(Notice::Acked { through_seq }) => {
+                Some(Notice::Acked { .. }) => {
+                    let deleted_seq = self.outbox.deleted_seq;
                     self.fleet
-                        .with_journal(|journal| journal.acked(index, through_seq))?;
+                        .with_journal(|journal| journal.acked(index, deleted_seq))?;
                 }
-                Some(Notice::Welcomed { .. }) => {
-                    self.was_welcomed = true;
-                    self.fleet.counters.devices_ready.fetch_add(1, Relaxed);
-                    self.fleet.counters.welcomes.fetch_add(1, Relaxed);
-                    let durable_seq = self.outbox.durable_seq;
-                    self.fleet
-                        .with_journal(|journal| journal.acked(index, durable_seq))?;
-                }
+                Some(Notice::Welcomed { utc_us }) => self.note_welcome(link, utc_us, known_seq)?,
                 Some(Notice::Refused { seq, code }) => {
                     self.fleet.report().refused(code);
                     if Class::of(code) == Class::Refused {
@@ -431,7 +490,13 @@ impl DeviceTask {
     }
 }
 
-fn utc_us() -> i64 {
+/// The bit of a frame's payload that is flipped on the way.
+fn damaged_bit(frame: &[u8], strikes: Strikes) -> usize {
+    let payload_bits = (frame.len() - HEADER_BYTES - TRAILER_BYTES) * 8;
+    strikes.bits as usize % payload_bits
+}
+
+pub(super) fn utc_us() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_micros() as i64)

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use bytes::BytesMut;
 use fieldgate::socket::Socket;
@@ -27,13 +27,15 @@ thread_local! {
 /// What is read at once.
 const READ_BYTES: usize = 1024;
 
-/// Connects the device of this number and name to the gateway; gives the connection and its channel
-/// binding.
-pub(super) async fn connect(
-    terms: &Terms,
-    number: u32,
-    name: &str,
-) -> io::Result<(Socket, [u8; KEY_BYTES])> {
+/// A connection that stands, with its channel binding and the device's end of it.
+pub(super) struct Connected {
+    pub(super) socket: Socket,
+    pub(super) binding: [u8; KEY_BYTES],
+    pub(super) from: SocketAddr,
+}
+
+/// Connects the device of this number and name to the gateway.
+pub(super) async fn connect(terms: &Terms, number: u32, name: &str) -> io::Result<Connected> {
     let tcp = match source_address(terms.gateway.ip(), number) {
         None => TcpStream::connect(terms.gateway).await?,
         Some(source) => {
@@ -44,13 +46,22 @@ pub(super) async fn connect(
     };
     // Fails only where the connection is gone already, which the first read tells.
     let _ = tcp.set_nodelay(true);
+    let from = tcp.local_addr()?;
     let Some(tls) = &terms.tls else {
-        return Ok((Socket::plain(tcp), NO_CHANNEL_BINDING));
+        return Ok(Connected {
+            socket: Socket::plain(tcp),
+            binding: NO_CHANNEL_BINDING,
+            from,
+        });
     };
     let connection = tls.connection(name).map_err(io::Error::other)?;
     let mut socket = Socket::tls(tcp, connection);
     let binding = shake_hands(&mut socket).await?;
-    Ok((socket, binding))
+    Ok(Connected {
+        socket,
+        binding,
+        from,
+    })
 }
 
 async fn shake_hands(socket: &mut Socket) -> io::Result<[u8; KEY_BYTES]> {
@@ -93,14 +104,31 @@ pub(super) struct Link {
     pub(super) socket: Socket,
     pub(super) input: BytesMut,
     pub(super) output: BytesMut,
+    pub(super) handshake: Handshake,
+}
+
+/// How far a connection's handshake came, in microseconds of the run.
+pub(super) struct Handshake {
+    /// The device's end of the connection.
+    pub(super) from: SocketAddr,
+    pub(super) hello_us: u64,
+    /// When the device proved its key.
+    pub(super) auth_us: Option<u64>,
+    pub(super) is_welcomed: bool,
 }
 
 impl Link {
-    pub(super) fn new(socket: Socket) -> Link {
+    pub(super) fn new(socket: Socket, from: SocketAddr, now_us: u64) -> Link {
         Link {
             socket,
             input: BytesMut::new(),
             output: BytesMut::new(),
+            handshake: Handshake {
+                from,
+                hello_us: now_us,
+                auth_us: None,
+                is_welcomed: false,
+            },
         }
     }
 

@@ -17,12 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use fieldgate_protocol::auth::schema_hash;
 use fieldgate_protocol::column::READINGS_MAX;
-use fieldgate_protocol::frame::{
-    DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, HEADER_BYTES, NoRoom, TRAILER_BYTES,
-};
-use fieldgate_protocol::message;
+use fieldgate_protocol::frame::{FRAME_BYTES_MAX, NoRoom};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -36,6 +32,7 @@ use crate::pace::Pace;
 use crate::plan::{FrameContent, Script};
 use crate::readings::Readings;
 use crate::report::{Report, Summary};
+use crate::wire;
 
 /// How long after the last frame the ACKs may take.
 const SETTLE: Duration = Duration::from_secs(30);
@@ -138,6 +135,8 @@ struct Fleet {
     terms: Terms,
     pace: Pace,
     started: Instant,
+    /// The time of day then: the fleet's clock, which never steps, is this and the time since.
+    started_utc_us: i64,
     /// The schema's number, the same for every device.
     schema: u16,
     declare: Vec<u8>,
@@ -171,13 +170,19 @@ pub async fn run(
     let duration_us = terms
         .duration
         .map_or(u64::MAX, |duration| duration.as_micros() as u64);
-    let schema = schema_number(&script);
-    let declare = declare_frame(&script, schema);
+    let schema = wire::schema_number(script.channels());
+    let declare = wire::declare_frame(script.channels(), schema);
+    let (started, started_utc_us) = (Instant::now(), device::utc_us());
+    let mut journal = journal;
+    if let Some(journal) = &mut journal {
+        journal.started(started_utc_us);
+    }
     let fleet = Arc::new(Fleet {
         pace: Pace::new(script.plan(), duration_us),
         report: Mutex::new(Report::new(script.plan().devices)),
         journal: journal.map(Mutex::new),
-        started: Instant::now(),
+        started,
+        started_utc_us,
         script,
         terms,
         schema,
@@ -280,7 +285,7 @@ fn check_frames(script: &Arc<Script>) -> Result<(), FleetError> {
         return Err(too_long);
     }
     let device = script.device(0);
-    let schema = schema_number(script);
+    let schema = wire::schema_number(script.channels());
     let mut buffer = Readings::default();
     let Some(FrameContent::Readings(readings) | FrameContent::Malformed { readings, .. }) =
         device.frame(1, &mut buffer)
@@ -295,37 +300,4 @@ fn check_frames(script: &Arc<Script>) -> Result<(), FleetError> {
     let mut out = vec![0; FRAME_BYTES_MAX];
     let made = Encoder::default().data_frame(1, terms, readings, None, &mut out);
     made.map(drop).map_err(|NoRoom| too_long)
-}
-
-/// A number that goes with the channels: a device that measured something else in an earlier run has
-/// used another, and schemas are immutable.
-fn schema_number(script: &Script) -> u16 {
-    let frame = declare_frame(script, 1);
-    let hash = schema_hash(&frame[HEADER_BYTES..frame.len() - TRAILER_BYTES]);
-    u16::from_le_bytes([hash[0], hash[1]]).max(1)
-}
-
-/// The DECLARE that every device of the fleet sends.
-fn declare_frame(script: &Script, schema: u16) -> Vec<u8> {
-    let channels = script
-        .channels()
-        .iter()
-        .enumerate()
-        .map(|(i, channel)| message::Channel {
-            id: i as u8 + 1,
-            name: &channel.name,
-            unit: &channel.unit,
-            kind: channel.kind as u8,
-            exp10: channel.exp10,
-        });
-    let declare = message::Declare {
-        schema,
-        channels: channels.collect(),
-        ext: &[],
-    };
-    let mut frame = vec![0; DEFAULT_FRAME_BYTES_MAX];
-    let frame_bytes = message::encode(&declare, 0, &mut frame)
-        .expect("32 channels with names and units of at most 48 bytes fit a frame");
-    frame.truncate(frame_bytes);
-    frame
 }

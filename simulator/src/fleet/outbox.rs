@@ -9,20 +9,22 @@ use fieldgate_protocol::device::Queue;
 use fieldgate_protocol::frame::NoRoom;
 
 use super::Fleet;
-use crate::encode::{DataTerms, Encoder};
-use crate::plan::{Clock, DeviceScript, FrameContent};
-use crate::readings::Readings;
+use crate::plan::DeviceScript;
+use crate::wire::Workbench;
 
 thread_local! {
     /// Buffers for making a frame; a device needs them only for that long.
-    static WORKBENCH: std::cell::RefCell<(Encoder, Readings)> = std::cell::RefCell::default();
+    static WORKBENCH: std::cell::RefCell<Workbench> = std::cell::RefCell::default();
 }
 
 /// The queue of one device.
 pub(super) struct Outbox {
     pub(super) fleet: Arc<Fleet>,
     pub(super) script: DeviceScript,
+    /// The last frame that is durable by the gateway's latest word.
     pub(super) durable_seq: u64,
+    /// The last frame that was ever acked: through it, a device has deleted its frames.
+    pub(super) deleted_seq: u64,
     /// The last frame that is due.
     due_seq: u64,
     /// The last frame that was sent, on any connection.
@@ -47,6 +49,7 @@ impl Outbox {
             fleet,
             script,
             durable_seq: 0,
+            deleted_seq: 0,
             due_seq: 0,
             sent_seq: 0,
             in_flight: VecDeque::new(),
@@ -86,18 +89,6 @@ impl Outbox {
         self.durable_seq >= end
     }
 
-    fn terms(&self) -> DataTerms {
-        let clock = match self.fleet.script.plan().clock {
-            Clock::Boot => 0,
-            Clock::Utc => 1,
-        };
-        DataTerms {
-            schema: self.fleet.schema,
-            clock,
-            boot: self.script.boot(),
-        }
-    }
-
     /// Notes what was put on the wire.
     pub(super) fn note_bytes(&mut self, bytes: usize) {
         self.sent.bytes += bytes as u64;
@@ -105,26 +96,14 @@ impl Outbox {
 
     /// Writes frame `seq`; returns its length and how many readings are to be stored of it.
     pub(super) fn make(&self, seq: u64, out: &mut [u8]) -> Result<(usize, u64), NoRoom> {
-        WORKBENCH.with_borrow_mut(|(encoder, readings)| {
-            let content = self.script.frame(seq, readings).ok_or(NoRoom)?;
-            let (readings, malformed) = match content {
-                FrameContent::Readings(readings) => (readings, None),
-                FrameContent::Malformed { variant, readings } => (readings, Some(variant)),
-            };
-            let count = if malformed.is_some() {
-                0
-            } else {
-                readings.count()
-            };
-            let bytes = encoder.data_frame(seq, self.terms(), readings, malformed, out)?;
-            Ok((bytes, count))
-        })
+        WORKBENCH
+            .with_borrow_mut(|workbench| workbench.frame(&self.script, seq, self.fleet.schema, out))
     }
 }
 
 impl Queue for Outbox {
     fn oldest_seq(&self) -> u64 {
-        self.durable_seq + 1
+        self.deleted_seq + 1
     }
 
     fn next_seq(&self) -> u64 {
@@ -164,6 +143,7 @@ impl Queue for Outbox {
 
     fn delete_through(&mut self, seq: u64) {
         self.durable_seq = seq;
+        self.deleted_seq = self.deleted_seq.max(seq);
         let now_us = self.fleet.now_us();
         let is_measured = !self.fleet.counters.is_warming_up.load(Relaxed);
         let (mut frames, mut acked) = (0, 0);

@@ -1,0 +1,339 @@
+//! The proof: the journals of one or more runs against the whole store, row by row.
+//!
+//! [`verify`] regenerates every frame from its plan. Acked frames must be stored, once and equal; frames that were
+//! sent and not acked may be stored, and then must be equal; nothing else may be in the store: no other device,
+//! stream, series, schema, frame, reading, gap, quarantined frame, clock or event. What was there before the runs
+//! is left out and counted, see [`Others`].
+//!
+//! Equal means: the same stream, number, channel, time and double, bit for bit. A time of a device that knows UTC
+//! is stored exactly. One of a device that only counts from its boot may be off by what a measurement of its clock
+//! allows: half of the longest handshake that the device itself saw.
+//!
+//! The proof has its own queries and trusts no view. Memory grows with the frames of one device, not with the
+//! store.
+//!
+//! Here is the store as a whole; [`device`] proves what belongs to one device, [`ledger`] one of its streams,
+//! [`readings`] one of its series, [`others`] what belongs to none of the runs, [`rest`] what belongs to nothing.
+
+mod device;
+mod ledger;
+mod others;
+mod readings;
+mod rest;
+
+use std::fmt;
+use std::sync::Arc;
+
+use fieldgate::store::reader::{OpenError, ReadError, Reader};
+use fieldgate::store::url::StoreUrl;
+
+use self::device::{DeviceRow, StoredDevice};
+use crate::journal::{DeviceLedger, Ledger};
+use crate::pace::Pace;
+use crate::plan::{DeviceScript, PlanError, Script};
+use crate::report::grouped;
+use crate::wire;
+
+/// How much worse than at login a clock's measurement may become, for each microsecond of the run (R72).
+const DRIFT_DIVISOR: i64 = 20_000;
+/// How exact the journal's times are, and how far two clocks may drift apart during a run.
+const CLOCK_SLACK_US: i64 = 10_000;
+/// Differences that are shown one by one.
+const SHOWN_MAX: usize = 10;
+
+/// Why nothing could be compared.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// The journal's plan cannot be carried out here.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The store cannot be read.
+    #[error("could not read the store: {0}")]
+    Read(#[from] ReadError),
+}
+
+/// What came of the comparison.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// Devices compared.
+    pub devices: u64,
+    /// Frames the journals call acked.
+    pub frames_acked: u64,
+    /// Frames in the store.
+    pub frames_stored: u64,
+    /// Readings of acked frames.
+    pub readings_acked: u64,
+    /// Readings in the store.
+    pub readings_stored: u64,
+    /// Frames in quarantine that were sent malformed.
+    pub quarantined: u64,
+    /// Frames in quarantine because their payload was damaged on the way twice (code 35).
+    pub damaged: u64,
+    /// How many things differ.
+    pub differences: u64,
+    /// The first of them.
+    pub shown: Vec<String>,
+    /// What was not compared, and why.
+    pub left_out: Vec<String>,
+    /// Devices, streams, series and schemas that belong to none of the runs and may be there.
+    others: u64,
+    /// Devices whose logins have the address that the device had, and those where none has.
+    direct: u64,
+    indirect: u64,
+    operator_events: u64,
+}
+
+impl Verdict {
+    /// Whether what was acked is stored once and equal, and nothing was invented.
+    pub fn is_equal(&self) -> bool {
+        self.differences == 0
+    }
+
+    fn differ(&mut self, what: impl FnOnce() -> String) {
+        self.differences += 1;
+        if self.shown.len() < SHOWN_MAX {
+            self.shown.push(what());
+        }
+    }
+
+    /// Notes something of the store that none of the runs made.
+    fn stranger(&mut self, is_left_out: bool, what: impl FnOnce() -> String) {
+        match is_left_out {
+            true => self.others += 1,
+            false => self.differ(what),
+        }
+    }
+
+    /// Says what was left out of account.
+    fn finish(&mut self, runs: &[Run]) {
+        if self.direct > 0 && self.indirect > 0 {
+            let (indirect, direct) = (self.indirect, self.direct);
+            self.differ(|| {
+                format!(
+                    "{indirect} devices have only logins from addresses that they never had, unlike \
+                     {direct} others"
+                )
+            });
+        }
+        let mut left_out = |is_so: bool, what: String| {
+            if is_so {
+                self.left_out.push(what);
+            }
+        };
+        left_out(
+            runs.iter().any(|run| !run.ledger.complete),
+            "logins, and damaged frames in quarantine: a journal has no end".to_owned(),
+        );
+        left_out(
+            self.direct == 0 && self.indirect > 0,
+            "addresses of logins: no device reached the gateway under its own".to_owned(),
+        );
+        let others = grouped(self.others);
+        left_out(
+            self.others > 0,
+            format!("{others} devices, streams, series and schemas that other runs stored"),
+        );
+        let events = grouped(self.operator_events);
+        left_out(
+            self.operator_events > 0,
+            format!("{events} events of changes by an operator"),
+        );
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{} devices: {} frames acked, {} stored; {} of them in quarantine as sent malformed, {} as \
+             damaged on the way twice",
+            self.devices, self.frames_acked, self.frames_stored, self.quarantined, self.damaged
+        )?;
+        writeln!(
+            f,
+            "{} readings acked, {} stored",
+            self.readings_acked, self.readings_stored
+        )?;
+        for left_out in &self.left_out {
+            writeln!(f, "not compared: {left_out}")?;
+        }
+        for difference in &self.shown {
+            writeln!(f, "  {difference}")?;
+        }
+        let more = self.differences - self.shown.len() as u64;
+        if more > 0 {
+            writeln!(f, "  and {more} more")?;
+        }
+        if self.is_equal() {
+            write!(
+                f,
+                "equal: every acked reading is stored once, bit for bit, and none was invented"
+            )
+        } else {
+            write!(f, "NOT EQUAL: {} differences", self.differences)
+        }
+    }
+}
+
+/// What a store may hold besides what the runs sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Others {
+    /// Nothing.
+    None,
+    /// What was stored before the first of the runs began, if frames, totals and readings of it agree.
+    #[default]
+    Older,
+    /// Also what other devices and runs stored meanwhile and later.
+    Any,
+}
+
+impl Others {
+    /// Whether something that belongs to none of the runs may be there.
+    fn allow(self, is_older: bool) -> bool {
+        match self {
+            Others::None => false,
+            Others::Older => is_older,
+            Others::Any => true,
+        }
+    }
+}
+
+/// A run: what was planned, and what its journal says.
+struct Run {
+    script: Arc<Script>,
+    ledger: Ledger,
+    pace: Pace,
+    schema: u16,
+    declare_hash: [u8; 8],
+}
+
+impl Run {
+    fn open(ledger: Ledger) -> Result<Run, PlanError> {
+        let script = Arc::new(ledger.plan.clone().open()?);
+        let schema = wire::schema_number(script.channels());
+        Ok(Run {
+            // A ramp's devices joined later than this says, never sooner.
+            pace: Pace::new(script.plan(), 0),
+            declare_hash: wire::hash_of(&wire::declare_frame(script.channels(), schema)),
+            script,
+            ledger,
+            schema,
+        })
+    }
+
+    /// The index of the device of that name, if the run has one.
+    fn index_of(&self, name: &str) -> Option<u32> {
+        let digits = name.strip_prefix(&self.script.plan().name_prefix)?;
+        let index = digits.parse().ok()?;
+        let is_it = index < self.script.plan().devices && format!("{index:05}") == digits;
+        is_it.then_some(index)
+    }
+
+    fn own(&self, index: u32) -> Own<'_> {
+        Own {
+            run: self,
+            device: self.script.device(index),
+            journaled: &self.ledger.devices[index as usize],
+        }
+    }
+
+    /// The run's time on the gateway's clock, from its start to its last line; `None` where no device was
+    /// ever welcomed.
+    fn span_us(&self) -> Option<(i64, i64)> {
+        let (least_us, most_us) = self.ledger.clock_us?;
+        let started_us = self.ledger.started_us?;
+        let ended_us = started_us + self.ledger.elapsed_ms as i64 * 1_000;
+        Some((
+            started_us + least_us - CLOCK_SLACK_US,
+            ended_us + most_us + CLOCK_SLACK_US,
+        ))
+    }
+}
+
+/// A device as one of the runs knows it.
+struct Own<'a> {
+    run: &'a Run,
+    device: DeviceScript,
+    journaled: &'a DeviceLedger,
+}
+
+/// Compares journals with the store. `others` says what may be there that belongs to none of the runs.
+/// `progress` hears of every device of the store done.
+pub async fn verify(
+    ledgers: Vec<Ledger>,
+    store: &StoreUrl,
+    others: Others,
+    mut progress: impl FnMut(u64),
+) -> Result<Verdict, VerifyError> {
+    let runs: Result<Vec<Run>, PlanError> = ledgers.into_iter().map(Run::open).collect();
+    let runs = runs?;
+    let began_us = runs.iter().filter_map(Run::span_us).map(|span| span.0);
+    let began_us = began_us.min().unwrap_or(i64::MAX);
+    let mut store = Reader::open(store).await?;
+    let mut verdict = Verdict::default();
+    rest::look_for_orphans(&mut store, &mut verdict).await?;
+    let mut missing: Vec<Vec<bool>> = runs
+        .iter()
+        .map(|run| vec![true; run.ledger.devices.len()])
+        .collect();
+    let rows = store.rows(device::DEVICES, &[]).await?;
+    for (done, row) in (1..).zip(&rows) {
+        let row = DeviceRow::read(row)?;
+        let mut owns = Vec::new();
+        for (run, missing) in runs.iter().zip(&mut missing) {
+            if let Some(index) = run.index_of(&row.name) {
+                missing[index as usize] = false;
+                owns.push(run.own(index));
+            }
+        }
+        let stored = StoredDevice {
+            row,
+            owns,
+            others,
+            began_us,
+        };
+        stored.prove(&mut store, &mut verdict).await?;
+        progress(done);
+    }
+    for (run, missing) in runs.iter().zip(&missing) {
+        for (index, _) in (0..).zip(missing).filter(|(_, is_missing)| **is_missing) {
+            let own = run.own(index);
+            let acked = own.journaled.acked;
+            verdict.devices += 1;
+            verdict.frames_acked += acked;
+            if acked > 0 {
+                verdict
+                    .differ(|| format!("{}: not in the store, {acked} frames acked", own.name()));
+            }
+        }
+    }
+    verdict.finish(&runs);
+    Ok(verdict)
+}
+
+impl Own<'_> {
+    fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    /// What may have been added to times since boot: the truth, on the gateway's clock, and half of a round
+    /// trip. The gateway's round trip lies within the device's handshake.
+    fn offsets_us(&self) -> Option<(i64, i64)> {
+        let (least_us, most_us) = self.run.ledger.clock_us?;
+        let logins = self.journaled.logins.iter();
+        let took_us = logins.map(|login| login.took_us as i64).max()?;
+        let drift_us = self.run.ledger.elapsed_ms as i64 * 1_000 / DRIFT_DIVISOR;
+        let off_us = (took_us + drift_us) / 2 + CLOCK_SLACK_US;
+        let true_us = -self.device.uptime_us(0);
+        Some((true_us + least_us - off_us, true_us + most_us + off_us))
+    }
+
+    /// Whether the clock of the device's boot may have been measured like this.
+    fn is_offset(&self, offset_us: i64) -> bool {
+        self.offsets_us()
+            .is_none_or(|(least_us, most_us)| (least_us..=most_us).contains(&offset_us))
+    }
+}

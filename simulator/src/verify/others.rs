@@ -1,0 +1,103 @@
+//! What belongs to none of the runs: other devices, and other streams of the runs' devices.
+//!
+//! What is left out must agree in itself: as many frames and readings as its totals say, and no reading without a
+//! frame of the same device.
+
+use fieldgate::store::reader::{ReadError, Reader};
+
+use super::Verdict;
+use super::device::StoredDevice;
+use super::ledger::StreamRow;
+
+/// What to do about something that none of the runs made.
+const HINT: &str = "if another run did, give its journal as well, or --others any";
+
+impl StoredDevice<'_> {
+    /// A device of none of the runs.
+    pub(super) async fn prove_stranger(
+        &self,
+        store: &mut Reader,
+        verdict: &mut Verdict,
+    ) -> Result<(), ReadError> {
+        let id = self.row.id;
+        let sql = "SELECT (SELECT count(*) FROM series WHERE device_id = $1), \
+                   (SELECT count(*) FROM readings AS r JOIN series AS s ON s.id = r.series_id \
+                    WHERE s.device_id = $1), \
+                   (SELECT count(*) FROM readings AS r JOIN series AS s ON s.id = r.series_id \
+                    JOIN frames AS f ON f.id = r.frame_id \
+                    JOIN streams AS st ON st.id = f.stream_id AND st.device_id = s.device_id \
+                    WHERE s.device_id = $1)";
+        let counts = &store.rows(sql, &[id.into()]).await?[0];
+        let (series, readings, owned) =
+            (counts.integer(0)?, counts.integer(1)?, counts.integer(2)?);
+        let (mut is_older, mut totals, mut streams) = (true, 0, 0);
+        let mut agrees = readings == owned;
+        for row in store.rows(StreamRow::SQL, &[id.into()]).await? {
+            let row = StreamRow::read(&row)?;
+            let state = self.look_at(store, &row).await?;
+            is_older &= state.is_older;
+            agrees &= state.agrees;
+            totals += row.readings;
+            streams += 1;
+        }
+        agrees &= totals == readings;
+        // A device that an operator added may never have come.
+        let is_added = self.row.revision > 0 && streams == 0 && series == 0;
+        let is_allowed = is_added || agrees && streams > 0 && self.others.allow(is_older);
+        verdict.stranger(is_allowed, || {
+            let trouble = match agrees && streams > 0 {
+                true => HINT,
+                false => "they do not agree in themselves",
+            };
+            self.say(&format!(
+                "a device with {streams} streams, {series} series and {readings} readings: stored and not \
+                 sent; {trouble}"
+            ))
+        });
+        Ok(())
+    }
+
+    /// Streams of none of the runs. Returns whether there are any that may be there.
+    pub(super) async fn prove_strange_streams(
+        &self,
+        store: &mut Reader,
+        streams: &[StreamRow],
+        verdict: &mut Verdict,
+    ) -> Result<bool, ReadError> {
+        let mut is_mixed = false;
+        for row in streams {
+            let state = self.look_at(store, row).await?;
+            let is_allowed = state.agrees && self.others.allow(state.is_older);
+            is_mixed |= is_allowed;
+            verdict.stranger(is_allowed, || {
+                let (stream, frames) = (row.stream, row.frames);
+                self.say(&format!(
+                    "stream {stream} with {frames} frames: stored and not sent; {HINT}"
+                ))
+            });
+        }
+        Ok(is_mixed)
+    }
+
+    async fn look_at(&self, store: &mut Reader, row: &StreamRow) -> Result<State, ReadError> {
+        let sql = "SELECT count(*), CAST(coalesce(sum(readings), 0) AS BIGINT), coalesce(max(seq), 0), \
+                   max(received_at) FROM frames WHERE stream_id = $1";
+        let found = &store.rows(sql, &[row.id.into()]).await?[0];
+        let agrees = found.integer(0)? == row.frames
+            && found.integer(1)? == row.readings
+            && found.integer(2)?.cast_unsigned() == row.durable_seq;
+        let received_at_us = found.integer_or_null(3)?.unwrap_or(i64::MIN);
+        Ok(State {
+            agrees,
+            is_older: row.created_at_us < self.began_us && received_at_us < self.began_us,
+        })
+    }
+}
+
+/// How a stream of another run looks.
+struct State {
+    /// Whether its totals are those of its frames.
+    agrees: bool,
+    /// Whether all of it was there before the runs.
+    is_older: bool,
+}

@@ -1,0 +1,350 @@
+//! One series: its readings in the order of time, each held against the frame that brought it.
+//!
+//! Readings stream by. For each frame there is a count of readings seen and the row of the last: as readings of a
+//! frame come in the order of their rows, none can be there twice, and all are there if as many are.
+
+use fieldgate::store::reader::{ReadError, Reader, Row, Value};
+use fieldgate_protocol::column::scaled;
+
+use super::ledger::Frame;
+use super::{Own, Verdict};
+use crate::plan::FrameContent;
+use crate::readings::{Readings, Values};
+
+/// Frames that are kept regenerated: readings of neighbouring frames may alternate.
+const KEPT_FRAMES: usize = 8;
+
+/// All readings of a series in SQLite, from the tables themselves: those that are sorted in, and those that came
+/// last.
+const SQLITE: &str = "SELECT ts, frame_id, value FROM readings_sorted WHERE series_id = $1
+     UNION ALL
+     SELECT u.ts + CAST(v.key AS INTEGER), u.frame_id, v.value
+     FROM readings_sorting AS m
+     CROSS JOIN readings_recent AS u ON u.id > m.sorted_id
+         AND (u.id > m.sorting_id OR (u.series_id, u.ts, u.frame_id) > (m.series_id, m.ts, m.frame_id))
+     CROSS JOIN json_each(u.samples) AS v
+     WHERE u.series_id = $1
+     ORDER BY 1, 2";
+const POSTGRES: &str =
+    "SELECT ts, frame_id, value FROM readings WHERE series_id = $1 ORDER BY ts, frame_id";
+/// Readings of a series that came with streams of other runs.
+const OTHERS: &str = "SELECT count(*) FROM readings AS r
+     JOIN frames AS f ON f.id = r.frame_id JOIN streams AS s ON s.id = f.stream_id
+     WHERE r.series_id = $1 AND s.device_id = $2 AND s.stream NOT IN ";
+
+/// The row of a series.
+pub(super) struct SeriesRow {
+    id: i64,
+    channel: String,
+    unit: String,
+    kind: String,
+}
+
+impl SeriesRow {
+    pub(super) fn read(row: &Row) -> Result<SeriesRow, ReadError> {
+        let text = |column| -> Result<String, ReadError> {
+            Ok(row.text_or_null(column)?.unwrap_or_default().to_owned())
+        };
+        Ok(SeriesRow {
+            id: row.integer(0)?,
+            channel: text(1)?,
+            unit: text(2)?,
+            kind: text(3)?,
+        })
+    }
+
+    /// How many readings it has.
+    pub(super) async fn count(&self, store: &mut Reader) -> Result<i64, ReadError> {
+        let sql = "SELECT count(*) FROM readings WHERE series_id = $1";
+        store.rows(sql, &[self.id.into()]).await?[0].integer(0)
+    }
+
+    pub(super) fn describe(&self) -> String {
+        format!("{} [{}] {}", self.channel, self.unit, self.kind)
+    }
+
+    /// Which of a run's channels this is the series of.
+    pub(super) fn column(&self, own: &Own<'_>) -> Option<usize> {
+        own.run.script.channels().iter().position(|channel| {
+            channel.name == self.channel
+                && channel.unit == self.unit
+                && channel.kind.name() == self.kind
+        })
+    }
+}
+
+/// The proof of one series.
+pub(super) struct SeriesProof<'a> {
+    pub(super) owns: &'a [Own<'a>],
+    /// For each of `owns`, which of its channels this is.
+    pub(super) columns: Vec<Option<usize>>,
+    /// In the order of their ids.
+    pub(super) frames: &'a [Frame],
+    pub(super) series: SeriesRow,
+    pub(super) device: i64,
+    /// Whether other runs' readings may be in it.
+    pub(super) is_mixed: bool,
+}
+
+/// What was seen of a frame.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    readings: u16,
+    /// Rows up to this one have been passed.
+    rows: u16,
+}
+
+/// A reading as it is stored.
+struct Stored<'a> {
+    ts_us: i64,
+    frame_id: i64,
+    value: &'a Value,
+}
+
+impl SeriesProof<'_> {
+    pub(super) async fn prove(
+        &self,
+        store: &mut Reader,
+        verdict: &mut Verdict,
+    ) -> Result<(), ReadError> {
+        let sql = match store {
+            Reader::Sqlite(_) => SQLITE,
+            Reader::Postgres(_) => POSTGRES,
+        };
+        let mut walk = Walk {
+            proof: self,
+            seen: vec![Seen::default(); self.frames.len()],
+            kept: Kept::default(),
+            strange: 0,
+        };
+        let on_row = |row: Row| {
+            let stored = Stored {
+                ts_us: row.integer(0)?,
+                frame_id: row.integer(1)?,
+                value: &row.0[2],
+            };
+            walk.take(&stored, verdict);
+            Ok(())
+        };
+        store.each(sql, &[self.series.id.into()], on_row).await?;
+        let strange = walk.finish(verdict);
+        if self.is_mixed && strange > 0 {
+            self.explain(store, strange, verdict).await?;
+        }
+        Ok(())
+    }
+
+    /// Readings of frames that are not the runs' may only be those of other streams of the device.
+    async fn explain(
+        &self,
+        store: &mut Reader,
+        strange: u64,
+        verdict: &mut Verdict,
+    ) -> Result<(), ReadError> {
+        let streams: Vec<String> = self
+            .owns
+            .iter()
+            .map(|own| own.device.stream().to_string())
+            .collect();
+        let sql = format!("{OTHERS} ({})", streams.join(", "));
+        let arguments = [self.series.id.into(), self.device.into()];
+        let others = store.rows(&sql, &arguments).await?[0].integer(0)?;
+        let invented = strange.abs_diff(others.cast_unsigned());
+        if invented > 0 {
+            verdict.differ(|| {
+                format!(
+                    "{} {}: {invented} readings of no frame: stored and not sent",
+                    self.owns[0].name(),
+                    self.series.describe()
+                )
+            });
+        }
+        Ok(())
+    }
+
+    fn find(&self, frame_id: i64) -> Option<usize> {
+        let found = self
+            .frames
+            .binary_search_by_key(&frame_id, |frame| frame.id);
+        found.ok()
+    }
+}
+
+/// The readings of a series, one after another.
+struct Walk<'a> {
+    proof: &'a SeriesProof<'a>,
+    /// In the order of the frames.
+    seen: Vec<Seen>,
+    kept: Kept,
+    /// Readings of frames that are none of the runs'.
+    strange: u64,
+}
+
+impl Walk<'_> {
+    fn take(&mut self, stored: &Stored<'_>, verdict: &mut Verdict) {
+        verdict.readings_stored += 1;
+        let Some(index) = self.proof.find(stored.frame_id) else {
+            self.strange += 1;
+            if !self.proof.is_mixed {
+                let frame_id = stored.frame_id;
+                let what =
+                    format!("stored and not sent: none of the device's frames has id {frame_id}");
+                self.differ(None, stored, &what, verdict);
+            }
+            return;
+        };
+        let frame = self.proof.frames[index];
+        let own = &self.proof.owns[usize::from(frame.own)];
+        let column = self.proof.columns[usize::from(frame.own)];
+        let time_us = stored.ts_us.wrapping_sub(frame.offset_us);
+        let (Some(column), true) = (column, frame.rows > 0) else {
+            self.differ(
+                Some(frame),
+                stored,
+                "stored and not sent: the frame has no such readings",
+                verdict,
+            );
+            return;
+        };
+        let readings = self.kept.get(index, frame.seq, own);
+        let Some(row) = row_at(readings, time_us) else {
+            self.differ(
+                Some(frame),
+                stored,
+                "stored and not sent: no reading of that time is in the frame",
+                verdict,
+            );
+            return;
+        };
+        let exp10 = own.run.script.channels()[column].exp10;
+        let sent = stored_bits(readings, column, row, exp10);
+        let seen = &mut self.seen[index];
+        if row < usize::from(seen.rows) {
+            self.differ(Some(frame), stored, "stored twice", verdict);
+            return;
+        }
+        seen.rows = row as u16 + 1;
+        seen.readings += 1;
+        let is_equal = match stored.value {
+            Value::Null => sent.is_none(),
+            Value::Real(value) => sent == Some(value.to_bits()),
+            _ => false,
+        };
+        if !is_equal {
+            let sent = sent.map_or("no valid value".into(), |bits| {
+                describe(f64::from_bits(bits))
+            });
+            self.differ(
+                Some(frame),
+                stored,
+                &format!("stored and not sent: {sent} was sent"),
+                verdict,
+            );
+        }
+    }
+
+    fn differ(&self, frame: Option<Frame>, stored: &Stored<'_>, what: &str, verdict: &mut Verdict) {
+        verdict.differ(|| {
+            let series = &self.proof.series;
+            let name = self.proof.owns[0].name();
+            let from = frame.map_or(String::new(), |frame| {
+                let stream = self.proof.owns[usize::from(frame.own)].device.stream();
+                format!(" stream {stream} seq {}", frame.seq)
+            });
+            let value = match stored.value {
+                Value::Null => "no valid value".to_owned(),
+                Value::Real(value) => describe(*value),
+                other => format!("{other:?}, which is no double,"),
+            };
+            let ts_us = stored.ts_us;
+            format!(
+                "{name}{from} {} at {ts_us} us: {value} {what}",
+                series.describe()
+            )
+        });
+    }
+
+    /// Frames of which readings are missing; returns how many readings were of frames of no run.
+    fn finish(self, verdict: &mut Verdict) -> u64 {
+        for (frame, seen) in self.proof.frames.iter().zip(&self.seen) {
+            let has_column = self.proof.columns[usize::from(frame.own)].is_some();
+            if !has_column || seen.readings == frame.rows {
+                continue;
+            }
+            let missing = frame.rows - seen.readings;
+            verdict.differ(|| {
+                let own = &self.proof.owns[usize::from(frame.own)];
+                format!(
+                    "{} stream {} seq {} {}: {missing} of {} readings sent and not stored",
+                    own.name(),
+                    own.device.stream(),
+                    frame.seq,
+                    self.proof.series.describe(),
+                    frame.rows
+                )
+            });
+        }
+        self.strange
+    }
+}
+
+/// The frames that were regenerated last.
+#[derive(Default)]
+struct Kept {
+    frames: Vec<(usize, Readings)>,
+    next: usize,
+}
+
+impl Kept {
+    /// The readings of a frame of that index and number.
+    fn get(&mut self, index: usize, seq: u64, own: &Own<'_>) -> &Readings {
+        if let Some(place) = self.frames.iter().position(|(kept, _)| *kept == index) {
+            return &self.frames[place].1;
+        }
+        let place = self.next % KEPT_FRAMES;
+        self.next += 1;
+        if place == self.frames.len() {
+            self.frames.push((index, Readings::default()));
+        }
+        let (kept, readings) = &mut self.frames[place];
+        *kept = index;
+        match own.device.frame(seq, readings) {
+            Some(FrameContent::Readings(_)) => {}
+            _ => readings.rows = 0,
+        }
+        &self.frames[place].1
+    }
+}
+
+/// The row at a time on the device's clock; times increase from row to row.
+fn row_at(readings: &Readings, time_us: i64) -> Option<usize> {
+    let (mut low, mut high) = (0, readings.rows);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        match readings.time_us(middle).cmp(&time_us) {
+            std::cmp::Ordering::Equal => return Some(middle),
+            std::cmp::Ordering::Less => low = middle + 1,
+            std::cmp::Ordering::Greater => high = middle,
+        }
+    }
+    None
+}
+
+fn describe(value: f64) -> String {
+    format!("{value} ({:#018x})", value.to_bits())
+}
+
+/// The bits of the double that is stored for a sample; `None` where NULL is.
+fn stored_bits(readings: &Readings, column: usize, row: usize, exp10: i8) -> Option<u64> {
+    let column = &readings.columns[column];
+    if column.nulls.contains(row) {
+        return None;
+    }
+    let value = match &column.values {
+        Values::Integer(values) => scaled(values[row], exp10),
+        Values::F32(values) => f64::from(values[row]),
+        Values::F64(values) => values[row],
+        Values::Bool(values) => f64::from(u8::from(values[row])),
+    };
+    (!value.is_nan()).then_some(value.to_bits())
+}

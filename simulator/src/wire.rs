@@ -1,0 +1,89 @@
+//! The frames that a script comes to on the wire, byte for byte: what a device sends, and what the proof expects
+//! in quarantine.
+
+use fieldgate_protocol::auth::schema_hash;
+use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, HEADER_BYTES, NoRoom, TRAILER_BYTES};
+use fieldgate_protocol::message;
+
+use crate::encode::{DataTerms, Encoder};
+use crate::plan::{Clock, DeviceScript, FrameContent};
+use crate::readings::{Channel, Readings};
+
+/// Returns the number of the schema with these channels. It follows from them: a device that measured something
+/// else in an earlier run used another number, and schemas are immutable.
+pub fn schema_number(channels: &[Channel]) -> u16 {
+    let hash = hash_of(&declare_frame(channels, 1));
+    u16::from_le_bytes([hash[0], hash[1]]).max(1)
+}
+
+/// Returns the hash of a DECLARE frame's content.
+pub fn hash_of(declare: &[u8]) -> [u8; 8] {
+    schema_hash(&declare[HEADER_BYTES..declare.len() - TRAILER_BYTES])
+}
+
+/// Returns the DECLARE that every device of the fleet sends.
+pub fn declare_frame(channels: &[Channel], schema: u16) -> Vec<u8> {
+    let channels = channels.iter().enumerate();
+    let channels = channels.map(|(i, channel)| message::Channel {
+        id: i as u8 + 1,
+        name: &channel.name,
+        unit: &channel.unit,
+        kind: channel.kind as u8,
+        exp10: channel.exp10,
+    });
+    let declare = message::Declare {
+        schema,
+        channels: channels.collect(),
+        ext: &[],
+    };
+    let mut frame = vec![0; DEFAULT_FRAME_BYTES_MAX];
+    let frame_bytes = message::encode(&declare, 0, &mut frame)
+        .expect("32 channels with names and units of at most 48 bytes fit a frame");
+    frame.truncate(frame_bytes);
+    frame
+}
+
+/// Returns what the DATA frames of a device say besides their readings.
+pub fn terms(device: &DeviceScript, schema: u16) -> DataTerms {
+    let clock = match device.clock() {
+        Clock::Boot => 0,
+        Clock::Utc => 1,
+    };
+    DataTerms {
+        schema,
+        clock,
+        boot: device.boot(),
+    }
+}
+
+/// Buffers for making frames, used again for each.
+#[derive(Debug, Default)]
+pub struct Workbench {
+    encoder: Encoder,
+    readings: Readings,
+}
+
+impl Workbench {
+    /// Writes frame `seq` of a device; returns its length, and how many readings are to be stored of it.
+    ///
+    /// # Errors
+    /// The device sends no such frame, or it does not fit.
+    pub fn frame(
+        &mut self,
+        device: &DeviceScript,
+        seq: u64,
+        schema: u16,
+        out: &mut [u8],
+    ) -> Result<(usize, u64), NoRoom> {
+        let content = device.frame(seq, &mut self.readings).ok_or(NoRoom)?;
+        let (readings, malformed, count) = match content {
+            FrameContent::Readings(readings) => (readings, None, readings.count()),
+            FrameContent::Malformed { variant, readings } => (readings, Some(variant), 0),
+        };
+        let terms = terms(device, schema);
+        let bytes = self
+            .encoder
+            .data_frame(seq, terms, readings, malformed, out)?;
+        Ok((bytes, count))
+    }
+}

@@ -1,0 +1,663 @@
+//! The proof put to the proof: it passes a true store, and fails on a copy of it that one statement falsified.
+
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use crate::database::PgDatabase;
+use crate::fleet::{File, Fleet, simulator};
+use crate::gateway::{Gateway, meddle};
+use crate::logs::keep_of;
+
+/// What is done to a store, and what the proof must say of it.
+struct Falsification {
+    what: &'static str,
+    sql: &'static str,
+    said: &'static str,
+}
+
+/// Of the first readable frame with readings, its first series' reading in the middle.
+const ONE: &str = "(SELECT min(id) FROM frames WHERE readings > 0)";
+
+const fn of(what: &'static str, sql: &'static str, said: &'static str) -> Falsification {
+    Falsification { what, sql, said }
+}
+
+/// For both stores. `{one}` is the id of a frame with readings, `READINGS` the table of readings, `DAY` and `MICROSECOND`
+/// spans of time.
+const FALSIFICATIONS: &[Falsification] = &[
+    // Readings.
+    of(
+        "a reading deleted",
+        "DELETE FROM READINGS WHERE frame_id = {one} AND (series_id, ts) =
+             (SELECT series_id, ts FROM READINGS WHERE frame_id = {one} ORDER BY series_id, ts LIMIT 1)",
+        "1 of 5 readings sent and not stored",
+    ),
+    of(
+        "all readings of a series deleted",
+        "DELETE FROM READINGS WHERE series_id = (SELECT min(id) FROM series)",
+        "5 of 5 readings sent and not stored",
+    ),
+    of(
+        "a thousand readings invented, of a frame that is not there",
+        "INSERT INTO READINGS (series_id, ts, frame_id, value)
+             WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000)
+             SELECT s.series_id, s.ts, 1000000 + i, s.value FROM n
+             CROSS JOIN (SELECT * FROM READINGS ORDER BY series_id, ts LIMIT 1) AS s",
+        "stored and not sent: none of the device's frames has id 1000001",
+    ),
+    of(
+        "a reading invented, of a frame that is there",
+        "INSERT INTO READINGS (series_id, ts, frame_id, value)
+             SELECT series_id, ts + MICROSECOND, frame_id, value FROM READINGS
+             WHERE frame_id = {one} ORDER BY series_id, ts LIMIT 1",
+        "no reading of that time is in the frame",
+    ),
+    of(
+        "a reading invented, of another device's frame",
+        "INSERT INTO READINGS (series_id, ts, frame_id, value)
+             SELECT series_id, ts, (SELECT max(id) FROM frames WHERE readings > 0 AND stream_id <>
+                 (SELECT stream_id FROM frames WHERE id = {one})), value FROM READINGS
+             WHERE frame_id = {one} ORDER BY series_id, ts LIMIT 1",
+        "none of the device's frames has id",
+    ),
+    of(
+        "a value changed by one bit",
+        "UPDATE READINGS SET value = value * 1.0000000000000002 WHERE frame_id = {one}",
+        "was sent",
+    ),
+    of(
+        "a value without validity",
+        "UPDATE READINGS SET value = NULL WHERE frame_id = {one}",
+        "no valid value stored and not sent",
+    ),
+    of(
+        "a time off by a microsecond",
+        "UPDATE READINGS SET ts = ts + MICROSECOND WHERE frame_id = {one}",
+        "no reading of that time is in the frame",
+    ),
+    of(
+        "all times a day off",
+        "UPDATE READINGS SET ts = ts + DAY",
+        "no reading of that time is in the frame",
+    ),
+    of(
+        "a frame's times and its clock offset a day off",
+        "UPDATE READINGS SET ts = ts + DAY WHERE frame_id = {one};
+         UPDATE frames SET clock_offset_us = clock_offset_us + 86400000000 WHERE id = {one}",
+        "beyond what its clock can have been off",
+    ),
+    of(
+        "a series' times a day off",
+        "UPDATE READINGS SET ts = ts + DAY WHERE series_id = (SELECT max(id) FROM series)",
+        "no reading of that time is in the frame",
+    ),
+    of(
+        "readings moved to another series",
+        "DELETE FROM READINGS WHERE frame_id = {one} AND series_id =
+             (SELECT max(series_id) FROM READINGS WHERE frame_id = {one});
+         UPDATE READINGS SET series_id = (SELECT max(id) FROM series WHERE device_id =
+                 (SELECT device_id FROM series WHERE id = READINGS.series_id))
+             WHERE frame_id = {one} AND series_id =
+                 (SELECT min(series_id) FROM READINGS WHERE frame_id = {one})",
+        "was sent",
+    ),
+    of(
+        "readings moved to another device",
+        "UPDATE READINGS SET series_id = (SELECT max(id) FROM series) WHERE series_id = (SELECT min(id) FROM series)",
+        "readings sent and not stored",
+    ),
+    of(
+        "readings moved to another frame of the device",
+        "UPDATE READINGS SET frame_id = (SELECT max(id) FROM frames WHERE readings > 0 AND stream_id =
+             (SELECT stream_id FROM frames WHERE id = {one})) WHERE frame_id = {one}",
+        "no reading of that time is in the frame",
+    ),
+    of(
+        "readings moved to a series that is none",
+        "UPDATE READINGS SET series_id = 1000000 WHERE series_id = (SELECT min(id) FROM series)",
+        "series of readings that are no series",
+    ),
+    // Devices, streams, series, schemas.
+    of(
+        "a ghost device",
+        "INSERT INTO devices (name, firmware) VALUES ('ghost', 'none')",
+        "ghost: a device with 0 streams, 0 series and 0 readings: stored and not sent",
+    ),
+    of(
+        "a ghost device from before the run",
+        "INSERT INTO devices (name, first_seen_at) SELECT 'ghost', first_seen_at - DAY FROM devices LIMIT 1;
+         INSERT INTO streams (device_id, stream, created_at, frames, readings, durable_seq)
+             SELECT (SELECT max(id) FROM devices), 77, created_at - DAY, 1, 20, 1 FROM streams LIMIT 1",
+        "ghost: a device with 1 streams, 0 series and 0 readings: stored and not sent",
+    ),
+    of(
+        "a device of the fleet's names, but beyond its number",
+        "INSERT INTO devices (name) VALUES ('sim-00077')",
+        "sim-00077: a device",
+    ),
+    of(
+        "a ghost device with readings",
+        "INSERT INTO devices (name) VALUES ('ghost');
+         INSERT INTO series (device_id, channel, unit, kind)
+             SELECT id, 'temperature', 'Cel', 'f64' FROM devices WHERE name = 'ghost';
+         INSERT INTO READINGS (series_id, ts, frame_id, value)
+             SELECT (SELECT max(id) FROM series), ts, frame_id, value FROM READINGS
+             WHERE series_id = (SELECT min(id) FROM series)",
+        "ghost: a device with 0 streams, 1 series and",
+    ),
+    of(
+        "a device renamed",
+        "UPDATE devices SET name = 'sim-0000' WHERE name = 'sim-00000'",
+        "sim-00000: not in the store",
+    ),
+    of(
+        "two devices that swapped names",
+        "UPDATE devices SET name = 'x' WHERE name = 'sim-00000';
+         UPDATE devices SET name = 'sim-00000' WHERE name = 'sim-00001';
+         UPDATE devices SET name = 'sim-00001' WHERE name = 'x'",
+        "stored and not sent",
+    ),
+    of(
+        "another firmware",
+        "UPDATE devices SET firmware = 'x' WHERE name = 'sim-00000'",
+        "firmware \"x\"",
+    ),
+    of(
+        "an empty stream",
+        "INSERT INTO streams (device_id, stream, created_at) SELECT device_id, 77, created_at FROM streams
+             ORDER BY id LIMIT 1",
+        "stream 77 with ",
+    ),
+    of(
+        "a stream under another number",
+        "UPDATE streams SET stream = 77 WHERE id = (SELECT min(id) FROM streams)",
+        "stream 77 with ",
+    ),
+    of(
+        "durable_seq lowered",
+        "UPDATE streams SET durable_seq = durable_seq - 1 WHERE id = (SELECT min(id) FROM streams)",
+        "durable_seq 11, last frame 12",
+    ),
+    of(
+        "durable_seq raised",
+        "UPDATE streams SET durable_seq = durable_seq + 1 WHERE id = (SELECT min(id) FROM streams)",
+        "durable_seq 13, last frame 12",
+    ),
+    of(
+        "a stream's total of readings",
+        "UPDATE streams SET readings = readings + 1 WHERE id = (SELECT min(id) FROM streams)",
+        "totals of the stream say",
+    ),
+    of(
+        "an empty series",
+        "INSERT INTO series (device_id, channel, unit, kind)
+             SELECT min(device_id), 'ghost', '', 'f64' FROM series",
+        "series ghost [] f64 with 0 readings: stored and not sent",
+    ),
+    of(
+        "a series of another unit",
+        "UPDATE series SET unit = 'K' WHERE id = (SELECT min(id) FROM series)",
+        "[K]",
+    ),
+    of(
+        "a channel renamed",
+        "UPDATE series SET channel = channel || 'x' WHERE id IN (SELECT min(id) FROM series)",
+        "no series of that channel, unit and kind",
+    ),
+    of(
+        "a schema that was not declared",
+        "INSERT INTO schemas (device_id, schema, hash, declaration)
+             SELECT device_id, 7, hash, declaration FROM schemas ORDER BY device_id LIMIT 1",
+        "schema 7: stored and not declared",
+    ),
+    of(
+        "a schema of another kind",
+        "UPDATE schemas SET declaration = replace(declaration, 'integer', 'f64')",
+        "stored and not declared",
+    ),
+    // Frames.
+    of(
+        "the last frame deleted, and the number it moved",
+        "DELETE FROM READINGS WHERE frame_id = (SELECT max(id) FROM frames WHERE stream_id = (SELECT min(id) FROM streams));
+         UPDATE streams SET durable_seq = durable_seq - 1, frames = frames - 1, readings = readings - 20
+             WHERE id = (SELECT min(id) FROM streams);
+         DELETE FROM frames WHERE stream_id = (SELECT min(id) FROM streams) AND seq = 12",
+        "frames 12 to 12 acked and not stored",
+    ),
+    of(
+        "a frame deleted, its readings kept",
+        "DELETE FROM frames WHERE id = {one}",
+        "expected",
+    ),
+    of(
+        "a frame added",
+        "INSERT INTO frames (id, stream_id, seq, type, received_at, readings, quality, clock_offset_us)
+             SELECT 1000000, stream_id, 13, type, received_at, 0, quality, clock_offset_us FROM frames
+             WHERE stream_id = (SELECT min(id) FROM streams) AND seq = 12",
+        "frame 13 stored and not sent",
+    ),
+    of(
+        "a frame of no stream",
+        "INSERT INTO frames (id, stream_id, seq, type, received_at, readings)
+             SELECT 1000000, 1000000, 1, type, received_at, 0 FROM frames WHERE id = {one}",
+        "1 frames of no stream",
+    ),
+    of(
+        "a frame of another number",
+        "UPDATE frames SET seq = 99 WHERE id = {one}",
+        "expected",
+    ),
+    of(
+        "two frames that swapped numbers",
+        "UPDATE frames SET seq = 99 WHERE seq = 1 AND stream_id = (SELECT min(id) FROM streams);
+         UPDATE frames SET seq = 1 WHERE seq = 2 AND stream_id = (SELECT min(id) FROM streams);
+         UPDATE frames SET seq = 2 WHERE seq = 99 AND stream_id = (SELECT min(id) FROM streams)",
+        "not sent",
+    ),
+    of(
+        "a frame's type",
+        "UPDATE frames SET type = 20 WHERE id = {one}",
+        "has type 0x14",
+    ),
+    of(
+        "a frame's number of readings",
+        "UPDATE frames SET readings = readings + 1 WHERE id = {one}",
+        "and 21 readings",
+    ),
+    of(
+        "a frame's quality",
+        "UPDATE frames SET quality = 2 WHERE id = {one}",
+        "has quality Some(2)",
+    ),
+    of(
+        "a frame's clock offset",
+        "UPDATE frames SET clock_offset_us = clock_offset_us + 3600000000 WHERE id = {one}",
+        "beyond what its clock can have been off",
+    ),
+    of(
+        "a frame received a day ago",
+        "UPDATE frames SET received_at = received_at - DAY WHERE id = {one}",
+        "which is not while it was sent",
+    ),
+    of(
+        "a frame received tomorrow",
+        "UPDATE frames SET received_at = received_at + DAY WHERE id = {one}",
+        "which is not while it was sent",
+    ),
+    // Gaps and quarantine.
+    of(
+        "a gap invented",
+        "INSERT INTO gaps (stream_id, from_seq, to_seq, reason, received_at)
+             SELECT stream_id, 2, 3, 0, received_at FROM frames WHERE id = {one}",
+        "gap 2 to 3, reason 0: stored and not sent",
+    ),
+    of(
+        "a frame taken for a gap",
+        "INSERT INTO gaps (stream_id, from_seq, to_seq, reason, received_at)
+             SELECT stream_id, seq, seq, 0, received_at FROM frames WHERE id = {one};
+         DELETE FROM READINGS WHERE frame_id = {one};
+         UPDATE streams SET readings = readings - 20 WHERE id = (SELECT stream_id FROM frames WHERE id = {one});
+         UPDATE frames SET type = 18, readings = 0, quality = NULL, clock_offset_us = NULL WHERE id = {one}",
+        "acked and not stored",
+    ),
+    of(
+        "bytes in quarantine",
+        "UPDATE quarantine SET bytes = BYTES WHERE id = (SELECT min(id) FROM quarantine WHERE code <> 35)",
+        "its bytes are not those that were sent",
+    ),
+    of(
+        "bytes in quarantine of a frame that was damaged on the way",
+        "UPDATE quarantine SET bytes = BYTES WHERE id = (SELECT min(id) FROM quarantine WHERE code = 35)",
+        "its bytes are not those that were sent",
+    ),
+    of(
+        "a frame in quarantine under another code",
+        "UPDATE quarantine SET code = 33 WHERE id = (SELECT min(id) FROM quarantine WHERE code <> 35)",
+        "in quarantine as Some(33)",
+    ),
+    of(
+        "a readable frame taken for one that was damaged",
+        "INSERT INTO quarantine (device_id, stream_id, seq, received_at, peer, code, detail, bytes)
+             SELECT q.device_id, f.stream_id, f.seq, f.received_at, q.peer, 35, q.detail, q.bytes
+             FROM frames AS f JOIN streams AS s ON s.id = f.stream_id
+             JOIN quarantine AS q ON q.device_id = s.device_id
+             WHERE f.readings > 0 AND q.code = 35 ORDER BY f.id LIMIT 1",
+        "its bytes are not those that were sent",
+    ),
+    of(
+        "a frame in quarantine deleted",
+        "DELETE FROM quarantine WHERE id = (SELECT min(id) FROM quarantine WHERE code <> 35)",
+        "in quarantine as None",
+    ),
+    of(
+        "a frame in quarantine invented",
+        "INSERT INTO quarantine (device_id, stream_id, seq, received_at, peer, code, detail, bytes)
+             SELECT device_id, stream_id, 99, received_at, peer, code, detail, bytes FROM quarantine
+             ORDER BY id LIMIT 1",
+        "no such frame is stored",
+    ),
+    of(
+        "a frame in quarantine of another device",
+        "UPDATE quarantine SET device_id = (SELECT max(id) FROM devices) WHERE id = (SELECT min(id) FROM quarantine WHERE device_id <> (SELECT max(id) FROM devices))",
+        "under another device than their stream's",
+    ),
+    of(
+        "a frame in quarantine from elsewhere",
+        "UPDATE quarantine SET peer = '192.0.2.1:9' WHERE id = (SELECT min(id) FROM quarantine)",
+        "from \"192.0.2.1:9\", where the device never was",
+    ),
+    of(
+        "a frame in quarantine of another time",
+        "UPDATE quarantine SET received_at = received_at + MICROSECOND WHERE id = (SELECT min(id) FROM quarantine)",
+        "received at another time than the frame",
+    ),
+    // Clocks and events.
+    of(
+        "a clock an hour off",
+        "UPDATE clocks SET offset_us = offset_us + 3600000000",
+        "not a clock that the device had",
+    ),
+    of(
+        "a clock of another boot",
+        "UPDATE clocks SET boot = boot + 1",
+        "not a clock that the device had",
+    ),
+    of(
+        "an event's text",
+        "UPDATE device_events SET detail = '192.0.2.1:9' WHERE id =
+             (SELECT min(id) FROM device_events WHERE kind = 'connected')",
+        " never ",
+    ),
+    of(
+        "all events' texts",
+        "UPDATE device_events SET detail = 'x' WHERE device_id =
+             (SELECT min(device_id) FROM device_events)",
+        "only logins from addresses that they never had",
+    ),
+    of(
+        "a login invented",
+        "INSERT INTO device_events (device_id, at, kind, code, detail)
+             SELECT device_id, at, kind, code, detail FROM device_events WHERE kind = 'connected'
+             ORDER BY id LIMIT 1",
+        "where the device never was",
+    ),
+    of(
+        "an event of a device that reports none",
+        "INSERT INTO device_events (device_id, at, kind, level, code, detail, frame_id)
+             SELECT device_id, at, 'event', 1, 7, 'valve stuck', {one} FROM device_events ORDER BY id LIMIT 1",
+        "event event \"valve stuck\"",
+    ),
+    of(
+        "an operator's change that was none",
+        "INSERT INTO device_events (device_id, at, kind, code, detail)
+             SELECT device_id, at, 'disabled', 0, 'x' FROM device_events ORDER BY id LIMIT 1",
+        "event disabled \"x\"",
+    ),
+    of(
+        "an event of another day",
+        "UPDATE device_events SET at = at + DAY WHERE kind = 'connected'",
+        "event connected",
+    ),
+];
+
+/// Falsifications that only SQLite allows: Postgres keeps to its foreign keys and types.
+const SQLITE_ONLY: &[Falsification] = &[
+    of(
+        "a device deleted, its data kept",
+        "DELETE FROM devices WHERE name = 'sim-00000'",
+        "streams of no device",
+    ),
+    of(
+        "a gap of no stream",
+        "INSERT INTO gaps (stream_id, from_seq, to_seq, reason, received_at)
+             SELECT 1000000, 2, 3, 0, received_at FROM frames WHERE id = {one}",
+        "1 gaps of no stream",
+    ),
+    of(
+        "a value that is no double",
+        "UPDATE READINGS SET value = 5 WHERE frame_id = {one}",
+        "which is no double",
+    ),
+    of(
+        "recent readings that nothing sorts in",
+        "INSERT INTO readings_recent (series_id, frame_id, ts, samples)
+             SELECT 1000000, {one}, 0, '{\"0\": 1.5}'",
+        "series of recent readings that are no series",
+    ),
+    of(
+        "recent readings of a series",
+        "INSERT INTO readings_recent (id, series_id, frame_id, ts, samples)
+             SELECT 1000000000, min(series_id), {one}, 0, '{\"0\": 1.5}' FROM READINGS WHERE frame_id = {one}",
+        "no reading of that time is in the frame",
+    ),
+];
+
+/// Falsifications that only Postgres allows: in SQLite a reading has a primary key.
+const POSTGRES_ONLY: &[Falsification] = &[
+    of(
+        "a reading twice",
+        "INSERT INTO readings SELECT * FROM readings WHERE frame_id = {one} ORDER BY series_id, ts LIMIT 1",
+        "stored twice",
+    ),
+    of(
+        "a reading twice, and another gone",
+        "INSERT INTO readings SELECT * FROM readings WHERE frame_id = {one} ORDER BY series_id, ts LIMIT 1;
+         DELETE FROM readings WHERE (series_id, ts, frame_id) = (SELECT series_id, ts, frame_id FROM readings
+             WHERE frame_id = {one} AND series_id = (SELECT min(series_id) FROM readings WHERE frame_id = {one}) ORDER BY ts DESC LIMIT 1)",
+        "stored twice",
+    ),
+];
+
+impl Falsification {
+    fn sql(&self, is_sqlite: bool) -> String {
+        let words = match is_sqlite {
+            true => [
+                ("READINGS", "readings_sorted"),
+                ("DAY", "86400000000"),
+                ("MICROSECOND", "1"),
+                (
+                    "BYTES",
+                    "CAST(substr(bytes, 1, length(bytes) - 1) || x'00' AS BLOB)",
+                ),
+            ],
+            false => [
+                ("READINGS", "readings"),
+                ("DAY", "interval '1 day'"),
+                ("MICROSECOND", "interval '1 microsecond'"),
+                ("BYTES", "substr(bytes, 1, length(bytes) - 1) || '\\x00'"),
+            ],
+        };
+        let words = words.into_iter();
+        words.fold(self.sql.replace("{one}", ONE), |sql, (word, by)| {
+            sql.replace(word, by)
+        })
+    }
+}
+
+/// What the proof says of a store, and whether it passed.
+fn verify(store: &str, journals: &[PathBuf], flags: &[&str]) -> (bool, String) {
+    let mut command = simulator("verify");
+    command.args(["--store", store]).args(flags);
+    for journal in journals {
+        command.arg("--journal").arg(journal);
+    }
+    let output = keep_of(command.output().expect("starts"));
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.success(), said + &errors)
+}
+
+/// A small run with all that a store can hold of a fleet: three devices, damaged and malformed frames.
+fn run(gateway: &Gateway, journal: &Path, flags: &[&str]) {
+    let output = simulator("run")
+        .args(["--gateway", &gateway.addr.to_string(), "--journal"])
+        .arg(journal)
+        .arg("--key-file")
+        .arg(gateway.data_dir().join("fleet.key"))
+        .args(["--profile", "burst", "--seed", "4", "--batch", "5"])
+        .args(flags)
+        .output();
+    let output = keep_of(output.expect("starts"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+}
+
+const SMALL: [&str; 6] = [
+    "--devices",
+    "3",
+    "--frames",
+    "12",
+    "--faults",
+    "malformed=0.1,corrupt=0.4,disconnect=0.1",
+];
+
+/// Each of `falsified` must be said; panics with all that are not.
+fn check(falsified: impl Iterator<Item = (&'static Falsification, (bool, String))>) {
+    let missed: Vec<String> = falsified
+        .filter(|(falsification, (passed, said))| *passed || !said.contains(falsification.said))
+        .map(|(falsification, (_, said))| {
+            format!(
+                "{}: not {:?} but\n{said}",
+                falsification.what, falsification.said
+            )
+        })
+        .collect();
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
+}
+
+/// Makes a true run into a store in `dir`, ends the gateway and returns the journal.
+fn true_run(dir: &Path, gateway_flags: &[&str], flags: &[&str]) -> PathBuf {
+    let mut gateway = Gateway::start_in(&dir.join("gateway"), gateway_flags);
+    let journal = dir.join("journal");
+    run(&gateway, &journal, &[&SMALL[..], flags].concat());
+    gateway.terminate();
+    gateway.wait();
+    journal
+}
+
+fn sqlite_url(path: &Path) -> String {
+    format!("sqlite://{}", path.display())
+}
+
+fn prove_sqlite(flags: &[&str]) {
+    let dir = TempDir::new().expect("a directory");
+    let journal = [true_run(dir.path(), &[], flags)];
+    let database = dir.path().join("gateway/fieldgate.db");
+    let (passed, said) = verify(&sqlite_url(&database), &journal, &[]);
+    assert!(
+        passed && said.contains("equal: every acked reading"),
+        "{said}"
+    );
+    let falsifications = FALSIFICATIONS.iter().chain(SQLITE_ONLY);
+    check(falsifications.map(|falsification| {
+        let copy = dir.path().join("copy.db");
+        std::fs::copy(&database, &copy).expect("a copy");
+        meddle(
+            &copy,
+            &format!("PRAGMA foreign_keys = OFF; {}", falsification.sql(true)),
+        );
+        (falsification, verify(&sqlite_url(&copy), &journal, &[]))
+    }));
+}
+
+#[test]
+fn no_falsified_store_passes() {
+    prove_sqlite(&[]);
+}
+
+#[test]
+fn no_falsified_store_of_devices_without_utc_passes() {
+    prove_sqlite(&["--clock", "boot"]);
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn no_falsified_store_in_postgres_passes() {
+    let dir = TempDir::new().expect("a directory");
+    let database = PgDatabase::create();
+    let journal = [true_run(dir.path(), &["--store", &database.url()], &[])];
+    let (passed, said) = verify(&database.url(), &journal, &[]);
+    assert!(passed, "{said}");
+    let falsifications = FALSIFICATIONS.iter().chain(POSTGRES_ONLY);
+    check(falsifications.map(|falsification| {
+        let mut copy = database.copy();
+        copy.session().execute(&falsification.sql(false));
+        (falsification, verify(&copy.url(), &journal, &[]))
+    }));
+}
+
+#[test]
+fn frames_that_the_gateway_no_longer_knows_are_a_loss() {
+    let (mut fleet, gateway) = Fleet::start(
+        |dir| File(dir.join("fieldgate.db")),
+        &["--devices", "2", "--interval", "10ms", "--batch", "2"],
+    );
+    fleet.await_progress(1);
+    let database = fleet.dir().join("fieldgate.db");
+    let older = fleet.dir().join("older.db");
+    let gateway = fleet.restart_after(gateway, || {
+        std::fs::copy(&database, &older).expect("a copy");
+    });
+    fleet.take_stock();
+    fleet.await_progress(2);
+    let gateway = fleet.restart_after(gateway, || {
+        std::fs::copy(&older, &database).expect("a copy");
+    });
+    fleet.take_stock();
+    fleet.await_progress(3);
+    let (status, said) = fleet.interrupt();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("frames that it had acknowledged"), "{said}");
+    let journal = [fleet.dir().join("journal")];
+    drop(gateway);
+    let (passed, said) = verify(&sqlite_url(&database), &journal, &[]);
+    assert!(
+        !passed && said.contains("acked and not stored: the gateway lost them"),
+        "{said}"
+    );
+    assert!(!said.contains("reason 0: stored and not sent"), "{said}");
+}
+
+#[test]
+fn what_other_runs_stored_is_proved_with_them_or_left_out() {
+    let dir = TempDir::new().expect("a directory");
+    let mut gateway = Gateway::start_in(dir.path(), &[]);
+    let journals = ["first", "second"].map(|name| dir.path().join(name));
+    run(&gateway, &journals[0], &["--devices", "1", "--frames", "2"]);
+    run(&gateway, &journals[1], &["--devices", "2", "--frames", "3"]);
+    gateway.terminate();
+    gateway.wait();
+    let database = dir.path().join("fieldgate.db");
+    let store = sqlite_url(&database);
+    let hint = "give its journal as well";
+    let left_out = "not compared: 1 devices, streams, series and schemas";
+    for (journals, flags, passes, says) in [
+        (&journals[..], &["--others", "none"][..], true, "equal"),
+        // The first run's data was there before.
+        (&journals[1..], &[], true, left_out),
+        (&journals[1..], &["--others", "none"], false, hint),
+        // The second run's came later.
+        (&journals[..1], &[], false, hint),
+        (
+            &journals[..1],
+            &["--others", "any"],
+            true,
+            "not compared: 2 ",
+        ),
+    ] {
+        let (passed, said) = verify(&store, journals, flags);
+        assert!(passed == passes && said.contains(says), "{flags:?}: {said}");
+    }
+    let invented = "INSERT INTO readings_sorted (series_id, ts, frame_id, value)
+         SELECT s.id, 5, 1000000, 0.5 FROM series AS s JOIN devices AS d ON d.id = s.device_id
+         WHERE d.name = 'sim-00000' LIMIT 1";
+    meddle(&database, invented);
+    for journals in [&journals[1..], &journals[..1]] {
+        let (passed, said) = verify(&store, journals, &["--others", "any"]);
+        assert!(
+            !passed && said.contains("1 readings of no frame: stored and not sent"),
+            "{said}"
+        );
+    }
+}
