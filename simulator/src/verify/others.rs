@@ -8,6 +8,7 @@ use fieldgate::store::reader::{ReadError, Reader};
 use super::Verdict;
 use super::device::StoredDevice;
 use super::ledger::StreamRow;
+use super::rest::only_row;
 
 /// What to do about something that none of the runs made.
 const HINT: &str = "if another run did, give its journal as well, or --others any";
@@ -27,7 +28,7 @@ impl StoredDevice<'_> {
                     JOIN frames AS f ON f.id = r.frame_id \
                     JOIN streams AS st ON st.id = f.stream_id AND st.device_id = s.device_id \
                     WHERE s.device_id = $1)";
-        let counts = &store.rows(sql, &[id.into()]).await?[0];
+        let counts = only_row(store, sql, &[id.into()]).await?;
         let (series, readings, owned) =
             (counts.integer(0)?, counts.integer(1)?, counts.integer(2)?);
         let (mut is_older, mut totals, mut streams) = (true, 0, 0);
@@ -82,7 +83,7 @@ impl StoredDevice<'_> {
     async fn look_at(&self, store: &mut Reader, row: &StreamRow) -> Result<State, ReadError> {
         let sql = "SELECT count(*), CAST(coalesce(sum(readings), 0) AS BIGINT), coalesce(max(seq), 0), \
                    max(received_at) FROM frames WHERE stream_id = $1";
-        let found = &store.rows(sql, &[row.id.into()]).await?[0];
+        let found = only_row(store, sql, &[row.id.into()]).await?;
         let agrees = found.integer(0)? == row.frames
             && found.integer(1)? == row.readings
             && found.integer(2)?.cast_unsigned() == row.durable_seq;

@@ -7,6 +7,7 @@ use fieldgate::store::reader::{ReadError, Reader, Row, Value};
 use fieldgate_protocol::column::scaled;
 
 use super::ledger::Frame;
+use super::rest::only_row;
 use super::{Own, Verdict};
 use crate::plan::FrameContent;
 use crate::readings::{Readings, Values};
@@ -56,7 +57,7 @@ impl SeriesRow {
     /// How many readings it has.
     pub(super) async fn count(&self, store: &mut Reader) -> Result<i64, ReadError> {
         let sql = "SELECT count(*) FROM readings WHERE series_id = $1";
-        store.rows(sql, &[self.id.into()]).await?[0].integer(0)
+        only_row(store, sql, &[self.id.into()]).await?.integer(0)
     }
 
     pub(super) fn describe(&self) -> String {
@@ -148,7 +149,7 @@ impl SeriesProof<'_> {
             .collect();
         let sql = format!("{OTHERS} ({})", streams.join(", "));
         let arguments = [self.series.id.into(), self.device.into()];
-        let others = store.rows(&sql, &arguments).await?[0].integer(0)?;
+        let others = only_row(store, &sql, &arguments).await?.integer(0)?;
         let invented = strange.abs_diff(others.cast_unsigned());
         if invented > 0 {
             verdict.differ(|| {
