@@ -133,6 +133,9 @@ impl<T> Batcher<T> {
                 declares.push(tag);
             }
             Submission::Entry(entry) => {
+                batch
+                    .clocks
+                    .extend(entry.clock.map(|clock| (entry.device, clock)));
                 batch.entries.push(entry);
                 entries.push(tag);
             }
@@ -144,6 +147,7 @@ impl<T> Batcher<T> {
             Submission::Clock(device, clock) => batch.clocks.push((device, clock)),
             Submission::Event(event) => batch.events.push(event),
             Submission::Refusal(refusal) => batch.refusals.push(refusal),
+            Submission::Step(step) => batch.steps.push(step),
         }
     }
 
@@ -202,6 +206,7 @@ mod tests {
                 series: vec![SeriesId(1)],
                 values: vec![0.0; readings],
             }),
+            clock: None,
         })
     }
 

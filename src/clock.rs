@@ -1,28 +1,73 @@
 //! Time as the gateway knows it: what "now" is, how a device's clock maps to UTC, and how far that can
 //! be trusted (SPEC R70 to R76).
 //!
-//! [`SystemClock`] is the one place where the machine's clocks are read; everything else is told the
-//! time.
+//! [`SystemClock`] is the one place where the machine's clocks are read; everything else gets the time
+//! as an argument. [`Origin`] makes a step of the machine's wall clock visible, [`watch`] records it,
+//! and [`BootClock::corrected`] undoes it for offsets that were measured before it.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use serde::{Deserialize, Serialize};
+mod boots;
+mod watch;
 
-use crate::store::ResolvedTime;
+pub use self::boots::{BootClock, BootClocks, Quality, Stamp, UNMEASURED, resolve_utc};
+pub use self::watch::{ClockStep, doubts_at_start, watch};
+
+/// The least change of the wall clock that counts as a step. Less is noise between the two readings.
+const STEP_MIN_US: i64 = 100_000;
+/// How far apart two readings of the wall clock around one of the other clock may be.
+const READING_SPREAD_MAX_US: i64 = 1_000;
+const READINGS_MAX: usize = 5;
+/// The earliest and latest wall-clock time that the gateway works with: the years 1 to 9999, as for
+/// devices (SPEC R50). A clock beyond is taken to show the bound.
+pub const UTC_MIN_US: i64 = -62_135_596_800_000_000;
+/// See [`UTC_MIN_US`].
+pub const UTC_MAX_US: i64 = 253_402_300_799_999_999;
+
+/// UTC at which a clock that never steps was 0. It moves only when the wall clock is set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// Names the clock that never steps: it differs for each start of the machine. 0 stands for none.
+    pub timeline: i64,
+    /// Microseconds UTC.
+    pub at_us: i64,
+}
+
+impl Origin {
+    /// Of a clock whose steps cannot be seen.
+    pub const NONE: Origin = Origin {
+        timeline: 0,
+        at_us: 0,
+    };
+
+    /// How far the wall clock was set forward from `self` to `later`, microseconds; 0 if the two cannot
+    /// be compared or the difference is noise.
+    pub fn step_to(self, later: Origin) -> i64 {
+        let step_us = later.at_us.saturating_sub(self.at_us);
+        let is_comparable = self.timeline != 0 && self.timeline == later.timeline;
+        match is_comparable && step_us.saturating_abs() >= STEP_MIN_US {
+            true => step_us,
+            false => 0,
+        }
+    }
+}
 
 /// One reading of the gateway's clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Now {
     /// Microseconds on a clock that never steps; only differences mean anything.
     pub mono_us: u64,
-    /// Microseconds since 1970-01-01T00:00:00Z.
+    /// Microseconds since 1970-01-01T00:00:00Z, between [`UTC_MIN_US`] and [`UTC_MAX_US`].
     pub utc_us: i64,
+    /// Shows whether the wall clock was set between two readings.
+    pub origin: Origin,
 }
 
 /// The machine's clocks.
 #[derive(Clone, Copy, Debug)]
 pub struct SystemClock {
     started: Instant,
+    timeline: i64,
 }
 
 impl SystemClock {
@@ -30,209 +75,103 @@ impl SystemClock {
     pub fn start() -> SystemClock {
         SystemClock {
             started: Instant::now(),
+            timeline: timeline(),
         }
     }
 
     /// What the clocks show.
     pub fn now(&self) -> Now {
-        let utc_us = match SystemTime::now().duration_since(UNIX_EPOCH) {
-            Ok(since) => since.as_micros() as i64,
-            Err(before) => -(before.duration().as_micros() as i64),
-        };
+        let (utc_us, up_us) = self.read_pair();
         Now {
             mono_us: self.started.elapsed().as_micros() as u64,
-            utc_us,
+            utc_us: utc_us.clamp(UTC_MIN_US, UTC_MAX_US),
+            origin: Origin {
+                timeline: self.timeline,
+                at_us: utc_us.saturating_sub(up_us),
+            },
         }
+    }
+
+    /// The wall clock and the time since the machine started, read at one moment: a thread that loses its
+    /// processor between the two reads them again.
+    fn read_pair(&self) -> (i64, i64) {
+        let mut before_us = wall_us();
+        for _ in 1..READINGS_MAX {
+            let up_us = self.up_us();
+            let after_us = wall_us();
+            if (0..=READING_SPREAD_MAX_US).contains(&after_us.saturating_sub(before_us)) {
+                return (after_us, up_us);
+            }
+            before_us = after_us;
+        }
+        let up_us = self.up_us();
+        (wall_us(), up_us)
+    }
+
+    /// Counts also while the machine is suspended, as the wall clock does.
+    #[cfg(target_os = "linux")]
+    fn up_us(&self) -> i64 {
+        let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        up.tv_sec * 1_000_000 + up.tv_nsec / 1000
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn up_us(&self) -> i64 {
+        self.started.elapsed().as_micros() as i64
     }
 
     /// The instant at which `mono_us` is reached.
     pub fn instant(&self, mono_us: u64) -> Instant {
-        self.started + std::time::Duration::from_micros(mono_us)
+        self.started + Duration::from_micros(mono_us)
     }
 }
 
-/// How a frame's device time became UTC.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[repr(u8)]
-pub enum Quality {
-    /// The device stamped UTC itself, and the stamp is plausible.
-    Utc = 0,
-    /// Time since boot, mapped by a measured offset of that boot.
-    Anchored = 1,
-    /// Time since a boot whose offset was never measured: the newest row is taken to be as old as
-    /// its receipt.
-    Unanchored = 2,
-    /// The device's UTC is implausible; stored as sent.
-    Suspect = 3,
-}
-
-/// A boot's clock against UTC: `utc = device time since boot + offset`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BootClock {
-    /// The device's boot number.
-    pub boot: u32,
-    /// Microseconds to add to time since boot.
-    pub offset_us: i64,
-    /// Round-trip time of the exchange that measured it: the offset is off by at most half of this.
-    pub delay_us: u64,
-    /// When it was measured, microseconds UTC.
-    pub measured_at_us: i64,
-}
-
-/// How much worse a measurement is taken to become with age: 50 microseconds each second, more than
-/// an ordinary crystal drifts.
-const DRIFT_DIVISOR: u64 = 20_000;
-
-/// A stamp before this is from a clock that was never set: 2020-01-01T00:00:00Z.
-const UTC_PLAUSIBLE_FROM_US: i64 = 1_577_836_800_000_000;
-/// A stamp further ahead of its receipt than a day is from a clock that is wrong.
-const UTC_PLAUSIBLE_AHEAD_US: i64 = 86_400_000_000;
-
-impl BootClock {
-    /// A round trip that began and ended at the gateway: it sent at `sent_us` and received at
-    /// `received_us` (both its UTC); the device received at `device_received_us` and sent at
-    /// `device_sent_us` (both its time since boot). `None` if such a trip is impossible.
-    pub fn measure(
-        boot: u32,
-        sent_us: i64,
-        device_received_us: u64,
-        device_sent_us: u64,
-        received_us: i64,
-    ) -> Option<BootClock> {
-        let held_us = i64::try_from(device_sent_us.checked_sub(device_received_us)?).ok()?;
-        let delay_us = received_us.checked_sub(sent_us)?.checked_sub(held_us)?;
-        let delay_us = u64::try_from(delay_us).ok()?;
-        let half_us = (delay_us / 2) as i64;
-        let offset_us = received_us - half_us - i64::try_from(device_sent_us).ok()?;
-        Some(BootClock {
-            boot,
-            offset_us,
-            delay_us,
-            measured_at_us: received_us,
-        })
-    }
-
-    /// Whether `newer` is the better measurement of the same boot.
-    fn is_beaten_by(&self, newer: &BootClock) -> bool {
-        let age_us = newer
-            .measured_at_us
-            .saturating_sub(self.measured_at_us)
-            .max(0) as u64;
-        newer.delay_us <= self.delay_us.saturating_add(age_us / DRIFT_DIVISOR)
+fn wall_us() -> i64 {
+    let us = |duration: Duration| i64::try_from(duration.as_micros()).unwrap_or(i64::MAX);
+    match SystemTime::now().duration_since(UNIX_EPOCH) {
+        Ok(since) => us(since),
+        Err(before) => -us(before.duration()),
     }
 }
 
-/// The clocks of a device's latest boots.
-#[derive(Clone, Debug, Default)]
-pub struct BootClocks(Vec<BootClock>);
-
-impl BootClocks {
-    /// The clocks that a store remembers.
-    pub fn new(clocks: Vec<BootClock>) -> BootClocks {
-        BootClocks(clocks)
-    }
-
-    /// Takes in a measurement; tells whether it is the best of its boot and worth keeping.
-    pub fn improve(&mut self, measured: BootClock) -> bool {
-        match self.0.iter_mut().find(|clock| clock.boot == measured.boot) {
-            Some(clock) if clock.is_beaten_by(&measured) => {
-                *clock = measured;
-                true
-            }
-            Some(_) => false,
-            None => {
-                self.0.push(measured);
-                true
-            }
-        }
-    }
-
-    /// How times since `boot` become UTC, for a frame whose newest row is at `newest_us`.
-    pub fn resolve_boot(&self, boot: u32, newest_us: i64, received_at_us: i64) -> ResolvedTime {
-        match self.0.iter().find(|clock| clock.boot == boot) {
-            Some(clock) => ResolvedTime {
-                offset_us: clock.offset_us,
-                quality: Quality::Anchored,
-            },
-            None => ResolvedTime {
-                offset_us: received_at_us - newest_us,
-                quality: Quality::Unanchored,
-            },
-        }
-    }
-}
-
-/// How far a device's own UTC is trusted, for a frame with rows from `oldest_us` to `newest_us`.
-pub fn resolve_utc(oldest_us: i64, newest_us: i64, received_at_us: i64) -> ResolvedTime {
-    let is_plausible = oldest_us >= UTC_PLAUSIBLE_FROM_US
-        && newest_us <= received_at_us.saturating_add(UTC_PLAUSIBLE_AHEAD_US);
-    let quality = if is_plausible {
-        Quality::Utc
-    } else {
-        Quality::Suspect
+/// A number for this start of the machine; for this process where the system does not say.
+fn timeline() -> i64 {
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let digits: String = boot_id.chars().filter(char::is_ascii_hexdigit).collect();
+    let of_boot = digits
+        .get(..16)
+        .map(|digits| u64::from_str_radix(digits, 16));
+    let number = match of_boot {
+        Some(Ok(number)) => number,
+        _ => getrandom::u64().unwrap_or_default(),
     };
-    ResolvedTime {
-        offset_us: 0,
-        quality,
-    }
+    // SQL's integers are signed, and 0 means none.
+    (number >> 1).max(1).cast_signed()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_round_trip_gives_offset_and_delay() {
-        // True offset 1,000,000; 300 us each way; the device holds the exchange for 50 us.
-        let clock = BootClock::measure(7, 1_000_000, 300, 350, 1_000_650).unwrap();
-        assert_eq!((clock.offset_us, clock.delay_us), (1_000_000, 600));
+    fn origin(timeline: i64, at_us: i64) -> Origin {
+        Origin { timeline, at_us }
     }
 
     #[test]
-    fn an_impossible_round_trip_measures_nothing() {
-        assert_eq!(BootClock::measure(7, 1_000, 500, 400, 2_000), None);
-        assert_eq!(BootClock::measure(7, 1_000, 0, 5_000, 2_000), None);
-        assert_eq!(BootClock::measure(7, 2_000, 0, 0, 1_000), None);
+    fn only_a_step_on_one_timeline_counts() {
+        let hours_us = 7_200_000_000;
+        assert_eq!(origin(1, 0).step_to(origin(1, hours_us)), hours_us);
+        assert_eq!(origin(1, hours_us).step_to(origin(1, 0)), -hours_us);
+        assert_eq!(origin(1, 0).step_to(origin(1, STEP_MIN_US - 1)), 0);
+        assert_eq!(origin(1, 0).step_to(origin(2, hours_us)), 0);
+        assert_eq!(origin(0, 0).step_to(origin(0, hours_us)), 0);
+        assert_eq!(origin(1, i64::MIN).step_to(origin(1, i64::MAX)), i64::MAX);
     }
 
     #[test]
-    fn the_exchange_of_least_delay_wins_until_it_is_old() {
-        let at = |delay_us, measured_at_us| BootClock {
-            boot: 1,
-            offset_us: delay_us as i64,
-            delay_us,
-            measured_at_us,
-        };
-        let mut clocks = BootClocks::default();
-        assert!(clocks.improve(at(1_000, 0)));
-        assert!(!clocks.improve(at(3_000, 1_000_000)));
-        assert!(clocks.improve(at(900, 2_000_000)));
-        assert!(clocks.improve(at(3_000, 60_000_000)));
-        assert_eq!(clocks.resolve_boot(1, 0, 0).offset_us, 3_000);
-    }
-
-    #[test]
-    fn an_unknown_boot_ends_at_its_receipt() {
-        let resolved = BootClocks::default().resolve_boot(9, 400, 10_000);
-        assert_eq!(
-            resolved,
-            ResolvedTime {
-                offset_us: 9_600,
-                quality: Quality::Unanchored
-            }
-        );
-    }
-
-    #[test]
-    fn implausible_utc_is_suspect_and_kept() {
-        let now_us = 1_700_000_000_000_000;
-        assert_eq!(resolve_utc(now_us, now_us, now_us).quality, Quality::Utc);
-        assert_eq!(resolve_utc(0, 5, now_us).quality, Quality::Suspect);
-        let ahead_us = now_us + UTC_PLAUSIBLE_AHEAD_US + 1;
-        assert_eq!(
-            resolve_utc(now_us, ahead_us, now_us).quality,
-            Quality::Suspect
-        );
+    fn the_clocks_of_one_machine_share_a_timeline() {
+        let (one, other) = (SystemClock::start().now(), SystemClock::start().now());
+        assert_eq!(one.origin.timeline, other.origin.timeline);
+        assert_eq!(one.origin.step_to(other.origin), 0);
     }
 }

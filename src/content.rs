@@ -8,8 +8,8 @@ use fieldgate_protocol::error::Violation;
 use fieldgate_protocol::frame::{Frame, types};
 use fieldgate_protocol::message::{Data, Event, Gap, decode};
 
-use crate::clock::{BootClocks, resolve_utc};
-use crate::store::{Content, Readings, ResolvedTime, Schema};
+use crate::clock::{BootClocks, Origin, Stamp, resolve_utc};
+use crate::store::{Content, Readings, Schema};
 
 /// What it takes to understand a frame.
 #[derive(Clone, Copy, Debug)]
@@ -18,7 +18,12 @@ pub struct Context<'a> {
     pub clocks: &'a BootClocks,
     /// When the frame came, microseconds UTC.
     pub received_at_us: i64,
+    /// The gateway's clock then.
+    pub origin: Origin,
 }
+
+/// What a frame holds, and where its time comes from, if it has one.
+pub type Read = (Content, Option<Stamp>);
 
 impl Context<'_> {
     /// What an intact frame holds; `None` where its schema is not known to `find_schema`.
@@ -29,7 +34,7 @@ impl Context<'_> {
         &self,
         frame: &Frame<'_>,
         find_schema: impl FnOnce(u16) -> Option<&'s Schema>,
-    ) -> Result<Option<Content>, Violation> {
+    ) -> Result<Option<Read>, Violation> {
         if frame.header.flags != 0 {
             return Err(Violation::Flags(frame.header.flags));
         }
@@ -46,24 +51,25 @@ impl Context<'_> {
                 if gap.from_seq > frame.header.seq {
                     return Err(Violation::Range("from_seq"));
                 }
-                Ok(Some(Content::Gap { reason: gap.reason }))
+                Ok(Some((Content::Gap { reason: gap.reason }, None)))
             }
             types::EVENT => {
                 let event: Event<'_> = decode(frame.payload())?;
-                let time = self.resolve(event.clock, event.boot, (event.time_us, event.time_us));
-                Ok(Some(Content::Event {
-                    time,
-                    at_us: event.time_us + time.offset_us,
+                let stamp = self.stamp(event.clock, event.boot, (event.time_us, event.time_us));
+                let content = Content::Event {
+                    time: stamp.time,
+                    at_us: event.time_us.saturating_add(stamp.time.offset_us),
                     level: event.level,
                     code: event.code,
                     text: event.text.to_owned(),
-                }))
+                };
+                Ok(Some((content, Some(stamp))))
             }
             other => Err(Violation::UnknownType(other)),
         }
     }
 
-    fn read_data(&self, data: &Data<'_>, schema: &Schema) -> Result<Content, Violation> {
+    fn read_data(&self, data: &Data<'_>, schema: &Schema) -> Result<Read, Violation> {
         // Before anything of that size is allocated.
         check_shape(data)?;
         let rows = usize::from(data.rows);
@@ -80,24 +86,34 @@ impl Context<'_> {
             series.push(channel.series);
             decode_values(column, channel.kind, channel.exp10, values)?;
         }
-        let time = self.resolve(data.clock, data.boot, (times_us[0], times_us[rows - 1]));
+        let stamp = self.stamp(data.clock, data.boot, (times_us[0], times_us[rows - 1]));
         for time_us in &mut times_us {
-            *time_us += time.offset_us;
+            *time_us = time_us.saturating_add(stamp.time.offset_us);
         }
-        Ok(Content::Readings(Readings {
-            time,
+        let readings = Readings {
+            time: stamp.time,
             times_us,
             series,
             values,
-        }))
+        };
+        Ok((Content::Readings(readings), Some(stamp)))
     }
 
-    fn resolve(&self, clock: u8, boot: u32, (oldest_us, newest_us): (i64, i64)) -> ResolvedTime {
-        if clock == 0 {
-            self.clocks
-                .resolve_boot(boot, newest_us, self.received_at_us)
+    fn stamp(&self, clock: u8, boot: u32, (oldest_us, newest_us): (i64, i64)) -> Stamp {
+        let (boot, (time, chosen)) = if clock == 0 {
+            let rows = (oldest_us, newest_us);
+            let clocks = self.clocks;
+            let resolved = clocks.resolve_boot(boot, rows, self.received_at_us, self.origin);
+            (Some(boot), resolved)
         } else {
-            resolve_utc(oldest_us, newest_us, self.received_at_us)
+            let time = resolve_utc(oldest_us, newest_us, self.received_at_us);
+            (None, (time, None))
+        };
+        Stamp {
+            boot,
+            newest_us,
+            time,
+            chosen,
         }
     }
 }

@@ -12,12 +12,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::batcher::BatchLimits;
-use crate::clock::SystemClock;
+use crate::clock::{self, SystemClock};
 use crate::connection::{Connection, Shared};
 use crate::entrance::{Entrance, EntranceLimits};
 use crate::ingest::{self, IngestQueue, QueueLimits};
 use crate::registry::Registry;
-use crate::session::SessionSettings;
+use crate::session::{SessionSettings, Submission};
 use crate::socket::Socket;
 use crate::store::{Store, StoreError};
 use crate::tls::Tls;
@@ -111,6 +111,8 @@ pub async fn serve<S: Store>(
     for (receiver, store) in receivers.into_iter().zip(stores) {
         ingest.spawn(receiver.run(store, settings.batch, Arc::clone(&registry), clock));
     }
+    // With the queue it holds the lanes open, so it ends with the listeners.
+    let watching = watch_clock(clock, queue.clone());
     let shared = Arc::new(Shared {
         settings: Arc::new(settings.session),
         registry,
@@ -120,6 +122,7 @@ pub async fn serve<S: Store>(
     let connections = TaskTracker::new();
     tokio::select! {
         () = accept(&listeners, settings.entrance, &connections, &shared, &queue) => {}
+        () = watching => {}
         () = drain.cancelled() => {}
         // While there is a queue, a lane ends only by failing.
         ended = all_ended(&mut ingest) => return ended,
@@ -136,6 +139,17 @@ pub async fn serve<S: Store>(
         Ok(ended) => ended,
         Err(_) => Err(ServeError::DrainTimeout),
     }
+}
+
+/// Records each step of the wall clock.
+async fn watch_clock(clock: SystemClock, queue: IngestQueue) {
+    clock::watch(clock, async |step| {
+        queue
+            .clone()
+            .submit(Submission::Step(step), Arc::default())
+            .await;
+    })
+    .await
 }
 
 /// Waits until all lanes have ended, or one has failed.

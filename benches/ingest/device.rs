@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use fieldgate::batcher::Batcher;
-use fieldgate::clock::Now;
+use fieldgate::clock::{Now, Origin};
 use fieldgate::session::{Session, SessionSettings};
 use fieldgate::store::Store;
 use fieldgate::store::memory::MemoryStore;
@@ -24,6 +24,7 @@ pub const ROWS: usize = 15;
 pub const NOW: Now = Now {
     mono_us: 1_000_000,
     utc_us: 1_760_000_000_000_000,
+    origin: Origin::NONE,
 };
 
 /// Values that wander by a few of their smallest steps, a second apart.

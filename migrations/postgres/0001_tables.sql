@@ -151,16 +151,38 @@ CREATE TABLE device_events (
 CREATE INDEX device_events_by_device ON device_events (device_id, at);
 
 -- A boot's clock against UTC, which is device time since boot + offset_us, off by half of delay_us
--- at most when it was measured.
+-- at most when it was measured. A delay_us of 9223372036854775807 says that it was not measured but
+-- chosen (SPEC R74). timeline and origin_us are the gateway's clock at that moment: measured_at less
+-- the time since that start of the machine. When they lie behind the newest row of `clock_steps`, what
+-- was set since then has to be added to offset_us. Times since boot below valid_from_us are from before
+-- a counter of the device wrapped, or from an earlier boot of the same number.
 CREATE TABLE clocks (
     device_id   bigint NOT NULL REFERENCES devices (id),
     boot        bigint NOT NULL,
     offset_us   bigint NOT NULL,
     delay_us    bigint NOT NULL,
     measured_at timestamptz NOT NULL,
+    timeline bigint NOT NULL DEFAULT 0,
+    origin_us bigint NOT NULL DEFAULT 0,
+    valid_from_us bigint NOT NULL DEFAULT 0,
     PRIMARY KEY (device_id, boot)
 );
 CREATE INDEX clocks_by_time ON clocks (device_id, measured_at);
+
+-- Each time the system clock of a gateway was set by a tenth of a second or more: it was set forward by
+-- step_us when it showed before_at, and showed after_at then. What was received between since_at and
+-- before_at was received by the clock as it stood before. timeline differs for each start of a machine;
+-- origin_us is UTC at that start, by the clock as it stands since.
+CREATE TABLE clock_steps (
+    id        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    timeline  bigint NOT NULL,
+    origin_us bigint NOT NULL,
+    since_at  timestamptz NOT NULL,
+    before_at timestamptz NOT NULL,
+    after_at  timestamptz NOT NULL,
+    step_us   bigint NOT NULL,
+    UNIQUE (timeline, origin_us)
+);
 
 -- At most one row: the gateway that acknowledges from its own spool. While it is here, no other
 -- gateway writes to this database, for only that one knows what it has acknowledged.

@@ -23,8 +23,8 @@ CREATE TABLE spool (
 ) STRICT;
 INSERT INTO spool DEFAULT VALUES;
 
--- Rows that changed and have to be told to the store: of devices, schemas (key is the schema's number)
--- and clocks (key is the boot). A row that changes again gets a new id, so what was read under an old
+-- Rows that changed and have to be told to the store: of devices, schemas (key is the schema's number),
+-- clocks (key is the boot) and clock_steps (key is the row). A row that changes again gets a new id, so what was read under an old
 -- one can be forgotten by it. (Deleted and inserted, because in a trigger the conflict clause of the
 -- statement that fired it would hold.)
 CREATE TABLE changes (
@@ -53,4 +53,7 @@ END;
 CREATE TRIGGER clock_updated AFTER UPDATE ON clocks BEGIN
     DELETE FROM changes WHERE what = 'clock' AND device_id = NEW.device_id AND key = NEW.boot;
     INSERT INTO changes (what, device_id, key) VALUES ('clock', NEW.device_id, NEW.boot);
+END;
+CREATE TRIGGER clock_step_inserted AFTER INSERT ON clock_steps BEGIN
+    INSERT INTO changes (what, device_id, key) VALUES ('clock_step', 0, NEW.id);
 END;

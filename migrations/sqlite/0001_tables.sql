@@ -122,13 +122,35 @@ CREATE TABLE device_events (
 CREATE INDEX device_events_by_device ON device_events (device_id, at);
 
 -- A boot's clock against UTC, which is device time since boot + offset_us, off by half of delay_us
--- at most when it was measured.
+-- at most when it was measured. A delay_us of 9223372036854775807 says that it was not measured but
+-- chosen (SPEC R74). timeline and origin_us are the gateway's clock at that moment: measured_at less
+-- the time since that start of the machine. When they lie behind the newest row of `clock_steps`, what
+-- was set since then has to be added to offset_us. Times since boot below valid_from_us are from before
+-- a counter of the device wrapped, or from an earlier boot of the same number.
 CREATE TABLE clocks (
     device_id   INTEGER NOT NULL REFERENCES devices (id),
     boot        INTEGER NOT NULL,
     offset_us   INTEGER NOT NULL,
     delay_us    INTEGER NOT NULL,
     measured_at INTEGER NOT NULL,
+    timeline INTEGER NOT NULL DEFAULT 0,
+    origin_us INTEGER NOT NULL DEFAULT 0,
+    valid_from_us INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (device_id, boot)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX clocks_by_time ON clocks (device_id, measured_at);
+
+-- Each time the system clock of a gateway was set by a tenth of a second or more: it was set forward by
+-- step_us when it showed before_at, and showed after_at then. What was received between since_at and
+-- before_at was received by the clock as it stood before. timeline differs for each start of a machine;
+-- origin_us is UTC at that start, by the clock as it stands since.
+CREATE TABLE clock_steps (
+    id        INTEGER PRIMARY KEY,
+    timeline  INTEGER NOT NULL,
+    origin_us INTEGER NOT NULL,
+    since_at  INTEGER NOT NULL,
+    before_at INTEGER NOT NULL,
+    after_at  INTEGER NOT NULL,
+    step_us   INTEGER NOT NULL,
+    UNIQUE (timeline, origin_us)
+) STRICT;

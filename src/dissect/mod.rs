@@ -73,7 +73,7 @@ pub fn dissect<'s>(
         return dissection;
     }
     match context.read(frame, &find_schema) {
-        Ok(content) => dissection.content = content,
+        Ok(read) => dissection.content = read.map(|(content, _)| content),
         Err(violation) => {
             let schema = walk.fields.schema().and_then(find_schema);
             let at = locate(frame, &walk, schema, violation);

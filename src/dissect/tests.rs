@@ -5,7 +5,7 @@ use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX, Header, OVERHEAD_BYTES};
 use proptest::prelude::*;
 
 use super::*;
-use crate::clock::BootClocks;
+use crate::clock::{BootClocks, Origin};
 use crate::store::{SchemaChannel, SeriesId};
 
 /// The schema that the vectors' receiver knows: a channel of each kind.
@@ -36,6 +36,7 @@ fn taken_apart(bytes: &[u8]) -> Option<Dissection> {
     let context = Context {
         clocks: &clocks,
         received_at_us: 0,
+        origin: Origin::default(),
     };
     let schema = schema();
     let found = dissect(&frame, &context, |wanted| {

@@ -68,7 +68,7 @@ impl AwaitHello {
             firmware: hello.firmware.to_owned(),
             schema: (hello.schema > 0).then_some((hello.schema, hello.schema_hash)),
             boot: hello.boot,
-            challenged_at_us: now.utc_us,
+            challenged_at_us: now.mono_us,
         })
     }
 }
@@ -84,7 +84,7 @@ pub(super) struct AwaitAuth {
     firmware: String,
     schema: Option<(u16, [u8; 8])>,
     boot: u32,
-    challenged_at_us: i64,
+    challenged_at_us: u64,
 }
 
 impl AwaitAuth {
@@ -130,10 +130,10 @@ impl AwaitAuth {
     }
 
     /// CHALLENGE to AUTH is a round trip that the gateway times itself; the device answered when it
-    /// sent AUTH. A gateway clock that stepped back in between makes it a trip of no length.
+    /// sent AUTH.
     fn clock(&self, mono_us: u64, now: Now) -> BootClock {
-        let sent_us = self.challenged_at_us.min(now.utc_us);
-        BootClock::measure(self.boot, sent_us, mono_us, mono_us, now.utc_us)
+        let elapsed_us = now.mono_us.saturating_sub(self.challenged_at_us) as i64;
+        BootClock::measure(self.boot, elapsed_us, mono_us, mono_us, now)
             .expect("a trip that ends no sooner than it begins is possible")
     }
 }

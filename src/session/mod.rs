@@ -29,7 +29,7 @@ use self::handshake::{AwaitAdmission, AwaitAuth, AwaitHello, Secured};
 use self::reply::Outbound;
 use self::stream::Stream;
 use crate::allowance::Allowances;
-use crate::clock::{BootClock, Now};
+use crate::clock::{BootClock, ClockStep, Now};
 use crate::credentials::Credentials;
 use crate::keys::FleetKey;
 use crate::quarantine::{Gauge, Reservation};
@@ -106,6 +106,8 @@ pub enum Submission {
     Event(DeviceEvent),
     /// Keep this line of the audit trail, if there is such a device; not answered.
     Refusal(Refusal),
+    /// Keep that the gateway's clock was set; not answered. Not of a session.
+    Step(ClockStep),
 }
 
 /// Why and how a connection ends.

@@ -25,7 +25,7 @@ use super::reply::Outbound;
 use super::{Close, Step, Submission};
 use crate::allowance::Allowance;
 use crate::clock::{BootClock, BootClocks, Now};
-use crate::content::Context;
+use crate::content::{Context, Read};
 use crate::quarantine::{self, Gauge};
 use crate::store::{
     self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Receipt, Schema,
@@ -65,6 +65,8 @@ pub(super) struct Stream {
     refused_at_us: VecDeque<u64>,
     schemas: VecDeque<Arc<Schema>>,
     clocks: BootClocks,
+    /// The latest PONG: the UTC in it and when it was sent, on the monotonic clock.
+    pong: Option<(i64, u64)>,
     allowance: Arc<Allowance>,
     paced_until_us: Option<u64>,
 }
@@ -97,7 +99,8 @@ impl Stream {
             refusals: VecDeque::new(),
             refused_at_us: VecDeque::new(),
             schemas: admission.schema.into_iter().collect(),
-            clocks: BootClocks::new(admission.clocks),
+            clocks: BootClocks::new(admission.clocks).of_session(boot),
+            pong: None,
             allowance,
             paced_until_us: None,
         }
@@ -258,18 +261,21 @@ impl Stream {
             sent_us: now.utc_us,
             ext: &[],
         });
+        let pong = self.pong.replace((now.utc_us, now.mono_us));
         if ping.pong_sent_us == 0 {
             return Ok(None);
         }
-        let measured = BootClock::measure(
-            self.boot,
-            ping.pong_sent_us,
-            ping.pong_mono_us,
-            ping.mono_us,
-            now.utc_us,
-        );
-        let better = measured.filter(|measured| self.clocks.improve(*measured));
-        Ok(better.map(|measured| Submission::Clock(self.device, measured)))
+        // The wall clock may have been set during the trip.
+        let elapsed_us = match pong {
+            Some((utc_us, mono_us)) if utc_us == ping.pong_sent_us => {
+                now.mono_us.saturating_sub(mono_us) as i64
+            }
+            _ => now.utc_us.saturating_sub(ping.pong_sent_us),
+        };
+        let (pong_mono_us, mono_us) = (ping.pong_mono_us, ping.mono_us);
+        let measured = BootClock::measure(self.boot, elapsed_us, pong_mono_us, mono_us, now);
+        let better = measured.and_then(|measured| self.clocks.improve(measured));
+        Ok(better.map(|better| Submission::Clock(self.device, better)))
     }
 
     /// The order of checks is R44's: number, credit, order, then content.
@@ -315,8 +321,12 @@ impl Stream {
         }
         self.awaits_resend = false;
         match self.read_content(frame, now) {
-            Ok(Some(content)) => {
-                let entry = self.entry(frame, first_seq, content, now);
+            Ok(Some((content, stamp))) => {
+                let mut entry = self.entry(frame, first_seq, content, now);
+                if let Some(stamp) = stamp {
+                    self.clocks.advance(&stamp);
+                    entry.clock = stamp.chosen;
+                }
                 Ok(Some(Submission::Entry(entry)))
             }
             Ok(None) => {
@@ -412,14 +422,16 @@ impl Stream {
             frame_type: frame.header.frame_type,
             received_at_us: now.utc_us,
             content,
+            clock: None,
         }
     }
 
     /// What an intact frame holds; `None` where its schema is not known here.
-    fn read_content(&self, frame: &Frame<'_>, now: Now) -> Result<Option<Content>, Violation> {
+    fn read_content(&self, frame: &Frame<'_>, now: Now) -> Result<Option<Read>, Violation> {
         let context = Context {
             clocks: &self.clocks,
             received_at_us: now.utc_us,
+            origin: now.origin,
         };
         context.read(frame, |schema| {
             let known = self.schemas.iter().find(|known| known.schema == schema);

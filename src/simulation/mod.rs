@@ -34,7 +34,7 @@ use self::field::{FieldDevice, NAMES, declare_frame};
 use self::house::House;
 use self::random::Random;
 use self::record::{Record, Tally};
-use crate::clock::Now;
+use crate::clock::{Now, Origin};
 
 const SEEDS: u64 = 300;
 const STEPS: u64 = 800;
@@ -140,6 +140,7 @@ impl World {
             now: Now {
                 mono_us: 0,
                 utc_us: START_UTC_US,
+                origin: Origin::NONE,
             },
             devices,
             links: BTreeMap::new(),

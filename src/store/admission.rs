@@ -13,7 +13,7 @@ use super::{
     Admission, Declare, DeclareOutcome, DeclaredChannel, DeviceId, Login, LoginOutcome, Receipt,
     Schema, SchemaChannel, SchemaHash, SeriesId, StreamId,
 };
-use crate::clock::BootClock;
+use crate::clock::{BootClock, Origin};
 
 /// A channel as it stands in `schemas.declaration`.
 #[derive(Serialize, Deserialize)]
@@ -56,6 +56,12 @@ pub(super) struct StreamRow {
     pub(super) durable_seq: u64,
 }
 
+/// How many boots' clocks a login gets.
+pub(super) const CLOCKS_MAX: usize = 8;
+/// Clocks that were measured later than a login by more than this were measured by a wrong clock, and come
+/// after all others.
+pub(super) const MEASURED_AHEAD_MAX_US: i64 = 60_000_000;
+
 type SchemaKey = (DeviceId, u16, SchemaHash);
 
 /// The channels of the schemas that logins name, where they are stored with the same hash.
@@ -80,6 +86,70 @@ pub(super) struct Found {
     /// Those that the logins name.
     pub(super) schemas: HashMap<SchemaKey, Arc<Schema>>,
     pub(super) bounds: DeviceBounds,
+}
+
+/// The clocks that a store keeps of devices, to which logins bring others.
+#[derive(Default)]
+pub(super) struct KeptClocks(HashMap<DeviceId, Vec<BootClock>>);
+
+impl KeptClocks {
+    /// Takes in a row of `clocks`. `origin_us` is where its timeline was set to last, if it was set.
+    pub(super) fn add(&mut self, device: DeviceId, clock: BootClock, origin_us: Option<i64>) {
+        let origin = Origin {
+            timeline: clock.origin.timeline,
+            at_us: origin_us.unwrap_or(clock.origin.at_us),
+        };
+        let clocks = self.0.entry(device).or_default();
+        if clocks.iter().all(|known| known.boot != clock.boot) {
+            clocks.push(clock.corrected(origin));
+        }
+    }
+
+    /// Takes in what logins have measured; returns what is to be stored of it.
+    pub(super) fn offer(&mut self, logins: &[(DeviceId, &Login)]) -> Vec<(DeviceId, BootClock)> {
+        let mut changed = BTreeMap::new();
+        for (device, login) in logins {
+            let clocks = self.0.entry(*device).or_default();
+            let place = clocks
+                .iter()
+                .position(|clock| clock.boot == login.clock.boot);
+            let kept = match place {
+                Some(place) => clocks[place].replaced_by(&login.clock),
+                None => Some(login.clock),
+            };
+            if let Some(kept) = kept {
+                match place {
+                    Some(place) => clocks[place] = kept,
+                    None => clocks.push(kept),
+                }
+                changed.insert((*device, kept.boot), kept);
+            }
+            sort_clocks(clocks, login);
+        }
+        let changed = changed.into_iter();
+        changed
+            .map(|((device, _), clock)| (device, clock))
+            .collect()
+    }
+
+    /// Those of each device, as its login gets them.
+    pub(super) fn into_latest(mut self) -> HashMap<DeviceId, Vec<BootClock>> {
+        for clocks in self.0.values_mut() {
+            clocks.truncate(CLOCKS_MAX);
+        }
+        self.0
+    }
+}
+
+/// The boot of the login first, then the latest.
+pub(super) fn sort_clocks(clocks: &mut [BootClock], login: &Login) {
+    let latest_us = login.at_us.saturating_add(MEASURED_AHEAD_MAX_US);
+    clocks.sort_by_key(|clock| {
+        let is_other = clock.boot != login.clock.boot;
+        let is_ahead = clock.measured_at_us > latest_us;
+        let latest_first = std::cmp::Reverse((clock.measured_at_us, clock.boot));
+        (is_other, is_ahead, latest_first)
+    });
 }
 
 impl Found {

@@ -12,7 +12,6 @@
 use std::collections::BTreeMap;
 
 use super::{Content, Entry, Receipt, StreamId};
-use crate::clock::BootClock;
 
 /// The highest sequence number a store can keep: SQL integers are signed.
 pub const SEQ_MAX: u64 = i64::MAX as u64;
@@ -159,18 +158,6 @@ impl Watermarks {
     }
 }
 
-/// A crystal of the usual 50 ppm drifts by one part in this many of *twice* the error, which is what
-/// a delay stands for.
-pub const DRIFT_PARTS: i64 = 10_000;
-
-/// Whether a login's measurement of a boot's clock replaces the one kept: it does unless the kept
-/// one was so much better that drift has not eaten its lead yet.
-pub fn replaces(kept: &BootClock, new: &BootClock) -> bool {
-    let lead_us = i128::from(new.delay_us) - i128::from(kept.delay_us);
-    let age_us = i128::from(new.measured_at_us) - i128::from(kept.measured_at_us);
-    lead_us <= age_us / i128::from(DRIFT_PARTS)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -187,6 +174,7 @@ mod tests {
             frame_type: 0x12,
             received_at_us: 0,
             content: Content::Gap { reason: 0 },
+            clock: None,
         }
     }
 
@@ -223,21 +211,6 @@ mod tests {
             .admit(&entries)
             .unwrap_err();
         assert_eq!(unknown, UnknownStream(StreamId(3)));
-    }
-
-    #[test]
-    fn a_precise_measurement_is_kept_until_drift_outweighs_it() {
-        let clock = |delay_us, measured_at_us| BootClock {
-            boot: 1,
-            offset_us: 0,
-            delay_us,
-            measured_at_us,
-        };
-        let kept = clock(10_000, 0);
-        assert!(replaces(&kept, &clock(10_000, 0)));
-        assert!(replaces(&kept, &clock(9_000, 0)));
-        assert!(!replaces(&kept, &clock(50_000, 60_000_000)));
-        assert!(replaces(&kept, &clock(50_000, 400_000_000)));
     }
 
     /// The naive model: which numbers are stored, one by one.

@@ -7,16 +7,15 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::admission::KeptClocks;
 use super::bounds::{Counts, DeviceBounds, Reached};
-use super::ledger::{self, Watermarks};
+use super::ledger::Watermarks;
 use super::{
     Admission, Batch, BootClock, Committed, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
     DeviceId, Entry, Kind, Login, LoginOutcome, Receipt, Refusal, Schema, SchemaChannel,
     SchemaHash, SeriesId, Store, StoreError, StreamId,
 };
-
-/// How many boots' clocks a login gets.
-const CLOCKS_MAX: usize = 8;
+use crate::clock::UNMEASURED;
 
 /// The store; see the module.
 #[derive(Clone, Debug, Default)]
@@ -61,6 +60,8 @@ struct State {
     series: Vec<SeriesKey>,
     series_ids: HashMap<SeriesKey, SeriesId>,
     events: Vec<DeviceEvent>,
+    /// Where each timeline was set to last.
+    origins: HashMap<i64, i64>,
 }
 
 #[derive(Clone, Debug)]
@@ -187,8 +188,19 @@ impl State {
             .collect();
         let logins = batch.logins.iter().map(|login| self.login(login)).collect();
         for (device, clock) in &batch.clocks {
-            self.device_mut(*device).clocks.insert(clock.boot, *clock);
+            let clocks = &mut self.device_mut(*device).clocks;
+            if clock.delay_us == UNMEASURED {
+                clocks.entry(clock.boot).or_insert(*clock);
+            } else {
+                clocks.insert(clock.boot, *clock);
+            }
         }
+        self.origins.extend(
+            batch
+                .steps
+                .iter()
+                .map(|step| (step.origin.timeline, step.origin.at_us)),
+        );
         self.events.extend_from_slice(&batch.events);
         let refused = |refusal: &Refusal| {
             let device = self.device_ids.get(&refusal.device)?;
@@ -309,14 +321,7 @@ impl State {
         if login.next_seq <= durable_seq {
             return LoginOutcome::StreamConflict;
         }
-        let kept = self
-            .device_mut(device)
-            .clocks
-            .entry(login.clock.boot)
-            .or_insert(login.clock);
-        if ledger::replaces(kept, &login.clock) {
-            *kept = login.clock;
-        }
+        let clocks = self.offer_clock(device, login);
         LoginOutcome::Admitted(Box::new(Admission {
             device,
             revision,
@@ -328,7 +333,7 @@ impl State {
                 let (stored, schema) = self.schemas.get(&(device, schema))?;
                 (*stored == hash).then(|| Arc::clone(schema))
             }),
-            clocks: self.latest_clocks(device),
+            clocks,
         }))
     }
 
@@ -360,11 +365,17 @@ impl State {
         })
     }
 
-    fn latest_clocks(&mut self, device: DeviceId) -> Vec<BootClock> {
-        let mut clocks: Vec<BootClock> = self.device_mut(device).clocks.values().copied().collect();
-        clocks.sort_by_key(|clock| std::cmp::Reverse((clock.measured_at_us, clock.boot)));
-        clocks.truncate(CLOCKS_MAX);
-        clocks
+    fn offer_clock(&mut self, device: DeviceId, login: &Login) -> Vec<BootClock> {
+        let mut kept = KeptClocks::default();
+        for clock in self.devices[row(device.0)].clocks.values() {
+            let origin_us = self.origins.get(&clock.origin.timeline).copied();
+            kept.add(device, *clock, origin_us);
+        }
+        let clocks = &mut self.device_mut(device).clocks;
+        for (_, clock) in kept.offer(&[(device, login)]) {
+            clocks.insert(clock.boot, clock);
+        }
+        kept.into_latest().remove(&device).unwrap_or_default()
     }
 
     /// Ids come from this store, so there is a row for each.
@@ -495,7 +506,7 @@ mod tests {
                 dump.quarantine.push((stream.0, seq, code, detail, bytes));
             }
         }
-        let item = ledger::Admitted {
+        let item = crate::store::ledger::Admitted {
             entry: &stored.entry,
             first_seq: stored.first_seq,
         };

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use fieldgate_protocol::column::Kind;
 
 use self::bounds::Reached;
-use crate::clock::{BootClock, Quality};
+use crate::clock::{BootClock, ClockStep, Quality};
 
 mod admission;
 pub mod bounds;
@@ -58,12 +58,14 @@ pub struct Batch {
     pub declares: Vec<Declare>,
     /// Numbered entries of streams, in order of arrival.
     pub entries: Vec<Entry>,
-    /// Measured device clocks to keep.
+    /// Device clocks to keep.
     pub clocks: Vec<(DeviceId, BootClock)>,
     /// What happened to devices, for the audit trail.
     pub events: Vec<DeviceEvent>,
     /// Who was refused, for the audit trail of devices that are known.
     pub refusals: Vec<Refusal>,
+    /// When the gateway's clock was set.
+    pub steps: Vec<ClockStep>,
 }
 
 impl Batch {
@@ -75,6 +77,7 @@ impl Batch {
             && self.clocks.is_empty()
             && self.events.is_empty()
             && self.refusals.is_empty()
+            && self.steps.is_empty()
     }
 }
 
@@ -214,6 +217,8 @@ pub struct Entry {
     pub received_at_us: i64,
     /// What it carries.
     pub content: Content,
+    /// The clock that was chosen for its boot, which has no other: to be kept with it.
+    pub clock: Option<BootClock>,
 }
 
 /// What an [`Entry`] carries.

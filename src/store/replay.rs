@@ -13,7 +13,7 @@ use super::hours::hours_of;
 use super::reader::{Argument, ReadError, Reader};
 use super::rows::Run;
 use super::{Content, DeviceId, ResolvedTime, Schema, SeriesId, StreamId, postgres, sqlite};
-use crate::clock::{BootClock, BootClocks};
+use crate::clock::{BootClock, BootClocks, Origin, Stamp};
 
 /// A frame in quarantine.
 #[derive(Clone, Debug)]
@@ -43,6 +43,8 @@ pub struct Understood {
     pub first_seq: u64,
     /// What it says.
     pub content: Content,
+    /// Where its time comes from, if it has one.
+    pub stamp: Option<Stamp>,
 }
 
 impl Reader {
@@ -83,15 +85,29 @@ impl Reader {
     /// # Errors
     /// As [`Reader::kept_frames`].
     pub async fn clocks(&mut self, device: DeviceId) -> Result<Vec<BootClock>, ReadError> {
-        let sql = "SELECT boot, offset_us, delay_us, measured_at FROM clocks WHERE device_id = $1";
+        let sql = "SELECT c.boot, c.offset_us, c.delay_us, c.measured_at, c.timeline, c.origin_us,
+                c.valid_from_us,
+                (SELECT s.origin_us FROM clock_steps AS s WHERE s.timeline = c.timeline
+                    ORDER BY s.id DESC LIMIT 1)
+            FROM clocks AS c WHERE c.device_id = $1";
         let rows = self.rows(sql, &[device.0.into()]).await?;
         let clock = |row: &super::reader::Row| {
-            Ok(BootClock {
+            let origin = |at_us| -> Result<Origin, ReadError> {
+                Ok(Origin {
+                    timeline: row.integer(4)?,
+                    at_us,
+                })
+            };
+            let clock = BootClock {
                 boot: row.integer(0)? as u32,
                 offset_us: row.integer(1)?,
                 delay_us: row.integer(2)?.cast_unsigned(),
                 measured_at_us: row.integer(3)?,
-            })
+                origin: origin(row.integer(5)?)?,
+                valid_from_us: row.integer(6)?,
+            };
+            let latest_us = row.integer_or_null(7)?.unwrap_or(clock.origin.at_us);
+            Ok(clock.corrected(origin(latest_us)?))
         };
         rows.iter().map(clock).collect()
     }
@@ -162,6 +178,9 @@ impl Editor {
         if self.execute(delete, &[frame.id.into()]).await? == 0 {
             return Ok(false);
         }
+        if let Some(clock) = understood.stamp.and_then(|stamp| stamp.chosen) {
+            self.keep_chosen(frame.device, &clock).await?;
+        }
         let of_frame = [frame.stream.0.into(), frame.seq.cast_signed().into()];
         let ledger = "SELECT id FROM frames WHERE stream_id = $1 AND seq = $2";
         let ledger = self.rows(ledger, &of_frame).await?;
@@ -212,6 +231,20 @@ impl Editor {
             Content::Quarantined { .. } => return Ok(false),
         }
         Ok(true)
+    }
+
+    /// Keeps the clock that was chosen for a boot, unless one has come meanwhile.
+    async fn keep_chosen(&mut self, device: DeviceId, clock: &BootClock) -> Result<(), ReadError> {
+        let sql = "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at)
+            VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING";
+        let values = [
+            device.0.into(),
+            i64::from(clock.boot).into(),
+            clock.offset_us.into(),
+            clock.delay_us.cast_signed().into(),
+            Argument::Time(clock.measured_at_us),
+        ];
+        self.execute(sql, &values).await.map(drop)
     }
 
     async fn resolve(&mut self, id: i64, time: ResolvedTime) -> Result<(), ReadError> {
@@ -273,6 +306,13 @@ impl Known {
         let clocks = BootClocks::new(reader.clocks(device).await?);
         self.clocks.insert(device, clocks.clone());
         Ok(clocks)
+    }
+
+    /// Takes in the time of a frame of a device that was stored.
+    pub fn advance(&mut self, device: DeviceId, stamp: &Stamp) {
+        if let Some(clocks) = self.clocks.get_mut(&device) {
+            clocks.advance(stamp);
+        }
     }
 
     /// A schema of a device.

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use fieldgate::clock::{BootClock, Quality};
+use fieldgate::clock::{BootClock, Origin, Quality};
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
 use fieldgate::store::{
     Admission, Batch, Content, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
@@ -160,6 +160,8 @@ fn login(device: &str) -> Login {
             offset_us: AT_US,
             delay_us: 20_000,
             measured_at_us: AT_US,
+            origin: Origin::NONE,
+            valid_from_us: 0,
         },
         key_revision: 0,
         may_register: true,
@@ -196,6 +198,7 @@ fn entry(
         frame_type,
         received_at_us: AT_US,
         content,
+        clock: None,
     }
 }
 
@@ -218,6 +221,7 @@ pub fn readings(seq: u64, rows: &[(i64, f64)]) -> Entry {
         frame_type: types::DATA,
         received_at_us: AT_US,
         content: Content::Readings(readings),
+        clock: None,
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::io::Write;
 
+use fieldgate::clock::Origin;
 use fieldgate::content::Context;
 use fieldgate::store::Content;
 use fieldgate::store::editor::Editor;
@@ -47,6 +48,9 @@ pub async fn replay(store: &StoreUrl, selection: &Selection) -> Result<(), Error
             match understand(&mut editor, &mut known, frame).await? {
                 Ok(understood) if editor.replay(frame, &understood).await? => {
                     outcome.frames += 1;
+                    if let Some(stamp) = &understood.stamp {
+                        known.advance(frame.device, stamp);
+                    }
                     if let Content::Readings(readings) = &understood.content {
                         outcome.readings += readings.values.len() as u64;
                     }
@@ -102,6 +106,8 @@ pub async fn understand(
     let context = Context {
         clocks: &clocks,
         received_at_us: kept.received_at_us,
+        // The store has corrected the clocks.
+        origin: Origin::default(),
     };
     // Once to learn which schema it needs, and once with that.
     let mut wanted = None;
@@ -117,10 +123,11 @@ pub async fn understand(
         }
     };
     Ok(match read {
-        Ok(Some(content)) => Ok(Understood {
+        Ok(Some((content, stamp))) => Ok(Understood {
             frame_type: frame.header.frame_type,
             first_seq: first_seq(&frame),
             content,
+            stamp,
         }),
         Ok(None) => Err("its schema is not declared (R47)".to_owned()),
         Err(violation) => Err(violation.to_string()),

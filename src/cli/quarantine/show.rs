@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use clap::Args;
+use fieldgate::clock::Origin;
 use fieldgate::content::Context;
 use fieldgate::dissect::{Dissection, Part, dissect};
 use fieldgate::store::reader::Reader;
@@ -57,6 +58,7 @@ pub async fn show(store: &StoreUrl, args: &ShowArgs) -> Result<(), Error> {
     let context = Context {
         clocks: &clocks,
         received_at_us: kept.received_at_us,
+        origin: Origin::default(),
     };
     let found = dissect(&frame, &context, |number| {
         schema.filter(|schema| schema.schema == number)

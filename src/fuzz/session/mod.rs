@@ -30,7 +30,7 @@ use self::line::Line;
 use self::store::StoreSide;
 use super::{mend_all, poll_once};
 use crate::allowance::Allowances;
-use crate::clock::Now;
+use crate::clock::{Now, Origin};
 use crate::codec::{CodecError, FrameCodec};
 use crate::credentials::Credentials;
 use crate::keys::FleetKey;
@@ -116,6 +116,10 @@ impl World {
             now: Now {
                 mono_us: 1_000_000,
                 utc_us: START_UTC_US,
+                origin: Origin {
+                    timeline: 1,
+                    at_us: START_UTC_US - 1_000_000,
+                },
             },
             store: StoreSide::new(Arc::clone(&settings.quarantine), bytes_max),
             settings,
@@ -362,7 +366,11 @@ impl World {
                 .store
                 .bar_or_let_in(KNOWN[usize::from(pick / 8 % 4)].name),
             7 => line.tell_old_receipt(),
-            _ => self.now.utc_us += (i64::from(pick) - 128) * 60_000_000,
+            _ => {
+                let step_us = (i64::from(pick) - 128) * 60_000_000;
+                self.now.utc_us += step_us;
+                self.now.origin.at_us += step_us;
+            }
         }
         line.hear(&self.store, self.now);
     }

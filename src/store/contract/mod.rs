@@ -3,7 +3,7 @@
 use std::future::Future;
 
 use super::*;
-use crate::clock::{BootClock, Quality};
+use crate::clock::{BootClock, ClockStep, Origin, Quality, UNMEASURED};
 
 mod devices;
 mod quarantine;
@@ -56,6 +56,7 @@ pub(super) struct Dump {
 }
 
 const AT_US: i64 = 1_700_000_000_000_000;
+const DAY_US: i64 = 86_400_000_000;
 
 pub(super) fn login(device: &str, stream: u64, next_seq: u64) -> Login {
     Login {
@@ -77,6 +78,8 @@ fn clock(boot: u32, measured_at_us: i64) -> BootClock {
         offset_us: 5,
         delay_us: 1000,
         measured_at_us,
+        origin: Origin::NONE,
+        valid_from_us: 0,
     }
 }
 
@@ -158,6 +161,7 @@ impl Peer {
             frame_type,
             received_at_us: AT_US,
             content,
+            clock: None,
         }
     }
 
@@ -526,6 +530,110 @@ pub(super) async fn clocks_of_the_latest_boots_come_back<H: Harness>() {
     assert!(h.dump().await.clocks.contains(&("a".into(), 1, 6, 50_000)));
 }
 
+/// The gateway's clock stood a day ahead for nine boots of a device, and was set right while it did not run.
+pub(super) async fn clocks_of_a_wrong_future_do_not_push_out_the_right_one<H: Harness>() {
+    let mut h = H::create().await;
+    admitted(h.store(), login("a", 1, 1)).await;
+    for boot in 2..=10_u32 {
+        let mut login = login("a", 1, 1);
+        login.at_us = AT_US + DAY_US + i64::from(boot);
+        login.clock = clock(boot, login.at_us);
+        admitted(h.store(), login).await;
+    }
+    let mut right = login("a", 1, 1);
+    right.at_us = AT_US + 3_600_000_000;
+    right.clock = clock(11, right.at_us);
+    let admission = admitted(h.store(), right.clone()).await;
+    let boots: Vec<u32> = admission.clocks.iter().map(|clock| clock.boot).collect();
+    assert_eq!(boots, [11, 1, 10, 9, 8, 7, 6, 5]);
+    // What contradicts the kept clock of the same boot replaces it, however precise that was.
+    right.clock = BootClock {
+        offset_us: 5 - DAY_US,
+        delay_us: 900_000,
+        ..clock(10, right.at_us)
+    };
+    assert_eq!(
+        admitted(h.store(), right.clone()).await.clocks[0],
+        right.clock
+    );
+}
+
+/// A step moves what was measured on its timeline before it, and nothing else; it is on record once.
+pub(super) async fn a_step_of_the_clock_corrects_what_was_measured_before_it<H: Harness>() {
+    let mut h = H::create().await;
+    let before = Origin {
+        timeline: 7,
+        at_us: DAY_US,
+    };
+    let after = Origin {
+        timeline: 7,
+        at_us: 0,
+    };
+    let at = |boot, origin: Origin| {
+        let mut login = login("a", 1, 1);
+        login.at_us += origin.at_us;
+        login.clock = BootClock {
+            offset_us: 5 + origin.at_us,
+            origin,
+            ..clock(boot, login.at_us)
+        };
+        login
+    };
+    admitted(h.store(), at(1, before)).await;
+    let elsewhere = Origin {
+        timeline: 8,
+        ..before
+    };
+    admitted(h.store(), at(2, elsewhere)).await;
+    let step = ClockStep {
+        origin: after,
+        since_us: AT_US,
+        before_us: AT_US + DAY_US,
+        after_us: AT_US,
+    };
+    for _ in 0..2 {
+        // As after a COMMIT of which nothing is known.
+        let batch = Batch {
+            steps: vec![step],
+            ..Batch::default()
+        };
+        h.store().commit(&batch).await.unwrap();
+    }
+    let admission = admitted(h.store(), at(3, after)).await;
+    let offsets = admission.clocks.iter();
+    let offsets: Vec<(u32, i64)> = offsets.map(|clock| (clock.boot, clock.offset_us)).collect();
+    assert_eq!(offsets, [(3, 5), (1, 5), (2, 5 + DAY_US)]);
+    // The first boot again, as before: what it measures agrees with what is kept.
+    let again = admitted(h.store(), at(1, after)).await;
+    assert_eq!(again.clocks[0], at(1, after).clock);
+}
+
+/// The session did not get the clock of that boot: there were too many.
+pub(super) async fn a_chosen_clock_replaces_no_measured_one<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = admitted(h.store(), login("a", 1, 1)).await;
+    let chosen = BootClock {
+        offset_us: 77,
+        delay_us: UNMEASURED,
+        ..clock(1, AT_US)
+    };
+    let batch = Batch {
+        clocks: vec![
+            (peer.device, chosen),
+            (peer.device, BootClock { boot: 4, ..chosen }),
+        ],
+        ..Batch::default()
+    };
+    h.store().commit(&batch).await.unwrap();
+    let chosen = ("a".into(), 4, 77, UNMEASURED);
+    assert_eq!(h.dump().await.clocks, [("a".into(), 1, 5, 1000), chosen]);
+    // It comes back like any other, and a measurement replaces it.
+    let mut measured = login("a", 1, 1);
+    measured.clock = clock(4, AT_US);
+    let admission = admitted(h.store(), measured.clone()).await;
+    assert_eq!(admission.clocks[0], measured.clock);
+}
+
 pub(super) async fn events_are_kept<H: Harness>() {
     let mut h = H::create().await;
     let peer = peer(h.store(), "a").await;
@@ -613,6 +721,9 @@ macro_rules! contract {
             receipts_are_sorted_by_stream,
             after_a_transient_error_the_same_batch_commits_once,
             clocks_of_the_latest_boots_come_back,
+            clocks_of_a_wrong_future_do_not_push_out_the_right_one,
+            a_step_of_the_clock_corrects_what_was_measured_before_it,
+            a_chosen_clock_replaces_no_measured_one,
             events_are_kept,
             an_empty_batch_commits,
             an_unknown_stream_is_fatal,

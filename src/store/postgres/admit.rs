@@ -7,22 +7,19 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use sqlx::PgConnection;
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row};
 
 use super::timestamp::Timestamp;
-use crate::clock::BootClock;
+use crate::clock::{BootClock, Origin, UNMEASURED};
 use crate::store::admission::{
-    Found, FoundDevice, NamedSchemas, SeriesIndex, SeriesKey, StoredSchema, StoredSchemas,
-    StreamRow, declaration, series_keys,
+    CLOCKS_MAX, Found, FoundDevice, KeptClocks, MEASURED_AHEAD_MAX_US, NamedSchemas, SeriesIndex,
+    SeriesKey, StoredSchema, StoredSchemas, StreamRow, declaration, series_keys,
 };
 use crate::store::bounds::{
     Counts, DeclareVerdict, DeviceBounds, StreamRoom, judge_declares, new_declares,
 };
-use crate::store::ledger::DRIFT_PARTS;
 use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, StreamId};
-
-/// How many boots' clocks a login gets.
-const CLOCKS_MAX: i64 = 8;
 
 /// A transaction's logins and declares.
 pub(super) struct Admissions<'c> {
@@ -319,68 +316,52 @@ impl<'c> Admissions<'c> {
         &mut self,
         logins: &[(DeviceId, &Login)],
     ) -> Result<HashMap<DeviceId, Vec<BootClock>>, sqlx::Error> {
-        // A statement may change a row only once: of several logins with one boot, the last one offers.
-        let offered: BTreeMap<(DeviceId, u32), BootClock> = logins
-            .iter()
-            .map(|(device, login)| ((*device, login.clock.boot), login.clock))
-            .collect();
-        if offered.is_empty() {
+        if logins.is_empty() {
             return Ok(HashMap::new());
         }
-        let devices: Vec<i64> = offered.keys().map(|(device, _)| device.0).collect();
-        let boots: Vec<i64> = offered.keys().map(|(_, boot)| i64::from(*boot)).collect();
-        let offsets: Vec<i64> = offered.values().map(|clock| clock.offset_us).collect();
-        let delays = offered.values().map(|clock| clock.delay_us.cast_signed());
-        let measured = offered
-            .values()
-            .map(|clock| Timestamp(clock.measured_at_us));
-        // The rule of `ledger::replaces`.
-        sqlx::query(
-            "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at)
-             SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[],
-                 $5::timestamptz[])
-             ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
-                 delay_us = excluded.delay_us, measured_at = excluded.measured_at
-             WHERE excluded.delay_us - clocks.delay_us <= (extract(epoch FROM
-                 excluded.measured_at - clocks.measured_at) * 1000000)::bigint / $6",
-        )
-        .bind(&devices)
-        .bind(boots)
-        .bind(offsets)
-        .bind(delays.collect::<Vec<i64>>())
-        .bind(measured.collect::<Vec<Timestamp>>())
-        .bind(DRIFT_PARTS)
-        .execute(&mut *self.conn)
-        .await?;
-        self.latest_clocks(devices).await
+        let mut clocks = self.latest_clocks(logins).await?;
+        let changed = clocks.offer(logins);
+        keep_clocks(self.conn, &changed).await?;
+        Ok(clocks.into_latest())
     }
 
     async fn latest_clocks(
         &mut self,
-        devices: Vec<i64>,
-    ) -> Result<HashMap<DeviceId, Vec<BootClock>>, sqlx::Error> {
-        let devices: BTreeSet<i64> = devices.into_iter().collect();
-        let rows: Vec<(i64, i64, i64, i64, Timestamp)> = sqlx::query_as(
-            "SELECT c.device_id, c.boot, c.offset_us, c.delay_us, c.measured_at
-             FROM unnest($1::bigint[]) AS wanted (device_id)
-             CROSS JOIN LATERAL (
-                 SELECT * FROM clocks WHERE clocks.device_id = wanted.device_id
-                 ORDER BY measured_at DESC, boot DESC LIMIT $2
-             ) AS c
-             ORDER BY c.device_id, c.measured_at DESC, c.boot DESC",
+        logins: &[(DeviceId, &Login)],
+    ) -> Result<KeptClocks, sqlx::Error> {
+        let devices = logins.iter().map(|(device, _)| device.0);
+        let boots = { logins.iter() }.map(|(_, login)| i64::from(login.clock.boot));
+        let times = logins.iter().map(|(_, login)| Timestamp(login.at_us));
+        let rows = sqlx::query(
+            "SELECT c.device_id, c.boot, c.offset_us, c.delay_us, c.measured_at, c.timeline,
+                 c.origin_us, c.valid_from_us,
+                 (SELECT s.origin_us FROM clock_steps AS s WHERE s.timeline = c.timeline
+                     ORDER BY s.id DESC LIMIT 1)
+             FROM unnest($1::bigint[], $2::bigint[], $3::timestamptz[]) AS wanted (device_id, boot, at)
+             JOIN clocks AS c ON c.device_id = wanted.device_id
+                 AND (c.boot = wanted.boot OR c.boot IN (
+                     SELECT corrected.boot FROM (
+                         SELECT l.boot, l.measured_at + coalesce((
+                             SELECT s.origin_us FROM clock_steps AS s
+                             WHERE s.timeline = l.timeline ORDER BY s.id DESC LIMIT 1
+                         ) - l.origin_us, 0) * interval '1 microsecond' AS measured_at
+                         FROM clocks AS l WHERE l.device_id = wanted.device_id
+                     ) AS corrected
+                     ORDER BY corrected.measured_at > wanted.at + $4 * interval '1 microsecond',
+                         corrected.measured_at DESC, corrected.boot DESC
+                     LIMIT $5
+                 ))",
         )
-        .bind(devices.into_iter().collect::<Vec<i64>>())
-        .bind(CLOCKS_MAX)
+        .bind(devices.collect::<Vec<i64>>())
+        .bind(boots.collect::<Vec<i64>>())
+        .bind(times.collect::<Vec<Timestamp>>())
+        .bind(MEASURED_AHEAD_MAX_US)
+        .bind(CLOCKS_MAX as i64)
         .fetch_all(&mut *self.conn)
         .await?;
-        let mut clocks: HashMap<DeviceId, Vec<BootClock>> = HashMap::new();
-        for (device, boot, offset_us, delay_us, measured_at) in rows {
-            clocks.entry(DeviceId(device)).or_default().push(BootClock {
-                boot: u32::try_from(boot).map_err(|error| sqlx::Error::Decode(error.into()))?,
-                offset_us,
-                delay_us: delay_us.cast_unsigned(),
-                measured_at_us: measured_at.0,
-            });
+        let mut clocks = KeptClocks::default();
+        for row in &rows {
+            clocks.add(DeviceId(row.try_get(0)?), clock_row(row)?, row.try_get(8)?);
         }
         Ok(clocks)
     }
@@ -529,4 +510,63 @@ fn stream_row(
         durable_seq: durable_seq.cast_unsigned(),
     };
     ((DeviceId(device), stream.cast_unsigned()), row)
+}
+
+/// A row of `clocks`, from its second column on.
+pub(super) fn clock_row(row: &PgRow) -> Result<BootClock, sqlx::Error> {
+    let boot: i64 = row.try_get(1)?;
+    Ok(BootClock {
+        boot: u32::try_from(boot).map_err(|error| sqlx::Error::Decode(error.into()))?,
+        offset_us: row.try_get(2)?,
+        delay_us: row.try_get::<i64, _>(3)?.cast_unsigned(),
+        measured_at_us: row.try_get::<Timestamp, _>(4)?.0,
+        origin: Origin {
+            timeline: row.try_get(5)?,
+            at_us: row.try_get(6)?,
+        },
+        valid_from_us: row.try_get(7)?,
+    })
+}
+
+/// Keeps clocks in place of what was kept of the same boots. What was only chosen replaces nothing.
+pub(super) async fn keep_clocks(
+    conn: &mut PgConnection,
+    clocks: &[(DeviceId, BootClock)],
+) -> Result<(), sqlx::Error> {
+    // Of several for one boot the last one holds, and a statement may change a row only once. A chosen
+    // one would hide a measured one.
+    let mut latest: BTreeMap<(i64, u32), BootClock> = BTreeMap::new();
+    for (device, clock) in clocks {
+        let key = (device.0, clock.boot);
+        if clock.delay_us != UNMEASURED || !latest.contains_key(&key) {
+            latest.insert(key, *clock);
+        }
+    }
+    if latest.is_empty() {
+        return Ok(());
+    }
+    let column = |value: fn(&BootClock) -> i64| latest.values().map(value).collect::<Vec<i64>>();
+    let measured = latest.values().map(|clock| Timestamp(clock.measured_at_us));
+    sqlx::query(
+        "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at, timeline, origin_us,
+             valid_from_us)
+         SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[],
+             $5::timestamptz[], $6::bigint[], $7::bigint[], $8::bigint[])
+         ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
+             delay_us = excluded.delay_us, measured_at = excluded.measured_at,
+             timeline = excluded.timeline, origin_us = excluded.origin_us,
+             valid_from_us = excluded.valid_from_us
+         WHERE excluded.delay_us < 9223372036854775807",
+    )
+    .bind(latest.keys().map(|(device, _)| *device).collect::<Vec<_>>())
+    .bind(column(|clock| i64::from(clock.boot)))
+    .bind(column(|clock| clock.offset_us))
+    .bind(column(|clock| clock.delay_us.cast_signed()))
+    .bind(measured.collect::<Vec<Timestamp>>())
+    .bind(column(|clock| clock.origin.timeline))
+    .bind(column(|clock| clock.origin.at_us))
+    .bind(column(|clock| clock.valid_from_us))
+    .execute(conn)
+    .await
+    .map(drop)
 }

@@ -12,11 +12,12 @@ use sqlx::{Connection, PgConnection, Row};
 use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 
+use super::admit::clock_row;
 use super::open::{OpenError, bring_up_to_date, connect, open_error};
 use super::timestamp::Timestamp;
 use super::write::Writer;
 use super::{COMMIT_TIMEOUT, PostgresSettings, PostgresStore, classify};
-use crate::clock::BootClock;
+use crate::clock::{ClockStep, Origin};
 use crate::store::sqlite::spool::{DeviceRow, SchemaRow, SeriesRow, Standing, StreamRow};
 use crate::store::url::PostgresUrl;
 use crate::store::{DeviceId, SeriesId, StoreError, StreamId};
@@ -163,16 +164,24 @@ async fn standing(conn: &mut PgConnection) -> Result<Standing, sqlx::Error> {
             kind: row.try_get(3)?,
         });
     }
-    let clocks = "SELECT device_id, boot, offset_us, delay_us, measured_at FROM clocks";
+    let clocks = "SELECT device_id, boot, offset_us, delay_us, measured_at, timeline, origin_us,
+         valid_from_us FROM clocks";
     for row in sqlx::query(clocks).fetch_all(&mut *conn).await? {
-        let boot: i64 = row.try_get(1)?;
-        let clock = BootClock {
-            boot: u32::try_from(boot).map_err(|error| sqlx::Error::Decode(error.into()))?,
-            offset_us: row.try_get(2)?,
-            delay_us: row.try_get::<i64, _>(3)?.cast_unsigned(),
-            measured_at_us: row.try_get::<Timestamp, _>(4)?.0,
-        };
-        standing.clocks.push((DeviceId(row.try_get(0)?), clock));
+        let clock = (DeviceId(row.try_get(0)?), clock_row(&row)?);
+        standing.clocks.push(clock);
+    }
+    let steps =
+        "SELECT timeline, origin_us, since_at, before_at, after_at FROM clock_steps ORDER BY id";
+    for row in sqlx::query(steps).fetch_all(&mut *conn).await? {
+        standing.steps.push(ClockStep {
+            origin: Origin {
+                timeline: row.try_get(0)?,
+                at_us: row.try_get(1)?,
+            },
+            since_us: row.try_get::<Timestamp, _>(2)?.0,
+            before_us: row.try_get::<Timestamp, _>(3)?.0,
+            after_us: row.try_get::<Timestamp, _>(4)?.0,
+        });
     }
     Ok(standing)
 }

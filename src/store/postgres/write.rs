@@ -11,12 +11,12 @@ use std::sync::Arc;
 
 use sqlx::PgConnection;
 
-use super::admit::Admissions;
+use super::admit::{Admissions, keep_clocks};
 use super::copy::{Progress, copy};
 use super::open::reason;
 use super::run;
 use super::timestamp::Timestamp;
-use crate::clock::BootClock;
+use crate::clock::ClockStep;
 use crate::store::bounds::DeviceBounds;
 use crate::store::hours::KnownHours;
 use crate::store::ledger::{self, UnknownStream, Watermarks};
@@ -88,7 +88,8 @@ impl Writer {
         self.store_watermarks(&watermarks).await?;
         let mut admissions = Admissions::new(&mut self.conn, self.bounds);
         let logins = admissions.login(&batch.logins).await?;
-        self.store_clocks(&batch.clocks).await?;
+        keep_clocks(&mut self.conn, &batch.clocks).await?;
+        self.store_steps(&batch.steps).await?;
         let refusals = self.refusals(&batch.refusals).await?;
         let events: Vec<&DeviceEvent> = batch.events.iter().chain(&refusals).collect();
         self.store_events(&frames, &events).await?;
@@ -281,36 +282,23 @@ impl Writer {
         .map(drop)
     }
 
-    /// Keeps clocks as they are told, in place of what was kept of the same boot.
-    async fn store_clocks(&mut self, clocks: &[(DeviceId, BootClock)]) -> Result<(), sqlx::Error> {
-        // Of several for one boot the last one holds, and a statement may change a row only once.
-        let latest: std::collections::BTreeMap<(DeviceId, u32), BootClock> = clocks
-            .iter()
-            .map(|(device, clock)| ((*device, clock.boot), *clock))
-            .collect();
-        if latest.is_empty() {
-            return Ok(());
+    /// Records when the gateway's clock was set.
+    async fn store_steps(&mut self, steps: &[ClockStep]) -> Result<(), sqlx::Error> {
+        for step in steps {
+            sqlx::query(
+                "INSERT INTO clock_steps (timeline, origin_us, since_at, before_at, after_at, step_us)
+                 VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (timeline, origin_us) DO NOTHING",
+            )
+            .bind(step.origin.timeline)
+            .bind(step.origin.at_us)
+            .bind(Timestamp(step.since_us))
+            .bind(Timestamp(step.before_us))
+            .bind(Timestamp(step.after_us))
+            .bind(step.size_us())
+            .execute(&mut self.conn)
+            .await?;
         }
-        let devices: Vec<i64> = latest.keys().map(|(device, _)| device.0).collect();
-        let boots: Vec<i64> = latest.keys().map(|(_, boot)| i64::from(*boot)).collect();
-        let offsets: Vec<i64> = latest.values().map(|clock| clock.offset_us).collect();
-        let delays = latest.values().map(|clock| clock.delay_us.cast_signed());
-        let measured = latest.values().map(|clock| Timestamp(clock.measured_at_us));
-        sqlx::query(
-            "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at)
-             SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[],
-                 $5::timestamptz[])
-             ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
-                 delay_us = excluded.delay_us, measured_at = excluded.measured_at",
-        )
-        .bind(devices)
-        .bind(boots)
-        .bind(offsets)
-        .bind(delays.collect::<Vec<i64>>())
-        .bind(measured.collect::<Vec<Timestamp>>())
-        .execute(&mut self.conn)
-        .await
-        .map(drop)
+        Ok(())
     }
 
     /// Writes the audit trail. What devices reported is new, as its frame is; what happened to sessions

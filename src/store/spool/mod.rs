@@ -323,11 +323,13 @@ impl Connected {
         let mut devices = Vec::new();
         let mut schemas = Vec::new();
         let mut clocks = Vec::new();
+        let mut steps = Vec::new();
         for change in std::mem::take(&mut chunk.changes) {
             match change {
                 Change::Device(device, row) => devices.push((device, row)),
                 Change::Schema(row) => schemas.push(row),
                 Change::Clock(device, clock) => clocks.push((device, clock)),
+                Change::Step(step) => steps.push(step),
             }
         }
         let named = chunk.entries.iter().map(|entry| entry.device);
@@ -360,6 +362,7 @@ impl Connected {
             entries: std::mem::take(&mut chunk.entries),
             events: std::mem::take(&mut chunk.events),
             clocks,
+            steps,
             ..Batch::default()
         };
         for entry in &mut batch.entries {

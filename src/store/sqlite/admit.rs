@@ -7,16 +7,20 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, SqliteConnection};
 
 use super::bulk::{Bulk, Params};
-use crate::clock::BootClock;
+use super::rows::{CLOCK_COLUMNS, CLOCK_REPLACES, CLOCKS, bind_clock};
+use crate::clock::{BootClock, Origin};
 use crate::store::admission::{
-    Found, FoundDevice, NamedSchemas, SeriesIndex, SeriesKey, StoredSchema, StoredSchemas,
-    StreamRow, declaration, series_keys,
+    CLOCKS_MAX, Found, FoundDevice, KeptClocks, MEASURED_AHEAD_MAX_US, NamedSchemas, SeriesIndex,
+    SeriesKey, StoredSchema, StoredSchemas, StreamRow, declaration, series_keys,
 };
 use crate::store::bounds::{
     Counts, DeclareVerdict, DeviceBounds, StreamRoom, judge_declares, new_declares,
 };
-use crate::store::ledger::DRIFT_PARTS;
 use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, StreamId};
+
+/// When a clock `l` was measured, by the gateway's clock as it was set since then.
+const CORRECTED: &str = "l.measured_at + coalesce((SELECT s.origin_us FROM clock_steps AS s
+    WHERE s.timeline = l.timeline ORDER BY s.id DESC LIMIT 1) - l.origin_us, 0)";
 
 /// The statements.
 pub(super) struct Admissions {
@@ -24,7 +28,7 @@ pub(super) struct Admissions {
     upsert_devices: Bulk,
     find_streams: Bulk,
     insert_streams: Bulk,
-    offer_clocks: Bulk,
+    keep_clocks: Bulk,
     latest_clocks: Bulk,
     find_schemas: Bulk,
     insert_schemas: Bulk,
@@ -63,27 +67,29 @@ impl Admissions {
                 3,
                 "RETURNING device_id, stream, id, durable_seq",
             ),
-            offer_clocks: bulk(
-                "INSERT INTO clocks(device_id, boot, offset_us, delay_us, measured_at)",
-                5,
-                // The rule of `ledger::replaces`.
-                &format!(
-                    "ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
-                        delay_us = excluded.delay_us, measured_at = excluded.measured_at
-                    WHERE excluded.delay_us - delay_us
-                        <= (excluded.measured_at - measured_at) / {DRIFT_PARTS}"
-                ),
+            keep_clocks: bulk(
+                &format!("INSERT INTO {CLOCKS}"),
+                CLOCK_COLUMNS,
+                CLOCK_REPLACES,
             ),
             latest_clocks: bulk(
-                "WITH wanted(device_id) AS (",
-                1,
-                ") SELECT c.device_id, c.boot, c.offset_us, c.delay_us, c.measured_at
-                FROM wanted AS w CROSS JOIN clocks AS c ON c.device_id = w.device_id
-                    AND c.boot IN (
-                        SELECT boot FROM clocks AS l WHERE l.device_id = w.device_id
-                        ORDER BY l.measured_at DESC, l.boot DESC LIMIT 8
-                    )
-                ORDER BY c.device_id, c.measured_at DESC, c.boot DESC",
+                "WITH wanted(device_id, boot, at) AS (",
+                3,
+                &format!(
+                    ") SELECT c.device_id, c.boot, c.offset_us, c.delay_us, c.measured_at, c.timeline,
+                        c.origin_us, c.valid_from_us,
+                        (SELECT s.origin_us FROM clock_steps AS s WHERE s.timeline = c.timeline
+                            ORDER BY s.id DESC LIMIT 1)
+                    FROM wanted AS w CROSS JOIN clocks AS c ON c.device_id = w.device_id
+                        AND (c.boot = w.boot OR c.boot IN (
+                            SELECT boot FROM (
+                                SELECT l.boot, {CORRECTED} AS measured_at,
+                                    {CORRECTED} > w.at + {MEASURED_AHEAD_MAX_US} AS is_ahead
+                                FROM clocks AS l WHERE l.device_id = w.device_id
+                            )
+                            ORDER BY is_ahead, measured_at DESC, boot DESC LIMIT {CLOCKS_MAX}
+                        ))"
+                ),
             ),
             find_schemas: bulk(
                 "WITH wanted(device_id, schema) AS (",
@@ -322,35 +328,37 @@ impl Admissions {
         conn: &mut SqliteConnection,
         logins: &[(DeviceId, &Login)],
     ) -> Result<HashMap<DeviceId, Vec<BootClock>>, sqlx::Error> {
-        let offer = |params: &mut Params, (device, login): &(DeviceId, &Login)| {
+        let wanted = |params: &mut Params, (device, login): &(DeviceId, &Login)| {
             params
                 .bind(device.0)
                 .bind(i64::from(login.clock.boot))
-                .bind(login.clock.offset_us)
-                .bind(login.clock.delay_us.cast_signed())
-                .bind(login.clock.measured_at_us);
+                .bind(login.at_us);
         };
-        self.offer_clocks
-            .execute(conn, logins.iter(), offer)
+        let rows = { &self.latest_clocks }
+            .fetch(conn, logins.iter(), wanted)
             .await?;
-        let devices: BTreeSet<DeviceId> = logins.iter().map(|(device, _)| *device).collect();
-        let rows = self
-            .latest_clocks
-            .fetch(conn, devices.into_iter(), bind_device)
-            .await?;
-        let mut clocks: HashMap<DeviceId, Vec<BootClock>> = HashMap::new();
+        let mut clocks = KeptClocks::default();
         for row in &rows {
-            clocks
-                .entry(DeviceId(row.try_get(0)?))
-                .or_default()
-                .push(BootClock {
-                    boot: row.try_get(1)?,
-                    offset_us: row.try_get(2)?,
-                    delay_us: row.try_get::<i64, _>(3)?.cast_unsigned(),
-                    measured_at_us: row.try_get(4)?,
-                });
+            let clock = BootClock {
+                boot: row.try_get(1)?,
+                offset_us: row.try_get(2)?,
+                delay_us: row.try_get::<i64, _>(3)?.cast_unsigned(),
+                measured_at_us: row.try_get(4)?,
+                origin: Origin {
+                    timeline: row.try_get(5)?,
+                    at_us: row.try_get(6)?,
+                },
+                valid_from_us: row.try_get(7)?,
+            };
+            clocks.add(DeviceId(row.try_get(0)?), clock, row.try_get(8)?);
         }
-        Ok(clocks)
+        let changed = clocks.offer(logins);
+        self.keep_clocks
+            .execute(conn, changed.iter(), |params, (device, clock)| {
+                bind_clock(params, *device, clock);
+            })
+            .await?;
+        Ok(clocks.into_latest())
     }
 
     async fn find_schemas(

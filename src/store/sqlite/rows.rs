@@ -2,10 +2,23 @@
 
 use sqlx::SqliteConnection;
 
-use super::bulk::Bulk;
-use crate::clock::BootClock;
+use super::bulk::{Bulk, Params};
+use crate::clock::{BootClock, ClockStep};
 use crate::store::rows::{EventRow, Frame, Run, resolved_time};
 use crate::store::{Content, DeviceEvent, DeviceId};
+
+/// A row of `clocks`: [`bind_clock`] has its values.
+pub(super) const CLOCKS: &str =
+    "clocks(device_id, boot, offset_us, delay_us, measured_at, timeline,
+    origin_us, valid_from_us)";
+pub(super) const CLOCK_COLUMNS: usize = 8;
+/// Puts it in place of what was kept of the same boot. What was only chosen replaces nothing.
+pub(super) const CLOCK_REPLACES: &str =
+    "ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
+    delay_us = excluded.delay_us, measured_at = excluded.measured_at,
+    timeline = excluded.timeline, origin_us = excluded.origin_us,
+    valid_from_us = excluded.valid_from_us
+    WHERE excluded.delay_us < 9223372036854775807";
 
 /// The statements.
 pub(super) struct Rows {
@@ -13,6 +26,7 @@ pub(super) struct Rows {
     gaps: Bulk,
     quarantine: Bulk,
     clocks: Bulk,
+    steps: Bulk,
     events: Bulk,
 }
 
@@ -37,11 +51,11 @@ impl Rows {
                 8,
                 "",
             ),
-            clocks: insert(
-                "clocks(device_id, boot, offset_us, delay_us, measured_at)",
-                5,
-                "ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
-                    delay_us = excluded.delay_us, measured_at = excluded.measured_at",
+            clocks: insert(CLOCKS, CLOCK_COLUMNS, CLOCK_REPLACES),
+            steps: insert(
+                "clock_steps(timeline, origin_us, since_at, before_at, after_at, step_us)",
+                6,
+                "ON CONFLICT (timeline, origin_us) DO NOTHING",
             ),
             events: insert(
                 "device_events(device_id, at, kind, level, code, detail, frame_id)",
@@ -147,12 +161,26 @@ impl Rows {
     ) -> Result<(), sqlx::Error> {
         self.clocks
             .execute(conn, clocks.iter(), |params, (device, clock)| {
+                bind_clock(params, *device, clock);
+            })
+            .await
+    }
+
+    /// Records when the gateway's clock was set.
+    pub(super) async fn store_steps(
+        &self,
+        conn: &mut SqliteConnection,
+        steps: &[ClockStep],
+    ) -> Result<(), sqlx::Error> {
+        self.steps
+            .execute(conn, steps.iter(), |params, step| {
                 params
-                    .bind(device.0)
-                    .bind(i64::from(clock.boot))
-                    .bind(clock.offset_us)
-                    .bind(clock.delay_us.cast_signed())
-                    .bind(clock.measured_at_us);
+                    .bind(step.origin.timeline)
+                    .bind(step.origin.at_us)
+                    .bind(step.since_us)
+                    .bind(step.before_us)
+                    .bind(step.after_us)
+                    .bind(step.size_us());
             })
             .await
     }
@@ -181,6 +209,18 @@ impl Rows {
             })
             .await
     }
+}
+
+pub(super) fn bind_clock(params: &mut Params, device: DeviceId, clock: &BootClock) {
+    params
+        .bind(device.0)
+        .bind(i64::from(clock.boot))
+        .bind(clock.offset_us)
+        .bind(clock.delay_us.cast_signed())
+        .bind(clock.measured_at_us)
+        .bind(clock.origin.timeline)
+        .bind(clock.origin.at_us)
+        .bind(clock.valid_from_us);
 }
 
 /// The statement that puts readings into `table`, in any database of this program.

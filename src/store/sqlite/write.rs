@@ -176,6 +176,7 @@ impl Writer {
         self.rows
             .store_clocks(&mut self.conn, &batch.clocks)
             .await?;
+        self.rows.store_steps(&mut self.conn, &batch.steps).await?;
         self.rows
             .store_events(&mut self.conn, &frames, &events)
             .await?;

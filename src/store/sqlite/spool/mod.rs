@@ -10,7 +10,7 @@ use sqlx::SqliteConnection;
 pub(in crate::store) use self::read::SpoolReader;
 use super::open::{OpenError, Purpose, open_editor_of, open_reader_of};
 use super::{SqliteSettings, SqliteStore, classify};
-use crate::clock::BootClock;
+use crate::clock::{BootClock, ClockStep};
 use crate::store::{DeviceEvent, DeviceId, Entry, StoreError};
 
 mod read;
@@ -79,6 +79,7 @@ pub(in crate::store) struct Standing {
     pub(in crate::store) schemas: Vec<SchemaRow>,
     pub(in crate::store) series: Vec<SeriesRow>,
     pub(in crate::store) clocks: Vec<(DeviceId, BootClock)>,
+    pub(in crate::store) steps: Vec<ClockStep>,
 }
 
 /// Something that is waiting to be told to the store.
@@ -87,6 +88,7 @@ pub(in crate::store) enum Change {
     Device(DeviceId, DeviceRow),
     Schema(SchemaRow),
     Clock(DeviceId, BootClock),
+    Step(ClockStep),
 }
 
 /// What a spool holds that is not in the store yet.
@@ -318,14 +320,32 @@ async fn write_standing(
     }
     for (device, clock) in &standing.clocks {
         sqlx::query(
-            "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at)
-             VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at, timeline, origin_us,
+                 valid_from_us)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
         )
         .bind(id_of(device)?)
         .bind(clock.boot)
         .bind(clock.offset_us)
         .bind(clock.delay_us.cast_signed())
         .bind(clock.measured_at_us)
+        .bind(clock.origin.timeline)
+        .bind(clock.origin.at_us)
+        .bind(clock.valid_from_us)
+        .execute(&mut *conn)
+        .await?;
+    }
+    for step in &standing.steps {
+        sqlx::query(
+            "INSERT INTO clock_steps (timeline, origin_us, since_at, before_at, after_at, step_us)
+             VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        )
+        .bind(step.origin.timeline)
+        .bind(step.origin.at_us)
+        .bind(step.since_us)
+        .bind(step.before_us)
+        .bind(step.after_us)
+        .bind(step.size_us())
         .execute(&mut *conn)
         .await?;
     }

@@ -7,7 +7,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
 use super::{Change, Chunk, Cursor, DeviceRow, SchemaRow, SeriesRow, StreamRow, Waiting};
-use crate::clock::{BootClock, Quality};
+use crate::clock::{BootClock, ClockStep, Origin, Quality};
 use crate::store::sqlite::open::{OpenError, Purpose, open_reader_of};
 use crate::store::{
     Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, ResolvedTime, SeriesId,
@@ -116,6 +116,7 @@ impl SpoolReader {
                     frame_type: row.try_get(4)?,
                     received_at_us: row.try_get(5)?,
                     content: Content::Gap { reason: 0 },
+                    clock: None,
                 },
                 time,
             });
@@ -281,6 +282,7 @@ impl SpoolReader {
                 "device" => Change::Device(device, self.device(device).await?),
                 "schema" => Change::Schema(self.schema(device, key).await?),
                 "clock" => Change::Clock(device, self.clock(device, key).await?),
+                "clock_step" => Change::Step(self.clock_step(key).await?),
                 _ => return Err(damaged("a change of an unknown kind")),
             });
         }
@@ -321,8 +323,8 @@ impl SpoolReader {
 
     async fn clock(&mut self, device: DeviceId, key: i64) -> Result<BootClock, sqlx::Error> {
         let row = sqlx::query(
-            "SELECT boot, offset_us, delay_us, measured_at FROM clocks
-             WHERE device_id = ? AND boot = ?",
+            "SELECT boot, offset_us, delay_us, measured_at, timeline, origin_us, valid_from_us
+             FROM clocks WHERE device_id = ? AND boot = ?",
         )
         .bind(device.0)
         .bind(key)
@@ -333,6 +335,29 @@ impl SpoolReader {
             offset_us: row.try_get(1)?,
             delay_us: row.try_get::<i64, _>(2)?.cast_unsigned(),
             measured_at_us: row.try_get(3)?,
+            origin: Origin {
+                timeline: row.try_get(4)?,
+                at_us: row.try_get(5)?,
+            },
+            valid_from_us: row.try_get(6)?,
+        })
+    }
+
+    async fn clock_step(&mut self, id: i64) -> Result<ClockStep, sqlx::Error> {
+        let row = sqlx::query(
+            "SELECT timeline, origin_us, since_at, before_at, after_at FROM clock_steps WHERE id = ?",
+        )
+        .bind(id)
+        .fetch_one(&mut self.conn)
+        .await?;
+        Ok(ClockStep {
+            origin: Origin {
+                timeline: row.try_get(0)?,
+                at_us: row.try_get(1)?,
+            },
+            since_us: row.try_get(2)?,
+            before_us: row.try_get(3)?,
+            after_us: row.try_get(4)?,
         })
     }
 

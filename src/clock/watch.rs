@@ -1,0 +1,115 @@
+//! Notices when the machine's wall clock is set, and what is odd about it at the start.
+
+use std::time::Duration;
+
+use super::{Now, Origin, SystemClock};
+
+/// From one look at the clocks to the next. Sessions do not depend on it: they compare the clocks with
+/// each frame.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// How far stored times may lie ahead of the wall clock at the start: gateways differ by that much.
+const STORED_AHEAD_MAX_US: i64 = 60_000_000;
+
+/// The wall clock was set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClockStep {
+    /// The clock since the step.
+    pub origin: Origin,
+    /// Since when the clock had shown the time before the step, by that time, microseconds UTC: since the
+    /// start of the gateway, or the step before.
+    pub since_us: i64,
+    /// What the clock would show without the step, microseconds UTC.
+    pub before_us: i64,
+    /// What it shows.
+    pub after_us: i64,
+}
+
+impl ClockStep {
+    /// How far it was set forward, microseconds.
+    pub fn size_us(&self) -> i64 {
+        self.after_us.saturating_sub(self.before_us)
+    }
+
+    /// The step between two readings, if there is one.
+    fn between(since: Now, now: Now) -> Option<ClockStep> {
+        let size_us = since.origin.step_to(now.origin);
+        (size_us != 0).then(|| ClockStep {
+            origin: now.origin,
+            since_us: since.utc_us,
+            before_us: now.utc_us.saturating_sub(size_us),
+            after_us: now.utc_us,
+        })
+    }
+}
+
+/// Hands each step of the wall clock to `record`, for as long as it is polled.
+pub async fn watch<T>(clock: SystemClock, mut record: impl AsyncFnMut(ClockStep)) -> T {
+    let mut since = clock.now();
+    loop {
+        tokio::time::sleep(LOOK_INTERVAL).await;
+        let now = clock.now();
+        let Some(step) = ClockStep::between(since, now) else {
+            continue;
+        };
+        since = now;
+        let step_s = step.size_us() as f64 / 1e6;
+        tracing::warn!(
+            step_s,
+            since_us = step.since_us,
+            before_us = step.before_us,
+            after_us = step.after_us,
+            "system clock was set; times since boot are corrected from now on, see the table clock_steps"
+        );
+        record(step).await;
+    }
+}
+
+/// What makes the wall clock doubtful at the start: it is before this program was built, or what is stored
+/// is from its future.
+pub fn doubts_at_start(now_us: i64, built_us: i64, stored_us: Option<i64>) -> Option<&'static str> {
+    if now_us < built_us {
+        return Some("it is before the time at which this program was built");
+    }
+    let latest_us = now_us.saturating_add(STORED_AHEAD_MAX_US);
+    if stored_us.is_some_and(|stored_us| stored_us > latest_us) {
+        return Some("the store holds times of receipt from its future");
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR_US: i64 = 3_600_000_000;
+
+    fn now(mono_us: i64, set_us: i64) -> Now {
+        Now {
+            mono_us: mono_us.unsigned_abs(),
+            utc_us: mono_us + set_us,
+            origin: Origin {
+                timeline: 7,
+                at_us: set_us,
+            },
+        }
+    }
+
+    #[test]
+    fn a_step_has_its_size_and_the_time_it_ends() {
+        for size_us in [2 * HOUR_US, -2 * HOUR_US, 150_000] {
+            let step = ClockStep::between(now(0, HOUR_US), now(5, HOUR_US + size_us)).unwrap();
+            assert_eq!(step.size_us(), size_us);
+            assert_eq!((step.since_us, step.before_us), (HOUR_US, HOUR_US + 5));
+        }
+        assert_eq!(ClockStep::between(now(0, 0), now(HOUR_US, 99_999)), None);
+    }
+
+    #[test]
+    fn a_clock_is_doubted_by_what_is_known_already() {
+        let doubt = |now_us, stored_us| doubts_at_start(now_us, HOUR_US, stored_us).is_some();
+        assert!(doubt(0, None) && doubt(HOUR_US - 1, None));
+        assert!(!doubt(HOUR_US, None) && !doubt(2 * HOUR_US, Some(2 * HOUR_US)));
+        assert!(!doubt(2 * HOUR_US, Some(2 * HOUR_US + 59_000_000)));
+        assert!(doubt(2 * HOUR_US, Some(2 * HOUR_US + 61_000_000)));
+    }
+}
