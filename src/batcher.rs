@@ -94,6 +94,20 @@ impl<T> Default for Tagged<T> {
     }
 }
 
+impl<T> Tagged<T> {
+    /// Drops what carries ids of a store that is not there any more; its room stays taken until the rest is
+    /// committed.
+    pub fn forget_ids(&mut self) {
+        self.batch.declares.clear();
+        self.declares.clear();
+        self.batch.entries.clear();
+        self.entries.clear();
+        self.reservations.clear();
+        self.batch.clocks.clear();
+        self.batch.events.clear();
+    }
+}
+
 /// The batch being gathered. `T` tells whom to answer.
 #[derive(Debug)]
 pub struct Batcher<T> {
@@ -149,6 +163,11 @@ impl<T> Batcher<T> {
             Submission::Refusal(refusal) => batch.refusals.push(refusal),
             Submission::Step(step) => batch.steps.push(step),
         }
+    }
+
+    /// As [`Tagged::forget_ids`].
+    pub fn forget_ids(&mut self) {
+        self.open.forget_ids();
     }
 
     /// Whether nothing is gathered.

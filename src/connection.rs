@@ -245,6 +245,9 @@ impl Connection {
 
     fn handle_mail(&mut self, mail: Mail) {
         let now = self.shared.clock.now();
+        if mail.store_is_replaced {
+            return self.session.handle_store_replaced();
+        }
         if let Some(outcome) = mail.login
             && let Some(submission) = self.session.handle_login_outcome(outcome, now)
         {

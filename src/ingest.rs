@@ -11,6 +11,8 @@
 //!   connection, held by its task).
 //! - After a transient failure the same batch is tried again; nothing is answered meanwhile.
 //! - After a fatal one the task ends without answering.
+//! - When the store turns out to be another one, every session of the lane ends, and nothing that carries an
+//!   id of the former store is stored or answered.
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -19,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::batcher::{BatchLimits, Batcher, Size, Tagged};
 use crate::clock::SystemClock;
@@ -79,6 +81,8 @@ struct Room {
     bytes: Semaphore,
     /// How many lanes cannot commit.
     lanes_down: AtomicUsize,
+    /// How often the lane that saw it most often has seen the store replaced.
+    replacements: AtomicUsize,
 }
 
 /// A queue and its tasks' ends, one for each lane.
@@ -88,6 +92,7 @@ pub fn queue(limits: QueueLimits, lanes: usize) -> (IngestQueue, Vec<IngestRecei
         readings: Semaphore::new(limits.readings_max),
         bytes: Semaphore::new(limits.bytes_max),
         lanes_down: AtomicUsize::new(0),
+        replacements: AtomicUsize::new(0),
     });
     let lane = |lane| {
         let (sender, jobs) = mpsc::unbounded_channel();
@@ -232,6 +237,7 @@ impl IngestReceiver {
             batcher: Batcher::new(limits),
             committed,
             registry,
+            replacements: 0,
         };
         let interval_min = Duration::from_micros(limits.interval_min_us);
         let result = lane.run(store, interval_min, clock).await;
@@ -246,8 +252,22 @@ impl IngestReceiver {
 struct Lane {
     queued: IngestReceiver,
     batcher: Batcher<Arc<Mailbox>>,
-    committed: mpsc::UnboundedSender<(Tagged<Arc<Mailbox>>, Committed)>,
+    committed: mpsc::UnboundedSender<ToAnswer>,
     registry: Arc<Registry>,
+    /// How often this lane has seen the store replaced.
+    replacements: usize,
+}
+
+/// Work for the task that answers.
+enum ToAnswer {
+    Commit {
+        tagged: Box<Tagged<Arc<Mailbox>>>,
+        committed: Committed,
+        /// See [`Mailbox::set_epoch`].
+        epoch: usize,
+    },
+    /// Answered when all before it is.
+    Flush(oneshot::Sender<()>),
 }
 
 impl Lane {
@@ -263,7 +283,7 @@ impl Lane {
             while !self.batcher.is_full()
                 && let Ok(job) = self.queued.jobs.try_recv()
             {
-                self.batcher.push(job.submission, job.mailbox);
+                self.gather(job);
             }
             if let Some(tagged) = self.batcher.poll_batch(clock.now().mono_us) {
                 self.commit(&mut store, tagged).await?;
@@ -274,7 +294,7 @@ impl Lane {
             let due = self.batcher.poll_deadline().filter(|_| !is_empty);
             tokio::select! {
                 job = self.queued.jobs.recv() => match job {
-                    Some(job) => self.batcher.push(job.submission, job.mailbox),
+                    Some(job) => self.gather(job),
                     None => break,
                 },
                 () = sleep_until(due, &clock) => {}
@@ -294,7 +314,7 @@ impl Lane {
     async fn commit<S: Store>(
         &mut self,
         store: &mut S,
-        tagged: Tagged<Arc<Mailbox>>,
+        mut tagged: Tagged<Arc<Mailbox>>,
     ) -> Result<(), StoreError> {
         let lane = self.queued.lane;
         let room = Arc::clone(&self.queued.room);
@@ -310,12 +330,51 @@ impl Lane {
                     tokio::time::sleep(retry_after).await;
                     retry_after = (retry_after * 2).min(RETRY_MAX);
                 }
+                Err(StoreError::Replaced(reason)) => self.forget_ids(&mut tagged, &reason).await,
                 Err(fatal @ StoreError::Fatal(_)) => return Err(fatal),
             }
         };
         // Fails only when the other task has panicked, which is told at the end.
-        let _ = self.committed.send((tagged, committed));
+        let _ = self.committed.send(ToAnswer::Commit {
+            tagged: Box::new(tagged),
+            committed,
+            epoch: self.replacements,
+        });
         Ok(())
+    }
+
+    /// Adds a submission to the next batch, unless it carries ids of a store that is not there any more.
+    fn gather(&mut self, job: Job) {
+        let has_ids = !matches!(
+            job.submission,
+            Submission::Login(_) | Submission::Refusal(_) | Submission::Step(_)
+        );
+        if has_ids && job.mailbox.epoch() < self.replacements {
+            let size = Size::of(&job.submission);
+            return self.queued.room.give_back(size);
+        }
+        self.batcher.push(job.submission, job.mailbox);
+    }
+
+    /// Ends all sessions of the lane, and leaves of what was gathered only what carries no ids.
+    async fn forget_ids(&mut self, tagged: &mut Tagged<Arc<Mailbox>>, reason: &str) {
+        self.replacements += 1;
+        let seen =
+            { &self.queued.room.replacements }.fetch_max(self.replacements, Ordering::Relaxed);
+        if seen < self.replacements {
+            tracing::error!(
+                %reason,
+                "the store was put back to an earlier state; devices log in again, and acknowledged \
+                 frames that it has lost are recorded as gaps of reason 254"
+            );
+        }
+        // Sessions that the former store admitted are in the registry once they are answered.
+        let (flushed, until_flushed) = oneshot::channel();
+        let _ = self.committed.send(ToAnswer::Flush(flushed));
+        let _ = until_flushed.await;
+        self.registry.expire(self.queued.lane);
+        tagged.forget_ids();
+        self.batcher.forget_ids();
     }
 
     /// Meanwhile the next batch is gathered.
@@ -336,9 +395,7 @@ impl Lane {
                     is_stalled = true;
                     outage.go_on("it does not answer");
                 }
-                Some(job) = self.queued.jobs.recv(), if !self.batcher.is_full() => {
-                    self.batcher.push(job.submission, job.mailbox);
-                }
+                Some(job) = self.queued.jobs.recv(), if !self.batcher.is_full() => self.gather(job),
             }
         }
     }
@@ -347,13 +404,26 @@ impl Lane {
 /// Answers each commit in turn, and gives its room back.
 async fn answer_all(
     lane: usize,
-    mut to_answer: mpsc::UnboundedReceiver<(Tagged<Arc<Mailbox>>, Committed)>,
+    mut to_answer: mpsc::UnboundedReceiver<ToAnswer>,
     room: Arc<Room>,
     registry: Arc<Registry>,
 ) {
-    while let Some((tagged, committed)) = to_answer.recv().await {
-        answer(lane, &tagged, committed, &registry);
-        room.give_back(tagged.size);
+    while let Some(to_answer) = to_answer.recv().await {
+        match to_answer {
+            ToAnswer::Commit {
+                tagged,
+                committed,
+                epoch,
+            } => {
+                tagged
+                    .logins
+                    .iter()
+                    .for_each(|mailbox| mailbox.set_epoch(epoch));
+                answer(lane, &tagged, committed, &registry);
+                room.give_back(tagged.size);
+            }
+            ToAnswer::Flush(flushed) => drop(flushed.send(())),
+        }
     }
 }
 

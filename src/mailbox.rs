@@ -2,6 +2,7 @@
 //!
 //! Invariant: bounded however slow its reader is, for the newest of a kind stands for all before it.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
@@ -14,6 +15,8 @@ use crate::store::{DeclareOutcome, LoginOutcome, Receipt};
 pub struct Mailbox {
     mail: Mutex<Mail>,
     arrived: Notify,
+    /// See [`Mailbox::set_epoch`].
+    epoch: AtomicUsize,
 }
 
 /// What has arrived since the mailbox was last emptied.
@@ -27,6 +30,8 @@ pub struct Mail {
     pub receipt: Option<(Receipt, u64)>,
     /// Whether the store went down or came up.
     pub store_is_down: Option<bool>,
+    /// Whether the store that admitted the session is not there any more.
+    pub store_is_replaced: bool,
     /// An order to end.
     pub close: Option<Close>,
 }
@@ -36,6 +41,16 @@ impl Mailbox {
     pub fn put(&self, write: impl FnOnce(&mut Mail)) {
         write(&mut self.lock());
         self.arrived.notify_one();
+    }
+
+    /// Records which store admitted the session, counted from 0 by its lane. Ids of one mean nothing to another.
+    pub fn set_epoch(&self, epoch: usize) {
+        self.epoch.store(epoch, Ordering::Release);
+    }
+
+    /// Returns what [`Mailbox::set_epoch`] recorded, 0 before the login is answered.
+    pub fn epoch(&self) -> usize {
+        self.epoch.load(Ordering::Acquire)
     }
 
     /// Waits until something is in, and takes it all out.

@@ -120,6 +120,20 @@ impl Registry {
         }
     }
 
+    /// Ends every live session of a lane, without acknowledging anything more: the store that admitted them
+    /// is not there any more. What it said of operators' changes does not hold either.
+    pub fn expire(&self, lane: usize) {
+        let mut sessions = self.lock();
+        sessions.changed.clear();
+        sessions.live.retain(|_, session| {
+            let is_expired = session.lane == lane;
+            if is_expired {
+                session.mailbox.put(|mail| mail.store_is_replaced = true);
+            }
+            !is_expired
+        });
+    }
+
     /// Tells every live session of a lane whether the store answers.
     pub fn announce_store(&self, lane: usize, is_down: bool) {
         let sessions = self.lock();

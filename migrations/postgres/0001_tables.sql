@@ -190,5 +190,30 @@ CREATE TABLE spool (
     is_only       boolean PRIMARY KEY DEFAULT true CHECK (is_only),
     id            text NOT NULL,
     host          text NOT NULL,
+    -- Drawn by each gateway that begins with the spool, with the connection of its that was last seen: of
+    -- copies of one spool, only one may feed this database.
+    instance      text NOT NULL DEFAULT '',
+    backend_pid   integer,
+    backend_start timestamptz,
+    -- How many commits of the spool's content it has forgotten since.
+    drained       bigint NOT NULL DEFAULT 0,
     registered_at timestamptz NOT NULL DEFAULT now()
 );
+
+-- One row: a random mark, drawn when the store is made and whenever a gateway finds that the store was put
+-- back to an earlier state.
+CREATE TABLE store_identity (
+    is_only boolean PRIMARY KEY DEFAULT true CHECK (is_only),
+    mark    text NOT NULL DEFAULT gen_random_uuid()::text
+);
+INSERT INTO store_identity DEFAULT VALUES;
+
+-- One row for each connection of a gateway that writes: how many transactions of it are in here, moved in
+-- each of them. A gateway that remembers more has to do with a database that was put back to an earlier
+-- state, and with it the ids of devices, streams and series. Rows of gateways that are gone are deleted
+-- later.
+CREATE TABLE store_writers (
+    id           text PRIMARY KEY,
+    commits      bigint NOT NULL,
+    committed_at timestamptz NOT NULL
+) WITH (fillfactor = 50);

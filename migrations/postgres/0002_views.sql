@@ -262,6 +262,7 @@ SELECT
         -- Told by a frame that is, or was, in quarantine.
         WHEN 253 THEN 'told by a refused frame'
         WHEN 254 THEN 'lost by the store'
+        WHEN 254 THEN 'lost by the store'
         ELSE 'reason ' || g.reason
     END AS reason,
     g.received_at,

@@ -19,7 +19,15 @@ CREATE TABLE spool (
     is_only       INTEGER PRIMARY KEY DEFAULT 1 CHECK (is_only = 1),
     id            TEXT NOT NULL DEFAULT (lower(hex(randomblob(16)))),
     -- 1 when the store knows of this spool and the spool knows where the store's streams stand.
-    is_registered INTEGER NOT NULL DEFAULT 0
+    is_registered INTEGER NOT NULL DEFAULT 0,
+    -- By which the store knows the gateway that began with this file last, and the one that begins: a copy of
+    -- the file does not know what comes after.
+    instance      TEXT NOT NULL DEFAULT '',
+    next_instance TEXT NOT NULL DEFAULT '',
+    -- The file itself, by its number in its file system.
+    inode         INTEGER NOT NULL DEFAULT 0,
+    -- How many commits of what was here were forgotten since; the store counts them as well.
+    drained       INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 INSERT INTO spool DEFAULT VALUES;
 

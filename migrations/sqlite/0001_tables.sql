@@ -154,3 +154,13 @@ CREATE TABLE clock_steps (
     step_us   INTEGER NOT NULL,
     UNIQUE (timeline, origin_us)
 ) STRICT;
+
+-- One row: a random mark, drawn when the file is made; one of the gateway that uses it; and a count of its
+-- transactions: by these a gateway sees that the content was put back to an earlier state under it.
+CREATE TABLE store_identity (
+    is_only      INTEGER PRIMARY KEY DEFAULT 1 CHECK (is_only = 1),
+    mark         TEXT NOT NULL DEFAULT (lower(hex(randomblob(16)))),
+    owner        TEXT NOT NULL DEFAULT '',
+    transactions INTEGER NOT NULL DEFAULT 0
+) STRICT;
+INSERT INTO store_identity DEFAULT VALUES;

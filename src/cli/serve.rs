@@ -27,6 +27,7 @@ use fieldgate::store::lifecycle::ChangeReader;
 use fieldgate::store::postgres::{PostgresSettings, PostgresStore};
 use fieldgate::store::spool::mirror::Mirror;
 use fieldgate::store::spool::{self, SpoolStore};
+use fieldgate::store::sqlite::files::HeldFiles;
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
 use fieldgate::store::steady::SteadyReader;
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
@@ -364,6 +365,12 @@ async fn serve_into<S: Store>(
         Some(files) => Some(Arc::new(Tls::load(files, config.tls_record_bytes_max)?)),
         None => None,
     };
+    let held = match config.store() {
+        StoreUrl::Sqlite(path) => HeldFiles::of_database(path),
+        StoreUrl::Postgres(_) if config.spool => HeldFiles::of_database(&config.spool_path()),
+        StoreUrl::Postgres(_) => HeldFiles::new([]),
+    };
+    let key_file = HeldFiles::new([config.data_dir.join(KEY_FILE)]);
     let spool = config.spool.then(|| config.spool_path());
     let mirror = match &spool {
         Some(path) => Some(filled_mirror(config.store(), path).await),
@@ -403,7 +410,15 @@ async fn serve_into<S: Store>(
         never = quarantine::watch(gauge, kept) => never,
         never = credentials::watch(credentials, registry, changes) => never,
         never = watch(mirror) => never,
+        reason = held.watch() => end_without_closing(&reason),
+        never = key_file.watch_only() => never,
     }
+}
+
+/// Ends the process as it is: to close a database that is not where it was would write to whatever is there.
+fn end_without_closing(reason: &str) -> Result<(), Error> {
+    let _ = writeln!(io::stderr(), "error: the store failed: {reason}");
+    std::process::exit(1);
 }
 
 /// What brings to the spool what operators change in the database, with all that they have changed so far, if

@@ -64,6 +64,7 @@ impl AwaitHello {
             transcript,
             device: std::mem::take(&mut self.device),
             stream: hello.stream,
+            oldest_seq: hello.oldest_seq,
             next_seq: hello.next_seq,
             firmware: hello.firmware.to_owned(),
             schema: (hello.schema > 0).then_some((hello.schema, hello.schema_hash)),
@@ -80,6 +81,7 @@ pub(super) struct AwaitAuth {
     transcript: Transcript,
     pub device: String,
     stream: u64,
+    oldest_seq: u64,
     next_seq: u64,
     firmware: String,
     schema: Option<(u16, [u8; 8])>,
@@ -111,6 +113,7 @@ impl AwaitAuth {
         let login = Login {
             device: self.device.clone(),
             stream: self.stream,
+            oldest_seq: self.oldest_seq,
             next_seq: self.next_seq,
             firmware: self.firmware.clone(),
             schema: self.schema,

@@ -349,6 +349,9 @@ impl Session {
     /// A commit covered entries of this session, the last of them `through_seq`.
     pub fn handle_receipt(&mut self, receipt: Receipt, through_seq: u64) {
         if let State::Serving(stream) = &mut self.state {
+            if receipt.durable_seq() < stream.durable_seq() {
+                return self.handle_store_replaced();
+            }
             stream.handle_receipt(receipt, through_seq, &mut self.outbound);
         }
         self.close_if_settled();
@@ -363,6 +366,15 @@ impl Session {
             State::Serving(stream) => stream.handle_store_up(),
             _ => {}
         }
+    }
+
+    /// The store that admitted the session is not there any more: ends it without acknowledging anything,
+    /// not even what was committed, so that the device sends again what it still has.
+    pub fn handle_store_replaced(&mut self) {
+        if let State::Serving(stream) = &mut self.state {
+            stream.forget_due_ack();
+        }
+        self.close(store_replaced());
     }
 
     /// The gateway goes down: no more input; closed as soon as what was taken in is acknowledged.
@@ -533,6 +545,11 @@ impl Session {
             }
         }
     }
+}
+
+/// How a session ends whose store is not there any more; the device connects again.
+fn store_replaced() -> Close {
+    Close::bye(Code::Shutdown, "the store was put back to an earlier state")
 }
 
 /// A line for the audit trail.

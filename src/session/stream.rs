@@ -445,9 +445,7 @@ impl Stream {
         through_seq: u64,
         outbound: &mut Outbound,
     ) {
-        if receipt.durable_seq() > self.durable.durable_seq() {
-            self.durable = receipt;
-        }
+        self.durable = receipt;
         let durable_seq = self.durable.durable_seq();
         // Entries of an earlier session of this stream may have moved it further than this one knows.
         self.expected_seq = self.expected_seq.max(durable_seq + 1);
@@ -491,6 +489,16 @@ impl Stream {
 
     pub(super) fn handle_store_up(&mut self) {
         self.store_is_down = false;
+    }
+
+    /// Returns the highest number that was found durable.
+    pub(super) fn durable_seq(&self) -> u64 {
+        self.durable.durable_seq()
+    }
+
+    /// What was found durable may be lost: nothing more is acknowledged.
+    pub(super) fn forget_due_ack(&mut self) {
+        self.ack_is_due = false;
     }
 
     /// One ACK for each commit, however many frames it covers.

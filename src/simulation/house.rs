@@ -254,7 +254,9 @@ impl House {
                         }
                         Work::Taken(tagged)
                     }
-                    Err(StoreError::Fatal(reason)) => panic!("{reason}"),
+                    Err(StoreError::Fatal(reason) | StoreError::Replaced(reason)) => {
+                        panic!("{reason}")
+                    }
                 };
                 true
             }

@@ -71,7 +71,14 @@ pub struct Changes {
 /// A way to look for changes.
 pub struct ChangeReader {
     reader: SteadyReader,
-    seen: Option<i64>,
+    seen: Option<Seen>,
+}
+
+/// How far a store was looked at, and which one: its mark is drawn again when it is found to be put back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    latest: i64,
+    mark: String,
 }
 
 impl ChangeReader {
@@ -88,14 +95,18 @@ impl ChangeReader {
     /// # Cancel safety
     /// As after an error.
     pub async fn changes(&mut self) -> Result<Option<Changes>, SteadyError> {
-        let latest = { &mut self.reader }
-            .rows("SELECT latest FROM device_revision", &[])
-            .await?;
-        let latest = latest.first().map_or(Ok(0), |row| row.integer(0))?;
-        if self.seen == Some(latest) {
+        let sql = "SELECT latest, (SELECT mark FROM store_identity) FROM device_revision";
+        let rows = self.reader.rows(sql, &[]).await?;
+        let (latest, mark) = match rows.first() {
+            Some(row) => (row.integer(0)?, row.text_or_null(1)?.unwrap_or_default()),
+            None => (0, ""),
+        };
+        let seen = self.seen.as_ref().filter(|seen| seen.mark == mark);
+        let since = seen.map(|seen| seen.latest);
+        if since == Some(latest) {
             return Ok(None);
         }
-        let since = self.seen.filter(|seen| *seen < latest);
+        let since = since.filter(|seen| *seen < latest);
         let sql = format!("SELECT {COLUMNS} FROM devices WHERE revision > $1 ORDER BY revision");
         let since_revision = since.unwrap_or(0);
         let rows = self.reader.rows(&sql, &[since_revision.into()]).await?;
@@ -103,7 +114,10 @@ impl ChangeReader {
             rows.iter().map(DeviceState::of).collect::<Result<_, _>>()?;
         // More may have been committed since `latest` was read.
         let newest = devices.last().map_or(latest, |last| last.revision);
-        self.seen = Some(newest.max(latest));
+        self.seen = Some(Seen {
+            latest: newest.max(latest),
+            mark: mark.to_owned(),
+        });
         Ok(Some(Changes {
             devices,
             is_all: since.is_none(),
@@ -111,12 +125,12 @@ impl ChangeReader {
     }
 
     /// Has seen nothing any more: what was given last may get lost. Gives what it had seen.
-    pub fn forget(&mut self) -> Option<i64> {
+    pub fn forget(&mut self) -> Option<Seen> {
         self.seen.take()
     }
 
     /// What was given last has arrived.
-    pub fn remember(&mut self, seen: Option<i64>) {
+    pub fn remember(&mut self, seen: Option<Seen>) {
         self.seen = seen;
     }
 }

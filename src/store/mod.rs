@@ -88,6 +88,8 @@ pub struct Login {
     pub device: String,
     /// Number of the stream, below 2^63.
     pub stream: u64,
+    /// The oldest number that the device still holds; `next_seq` if it holds none.
+    pub oldest_seq: u64,
     /// The next sequence number the device will give out.
     pub next_seq: u64,
     /// Firmware version as the device tells it.
@@ -392,6 +394,10 @@ pub enum StoreError {
     /// May pass (disk full, database locked): try the same batch again.
     #[error("{0}")]
     Transient(String),
+    /// The store is not the one that gave out the ids in the batch (it was restored from a backup, or a
+    /// standby without the latest commits took over). The ids must not be used again; names may be.
+    #[error("{0}")]
+    Replaced(String),
     /// The store cannot be trusted any more (I/O or sync error, corruption): stop.
     #[error("{0}")]
     Fatal(String),

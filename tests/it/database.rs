@@ -132,6 +132,15 @@ impl PgDatabase {
         &self.name
     }
 
+    /// Address of the server's own database.
+    pub fn server(&self) -> &str {
+        &self.server
+    }
+
+    pub fn close_session(&mut self) {
+        self.session = None;
+    }
+
     pub fn url(&self) -> String {
         self.url_as("")
     }

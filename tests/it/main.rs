@@ -19,6 +19,7 @@ mod outage;
 mod own_postgres;
 mod plans;
 mod proof;
+mod put_back;
 mod quarantine;
 mod quarantine_full;
 mod replay;

@@ -152,6 +152,7 @@ fn login(device: &str) -> Login {
     Login {
         device: device.to_owned(),
         stream: 77,
+        oldest_seq: 1,
         next_seq: 1,
         firmware: "1.2.0".to_owned(),
         schema: None,

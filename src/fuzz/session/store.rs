@@ -141,7 +141,9 @@ impl StoreSide {
                         self.announce_down();
                         Work::Taken(tagged)
                     }
-                    Err(StoreError::Fatal(reason)) => panic!("{reason}"),
+                    Err(StoreError::Fatal(reason) | StoreError::Replaced(reason)) => {
+                        panic!("{reason}")
+                    }
                 };
             }
             Work::Committed(tagged, committed) => answer(LANE, &tagged, committed, &self.registry),

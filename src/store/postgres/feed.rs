@@ -13,12 +13,15 @@ use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 
 use super::admit::clock_row;
+use super::identity::mark_replaced;
 use super::open::{OpenError, bring_up_to_date, connect, open_error};
 use super::timestamp::Timestamp;
 use super::write::Writer;
-use super::{COMMIT_TIMEOUT, PostgresSettings, PostgresStore, classify};
+use super::{COMMIT_TIMEOUT, PostgresSettings, PostgresStore, SpoolClaim, classify};
 use crate::clock::{ClockStep, Origin};
-use crate::store::sqlite::spool::{DeviceRow, SchemaRow, SeriesRow, Standing, StreamRow};
+use crate::store::sqlite::spool::{
+    DeviceRow, SchemaRow, SeriesRow, SpoolIdentity, Standing, StreamRow,
+};
 use crate::store::url::PostgresUrl;
 use crate::store::{DeviceId, SeriesId, StoreError, StreamId};
 
@@ -32,7 +35,7 @@ const LOCK_RETRY: Duration = Duration::from_millis(50);
 pub(super) async fn enter(
     conn: &mut PgConnection,
     url: &PostgresUrl,
-    spool: Option<&str>,
+    spool: Option<&SpoolClaim>,
 ) -> Result<(), OpenError> {
     let sql = |error| open_error(url, error);
     if spool.is_none() {
@@ -41,14 +44,117 @@ pub(super) async fn enter(
         lock.execute(&mut *conn).await.map_err(sql)?;
     }
     let registered = registered(conn).await.map_err(sql)?;
-    match registered {
-        Some((id, host)) if spool != Some(id.as_str()) => Err(OpenError::Spooled {
-            url: url.clone(),
-            host,
-        }),
-        None if spool.is_some() => Err(OpenError::SpoolForgotten { url: url.clone() }),
-        _ => Ok(()),
+    let url = || url.clone();
+    match (registered, spool) {
+        (Some((id, host, _)), spool) if spool.is_none_or(|spool| spool.id != id) => {
+            Err(OpenError::Spooled { url: url(), host })
+        }
+        (Some((.., instance)), Some(spool)) if spool.instance != instance => {
+            Err(OpenError::SpoolCopied { url: url() })
+        }
+        (None, Some(_)) => Err(OpenError::SpoolForgotten { url: url() }),
+        (None, None) => Ok(()),
+        (Some(_), _) => name_connection(conn).await.map_err(sql),
     }
+}
+
+/// Records that this connection feeds the database, so that a copy of the spool sees that somebody does.
+async fn name_connection(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "UPDATE spool SET backend_pid = pid, backend_start = pg_stat_activity.backend_start
+         FROM pg_stat_activity WHERE pid = pg_backend_pid()",
+    )
+    .execute(conn)
+    .await
+    .map(drop)
+}
+
+/// A gateway that begins with a spool, or comes back to the database with it.
+#[derive(Clone, Debug)]
+pub(in crate::store) struct ClaimRequest {
+    /// What the file says of itself.
+    pub(in crate::store) identity: SpoolIdentity,
+    /// Whether the file is another one than that which was claimed last: a copy, or it was moved.
+    pub(in crate::store) is_other_file: bool,
+}
+
+/// What a spool found that claimed its database.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::store) struct Claimed {
+    /// The count in the database, see [`SpoolClaim::drained`].
+    pub(in crate::store) drained: i64,
+    /// Whether the database lacks what the spool once drained.
+    pub(in crate::store) is_put_back: bool,
+}
+
+/// Makes the gateway the one that feeds the database from its spool. Of several that have copies of one
+/// spool, the first one goes on.
+///
+/// # Errors
+/// As [`PostgresStore::open`]; [`OpenError::SpoolCopied`].
+pub(in crate::store) async fn claim(
+    settings: &PostgresSettings,
+    request: &ClaimRequest,
+) -> Result<Claimed, OpenError> {
+    let url = &settings.url;
+    let sql = |error| open_error(url, error);
+    let mut conn = connect(url, settings.allows_data_loss).await?;
+    bring_up_to_date(&mut conn, url).await?;
+    let mut transaction = conn.begin().await.map_err(sql)?;
+    let found: Option<(String, String, String, i64, bool)> = sqlx::query_as(
+        "SELECT id, host, instance, drained, EXISTS (
+             SELECT FROM pg_stat_activity AS a
+             WHERE a.pid = spool.backend_pid AND a.backend_start = spool.backend_start
+         ) FROM spool FOR UPDATE",
+    )
+    .fetch_optional(&mut *transaction)
+    .await
+    .map_err(sql)?;
+    let url = || settings.url.clone();
+    let Some((id, host, instance, drained, is_fed)) = found else {
+        return Err(OpenError::SpoolForgotten { url: url() });
+    };
+    let SpoolIdentity {
+        id: own_id,
+        instance: former,
+        next_instance: next,
+        drained: known,
+        ..
+    } = &request.identity;
+    if id != *own_id {
+        return Err(OpenError::Spooled { url: url(), host });
+    }
+    let is_known = instance == *former || instance == *next;
+    if !is_known || (request.is_other_file && is_fed && instance != *next) {
+        return Err(OpenError::SpoolCopied { url: url() });
+    }
+    let is_put_back = drained < *known;
+    let claimed = sqlx::query("UPDATE spool SET instance = $1")
+        .bind(next)
+        .execute(&mut *transaction);
+    claimed.await.map_err(sql)?;
+    if is_put_back {
+        mark_replaced(&mut transaction).await.map_err(sql)?;
+    }
+    transaction.commit().await.map_err(sql)?;
+    conn.close().await.map_err(sql)?;
+    Ok(Claimed {
+        drained,
+        is_put_back,
+    })
+}
+
+/// Finds out where the streams of the database stand, for a spool that was put back to an earlier state.
+///
+/// # Errors
+/// As [`PostgresStore::open`].
+pub(in crate::store) async fn read_standing(
+    settings: &PostgresSettings,
+) -> Result<Standing, OpenError> {
+    let url = &settings.url;
+    let mut conn = connect(url, settings.allows_data_loss).await?;
+    let standing = standing(&mut conn).await;
+    standing.map_err(|error| open_error(url, error))
 }
 
 /// Makes `spool` the only one that writes to the database, and tells it where all streams stand.
@@ -72,7 +178,13 @@ pub(in crate::store) async fn register(
     .execute(&mut conn)
     .await;
     taken.map_err(|error| open_error(url, error))?;
-    enter(&mut conn, url, Some(spool)).await?;
+    let claim = SpoolClaim {
+        id: spool.to_owned(),
+        instance: String::new(),
+        drained: 0,
+        found_drained: 0,
+    };
+    enter(&mut conn, url, Some(&claim)).await?;
     let standing = standing(&mut conn).await;
     let standing = standing.map_err(|error| open_error(url, error))?;
     // The lock goes with the connection.
@@ -86,19 +198,26 @@ pub(in crate::store) async fn register(
 /// As [`PostgresStore::open`].
 pub(in crate::store) async fn release(
     settings: &PostgresSettings,
-    spool: &str,
+    spool: &SpoolIdentity,
 ) -> Result<(), OpenError> {
     let url = &settings.url;
     let mut conn = connect(url, settings.allows_data_loss).await?;
     bring_up_to_date(&mut conn, url).await?;
-    let released = sqlx::query("DELETE FROM spool WHERE id = $1").bind(spool);
+    // A copy of the spool may go on with it.
+    let released = sqlx::query("DELETE FROM spool WHERE id = $1 AND instance IN ($2, $3)")
+        .bind(&spool.id)
+        .bind(&spool.instance)
+        .bind(&spool.next_instance);
     let released = released.execute(&mut conn).await;
     released.map_err(|error| open_error(url, error))?;
     conn.close().await.map_err(|error| open_error(url, error))
 }
 
-async fn registered(conn: &mut PgConnection) -> Result<Option<(String, String)>, sqlx::Error> {
-    sqlx::query_as("SELECT id, host FROM spool")
+/// The spool that feeds the database: its id, host and instance.
+async fn registered(
+    conn: &mut PgConnection,
+) -> Result<Option<(String, String, String)>, sqlx::Error> {
+    sqlx::query_as("SELECT id, host, instance FROM spool")
         .fetch_optional(conn)
         .await
 }
@@ -120,7 +239,11 @@ async fn await_writers(conn: &mut PgConnection, url: &PostgresUrl) -> Result<(),
 }
 
 async fn standing(conn: &mut PgConnection) -> Result<Standing, sqlx::Error> {
-    let mut standing = Standing::default();
+    let drained = sqlx::query_scalar("SELECT coalesce(max(drained), 0) FROM spool");
+    let mut standing = Standing {
+        drained: drained.fetch_one(&mut *conn).await?,
+        ..Standing::default()
+    };
     let devices = "SELECT id, name, enabled, firmware, first_seen_at, last_seen_at FROM devices";
     for row in sqlx::query(devices).fetch_all(&mut *conn).await? {
         let time_us = |column| -> Result<Option<i64>, sqlx::Error> {

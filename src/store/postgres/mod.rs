@@ -18,8 +18,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sqlx::{Connection, PgConnection};
+use tokio::time::timeout;
 
 use self::copy::Progress;
+use self::identity::Identity;
+pub(super) use self::identity::REASON_LOST_BY_STORE;
 pub use self::open::{OpenError, migrate, open_editor, open_reader};
 use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
@@ -32,6 +35,7 @@ use crate::store::url::PostgresUrl;
 mod admit;
 mod copy;
 pub(super) mod feed;
+mod identity;
 mod open;
 mod partitions;
 #[cfg(test)]
@@ -54,8 +58,22 @@ pub struct PostgresSettings {
     pub allows_data_loss: bool,
     /// What each device may have.
     pub bounds: DeviceBounds,
-    /// Identity of the spool that this gateway writes for, if it has one.
-    pub spool: Option<String>,
+    /// The spool that this gateway writes for, if it has one.
+    pub spool: Option<SpoolClaim>,
+}
+
+/// By which a spool is known to the database that it feeds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpoolClaim {
+    /// Made with the spool, and the same in a copy of it.
+    pub id: String,
+    /// Drawn by each gateway that begins with the spool: of copies, only the one that the database knows may
+    /// feed it.
+    pub instance: String,
+    /// How many commits of the spool's content it has forgotten since.
+    pub drained: i64,
+    /// How many the database counts; less where it was put back to an earlier state.
+    pub found_drained: i64,
 }
 
 /// One of the connections that write; see the module.
@@ -64,6 +82,7 @@ pub struct PostgresStore {
     partitions: Arc<Partitions>,
     /// `None` after an error, until the next commit.
     writer: Option<Writer>,
+    identity: Identity,
 }
 
 impl PostgresStore {
@@ -75,6 +94,8 @@ impl PostgresStore {
         let settings = Arc::new(settings);
         let mut first = open::connect(&settings.url, settings.allows_data_loss).await?;
         open::bring_up_to_date(&mut first, &settings.url).await?;
+        let pruned = identity::prune(&mut first).await;
+        pruned.map_err(|error| open::open_error(&settings.url, error))?;
         let partitions = Partitions::new(first, settings.url.clone());
         let partitions = Arc::new(partitions.await?);
         let mut stores = Vec::with_capacity(settings.writers);
@@ -84,9 +105,27 @@ impl PostgresStore {
                 settings: Arc::clone(&settings),
                 partitions: Arc::clone(&partitions),
                 writer: Some(Writer::new(conn, settings.bounds)),
+                identity: Identity::new(&settings),
             });
         }
         Ok(stores)
+    }
+
+    /// The spool has forgotten what it had committed here.
+    pub(super) fn advance_drained(&mut self) {
+        self.identity.advance_drained();
+    }
+
+    /// Begins again with a database of which nothing is known, and marks it for those who read from it.
+    async fn forget(&mut self) {
+        self.identity.forget();
+        // What others know of operators' changes is compared with the database by their numbers, too.
+        let marking = async {
+            let mut writer = self.writer().await.ok()?;
+            identity::mark_replaced(&mut writer.conn).await.ok()?;
+            Some(writer)
+        };
+        self.writer = timeout(COMMIT_TIMEOUT, marking).await.ok().flatten();
     }
 
     async fn writer(&mut self) -> Result<Writer, StoreError> {
@@ -103,7 +142,7 @@ impl PostgresStore {
 /// A connection that may write.
 async fn connect(settings: &PostgresSettings) -> Result<PgConnection, OpenError> {
     let mut conn = open::connect(&settings.url, settings.allows_data_loss).await?;
-    feed::enter(&mut conn, &settings.url, settings.spool.as_deref()).await?;
+    feed::enter(&mut conn, &settings.url, settings.spool.as_ref()).await?;
     Ok(conn)
 }
 
@@ -111,23 +150,33 @@ impl Store for PostgresStore {
     async fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
         let mut writer = self.writer().await?;
         let progress = Arc::clone(&writer.progress);
+        let identity = &mut self.identity;
         let attempt = async {
             let now = Instant::now();
             self.partitions.make_for(&batch.entries, now).await;
-            writer.commit(batch).await
+            writer.commit(batch, identity).await
         };
         let committed = while_answering(attempt, &progress).await?;
-        let committed = committed.map_err(|error| classify(&error))?;
+        let committed = committed.map_err(|error| classify(&error));
+        if let Err(StoreError::Replaced(_)) = committed {
+            self.forget().await;
+        }
+        let committed = committed?;
+        self.identity.remember(batch, &committed);
         self.writer = Some(writer);
         Ok(committed)
     }
 
     async fn close(self) -> Result<(), StoreError> {
-        let Some(writer) = self.writer else {
+        let Some(mut writer) = self.writer else {
             return Ok(());
         };
         // Everything is durable already; this is only to be polite.
-        let _ = writer.conn.close().await;
+        let leaving = async {
+            let _ = self.identity.leave(&mut writer.conn).await;
+            let _ = writer.conn.close().await;
+        };
+        let _ = timeout(COMMIT_TIMEOUT, leaving).await;
         Ok(())
     }
 }
@@ -180,14 +229,17 @@ fn is_overtaken(error: &sqlx::Error) -> bool {
 }
 
 fn classify(error: &CommitError) -> StoreError {
+    /// `foreign_key_violation`: what a session knows of is not there any more.
+    const FOREIGN_KEY: &str = "23503";
     let text = error.to_string();
     let CommitError::Sql(error) = error else {
-        return StoreError::Fatal(text);
+        return StoreError::Replaced(text);
     };
     match (error, code(error)) {
         (error, Some(code)) if is_passing(&code) || is_overtaken(error) => {
             StoreError::Transient(text)
         }
+        (_, Some(code)) if code == FOREIGN_KEY => StoreError::Replaced(text),
         (_, Some(_)) => StoreError::Fatal(text),
         // A connection that breaks in the middle of a message may show as a breach of protocol.
         (sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_), None) => {
@@ -195,6 +247,14 @@ fn classify(error: &CommitError) -> StoreError {
         }
         _ => StoreError::Fatal(text),
     }
+}
+
+/// As [`run`]; gives the number of rows that were written.
+async fn run_counted(conn: &mut PgConnection, sql: String) -> Result<u64, sqlx::Error> {
+    let done = sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
+        .execute(conn)
+        .await?;
+    Ok(done.rows_affected())
 }
 
 /// A text that is SQL without parameters, by the simple protocol.

@@ -25,7 +25,7 @@ static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     migrator
 });
 /// Tables that another program may have, under the same names.
-const TABLES: [&str; 13] = [
+const TABLES: [&str; 15] = [
     "devices",
     "device_revision",
     "streams",
@@ -39,6 +39,8 @@ const TABLES: [&str; 13] = [
     "device_events",
     "clocks",
     "spool",
+    "store_identity",
+    "store_writers",
 ];
 /// `server_version_num` of the oldest release that is tested.
 const VERSION_MIN: i32 = 140_000;
@@ -159,6 +161,22 @@ pub enum OpenError {
         "{url} does not know this gateway's spool any more: other gateways may have written to it; start without --spool once nothing is left in the spool, or restore the row in its table spool"
     )]
     SpoolForgotten {
+        /// The database.
+        url: PostgresUrl,
+    },
+    /// A copy of this gateway's spool feeds the database.
+    #[error(
+        "could not feed {url}: a gateway with a copy of this spool does; stop this one, and copy no data directory that is in use (frames that only this spool holds stay in it)"
+    )]
+    SpoolCopied {
+        /// The database.
+        url: PostgresUrl,
+    },
+    /// The spool's file is an earlier state of itself.
+    #[error(
+        "could not feed {url}: it has frames of a later state of this spool, which was put back to an earlier one; start the gateway again to go on from where the database stands"
+    )]
+    SpoolPutBack {
         /// The database.
         url: PostgresUrl,
     },

@@ -6,13 +6,14 @@
 //! - Everything that a batch does may be done again, after a COMMIT of which nothing is known: frames
 //!   by the ledger, logins, declares and clocks by their keys, the audit trail by looking first.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use sqlx::PgConnection;
 
 use super::admit::{Admissions, keep_clocks};
 use super::copy::{Progress, copy};
+use super::identity::{Identity, OwnedSeries, store_lost};
 use super::open::reason;
 use super::run;
 use super::timestamp::Timestamp;
@@ -37,9 +38,15 @@ pub(super) enum CommitError {
     /// The server, or the way there.
     #[error("{}", reason(.0))]
     Sql(#[from] sqlx::Error),
-    /// The database is not the one that this gateway began with.
-    #[error(transparent)]
-    UnknownStream(#[from] UnknownStream),
+    /// The database is not the one whose ids the batch has.
+    #[error("{0}")]
+    Replaced(String),
+}
+
+impl From<UnknownStream> for CommitError {
+    fn from(_: UnknownStream) -> Self {
+        Self::Replaced("a stream is not in the database any more".to_owned())
+    }
 }
 
 /// A connection that writes, and what it keeps between batches.
@@ -48,6 +55,7 @@ pub(super) struct Writer {
     /// Ids taken from the sequence and not given to a frame.
     frame_ids: std::ops::Range<i64>,
     hours: KnownHours,
+    series: OwnedSeries,
     pub(super) progress: Arc<Progress>,
     bounds: DeviceBounds,
 }
@@ -58,18 +66,23 @@ impl Writer {
             conn,
             frame_ids: 0..0,
             hours: KnownHours::default(),
+            series: OwnedSeries::default(),
             progress: Arc::default(),
             bounds,
         }
     }
 
     /// Commits the batch. After an error the connection must be given up.
-    pub(super) async fn commit(&mut self, batch: &Batch) -> Result<Committed, CommitError> {
-        // Each statement must see what another gateway has committed while this one waited for a lock.
-        run(&mut self.conn, "BEGIN ISOLATION LEVEL READ COMMITTED").await?;
+    pub(super) async fn commit(
+        &mut self,
+        batch: &Batch,
+        identity: &mut Identity,
+    ) -> Result<Committed, CommitError> {
+        identity.begin(&mut self.conn).await?;
         let mut admissions = Admissions::new(&mut self.conn, self.bounds);
         let declares = admissions.declare(&batch.declares).await?;
-        let mut watermarks = self.lock_watermarks(&batch.entries).await?;
+        let mut watermarks = self.lock_watermarks(&batch.entries, identity).await?;
+        self.series.check(&mut self.conn, &batch.entries).await?;
         let mut admitted = watermarks.admit(&batch.entries)?;
         // By stream, as the ledger's index is. The sort is stable: a stream keeps its order.
         admitted.sort_by_key(|item| item.entry.stream);
@@ -87,7 +100,12 @@ impl Writer {
         self.store_quarantine(&frames).await?;
         self.store_watermarks(&watermarks).await?;
         let mut admissions = Admissions::new(&mut self.conn, self.bounds);
-        let logins = admissions.login(&batch.logins).await?;
+        let mut logins = admissions.login(&batch.logins).await?;
+        let lost = identity.lost(&batch.logins, &logins);
+        if !lost.is_empty() {
+            let ids = self.take_frame_ids(lost.len()).await?;
+            store_lost(&mut self.conn, ids, &lost, &mut logins).await?;
+        }
         keep_clocks(&mut self.conn, &batch.clocks).await?;
         self.store_steps(&batch.steps).await?;
         let refusals = self.refusals(&batch.refusals).await?;
@@ -102,21 +120,36 @@ impl Writer {
         })
     }
 
-    async fn lock_watermarks(&mut self, entries: &[Entry]) -> Result<Watermarks, sqlx::Error> {
-        let streams: BTreeSet<StreamId> = entries.iter().map(|entry| entry.stream).collect();
-        if streams.is_empty() {
+    async fn lock_watermarks(
+        &mut self,
+        entries: &[Entry],
+        identity: &Identity,
+    ) -> Result<Watermarks, CommitError> {
+        let owners: BTreeMap<StreamId, DeviceId> = { entries.iter() }
+            .map(|entry| (entry.stream, entry.device))
+            .collect();
+        if owners.is_empty() {
             return Ok(Watermarks::default());
         }
-        let ids: Vec<i64> = streams.iter().map(|stream| stream.0).collect();
-        let found: Vec<(i64, i64)> = sqlx::query_as(
-            "SELECT id, durable_seq FROM streams WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE",
+        let ids: Vec<i64> = owners.keys().map(|stream| stream.0).collect();
+        let found: Vec<(i64, i64, i64, i64)> = sqlx::query_as(
+            "SELECT id, device_id, stream, durable_seq FROM streams WHERE id = ANY($1)
+             ORDER BY id FOR NO KEY UPDATE",
         )
         .bind(ids)
         .fetch_all(&mut self.conn)
         .await?;
-        let durable = found
-            .into_iter()
-            .map(|(id, durable_seq)| (StreamId(id), durable_seq.cast_unsigned()));
+        let mut durable = Vec::with_capacity(found.len());
+        for (id, device, number, durable_seq) in found {
+            let (stream, device) = (StreamId(id), DeviceId(device));
+            if owners.get(&stream) != Some(&device) {
+                let reason = "a stream belongs to another device";
+                return Err(CommitError::Replaced(reason.to_owned()));
+            }
+            let durable_seq = durable_seq.cast_unsigned();
+            identity.check_stream(stream, device, number.cast_unsigned(), durable_seq)?;
+            durable.push((stream, durable_seq));
+        }
         Ok(Watermarks::new(durable))
     }
 

@@ -12,21 +12,27 @@
 //! - The file stays within its bound, and one batch: then nothing is taken until room has come free.
 
 use std::collections::{BTreeSet, HashMap};
+use std::fs;
 use std::hash::Hash;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use fieldgate_protocol::frame::types;
 use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::postgres::{self, PostgresSettings, PostgresStore, feed};
+use super::postgres::{
+    self, OpenError, PostgresSettings, PostgresStore, REASON_LOST_BY_STORE, SpoolClaim, feed,
+};
 pub use super::sqlite::spool::Waiting;
 use super::sqlite::spool::{Change, Chunk, Cursor, SpoolReader};
 use super::sqlite::{self, SqliteSettings, SqliteStore};
 use super::{Batch, Committed, Content, DeviceId, Entry, SeriesId, Store, StoreError, StreamId};
+use crate::clock::SystemClock;
 
 pub mod mirror;
 #[cfg(test)]
@@ -34,9 +40,10 @@ mod tests;
 
 /// How long the drain waits before it tries an absent database again.
 const RETRY: Duration = Duration::from_secs(1);
-/// Reason of a gap that no device reported: the database has lost what it had (it was restored from a
-/// backup, say), and what is drained now comes after that.
-const REASON_LOST_BY_STORE: u8 = 254;
+/// How long a start waits for the database to say who feeds it.
+const START_PATIENCE: Duration = Duration::from_secs(5);
+/// Streams in one transaction, where each gets a gap.
+const STREAMS_AT_ONCE: usize = 4096;
 
 /// Why a spool could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -69,8 +76,8 @@ pub struct SpoolStore {
     bytes_max: u64,
     arrived: Arc<Notify>,
     stop: CancellationToken,
-    /// Ends the drain when dropped.
-    drain: JoinSet<()>,
+    /// Ends the drain when dropped; gives the reason if it cannot go on.
+    drain: JoinSet<Option<String>>,
 }
 
 impl SpoolStore {
@@ -86,24 +93,32 @@ impl SpoolStore {
         postgres: PostgresSettings,
     ) -> Result<Self, SpoolError> {
         let mut spool = SqliteStore::open_spool(path, sqlite).await?;
+        spool.begin_instance().await?;
         let identity = spool.identity().await?;
         if !identity.is_registered {
             let standing = feed::register(&postgres, &identity.id).await?;
             spool.take_over(&standing).await?;
         }
-        let spool = Arc::new(Mutex::new(spool));
-        let (arrived, stop) = (Arc::new(Notify::new()), CancellationToken::new());
-        let drain = Drain {
+        let mut feeder = Feeder {
             settings: PostgresSettings {
-                spool: Some(identity.id),
                 writers: 1,
                 ..postgres
             },
             reader: SpoolReader::open(path).await?,
-            spool: Arc::clone(&spool),
+            spool: Arc::new(Mutex::new(spool)),
+            path: path.to_owned(),
+        };
+        let connected = match timeout(START_PATIENCE, feeder.begin()).await {
+            Ok(connected) => connected?,
+            Err(_) => None,
+        };
+        let spool = Arc::clone(&feeder.spool);
+        let (arrived, stop) = (Arc::new(Notify::new()), CancellationToken::new());
+        let drain = Drain {
+            feeder,
             arrived: Arc::clone(&arrived),
             stop: stop.clone(),
-            connected: None,
+            connected,
             next: None,
         };
         let mut task = JoinSet::new();
@@ -165,7 +180,7 @@ pub async fn leave(
         // In this order: a spool that does not know that it was given up would trust what it knows.
         spool.set_unregistered().await?;
     }
-    feed::release(postgres, &identity.id).await?;
+    feed::release(postgres, &identity).await?;
     spool.close().await?;
     Ok(())
 }
@@ -173,9 +188,11 @@ pub async fn leave(
 impl Store for SpoolStore {
     async fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
         if let Some(ended) = self.drain.try_join_next() {
-            let reason = ended.err().map(|error| error.to_string());
-            let reason = reason.unwrap_or_default();
-            return Err(StoreError::Fatal(format!("the drain ended: {reason}")));
+            let reason = match ended {
+                Ok(reason) => reason.unwrap_or_default(),
+                Err(error) => format!("the drain ended: {error}"),
+            };
+            return Err(StoreError::Fatal(reason));
         }
         let mut spool = self.spool.lock().await;
         let used_bytes = spool.used_bytes().await?;
@@ -212,9 +229,7 @@ impl Store for SpoolStore {
 
 /// The task that drains.
 struct Drain {
-    settings: PostgresSettings,
-    reader: SpoolReader,
-    spool: Arc<Mutex<SqliteStore>>,
+    feeder: Feeder,
     arrived: Arc<Notify>,
     stop: CancellationToken,
     /// `None` while the database is away.
@@ -223,16 +238,37 @@ struct Drain {
     next: Option<Chunk>,
 }
 
+/// A spool and the way to its database.
+struct Feeder {
+    settings: PostgresSettings,
+    reader: SpoolReader,
+    spool: Arc<Mutex<SqliteStore>>,
+    path: PathBuf,
+}
+
+/// Why nothing is drained.
+#[derive(Debug, thiserror::Error)]
+enum DrainError {
+    /// It may go on later.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The spool must not go on.
+    #[error(transparent)]
+    Refused(OpenError),
+}
+
 /// The database, and the ids that rows of the spool have there.
 struct Connected {
     store: PostgresStore,
+    /// Whether the database was found to lack what the spool had brought to it.
+    is_put_back: bool,
     devices: HashMap<DeviceId, DeviceId>,
     streams: HashMap<StreamId, StreamId>,
     series: HashMap<SeriesId, SeriesId>,
 }
 
 impl Drain {
-    async fn run(mut self) {
+    async fn run(mut self) -> Option<String> {
         let mut absent: Option<String> = None;
         loop {
             let wait = match self.drain_some().await {
@@ -245,7 +281,8 @@ impl Drain {
                     }
                     None
                 }
-                Err(error) => {
+                Err(DrainError::Refused(error)) => return Some(error.to_string()),
+                Err(DrainError::Store(error)) => {
                     // Ids may be other ones when the database comes back.
                     self.connected = None;
                     self.next = None;
@@ -258,7 +295,7 @@ impl Drain {
                 }
             };
             if self.stop.is_cancelled() {
-                return;
+                return None;
             }
             tokio::select! {
                 () = self.stop.cancelled() => {}
@@ -269,30 +306,126 @@ impl Drain {
     }
 
     /// Moves the oldest of what waits; `true` if nothing waits.
-    async fn drain_some(&mut self) -> Result<bool, StoreError> {
+    async fn drain_some(&mut self) -> Result<bool, DrainError> {
         let mut chunk = match self.next.take() {
             Some(chunk) => chunk,
-            None => read(&mut self.reader, Cursor::default()).await?,
+            None => read(&mut self.feeder.reader, Cursor::default()).await?,
         };
         if chunk.is_empty() {
             return Ok(true);
         }
-        if self.connected.is_none() {
-            self.connected = Some(Connected::open(&self.settings).await?);
-        }
-        let Some(connected) = &mut self.connected else {
-            return Ok(false);
+        let connected = match &mut self.connected {
+            Some(connected) => connected,
+            absent => absent.insert(self.feeder.connect().await?),
         };
-        let mut batch = connected.translate(&mut chunk, &mut self.reader).await?;
-        let (committed, next) = tokio::join!(
-            connected.commit(&mut batch),
-            read(&mut self.reader, chunk.end)
-        );
+        let reader = &mut self.feeder.reader;
+        let mut batch = connected.translate(&mut chunk, reader).await?;
+        let (committed, next) = tokio::join!(connected.commit(&mut batch), read(reader, chunk.end));
         committed?;
-        self.spool.lock().await.forget(&chunk).await?;
+        self.feeder.spool.lock().await.forget(&chunk).await?;
+        connected.store.advance_drained();
         // An empty one may have been read before more came.
         self.next = Some(next?).filter(|next| !next.is_empty());
         Ok(false)
+    }
+}
+
+impl Feeder {
+    /// Connects for the first time, if the database answers: a spool serves without it. Goes on from where the
+    /// database stands if the file is an earlier state of itself.
+    async fn begin(&mut self) -> Result<Option<Connected>, SpoolError> {
+        let mut connected = self.try_connect().await?;
+        if let Err(OpenError::SpoolPutBack { .. }) = connected {
+            tracing::error!(
+                "the spool was put back to an earlier state; what it had acknowledged since and not drained \
+                 is lost, and devices go on from where the database stands"
+            );
+            let standing = feed::read_standing(&self.settings).await?;
+            let mut spool = self.spool.lock().await;
+            spool.take_over(&standing).await?;
+            spool.set_drained(standing.drained).await?;
+            drop(spool);
+            connected = self.try_connect().await?;
+        }
+        match connected {
+            Ok(mut connected) => {
+                // What fails now is found once more by the drain.
+                let recorded = self.record_lost(&mut connected).await;
+                Ok(recorded.ok().map(|()| connected))
+            }
+            Err(copied @ OpenError::SpoolCopied { .. }) => Err(copied.into()),
+            Err(error) => {
+                tracing::debug!(%error, "the spool begins without its database");
+                Ok(None)
+            }
+        }
+    }
+
+    async fn connect(&mut self) -> Result<Connected, DrainError> {
+        let mut connected = match self.try_connect().await? {
+            Ok(connected) => connected,
+            Err(error @ (OpenError::SpoolCopied { .. } | OpenError::SpoolPutBack { .. })) => {
+                return Err(DrainError::Refused(error));
+            }
+            Err(error) => return Err(StoreError::Transient(error.to_string()).into()),
+        };
+        self.record_lost(&mut connected).await?;
+        Ok(connected)
+    }
+
+    /// Makes this gateway the one that feeds the database, and connects.
+    async fn try_connect(&self) -> Result<Result<Connected, OpenError>, StoreError> {
+        let mut spool = self.spool.lock().await;
+        let identity = spool.identity().await?;
+        drop(spool);
+        let inode = fs::metadata(&self.path).map_or(0, |file| file.ino().cast_signed());
+        let request = feed::ClaimRequest {
+            is_other_file: ![0, inode].contains(&identity.inode),
+            identity,
+        };
+        let claimed = match feed::claim(&self.settings, &request).await {
+            Ok(claimed) => claimed,
+            Err(error) => return Ok(Err(error)),
+        };
+        self.spool.lock().await.end_claim(inode).await?;
+        let feed::ClaimRequest { identity, .. } = request;
+        // One more may be of a commit whose content was not forgotten before a crash.
+        if claimed.drained > identity.drained + 1 {
+            let url = self.settings.url.clone();
+            return Ok(Err(OpenError::SpoolPutBack { url }));
+        }
+        let settings = PostgresSettings {
+            spool: Some(SpoolClaim {
+                id: identity.id,
+                instance: identity.next_instance,
+                drained: identity.drained,
+                found_drained: claimed.drained,
+            }),
+            ..self.settings.clone()
+        };
+        Ok(Connected::open(settings, claimed.is_put_back).await)
+    }
+
+    /// Brings to a database, if it was put back, all that it may lack besides readings, and a gap for each stream
+    /// in place of those.
+    async fn record_lost(&mut self, connected: &mut Connected) -> Result<(), StoreError> {
+        if !connected.is_put_back {
+            return Ok(());
+        }
+        tracing::error!(
+            "the database was put back to an earlier state; what this spool had brought to it since is \
+             recorded as gaps of reason 254"
+        );
+        self.spool.lock().await.repeat_changes().await?;
+        let at_us = SystemClock::start().now().utc_us;
+        let drained = self.reader.drained(REASON_LOST_BY_STORE, at_us).await;
+        let drained = drained.map_err(|error| StoreError::Transient(error.to_string()))?;
+        for streams in drained.chunks(STREAMS_AT_ONCE) {
+            let mut chunk = Chunk::of(streams.to_vec());
+            let mut batch = connected.translate(&mut chunk, &mut self.reader).await?;
+            connected.commit(&mut batch).await?;
+        }
+        Ok(())
     }
 }
 
@@ -302,11 +435,11 @@ async fn read(reader: &mut SpoolReader, after: Cursor) -> Result<Chunk, StoreErr
 }
 
 impl Connected {
-    async fn open(settings: &PostgresSettings) -> Result<Self, StoreError> {
-        let stores = PostgresStore::open(settings.clone()).await;
-        let mut stores = stores.map_err(|error| StoreError::Transient(error.to_string()))?;
+    async fn open(settings: PostgresSettings, is_put_back: bool) -> Result<Self, OpenError> {
+        let mut stores = PostgresStore::open(settings).await?;
         Ok(Self {
             store: stores.swap_remove(0),
+            is_put_back,
             devices: HashMap::new(),
             streams: HashMap::new(),
             series: HashMap::new(),

@@ -59,6 +59,17 @@ async fn open(directory: &TempDir, database: &Database) -> Result<SpoolStore, Sp
     SpoolStore::open(&path, &settings, BYTES_MAX, database.settings()).await
 }
 
+/// By which the spool is known to its database.
+async fn claim(store: &SpoolStore) -> SpoolClaim {
+    let identity = store.spool.lock().await.identity().await.unwrap();
+    SpoolClaim {
+        id: identity.id,
+        instance: identity.instance,
+        drained: identity.drained,
+        found_drained: identity.drained,
+    }
+}
+
 async fn run(conn: &mut PgConnection, sql: &str) {
     let sql = AssertSqlSafe(sql.to_owned());
     sqlx::raw_sql(sql).execute(conn).await.unwrap();
@@ -161,13 +172,173 @@ async fn what_the_database_does_not_take_is_not_forgotten() {
     // What nothing but a mistake of this program's could bring about.
     chunk.entries.remove(1);
     let settings = PostgresSettings {
-        spool: Some(h.store.spool.lock().await.identity().await.unwrap().id),
+        spool: Some(claim(&h.store).await),
         ..h.database.settings()
     };
-    let mut connected = Connected::open(&settings).await.unwrap();
+    let mut connected = Connected::open(settings, false).await.unwrap();
     let mut batch = connected.translate(&mut chunk, &mut reader).await.unwrap();
     let refused = connected.commit(&mut batch).await.unwrap_err();
     assert!(matches!(&refused, StoreError::Transient(why) if why.contains("continue")));
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_database_that_was_put_back_gets_what_it_lost_as_gaps() {
+    let mut h = Spooled::create().await;
+    let (a, b) = (peer(&mut h.store, "a").await, peer(&mut h.store, "b").await);
+    h.readings(&a, 1..3).await;
+    h.drained().await;
+    h.database.back_up().await;
+    h.readings(&a, 3..6).await;
+    h.readings(&b, 1..4).await;
+    let c = peer(&mut h.store, "c").await;
+    h.readings(&c, 1..2).await;
+    h.drained().await;
+    h.database.put_back().await;
+    // By nobody but b anything comes after that.
+    h.readings(&b, 4..6).await;
+    let dump = h.dump().await;
+    let stream = |device: &str| {
+        let of_device = dump.frames.iter().find(|row| row.0 == device);
+        of_device.expect("has frames").1
+    };
+    let mut gaps = vec![
+        (stream("a"), 3, 5, REASON_LOST_BY_STORE),
+        (stream("b"), 1, 3, REASON_LOST_BY_STORE),
+        (stream("c"), 1, 1, REASON_LOST_BY_STORE),
+    ];
+    gaps.sort_unstable();
+    let mut found = dump.gaps.clone();
+    found.sort_unstable();
+    assert_eq!(found, gaps);
+    let mut conn = h.drained().await;
+    let schemas = "SELECT count(*) FROM schemas";
+    let schemas: i64 = { sqlx::query_scalar(schemas) }
+        .fetch_one(&mut conn)
+        .await
+        .unwrap();
+    assert_eq!(schemas, 3);
+    // And it goes on from there.
+    h.readings(&a, 6..7).await;
+    assert_eq!(h.dump().await.gaps.len(), 3);
+}
+
+/// A copy of the spool in a directory of its own.
+fn copied(directory: &TempDir) -> TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for name in ["spool.db", "spool.db-wal"] {
+        let from = directory.path().join(name);
+        if from.exists() {
+            std::fs::copy(from, copy.path().join(name)).unwrap();
+        }
+    }
+    copy
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn only_one_of_a_spool_and_its_copy_feeds_the_database() {
+    let mut h = Spooled::create().await;
+    let a = peer(&mut h.store, "a").await;
+    h.readings(&a, 1..3).await;
+    h.drained().await;
+    // While the first one runs, its copy is refused,
+    let copy = copied(&h.directory);
+    let refused = open(&copy, &h.database).await.err().unwrap().to_string();
+    assert!(refused.contains("a copy of this spool"), "{refused}");
+    h.readings(&a, 3..5).await;
+    let mut h = h.reopen().await;
+    h.drained().await;
+    h.store.close().await.unwrap();
+    // and when it has ended: it may have gone on with what the copy does not know.
+    let refused = open(&copy, &h.database).await.err().unwrap().to_string();
+    assert!(refused.contains("a copy of this spool"), "{refused}");
+
+    // A copy that was made when it had ended may go on, and then the first one may not.
+    let copy = copied(&h.directory);
+    let mut moved = Spooled::open(copy, h.database).await;
+    moved.readings(&a, 5..6).await;
+    moved.drained().await;
+    let refused = open(&h.directory, &moved.database).await;
+    let refused = refused.err().unwrap().to_string();
+    assert!(refused.contains("a copy of this spool"), "{refused}");
+    let dump = moved.dump().await;
+    assert!(dump.gaps.is_empty());
+    assert_eq!(dump.frames.len(), 5);
+}
+
+/// What both have acknowledged must not be dropped as a duplicate of the other's.
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_copy_that_began_without_the_database_keeps_what_it_has() {
+    let mut h = Spooled::create().await;
+    let a = peer(&mut h.store, "a").await;
+    h.readings(&a, 1..3).await;
+    h.drained().await;
+    let copy = copied(&h.directory);
+    // The address of nobody.
+    let StoreUrl::Postgres(nowhere) = "postgres://127.0.0.1:1/none".parse().unwrap() else {
+        panic!("an address")
+    };
+    let path = copy.path().join("spool.db");
+    let absent = PostgresSettings {
+        url: nowhere,
+        ..h.database.settings()
+    };
+    let mut twin = SpoolStore::open(&path, &SqliteSettings::default(), BYTES_MAX, absent)
+        .await
+        .unwrap();
+    let batch = Batch {
+        entries: vec![a.gap(3, 4)],
+        ..Batch::default()
+    };
+    twin.commit(&batch).await.unwrap();
+    twin.close().await.unwrap();
+    let refused = open(&copy, &h.database).await.err().unwrap().to_string();
+    assert!(refused.contains("a copy of this spool"), "{refused}");
+    h.readings(&a, 3..5).await;
+    let dump = h.dump().await;
+    assert_eq!((dump.readings.len(), dump.gaps.len()), (4, 0));
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_spool_that_was_put_back_goes_on_from_where_the_database_stands() {
+    let mut h = Spooled::create().await;
+    let a = peer(&mut h.store, "a").await;
+    h.readings(&a, 1..3).await;
+    h.drained().await;
+    let mut h = h.reopen().await;
+    let backup = copied(&h.directory);
+    for seq in 3..8 {
+        h.readings(&a, seq..seq + 1).await;
+        h.drained().await;
+    }
+    let Spooled {
+        store,
+        directory,
+        database,
+    } = h;
+    store.close().await.unwrap();
+    std::fs::copy(
+        backup.path().join("spool.db"),
+        directory.path().join("spool.db"),
+    )
+    .unwrap();
+    for name in ["spool.db-wal", "spool.db-shm"] {
+        let path = directory.path().join(name);
+        let _ = std::fs::remove_file(&path);
+    }
+    let wal = backup.path().join("spool.db-wal");
+    if wal.exists() {
+        std::fs::copy(wal, directory.path().join("spool.db-wal")).unwrap();
+    }
+    let mut h = Spooled::open(directory, database).await;
+    let login = crate::store::contract::login("a", 1, 8);
+    let admission = crate::store::contract::admitted(&mut h.store, login).await;
+    assert_eq!(admission.receipt.durable_seq(), 7);
+    h.readings(&a, 8..9).await;
+    assert_eq!(h.dump().await.frames.len(), 8);
 }
 
 #[tokio::test]

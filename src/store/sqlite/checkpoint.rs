@@ -171,7 +171,7 @@ async fn run(shared: Arc<Shared>) {
                 tracing::warn!(reason, "the write-ahead log could not be shortened");
             }
             // The next commit reports it.
-            Err(StoreError::Fatal(_)) => return,
+            Err(StoreError::Fatal(_) | StoreError::Replaced(_)) => return,
         }
     }
 }

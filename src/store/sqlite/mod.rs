@@ -10,14 +10,14 @@
 //! - After a fatal error nothing is written any more, not even the checkpoint that SQLite makes when
 //!   its last connection closes.
 
-use std::fs::File;
 use std::path::Path;
 
 use sqlx::Connection;
 
 use self::checkpoint::{Checkpoints, Limits};
+use self::files::HeldFiles;
+use self::open::{Locks, Purpose, WriterSettings};
 pub use self::open::{OpenError, migrate, open_editor, open_reader};
-use self::open::{Purpose, WriterSettings};
 use self::turn::Turns;
 use self::write::Writer;
 use super::bounds::DeviceBounds;
@@ -28,6 +28,8 @@ use super::{Batch, Committed, Content, Store, StoreError};
 mod admit;
 mod bulk;
 mod checkpoint;
+pub mod files;
+mod identity;
 mod open;
 mod recent;
 mod rows;
@@ -97,8 +99,9 @@ pub struct SqliteStore {
     checkpoints: Checkpoints,
     statistics: Statistics,
     turns: Turns,
-    /// Held while the store is open.
-    _lock: File,
+    held: HeldFiles,
+    /// Held while the store is open; closed after the connections.
+    _locks: Locks,
 }
 
 /// When to look after the statistics that the query planner goes by.
@@ -131,7 +134,7 @@ impl SqliteStore {
                 "the limits of the write-ahead log must not shrink from checkpoint to soft to hard",
             ));
         }
-        let (path, lock) = open::claim(path)?;
+        let (path, locks) = open::claim(path)?;
         let writer_settings = WriterSettings::of(settings, purpose);
         let sqlite = |source| OpenError::Sqlite {
             path: path.clone(),
@@ -166,7 +169,8 @@ impl SqliteStore {
                 due_at_readings: OPTIMIZE_AFTER_READINGS.0,
             },
             turns: Turns::of_gateway(&path),
-            _lock: lock,
+            held: HeldFiles::of_database(&path),
+            _locks: locks,
         })
     }
 
@@ -181,6 +185,8 @@ impl SqliteStore {
             .commit(batch)
             .await
             .map_err(|error| classify(&error, "commit"))?;
+        // What was committed is durable only in a file that will be found again.
+        self.held.check().map_err(StoreError::Fatal)?;
         self.statistics.count(batch);
         self.observe_log().await;
         Ok(committed)
@@ -222,6 +228,11 @@ impl Store for SqliteStore {
         // So that the file is as small and as quick to read as it can be.
         while !self.is_tidy() {
             self.commit(&Batch::default()).await?;
+        }
+        if let Err(reason) = self.held.check() {
+            // Closing deletes the log by its name, which may be another's by now.
+            self.abandon();
+            return Err(StoreError::Fatal(reason));
         }
         let Some(mut writer) = self.writer.take() else {
             return Ok(());
@@ -300,6 +311,7 @@ fn extended_code(error: &sqlx::Error) -> Option<i32> {
 fn classify(error: &sqlx::Error, doing: &str) -> StoreError {
     let text = format!("{doing}: {error}");
     match is_transient(error) {
+        _ if identity::is_put_back(error) => StoreError::Fatal(error.to_string()),
         true => StoreError::Transient(text),
         false => StoreError::Fatal(text),
     }

@@ -15,7 +15,7 @@ use sqlx::migrate::{Migrate, MigrateError, Migrator};
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqliteConnection};
 
-use super::{SqliteSettings, checkpoint};
+use super::{SqliteSettings, checkpoint, files};
 
 /// Every version of the tables and views of a store.
 static STORE_MIGRATIONS: LazyLock<Migrator> =
@@ -173,8 +173,17 @@ impl WriterSettings {
     }
 }
 
-/// Takes the lock and creates the file if there is none; the path comes back absolute.
-pub(super) fn claim(path: &Path) -> Result<(PathBuf, File), OpenError> {
+/// What keeps other gateways from a database.
+#[derive(Debug)]
+pub(super) struct Locks {
+    /// On `<database>.lock`: found without opening the database.
+    _name: File,
+    /// On the database's own file: by whatever other name, or without the first file, it is the same.
+    _file: Option<File>,
+}
+
+/// Takes the locks and creates the file if there is none; the path comes back absolute.
+pub(super) fn claim(path: &Path) -> Result<(PathBuf, Locks), OpenError> {
     let inaccessible = |path: &Path, source| OpenError::Inaccessible {
         path: path.into(),
         source,
@@ -210,14 +219,31 @@ pub(super) fn claim(path: &Path) -> Result<(PathBuf, File), OpenError> {
         .open(&lock_path);
     let lock = lock.map_err(|error| inaccessible(&lock_path, error))?;
     let patience_ends = Instant::now() + LOCK_PATIENCE;
+    let refused = |error, at: &Path| match error {
+        TryLockError::WouldBlock => OpenError::InUse(path.clone()),
+        TryLockError::Error(error) => inaccessible(at, error),
+    };
+    patiently(patience_ends, || lock.try_lock()).map_err(|error| refused(error, &lock_path))?;
+    let file = patiently(patience_ends, || files::lock(&path));
+    let file = file.map_err(|error| refused(error, &path))?;
+    let locks = Locks {
+        _name: lock,
+        _file: file,
+    };
+    Ok((path, locks))
+}
+
+/// Takes a lock as soon as it is free, if that is in time.
+fn patiently<T>(
+    until: Instant,
+    mut try_lock: impl FnMut() -> Result<T, TryLockError>,
+) -> Result<T, TryLockError> {
     loop {
-        match lock.try_lock() {
-            Ok(()) => return Ok((path, lock)),
-            Err(TryLockError::WouldBlock) if Instant::now() < patience_ends => {
+        match try_lock() {
+            Err(TryLockError::WouldBlock) if Instant::now() < until => {
                 std::thread::sleep(LOCK_RETRY);
             }
-            Err(TryLockError::WouldBlock) => return Err(OpenError::InUse(path)),
-            Err(TryLockError::Error(error)) => return Err(inaccessible(&lock_path, error)),
+            done => return done,
         }
     }
 }
@@ -290,7 +316,7 @@ pub(super) async fn checkpointer(path: &Path) -> Result<SqliteConnection, OpenEr
 /// # Errors
 /// As for [`super::SqliteStore::open`].
 pub async fn migrate(path: &Path, settings: &SqliteSettings) -> Result<(i64, i64), OpenError> {
-    let (path, _lock) = claim(path)?;
+    let (path, _locks) = claim(path)?;
     let sqlite = |source| sqlite_error(&path, source);
     let mut conn = options(&path).connect().await.map_err(sqlite)?;
     let before = match refuse_foreign(&mut conn, &path, Purpose::Store).await? {

@@ -13,6 +13,7 @@ use sqlx::SqliteConnection;
 
 use super::admit::Admissions;
 use super::bulk::Bulk;
+use super::identity::Identity;
 use super::open::Purpose;
 use super::recent::{Recent, Step};
 use super::rows::{Rows, insert_runs, readings_into};
@@ -33,6 +34,7 @@ pub(super) struct Writer {
     admissions: Admissions,
     move_watermarks: Bulk,
     last_frame_id: i64,
+    identity: Identity,
     /// A batch was begun and did not end well: the connection may be inside a transaction, and a
     /// COMMIT whose answer was not awaited may have succeeded.
     unsettled: bool,
@@ -89,6 +91,7 @@ impl Writer {
                 FROM moved WHERE streams.id = moved.id",
             ),
             last_frame_id: 0,
+            identity: Identity::default(),
             unsettled: true,
         }
     }
@@ -134,6 +137,7 @@ impl Writer {
         if let ReadingsTable::Store(recent) = &mut self.readings {
             recent.settle(&mut self.conn).await?;
         }
+        self.identity.settle(&mut self.conn).await?;
         self.unsettled = false;
         Ok(())
     }
@@ -147,6 +151,10 @@ impl Writer {
     async fn transaction(&mut self, batch: &Batch) -> Result<Committed, sqlx::Error> {
         sqlx::query("BEGIN IMMEDIATE")
             .execute(&mut self.conn)
+            .await?;
+        let has_admissions = !batch.logins.is_empty() || !batch.declares.is_empty();
+        let counted = { &mut self.identity }
+            .check(&mut self.conn, has_admissions)
             .await?;
         let declares = self
             .admissions
@@ -182,6 +190,7 @@ impl Writer {
             .await?;
         sqlx::query("COMMIT").execute(&mut self.conn).await?;
 
+        self.identity.advance(counted);
         if let (ReadingsTable::Store(recent), Some(step)) = (&mut self.readings, step) {
             recent.advance(step);
         }

@@ -10,6 +10,7 @@ use crate::store::url::StoreUrl;
 
 mod answers;
 mod declares;
+mod identity;
 mod partitions;
 mod views;
 

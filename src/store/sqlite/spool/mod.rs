@@ -32,6 +32,14 @@ pub(in crate::store) struct SpoolIdentity {
     pub(in crate::store) id: String,
     /// Whether the spool knows where the store's streams stand.
     pub(in crate::store) is_registered: bool,
+    /// By which the store knows the gateway that began with this file last.
+    pub(in crate::store) instance: String,
+    /// By which the store will know this gateway; empty before [`SqliteStore::begin_instance`].
+    pub(in crate::store) next_instance: String,
+    /// Number of the file that was used last, in its file system; 0 before the first use.
+    pub(in crate::store) inode: i64,
+    /// How many commits of the spool's content it has forgotten.
+    pub(in crate::store) drained: i64,
 }
 
 /// A row of `devices`, without its id.
@@ -80,6 +88,8 @@ pub(in crate::store) struct Standing {
     pub(in crate::store) series: Vec<SeriesRow>,
     pub(in crate::store) clocks: Vec<(DeviceId, BootClock)>,
     pub(in crate::store) steps: Vec<ClockStep>,
+    /// How many commits of a spool's content the store counts.
+    pub(in crate::store) drained: i64,
 }
 
 /// Something that is waiting to be told to the store.
@@ -123,6 +133,14 @@ pub(in crate::store) struct Chunk {
 }
 
 impl Chunk {
+    /// Returns one that only brings these.
+    pub(in crate::store) fn of(entries: Vec<Entry>) -> Chunk {
+        Chunk {
+            entries,
+            ..Chunk::default()
+        }
+    }
+
     pub(in crate::store) fn is_empty(&self) -> bool {
         self.entries.is_empty() && self.events.is_empty() && self.changes.is_empty()
     }
@@ -146,14 +164,72 @@ impl SqliteStore {
     }
 
     pub(in crate::store) async fn identity(&mut self) -> Result<SpoolIdentity, StoreError> {
-        let row: (String, bool) = sqlx::query_as("SELECT id, is_registered FROM spool")
+        let sql = "SELECT id, is_registered, instance, next_instance, inode, drained FROM spool";
+        let row: (String, bool, String, String, i64, i64) = sqlx::query_as(sql)
             .fetch_one(self.spool_conn()?)
             .await
             .map_err(|error| classify(&error, "read the spool's identity"))?;
+        let (id, is_registered, instance, next_instance, inode, drained) = row;
         Ok(SpoolIdentity {
-            id: row.0,
-            is_registered: row.1,
+            id,
+            is_registered,
+            instance,
+            next_instance,
+            inode,
+            drained,
         })
+    }
+
+    /// Draws the name by which the store will know this gateway. One that a gateway drew before, of which is not
+    /// known whether the store heard of it, is kept.
+    pub(in crate::store) async fn begin_instance(&mut self) -> Result<(), StoreError> {
+        let sql = "UPDATE spool SET next_instance = lower(hex(randomblob(16)))
+            WHERE next_instance = instance";
+        self.change_spool(sql, &[], "draw the spool's instance")
+            .await
+    }
+
+    /// The store knows this gateway now, which uses the file of this number.
+    pub(in crate::store) async fn end_claim(&mut self, inode: i64) -> Result<(), StoreError> {
+        let sql = "UPDATE spool SET instance = next_instance, inode = ?
+            WHERE instance <> next_instance OR inode <> ?";
+        self.change_spool(sql, &[inode, inode], "keep the spool's instance")
+            .await
+    }
+
+    /// Sets how many commits of the spool's content count as forgotten.
+    pub(in crate::store) async fn set_drained(&mut self, drained: i64) -> Result<(), StoreError> {
+        let sql = "UPDATE spool SET drained = ?";
+        self.change_spool(sql, &[drained], "keep the spool's count")
+            .await
+    }
+
+    /// Has everything brought to the store again that is brought to it when it changes.
+    pub(in crate::store) async fn repeat_changes(&mut self) -> Result<(), StoreError> {
+        for sql in [
+            "INSERT OR IGNORE INTO changes (what, device_id, key) SELECT 'device', id, 0 FROM devices",
+            "INSERT OR IGNORE INTO changes (what, device_id, key)
+                SELECT 'schema', device_id, schema FROM schemas",
+            "INSERT OR IGNORE INTO changes (what, device_id, key)
+                SELECT 'clock', device_id, boot FROM clocks",
+        ] {
+            self.change_spool(sql, &[], "repeat changes").await?;
+        }
+        Ok(())
+    }
+
+    async fn change_spool(
+        &mut self,
+        sql: &'static str,
+        values: &[i64],
+        doing: &str,
+    ) -> Result<(), StoreError> {
+        let mut query = sqlx::query(sql);
+        for value in values {
+            query = query.bind(*value);
+        }
+        let changed = query.execute(self.spool_conn()?).await;
+        changed.map(drop).map_err(|error| classify(&error, doing))
     }
 
     /// Bytes that are in use in the file; what was forgotten leaves room in it and is not counted.
@@ -249,6 +325,9 @@ async fn delete_read(conn: &mut SqliteConnection, chunk: &Chunk) -> Result<(), s
         let delete = sqlx::query(sql).bind(chunk.end.frame);
         delete.execute(&mut *conn).await?;
     }
+    sqlx::query("UPDATE spool SET drained = drained + 1")
+        .execute(&mut *conn)
+        .await?;
     for (sql, ids) in [
         ("DELETE FROM device_events WHERE id = ?", &chunk.event_ids),
         ("DELETE FROM changes WHERE id = ?", &chunk.change_ids),

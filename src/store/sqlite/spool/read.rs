@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
+use fieldgate_protocol::frame::types;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
@@ -53,6 +54,37 @@ impl SpoolReader {
             readings: readings.unsigned_abs(),
             oldest_received_us: oldest_us,
         }))
+    }
+
+    /// Gives a gap for each stream that stands for all that was drained of it, of `reason`.
+    pub(in crate::store) async fn drained(
+        &mut self,
+        reason: u8,
+        at_us: i64,
+    ) -> Result<Vec<Entry>, sqlx::Error> {
+        // A gap that waits covers numbers before its own.
+        let rows: Vec<(i64, i64, i64)> = sqlx::query_as(
+            "SELECT id, device_id, coalesce(
+                 (SELECT coalesce(g.from_seq, f.seq) - 1 FROM frames AS f
+                  LEFT JOIN gaps AS g ON g.stream_id = f.stream_id AND g.to_seq = f.seq
+                  WHERE f.stream_id = s.id ORDER BY f.seq LIMIT 1),
+                 durable_seq)
+             FROM streams AS s",
+        )
+        .fetch_all(&mut self.conn)
+        .await?;
+        let drained = rows.into_iter().filter(|(.., seq)| *seq > 0);
+        let gap = |(stream, device, seq): (i64, i64, i64)| Entry {
+            device: DeviceId(device),
+            stream: StreamId(stream),
+            first_seq: 1,
+            seq: seq.cast_unsigned(),
+            frame_type: types::GAP,
+            received_at_us: at_us,
+            content: Content::Gap { reason },
+            clock: None,
+        };
+        Ok(drained.map(gap).collect())
     }
 
     /// The oldest of what waits beyond `after`.

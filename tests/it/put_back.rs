@@ -1,0 +1,375 @@
+//! The store changes under a live gateway: it is put back to an earlier state, deleted, replaced, moved, or
+//! used by a second gateway. Nothing is stored under another device's name, and nothing is acknowledged into
+//! a file that nobody will find.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use fieldgate_protocol::error::Code;
+use sqlx::ConnectOptions;
+use sqlx::sqlite::SqliteConnectOptions;
+use tempfile::TempDir;
+
+use crate::client::{Heard, Link, SCHEMA, declare, readings};
+use crate::database::{PgDatabase, Session};
+use crate::gateway::{Ended, Gateway, command, run};
+
+/// Within this time a gateway ends whose files are gone, on a busy machine.
+const ENDS_WITHIN: Duration = Duration::from_secs(10);
+
+/// BYE 40, and before it no ACK beyond `acked`.
+fn expect_replaced(link: &mut Link, acked: u64) {
+    loop {
+        match link.hear() {
+            Heard::Nack { code, .. } if code == Code::StoreDown as u8 => {}
+            Heard::Ack { seq, .. } if seq <= acked => {}
+            Heard::Bye { code, .. } if code == Code::Shutdown as u8 => return,
+            other => panic!("{other:?} instead of BYE 40"),
+        }
+    }
+}
+
+/// Connects as a device that has deleted what was acknowledged before `oldest_seq`.
+fn connect_from(gateway: &Gateway, name: &str, oldest_seq: u64) -> (Link, u64) {
+    let mut login = gateway.device(name);
+    login.oldest_seq = oldest_seq;
+    let (mut link, welcomed) = Link::login(gateway.addr, &login);
+    link.send(&declare(SCHEMA));
+    (link, welcomed.durable_seq)
+}
+
+fn gaps(database: &mut PgDatabase) -> Vec<(String, i64, i64, i16)> {
+    let sql = "SELECT d.name, g.from_seq, g.to_seq, g.reason FROM gaps g
+        JOIN streams s ON s.id = g.stream_id JOIN devices d ON d.id = s.device_id ORDER BY 1, 2";
+    database.session().rows(sql)
+}
+
+fn series_of_other_devices(database: &mut PgDatabase) -> i64 {
+    database.session().count(
+        "SELECT count(*) FROM readings r JOIN frames f ON f.id = r.frame_id
+         JOIN streams st ON st.id = f.stream_id JOIN series se ON se.id = r.series_id
+         WHERE st.device_id <> se.device_id",
+    )
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_live_session_stores_nothing_under_another_device() {
+    let mut database = PgDatabase::create();
+    let url = database.url();
+    // One writer, so that all devices share what it knows.
+    let mut gateway = Gateway::start(&["--store", &url, "--postgres-writers", "1"]);
+    let (mut pump, _) = gateway.connect("pump");
+    pump.send(&readings(1));
+    pump.expect_ack(1);
+    let backup = database.back_up();
+    // Until the gateway has connected again.
+    pump.send(&readings(2));
+    let mut acked = 0;
+    while acked < 2 {
+        match pump.hear() {
+            Heard::Ack { seq, .. } => acked = seq,
+            Heard::Nack { .. } => pump.send(&readings(2)),
+            other => panic!("{other:?}"),
+        }
+    }
+    let (mut valve, _) = gateway.connect("valve");
+    (1..=3).for_each(|seq| valve.send(&readings(seq)));
+    valve.expect_ack(3);
+    database.put_back(&backup);
+    // Another gateway gives valve's ids to a device of its own.
+    let key = gateway.data_dir().join("fleet.key");
+    let dir = TempDir::new().expect("a directory");
+    fs::copy(key, dir.path().join("fleet.key")).expect("copies");
+    let other = Gateway::start_in(dir.path(), &["--store", &url]);
+    let (mut fan, _) = other.connect("fan");
+    fan.send(&readings(1));
+    fan.expect_ack(1);
+    // 4 was never acknowledged; a session that lives on repeats nothing that was.
+    valve.send(&readings(4));
+    expect_replaced(&mut valve, 3);
+    pump.send(&readings(3));
+    expect_replaced(&mut pump, 2);
+    gateway.wait_for_line("put back to an earlier state");
+    let (mut valve, durable_seq) = connect_from(&gateway, "valve", 4);
+    assert_eq!(durable_seq, 3);
+    valve.send(&readings(4));
+    valve.expect_ack(4);
+    // This one had not heard that 2 is durable.
+    let (mut pump, durable_seq) = connect_from(&gateway, "pump", 2);
+    assert_eq!(durable_seq, 1);
+    (2..=3).for_each(|seq| pump.send(&readings(seq)));
+    pump.expect_ack(3);
+    assert_eq!(gaps(&mut database), [("valve".to_owned(), 1, 3, 254)]);
+    assert_eq!(database.frames("valve").len(), 2);
+    assert_eq!(database.frames("fan").len(), 1);
+    assert_eq!(database.frames("pump").len(), 3);
+    assert_eq!(series_of_other_devices(&mut database), 0);
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_spool_brings_nothing_to_another_device() {
+    let mut database = PgDatabase::create();
+    let url = database.url();
+    let gateway = Gateway::start(&["--store", &url, "--spool"]);
+    let (mut pump, _) = gateway.connect("pump");
+    pump.send(&readings(1));
+    pump.expect_ack(1);
+    database
+        .session()
+        .wait_for("SELECT count(*) = 1 FROM frames");
+    let backup = database.back_up();
+    let (mut valve, _) = gateway.connect("valve");
+    (1..=3).for_each(|seq| valve.send(&readings(seq)));
+    valve.expect_ack(3);
+    database
+        .session()
+        .wait_for("SELECT count(*) = 4 FROM frames");
+    database.put_back(&backup);
+    // In the database these two get ids the other way round.
+    let (mut fan, _) = gateway.connect("fan");
+    fan.send(&readings(1));
+    fan.expect_ack(1);
+    valve.send(&readings(4));
+    valve.expect_ack(4);
+    pump.send(&readings(2));
+    pump.expect_ack(2);
+    database.session().wait_for(
+        "SELECT count(*) = 3 FROM streams JOIN devices ON devices.id = device_id
+         WHERE (name, durable_seq) IN (('pump', 2), ('fan', 1), ('valve', 4))",
+    );
+    assert_eq!(gaps(&mut database), [("valve".to_owned(), 1, 3, 254)]);
+    assert_eq!(series_of_other_devices(&mut database), 0);
+    let values: Vec<_> = database.readings("valve").iter().map(|row| row.1).collect();
+    assert_eq!(values, [Some(0.04)]);
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_gateway_with_a_copied_spool_does_not_start() {
+    let mut database = PgDatabase::create();
+    let url = database.url();
+    let gateway = Gateway::start(&["--store", &url, "--spool"]);
+    let (mut pump, _) = gateway.connect("pump");
+    pump.send(&readings(1));
+    pump.expect_ack(1);
+    database
+        .session()
+        .wait_for("SELECT count(*) = 1 FROM frames");
+    let copy = TempDir::new().expect("a directory");
+    for file in fs::read_dir(gateway.data_dir()).expect("a directory") {
+        let file = file.expect("a file");
+        if !file.file_name().to_string_lossy().ends_with("-shm") {
+            fs::copy(file.path(), copy.path().join(file.file_name())).expect("copies");
+        }
+    }
+    let dir = copy.path().to_str().expect("UTF-8");
+    let twin = [
+        "serve",
+        "--data-dir",
+        dir,
+        "--store",
+        &url,
+        "--spool",
+        "--listen",
+        "127.0.0.1:0",
+    ];
+    let refused = run(&twin);
+    assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("a copy of this spool"),
+        "{}",
+        refused.stderr
+    );
+    pump.send(&readings(2));
+    pump.expect_ack(2);
+    database
+        .session()
+        .wait_for("SELECT count(*) = 2 FROM frames");
+}
+
+/// Waits for a gateway that ends by itself.
+fn ends(mut gateway: Gateway) -> Ended {
+    let deadline = Instant::now() + ENDS_WITHIN;
+    while gateway.is_alive() {
+        assert!(Instant::now() < deadline, "it lives on");
+        std::thread::yield_now();
+    }
+    gateway.wait()
+}
+
+fn remove(path: &Path) {
+    let _ = fs::remove_file(path);
+}
+
+#[test]
+fn a_gateway_ends_whose_database_is_not_where_it_was() {
+    let dir = TempDir::new().expect("a directory");
+    for (how, said) in [
+        ("delete", "deleted"),
+        ("replace", "replaced"),
+        ("move", "moved"),
+        ("log", "-wal"),
+    ] {
+        let data = dir.path().join(how);
+        let gateway = Gateway::start_in(&data, &[]);
+        let (mut link, _) = gateway.connect("pump");
+        link.send(&readings(1));
+        link.expect_ack(1);
+        let file = data.join("fieldgate.db");
+        let log = data.join("fieldgate.db-wal");
+        match how {
+            "delete" => [&file, &log].map(|path| remove(path)).into_iter().collect(),
+            "replace" => {
+                fs::copy(&file, data.join("backup")).expect("copies");
+                fs::rename(data.join("backup"), &file).expect("replaces");
+            }
+            "move" => fs::rename(&data, dir.path().join("elsewhere")).expect("moves"),
+            _ => remove(&log),
+        }
+        link.send_in_vain(&readings(2));
+        // No acknowledgement, whatever else.
+        while let Ok(heard) = link.try_hear() {
+            match heard {
+                Heard::Closed => break,
+                Heard::Ack { seq, .. } => assert_eq!(seq, 1, "{how}"),
+                _ => {}
+            }
+        }
+        let ended = ends(gateway);
+        assert_eq!(ended.status.code(), Some(1), "{how}: {}", ended.stderr);
+        let lines = ended.stderr.lines().filter(|line| line.contains("error: "));
+        let lines: Vec<&str> = lines.collect();
+        assert!(
+            lines.len() == 1 && lines[0].contains(said),
+            "{how}: {}",
+            ended.stderr
+        );
+        // What another program has put there is left alone.
+        assert!(how != "replace" || log.exists());
+    }
+}
+
+#[test]
+fn an_idle_gateway_ends_whose_database_is_not_where_it_was() {
+    let dir = TempDir::new().expect("a directory");
+    let gateway = Gateway::start_in(dir.path(), &[]);
+    remove(&dir.path().join("fieldgate.db"));
+    let ended = ends(gateway);
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("was deleted or moved"),
+        "{}",
+        ended.stderr
+    );
+}
+
+/// By SQLite's own means, under the same name.
+#[test]
+fn a_gateway_ends_whose_database_is_put_back() {
+    let dir = TempDir::new().expect("a directory");
+    let gateway = Gateway::start_in(dir.path(), &[]);
+    let (mut pump, _) = gateway.connect("pump");
+    pump.send(&readings(1));
+    pump.expect_ack(1);
+    let file = dir.path().join("fieldgate.db");
+    // As `.restore` does: the content of another file in one transaction. Here, what counts of it.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        let options = SqliteConnectOptions::new().filename(&file);
+        let mut conn = options.connect().await.expect("opens");
+        sqlx::raw_sql(
+            "BEGIN IMMEDIATE; DELETE FROM device_events; DELETE FROM frames; DELETE FROM streams;
+             UPDATE store_identity SET transactions = 0; COMMIT",
+        )
+        .execute(&mut conn)
+        .await
+        .expect("writes");
+    });
+    pump.send_in_vain(&readings(2));
+    let ended = ends(gateway);
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("put back to an earlier state"),
+        "{}",
+        ended.stderr
+    );
+}
+
+#[test]
+fn a_database_has_one_gateway_by_whatever_name() {
+    let dir = TempDir::new().expect("a directory");
+    let mut gateway = Gateway::start_in(dir.path(), &[]);
+    let (mut pump, _) = gateway.connect("pump");
+    let file = dir.path().join("fieldgate.db");
+    let (link, other) = (dir.path().join("linked"), dir.path().join("other"));
+    fs::create_dir(&link).expect("a directory");
+    fs::create_dir(&other).expect("a directory");
+    fs::hard_link(&file, link.join("fieldgate.db")).expect("a link");
+    let serve = |dir: &Path| {
+        let dir = dir.to_str().expect("UTF-8");
+        run(&["serve", "--data-dir", dir, "--listen", "127.0.0.1:0"])
+    };
+    let refused = serve(&link);
+    assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("in use by another gateway"),
+        "{}",
+        refused.stderr
+    );
+    // As one does who takes it for stale.
+    remove(&dir.path().join("fieldgate.db.lock"));
+    let refused = serve(dir.path());
+    assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("in use by another gateway"),
+        "{}",
+        refused.stderr
+    );
+    // Readers and those who change devices are no gateways.
+    let dir = dir.path().to_str().expect("UTF-8");
+    for args in [
+        &["query", "--data-dir", dir, "SELECT count(*) FROM devices"][..],
+        &["device", "add", "--data-dir", dir, "valve"],
+    ] {
+        let output = command(args).output().expect("runs");
+        assert!(output.status.success(), "{output:?}");
+    }
+    pump.send(&readings(1));
+    pump.expect_ack(1);
+    assert!(gateway.is_alive());
+}
+
+impl PgDatabase {
+    /// Makes a copy of it, as a backup does; sessions end.
+    fn back_up(&mut self) -> String {
+        let (name, copy) = (self.name().to_owned(), format!("{}_old", self.name()));
+        let mut admin = self.admin();
+        admin.execute(&format!("ALTER DATABASE {name} ALLOW_CONNECTIONS false"));
+        admin.execute(&format!(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+        ));
+        admin.execute(&format!("CREATE DATABASE {copy} TEMPLATE {name}"));
+        admin.execute(&format!("ALTER DATABASE {name} ALLOW_CONNECTIONS true"));
+        admin.execute(&format!("ALTER DATABASE {copy} ALLOW_CONNECTIONS true"));
+        copy
+    }
+
+    /// Puts a copy in its place.
+    fn put_back(&mut self, copy: &str) {
+        let name = self.name().to_owned();
+        let mut admin = self.admin();
+        admin.execute(&format!("DROP DATABASE {name} WITH (FORCE)"));
+        admin.execute(&format!("ALTER DATABASE {copy} RENAME TO {name}"));
+    }
+
+    /// A session beside the database; none is open in it any more.
+    fn admin(&mut self) -> Session {
+        self.close_session();
+        Session::open(self.server())
+    }
+}
