@@ -24,6 +24,7 @@ pub mod progress;
 pub mod readings;
 pub mod replay;
 pub mod report;
+pub mod say;
 pub mod signal;
 pub mod verify;
 pub mod wire;

@@ -26,6 +26,7 @@ mod replay;
 mod session;
 mod simulator;
 mod site;
+mod spectator;
 mod spool_outage;
 mod start;
 mod store_down;
