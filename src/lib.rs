@@ -18,11 +18,13 @@ pub mod entrance;
 #[cfg(any(test, feature = "fuzz"))]
 #[doc(hidden)]
 pub mod fuzz;
+pub mod import;
 pub mod ingest;
 pub mod keys;
 pub mod mailbox;
 pub mod quarantine;
 pub mod rate;
+pub mod recording;
 pub mod registry;
 pub mod server;
 pub mod session;

@@ -1,8 +1,6 @@
 //! The command line: what may be said, and what it comes to.
 //!
-//! Every flag can also be given as an environment variable, `FIELDGATE_SIM_` and the flag's name. `--data-dir` and
-//! `--store` of `run` and `verify` follow the gateway's own `FIELDGATE_DATA_DIR` and `FIELDGATE_STORE`, too. An empty
-//! variable counts as not set.
+//! Every flag can also be given as an environment variable, `FIELDGATE_SIM_` and the flag's name.
 //! Ranges are checked here, so that nothing else meets a fleet of no devices. Randomness and the time
 //! of day come from the caller, so that tests can decide them.
 
@@ -10,12 +8,11 @@ use crate::catalogue::CHANNELS_MAX;
 use crate::faults::{Fault, Faults};
 use crate::pace::Pace;
 use crate::plan::{self, Clock, Plan, PlanError, Profile, Script};
+use crate::replay::ReplayOptions;
 use crate::verify::Others;
-use clap::builder::BoolishValueParser;
-use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use fieldgate::config::{self, Settings};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use fieldgate::recording::ReadOptions;
 use fieldgate::store::url::{StoreUrl, StoreUrlError};
-use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -26,47 +23,6 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
-}
-
-/// Reads the command line and the environment.
-///
-/// # Errors
-/// What clap says, or shows.
-pub fn parse() -> Result<Cli, clap::Error> {
-    let command = with_environment(Cli::command(), |name| std::env::var_os(name));
-    Cli::from_arg_matches(&command.try_get_matches()?)
-}
-
-/// Decides from which variables flags are read, if they are set to something.
-fn with_environment(
-    command: clap::Command,
-    variable: impl Fn(&str) -> Option<OsString>,
-) -> clap::Command {
-    let is_set = |name: &str| variable(name).is_some_and(|value| !value.is_empty());
-    command.mut_subcommands(|subcommand| {
-        let follows = subcommand.get_name() != "bench";
-        subcommand.mut_args(|arg| {
-            let Some(own) = arg.get_env().and_then(OsStr::to_str).map(str::to_owned) else {
-                return arg;
-            };
-            let gateways = own.replace("FIELDGATE_SIM_", "FIELDGATE_");
-            let is_shared = follows && ["data_dir", "store"].contains(&arg.get_id().as_str());
-            let arg = if is_set(&own) {
-                arg
-            } else if is_shared && is_set(&gateways) {
-                arg.env(gateways)
-            } else if variable(&own).is_some() {
-                arg.env(None::<&str>)
-            } else {
-                arg
-            };
-            match arg.get_action() {
-                // Variables are set to 1 as often as to true.
-                ArgAction::SetTrue => arg.value_parser(BoolishValueParser::new()),
-                _ => arg,
-            }
-        })
-    })
 }
 
 /// What to do.
@@ -88,18 +44,19 @@ pub struct RunArgs {
           value_parser = address)]
     pub gateway: String,
 
-    /// Data directory of the gateway
-    #[arg(long, value_name = "DIR", env = "FIELDGATE_SIM_DATA_DIR", default_value_os_t = data_dir())]
-    pub data_dir: PathBuf,
+    /// File with the fleet key, from which each device derives its own
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "FIELDGATE_SIM_KEY_FILE",
+        default_value = "./fieldgate-data/fleet.key"
+    )]
+    pub key_file: PathBuf,
 
-    /// File with the fleet key, from which each device derives its own [default: fleet.key in the data directory]
-    #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_KEY_FILE")]
-    pub key_file: Option<PathBuf>,
-
-    /// Number of devices, 1 to 100000
-    #[arg(long, value_name = "N", env = "FIELDGATE_SIM_DEVICES", default_value_t = 10,
+    /// Number of devices, 1 to 100000 [default: 10; those that a --replay names]
+    #[arg(long, value_name = "N", env = "FIELDGATE_SIM_DEVICES",
           value_parser = clap::value_parser!(u32).range(1..=i64::from(plan::DEVICES_MAX)))]
-    pub devices: u32,
+    pub devices: Option<u32>,
 
     /// Channels of each device, 1 to 32
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_CHANNELS", default_value_t = 4,
@@ -108,7 +65,7 @@ pub struct RunArgs {
 
     /// Time from one sample of a channel to the next, such as 100ms or 1s, at most 1 day; with
     /// --replay, the time from sending one row to the next
-    #[arg(long, value_name = "DUR", env = "FIELDGATE_SIM_INTERVAL", default_value = "100ms",
+    #[arg(long, value_name = "DUR", env = "FIELDGATE_SIM_INTERVAL", default_value = "1s",
           value_parser = interval)]
     pub interval: Duration,
 
@@ -146,8 +103,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_SEED")]
     pub seed: Option<u64>,
 
-    /// CSV file to send instead of made-up readings, whole, as each device: a column of times with
-    /// their offset from UTC, and columns headed "name [unit]" [default: none]
+    /// CSV file to send instead of made-up readings, whole, as each device. How it is written is found
+    /// out, and each guess reported; flags replace the guesses [default: none]
     #[arg(
         long,
         value_name = "FILE.csv",
@@ -155,6 +112,14 @@ pub struct RunArgs {
         conflicts_with = "channels"
     )]
     pub replay: Option<PathBuf>,
+
+    /// Move the times of --replay so that the last one is now [default: sent as they are in the file]
+    #[arg(long, env = "FIELDGATE_SIM_SHIFT_TO_NOW", requires = "replay")]
+    pub shift_to_now: bool,
+
+    /// How the file of --replay is read.
+    #[command(flatten)]
+    pub read: ReadOptions,
 
     /// New file for the record of the run, which verify needs [default: none]
     #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_JOURNAL")]
@@ -179,9 +144,15 @@ pub struct RunArgs {
     #[arg(long, env = "FIELDGATE_SIM_TLS")]
     pub tls: bool,
 
-    /// PEM file with what the gateway's certificate leads to [default: tls/ca.pem in the data directory]
-    #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_CA", requires = "tls")]
-    pub ca: Option<PathBuf>,
+    /// PEM file with what the gateway's certificate leads to
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "FIELDGATE_SIM_CA",
+        requires = "tls",
+        default_value = "fieldgate-data/tls/ca.pem"
+    )]
+    pub ca: PathBuf,
 
     /// Directory with NAME.pem and NAME.key for each device, for a gateway that asks for certificates
     /// [default: no certificate is shown]
@@ -222,21 +193,11 @@ pub struct VerifyArgs {
     )]
     pub others: Others,
 
-    /// Data directory of the gateway
-    #[arg(long, value_name = "DIR", env = "FIELDGATE_SIM_DATA_DIR", default_value_os_t = data_dir())]
-    pub data_dir: PathBuf,
-
     /// Store of the gateway, as sqlite://PATH or postgres://USER@HOST/DATABASE; a password is better
-    /// left to PGPASSWORD or ~/.pgpass [default: fieldgate.db in the data directory]
-    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", hide_env_values = true, value_parser = store)]
-    pub store: Option<StoreUrl>,
-}
-
-impl VerifyArgs {
-    /// The store of the gateway.
-    pub fn store(&self) -> StoreUrl {
-        config::store_url(&self.data_dir, self.store.as_ref())
-    }
+    /// left to PGPASSWORD or ~/.pgpass
+    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", hide_env_values = true, value_parser = store,
+          default_value = "sqlite://fieldgate-data/fieldgate.db")]
+    pub store: StoreUrl,
 }
 
 /// Flags of `bench`.
@@ -314,8 +275,6 @@ impl Section {
 pub struct RunOptions {
     /// Where the gateway listens, as host:port.
     pub gateway: String,
-    /// Data directory of the gateway, where it is not the usual one.
-    pub data_dir: Option<PathBuf>,
     /// File with the fleet key.
     pub key_file: PathBuf,
     /// What the gateway's certificate leads to; `None` without TLS.
@@ -334,6 +293,8 @@ pub struct RunOptions {
     pub faults: Faults,
 }
 
+/// Devices of a fleet, if nothing says how many.
+const DEVICES_DEFAULT: u32 = 10;
 /// How long a run lasts that nothing else ends.
 pub const DURATION_DEFAULT: Duration = Duration::from_secs(30);
 
@@ -346,7 +307,7 @@ impl RunArgs {
             seed: self.seed.unwrap_or(random[0]),
             nonce: random[1],
             name_prefix: self.name_prefix.clone(),
-            devices: self.devices,
+            devices: self.devices.unwrap_or(DEVICES_DEFAULT),
             channels: self.channels,
             interval_us: self.interval.as_micros() as u64,
             batch: self.batch,
@@ -362,21 +323,24 @@ impl RunArgs {
         };
         plan.start_us = now_us.saturating_sub_unsigned(Pace::new(&plan, 0).backlog_us());
         match &self.replay {
-            Some(path) => plan.replaying(path),
+            Some(path) => {
+                let options = ReplayOptions {
+                    read: self.read.clone(),
+                    last_us: self.shift_to_now.then_some(now_us),
+                };
+                plan.replaying(path, &options, self.devices)
+            }
             None => plan.open(),
         }
     }
 
     /// How it is to be sent.
     pub fn options(&self) -> RunOptions {
-        let within =
-            |file: &Option<PathBuf>, name| file.clone().unwrap_or_else(|| self.data_dir.join(name));
         let endless = self.frames.is_none() && self.replay.is_none();
         RunOptions {
             gateway: self.gateway.clone(),
-            data_dir: self.named_data_dir(),
-            key_file: within(&self.key_file, "fleet.key"),
-            ca: self.tls.then(|| within(&self.ca, "tls/ca.pem")),
+            key_file: self.key_file.clone(),
+            ca: self.tls.then(|| self.ca.clone()),
             identities: self.identities.clone(),
             duration: self.duration.or(endless.then_some(DURATION_DEFAULT)),
             window: self.window,
@@ -385,24 +349,6 @@ impl RunArgs {
             faults: self.faults.clone().unwrap_or_default(),
         }
     }
-}
-
-impl RunArgs {
-    /// The data directory that was named, or the one in which the key is.
-    fn named_data_dir(&self) -> Option<PathBuf> {
-        let is_key = |path: &&PathBuf| path.file_name() == Some(OsStr::new("fleet.key"));
-        let of_key = self
-            .key_file
-            .as_ref()
-            .filter(is_key)
-            .and_then(|path| path.parent());
-        let dir = of_key.map_or(self.data_dir.clone(), PathBuf::from);
-        (dir != data_dir()).then_some(dir)
-    }
-}
-
-fn data_dir() -> PathBuf {
-    Settings::default().data_dir
 }
 
 fn address(text: &str) -> Result<String, String> {

@@ -206,9 +206,9 @@ fn a_journal_of_another_program_is_refused_in_one_line() {
             format!("journal format 1, not 2; it was written by fieldgate-sim {version}"),
         ),
         (
-            "\"format\":1",
+            "\"format\":2",
             "\"format\":9",
-            format!("plan format 9, not 1; it was written by fieldgate-sim {version}"),
+            format!("plan format 9, not 2; it was written by fieldgate-sim {version}"),
         ),
         ("\"batch\":15,", "", "missing field `batch`".into()),
         (

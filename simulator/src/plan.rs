@@ -13,7 +13,7 @@ use crate::catalogue::{self, CHANNELS_MAX};
 use crate::faults::{self, Chance, Malformation};
 use crate::hash;
 use crate::readings::{Channel, Readings};
-use crate::replay::{Fingerprint, Replay, ReplayError};
+use crate::replay::{Fingerprint, Replay, ReplayError, ReplayOptions};
 use crate::signal::{Signal, Span};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 /// Version of the meaning of a plan. To be raised whenever the same plan would give other content, be
 /// it only by one noise bit.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Most devices of a fleet.
 pub const DEVICES_MAX: u32 = 100_000;
 /// Most rows of a frame.
@@ -30,6 +30,8 @@ pub const BATCH_MAX: u16 = 1_024;
 pub const INTERVAL_US_MAX: u64 = 86_400_000_000;
 /// Longest prefix of device names: a name has at most 32 bytes, 5 of them digits.
 pub const NAME_PREFIX_BYTES_MAX: usize = 27;
+/// Longest prefix before what a recording calls a device, which has at most 24 bytes.
+const RECORDED_NAME_PREFIX_BYTES_MAX: usize = 8;
 
 /// What a fleet sends. See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,11 +145,20 @@ impl Plan {
     }
 
     /// Makes a plan for a recording: its channels and its fingerprint replace what the plan said, and
-    /// the recording need not be read twice.
-    pub fn replaying(mut self, path: &Path) -> Result<Script, PlanError> {
+    /// the recording need not be read twice. If the recording names its devices, there are as many,
+    /// unless `devices` was asked for.
+    pub fn replaying(
+        mut self,
+        path: &Path,
+        options: &ReplayOptions,
+        devices: Option<u32>,
+    ) -> Result<Script, PlanError> {
         self.check()?;
-        let replay = Replay::open(path, usize::from(self.batch))?;
+        let replay = Replay::open(path, usize::from(self.batch), options)?;
         self.replay = Some(replay.fingerprint().clone());
+        if replay.id(0).is_some() && devices.is_none() {
+            self.devices = replay.devices();
+        }
         // Never more than CHANNELS_MAX, which the replay has checked.
         self.channels = replay.channels().len() as u8;
         Script::new(self, Some(replay))
@@ -200,7 +211,7 @@ fn check_range(name: &'static str, value: u64, low: u64, high: u64) -> Result<()
 }
 
 fn reopen(then: &Fingerprint, batch: usize) -> Result<Replay, PlanError> {
-    let replay = Replay::open(&then.path, batch)?;
+    let replay = Replay::reopen(then, batch)?;
     let now = replay.fingerprint();
     let changed = |what, then_is: &dyn ToString, now_is: &dyn ToString| PlanError::ReplayChanged {
         path: then.path.clone(),
@@ -256,10 +267,51 @@ impl Script {
         &self.channels
     }
 
-    /// How many frames each device sends, if something limits them.
+    /// Returns what was guessed about a recording and what could not be taken of it, a line each.
+    pub fn notes(&self) -> &[String] {
+        self.replay.as_ref().map_or(&[], Replay::notes)
+    }
+
+    /// Returns how many frames all devices send, if something limits them.
     pub fn frames(&self) -> Option<u64> {
-        let recorded = self.replay.as_ref().map(Replay::frames);
+        (0..self.plan.devices)
+            .map(|device| self.frames_of(device))
+            .sum()
+    }
+
+    /// Returns how many frames a device sends, if something limits them.
+    fn frames_of(&self, device: u32) -> Option<u64> {
+        let recorded = self.replay.as_ref().map(|replay| replay.frames(device));
         [self.plan.frames, recorded].into_iter().flatten().min()
+    }
+
+    /// Returns the name of a device: its number, or what a recording calls it if that has all of them.
+    fn name_of(&self, device: u32) -> String {
+        let prefix = &self.plan.name_prefix;
+        match self.naming().and_then(|replay| replay.id(device)) {
+            Some(id) => format!("{prefix}{id}"),
+            None => format!("{prefix}{device:05}"),
+        }
+    }
+
+    /// Returns the number of the device of a name, if there is one.
+    pub fn index_of(&self, name: &str) -> Option<u32> {
+        let own = name.strip_prefix(&self.plan.name_prefix)?;
+        let index = match self.naming() {
+            Some(replay) => {
+                (0..self.plan.devices).find(|device| replay.id(*device) == Some(own))?
+            }
+            None => own.parse().ok()?,
+        };
+        (index < self.plan.devices && self.name_of(index) == name).then_some(index)
+    }
+
+    /// Returns the recording, if it names the devices.
+    fn naming(&self) -> Option<&Replay> {
+        let fits = self.plan.name_prefix.len() <= RECORDED_NAME_PREFIX_BYTES_MAX;
+        let has_all = |replay: &&Replay| self.plan.devices <= replay.devices();
+        let replay = self.replay.as_ref().filter(has_all);
+        replay.filter(|replay| fits && replay.id(0).is_some())
     }
 
     /// What one device sends. `index` counts from 0 and is below the plan's number of devices.
@@ -279,7 +331,7 @@ impl Script {
         };
         DeviceScript {
             index,
-            name: format!("{}{index:05}", self.plan.name_prefix),
+            name: self.name_of(index),
             // 63 bits, as SQL has no unsigned integers of 64.
             stream: (hash::at(drawn, 0) >> 1).max(1),
             boot: (hash::at(drawn, 1) >> 32) as u32,
@@ -325,6 +377,11 @@ impl DeviceScript {
         self.index
     }
 
+    /// Returns how many frames it sends, if something limits them.
+    pub fn frames(&self) -> Option<u64> {
+        self.script.frames_of(self.index)
+    }
+
     /// Name under which it logs in.
     pub fn name(&self) -> &str {
         &self.name
@@ -353,12 +410,15 @@ impl DeviceScript {
 
     /// Makes frame `seq`, counted from 1; `None`, if the device sends no such frame.
     pub fn frame<'a>(&self, seq: u64, readings: &'a mut Readings) -> Option<FrameContent<'a>> {
-        if seq == 0 || self.script.frames().is_some_and(|frames| seq > frames) {
+        if seq == 0 || self.frames().is_some_and(|frames| seq > frames) {
             return None;
         }
         match &self.script.replay {
             Some(replay) => {
-                replay.fill(seq, self.shift_us(), readings).then_some(())?;
+                let shift_us = self.shift_us();
+                replay
+                    .fill(self.index, seq, shift_us, readings)
+                    .then_some(())?;
             }
             None => self.measure(seq, readings),
         }

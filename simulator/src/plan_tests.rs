@@ -156,16 +156,16 @@ fn a_recording_gives_the_channels_and_ends_with_its_last_row() {
         clock: Clock::Boot,
         ..plan()
     }
-    .replaying(&water_flow())
+    .replaying(&water_flow(), &ReplayOptions::default(), None)
     .unwrap();
     assert_eq!(
         (script.plan().channels, script.frames()),
-        (1, Some(1_268_u64.div_ceil(15)))
+        (1, Some(10 * 1_268_u64.div_ceil(15)))
     );
     // The plan alone leads to the same frames.
     let again = Arc::new(script.plan().clone().open().unwrap());
     let script = Arc::new(script);
-    for seq in 1..=script.frames().unwrap() {
+    for seq in 1..=script.device(2).frames().unwrap() {
         assert_eq!(
             readings(&script.device(2), seq),
             readings(&again.device(2), seq)
@@ -177,11 +177,47 @@ fn a_recording_gives_the_channels_and_ends_with_its_last_row() {
 }
 
 #[test]
+fn devices_of_a_recording_have_its_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.csv");
+    let csv = "Time,site,a\n2025-06-01T12:00:00Z,x,1\n2025-06-01T12:00:00Z,y,2\n2025-06-01T12:00:01Z,y,3\n";
+    std::fs::write(&path, csv).unwrap();
+    let script = |devices: Option<u32>| {
+        let plan = Plan {
+            devices: devices.unwrap_or(10),
+            ..plan()
+        };
+        let script = plan.replaying(&path, &ReplayOptions::default(), devices);
+        Arc::new(script.unwrap())
+    };
+    let both = script(None);
+    assert_eq!(both.plan().devices, 2);
+    assert_eq!(both.device(1).name(), "sim-y");
+    assert_eq!(
+        (both.index_of("sim-y"), both.index_of("sim-00001")),
+        (Some(1), None)
+    );
+    assert_eq!(readings(&both.device(1), 1).rows, 2);
+    // More devices than the recording has send its rows again, under numbers.
+    let more = script(Some(3));
+    assert_eq!(more.device(2).name(), "sim-00002");
+    assert_eq!(
+        (more.index_of("sim-00002"), more.index_of("sim-y")),
+        (Some(2), None)
+    );
+    assert_eq!(readings(&more.device(2), 1).rows, 1);
+}
+
+#[test]
 fn a_recording_that_changed_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.csv");
     std::fs::write(&path, "Time,a\n2025-06-01T12:00:00Z,1\n").unwrap();
-    let planned = plan().replaying(&path).unwrap().plan().clone();
+    let planned = plan()
+        .replaying(&path, &ReplayOptions::default(), None)
+        .unwrap()
+        .plan()
+        .clone();
     std::fs::write(&path, "Time,a\n2025-06-01T12:00:00Z,2\n").unwrap();
     let error = planned.clone().open().unwrap_err().to_string();
     assert!(
@@ -233,11 +269,11 @@ fn values_out_of_range_are_named() {
         "name_prefix is \"a b\", but must be at most 27 letters, digits, '.', '_', ':' or '-'"
     );
     let error = said(Plan {
-        format: 2,
+        format: FORMAT + 1,
         ..plan()
     });
     assert!(
-        error.starts_with("the plan has format 2, this program knows only 1"),
+        error.starts_with("the plan has format 3, this program knows only 2"),
         "{error}"
     );
 }

@@ -5,7 +5,7 @@ use fieldgate_protocol::auth::schema_hash;
 use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, HEADER_BYTES, NoRoom, TRAILER_BYTES};
 use fieldgate_protocol::message;
 
-use crate::encode::{DataTerms, Encoder};
+use crate::encode::{DataTerms, Encoder, data_frame};
 use crate::plan::{Clock, DeviceScript, FrameContent};
 use crate::readings::{Channel, Readings};
 
@@ -81,9 +81,7 @@ impl Workbench {
             FrameContent::Malformed { variant, readings } => (readings, Some(variant), 0),
         };
         let terms = terms(device, schema);
-        let bytes = self
-            .encoder
-            .data_frame(seq, terms, readings, malformed, out)?;
+        let bytes = data_frame(&mut self.encoder, seq, terms, readings, malformed, out)?;
         Ok((bytes, count))
     }
 }

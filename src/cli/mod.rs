@@ -11,6 +11,7 @@
 
 mod address;
 mod device;
+mod import;
 mod migrate;
 mod nearest;
 mod output;
@@ -114,6 +115,8 @@ enum Command {
     /// Make certificates of your own, to try TLS with or for a closed network
     #[command(subcommand)]
     Tls(tls::TlsCommand),
+    /// Store the readings of a CSV file as a device's, exactly once, through a running gateway
+    Import(Box<import::ImportArgs>),
     /// Create the store's tables or bring them up to date, then exit; the gateway must not run
     Migrate,
     /// Show what is stored, in one screen
@@ -262,9 +265,7 @@ fn unknown_variables(names: impl Iterator<Item = OsString>) -> Vec<String> {
         .map(env_name)
         .collect();
     let is_unknown = |name: &String| {
-        let of_others = ["FIELDGATE_TEST_", "FIELDGATE_SIM_"];
-        let is_ours = name.starts_with("FIELDGATE_")
-            && !of_others.iter().any(|prefix| name.starts_with(prefix));
+        let is_ours = name.starts_with("FIELDGATE_") && !name.starts_with("FIELDGATE_TEST_");
         is_ours && !settings.contains(name)
     };
     let names = names.filter_map(|name| name.into_string().ok());
@@ -354,6 +355,7 @@ impl Cli {
             }
             Command::Quarantine(command) => quarantine::quarantine(&store, &command).await,
             Command::Tls(command) => tls::tls(&self.global.data_dir, &command),
+            Command::Import(args) => import::import(&self.global.data_dir, &store, &args).await,
             Command::Migrate => migrate::migrate(&self.global.data_dir, &store).await,
             Command::Status => status::status(&store, &self.global.data_dir).await,
         }

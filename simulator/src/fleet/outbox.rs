@@ -62,7 +62,7 @@ impl Outbox {
         if self.fleet.terms.is_silent {
             return None;
         }
-        let last = self.fleet.script.frames().unwrap_or(u64::MAX);
+        let last = self.script.frames().unwrap_or(u64::MAX);
         // A device in a burst always has more than its window lets out.
         let ahead = self.sent_seq + self.fleet.terms.window_frames + 1;
         while self.due_seq < last.min(ahead) && !self.fleet.stop.is_cancelled() {
@@ -80,18 +80,13 @@ impl Outbox {
 
     /// Whether all that will ever be due is acked.
     pub(super) fn is_done(&self) -> bool {
-        let last = self.fleet.script.frames().unwrap_or(u64::MAX);
+        let last = self.script.frames().unwrap_or(u64::MAX);
         let end = if self.fleet.stop.is_cancelled() {
             self.sent_seq
         } else {
             last
         };
         self.durable_seq >= end
-    }
-
-    /// Whether all that was sent is acked.
-    pub(super) fn is_empty(&self) -> bool {
-        self.durable_seq >= self.sent_seq
     }
 
     /// Notes what was put on the wire.
@@ -119,7 +114,6 @@ impl Queue for Outbox {
         let (bytes, readings) = self.make(seq, out)?;
         if seq > self.sent_seq {
             self.sent_seq = seq;
-            self.fleet.counters.frames_sent.fetch_add(1, Relaxed);
             let now_us = self.fleet.now_us();
             // A frame waits from when it was due, not from when the device got round to it; in a burst
             // everything is due from the start, and what counts is how long the gateway takes.
@@ -178,6 +172,5 @@ impl Drop for Outbox {
         report.frames_sent += self.sent.frames;
         report.readings_sent += self.sent.readings;
         report.bytes_sent += self.sent.bytes;
-        report.frames_unacked += self.sent_seq.saturating_sub(self.deleted_seq);
     }
 }

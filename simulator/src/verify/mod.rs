@@ -226,10 +226,7 @@ impl Run {
 
     /// The index of the device of that name, if the run has one.
     fn index_of(&self, name: &str) -> Option<u32> {
-        let digits = name.strip_prefix(&self.script.plan().name_prefix)?;
-        let index = digits.parse().ok()?;
-        let is_it = index < self.script.plan().devices && format!("{index:05}") == digits;
-        is_it.then_some(index)
+        self.script.index_of(name)
     }
 
     fn own(&self, index: u32) -> Own<'_> {

@@ -233,7 +233,7 @@ fn no_randomness(error: impl std::fmt::Display) -> Error {
 }
 
 /// The key in a file that nobody else can read, or on standard input.
-fn read_key(path: &Path) -> Result<DeviceKey, Error> {
+pub fn read_key(path: &Path) -> Result<DeviceKey, Error> {
     let cannot = |error: &dyn std::fmt::Display| {
         Error::Failed(format!(
             "cannot read a key from {}: {error}",

@@ -25,6 +25,24 @@ pub struct KeyArgs {
 
 /// Prints the keys.
 pub async fn key(data_dir: &Path, store: &StoreUrl, args: &KeyArgs) -> Result<(), Error> {
+    let keys = keys_of(data_dir, store, &args.names).await?;
+    let mut out = output::stdout();
+    for (name, key) in args.names.iter().zip(keys) {
+        let digits = key.to_digits();
+        match args.names.len() {
+            1 => writeln!(out, "{digits}")?,
+            _ => writeln!(out, "{name} {digits}")?,
+        }
+    }
+    out.flush().map_err(Error::Output)
+}
+
+/// Returns the keys that devices have to prove, known or not.
+pub async fn keys_of(
+    data_dir: &Path,
+    store: &StoreUrl,
+    names: &[String],
+) -> Result<Vec<DeviceKey>, Error> {
     let fleet = fleet_key(data_dir)?;
     let mut reader = match Reader::open(store).await {
         Ok(reader) => Some(reader),
@@ -38,20 +56,16 @@ pub async fn key(data_dir: &Path, store: &StoreUrl, args: &KeyArgs) -> Result<()
         }
         Err(error) => return Err(error.into()),
     };
-    let mut out = output::stdout();
-    for name in &args.names {
+    let mut keys = Vec::with_capacity(names.len());
+    for name in names {
         let stored = match &mut reader {
             Some(reader) => lifecycle::find(reader, name).await?,
             None => None,
         };
         let stored = stored.map_or_else(StoredKey::default, |device| device.key);
-        let digits = open(&fleet, name, &stored)?.to_digits();
-        match args.names.len() {
-            1 => writeln!(out, "{digits}")?,
-            _ => writeln!(out, "{name} {digits}")?,
-        }
+        keys.push(open(&fleet, name, &stored)?);
     }
-    out.flush().map_err(Error::Output)
+    Ok(keys)
 }
 
 /// The key that a device has to prove.

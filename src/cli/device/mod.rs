@@ -13,6 +13,8 @@ use fieldgate::store::reader::Reader;
 use fieldgate::store::url::StoreUrl;
 use fieldgate_protocol::message::check_name;
 
+pub use self::change::read_key;
+pub use self::key::keys_of;
 pub use self::show::unknown;
 use super::Error;
 

@@ -1,7 +1,7 @@
 //! What a device measures, in the shape of one frame: a time axis and one column per channel.
 //!
-//! Filled by [`signal`](crate::signal) or [`replay`](crate::replay), read by whoever encodes the
-//! frame or compares it with the store. Bytes are left to the protocol, SQL to the verifier.
+//! Filled by a [`Recording`](super::Recording) or by the simulator's signals; read by the
+//! [encoder](super::encode) and by the simulator's verifier. Knows neither bytes nor SQL.
 //!
 //! Invariants: every column has exactly `rows` values; times strictly increase from row to row. All
 //! buffers keep their capacity from frame to frame, so a warm buffer allocates nothing.
