@@ -127,6 +127,8 @@ pub struct Settings {
     pub drain_timeout_s: u64,
     /// Connections that write to Postgres.
     pub postgres_writers: usize,
+    /// How long a start waits for a Postgres that is not up yet.
+    pub postgres_wait_s: u64,
     /// Whether a Postgres that may lose what it says is committed will do.
     pub allow_postgres_data_loss: bool,
     /// Whether to acknowledge from a local spool, which is drained into Postgres.
@@ -183,6 +185,7 @@ impl Default for Settings {
             queue_bytes_max: 256 * MIB as usize,
             drain_timeout_s: 10,
             postgres_writers: 2,
+            postgres_wait_s: 60,
             allow_postgres_data_loss: false,
             spool: false,
             spool_bytes_max: 4096 * MIB,
@@ -447,6 +450,7 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
         ("queue-bytes-max", s.queue_bytes_max as u64, MIB, TIB),
         ("drain-timeout-s", s.drain_timeout_s, 0, DAY_S),
         ("postgres-writers", s.postgres_writers as u64, 1, 64),
+        ("postgres-wait-s", s.postgres_wait_s, 0, DAY_S),
         ("spool-bytes-max", s.spool_bytes_max, 16 * MIB, TIB),
         // An eighth, which is what a device may use, holds several of the longest frames.
         ("quarantine-bytes-max", s.quarantine_bytes_max, MIB, TIB),

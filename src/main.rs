@@ -5,7 +5,9 @@ mod cli;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
+use fieldgate::store::postgres;
 use tracing::Metadata;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::filter_fn;
@@ -16,6 +18,9 @@ use crate::cli::{Cli, Error, LogFormat};
 
 /// What Postgres says as it goes down, the store says better.
 const LEVELS: &str = "info,sqlx::postgres::notice=error";
+
+/// How long the end may wait for statements that were given up to end at the server.
+const END_LEFT_WITHIN: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
     let done = cli::parse(std::env::args_os()).and_then(carry_out);
@@ -35,7 +40,11 @@ fn carry_out(cli: Cli) -> Result<(), Error> {
         .enable_all()
         .build()
         .map_err(|error| Error::Failed(format!("cannot start the runtime: {error}")))?;
-    let done = runtime.block_on(cli.carry_out());
+    let done = runtime.block_on(async {
+        let done = cli.carry_out().await;
+        postgres::end_left(END_LEFT_WITHIN).await;
+        done
+    });
     // Whatever still runs has nothing to say any more.
     runtime.shutdown_background();
     done

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use fieldgate::allowance::Allowances;
@@ -26,7 +26,7 @@ use fieldgate::store::kept::KeptFrames;
 use fieldgate::store::lifecycle::ChangeReader;
 use fieldgate::store::postgres::{PostgresSettings, PostgresStore};
 use fieldgate::store::spool::mirror::Mirror;
-use fieldgate::store::spool::{self, SpoolStore};
+use fieldgate::store::spool::{self, SpoolError, SpoolStore};
 use fieldgate::store::sqlite::files::HeldFiles;
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
 use fieldgate::store::steady::SteadyReader;
@@ -43,6 +43,11 @@ const SECOND_US: u64 = 1_000_000;
 const OTHER_FILES: u64 = 64;
 /// How long the start waits for Postgres to say what operators have changed, where there is a spool.
 const MIRROR_TIMEOUT: Duration = Duration::from_secs(5);
+/// From one try to reach Postgres to the next at the start, and from one line of the log to the next.
+const UP_INTERVAL: Duration = Duration::from_millis(500);
+const UP_LOG_INTERVAL: Duration = Duration::from_secs(30);
+/// This part of the time to leave may go by until Postgres has what is in the spool.
+const SPOOL_DRAIN_SHARE: u32 = 2;
 
 #[derive(Args, Debug)]
 pub struct ServeArgs {
@@ -219,8 +224,13 @@ pub struct ServeArgs {
     #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().postgres_writers)]
     postgres_writers: usize,
 
-    /// Take a Postgres that runs with fsync, full_page_writes or synchronous_commit off, and may lose
-    /// acknowledged readings when it crashes. For tests
+    /// Seconds that the start waits for a Postgres that is not up yet, such as one that boots with this
+    /// machine; 0 ends at once. A wrong password or name of a database always ends at once
+    #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().postgres_wait_s)]
+    postgres_wait_s: u64,
+
+    /// Take a Postgres that runs with fsync or full_page_writes off, and may lose acknowledged readings
+    /// when it crashes, and leave synchronous_commit as it is configured. For tests
     #[arg(long)]
     allow_postgres_data_loss: bool,
 
@@ -298,6 +308,7 @@ impl ServeArgs {
             queue_bytes_max: self.queue_bytes_max,
             drain_timeout_s: self.drain_timeout_s,
             postgres_writers: self.postgres_writers,
+            postgres_wait_s: self.postgres_wait_s,
             allow_postgres_data_loss: self.allow_postgres_data_loss,
             spool: self.spool,
             spool_bytes_max: self.spool_bytes_max,
@@ -329,21 +340,49 @@ pub async fn serve(settings: Settings) -> Result<(), Error> {
             serve_into(vec![store], &config, &key, origin, hangup).await
         }
         StoreUrl::Postgres(url) if config.spool => {
-            let store = SpoolStore::open(
-                &config.spool_path(),
-                &sqlite_settings(&config),
-                config.spool_bytes_max,
-                postgres_settings(&config, url),
-            )
-            .await?;
-            serve_into(vec![store], &config, &key, origin, hangup).await
+            let store = once_up(&config, async || {
+                SpoolStore::open(
+                    &config.spool_path(),
+                    &sqlite_settings(&config),
+                    config.spool_bytes_max,
+                    Duration::from_secs(config.drain_timeout_s) / SPOOL_DRAIN_SHARE,
+                    postgres_settings(&config, url),
+                )
+                .await
+            });
+            serve_into(vec![store.await?], &config, &key, origin, hangup).await
         }
         StoreUrl::Postgres(url) => {
-            let postgres = postgres_settings(&config, url);
-            spool::leave(&config.spool_path(), &sqlite_settings(&config), &postgres).await?;
-            let stores = PostgresStore::open(postgres).await?;
-            serve_into(stores, &config, &key, origin, hangup).await
+            let stores = once_up(&config, async || {
+                let postgres = postgres_settings(&config, url);
+                spool::leave(&config.spool_path(), &sqlite_settings(&config), &postgres).await?;
+                Ok(PostgresStore::open(postgres).await?)
+            });
+            serve_into(stores.await?, &config, &key, origin, hangup).await
         }
+    }
+}
+
+/// Opens a store in Postgres, and waits for a server that is not up yet.
+async fn once_up<T>(
+    config: &Config,
+    mut open: impl AsyncFnMut() -> Result<T, SpoolError>,
+) -> Result<T, Error> {
+    let began = Instant::now();
+    let wait = Duration::from_secs(config.postgres_wait_s);
+    let mut log_at = began;
+    loop {
+        let error = match open().await {
+            Ok(opened) => return Ok(opened),
+            Err(SpoolError::Database(error)) if error.may_pass() && began.elapsed() < wait => error,
+            Err(error) => return Err(error.into()),
+        };
+        if Instant::now() >= log_at {
+            let left_s = wait.saturating_sub(began.elapsed()).as_secs();
+            tracing::warn!(%error, left_s, "Postgres is not up yet, waiting");
+            log_at = Instant::now() + UP_LOG_INTERVAL;
+        }
+        tokio::time::sleep(UP_INTERVAL).await;
     }
 }
 

@@ -21,6 +21,7 @@ mod admission;
 pub mod bounds;
 #[cfg(test)]
 mod contract;
+mod cut;
 pub mod editor;
 mod hours;
 pub mod kept;
@@ -50,7 +51,7 @@ pub struct StreamId(pub i64);
 pub struct SeriesId(pub i64);
 
 /// What is committed in one transaction.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Batch {
     /// Authenticated devices asking where their stream stands.
     pub logins: Vec<Login>,

@@ -10,10 +10,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::postgres::{PgArguments, PgDatabaseError};
 use sqlx::sqlite::SqliteArguments;
-use sqlx::{
-    Arguments, AssertSqlSafe, Column, Executor, PgConnection, SqlSafeStr, SqliteConnection,
-    Statement,
-};
+use sqlx::{Arguments, AssertSqlSafe, Column, Executor, SqlSafeStr, SqliteConnection, Statement};
 
 use super::url::StoreUrl;
 pub use super::value::Value;
@@ -30,7 +27,7 @@ pub enum Reader {
     /// To a file.
     Sqlite(SqliteConnection),
     /// To a server.
-    Postgres(PgConnection),
+    Postgres(postgres::Link),
 }
 
 /// Why a store could not be opened.
@@ -212,6 +209,18 @@ impl Reader {
         match store {
             StoreUrl::Sqlite(path) => Ok(Reader::Sqlite(sqlite::open_reader(path).await?)),
             StoreUrl::Postgres(url) => Ok(Reader::Postgres(postgres::open_reader(url).await?)),
+        }
+    }
+
+    /// Opens the store as [`Reader::open`], for a gateway that looks again and again: what is slow is
+    /// given up.
+    ///
+    /// # Errors
+    /// As [`Reader::open`].
+    pub async fn open_watcher(store: &StoreUrl) -> Result<Reader, OpenError> {
+        match store {
+            StoreUrl::Sqlite(_) => Reader::open(store).await,
+            StoreUrl::Postgres(url) => Ok(Reader::Postgres(postgres::open_watcher(url).await?)),
         }
     }
 

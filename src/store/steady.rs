@@ -70,7 +70,7 @@ impl SteadyReader {
 impl Source {
     async fn open(&self) -> Result<Reader, OpenError> {
         match self {
-            Source::Store(store) => Reader::open(store).await,
+            Source::Store(store) => Reader::open_watcher(store).await,
             Source::Spool(path) => Ok(Reader::Sqlite(open_beside(path).await?)),
         }
     }

@@ -19,6 +19,7 @@ mod malformed;
 mod outage;
 mod own_postgres;
 mod plans;
+mod postgres_trouble;
 mod proof;
 mod put_back;
 mod quarantine;

@@ -18,7 +18,9 @@ fn assert_refused(store: &str, code: i32, words: &[&str]) {
     let dir = TempDir::new().expect("a directory");
     let data_dir = dir.path().to_str().expect("UTF-8");
     let (listen, store_flag) = (["--listen", "127.0.0.1:0"], ["--store", store]);
-    let args = [&["serve", "--data-dir", data_dir], &listen[..], &store_flag].concat();
+    let at_once = ["--postgres-wait-s", "0"];
+    let serve = ["serve", "--data-dir", data_dir];
+    let args = [&serve[..], &listen, &store_flag, &at_once].concat();
     let ended = run(&args);
     let said = by_default(&ended.stderr);
     assert_eq!(ended.status.code(), Some(code), "{said}");
@@ -56,7 +58,7 @@ fn who_is_not_let_in_is_told_why() {
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
 fn a_server_that_may_lose_data_is_accepted_only_on_demand() {
-    for setting in ["fsync", "full_page_writes", "synchronous_commit"] {
+    for setting in ["fsync", "full_page_writes"] {
         let cluster = Cluster::start(&[&format!("{setting}=off")]);
         let mut database = cluster.database();
         let words = [setting, "--allow-postgres-data-loss"];

@@ -7,9 +7,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use sqlx::Row;
 use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, Row};
 
+use super::link::Link;
 use super::timestamp::Timestamp;
 use crate::clock::{BootClock, Origin, UNMEASURED};
 use crate::store::admission::{
@@ -23,7 +24,7 @@ use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, Strea
 
 /// A transaction's logins and declares.
 pub(super) struct Admissions<'c> {
-    conn: &'c mut PgConnection,
+    conn: &'c mut Link,
     bounds: DeviceBounds,
 }
 
@@ -32,7 +33,7 @@ type DeviceColumns = (String, i64, i32, i64, i64);
 type Streams = HashMap<(DeviceId, u64), StreamRow>;
 
 impl<'c> Admissions<'c> {
-    pub(super) fn new(conn: &'c mut PgConnection, bounds: DeviceBounds) -> Self {
+    pub(super) fn new(conn: &'c mut Link, bounds: DeviceBounds) -> Self {
         Self { conn, bounds }
     }
 
@@ -530,7 +531,7 @@ pub(super) fn clock_row(row: &PgRow) -> Result<BootClock, sqlx::Error> {
 
 /// Keeps clocks in place of what was kept of the same boots. What was only chosen replaces nothing.
 pub(super) async fn keep_clocks(
-    conn: &mut PgConnection,
+    conn: &mut Link,
     clocks: &[(DeviceId, BootClock)],
 ) -> Result<(), sqlx::Error> {
     // Of several for one boot the last one holds, and a statement may change a row only once. A chosen

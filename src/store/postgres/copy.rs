@@ -4,31 +4,13 @@
 //! for each field its length (-1 for NULL) and its value, all big-endian; -1 at the end. See
 //! <https://www.postgresql.org/docs/current/sql-copy.html>, "Binary Format".
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use sqlx::PgConnection;
-
+use super::link::Link;
 use super::timestamp::Timestamp;
 
 const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 const TRAILER: [u8; 2] = (-1_i16).to_be_bytes();
 /// What is sent at once: the server works on it while the next is put together.
 const CHUNK_BYTES: usize = 64 * 1024;
-
-/// Whether the server still takes something: how long a large batch may take is for the server to say.
-#[derive(Debug, Default)]
-pub(super) struct Progress(AtomicU64);
-
-impl Progress {
-    fn make(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Grows as long as there is some.
-    pub(super) fn made(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
 
 /// Rows in the making.
 pub(super) struct Rows {
@@ -73,29 +55,33 @@ impl Rows {
 ///
 /// # Cancel safety
 /// None: the connection must be given up.
-pub(super) async fn copy<T: Sync>(
-    conn: &mut PgConnection,
+pub(super) async fn copy<T>(
+    conn: &mut Link,
     table: &str,
     items: &[T],
-    progress: &Progress,
-    write: impl Fn(&mut Rows, &T) + Send,
+    write: impl Fn(&mut Rows, &T),
 ) -> Result<(), sqlx::Error> {
-    let mut copy = conn
-        .copy_in_raw(&format!("COPY {table} FROM STDIN (FORMAT binary)"))
-        .await?;
+    let mut items = items.iter();
     let mut rows = Rows {
-        bytes: Vec::with_capacity(CHUNK_BYTES),
+        bytes: Vec::with_capacity(2 * CHUNK_BYTES),
     };
     rows.bytes.extend_from_slice(HEADER);
-    for item in items {
-        write(&mut rows, item);
-        if rows.bytes.len() >= CHUNK_BYTES {
-            copy.send(rows.bytes.as_slice()).await?;
-            progress.make();
-            rows.bytes.clear();
+    let mut has_ended = false;
+    let mut next = || {
+        if has_ended {
+            return None;
         }
-    }
-    rows.bytes.extend_from_slice(&TRAILER);
-    copy.send(rows.bytes.as_slice()).await?;
-    copy.finish().await.map(drop)
+        while rows.bytes.len() < CHUNK_BYTES {
+            let Some(item) = items.next() else {
+                rows.bytes.extend_from_slice(&TRAILER);
+                has_ended = true;
+                break;
+            };
+            write(&mut rows, item);
+        }
+        let empty = Vec::with_capacity(2 * CHUNK_BYTES);
+        Some(std::mem::replace(&mut rows.bytes, empty))
+    };
+    let statement = format!("COPY {table} FROM STDIN (FORMAT binary)");
+    conn.copy_in(&statement, &mut next).await
 }

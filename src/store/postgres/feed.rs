@@ -8,16 +8,15 @@
 
 use std::time::Duration;
 
-use sqlx::{Connection, PgConnection, Row};
-use tokio::time::error::Elapsed;
-use tokio::time::timeout;
+use sqlx::Row;
 
 use super::admit::clock_row;
 use super::identity::mark_replaced;
+use super::link::Link;
 use super::open::{OpenError, bring_up_to_date, connect, open_error};
 use super::timestamp::Timestamp;
 use super::write::Writer;
-use super::{COMMIT_TIMEOUT, PostgresSettings, PostgresStore, SpoolClaim, classify};
+use super::{PostgresSettings, PostgresStore, SpoolClaim, classify, run};
 use crate::clock::{ClockStep, Origin};
 use crate::store::sqlite::spool::{
     DeviceRow, SchemaRow, SeriesRow, SpoolIdentity, Standing, StreamRow,
@@ -33,7 +32,7 @@ const LOCK_RETRY: Duration = Duration::from_millis(50);
 
 /// Makes sure that a connection may write: `spool` is the one it writes for, if any.
 pub(super) async fn enter(
-    conn: &mut PgConnection,
+    conn: &mut Link,
     url: &PostgresUrl,
     spool: Option<&SpoolClaim>,
 ) -> Result<(), OpenError> {
@@ -59,7 +58,7 @@ pub(super) async fn enter(
 }
 
 /// Records that this connection feeds the database, so that a copy of the spool sees that somebody does.
-async fn name_connection(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+async fn name_connection(conn: &mut Link) -> Result<(), sqlx::Error> {
     sqlx::query(
         "UPDATE spool SET backend_pid = pid, backend_start = pg_stat_activity.backend_start
          FROM pg_stat_activity WHERE pid = pg_backend_pid()",
@@ -100,14 +99,15 @@ pub(in crate::store) async fn claim(
     let sql = |error| open_error(url, error);
     let mut conn = connect(url, settings.allows_data_loss).await?;
     bring_up_to_date(&mut conn, url).await?;
-    let mut transaction = conn.begin().await.map_err(sql)?;
+    // Undone with the connection when anything fails.
+    run(&mut conn, "BEGIN").await.map_err(sql)?;
     let found: Option<(String, String, String, i64, bool)> = sqlx::query_as(
         "SELECT id, host, instance, drained, EXISTS (
              SELECT FROM pg_stat_activity AS a
              WHERE a.pid = spool.backend_pid AND a.backend_start = spool.backend_start
          ) FROM spool FOR UPDATE",
     )
-    .fetch_optional(&mut *transaction)
+    .fetch_optional(&mut conn)
     .await
     .map_err(sql)?;
     let url = || settings.url.clone();
@@ -131,13 +131,13 @@ pub(in crate::store) async fn claim(
     let is_put_back = drained < *known;
     let claimed = sqlx::query("UPDATE spool SET instance = $1")
         .bind(next)
-        .execute(&mut *transaction);
+        .execute(&mut conn);
     claimed.await.map_err(sql)?;
     if is_put_back {
-        mark_replaced(&mut transaction).await.map_err(sql)?;
+        mark_replaced(&mut conn).await.map_err(sql)?;
     }
-    transaction.commit().await.map_err(sql)?;
-    conn.close().await.map_err(sql)?;
+    run(&mut conn, "COMMIT").await.map_err(sql)?;
+    conn.close().await;
     Ok(Claimed {
         drained,
         is_put_back,
@@ -188,7 +188,7 @@ pub(in crate::store) async fn register(
     let standing = standing(&mut conn).await;
     let standing = standing.map_err(|error| open_error(url, error))?;
     // The lock goes with the connection.
-    conn.close().await.map_err(|error| open_error(url, error))?;
+    conn.close().await;
     Ok(standing)
 }
 
@@ -210,20 +210,19 @@ pub(in crate::store) async fn release(
         .bind(&spool.next_instance);
     let released = released.execute(&mut conn).await;
     released.map_err(|error| open_error(url, error))?;
-    conn.close().await.map_err(|error| open_error(url, error))
+    conn.close().await;
+    Ok(())
 }
 
 /// The spool that feeds the database: its id, host and instance.
-async fn registered(
-    conn: &mut PgConnection,
-) -> Result<Option<(String, String, String)>, sqlx::Error> {
+async fn registered(conn: &mut Link) -> Result<Option<(String, String, String)>, sqlx::Error> {
     sqlx::query_as("SELECT id, host, instance FROM spool")
         .fetch_optional(conn)
         .await
 }
 
 /// Takes the lock alone: then no gateway is connected that does not look at the table `spool`.
-async fn await_writers(conn: &mut PgConnection, url: &PostgresUrl) -> Result<(), OpenError> {
+async fn await_writers(conn: &mut Link, url: &PostgresUrl) -> Result<(), OpenError> {
     let patience_ends = tokio::time::Instant::now() + LOCK_PATIENCE;
     loop {
         let lock = sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(WRITERS_LOCK);
@@ -238,7 +237,7 @@ async fn await_writers(conn: &mut PgConnection, url: &PostgresUrl) -> Result<(),
     }
 }
 
-async fn standing(conn: &mut PgConnection) -> Result<Standing, sqlx::Error> {
+async fn standing(conn: &mut Link) -> Result<Standing, sqlx::Error> {
     let drained = sqlx::query_scalar("SELECT coalesce(max(drained), 0) FROM spool");
     let mut standing = Standing {
         drained: drained.fetch_one(&mut *conn).await?,
@@ -317,7 +316,7 @@ impl PostgresStore {
         rows: &[&DeviceRow],
     ) -> Result<Vec<DeviceId>, StoreError> {
         let mut writer = self.writer().await?;
-        let adopted = timeout(COMMIT_TIMEOUT, adopt_devices(&mut writer.conn, rows)).await;
+        let adopted = adopt_devices(&mut writer.conn, rows).await;
         self.keep_unless_failed(writer, adopted)
     }
 
@@ -326,7 +325,7 @@ impl PostgresStore {
         rows: &[StreamRow],
     ) -> Result<Vec<StreamId>, StoreError> {
         let mut writer = self.writer().await?;
-        let adopted = timeout(COMMIT_TIMEOUT, adopt_streams(&mut writer.conn, rows)).await;
+        let adopted = adopt_streams(&mut writer.conn, rows).await;
         self.keep_unless_failed(writer, adopted)
     }
 
@@ -335,7 +334,7 @@ impl PostgresStore {
         rows: &[SeriesRow],
     ) -> Result<Vec<SeriesId>, StoreError> {
         let mut writer = self.writer().await?;
-        let adopted = timeout(COMMIT_TIMEOUT, adopt_series(&mut writer.conn, rows)).await;
+        let adopted = adopt_series(&mut writer.conn, rows).await;
         self.keep_unless_failed(writer, adopted)
     }
 
@@ -344,30 +343,22 @@ impl PostgresStore {
         rows: &[SchemaRow],
     ) -> Result<(), StoreError> {
         let mut writer = self.writer().await?;
-        let adopted = timeout(COMMIT_TIMEOUT, adopt_schemas(&mut writer.conn, rows)).await;
+        let adopted = adopt_schemas(&mut writer.conn, rows).await;
         self.keep_unless_failed(writer, adopted)
     }
 
     fn keep_unless_failed<T>(
         &mut self,
         writer: Writer,
-        done: Result<Result<T, sqlx::Error>, Elapsed>,
+        done: Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
-        match done {
-            Ok(Ok(done)) => {
-                self.writer = Some(writer);
-                Ok(done)
-            }
-            Ok(Err(error)) => Err(classify(&error.into())),
-            Err(_) => Err(super::no_answer()),
-        }
+        let done = done.map_err(|error| classify(&error.into()))?;
+        self.writer = Some(writer);
+        Ok(done)
     }
 }
 
-async fn adopt_devices(
-    conn: &mut PgConnection,
-    rows: &[&DeviceRow],
-) -> Result<Vec<DeviceId>, sqlx::Error> {
+async fn adopt_devices(conn: &mut Link, rows: &[&DeviceRow]) -> Result<Vec<DeviceId>, sqlx::Error> {
     let time = |us: Option<i64>| us.map(Timestamp);
     let mut ids = Vec::with_capacity(rows.len());
     for row in rows {
@@ -392,10 +383,7 @@ async fn adopt_devices(
     Ok(ids)
 }
 
-async fn adopt_streams(
-    conn: &mut PgConnection,
-    rows: &[StreamRow],
-) -> Result<Vec<StreamId>, sqlx::Error> {
+async fn adopt_streams(conn: &mut Link, rows: &[StreamRow]) -> Result<Vec<StreamId>, sqlx::Error> {
     let mut ids = Vec::with_capacity(rows.len());
     for row in rows {
         let id = sqlx::query_scalar(
@@ -413,10 +401,7 @@ async fn adopt_streams(
     Ok(ids)
 }
 
-async fn adopt_series(
-    conn: &mut PgConnection,
-    rows: &[SeriesRow],
-) -> Result<Vec<SeriesId>, sqlx::Error> {
+async fn adopt_series(conn: &mut Link, rows: &[SeriesRow]) -> Result<Vec<SeriesId>, sqlx::Error> {
     let mut ids = Vec::with_capacity(rows.len());
     for row in rows {
         let id = sqlx::query_scalar(
@@ -435,7 +420,7 @@ async fn adopt_series(
     Ok(ids)
 }
 
-async fn adopt_schemas(conn: &mut PgConnection, rows: &[SchemaRow]) -> Result<(), sqlx::Error> {
+async fn adopt_schemas(conn: &mut Link, rows: &[SchemaRow]) -> Result<(), sqlx::Error> {
     for row in rows {
         sqlx::query(
             "INSERT INTO schemas (device_id, schema, hash, declaration)

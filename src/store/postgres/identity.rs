@@ -12,15 +12,14 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 
-use fieldgate_protocol::frame::types;
-use sqlx::PgConnection;
-
+use super::link::Link;
 use super::timestamp::Timestamp;
 use super::write::CommitError;
 use super::{PostgresSettings, run_counted};
 use crate::store::{
     Batch, Committed, Content, DeviceId, Entry, Login, LoginOutcome, Receipt, SeriesId, StreamId,
 };
+use fieldgate_protocol::frame::types;
 
 /// Reason of a gap that no device reported: the store has lost what it had acknowledged.
 pub(in crate::store) const REASON_LOST_BY_STORE: u8 = 254;
@@ -91,7 +90,7 @@ impl Identity {
     }
 
     /// Begins a transaction, in one round trip with the check that the database has all former commits.
-    pub(super) async fn begin(&mut self, conn: &mut PgConnection) -> Result<(), CommitError> {
+    pub(super) async fn begin(&mut self, conn: &mut Link) -> Result<(), CommitError> {
         // Each statement must see what another gateway has committed while this one waited for a lock.
         let mut sql = "BEGIN ISOLATION LEVEL READ COMMITTED;".to_owned();
         // Ids are random hexadecimal digits of this program's own.
@@ -228,7 +227,7 @@ impl Identity {
     }
 
     /// Leaves nothing behind.
-    pub(super) async fn leave(&self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    pub(super) async fn leave(&self, conn: &mut Link) -> Result<(), sqlx::Error> {
         let Count::Own { id, .. } = &self.count else {
             return Ok(());
         };
@@ -290,7 +289,7 @@ pub(super) struct LostFrames {
 /// Records a gap for each, under the ledger's `ids`, and moves the streams over them; the logins' receipts
 /// follow.
 pub(super) async fn store_lost(
-    conn: &mut PgConnection,
+    conn: &mut Link,
     ids: Vec<i64>,
     lost: &[LostFrames],
     outcomes: &mut [LoginOutcome],
@@ -348,7 +347,7 @@ pub(super) async fn store_lost(
 }
 
 /// Deletes the rows of writers that ended without doing so themselves.
-pub(super) async fn prune(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+pub(super) async fn prune(conn: &mut Link) -> Result<(), sqlx::Error> {
     sqlx::query("DELETE FROM store_writers WHERE committed_at < now() - interval '90 days'")
         .execute(conn)
         .await
@@ -356,7 +355,7 @@ pub(super) async fn prune(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
 }
 
 /// Draws a new mark for the store, by which readers see that what they know of it may not hold.
-pub(super) async fn mark_replaced(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+pub(super) async fn mark_replaced(conn: &mut Link) -> Result<(), sqlx::Error> {
     sqlx::query("UPDATE store_identity SET mark = gen_random_uuid()::text")
         .execute(conn)
         .await
@@ -371,7 +370,7 @@ impl OwnedSeries {
     /// Makes sure that each series in `entries` belongs to the entry's device.
     pub(super) async fn check(
         &mut self,
-        conn: &mut PgConnection,
+        conn: &mut Link,
         entries: &[Entry],
     ) -> Result<(), CommitError> {
         let mut unknown = BTreeMap::new();

@@ -1,7 +1,8 @@
 //! The store in a Postgres database, which several gateways may share.
 //!
 //! A gateway has a few connections that write, each with its own transactions; a device always has
-//! the same one. `open` gets connections, `write` turns a batch into a transaction (`admit` has the
+//! the same one. `link` is a connection on which every await has a deadline, `backends` ends at the server
+//! what was given up here, `open` gets connections, `write` turns a batch into a transaction (`admit` has the
 //! statements of logins and declares, `copy` and `timestamp` the binary format of COPY), `partitions`
 //! keeps a table for each day, `feed` is for a spool that feeds the database. Here they are put together, and errors become [`StoreError`]s.
 //!
@@ -13,29 +14,30 @@
 //!   batch comes again on a new one, and the ledger passes over what is stored already.
 
 use std::borrow::Cow;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sqlx::{Connection, PgConnection};
-use tokio::time::timeout;
-
-use self::copy::Progress;
+use self::backends::Backends;
+pub use self::backends::end_left;
 use self::identity::Identity;
 pub(super) use self::identity::REASON_LOST_BY_STORE;
-pub use self::open::{OpenError, migrate, open_editor, open_reader};
+pub use self::link::Link;
+pub use self::open::{OpenError, migrate, open_editor, open_reader, open_watcher};
 use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
 use self::write::{CommitError, Writer};
 pub(super) use self::write::{insert_hours, insert_readings};
 use super::bounds::DeviceBounds;
+use super::cut::{Cut, Sum};
 use super::{Batch, Committed, Store, StoreError};
 use crate::store::url::PostgresUrl;
 
 mod admit;
+mod backends;
 mod copy;
 pub(super) mod feed;
 mod identity;
+mod link;
 mod open;
 mod partitions;
 #[cfg(test)]
@@ -43,9 +45,9 @@ pub(super) mod tests;
 mod timestamp;
 mod write;
 
-/// A server that has not gone on for so long is given up, and connected to anew: the network may have
+/// A server that has not gone on for this long is given up, and connected to again: the network may have
 /// lost the connection without a word.
-const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How the store is reached and used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +85,7 @@ pub struct PostgresStore {
     /// `None` after an error, until the next commit.
     writer: Option<Writer>,
     identity: Identity,
+    cut: Cut,
 }
 
 impl PostgresStore {
@@ -92,6 +95,7 @@ impl PostgresStore {
     /// [`OpenError`] says in one line what is wrong and what to do.
     pub async fn open(settings: PostgresSettings) -> Result<Vec<Self>, OpenError> {
         let settings = Arc::new(settings);
+        Backends::of(&settings.url).allow_writers(settings.writers);
         let mut first = open::connect(&settings.url, settings.allows_data_loss).await?;
         open::bring_up_to_date(&mut first, &settings.url).await?;
         let pruned = identity::prune(&mut first).await;
@@ -104,8 +108,9 @@ impl PostgresStore {
             stores.push(Self {
                 settings: Arc::clone(&settings),
                 partitions: Arc::clone(&partitions),
-                writer: Some(Writer::new(conn, settings.bounds)),
+                writer: Some(Writer::new(conn, &settings)),
                 identity: Identity::new(&settings),
+                cut: Cut::default(),
             });
         }
         Ok(stores)
@@ -120,27 +125,47 @@ impl PostgresStore {
     async fn forget(&mut self) {
         self.identity.forget();
         // What others know of operators' changes is compared with the database by their numbers, too.
-        let marking = async {
-            let mut writer = self.writer().await.ok()?;
-            identity::mark_replaced(&mut writer.conn).await.ok()?;
-            Some(writer)
+        let Ok(mut writer) = self.writer().await else {
+            return;
         };
-        self.writer = timeout(COMMIT_TIMEOUT, marking).await.ok().flatten();
+        if identity::mark_replaced(&mut writer.conn).await.is_ok() {
+            self.writer = Some(writer);
+        }
     }
 
     async fn writer(&mut self) -> Result<Writer, StoreError> {
         if let Some(writer) = self.writer.take() {
             return Ok(writer);
         }
-        // Whatever is wrong with the server now was not when the gateway began: it may be mended.
+        // Whatever is wrong with the server now was not when the gateway began: it may pass.
         let connected = connect(&self.settings).await;
         let conn = connected.map_err(|error| StoreError::Transient(error.to_string()))?;
-        Ok(Writer::new(conn, self.settings.bounds))
+        Ok(Writer::new(conn, &self.settings))
+    }
+
+    /// Commits what goes into one transaction.
+    async fn commit_part(&mut self, part: &Batch) -> Result<Committed, (StoreError, Size)> {
+        let mut writer = self
+            .writer()
+            .await
+            .map_err(|error| (error, Size::IsNoMatter))?;
+        self.partitions
+            .make_for(&part.entries, Instant::now())
+            .await;
+        let committed = writer.commit(part, &mut self.identity).await;
+        let committed = committed.map_err(|error| (classify(&error), Size::of(&error)));
+        if let Err((StoreError::Replaced(_), _)) = committed {
+            self.forget().await;
+        }
+        let committed = committed?;
+        self.identity.remember(part, &committed);
+        self.writer = Some(writer);
+        Ok(committed)
     }
 }
 
 /// A connection that may write.
-async fn connect(settings: &PostgresSettings) -> Result<PgConnection, OpenError> {
+async fn connect(settings: &PostgresSettings) -> Result<Link, OpenError> {
     let mut conn = open::connect(&settings.url, settings.allows_data_loss).await?;
     feed::enter(&mut conn, &settings.url, settings.spool.as_ref()).await?;
     Ok(conn)
@@ -148,23 +173,28 @@ async fn connect(settings: &PostgresSettings) -> Result<PgConnection, OpenError>
 
 impl Store for PostgresStore {
     async fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
-        let mut writer = self.writer().await?;
-        let progress = Arc::clone(&writer.progress);
-        let identity = &mut self.identity;
-        let attempt = async {
-            let now = Instant::now();
-            self.partitions.make_for(&batch.entries, now).await;
-            writer.commit(batch, identity).await
-        };
-        let committed = while_answering(attempt, &progress).await?;
-        let committed = committed.map_err(|error| classify(&error));
-        if let Err(StoreError::Replaced(_)) = committed {
-            self.forget().await;
+        'cut: loop {
+            let (mut sum, mut taken) = (Sum::default(), 0);
+            while let Some(part) = self.cut.next_part(batch, &mut taken) {
+                match self.commit_part(&part).await {
+                    Ok(committed) => {
+                        self.cut.pass(&part);
+                        sum.add(committed);
+                    }
+                    Err((error, size)) => {
+                        let reason = error.to_string();
+                        let floor = size.floor();
+                        let is_cut =
+                            floor.is_some_and(|floor| self.cut.halve(&part, floor, &reason));
+                        if is_cut && size == Size::IsTooMuch {
+                            continue 'cut;
+                        }
+                        return Err(error);
+                    }
+                }
+            }
+            return Ok(sum.committed());
         }
-        let committed = committed?;
-        self.identity.remember(batch, &committed);
-        self.writer = Some(writer);
-        Ok(committed)
     }
 
     async fn close(self) -> Result<(), StoreError> {
@@ -172,93 +202,139 @@ impl Store for PostgresStore {
             return Ok(());
         };
         // Everything is durable already; this is only to be polite.
-        let leaving = async {
-            let _ = self.identity.leave(&mut writer.conn).await;
-            let _ = writer.conn.close().await;
-        };
-        let _ = timeout(COMMIT_TIMEOUT, leaving).await;
+        // So is this; and a failure of it shows in nothing.
+        let _ = self.identity.leave(&mut writer.conn).await;
+        writer.conn.close().await;
         Ok(())
     }
-}
-
-/// Awaits something that the server does, for as long as it goes on with it.
-async fn while_answering<T>(
-    attempt: impl Future<Output = T>,
-    progress: &Progress,
-) -> Result<T, StoreError> {
-    let mut attempt = pin!(attempt);
-    let mut made = progress.made();
-    loop {
-        match tokio::time::timeout(COMMIT_TIMEOUT, &mut attempt).await {
-            Ok(done) => return Ok(done),
-            Err(_) if progress.made() > made => made = progress.made(),
-            Err(_) => return Err(no_answer()),
-        }
-    }
-}
-
-fn no_answer() -> StoreError {
-    let seconds = COMMIT_TIMEOUT.as_secs();
-    StoreError::Transient(format!("no answer within {seconds} s"))
 }
 
 fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
     error.as_database_error()?.code()
 }
 
-/// Whether an SQLSTATE tells of a state that may pass: lost connections (08), conflicts of
-/// transactions (40), a lack of room (53), shutdown and cancellation (57), I/O errors of the server
-/// (58; those that endanger what is committed, it does not survive). Other classes tell mostly of
-/// faults that last. Of them may pass: a server that has become a standby (25006); a transaction that
-/// the server has ended because this process was suspended in it (25P03, and 25P04 from release 17 on);
-/// what somebody else uses or has locked (55006, 55P03).
+/// Whether an SQLSTATE says that the server lets nobody in for the moment: a start tries again.
 fn is_passing(code: &str) -> bool {
     const CLASSES: [&str; 5] = ["08", "40", "53", "57", "58"];
     const CODES: [&str; 5] = ["25006", "25P03", "25P04", "55006", "55P03"];
     CLASSES.iter().any(|class| code.starts_with(class)) || CODES.contains(&code)
 }
 
-/// Whether a reading was on its way to the default partition when somebody made the one of its day. A
-/// constraint of an operator's own has a name.
-fn is_overtaken(error: &sqlx::Error) -> bool {
-    let Some(error) = error.as_database_error() else {
-        return false;
-    };
-    let is_violation = error.code().as_deref() == Some("23514");
-    is_violation && error.table() == Some("readings_default") && error.constraint().is_none()
-}
+/// Keys of this program's own. A row that breaks one shows that the gateway knows ids or watermarks by
+/// heart that the database does not have.
+const OWN_KEYS: [&str; 19] = [
+    "devices_pkey",
+    "devices_name_key",
+    "streams_pkey",
+    "streams_device_id_stream_key",
+    "streams_device_id_fkey",
+    "schemas_pkey",
+    "schemas_device_id_fkey",
+    "series_pkey",
+    "series_device_id_channel_unit_kind_key",
+    "series_device_id_fkey",
+    "frames_pkey",
+    "frames_stream_id_seq_key",
+    "gaps_pkey",
+    "gaps_stream_id_fkey",
+    "quarantine_stream_id_seq_key",
+    "quarantine_device_id_fkey",
+    "quarantine_stream_id_fkey",
+    "device_events_device_id_fkey",
+    "clocks_device_id_fkey",
+];
 
+/// Tells what passes, or can be put right while the gateway waits, from what only a new start can.
+///
+/// | error | examples | answer |
+/// |---|---|---|
+/// | the connection, or no answer | 08, reset, silence, TLS | waits |
+/// | the server's state | 25006 standby, 40 conflicts, 53 no room, 57 shutdown, 58 I/O, XX damage | waits |
+/// | limits on a batch | [`Size`] | cuts the batch, then waits |
+/// | a right, a table or a column that is missing | 42501, 42P01, 42703, 3F000 | waits: an operator gives it back |
+/// | a trigger or a constraint of the operator's own | P0001, 22, 23 with another name | waits: it is the operator's to change |
+/// | the database is another one | `identity`, 23503 of [`OWN_KEYS`] | forgets what it knew; devices log in again |
+/// | a row is there that must not be | 23505 of [`OWN_KEYS`] | ends: what is known by heart is wrong |
+/// | an answer that cannot be read | a column of another type | ends: a fault of this program |
+///
+/// While it waits nothing is acknowledged, devices hear NACK 11, and the log has the server's words. To
+/// end would have the service manager start it again and again, and would say no more.
 fn classify(error: &CommitError) -> StoreError {
-    /// `foreign_key_violation`: what a session knows of is not there any more.
-    const FOREIGN_KEY: &str = "23503";
     let text = error.to_string();
-    let CommitError::Sql(error) = error else {
-        return StoreError::Replaced(text);
+    let error = match error {
+        CommitError::Sql(error) => error,
+        CommitError::Unsafe(_) => return StoreError::Transient(text),
+        CommitError::Replaced(_) => return StoreError::Replaced(text),
     };
-    match (error, code(error)) {
-        (error, Some(code)) if is_passing(&code) || is_overtaken(error) => {
-            StoreError::Transient(text)
+    match error {
+        sqlx::Error::Database(database) => {
+            let key = database.constraint().unwrap_or_default();
+            match database.code().as_deref() {
+                Some("23503") if OWN_KEYS.contains(&key) => StoreError::Replaced(text),
+                Some("23505") if OWN_KEYS.contains(&key) => StoreError::Fatal(text),
+                _ => StoreError::Transient(text),
+            }
         }
-        (_, Some(code)) if code == FOREIGN_KEY => StoreError::Replaced(text),
-        (_, Some(_)) => StoreError::Fatal(text),
-        // A connection that breaks in the middle of a message may show as a breach of protocol.
-        (sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_), None) => {
-            StoreError::Transient(text)
-        }
+        // A connection that breaks in the middle of a message may show as a breach of protocol; a trigger
+        // that leaves a row out, as a row that is missing.
+        sqlx::Error::Io(_)
+        | sqlx::Error::Tls(_)
+        | sqlx::Error::Protocol(_)
+        | sqlx::Error::RowNotFound => StoreError::Transient(text),
         _ => StoreError::Fatal(text),
     }
 }
 
 /// As [`run`]; gives the number of rows that were written.
-async fn run_counted(conn: &mut PgConnection, sql: String) -> Result<u64, sqlx::Error> {
+async fn run_counted(conn: &mut Link, sql: String) -> Result<u64, sqlx::Error> {
     let done = sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
         .execute(conn)
         .await?;
     Ok(done.rows_affected())
 }
 
+/// What the size of a transaction has to do with its failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Size {
+    IsNoMatter,
+    /// A smaller one may pass where this one waited too long.
+    MayMatter,
+    /// A smaller one is tried at once.
+    IsTooMuch,
+}
+
+impl Size {
+    /// Rows below which nothing is cut. What few rows wait for is not their number.
+    fn floor(self) -> Option<usize> {
+        match self {
+            Size::IsNoMatter => None,
+            Size::MayMatter => Some(1000),
+            Size::IsTooMuch => Some(0),
+        }
+    }
+
+    fn of(error: &CommitError) -> Size {
+        let CommitError::Sql(error) = error else {
+            return Size::IsNoMatter;
+        };
+        if let sqlx::Error::Io(error) = error {
+            return match error.kind() {
+                std::io::ErrorKind::TimedOut => Size::MayMatter,
+                _ => Size::IsNoMatter,
+            };
+        }
+        match code(error).as_deref() {
+            // Time for a statement or a transaction, memory (locks are in shared memory), limits.
+            Some("57014" | "25P04" | "53200" | "53400") => Size::IsTooMuch,
+            Some(code) if code.starts_with("54") => Size::IsTooMuch,
+            Some("55P03") => Size::MayMatter,
+            _ => Size::IsNoMatter,
+        }
+    }
+}
+
 /// A text that is SQL without parameters, by the simple protocol.
-async fn run(conn: &mut PgConnection, sql: impl Into<String>) -> Result<(), sqlx::Error> {
+async fn run(conn: &mut Link, sql: impl Into<String>) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(sqlx::AssertSqlSafe(sql.into()))
         .execute(conn)
         .await

@@ -9,9 +9,11 @@ use std::io;
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use sqlx::Row;
 use sqlx::migrate::{Migrate, MigrateError, Migrator};
-use sqlx::{ConnectOptions, Connection, PgConnection};
 
+use super::backends::Backends;
+use super::link::{Link, Patience};
 use super::{code, run};
 use crate::store::url::PostgresUrl;
 
@@ -44,20 +46,72 @@ const TABLES: [&str; 15] = [
 ];
 /// `server_version_num` of the oldest release that is tested.
 const VERSION_MIN: i32 = 140_000;
-/// Without these, a server that crashes may have lost what it said was committed.
-const DURABILITY_SETTINGS: [&str; 3] = ["fsync", "full_page_writes", "synchronous_commit"];
+/// Without these, a server that crashes may have lost what it said was committed. What a session can set
+/// itself, `synchronous_commit`, is not among them.
+const DURABILITY_SETTINGS: [&str; 2] = ["fsync", "full_page_writes"];
 
-/// The locks of a gateway that froze, or whose network is gone, are what other gateways wait for: the
-/// server shall find out.
+/// What every session sets, whatever the role or the database have as defaults. A statement waits for a
+/// lock for a while, and then says that it did. A gateway that froze, or whose network is gone, is found
+/// out by the server, because others wait for its locks.
+const SETTINGS: &str = "SET application_name = 'fieldgate'; SET idle_session_timeout = 0;
+    SET lock_timeout = '20s'; SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10;
+    SET tcp_keepalives_count = 3;";
+/// As the server shows it.
+const LOCK_TIMEOUT: &str = "20s";
+/// A writer's statement is given up by its [`Link`] when it makes no progress; these limits are for what
+/// the link cannot end, and far above what a batch takes.
 const WRITER_SETTINGS: &str = "SET default_transaction_read_only = off;
-    SET idle_in_transaction_session_timeout = '30s'; SET tcp_keepalives_idle = 30;
-    SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3";
-/// A reader shows values as text: what the role or the database sets must not change how they are written.
+    SET idle_in_transaction_session_timeout = '30s'; SET statement_timeout = '5min';";
+/// What a gateway reads again and again it gives up after 5 s.
+const WATCHER_SETTINGS: &str =
+    "SET default_transaction_read_only = on; SET statement_timeout = '10s';";
+/// How long a statement may run is for the database's administrator to say. A reader shows values as text:
+/// what the role or the database sets must not change how they are written.
 const READER_SETTINGS: &str = "SET default_transaction_read_only = on; SET bytea_output = 'hex';
-    SET IntervalStyle = 'postgres'";
+    SET IntervalStyle = 'postgres';";
+/// From release 17 on, a limit on whole transactions may be the role's default.
+const TRANSACTION_TIMEOUT: &str = "SET transaction_timeout = '10min';";
+const TRANSACTION_TIMEOUT_SINCE: u32 = 170_000;
+/// Keeps what the operator has configured, through every reload, and raises it where commits would not
+/// wait for the disk.
+const KEEP_SYNCHRONOUS: &str = "SELECT set_config('synchronous_commit',
+        CASE setting WHEN 'off' THEN 'on' ELSE setting END, false)
+    FROM (SELECT current_setting('synchronous_commit') AS setting) AS configured;";
+/// A statement that runs or waits for a lock learns that its client is gone. Servers on some systems
+/// cannot do that, and refuse it.
+const CHECK_CLIENT: &str = "SET client_connection_check_interval = '5s'";
 
-/// How long the server may take to let a connection in.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the server may take to let a connection in, and for each step of setting it up.
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// To write; `keeps` is whether each commit has to wait for the disk.
+    Writer { keeps: bool },
+    /// To look again and again while the gateway runs.
+    Watcher,
+    /// To read for an operator.
+    Reader,
+}
+
+impl Role {
+    fn settings(self) -> String {
+        match self {
+            Role::Writer { keeps: true } => format!("{WRITER_SETTINGS}{KEEP_SYNCHRONOUS}"),
+            Role::Writer { keeps: false } => WRITER_SETTINGS.to_owned(),
+            Role::Watcher => WATCHER_SETTINGS.to_owned(),
+            Role::Reader => READER_SETTINGS.to_owned(),
+        }
+    }
+
+    fn patience(self) -> Patience {
+        match self {
+            Role::Reader => Patience::WhileWorking,
+            _ => Patience::Limited,
+        }
+    }
+}
 
 /// Why a database could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +161,16 @@ pub enum OpenError {
         "the user of {url} lacks rights: {reason}; make it the owner of the database, or of a schema in its search_path"
     )]
     Rights {
+        /// The database.
+        url: PostgresUrl,
+        /// What the server says.
+        reason: String,
+    },
+    /// A pooler or the role keeps the session from having settings of its own.
+    #[error(
+        "the session with {url} cannot be set up: {reason}; connect to Postgres itself, or through a pooler in session mode, as a role that may SET"
+    )]
+    Settings {
         /// The database.
         url: PostgresUrl,
         /// What the server says.
@@ -242,15 +306,23 @@ pub enum OpenError {
     },
 }
 
+impl OpenError {
+    /// Returns whether the server may be there in a moment, without anybody's doing.
+    pub fn may_pass(&self) -> bool {
+        matches!(
+            self,
+            OpenError::Unreachable { .. } | OpenError::NotReady { .. }
+        )
+    }
+}
+
 /// Opens a connection that may write, to a server that keeps what it commits.
 ///
 /// # Errors
 /// [`OpenError`] says in one line what is wrong and what to do.
-pub(super) async fn connect(
-    url: &PostgresUrl,
-    allows_data_loss: bool,
-) -> Result<PgConnection, OpenError> {
-    let mut conn = connect_as(url, WRITER_SETTINGS).await?;
+pub(super) async fn connect(url: &PostgresUrl, allows_data_loss: bool) -> Result<Link, OpenError> {
+    let keeps = !allows_data_loss;
+    let mut conn = session(url, Role::Writer { keeps }).await?;
     refuse_unfit(&mut conn, url).await?;
     let lacking = unsafe_settings(&mut conn).await;
     let lacking = lacking.map_err(|error| open_error(url, error))?;
@@ -269,25 +341,34 @@ pub(super) async fn connect(
 /// # Errors
 /// As for [`super::PostgresStore::open`].
 pub async fn migrate(url: &PostgresUrl) -> Result<(i64, i64), OpenError> {
-    let mut conn = connect_as(url, WRITER_SETTINGS).await?;
+    let mut conn = session(url, Role::Writer { keeps: true }).await?;
     refuse_unfit(&mut conn, url).await?;
     let before = bring_up_to_date(&mut conn, url).await?;
-    conn.close().await.map_err(|error| open_error(url, error))?;
+    conn.close().await;
     Ok((before, latest_known()))
 }
 
 /// Brings the schema up to date; gives back its version before.
-pub(super) async fn bring_up_to_date(
-    conn: &mut PgConnection,
-    url: &PostgresUrl,
-) -> Result<i64, OpenError> {
+pub(super) async fn bring_up_to_date(conn: &mut Link, url: &PostgresUrl) -> Result<i64, OpenError> {
     let before = refuse_foreign(conn, url).await?;
     if before < latest_known() {
+        // A change of the schema may take long; the next connection has the usual limits.
+        let sql = |error| open_error(url, error);
+        run(conn, "SET statement_timeout = 0").await.map_err(sql)?;
+        if conn.release() >= Some(TRANSACTION_TIMEOUT_SINCE) {
+            run(conn, "SET transaction_timeout = 0")
+                .await
+                .map_err(sql)?;
+        }
+        conn.set_patience(Patience::WhileWorking);
+        let (inner, watch) = conn.parts();
         // `run` is the same behind a trait that keeps a task from awaiting it.
-        MIGRATIONS
-            .run_direct(None, &mut *conn, false)
-            .await
-            .map_err(|error| migration_error(url, error))?;
+        let migrating = async { Ok(MIGRATIONS.run_direct(None, inner, false).await) };
+        let migrated = watch.answer(migrating).await.map_err(sql)?;
+        migrated.map_err(|error| migration_error(url, error))?;
+        conn.set_patience(Patience::Limited);
+        let role = Role::Writer { keeps: false };
+        set(conn, url, role).await?;
     }
     Ok(before)
 }
@@ -296,8 +377,16 @@ pub(super) async fn bring_up_to_date(
 ///
 /// # Errors
 /// The server does not let us in, or what is there is no store of this program's present schema.
-pub async fn open_reader(url: &PostgresUrl) -> Result<PgConnection, OpenError> {
-    open_present(url, READER_SETTINGS).await
+pub async fn open_reader(url: &PostgresUrl) -> Result<Link, OpenError> {
+    open_present(url, Role::Reader).await
+}
+
+/// Opens a connection as [`open_reader`], for a gateway that looks again and again.
+///
+/// # Errors
+/// As [`open_reader`].
+pub async fn open_watcher(url: &PostgresUrl) -> Result<Link, OpenError> {
+    open_present(url, Role::Watcher).await
 }
 
 /// Opens a connection that writes beside running gateways. It must not add frames nor move streams: for
@@ -305,15 +394,15 @@ pub async fn open_reader(url: &PostgresUrl) -> Result<PgConnection, OpenError> {
 ///
 /// # Errors
 /// As [`open_reader`].
-pub async fn open_editor(url: &PostgresUrl) -> Result<PgConnection, OpenError> {
-    let mut conn = open_present(url, WRITER_SETTINGS).await?;
+pub async fn open_editor(url: &PostgresUrl) -> Result<Link, OpenError> {
+    let mut conn = open_present(url, Role::Writer { keeps: true }).await?;
     refuse_unfit(&mut conn, url).await?;
     Ok(conn)
 }
 
 /// Connects to what is there already, and of the present schema.
-async fn open_present(url: &PostgresUrl, settings: &str) -> Result<PgConnection, OpenError> {
-    let mut conn = connect_as(url, settings).await?;
+async fn open_present(url: &PostgresUrl, role: Role) -> Result<Link, OpenError> {
+    let mut conn = session(url, role).await?;
     match refuse_foreign(&mut conn, url).await? {
         0 => Err(OpenError::Missing { url: url.clone() }),
         found if found < latest_known() => Err(OpenError::Older { url: url.clone() }),
@@ -321,23 +410,65 @@ async fn open_present(url: &PostgresUrl, settings: &str) -> Result<PgConnection,
     }
 }
 
-async fn connect_as(url: &PostgresUrl, settings: &str) -> Result<PgConnection, OpenError> {
-    let options = url.options().disable_statement_logging();
-    let connecting = async {
-        let mut conn = options.connect().await?;
-        run(&mut conn, settings).await?;
-        Ok(conn)
-    };
-    match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
-        Ok(connected) => connected.map_err(|error| open_error(url, error)),
-        Err(_) => Err(OpenError::Unreachable {
+/// Connects, and gives the session its own settings.
+async fn session(url: &PostgresUrl, role: Role) -> Result<Link, OpenError> {
+    let connected = Link::connect(url).await;
+    let mut conn = connected.map_err(|error| open_error(url, error))?;
+    conn.set_patience(Patience::Within(Backends::of(url).connect_timeout()));
+    if let Some(release) = conn
+        .release()
+        .filter(|release| *release < VERSION_MIN as u32)
+    {
+        return Err(OpenError::TooOld {
             url: url.clone(),
-            reason: format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()),
-        }),
+            found: format!("{}.{}", release / 10_000, release % 10_000),
+        });
     }
+    set(&mut conn, url, role).await?;
+    match run(&mut conn, CHECK_CLIENT).await {
+        Ok(()) | Err(sqlx::Error::Database(_)) => {}
+        Err(error) => return Err(open_error(url, error)),
+    }
+    conn.set_patience(role.patience());
+    Ok(conn)
 }
 
-async fn refuse_unfit(conn: &mut PgConnection, url: &PostgresUrl) -> Result<(), OpenError> {
+/// Gives a session its settings, and makes sure that the next statement has them.
+async fn set(conn: &mut Link, url: &PostgresUrl, role: Role) -> Result<(), OpenError> {
+    let refused = |error: sqlx::Error| match open_error(url, error) {
+        OpenError::Other { url, reason } | OpenError::Rights { url, reason } => {
+            OpenError::Settings { url, reason }
+        }
+        other => other,
+    };
+    let mut settings = format!("{SETTINGS}{}", role.settings());
+    if conn.release() >= Some(TRANSACTION_TIMEOUT_SINCE) {
+        settings.push_str(TRANSACTION_TIMEOUT);
+    }
+    settings.push_str("SELECT pg_backend_pid() AS pid");
+    let rows = sqlx::raw_sql(sqlx::AssertSqlSafe(settings));
+    let rows = rows.fetch_all(&mut *conn).await.map_err(refused)?;
+    let set_on: Option<i32> = rows.last().and_then(|row| row.try_get("pid").ok());
+    let (pid, started_us, lock_timeout): (i32, Option<i64>, String) = sqlx::query_as(
+        "SELECT pg_backend_pid(), (SELECT (extract(epoch FROM backend_start) * 1000000)::bigint
+             FROM pg_stat_activity WHERE pid = pg_backend_pid()), current_setting('lock_timeout')",
+    )
+    .persistent(false)
+    .fetch_one(&mut *conn)
+    .await
+    .map_err(refused)?;
+    if set_on != Some(pid) || lock_timeout != LOCK_TIMEOUT {
+        let reason = "its settings are gone at the next statement".to_owned();
+        return Err(OpenError::Settings {
+            url: url.clone(),
+            reason,
+        });
+    }
+    conn.identify(pid, started_us.unwrap_or_default());
+    Ok(())
+}
+
+async fn refuse_unfit(conn: &mut Link, url: &PostgresUrl) -> Result<(), OpenError> {
     let found: Result<(i32, String, String, bool), sqlx::Error> = sqlx::query_as(
         "SELECT current_setting('server_version_num')::int4, current_setting('server_version'),
              current_setting('server_encoding'), pg_is_in_recovery()",
@@ -361,7 +492,7 @@ async fn refuse_unfit(conn: &mut PgConnection, url: &PostgresUrl) -> Result<(), 
     Ok(())
 }
 
-async fn unsafe_settings(conn: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
+async fn unsafe_settings(conn: &mut Link) -> Result<Vec<String>, sqlx::Error> {
     sqlx::query_scalar(
         "SELECT name FROM pg_settings WHERE name = ANY($1) AND setting = 'off' ORDER BY name",
     )
@@ -371,7 +502,7 @@ async fn unsafe_settings(conn: &mut PgConnection) -> Result<Vec<String>, sqlx::E
 }
 
 /// Gives back the version of the schema, 0 where there is none.
-async fn refuse_foreign(conn: &mut PgConnection, url: &PostgresUrl) -> Result<i64, OpenError> {
+async fn refuse_foreign(conn: &mut Link, url: &PostgresUrl) -> Result<i64, OpenError> {
     let has_migrations: Result<bool, sqlx::Error> =
         sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
             .bind(MIGRATIONS_TABLE)
@@ -394,8 +525,13 @@ async fn refuse_foreign(conn: &mut PgConnection, url: &PostgresUrl) -> Result<i6
     }
 }
 
-async fn refuse_newer(conn: &mut PgConnection, url: &PostgresUrl) -> Result<i64, OpenError> {
-    let applied = conn.list_applied_migrations(MIGRATIONS_TABLE).await;
+async fn refuse_newer(conn: &mut Link, url: &PostgresUrl) -> Result<i64, OpenError> {
+    let (inner, watch) = conn.parts();
+    let listing = async { Ok(inner.list_applied_migrations(MIGRATIONS_TABLE).await) };
+    let applied = watch
+        .answer(listing)
+        .await
+        .map_err(|error| open_error(url, error))?;
     let applied = applied.map_err(|error| migration_error(url, error))?;
     let found = applied.iter().map(|migration| migration.version).max();
     let (found, known) = (found.unwrap_or(0), latest_known());

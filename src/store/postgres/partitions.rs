@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 
 use jiff::civil::Date;
 use jiff::{Timestamp as UtcTime, ToSpan, tz::TimeZone};
-use sqlx::PgConnection;
 use tokio::sync::Mutex;
 
+use super::link::{Link, Patience};
 use super::open::{OpenError, open_error, reason};
 use super::run;
 use crate::store::url::PostgresUrl;
@@ -42,8 +42,12 @@ const LOCK_TIMEOUT_MS: u64 = 2000;
 /// as long the second time, and four times from the third one on: all of it stays below the time after
 /// which a server is given up that does not answer.
 const WORK_TIMEOUT_MS: u64 = 3000;
+/// A server that does not answer is given up sooner than by a commit, which waits for this.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// A commit makes no further partition when it has made some for so long.
 const ROUND_MAX: Duration = Duration::from_secs(3);
+/// From one look for partitions that an operator has detached to the next.
+const LOOK_INTERVAL: Duration = Duration::from_secs(60);
 /// After a partition could not be made, and at least before any other is tried.
 pub(super) const RETRY_MIN: Duration = Duration::from_secs(60);
 /// After a partition could not be made time and again.
@@ -62,9 +66,11 @@ pub(super) struct Partitions {
 
 struct Maker {
     /// `None` after an error, until the next try.
-    conn: Option<PgConnection>,
+    conn: Option<Link>,
     /// No day is tried before.
     rests_until: Option<Instant>,
+    /// When the next look for detached partitions is due.
+    look_at: Instant,
     /// Days whose partition could not be made.
     retries: BTreeMap<i64, Retry>,
 }
@@ -77,7 +83,7 @@ struct Retry {
 
 impl Partitions {
     /// Makes those of the days to come.
-    pub(super) async fn new(mut conn: PgConnection, url: PostgresUrl) -> Result<Self, OpenError> {
+    pub(super) async fn new(mut conn: Link, url: PostgresUrl) -> Result<Self, OpenError> {
         let is_foreign = sqlx::query_scalar(
             "SELECT NOT EXISTS (SELECT FROM pg_inherits
                  WHERE inhparent = 'readings'::regclass AND inhrelid = to_regclass('readings_default'))",
@@ -92,6 +98,7 @@ impl Partitions {
             maker: Mutex::new(Maker {
                 conn: Some(conn),
                 rests_until: None,
+                look_at: Instant::now() + LOOK_INTERVAL,
                 retries: BTreeMap::new(),
             }),
         };
@@ -101,6 +108,7 @@ impl Partitions {
 
     /// Makes the partitions that the readings of these entries need, and those of the days to come.
     pub(super) async fn make_for(&self, entries: &[Entry], now: Instant) {
+        self.look_for_detached(now).await;
         let today = UtcTime::now().as_microsecond().div_euclid(DAY_US);
         let missing = self.missing(entries, today);
         if missing.is_empty() {
@@ -115,20 +123,50 @@ impl Partitions {
             }
             // Before it is tried: it may be given up at any moment.
             let tries = maker.put_off(day, now);
-            if let Err(error) = maker.make(&self.url, day, work_timeout_ms(tries)).await {
-                tracing::warn!(
-                    day = %date(day),
-                    reason = reason(&error),
-                    retry_s = wait_after(tries).as_secs(),
-                    "no partition could be made for a day; its readings go to the default one"
-                );
-                return;
+            match maker.make(&self.url, day, work_timeout_ms(tries)).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    tracing::warn!(
+                        partition = name(day),
+                        look_s = wait_after(tries).as_secs(),
+                        "partition is detached, its readings go to the default partition; attach it \
+                         again, or rename it and a new one is made"
+                    );
+                    maker.rests_until = None;
+                    continue;
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        day = %date(day),
+                        reason = reason(&error),
+                        retry_s = wait_after(tries).as_secs(),
+                        "no partition could be made for a day; its readings go to the default one"
+                    );
+                    return;
+                }
             }
             self.lock().insert(day);
             maker.retries.remove(&day);
             if began.elapsed() < ROUND_MAX {
                 maker.rests_until = None;
             }
+        }
+    }
+
+    /// Forgets days whose partition was detached or dropped since: they are tried again, and warned of.
+    async fn look_for_detached(&self, now: Instant) {
+        // Whoever makes partitions at this moment looks as well.
+        let Ok(mut maker) = self.maker.try_lock() else {
+            return;
+        };
+        if self.is_foreign || now < maker.look_at {
+            return;
+        }
+        maker.look_at = now + LOOK_INTERVAL;
+        match maker.attached(&self.url).await {
+            Ok(attached) => self.lock().retain(|day| attached.contains(&name(*day))),
+            // The commit that comes next says it better.
+            Err(error) => tracing::debug!(%error, "partitions cannot be looked at"),
         }
     }
 
@@ -187,8 +225,28 @@ impl Maker {
         url: &PostgresUrl,
         day: i64,
         work_timeout_ms: u64,
-    ) -> Result<(), sqlx::Error> {
+    ) -> Result<bool, sqlx::Error> {
         // Given up unless all goes well, and if this is cancelled.
+        let mut conn = self.conn(url).await?;
+        let is_attached = make(&mut conn, day, work_timeout_ms).await?;
+        self.conn = Some(conn);
+        Ok(is_attached)
+    }
+
+    /// Names of the partitions that are attached.
+    async fn attached(&mut self, url: &PostgresUrl) -> Result<BTreeSet<String>, sqlx::Error> {
+        let mut conn = self.conn(url).await?;
+        let attached: Vec<String> = sqlx::query_scalar(
+            "SELECT relname::text FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
+             WHERE inhparent = 'readings'::regclass AND NOT inhdetachpending",
+        )
+        .fetch_all(&mut conn)
+        .await?;
+        self.conn = Some(conn);
+        Ok(attached.into_iter().collect())
+    }
+
+    async fn conn(&mut self, url: &PostgresUrl) -> Result<Link, sqlx::Error> {
         let mut conn = match self.conn.take() {
             Some(conn) => conn,
             None => {
@@ -196,9 +254,8 @@ impl Maker {
                 connected.map_err(|error| sqlx::Error::Protocol(error.to_string()))?
             }
         };
-        make(&mut conn, day, work_timeout_ms).await?;
-        self.conn = Some(conn);
-        Ok(())
+        conn.set_patience(Patience::Within(ANSWER_TIMEOUT));
+        Ok(conn)
     }
 }
 
@@ -210,10 +267,11 @@ fn wait_after(tries: u32) -> Duration {
     (RETRY_MIN * (1 << tries.min(6))).min(RETRY_MAX)
 }
 
-/// Makes the partition of a day, unless another gateway has. An error leaves nothing behind, but a
-/// transaction: the connection must be given up.
-async fn make(conn: &mut PgConnection, day: i64, work_timeout_ms: u64) -> Result<(), sqlx::Error> {
-    let name = format!("readings_{}", date(day).strftime("%Y%m%d"));
+/// Makes the partition of a day, unless another gateway has; returns whether it is attached, which an
+/// operator may have undone. An error leaves nothing behind, but a transaction: the connection must be
+/// given up.
+async fn make(conn: &mut Link, day: i64, work_timeout_ms: u64) -> Result<bool, sqlx::Error> {
+    let name = name(day);
     run(
         conn,
         format!(
@@ -223,10 +281,14 @@ async fn make(conn: &mut PgConnection, day: i64, work_timeout_ms: u64) -> Result
         ),
     )
     .await?;
-    let exists: bool = sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
-        .bind(&name)
-        .fetch_one(&mut *conn)
-        .await?;
+    let (exists, is_attached): (bool, bool) = sqlx::query_as(
+        "SELECT to_regclass($1) IS NOT NULL, EXISTS (SELECT FROM pg_inherits
+             WHERE inhrelid = to_regclass($1) AND inhparent = 'readings'::regclass
+                 AND NOT inhdetachpending)",
+    )
+    .bind(&name)
+    .fetch_one(&mut *conn)
+    .await?;
     if !exists {
         let (from, to) = (date(day), date(day + 1));
         let range = format!("ts >= '{from} 00:00+00' AND ts < '{to} 00:00+00'");
@@ -245,7 +307,12 @@ async fn make(conn: &mut PgConnection, day: i64, work_timeout_ms: u64) -> Result
         )
         .await?;
     }
-    run(conn, "COMMIT").await
+    run(conn, "COMMIT").await?;
+    Ok(is_attached || !exists)
+}
+
+fn name(day: i64) -> String {
+    format!("readings_{}", date(day).strftime("%Y%m%d"))
 }
 
 fn date(day: i64) -> Date {
@@ -263,6 +330,7 @@ mod tests {
         let mut maker = Maker {
             conn: None,
             rests_until: None,
+            look_at: Instant::now(),
             retries: BTreeMap::new(),
         };
         let mut now = Instant::now();

@@ -7,16 +7,15 @@
 //!   by the ledger, logins, declares and clocks by their keys, the audit trail by looking first.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
-
-use sqlx::PgConnection;
+use std::time::{Duration, Instant};
 
 use super::admit::{Admissions, keep_clocks};
-use super::copy::{Progress, copy};
+use super::copy::copy;
 use super::identity::{Identity, OwnedSeries, store_lost};
+use super::link::Link;
 use super::open::reason;
-use super::run;
 use super::timestamp::Timestamp;
+use super::{PostgresSettings, run};
 use crate::clock::ClockStep;
 use crate::store::bounds::DeviceBounds;
 use crate::store::hours::KnownHours;
@@ -32,12 +31,20 @@ const FRAME_IDS_IN_BLOCK: i64 = 1024;
 /// acknowledgement, some 40 ms.
 const COPY_READINGS_MIN: usize = 10_000;
 
+/// A reload of the server's configuration is noticed within this time, and a commit.
+const COMPARE_INTERVAL: Duration = Duration::from_secs(5);
+
 /// Why a batch was not committed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CommitError {
     /// The server, or the way there.
     #[error("{}", reason(.0))]
     Sql(#[from] sqlx::Error),
+    /// The server does not sync what it commits.
+    #[error(
+        "Postgres runs with {0}, and may lose what it commits: nothing is acknowledged until fsync and full_page_writes are on again"
+    )]
+    Unsafe(String),
     /// The database is not the one whose ids the batch has.
     #[error("{0}")]
     Replaced(String),
@@ -51,24 +58,28 @@ impl From<UnknownStream> for CommitError {
 
 /// A connection that writes, and what it keeps between batches.
 pub(super) struct Writer {
-    pub(super) conn: PgConnection,
+    pub(super) conn: Link,
     /// Ids taken from the sequence and not given to a frame.
     frame_ids: std::ops::Range<i64>,
     hours: KnownHours,
     series: OwnedSeries,
-    pub(super) progress: Arc<Progress>,
     bounds: DeviceBounds,
+    /// Whether a commit has to be safe from a crash of the server.
+    keeps: bool,
+    /// When the session's `synchronous_commit` was last compared with the operator's.
+    compared_at: Instant,
 }
 
 impl Writer {
-    pub(super) fn new(conn: PgConnection, bounds: DeviceBounds) -> Self {
+    pub(super) fn new(conn: Link, settings: &PostgresSettings) -> Self {
         Self {
             conn,
             frame_ids: 0..0,
             hours: KnownHours::default(),
             series: OwnedSeries::default(),
-            progress: Arc::default(),
-            bounds,
+            bounds: settings.bounds,
+            keeps: !settings.allows_data_loss,
+            compared_at: Instant::now(),
         }
     }
 
@@ -78,6 +89,7 @@ impl Writer {
         batch: &Batch,
         identity: &mut Identity,
     ) -> Result<Committed, CommitError> {
+        self.follow_operator().await?;
         identity.begin(&mut self.conn).await?;
         let mut admissions = Admissions::new(&mut self.conn, self.bounds);
         let declares = admissions.declare(&batch.declares).await?;
@@ -111,13 +123,49 @@ impl Writer {
         let refusals = self.refusals(&batch.refusals).await?;
         let events: Vec<&DeviceEvent> = batch.events.iter().chain(&refusals).collect();
         self.store_events(&frames, &events).await?;
-        run(&mut self.conn, "COMMIT").await?;
+        self.end_transaction().await?;
         self.hours.learn(hours);
         Ok(Committed {
             logins,
             declares,
             receipts: watermarks.receipts(),
         })
+    }
+
+    /// Commits, unless the server would not sync it. A server reads its configuration between messages, so
+    /// the look and the COMMIT are one.
+    async fn end_transaction(&mut self) -> Result<(), CommitError> {
+        const LOOK: &str = "SELECT CASE
+            WHEN current_setting('fsync')::boolean AND current_setting('full_page_writes')::boolean
+            THEN 0 ELSE ('fsync ' || current_setting('fsync') || ' and full_page_writes '
+                || current_setting('full_page_writes'))::integer END; COMMIT";
+        if !self.keeps {
+            return Ok(run(&mut self.conn, "COMMIT").await?);
+        }
+        let ended = run(&mut self.conn, LOOK).await;
+        match ended {
+            // What is no number stands in the message, in quotes.
+            Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("22P02") => {
+                let found = error.message().split('"').nth(1);
+                Err(CommitError::Unsafe(found.unwrap_or_default().to_owned()))
+            }
+            ended => Ok(ended?),
+        }
+    }
+
+    /// Raises the session's `synchronous_commit` where the operator's has come to be higher since.
+    async fn follow_operator(&mut self) -> Result<(), sqlx::Error> {
+        if !self.keeps || self.compared_at.elapsed() < COMPARE_INTERVAL {
+            return Ok(());
+        }
+        let raise = "SELECT set_config(name, reset_val, false)
+            FROM pg_settings, (SELECT ARRAY['off', 'local', 'remote_write', 'on', 'remote_apply'])
+                AS levels (low_to_high)
+            WHERE name = 'synchronous_commit'
+                AND array_position(low_to_high, reset_val) > array_position(low_to_high, setting)";
+        run(&mut self.conn, raise).await?;
+        self.compared_at = Instant::now();
+        Ok(())
     }
 
     async fn lock_watermarks(
@@ -226,7 +274,7 @@ impl Writer {
             return insert_readings(&mut self.conn, &runs).await;
         }
         let table = "readings (series_id, ts, frame_id, value)";
-        copy(&mut self.conn, table, &runs, &self.progress, |rows, run| {
+        copy(&mut self.conn, table, &runs, |rows, run| {
             for (series, ts_us, frame, value) in run.readings() {
                 rows.row(4)
                     .int8(series)
@@ -399,7 +447,7 @@ impl Writer {
 
 /// Adds the hours that are not there yet.
 pub(in crate::store) async fn insert_hours(
-    conn: &mut PgConnection,
+    conn: &mut Link,
     hours: &[i64],
 ) -> Result<(), sqlx::Error> {
     if hours.is_empty() {
@@ -415,7 +463,7 @@ pub(in crate::store) async fn insert_hours(
 
 /// Puts readings in by one statement.
 pub(in crate::store) async fn insert_readings(
-    conn: &mut PgConnection,
+    conn: &mut Link,
     runs: &[Run<'_>],
 ) -> Result<(), sqlx::Error> {
     if runs.is_empty() {

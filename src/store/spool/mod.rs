@@ -76,13 +76,17 @@ pub struct SpoolStore {
     bytes_max: u64,
     arrived: Arc<Notify>,
     stop: CancellationToken,
+    /// Cancelled when closing may not wait for the database any longer.
+    give_up: CancellationToken,
+    close_within: Duration,
     /// Ends the drain when dropped; gives the reason if it cannot go on.
     drain: JoinSet<Option<String>>,
 }
 
 impl SpoolStore {
     /// Opens the spool at `path`, creating it if there is none, and begins to drain it. The database
-    /// has to be there only for a spool that it does not know yet.
+    /// has to be there only for a spool that it does not know yet. Closing goes on to drain for
+    /// `close_within` at most.
     ///
     /// # Errors
     /// [`SpoolError`] says in one line what is wrong and what to do.
@@ -90,6 +94,7 @@ impl SpoolStore {
         path: &Path,
         sqlite: &SqliteSettings,
         bytes_max: u64,
+        close_within: Duration,
         postgres: PostgresSettings,
     ) -> Result<Self, SpoolError> {
         let mut spool = SqliteStore::open_spool(path, sqlite).await?;
@@ -113,11 +118,13 @@ impl SpoolStore {
             Err(_) => None,
         };
         let spool = Arc::clone(&feeder.spool);
-        let (arrived, stop) = (Arc::new(Notify::new()), CancellationToken::new());
+        let arrived = Arc::new(Notify::new());
+        let (stop, give_up) = (CancellationToken::new(), CancellationToken::new());
         let drain = Drain {
             feeder,
             arrived: Arc::clone(&arrived),
             stop: stop.clone(),
+            give_up: give_up.clone(),
             connected,
             next: None,
         };
@@ -128,6 +135,8 @@ impl SpoolStore {
             bytes_max,
             arrived,
             stop,
+            give_up,
+            close_within,
             drain: task,
         })
     }
@@ -209,9 +218,14 @@ impl Store for SpoolStore {
     }
 
     async fn close(mut self) -> Result<(), StoreError> {
-        // The drain goes on until nothing is left or the database does not answer.
+        // The drain goes on until nothing is left, the database does not answer, or time is up: what is
+        // left is acknowledged by right, and the next start drains it.
         self.stop.cancel();
-        while self.drain.join_next().await.is_some() {}
+        let ended = async { while self.drain.join_next().await.is_some() {} };
+        if timeout(self.close_within, ended).await.is_err() {
+            self.give_up.cancel();
+            while self.drain.join_next().await.is_some() {}
+        }
         let spool = Arc::into_inner(self.spool).map(Mutex::into_inner);
         let Some(mut spool) = spool else {
             return Err(StoreError::Fatal("the drain has not ended".to_owned()));
@@ -232,6 +246,7 @@ struct Drain {
     feeder: Feeder,
     arrived: Arc<Notify>,
     stop: CancellationToken,
+    give_up: CancellationToken,
     /// `None` while the database is away.
     connected: Option<Connected>,
     /// Read while what comes before it was committed.
@@ -314,19 +329,34 @@ impl Drain {
         if chunk.is_empty() {
             return Ok(true);
         }
+        // What is given up here is nothing that the spool waits for: it forgets only afterwards.
+        let give_up = self.give_up.clone();
+        let next = tokio::select! {
+            next = self.bring(&mut chunk) => next?,
+            () = give_up.cancelled() => {
+                return Err(StoreError::Transient("the gateway ends".to_owned()).into());
+            }
+        };
+        self.feeder.spool.lock().await.forget(&chunk).await?;
+        if let Some(connected) = &mut self.connected {
+            connected.store.advance_drained();
+        }
+        // An empty one may have been read before more came.
+        self.next = Some(next).filter(|next| !next.is_empty());
+        Ok(false)
+    }
+
+    /// Brings a chunk to the database; gives the next one.
+    async fn bring(&mut self, chunk: &mut Chunk) -> Result<Chunk, DrainError> {
         let connected = match &mut self.connected {
             Some(connected) => connected,
             absent => absent.insert(self.feeder.connect().await?),
         };
         let reader = &mut self.feeder.reader;
-        let mut batch = connected.translate(&mut chunk, reader).await?;
+        let mut batch = connected.translate(chunk, reader).await?;
         let (committed, next) = tokio::join!(connected.commit(&mut batch), read(reader, chunk.end));
         committed?;
-        self.feeder.spool.lock().await.forget(&chunk).await?;
-        connected.store.advance_drained();
-        // An empty one may have been read before more came.
-        self.next = Some(next?).filter(|next| !next.is_empty());
-        Ok(false)
+        Ok(next?)
     }
 }
 

@@ -56,7 +56,15 @@ impl Spooled {
 async fn open(directory: &TempDir, database: &Database) -> Result<SpoolStore, SpoolError> {
     let path = directory.path().join("spool.db");
     let settings = SqliteSettings::default();
-    SpoolStore::open(&path, &settings, BYTES_MAX, database.settings()).await
+    let close_within = Duration::from_secs(10);
+    SpoolStore::open(
+        &path,
+        &settings,
+        BYTES_MAX,
+        close_within,
+        database.settings(),
+    )
+    .await
 }
 
 /// By which the spool is known to its database.
@@ -285,9 +293,15 @@ async fn a_copy_that_began_without_the_database_keeps_what_it_has() {
         url: nowhere,
         ..h.database.settings()
     };
-    let mut twin = SpoolStore::open(&path, &SqliteSettings::default(), BYTES_MAX, absent)
-        .await
-        .unwrap();
+    let mut twin = SpoolStore::open(
+        &path,
+        &SqliteSettings::default(),
+        BYTES_MAX,
+        Duration::ZERO,
+        absent,
+    )
+    .await
+    .unwrap();
     let batch = Batch {
         entries: vec![a.gap(3, 4)],
         ..Batch::default()

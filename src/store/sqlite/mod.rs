@@ -21,6 +21,7 @@ pub use self::open::{OpenError, migrate, open_editor, open_reader};
 use self::turn::Turns;
 use self::write::Writer;
 use super::bounds::DeviceBounds;
+use super::cut::{Cut, Sum};
 use super::hours::hours_of;
 use super::rows::Run;
 use super::{Batch, Committed, Content, Store, StoreError};
@@ -46,8 +47,11 @@ const LOCKED: i32 = 6;
 const NOMEM: i32 = 7;
 const READONLY: i32 = 8;
 const FULL: i32 = 13;
+const TOOBIG: i32 = 18;
 const CANTOPEN: i32 = 14;
 const NOTADB: i32 = 26;
+/// Extended code of what a trigger refused. This program has none that do.
+const CONSTRAINT_TRIGGER: i32 = 19 | (7 << 8);
 /// Extended code of an I/O error: the log's index, which is rebuilt at every start, could not grow.
 /// It is how a full disk shows there.
 const IOERR_SHMSIZE: i32 = 10 | (19 << 8);
@@ -99,6 +103,7 @@ pub struct SqliteStore {
     checkpoints: Checkpoints,
     statistics: Statistics,
     turns: Turns,
+    cut: Cut,
     held: HeldFiles,
     /// Held while the store is open; closed after the connections.
     _locks: Locks,
@@ -169,27 +174,55 @@ impl SqliteStore {
                 due_at_readings: OPTIMIZE_AFTER_READINGS.0,
             },
             turns: Turns::of_gateway(&path),
+            cut: Cut::default(),
             held: HeldFiles::of_database(&path),
             _locks: locks,
         })
     }
 
-    async fn try_commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
+    /// Commits what goes into one transaction; an error comes with whether a smaller one may pass.
+    async fn try_commit(&mut self, batch: &Batch) -> Result<Committed, (StoreError, bool)> {
+        let no_matter = |error| (error, false);
         let Some(writer) = &mut self.writer else {
-            return Err(StoreError::Fatal("the store has failed before".to_owned()));
+            let failed = "the store has failed before".to_owned();
+            return Err((StoreError::Fatal(failed), false));
         };
-        self.checkpoints.make_room().await?;
+        self.checkpoints.make_room().await.map_err(no_matter)?;
         self.turns.give_way().await;
-        self.statistics.look_after(writer).await?;
-        let committed = writer
-            .commit(batch)
+        self.statistics
+            .look_after(writer)
             .await
-            .map_err(|error| classify(&error, "commit"))?;
+            .map_err(no_matter)?;
+        let committed = writer.commit(batch).await;
+        let committed =
+            committed.map_err(|error| (classify(&error, "commit"), depends_on_size(&error)))?;
         // What was committed is durable only in a file that will be found again.
-        self.held.check().map_err(StoreError::Fatal)?;
+        self.held
+            .check()
+            .map_err(|reason| (StoreError::Fatal(reason), false))?;
         self.statistics.count(batch);
         self.observe_log().await;
         Ok(committed)
+    }
+
+    /// Commits a batch, in parts while it is too large as a whole.
+    async fn commit_in_parts(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
+        'cut: loop {
+            let (mut sum, mut taken) = (Sum::default(), 0);
+            while let Some(part) = self.cut.next_part(batch, &mut taken) {
+                match self.try_commit(&part).await {
+                    Ok(committed) => {
+                        self.cut.pass(&part);
+                        sum.add(committed);
+                    }
+                    Err((error, true)) if self.cut.halve(&part, 0, &error.to_string()) => {
+                        continue 'cut;
+                    }
+                    Err((error, _)) => return Err(error),
+                }
+            }
+            return Ok(sum.committed());
+        }
     }
 
     /// After a commit. What was committed is durable whatever this finds: an error is no reason to
@@ -213,7 +246,7 @@ impl SqliteStore {
 
 impl Store for SqliteStore {
     async fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
-        let result = self.try_commit(batch).await;
+        let result = self.commit_in_parts(batch).await;
         if let Err(StoreError::Fatal(_)) = result {
             self.abandon();
         }
@@ -317,9 +350,17 @@ fn classify(error: &sqlx::Error, doing: &str) -> StoreError {
     }
 }
 
+/// Whether a smaller transaction may pass where this one did not.
+fn depends_on_size(error: &sqlx::Error) -> bool {
+    matches!(primary_code(error), Some(NOMEM | TOOBIG))
+}
+
 /// Whether the store can be trusted after an error: a disk that is full or a lock that is held may
-/// pass, but after a failed read, write or sync nobody knows what is on the disk.
+/// pass, and so may a trigger of the operator's own that refuses rows; but after a failed read, write or sync nobody knows what is on the disk.
 fn is_transient(error: &sqlx::Error) -> bool {
     matches!(primary_code(error), Some(BUSY | LOCKED | NOMEM | FULL))
-        || extended_code(error) == Some(IOERR_SHMSIZE)
+        || matches!(
+            extended_code(error),
+            Some(IOERR_SHMSIZE | CONSTRAINT_TRIGGER)
+        )
 }

@@ -5,7 +5,7 @@ use super::*;
 use crate::store::contract::{admitted, comes_back, login, very_many};
 
 /// Rows of `series` that the transaction on this connection has read so far.
-async fn rows_read(conn: &mut PgConnection) -> i64 {
+async fn rows_read(conn: &mut Link) -> i64 {
     let read = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables
         WHERE relname = 'series'";
     sqlx::query_scalar(read).fetch_one(conn).await.unwrap()
@@ -39,10 +39,10 @@ async fn what_a_device_has_declared_before_costs_nothing() {
         ..DeviceBounds::DEFAULT
     };
     let many = very_many(device, 1000..1700);
-    run(conn, "BEGIN").await.unwrap();
+    run(&mut *conn, "BEGIN").await.unwrap();
     Admissions::new(conn, bounds).declare(&many).await.unwrap();
-    run(conn, "COMMIT").await.unwrap();
-    run(conn, "BEGIN").await.unwrap();
+    run(&mut *conn, "COMMIT").await.unwrap();
+    run(&mut *conn, "BEGIN").await.unwrap();
     let before = rows_read(conn).await;
     Admissions::new(conn, DeviceBounds::DEFAULT)
         .declare(&declares)

@@ -2,7 +2,7 @@
 //!
 //! Each test makes a database of its own on the server of `FIELDGATE_TEST_POSTGRES_URL`.
 
-use sqlx::{ConnectOptions, PgConnection, Row};
+use sqlx::{ConnectOptions, Executor, PgConnection, Postgres, Row};
 
 use super::*;
 use crate::store::contract::{Dump, Harness, change, contract, peer};
@@ -12,12 +12,22 @@ mod answers;
 mod declares;
 mod identity;
 mod partitions;
+mod silence;
+mod trouble;
 mod views;
 
 contract!(
     #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
     OnServer
 );
+
+async fn run<'c>(
+    conn: impl Executor<'c, Database = Postgres>,
+    sql: impl Into<String>,
+) -> Result<(), sqlx::Error> {
+    let sql = sqlx::raw_sql(sqlx::AssertSqlSafe(sql.into()));
+    sql.execute(conn).await.map(drop)
+}
 
 /// A database that goes when the test ends.
 pub(in crate::store) struct Database {
@@ -39,7 +49,7 @@ impl Database {
         Self { server, name }
     }
 
-    fn url(&self) -> PostgresUrl {
+    pub(in crate::store) fn url(&self) -> PostgresUrl {
         self.server.with_database(&self.name)
     }
 

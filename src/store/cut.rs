@@ -1,0 +1,281 @@
+//! Cuts a batch into several transactions when the whole is more than a database takes.
+//!
+//! A limit on time, memory or locks refuses a large batch each time it comes, and lets a smaller one pass.
+//! So after an error that depends on size, half as much goes into one transaction; after many that passed,
+//! twice as much again. A part that was committed does no harm when its batch comes again: the ledger
+//! passes over its frames, as after a COMMIT of which nothing is known.
+//!
+//! Invariant: parts keep the order of a batch: declares, entries, logins, and then the rest.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use super::{Batch, Committed, Content, Declare, Entry, Receipt, StreamId};
+
+/// Parts that have to pass before more is tried; twice as many each time that it was in vain.
+const PASSES_MIN: u32 = 8;
+const PASSES_MAX: u32 = 1024;
+
+/// How much goes into one transaction.
+#[derive(Debug)]
+pub(super) struct Cut {
+    /// `None` for a whole batch.
+    weight_max: Option<usize>,
+    passed: u32,
+    passes_needed: u32,
+    /// More was tried since the last cut.
+    has_grown: bool,
+    /// Weight of the largest batch that was cut.
+    whole: usize,
+}
+
+impl Default for Cut {
+    fn default() -> Self {
+        Self {
+            weight_max: None,
+            passed: 0,
+            passes_needed: PASSES_MIN,
+            has_grown: false,
+            whole: 0,
+        }
+    }
+}
+
+impl Cut {
+    /// Returns what goes into the next transaction, from the first item on that was not taken; `None` when
+    /// all was.
+    pub(super) fn next_part<'b>(
+        &self,
+        batch: &'b Batch,
+        taken: &mut usize,
+    ) -> Option<Cow<'b, Batch>> {
+        let all = items(batch);
+        let weight_max = self.weight_max.unwrap_or(usize::MAX);
+        if *taken == 0 && weight(batch) <= weight_max {
+            *taken = all.max(1);
+            return Some(Cow::Borrowed(batch));
+        }
+        if *taken >= all {
+            return None;
+        }
+        let part = Part::of(batch, *taken, weight_max);
+        *taken += items(&part);
+        Some(Cow::Owned(part))
+    }
+
+    /// Takes note that a part was refused for its size; returns whether a smaller one may be tried, which
+    /// has not to be smaller than `floor`.
+    pub(super) fn halve(&mut self, part: &Batch, floor: usize, reason: &str) -> bool {
+        let weight = weight(part);
+        if items(part) < 2 || weight <= floor {
+            return false;
+        }
+        if std::mem::take(&mut self.has_grown) {
+            self.passes_needed = (self.passes_needed * 2).min(PASSES_MAX);
+        }
+        self.passed = 0;
+        self.whole = self.whole.max(weight);
+        let half = (weight / 2).max(1);
+        self.weight_max = Some(half);
+        tracing::warn!(
+            %reason,
+            rows = weight,
+            rows_max = half,
+            "batch too large for the database, committing it in parts"
+        );
+        true
+    }
+
+    /// Takes note that a part was committed.
+    pub(super) fn pass(&mut self, part: &Batch) {
+        let Some(weight_max) = self.weight_max else {
+            return;
+        };
+        // A small part proves nothing.
+        if weight(part) * 2 < weight_max {
+            return;
+        }
+        self.passed += 1;
+        if self.passed < self.passes_needed {
+            return;
+        }
+        (self.passed, self.has_grown) = (0, true);
+        self.weight_max = Some(weight_max * 2).filter(|weight_max| *weight_max < self.whole);
+        if self.weight_max.is_none() {
+            tracing::info!("batches are committed whole again");
+        }
+    }
+}
+
+/// What the parts of a batch came to, together.
+#[derive(Debug, Default)]
+pub(super) struct Sum {
+    committed: Committed,
+    receipts: BTreeMap<StreamId, Receipt>,
+}
+
+impl Sum {
+    pub(super) fn add(&mut self, part: Committed) {
+        self.committed.logins.extend(part.logins);
+        self.committed.declares.extend(part.declares);
+        // A stream's later part knows more.
+        let receipts = part.receipts.into_iter();
+        self.receipts
+            .extend(receipts.map(|receipt| (receipt.stream(), receipt)));
+    }
+
+    pub(super) fn committed(mut self) -> Committed {
+        self.committed.receipts = self.receipts.into_values().collect();
+        self.committed
+    }
+}
+
+/// A part in the making.
+struct Part {
+    part: Batch,
+    skip: usize,
+    weight: usize,
+    weight_max: usize,
+}
+
+impl Part {
+    /// Takes items behind the first `skip`, and at least one.
+    fn of(batch: &Batch, skip: usize, weight_max: usize) -> Batch {
+        let mut it = Part {
+            part: Batch::default(),
+            skip,
+            weight: 0,
+            weight_max,
+        };
+        let is_whole = it.take(&batch.declares, declare_weight, |part| &mut part.declares)
+            && it.take(&batch.entries, entry_weight, |part| &mut part.entries)
+            && it.take(&batch.logins, |_| 1, |part| &mut part.logins)
+            && it.take(&batch.clocks, |_| 1, |part| &mut part.clocks)
+            && it.take(&batch.events, |_| 1, |part| &mut part.events)
+            && it.take(&batch.refusals, |_| 1, |part| &mut part.refusals);
+        debug_assert!(is_whole || it.weight > 0);
+        it.part
+    }
+
+    /// Takes what has room; returns whether that is all.
+    fn take<T: Clone>(
+        &mut self,
+        items: &[T],
+        weight: impl Fn(&T) -> usize,
+        into: impl Fn(&mut Batch) -> &mut Vec<T>,
+    ) -> bool {
+        let skipped = self.skip.min(items.len());
+        self.skip -= skipped;
+        for item in &items[skipped..] {
+            let weight = weight(item);
+            if self.weight > 0 && self.weight + weight > self.weight_max {
+                return false;
+            }
+            self.weight += weight;
+            into(&mut self.part).push(item.clone());
+        }
+        true
+    }
+}
+
+/// Rows that a batch makes, roughly.
+fn weight(batch: &Batch) -> usize {
+    let declares = batch.declares.iter().map(declare_weight);
+    let entries = batch.entries.iter().map(entry_weight);
+    declares.chain(entries).sum::<usize>()
+        + batch.logins.len()
+        + batch.clocks.len()
+        + batch.events.len()
+        + batch.refusals.len()
+}
+
+fn declare_weight(declare: &Declare) -> usize {
+    1 + declare.channels.len()
+}
+
+fn entry_weight(entry: &Entry) -> usize {
+    match &entry.content {
+        Content::Readings(readings) => 1 + readings.values.len(),
+        _ => 1,
+    }
+}
+
+/// What cannot be cut further.
+fn items(batch: &Batch) -> usize {
+    batch.declares.len()
+        + batch.entries.len()
+        + batch.logins.len()
+        + batch.clocks.len()
+        + batch.events.len()
+        + batch.refusals.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{DeviceEvent, DeviceEventKind, DeviceId};
+
+    fn batch(events: usize) -> Batch {
+        let event = |n: usize| DeviceEvent {
+            device: DeviceId(n as i64),
+            at_us: 0,
+            kind: DeviceEventKind::Connected,
+            code: 0,
+            detail: String::new(),
+        };
+        Batch {
+            events: (0..events).map(event).collect(),
+            ..Batch::default()
+        }
+    }
+
+    fn parts<'b>(cut: &Cut, batch: &'b Batch) -> Vec<Cow<'b, Batch>> {
+        let mut taken = 0;
+        std::iter::from_fn(|| cut.next_part(batch, &mut taken)).collect()
+    }
+
+    fn sizes(cut: &Cut, batch: &Batch) -> Vec<usize> {
+        let parts = parts(cut, batch);
+        parts.iter().map(|part| part.events.len()).collect()
+    }
+
+    #[test]
+    fn a_batch_is_halved_until_it_passes_and_grows_again() {
+        let whole = batch(100);
+        let mut cut = Cut::default();
+        assert_eq!(sizes(&cut, &whole), [100]);
+        assert!(cut.halve(&whole, 0, "too large"));
+        assert_eq!(sizes(&cut, &whole), [50, 50]);
+        assert!(cut.halve(&batch(50), 0, "too large"));
+        assert_eq!(sizes(&cut, &whole), [25, 25, 25, 25]);
+        let order = parts(&cut, &whole);
+        let order = order.iter().flat_map(|part| &part.events);
+        assert!(order.map(|event| event.device.0).eq(0..100));
+        for _ in 0..PASSES_MIN {
+            cut.pass(&batch(25));
+        }
+        assert_eq!(sizes(&cut, &whole), [50, 50]);
+        // What is in vain again is tried half as often.
+        assert!(cut.halve(&batch(50), 0, "too large"));
+        for _ in 0..2 * PASSES_MIN - 1 {
+            cut.pass(&batch(25));
+        }
+        assert_eq!(sizes(&cut, &whole), [25, 25, 25, 25]);
+        cut.pass(&batch(25));
+        for _ in 0..2 * PASSES_MIN {
+            cut.pass(&batch(50));
+        }
+        assert_eq!(sizes(&cut, &whole), [100]);
+    }
+
+    #[test]
+    fn what_cannot_be_cut_is_not() {
+        let mut cut = Cut::default();
+        assert_eq!(sizes(&cut, &batch(0)), [0]);
+        assert!(!cut.halve(&batch(1), 0, "too large"));
+        assert!(!cut.halve(&batch(2), 2, "too large"));
+        assert!(cut.halve(&batch(2), 0, "too large"));
+        assert_eq!(sizes(&cut, &batch(2)), [1, 1]);
+        assert!(!cut.halve(&batch(1), 0, "too large"));
+    }
+}

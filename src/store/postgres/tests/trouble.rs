@@ -1,0 +1,259 @@
+//! Limits, locks and refusals of the server: what is given up ends there, what is too large is cut, and
+//! what an operator can put right is waited for.
+
+use tokio::time::timeout;
+
+use super::*;
+use crate::store::contract::Peer;
+use crate::store::reader::Reader;
+
+/// Far above what the server takes on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Connections with a statement that waits for a lock.
+const WAITING: &str = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+    AND application_name LIKE 'fieldgate%' AND wait_event_type = 'Lock'";
+const ALL: &str = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+    AND application_name LIKE 'fieldgate%'";
+
+fn batch(peer: &Peer, seqs: std::ops::RangeInclusive<u64>) -> Batch {
+    let entry = |seq: u64| peer.readings(seq, &[(seq.cast_signed(), 1.0)]);
+    Batch {
+        entries: seqs.map(entry).collect(),
+        ..Batch::default()
+    }
+}
+
+async fn count(conn: &mut PgConnection, sql: &'static str) -> i64 {
+    sqlx::query_scalar(sql).fetch_one(conn).await.unwrap()
+}
+
+async fn comes_down_to(conn: &mut PgConnection, sql: &'static str, most: i64) {
+    let down = async {
+        while count(conn, sql).await > most {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(PATIENCE, down)
+        .await
+        .expect("what was given up is ended");
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_forgotten_lock_takes_no_connections() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    Backends::of(&h.database.url()).set_timeouts(PATIENCE, Duration::from_millis(300));
+    let (mut forgotten, mut server) = (h.database.connect().await, h.database.connect().await);
+    for lock in ["readings", "streams", "frames"] {
+        run(
+            &mut forgotten,
+            format!("BEGIN; LOCK TABLE {lock} IN ACCESS EXCLUSIVE MODE"),
+        )
+        .await
+        .unwrap();
+        for _ in 0..10 {
+            let failed = h.store().commit(&batch(&peer, 1..=3)).await;
+            assert!(
+                matches!(failed, Err(StoreError::Transient(_))),
+                "{failed:?}"
+            );
+            let most = count(&mut server, ALL).await;
+            assert!(most <= 12, "{most} connections");
+        }
+        comes_down_to(&mut server, WAITING, 0).await;
+        run(&mut forgotten, "ROLLBACK").await.unwrap();
+    }
+    Backends::of(&h.database.url()).set_timeouts(PATIENCE, PATIENCE);
+    h.store().commit(&batch(&peer, 1..=3)).await.unwrap();
+    // One that writes, one that makes partitions, and the two of this test.
+    comes_down_to(&mut server, ALL, 4).await;
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_query_that_is_dropped_ends_at_the_server() {
+    let database = Database::create().await;
+    open::migrate(&database.url()).await.unwrap();
+    let mut server = database.connect().await;
+    let store = StoreUrl::Postgres(database.url());
+    let mut reader = Reader::open(&store).await.unwrap();
+    let sleep = reader.rows("SELECT CAST(pg_sleep(600) AS TEXT)", &[]);
+    let sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(600)%'
+        AND state = 'active' AND pid <> pg_backend_pid() AND datname = current_database()";
+    tokio::select! {
+        rows = sleep => panic!("{rows:?}"),
+        () = async { while count(&mut server, sleeping).await == 0 {} } => {}
+    }
+    drop(reader);
+    comes_down_to(&mut server, sleeping, 0).await;
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn limits_of_the_role_are_not_those_of_the_gateway() {
+    let database = Database::create().await;
+    let name = &database.name;
+    for (setting, value) in [
+        ("statement_timeout", "1ms"),
+        ("lock_timeout", "1ms"),
+        ("idle_in_transaction_session_timeout", "1ms"),
+        ("idle_session_timeout", "1ms"),
+        ("default_transaction_read_only", "on"),
+        ("synchronous_commit", "off"),
+    ] {
+        let set = format!("ALTER DATABASE {name} SET {setting} = '{value}'");
+        let mut server = database.server.options().connect().await.unwrap();
+        run(&mut server, set).await.unwrap();
+    }
+    let settings = PostgresSettings {
+        allows_data_loss: false,
+        ..database.settings()
+    };
+    let mut store = PostgresStore::open(settings).await.unwrap().remove(0);
+    let peer = peer(&mut store, "a").await;
+    for seq in 1..=20 {
+        store.commit(&batch(&peer, seq..=seq)).await.unwrap();
+    }
+    let conn = &mut store.writer.as_mut().unwrap().conn;
+    let setting = sqlx::query_scalar("SELECT current_setting('synchronous_commit')");
+    let setting: String = setting.fetch_one(conn).await.unwrap();
+    assert_eq!(setting, "on");
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn what_the_operator_set_for_commits_is_never_lowered() {
+    let database = Database::create().await;
+    for setting in ["local", "remote_write", "on", "remote_apply"] {
+        let set = format!(
+            "ALTER DATABASE {} SET synchronous_commit = {setting}",
+            database.name
+        );
+        run(&mut database.server.options().connect().await.unwrap(), set)
+            .await
+            .unwrap();
+        let mut conn = open::connect(&database.url(), false).await.unwrap();
+        let shown = sqlx::query_scalar("SELECT current_setting('synchronous_commit')");
+        let shown: String = shown.fetch_one(&mut conn).await.unwrap();
+        assert_eq!(shown, setting);
+        conn.close().await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_batch_that_is_too_large_goes_in_parts() {
+    for code in [
+        "query_canceled",
+        "out_of_memory",
+        "program_limit_exceeded",
+        "configuration_limit_exceeded",
+    ] {
+        let mut h = OnServer::create().await;
+        let peer = peer(h.store(), "a").await;
+        let refuse = format!(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 IF (SELECT count(*) FROM new_rows) > 3 THEN
+                     RAISE EXCEPTION 'too much at once' USING ERRCODE = '{code}';
+                 END IF; RETURN NULL; END $$;
+             CREATE TRIGGER refuse AFTER INSERT ON frames REFERENCING NEW TABLE AS new_rows
+                 FOR EACH STATEMENT EXECUTE FUNCTION refuse()"
+        );
+        h.run(&refuse).await;
+        let committed = h.store().commit(&batch(&peer, 1..=40)).await.unwrap();
+        assert_eq!(committed.receipts.len(), 1, "{code}");
+        assert_eq!(committed.receipts[0].durable_seq(), 40, "{code}");
+        assert_eq!(h.dump().await.readings.len(), 40, "{code}");
+        // It stays at what passes, and comes up again when more does.
+        h.run("DROP TRIGGER refuse ON frames").await;
+        for seq in 41..=80 {
+            h.store().commit(&batch(&peer, seq..=seq)).await.unwrap();
+        }
+        h.store().commit(&batch(&peer, 81..=120)).await.unwrap();
+        assert_eq!(h.dump().await.frames.len(), 120, "{code}");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn what_an_operator_can_put_right_is_waited_for() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    let refusals = [
+        (
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 RAISE EXCEPTION 'not on Sundays'; END $$;
+             CREATE TRIGGER refuse BEFORE INSERT ON readings FOR EACH ROW EXECUTE FUNCTION refuse()",
+            "DROP TRIGGER refuse ON readings",
+            "not on Sundays",
+        ),
+        (
+            "ALTER TABLE readings ADD CONSTRAINT plausible CHECK (value < 0) NOT VALID",
+            "ALTER TABLE readings DROP CONSTRAINT plausible",
+            "plausible",
+        ),
+        (
+            "CREATE UNIQUE INDEX once ON frames (type)",
+            "DROP INDEX once",
+            "once",
+        ),
+        (
+            "ALTER TABLE frames RENAME TO elsewhere",
+            "ALTER TABLE elsewhere RENAME TO frames",
+            "frames",
+        ),
+        (
+            "ALTER TABLE readings ADD COLUMN note text NOT NULL DEFAULT 'x';
+             ALTER TABLE readings ALTER COLUMN note DROP DEFAULT",
+            "ALTER TABLE readings DROP COLUMN note",
+            "note",
+        ),
+        (
+            "CREATE ROLE fieldgate_lesser; GRANT USAGE ON SCHEMA public TO fieldgate_lesser;
+             CREATE FUNCTION lessen() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 RAISE EXCEPTION 'permission denied for table readings'
+                     USING ERRCODE = 'insufficient_privilege'; END $$;
+             CREATE TRIGGER lessen BEFORE INSERT ON frames FOR EACH STATEMENT EXECUTE FUNCTION lessen()",
+            "DROP TRIGGER lessen ON frames; DROP OWNED BY fieldgate_lesser; DROP ROLE fieldgate_lesser",
+            "permission denied",
+        ),
+    ];
+    for (seq, (refuse, allow, words)) in (1..).zip(refusals) {
+        // The index has to begin without two rows that are alike.
+        let seqs = 2 * seq..=2 * seq + 1;
+        let seqs = if seq == 1 { 1..=3 } else { seqs };
+        if words == "once" {
+            h.run("TRUNCATE frames").await;
+        }
+        h.run(refuse).await;
+        for _ in 0..2 {
+            let error = h
+                .store()
+                .commit(&batch(&peer, seqs.clone()))
+                .await
+                .unwrap_err();
+            assert!(matches!(error, StoreError::Transient(_)), "{error:?}");
+            assert!(error.to_string().contains(words), "{error}");
+        }
+        h.run(allow).await;
+        let committed = h.store().commit(&batch(&peer, seqs.clone())).await.unwrap();
+        assert_eq!(committed.receipts[0].durable_seq(), *seqs.end());
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_key_of_its_own_that_is_broken_is_fatal() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    h.store().commit(&batch(&peer, 1..=2)).await.unwrap();
+    // As if another one had stored it without moving the stream.
+    h.run(
+        "INSERT INTO frames (id, stream_id, seq, type, received_at, readings)
+         SELECT id + 1, stream_id, 3, type, received_at, readings FROM frames WHERE seq = 2",
+    )
+    .await;
+    let failed = h.store().commit(&batch(&peer, 3..=3)).await;
+    assert!(matches!(failed, Err(StoreError::Fatal(_))), "{failed:?}");
+}

@@ -1,0 +1,242 @@
+//! A Postgres that is slow to come up, loses its durability or its standby, or has a day's table taken
+//! away; and a network to it that goes silent under every command.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::client::readings;
+use crate::cluster::Cluster;
+use crate::database::{PgDatabase, Session};
+use crate::gateway::{Gateway, PATIENCE, run};
+use crate::store_down::{expect_store_down, resend_until_acked};
+
+/// From the moment that the cause is gone to the first ACK.
+const BACK_WITHIN: Duration = Duration::from_secs(20);
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_start_waits_for_a_server_that_is_not_up_yet() {
+    for more in [&["--spool"][..], &[]] {
+        let mut cluster = Cluster::start(&[]);
+        let mut database = cluster.database();
+        let url = database.url();
+        cluster.stop_immediately();
+        thread::scope(|scope| {
+            let starting = scope.spawn(|| Gateway::start(&[&["--store", &url], more].concat()));
+            cluster.run();
+            let mut gateway = starting.join().expect("starts");
+            let (mut link, _) = gateway.connect("pump");
+            link.send(&readings(1));
+            link.expect_ack(1);
+            drop(link);
+            gateway.terminate();
+            assert!(gateway.wait().status.success());
+        });
+        assert_eq!(database.frames("pump"), [(1, 17)]);
+    }
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn durability_that_is_turned_off_stops_acknowledgements() {
+    let cluster = Cluster::start(&[]);
+    let mut database = cluster.database();
+    let mut gateway = Gateway::start(&["--store", &database.url()]);
+    let (mut link, _) = gateway.connect("pump");
+    link.send(&readings(1));
+    link.expect_ack(1);
+    let mut admin = Session::open(&cluster.url());
+    let mut set = |setting: &str, value: &str| {
+        admin.execute(&format!("ALTER SYSTEM SET {setting} = {value}"));
+        admin.execute("SELECT pg_reload_conf()");
+        // A session takes it over with its next message.
+        admin.wait_for(&format!("SELECT current_setting('{setting}') = '{value}'"));
+    };
+    let mut seq = 1;
+    for setting in ["fsync", "full_page_writes"] {
+        set(setting, "off");
+        link.send(&readings(seq + 1));
+        expect_store_down(&mut link, seq);
+        gateway.wait_for_line(&format!("{setting} off"));
+        set(setting, "on");
+        resend_until_acked(&mut link, &readings(seq + 1), seq + 1, BACK_WITHIN);
+        seq += 1;
+    }
+    // What a session can hold on to itself it does.
+    set("synchronous_commit", "off");
+    link.send(&readings(seq + 1));
+    link.expect_ack(seq + 1);
+    assert!(gateway.is_alive());
+    assert_eq!(database.frames("pump").len() as u64, seq + 1);
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn commits_without_their_standby_do_not_pile_up() {
+    let cluster = Cluster::start(&[]);
+    let database = cluster.database();
+    let gateway = Gateway::start(&["--store", &database.url()]);
+    let (mut link, _) = gateway.connect("pump");
+    link.send(&readings(1));
+    link.expect_ack(1);
+    let mut admin = Session::open(&cluster.url());
+    admin.execute("SET synchronous_commit = local");
+    admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'gone'");
+    admin.execute("SELECT pg_reload_conf()");
+    admin.wait_for("SELECT current_setting('synchronous_standby_names') = 'gone'");
+    link.send(&readings(2));
+    expect_store_down(&mut link, 1);
+    let waits =
+        "FROM pg_stat_activity WHERE application_name = 'fieldgate' AND wait_event = 'SyncRep'";
+    admin.wait_for(&format!("SELECT EXISTS (SELECT {waits})"));
+    let first: Vec<(i32,)> = admin.rows(&format!("SELECT pid {waits}"));
+    for (pid,) in first {
+        let gone = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = ";
+        admin.wait_for(&format!("{gone}{pid})"));
+    }
+    let there = admin
+        .count("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'fieldgate%'");
+    assert!(there <= 8, "{there} connections");
+    admin.execute("ALTER SYSTEM RESET synchronous_standby_names");
+    admin.execute("SELECT pg_reload_conf()");
+    resend_until_acked(&mut link, &readings(2), 2, BACK_WITHIN);
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_day_whose_table_was_detached_is_warned_of() {
+    let mut database = PgDatabase::create();
+    drop(Gateway::start(&["--store", &database.url()]));
+    let today: Vec<(String,)> = database
+        .session()
+        .rows("SELECT 'readings_' || to_char(now() AT TIME ZONE 'UTC', 'YYYYMMDD')");
+    let today = &today[0].0;
+    let detach = format!("ALTER TABLE readings DETACH PARTITION {today}");
+    database.session().execute(&detach);
+    let mut gateway = Gateway::start(&["--store", &database.url()]);
+    gateway.wait_for_line("partition is detached");
+    let (mut link, _) = gateway.connect("pump");
+    link.send(&readings(1));
+    link.expect_ack(1);
+    drop(link);
+    gateway.terminate();
+    let stderr = gateway.wait().stderr;
+    assert!(stderr.contains(today.as_str()), "{stderr}");
+}
+
+/// A server that lets so many bytes through from the real one on each connection, and then is silent.
+fn silent_after(bytes: usize, server: &str) -> String {
+    let server = server.to_owned();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
+    let addr = listener.local_addr().expect("an address").to_string();
+    thread::spawn(move || {
+        for client in listener.incoming().map_while(Result::ok) {
+            let Ok(server) = TcpStream::connect(&server) else {
+                continue;
+            };
+            let (mut up, mut to_server) = (
+                client.try_clone().expect("a socket"),
+                server.try_clone().expect("a socket"),
+            );
+            thread::spawn(move || {
+                let mut buffer = [0; 4096];
+                while let Ok(read @ 1..) = up.read(&mut buffer) {
+                    if to_server.write_all(&buffer[..read]).is_err() {
+                        break;
+                    }
+                }
+            });
+            thread::spawn(move || carry(server, client, bytes));
+        }
+    });
+    addr
+}
+
+/// Carries so many bytes, and then keeps both ends open without a word.
+fn carry(mut from: TcpStream, mut to: TcpStream, mut bytes: usize) {
+    let mut buffer = [0; 4096];
+    while let Ok(read @ 1..) = from.read(&mut buffer) {
+        let let_through = read.min(bytes);
+        let _ = to.write_all(&buffer[..let_through]);
+        bytes -= let_through;
+        if bytes == 0 {
+            loop {
+                thread::park();
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn no_command_waits_for_a_network_that_went_silent() {
+    let database = PgDatabase::create();
+    drop(Gateway::start(&["--store", &database.url()]));
+    let direct = database.url();
+    let server = direct
+        .split(['@', '/'])
+        .nth(3)
+        .expect("host and port")
+        .to_owned();
+    thread::scope(|scope| {
+        // While the connection begins, while the session is set up, and in the middle of a query.
+        for bytes in [0, 300, 480, 1200] {
+            for command in [
+                &["serve", "--listen", "127.0.0.1:0", "--postgres-wait-s", "0"][..],
+                &["status"],
+                &["device", "list"],
+                &["device", "add", "pump"],
+                &["query", "SELECT 1"],
+                &["quarantine", "list"],
+            ] {
+                let url = direct.replace(&server, &silent_after(bytes, &server));
+                scope.spawn(move || {
+                    let dir = TempDir::new().expect("a directory");
+                    let data_dir = ["--data-dir", dir.path().to_str().expect("UTF-8")];
+                    let store = ["--store", url.as_str()];
+                    let ended = run(&[command, &store, &data_dir].concat());
+                    assert!(!ended.status.success(), "{command:?} after {bytes} bytes");
+                });
+            }
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_spool_leaves_in_time_from_a_server_that_went_silent() {
+    let mut cluster = Cluster::start(&[]);
+    let mut database = cluster.database();
+    let dir = TempDir::new().expect("a directory");
+    let url = database.url();
+    let flags = ["--store", url.as_str(), "--spool"];
+    let mut gateway = Gateway::start_in(dir.path(), &flags);
+    let (mut link, _) = gateway.connect("pump");
+    link.send(&readings(1));
+    link.expect_ack(1);
+    cluster.freeze();
+    link.send(&readings(2));
+    link.expect_ack(2);
+    drop(link);
+    gateway.terminate();
+    let ended = gateway.wait();
+    assert!(ended.status.success(), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("left in the spool"),
+        "{}",
+        ended.stderr
+    );
+    cluster.thaw();
+    let mut gateway = Gateway::start_in(dir.path(), &flags);
+    let deadline = Instant::now() + PATIENCE;
+    while database.frames("pump").len() < 2 {
+        assert!(Instant::now() < deadline, "not drained");
+        thread::yield_now();
+    }
+    gateway.terminate();
+    assert!(gateway.wait().status.success());
+}
