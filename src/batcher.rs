@@ -1,13 +1,16 @@
 //! Gathers submissions into the batch that is committed next.
 //!
 //! It knows no queue and no clock: `ingest` pushes what has arrived and asks whether the batch may go.
-//! A batch goes when it is full or when its writer is idle; so there is no delay when it is quiet, and
-//! batches grow by themselves when it is busy. A least time between commits may be set, for storage
-//! that wears out.
+//! A batch goes when it is full or when its writer is idle and some time has passed since the last commit.
+//! That time is short when it is busy, for batches grow by themselves then. When it is quiet it is longer, so
+//! that devices that send now and then share commits and storage lasts longer, except where a device waits:
+//! for its login or DECLARE, or for the ACK that lets it send the next frame.
+
+use std::collections::HashSet;
 
 use crate::quarantine::Reservation;
 use crate::session::Submission;
-use crate::store::{Batch, Content};
+use crate::store::{Batch, Content, StreamId};
 
 /// When a batch may go.
 #[derive(Clone, Copy, Debug)]
@@ -18,7 +21,13 @@ pub struct BatchLimits {
     pub bytes_max: usize,
     /// Least time from one commit to the next, microseconds.
     pub interval_min_us: u64,
+    /// The same when nothing comes; it shrinks to the former with the number of frames in a second.
+    pub interval_quiet_us: u64,
 }
+
+/// Frames in a second from which on it is busy.
+const BUSY_FRAMES: u64 = 200;
+const SECOND_US: u64 = 1_000_000;
 
 /// What a submission takes up until it is committed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -114,6 +123,37 @@ pub struct Batcher<T> {
     limits: BatchLimits,
     open: Tagged<T>,
     committed_at_us: Option<u64>,
+    /// Streams of the last batch.
+    committed_streams: HashSet<StreamId>,
+    /// Streams of the open batch, if it may wait.
+    open_streams: HashSet<StreamId>,
+    /// A device waits for the open batch.
+    is_awaited: bool,
+    load: Load,
+}
+
+/// How many frames come in a second.
+#[derive(Debug, Default)]
+struct Load {
+    since_us: u64,
+    frames: u64,
+    /// In the second before.
+    before: u64,
+}
+
+impl Load {
+    fn count(&mut self, frames: u64, now_us: u64) {
+        let elapsed_us = now_us.saturating_sub(self.since_us);
+        if elapsed_us >= SECOND_US {
+            self.before = self.frames * SECOND_US / elapsed_us;
+            (self.since_us, self.frames) = (now_us, 0);
+        }
+        self.frames += frames;
+    }
+
+    fn frames_per_s(&self) -> u64 {
+        self.frames.max(self.before)
+    }
 }
 
 impl<T> Batcher<T> {
@@ -123,12 +163,17 @@ impl<T> Batcher<T> {
             limits,
             open: Tagged::default(),
             committed_at_us: None,
+            committed_streams: HashSet::new(),
+            open_streams: HashSet::new(),
+            is_awaited: false,
+            load: Load::default(),
         }
     }
 
     /// Adds a submission. One that exceeds the limits by itself makes a batch of its own.
     pub fn push(&mut self, submission: Submission, tag: T) {
         self.open.size += Size::of(&submission);
+        self.is_awaited |= self.awaits(&submission);
         let Tagged {
             batch,
             logins,
@@ -168,6 +213,26 @@ impl<T> Batcher<T> {
     /// As [`Tagged::forget_ids`].
     pub fn forget_ids(&mut self) {
         self.open.forget_ids();
+        self.open_streams.clear();
+        self.committed_streams.clear();
+    }
+
+    /// Whether a device waits for what it submitted: it sends again as soon as it has an answer, or several
+    /// frames at once.
+    fn awaits(&mut self, submission: &Submission) -> bool {
+        match submission {
+            Submission::Login(_) | Submission::Declare(_) => true,
+            // When it is busy nobody waits anyway.
+            _ if self.interval_us() == self.limits.interval_min_us => false,
+            Submission::Entry(entry) | Submission::Quarantine(entry, _) => {
+                let is_first = self.is_awaited || self.open_streams.insert(entry.stream);
+                !is_first || self.committed_streams.contains(&entry.stream)
+            }
+            Submission::Clock(..)
+            | Submission::Event(_)
+            | Submission::Refusal(_)
+            | Submission::Step(_) => false,
+        }
     }
 
     /// Whether nothing is gathered.
@@ -188,14 +253,37 @@ impl<T> Batcher<T> {
             && (self.is_full() || self.poll_deadline().is_none_or(|due_us| now_us >= due_us));
         may_go.then(|| {
             self.committed_at_us = Some(now_us);
+            self.load.count(self.open.entries.len() as u64, now_us);
+            self.open_streams.clear();
+            self.committed_streams.clear();
+            self.is_awaited = false;
+            // Only when it is quiet does it matter who is among them.
+            if self.interval_us() > self.limits.interval_min_us {
+                let entries = self.open.batch.entries.iter();
+                self.committed_streams
+                    .extend(entries.map(|entry| entry.stream));
+            }
             std::mem::take(&mut self.open)
         })
     }
 
     /// The moment before which only a full batch goes; `None` where there was no commit yet.
     pub fn poll_deadline(&self) -> Option<u64> {
-        self.committed_at_us
-            .map(|at_us| at_us + self.limits.interval_min_us)
+        let interval_us = match self.is_awaited {
+            true => self.limits.interval_min_us,
+            false => self.interval_us(),
+        };
+        self.committed_at_us.map(|at_us| at_us + interval_us)
+    }
+
+    fn interval_us(&self) -> u64 {
+        let BatchLimits {
+            interval_min_us,
+            interval_quiet_us,
+            ..
+        } = self.limits;
+        let idle = BUSY_FRAMES.saturating_sub(self.load.frames_per_s());
+        interval_min_us.max(interval_quiet_us * idle / BUSY_FRAMES)
     }
 }
 
@@ -247,7 +335,12 @@ mod tests {
         /// larger than its bound and its last entry; the least time between commits holds unless full.
         #[test]
         fn agrees_with_a_list(inputs in inputs(), interval_min_us in 0u64..40) {
-            let limits = BatchLimits { readings_max: 100, bytes_max: 1 << 20, interval_min_us };
+            let limits = BatchLimits {
+                readings_max: 100,
+                bytes_max: 1 << 20,
+                interval_min_us,
+                interval_quiet_us: 0,
+            };
             let mut batcher = Batcher::new(limits);
             let mut model: Vec<usize> = Vec::new();
             let (mut pushed, mut taken, mut now_us) = (0u64, 0u64, 0u64);
@@ -295,6 +388,7 @@ mod tests {
             readings_max: 100,
             bytes_max: 1 << 20,
             interval_min_us: 0,
+            interval_quiet_us: 0,
         };
         let mut batcher = Batcher::new(limits);
         assert!(batcher.poll_batch(0).is_none());
@@ -303,12 +397,103 @@ mod tests {
         assert!(batcher.is_empty());
     }
 
+    const QUIET: BatchLimits = BatchLimits {
+        readings_max: 1_000_000,
+        bytes_max: 1 << 30,
+        interval_min_us: 3_000,
+        interval_quiet_us: 200_000,
+    };
+
+    fn of_stream(stream: i64) -> Submission {
+        let Submission::Entry(mut first) = entry(1, 1) else {
+            unreachable!()
+        };
+        first.stream = StreamId(stream);
+        Submission::Entry(first)
+    }
+
+    /// How long a batch with these streams waits after a batch with `before`.
+    fn waits(before: &[i64], streams: &[i64]) -> u64 {
+        let mut batcher = Batcher::new(QUIET);
+        let now_us = 10_000_000;
+        for stream in before {
+            batcher.push(of_stream(*stream), ());
+        }
+        assert!(batcher.poll_batch(now_us).is_some());
+        for stream in streams {
+            batcher.push(of_stream(*stream), ());
+        }
+        batcher.poll_deadline().unwrap() - now_us
+    }
+
+    #[test]
+    fn devices_that_send_now_and_then_share_commits() {
+        assert_eq!(waits(&[1], &[2, 3, 4]), 199_000);
+        // Nobody waits where nothing was committed lately.
+        let mut batcher = Batcher::new(QUIET);
+        batcher.push(of_stream(1), ());
+        assert!(batcher.poll_batch(0).is_some());
+        batcher.push(of_stream(2), ());
+        assert!(batcher.poll_batch(300_000).is_some());
+    }
+
+    #[test]
+    fn a_device_that_waits_for_its_ack_gets_it_soon() {
+        // It sent the next frame when it had the ACK; it sends a backlog.
+        assert_eq!(waits(&[1, 2], &[3, 2]), 3_000);
+        assert_eq!(waits(&[1], &[2, 3, 2]), 3_000);
+        let mut batcher = Batcher::new(QUIET);
+        batcher.push(of_stream(1), ());
+        batcher.poll_batch(1_000).unwrap();
+        batcher.push(
+            Submission::Declare(crate::store::Declare {
+                device: DeviceId(1),
+                schema: 1,
+                hash: [0; 8],
+                channels: Vec::new(),
+            }),
+            (),
+        );
+        assert_eq!(batcher.poll_deadline(), Some(4_000));
+        // What is awaited goes with it; the next batch is another matter.
+        batcher.poll_batch(4_000).unwrap();
+        batcher.push(of_stream(7), ());
+        assert!(batcher.poll_deadline().unwrap() > 100_000);
+    }
+
+    #[test]
+    fn it_does_not_wait_when_it_is_busy() {
+        let mut batcher = Batcher::new(QUIET);
+        let mut now_us = 1_000_000;
+        let mut stream = 0;
+        // A frame each millisecond, of ever other devices.
+        for _ in 0..3_000 {
+            now_us += 1_000;
+            stream += 1;
+            batcher.push(of_stream(stream), ());
+            batcher.poll_batch(now_us);
+        }
+        batcher.push(of_stream(0), ());
+        let began_us = batcher.committed_at_us.unwrap();
+        assert_eq!(batcher.poll_deadline(), Some(began_us + 3_000));
+        // Once it is quiet, it waits again.
+        for _ in 0..3 {
+            now_us += 1_000_000;
+            stream += 1;
+            batcher.push(of_stream(stream), ());
+            batcher.poll_batch(now_us).unwrap();
+        }
+        batcher.push(of_stream(0), ());
+        assert!(batcher.poll_deadline().unwrap() > now_us + 190_000);
+    }
+
     #[test]
     fn bytes_fill_a_batch_too() {
         let limits = BatchLimits {
             readings_max: 1000,
             bytes_max: 600,
             interval_min_us: 0,
+            interval_quiet_us: 0,
         };
         let mut batcher = Batcher::new(limits);
         batcher.push(entry(1, 1), ());

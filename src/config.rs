@@ -99,6 +99,10 @@ pub struct Settings {
     pub device_schemas_max: u32,
     /// Streams that a device may have.
     pub device_streams_max: u32,
+    /// Lines about a device's sessions that the audit trail keeps.
+    pub device_events_max: u32,
+    /// Days after which such a line goes, and the clock of a boot, but for the newest.
+    pub device_events_days: u32,
     /// From the first byte of a connection to the end of its handshake.
     pub handshake_timeout_s: u64,
     /// From a frame's first byte to its last.
@@ -119,6 +123,9 @@ pub struct Settings {
     /// 15,000 devices that send a frame now and then cost half as much CPU again, for small commits one
     /// after the other, and ACKs under load come no sooner.
     pub commit_interval_min_ms: u64,
+    /// The same while few frames come, so that devices share commits; no device is made to wait with its next
+    /// frame.
+    pub commit_interval_quiet_ms: u64,
     /// Readings that may wait for the store.
     pub queue_readings_max: usize,
     /// Bytes of memory that may wait for the store.
@@ -172,6 +179,8 @@ impl Default for Settings {
             device_series_max: bounds.series_max,
             device_schemas_max: bounds.schemas_max,
             device_streams_max: bounds.streams_max,
+            device_events_max: 1000,
+            device_events_days: 90,
             handshake_timeout_s: 10,
             frame_timeout_s: 30,
             idle_timeout_s: 120,
@@ -181,6 +190,7 @@ impl Default for Settings {
             frame_bytes_max: DEFAULT_FRAME_BYTES_MAX as u16,
             batch_readings_max: 200_000,
             commit_interval_min_ms: 3,
+            commit_interval_quiet_ms: 200,
             queue_readings_max: 1_000_000,
             queue_bytes_max: 256 * MIB as usize,
             drain_timeout_s: 10,
@@ -410,6 +420,9 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
             1,
             u32_max,
         ),
+        // Whether a device is connected is read from them.
+        ("device-events-max", s.device_events_max.into(), 10, u32_max),
+        ("device-events-days", s.device_events_days.into(), 1, 36_500),
         // What rustls can, and TLS allows.
         (
             "tls-record-bytes-max",
@@ -438,6 +451,12 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
         (
             "commit-interval-min-ms",
             s.commit_interval_min_ms,
+            0,
+            600_000,
+        ),
+        (
+            "commit-interval-quiet-ms",
+            s.commit_interval_quiet_ms,
             0,
             600_000,
         ),
@@ -488,6 +507,14 @@ fn check_relations(s: &Settings) -> Result<(), ConfigError> {
             u64::from(s.ack_timeout_s).saturating_mul(1000),
         ),
         ("commit-interval-min-ms", s.commit_interval_min_ms),
+        "devices would connect anew before their readings are committed",
+    )?;
+    more_than(
+        (
+            "ack-timeout-s in ms",
+            u64::from(s.ack_timeout_s).saturating_mul(1000),
+        ),
+        ("commit-interval-quiet-ms", s.commit_interval_quiet_ms),
         "devices would connect anew before their readings are committed",
     )
 }

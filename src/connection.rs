@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::SystemClock;
 use crate::codec::{CodecError, FrameCodec};
 use crate::entrance::Visit;
-use crate::ingest::{IngestQueue, STORE_RETRY_AFTER_MS, Turn};
+use crate::ingest::{IngestQueue, Turn};
 use crate::mailbox::{Mail, Mailbox};
 use crate::registry::Registry;
 use crate::session::handshake::Secured;
@@ -60,6 +60,8 @@ pub struct Connection {
     mailbox: Arc<Mailbox>,
     /// Received and not taken in yet; holds no memory while the peer is idle.
     input: BytesMut,
+    /// Whether anything came from the peer: those who look whether somebody listens say nothing.
+    has_spoken: bool,
     /// A submission for which there was no room at once.
     waiting: Option<Pin<Box<dyn Future<Output = Turn> + Send>>>,
     queue: IngestQueue,
@@ -88,6 +90,7 @@ impl Connection {
             session: Session::new(settings, peer, nonce, shared.clock.now()),
             mailbox,
             input: BytesMut::new(),
+            has_spoken: false,
             waiting: None,
             queue,
             shared,
@@ -186,6 +189,7 @@ impl Connection {
             None => STRANGER_READ_BYTES,
         };
         let result = self.socket.try_read(&mut self.input, bytes_max);
+        self.has_spoken |= !self.input.is_empty() || self.socket.tls_bytes() > 0;
         if let Some(channel) = self.socket.take_channel() {
             self.session.handle_secured(Secured {
                 binding: channel.binding,
@@ -193,6 +197,10 @@ impl Connection {
             });
         }
         match result {
+            Ok(0) if self.socket.is_handshaking() => {
+                let detail = "peer closed the connection during the TLS handshake";
+                self.session.handle_loss(detail);
+            }
             Ok(0) => self.session.handle_end_of_input(),
             Ok(_) => self.take_frames(None),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
@@ -262,8 +270,7 @@ impl Connection {
             self.session.handle_receipt(receipt, through_seq);
         }
         if let Some(is_down) = mail.store_is_down {
-            self.session
-                .handle_store_down(is_down, STORE_RETRY_AFTER_MS);
+            self.session.handle_store_down(is_down, now);
         }
         if let Some(close) = mail.close {
             self.session.close(close);
@@ -292,8 +299,11 @@ impl Connection {
     }
 
     fn lose(&mut self, error: &std::io::Error) {
-        self.session
-            .handle_loss(format!("connection lost: {error}"));
+        let detail = match tls::failure(error) {
+            Some(failure) => format!("TLS failed: {failure}"),
+            None => format!("connection lost: {error}"),
+        };
+        self.session.handle_loss(detail);
     }
 
     /// Says the last words, leaves the device's place to the next session, and writes the last line of
@@ -305,6 +315,7 @@ impl Connection {
             self.shared.registry.leave(device, &self.mailbox);
         }
         let is_told = self.session.closed().is_some_and(|close| self.log(close));
+        let is_refused = self.is_refused();
         let mut is_gone = false;
         if self.has_failed() {
             let now = self.shared.clock.now();
@@ -324,8 +335,10 @@ impl Connection {
         }
         drop(self.socket);
         let now = self.shared.clock.now();
-        if let Some(event) = self.session.handle_disconnect(is_told, now) {
-            self.queue.submit(event, self.mailbox).await;
+        match self.session.handle_disconnect(is_refused, is_told, now) {
+            Some(Submission::Refusal(refusal)) => self.visit.entrance().note(refusal),
+            Some(event) => drop(self.queue.submit(event, self.mailbox).await),
+            None => {}
         }
     }
 
@@ -339,22 +352,38 @@ impl Connection {
         self.socket.wait_for_end().await
     }
 
+    /// Whether the operator should know how it ended: it was refused, or it spoke and ended before it had proved
+    /// a key, with or without a word.
+    fn is_refused(&self) -> bool {
+        let Some(close) = self.session.closed() else {
+            return false;
+        };
+        match close.code {
+            Some(code) if code >= Code::Protocol => true,
+            None | Some(Code::Idle) => self.has_spoken && self.visit.is_stranger(),
+            Some(_) => false,
+        }
+    }
+
     /// A client that vanishes is nothing to worry about; one that is refused is for the operator to see,
     /// but not as often as it likes. Tells whether it was written.
     fn log(&self, close: &Close) -> bool {
         let (peer, detail) = (self.session.peer(), &close.detail);
-        match close.code {
-            Some(code) if code >= Code::Protocol => {
-                let now = self.shared.clock.now();
-                let may_log = self.visit.entrance().may_log(peer.ip(), now.mono_us);
-                if let Some(not_logged) = may_log {
-                    tracing::info!(%peer, code = code as u8, %detail, not_logged, "connection refused");
-                }
-                return may_log.is_some();
-            }
-            Some(code) => tracing::debug!(%peer, code = code as u8, %detail, "connection closed"),
-            None => tracing::debug!(%peer, %detail, "connection closed"),
+        let code = close.code.map_or(0, |code| code as u8);
+        if !self.is_refused() {
+            tracing::debug!(%peer, code, %detail, "connection closed");
+            return false;
         }
-        false
+        let now = self.shared.clock.now();
+        let Some(not_logged) = self.visit.entrance().may_log(peer.ip(), now.mono_us) else {
+            return false;
+        };
+        match self.session.claimed() {
+            "" => tracing::info!(%peer, code, %detail, not_logged, "connection refused"),
+            claimed => {
+                tracing::info!(%peer, code, %detail, claimed, not_logged, "connection refused");
+            }
+        }
+        true
     }
 }

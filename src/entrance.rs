@@ -2,7 +2,7 @@
 //! from where; how long they wait after a failure; how much of it is logged.
 //!
 //! Invariants
-//! - The table of addresses is bounded, whatever the number of those who come.
+//! - The tables of addresses and refusals are bounded, whatever the number of those who come.
 //! - Whoever proves a key is neither refused nor delayed for what others at its address did, but for the
 //!   number of connections there.
 //! - A place is given back when its [`Visit`] is dropped, however the connection ended.
@@ -19,6 +19,7 @@ use crate::clock::SystemClock;
 use crate::mailbox::Mailbox;
 use crate::rate::{Meter, Rate};
 use crate::session::Close;
+use crate::store::Refusal;
 
 /// A handshake of this age gives way to new ones when there are too many; a younger one may be a device's
 /// over a slow link.
@@ -30,6 +31,8 @@ const FORGET_AFTER_US: u64 = 60_000_000;
 const MINUTE_US: u64 = 60_000_000;
 /// Lines of the log in a minute for all addresses, whatever their number.
 const LINES_MAX: u32 = 1000;
+/// Refusals that wait to be written down.
+const REFUSALS_MAX: usize = 1024;
 /// Addresses without a connection that are remembered.
 const REMEMBERED_MAX: usize = 4096;
 
@@ -58,6 +61,15 @@ pub struct Entrance {
     /// A handshake has ended.
     handshake_ended: Notify,
     tables: Mutex<Tables>,
+    refusals: Mutex<Refusals>,
+}
+
+/// Refusals to be written down.
+#[derive(Debug, Default)]
+struct Refusals {
+    logged: Vec<Refusal>,
+    /// By address, claimed name and code.
+    others: HashMap<(IpAddr, String, u8), Refusal>,
 }
 
 #[derive(Debug, Default)]
@@ -146,6 +158,7 @@ impl Entrance {
             places: Semaphore::new(limits.connections_max),
             handshake_ended: Notify::new(),
             tables: Mutex::default(),
+            refusals: Mutex::default(),
         }
     }
 
@@ -269,6 +282,40 @@ impl Entrance {
         Some(not_logged)
     }
 
+    /// Keeps a refusal until it is written down: one that was logged as it is, others together with those that
+    /// are like them. When there are too many it is not kept.
+    pub fn note(&self, refusal: Refusal) {
+        let mut refusals = { &self.refusals }
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Refusals { logged, others } = &mut *refusals;
+        if logged.len() + others.len() >= REFUSALS_MAX {
+            return;
+        }
+        if refusal.is_told {
+            return logged.push(refusal);
+        }
+        let key = (refusal.peer, refusal.device.clone(), refusal.code);
+        let noted = others.entry(key).or_insert_with(|| Refusal {
+            count: 0,
+            ..refusal.clone()
+        });
+        noted.count += refusal.count;
+        noted.at_us = refusal.at_us;
+        noted.detail = refusal.detail;
+    }
+
+    /// The refusals that are to be written down.
+    pub fn take_refusals(&self) -> Vec<Refusal> {
+        let mut refusals = { &self.refusals }
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Refusals { mut logged, others } = std::mem::take(&mut *refusals);
+        logged.extend(others.into_values());
+        logged.sort_by_key(|refusal| refusal.at_us);
+        logged
+    }
+
     fn lock(&self) -> MutexGuard<'_, Tables> {
         // Whoever panicked left whole entries behind.
         self.tables.lock().unwrap_or_else(PoisonError::into_inner)
@@ -282,6 +329,11 @@ impl Visit {
             self.entrance.lock().handshakes.remove(&rank);
             self.entrance.handshake_ended.notify_one();
         }
+    }
+
+    /// Whether the peer has not proved a key.
+    pub fn is_stranger(&self) -> bool {
+        self.handshake.is_some()
     }
 
     /// The peer has failed to prove a key: how long it is to wait for the answer. It waits longer with each

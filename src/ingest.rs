@@ -35,10 +35,9 @@ const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 /// A commit that takes longer is taken for an outage: devices are told to wait, and not left to guess.
 const STALLED_AFTER: Duration = Duration::from_secs(5);
-/// After how long without anything to commit the store is tidied.
-const TIDY_AFTER: Duration = Duration::from_secs(1);
-/// What devices are told to wait while the store is down.
-pub const STORE_RETRY_AFTER_MS: u32 = 1000;
+/// After how long without anything to commit the store is tidied. A store to which something comes each half
+/// minute is not tidied each time: that would write its pages again.
+const TIDY_AFTER: Duration = Duration::from_secs(60);
 
 /// Room that a connection gets at once, beyond its submission, when it had to wait for it: what it has
 /// received meanwhile then goes into the same batch, and a store that clusters readings by series finds

@@ -21,8 +21,6 @@ use crate::store::kept::{KeptBytes, KeptFrames};
 
 /// A device may use the room of quarantine divided by this.
 pub const DEVICE_SHARE: u64 = 8;
-/// What devices are told to wait when there is no room.
-pub const RETRY_AFTER_MS: u32 = 2000;
 
 /// From one reading of the store to the next, at least.
 const READ_INTERVAL: Duration = Duration::from_secs(1);

@@ -19,13 +19,15 @@ use crate::ingest::{self, IngestQueue, QueueLimits};
 use crate::registry::Registry;
 use crate::session::{SessionSettings, Submission};
 use crate::socket::Socket;
-use crate::store::{Store, StoreError};
+use crate::store::{Refusal, Store, StoreError};
 use crate::tls::Tls;
 
 /// What the system keeps of what a peer has not taken yet; it counts twice as much, for its own needs.
 const SEND_BUFFER_BYTES: u32 = 32 * 1024;
 /// Connections that wait to be accepted, as far as the system allows so many.
 const BACKLOG: u32 = 1024;
+/// From one time that refusals are written down to the next.
+const REFUSALS_INTERVAL: Duration = Duration::from_secs(1);
 /// After accept failed (descriptors run out, mostly): long enough for some to come free.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
@@ -120,19 +122,22 @@ pub async fn serve<S: Store>(
         drain: drain.clone(),
     });
     let connections = TaskTracker::new();
+    let entrance = Arc::new(Entrance::new(settings.entrance));
     tokio::select! {
-        () = accept(&listeners, settings.entrance, &connections, &shared, &queue) => {}
+        () = accept(&listeners, &entrance, &connections, &shared, &queue) => {}
+        never = write_refusals(&entrance, &queue) => never,
         () = watching => {}
         () = drain.cancelled() => {}
         // While there is a queue, a lane ends only by failing.
         ended = all_ended(&mut ingest) => return ended,
     }
     drop(listeners);
-    drop(queue);
     connections.close();
     let drained = async {
-        // The queue closes when the last connection is gone; then the store closes.
         connections.wait().await;
+        submit_refusals(&entrance, &queue).await;
+        // With it the queue closes, and then the store.
+        drop(queue);
         all_ended(&mut ingest).await
     };
     match timeout(settings.drain_timeout, drained).await {
@@ -160,15 +165,29 @@ async fn all_ended(ingest: &mut JoinSet<Result<(), StoreError>>) -> Result<(), S
     Ok(())
 }
 
+/// Brings refusals to the store, those of a while together.
+async fn write_refusals<T>(entrance: &Entrance, queue: &IngestQueue) -> T {
+    loop {
+        sleep(REFUSALS_INTERVAL).await;
+        submit_refusals(entrance, queue).await;
+    }
+}
+
+async fn submit_refusals(entrance: &Entrance, queue: &IngestQueue) {
+    for refusal in entrance.take_refusals() {
+        let submission = Submission::Refusal(refusal);
+        queue.clone().submit(submission, Arc::default()).await;
+    }
+}
+
 /// Takes connections in for ever, each when there is room for it.
 async fn accept(
     listeners: &Listeners,
-    limits: EntranceLimits,
+    entrance: &Arc<Entrance>,
     connections: &TaskTracker,
     shared: &Arc<Shared>,
     queue: &IngestQueue,
 ) {
-    let entrance = Arc::new(Entrance::new(limits));
     loop {
         entrance.has_room(&shared.clock).await;
         let (tcp, peer, tls) = accept_one(listeners).await;
@@ -178,6 +197,16 @@ async fn accept(
             if let Some(not_logged) = entrance.may_log(peer.ip(), now.mono_us) {
                 tracing::info!(%peer, not_logged, "connection closed: too many from its address");
             }
+            entrance.note(Refusal {
+                peer: peer.ip().to_canonical(),
+                device: String::new(),
+                code: 0,
+                detail: "too many connections from its address".to_owned(),
+                count: 1,
+                first_at_us: now.utc_us,
+                at_us: now.utc_us,
+                is_told: false,
+            });
             continue;
         };
         let connection = socket(tcp, tls).and_then(|socket| {

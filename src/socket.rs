@@ -222,13 +222,13 @@ impl Tls {
                 Ok(0) => self.has_ended = true,
                 Ok(count) => {
                     received += count;
+                    self.received_bytes = self.received_bytes.saturating_add(count);
                     self.take_in(tcp, input)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error),
             }
         }
-        self.received_bytes = self.received_bytes.saturating_add(received);
         // The handshake's next words.
         self.flush(tcp)?;
         match input.len() - before {

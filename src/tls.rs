@@ -18,7 +18,7 @@ use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{RootCertStore, ServerConfig, ServerConnection};
+use rustls::{AlertDescription, RootCertStore, ServerConfig, ServerConnection};
 use tokio::signal::unix::Signal;
 use tokio::time::{MissedTickBehavior, interval};
 use x509_parser::certificate::X509Certificate;
@@ -33,6 +33,8 @@ mod tests;
 /// How often the files are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const DAY: SignedDuration = SignedDuration::from_hours(24);
+/// Where `fieldgate tls init` puts its authority's certificate, beside the gateway's.
+const TLS_CA_FILE: &str = "ca.pem";
 /// A certificate that expires sooner is warned of, each day.
 const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
 
@@ -105,6 +107,8 @@ struct Loaded {
     config: Arc<ServerConfig>,
     /// When the gateway's certificate does; `None` if nobody can tell.
     expires: Option<Timestamp>,
+    /// What will keep devices from connecting, as far as the files show.
+    faults: Vec<String>,
 }
 
 impl Loaded {
@@ -127,6 +131,7 @@ impl Tls {
             first,
         };
         tls.warn_of_expiry(Timestamp::now());
+        tls.warn_of_faults();
         Ok(tls)
     }
 
@@ -166,6 +171,14 @@ impl Tls {
                 *current = loaded;
                 Ok(())
             }
+        }
+    }
+
+    fn warn_of_faults(&self) {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        let path = self.files.cert.display();
+        for fault in &current.faults {
+            tracing::warn!(%path, %fault, "devices may not take the certificate");
         }
     }
 
@@ -226,6 +239,7 @@ impl Watch<'_> {
             Ok(()) => {
                 self.failure = None;
                 tracing::info!("new connections are served with the certificate that is there now");
+                self.tls.warn_of_faults();
                 self.remind(now);
             }
             Err(error) => {
@@ -294,16 +308,28 @@ fn load(files: &TlsFiles, record_bytes_max: usize) -> Result<Loaded, TlsError> {
     };
     let chain = certificates(&files.cert)?;
     let expires = expiry(&chain[0]);
+    let faults = faults(&chain, &authorities(files), Timestamp::now());
+    let is_authoritys = { X509Certificate::from_der(&chain[0]) }
+        .is_ok_and(|(_, first)| first.is_ca() && chain.len() > 1);
     let mut config = builder
         .with_single_cert(chain, private_key(&files.key)?)
-        .map_err(|error| pair(error.to_string()))?;
+        .map_err(|error| match is_authoritys {
+            true => pair(format!(
+                "{error}; the first certificate in the file is an authority's: put the gateway's own first"
+            )),
+            false => pair(error.to_string()),
+        })?;
     config.max_fragment_size = Some(record_bytes_max);
     // A device that comes back need not go through the whole handshake again.
     config.ticketer = ring::Ticketer::new().map_err(|error| pair(error.to_string()))?;
     // Without it the exporter of TLS 1.2 is not bound to this connection alone (RFC 9266).
     config.require_ems = true;
     let config = Arc::new(config);
-    Ok(Loaded { config, expires })
+    Ok(Loaded {
+        config,
+        expires,
+        faults,
+    })
 }
 
 fn client_verifier(
@@ -364,6 +390,100 @@ fn pem_fault(error: &pem::Error) -> String {
 fn expiry(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     Timestamp::from_second(certificate.validity().not_after.timestamp()).ok()
+}
+
+/// Certificates beside the gateway's that devices may know: the authority that `fieldgate tls init` made, and
+/// those who sign the devices'.
+fn authorities(files: &TlsFiles) -> Vec<CertificateDer<'static>> {
+    let made = files.cert.with_file_name(TLS_CA_FILE);
+    let paths = [Some(&made), files.client_ca.as_ref()];
+    let read = |path: &PathBuf| certificates(path).unwrap_or_default();
+    paths.into_iter().flatten().flat_map(read).collect()
+}
+
+/// What in a chain will keep devices from connecting.
+fn faults(
+    chain: &[CertificateDer<'_>],
+    authorities: &[CertificateDer<'_>],
+    now: Timestamp,
+) -> Vec<String> {
+    let parse = |der| X509Certificate::from_der(der).map(|(_, certificate)| certificate);
+    let Ok(parsed) = chain
+        .iter()
+        .map(|der| parse(der))
+        .collect::<Result<Vec<_>, _>>()
+    else {
+        return Vec::new();
+    };
+    let mut faults = Vec::new();
+    for (n, certificate) in (1..).zip(&parsed) {
+        let validity = certificate.validity();
+        if validity.not_before.timestamp() > now.as_second() {
+            let from = validity.not_before;
+            faults.push(format!("certificate {n} is not valid yet, from {from} on"));
+        }
+        // That of the first is told with those that expire soon.
+        if n > 1 && validity.not_after.timestamp() <= now.as_second() {
+            let expired = validity.not_after;
+            faults.push(format!("certificate {n} expired on {expired}"));
+        }
+    }
+    for (n, pair) in (1..).zip(parsed.windows(2)) {
+        if pair[0].issuer() != pair[1].subject() {
+            faults.push(format!(
+                "certificate {n} was issued by {:?} and the next one in the file is {:?}: put each behind \
+                 the one that it issued, the gateway's own first",
+                pair[0].issuer().to_string(),
+                pair[1].subject().to_string()
+            ));
+        }
+    }
+    let is_known = |issuer| {
+        let mut known = authorities.iter().filter_map(|der| parse(der).ok());
+        known.any(|authority| authority.subject() == issuer)
+    };
+    if let [own] = parsed.as_slice()
+        && own.issuer() != own.subject()
+        && !is_known(own.issuer())
+    {
+        faults.push(format!(
+            "the certificate of its issuer {:?} is not in the file: devices that do not have it themselves will \
+             not connect; append the intermediate certificates",
+            own.issuer().to_string()
+        ));
+    }
+    faults
+}
+
+/// Why TLS failed, if that is what `error` is about.
+pub fn failure(error: &io::Error) -> Option<String> {
+    let error = error.get_ref()?.downcast_ref::<rustls::Error>()?;
+    Some(match error {
+        rustls::Error::AlertReceived(alert) => match alert {
+            AlertDescription::UnknownCA
+            | AlertDescription::BadCertificate
+            | AlertDescription::UnsupportedCertificate
+            | AlertDescription::CertificateRevoked
+            | AlertDescription::CertificateExpired
+            | AlertDescription::CertificateUnknown
+            // Its issuer has the name of one that the peer knows, and another key.
+            | AlertDescription::DecryptError => {
+                format!("the peer refuses the gateway's certificate ({alert:?})")
+            }
+            alert => format!("the peer gave up ({alert:?})"),
+        },
+        rustls::Error::NoCertificatesPresented => "the peer showed no certificate".to_owned(),
+        rustls::Error::InvalidCertificate(error) => {
+            format!("the peer's certificate is not valid ({error})")
+        }
+        rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType) => {
+            "what came is not TLS: plain text at the TLS port?".to_owned()
+        }
+        rustls::Error::PeerIncompatible(error) => {
+            format!("no version or cipher in common ({error:?})")
+        }
+        error => error.to_string(),
+    })
 }
 
 /// Whom a certificate that was verified names: its common name and its DNS names.

@@ -23,6 +23,7 @@ const LIMITS: BatchLimits = BatchLimits {
     readings_max: usize::MAX,
     bytes_max: usize::MAX,
     interval_min_us: 0,
+    interval_quiet_us: 0,
 };
 
 fn codec(c: &mut Criterion) {

@@ -149,6 +149,23 @@ CREATE TABLE device_events (
     frame_id  bigint
 );
 CREATE INDEX device_events_by_device ON device_events (device_id, at);
+-- For pruning, which leaves what devices reported and what operators did.
+CREATE INDEX device_events_of_sessions ON device_events (device_id, id)
+    WHERE kind IN ('connected', 'disconnected', 'refused');
+
+-- Who was refused before a session began: by address, the name that was claimed ('' if none was) and the BYE code
+-- (0 where none was said). The 1,000 that were refused last.
+CREATE TABLE refusals (
+    id       bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    peer     text NOT NULL,
+    device   text NOT NULL,
+    code     smallint NOT NULL,
+    reason   text NOT NULL,
+    count    bigint NOT NULL,
+    first_at timestamptz NOT NULL,
+    last_at  timestamptz NOT NULL,
+    UNIQUE (peer, device, code)
+);
 
 -- A boot's clock against UTC, which is device time since boot + offset_us, off by half of delay_us
 -- at most when it was measured. A delay_us of 9223372036854775807 says that it was not measured but

@@ -65,3 +65,6 @@ END;
 CREATE TRIGGER clock_step_inserted AFTER INSERT ON clock_steps BEGIN
     INSERT INTO changes (what, device_id, key) VALUES ('clock_step', 0, NEW.id);
 END;
+CREATE TRIGGER clock_deleted AFTER DELETE ON clocks BEGIN
+    DELETE FROM changes WHERE what = 'clock' AND device_id = OLD.device_id AND key = OLD.boot;
+END;

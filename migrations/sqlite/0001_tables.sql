@@ -120,6 +120,23 @@ CREATE TABLE device_events (
     frame_id  INTEGER
 ) STRICT;
 CREATE INDEX device_events_by_device ON device_events (device_id, at);
+-- For pruning, which leaves what devices reported and what operators did.
+CREATE INDEX device_events_of_sessions ON device_events (device_id, id)
+    WHERE kind IN ('connected', 'disconnected', 'refused');
+
+-- Who was refused before a session began: by address, the name that was claimed ('' if none was) and the BYE code
+-- (0 where none was said). The 1,000 that were refused last.
+CREATE TABLE refusals (
+    id       INTEGER PRIMARY KEY,
+    peer     TEXT NOT NULL,
+    device   TEXT NOT NULL,
+    code     INTEGER NOT NULL,
+    reason   TEXT NOT NULL,
+    count    INTEGER NOT NULL,
+    first_at INTEGER NOT NULL,
+    last_at  INTEGER NOT NULL,
+    UNIQUE (peer, device, code)
+) STRICT;
 
 -- A boot's clock against UTC, which is device time since boot + offset_us, off by half of delay_us
 -- at most when it was measured. A delay_us of 9223372036854775807 says that it was not measured but

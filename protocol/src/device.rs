@@ -162,6 +162,8 @@ pub struct Device<'a> {
     declare_due: bool,
     /// Class 1: nothing sequenced before this moment.
     paused_until_us: u64,
+    /// Class 1: nothing beyond this number before an ACK covers it.
+    probe_seq: u64,
     /// Latest moment something unacknowledged moved on.
     progress_at_us: u64,
 
@@ -194,6 +196,7 @@ impl<'a> Device<'a> {
             mends: 0,
             declare_due: false,
             paused_until_us: 0,
+            probe_seq: u64::MAX,
             progress_at_us: 0,
             keepalive_us: 0,
             ack_timeout_us: 0,
@@ -221,6 +224,7 @@ impl<'a> Device<'a> {
         self.declare_due = false;
         self.mends = 0;
         self.paused_until_us = 0;
+        self.probe_seq = u64::MAX;
         self.ping_sent_at_us = None;
         self.pong = (0, 0);
     }
@@ -367,7 +371,7 @@ impl<'a> Device<'a> {
             .limit_seq
             .min(self.durable_seq.saturating_add(self.config.window_frames));
         let may_send = now_us >= self.paused_until_us
-            && self.next_send_seq <= limit_seq
+            && self.next_send_seq <= limit_seq.min(self.probe_seq)
             && self.next_send_seq < queue.next_seq();
         // A device that always has something to send must not lose count of the time over it.
         if !may_send || now_us >= self.time_at_us + TIME_EXCHANGE_US {
@@ -579,6 +583,14 @@ impl<'a> Device<'a> {
             return Err(Fault::Protocol("ACK beyond what was sent"));
         }
         self.limit_seq = self.limit_seq.max(ack.limit_seq);
+        if self.paused_until_us > now_us {
+            // What was in the way is gone.
+            self.paused_until_us = 0;
+            self.progress_at_us = now_us;
+        }
+        if through_seq >= self.probe_seq {
+            self.probe_seq = u64::MAX;
+        }
         if through_seq <= self.durable_seq {
             return Ok(None);
         }
@@ -605,6 +617,7 @@ impl<'a> Device<'a> {
         match Class::of(nack.code) {
             Class::RetryLater => {
                 self.resume_at(nack.expected_seq)?;
+                self.probe_seq = nack.expected_seq;
                 let retry_after_ms = nack.retry_after_ms.clamp(1, RETRY_AFTER_MS_MAX);
                 self.paused_until_us = now_us + u64::from(retry_after_ms) * 1000;
                 self.progress_at_us = self.paused_until_us;

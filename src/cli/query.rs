@@ -42,8 +42,9 @@ pub struct QueryArgs {
     format: Format,
 }
 
+/// How rows are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Format {
+pub enum Format {
     /// For people; NULL is written NULL.
     Table,
     /// Comma-separated, with a line of headers; NULL is an empty field, an empty text is "".
@@ -112,6 +113,37 @@ async fn write_rows(store: StoreUrl, args: QueryArgs) -> Result<(), Error> {
     }
     out.flush()?;
     Ok(())
+}
+
+/// Writes rows that are at hand.
+pub fn write_at_hand(
+    format: Format,
+    headers: &[&str],
+    rows: Vec<Vec<Value>>,
+    out: &mut impl Write,
+) -> io::Result<()> {
+    let headers: Vec<String> = headers.iter().map(|header| (*header).to_owned()).collect();
+    match format {
+        Format::Table => {
+            let mut sink = Sheet::new(headers);
+            for row in rows {
+                sink.row(row)?;
+            }
+            sink.write(out)
+        }
+        Format::Csv => {
+            let mut sink = Csv { out };
+            sink.headers(&headers)?;
+            rows.into_iter().try_for_each(|row| sink.row(row).map(drop))
+        }
+        Format::Json => {
+            let mut sink = Json::new(out, &headers);
+            for row in rows {
+                sink.row(row)?;
+            }
+            sink.end()
+        }
+    }
 }
 
 async fn run(reader: &mut Reader, sql: &str, sink: &mut impl Sink) -> Result<(), Error> {

@@ -25,6 +25,7 @@ use fieldgate::store::bounds::DeviceBounds;
 use fieldgate::store::kept::KeptFrames;
 use fieldgate::store::lifecycle::ChangeReader;
 use fieldgate::store::postgres::{PostgresSettings, PostgresStore};
+use fieldgate::store::prune::{Pruner, Retention};
 use fieldgate::store::spool::mirror::Mirror;
 use fieldgate::store::spool::{self, SpoolError, SpoolStore};
 use fieldgate::store::sqlite::files::HeldFiles;
@@ -161,6 +162,15 @@ pub struct ServeArgs {
     #[arg(long, value_name = "STREAMS", default_value_t = Settings::default().device_streams_max)]
     device_streams_max: u32,
 
+    /// Lines about a device's sessions that device_events keeps: connects, disconnects and refusals. What devices
+    /// reported and what operators did stays
+    #[arg(long, value_name = "LINES", default_value_t = Settings::default().device_events_max)]
+    device_events_max: u32,
+
+    /// Days after which such a line goes, and the clock of a boot, but for the newest of each device
+    #[arg(long, value_name = "DAYS", default_value_t = Settings::default().device_events_days)]
+    device_events_days: u32,
+
     /// Seconds from a connection's beginning to the end of its handshake. Raise it for links of many
     /// seconds' delay
     #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().handshake_timeout_s)]
@@ -204,6 +214,12 @@ pub struct ServeArgs {
     /// larger writes, later acknowledgements
     #[arg(long, value_name = "MS", default_value_t = Settings::default().commit_interval_min_ms)]
     commit_interval_min_ms: u64,
+
+    /// The same while fewer than 200 frames come in a second, so that devices share commits. A device that waits
+    /// for an acknowledgement before it sends on is not made to wait. Raise it to spare flash storage, 0 for the
+    /// soonest acknowledgements
+    #[arg(long, value_name = "MS", default_value_t = Settings::default().commit_interval_quiet_ms)]
+    commit_interval_quiet_ms: u64,
 
     /// Readings that may wait for the store, at least a full batch. Raise it to absorb longer bursts
     #[arg(long, value_name = "READINGS", default_value_t = Settings::default().queue_readings_max)]
@@ -295,6 +311,8 @@ impl ServeArgs {
             device_series_max: self.device_series_max,
             device_schemas_max: self.device_schemas_max,
             device_streams_max: self.device_streams_max,
+            device_events_max: self.device_events_max,
+            device_events_days: self.device_events_days,
             handshake_timeout_s: self.handshake_timeout_s,
             frame_timeout_s: self.frame_timeout_s,
             idle_timeout_s: self.idle_timeout_s,
@@ -304,6 +322,7 @@ impl ServeArgs {
             frame_bytes_max: self.frame_bytes_max,
             batch_readings_max: self.batch_readings_max,
             commit_interval_min_ms: self.commit_interval_min_ms,
+            commit_interval_quiet_ms: self.commit_interval_quiet_ms,
             queue_readings_max: self.queue_readings_max,
             queue_bytes_max: self.queue_bytes_max,
             drain_timeout_s: self.drain_timeout_s,
@@ -437,6 +456,14 @@ async fn serve_into<S: Store>(
         tracing::warn!(%listen, "what devices send to this address is not encrypted");
     }
     let gauge = Arc::new(Gauge::new(config.quarantine_bytes_max));
+    let pruner = Pruner::new(
+        config.store().clone(),
+        spool.clone(),
+        Retention {
+            lines_max: config.device_events_max,
+            days: config.device_events_days,
+        },
+    );
     let mut kept = KeptFrames::new(config.store().clone(), spool);
     quarantine::read(&gauge, &mut kept).await;
     let mut settings = server_settings(config, Arc::clone(&credentials), Arc::clone(&gauge));
@@ -451,6 +478,7 @@ async fn serve_into<S: Store>(
         never = watch(mirror) => never,
         reason = held.watch() => end_without_closing(&reason),
         never = key_file.watch_only() => never,
+        never = pruner.watch() => never,
     }
 }
 
@@ -582,6 +610,7 @@ fn server_settings(
             // One batch is committed while the next comes together, both within the queue's bound.
             bytes_max: config.queue_bytes_max / 2,
             interval_min_us: config.commit_interval_min_ms * 1000,
+            interval_quiet_us: config.commit_interval_quiet_ms * 1000,
         },
         queue: QueueLimits {
             readings_max: config.queue_readings_max,

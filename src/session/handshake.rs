@@ -19,6 +19,9 @@ use crate::credentials::Credential;
 use crate::device_key::DeviceKey;
 use crate::store::{Login, LoginOutcome};
 
+/// Of a name that no device can have.
+const CLAIMED_BYTES_MAX: usize = 64;
+
 /// What TLS says of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Secured {
@@ -43,7 +46,14 @@ impl AwaitHello {
         now: Now,
         outbound: &mut Outbound,
     ) -> Result<AwaitAuth, Close> {
-        let hello: Hello<'_> = expect(frame)?;
+        let hello: Hello<'_> = match expect(frame) {
+            Ok(hello) => hello,
+            Err(close) => {
+                // Whoever it is, the operator should be able to find it.
+                self.device = claimed_name(frame);
+                return Err(close);
+            }
+        };
         self.device = hello.name.to_owned();
         if !(hello.min_version..=hello.max_version).contains(&VERSION) {
             return Err(Close::bye(Code::Version, "this gateway speaks version 1"));
@@ -200,6 +210,21 @@ impl AwaitAdmission {
             allowance,
         ))
     }
+}
+
+/// The name in a HELLO that is not valid, escaped and cut to what a name could be with that; empty if there
+/// is none.
+fn claimed_name(frame: &Frame<'_>) -> String {
+    let payload = frame.payload();
+    let name = match payload {
+        // Two versions, and the name's length, which is one byte for any name that is allowed.
+        [_, _, length @ 0..=127, name @ ..] if frame.header.frame_type == Hello::TYPE => {
+            &name[..name.len().min(usize::from(*length))]
+        }
+        _ => return String::new(),
+    };
+    let name = String::from_utf8_lossy(name).escape_default().to_string();
+    name[..name.len().min(CLAIMED_BYTES_MAX)].to_owned()
 }
 
 /// The one message that this state allows, whole and right.

@@ -12,6 +12,7 @@
 
 pub mod handshake;
 pub mod reply;
+pub(crate) mod retry;
 pub mod stream;
 #[cfg(test)]
 mod tests;
@@ -283,7 +284,7 @@ impl Session {
     pub fn handle_frame_error(&mut self, error: FrameError) {
         let detail = error.to_string();
         self.close(match error {
-            FrameError::Magic(_) => Close::silent(detail),
+            FrameError::Magic(byte) => Close::silent(format!("{detail}{}", guess(byte))),
             FrameError::HeaderCrc => Close::bye(Code::Header, detail),
             FrameError::TooLarge { .. } => Close::bye(Code::TooLarge, detail),
         });
@@ -358,10 +359,10 @@ impl Session {
     }
 
     /// The store does not answer, or does again.
-    pub fn handle_store_down(&mut self, is_down: bool, retry_after_ms: u32) {
+    pub fn handle_store_down(&mut self, is_down: bool, now: Now) {
         match &mut self.state {
             State::Serving(stream) if is_down => {
-                stream.handle_store_down(retry_after_ms, &mut self.outbound);
+                stream.handle_store_down(now, &mut self.outbound);
             }
             State::Serving(stream) => stream.handle_store_up(),
             _ => {}
@@ -384,7 +385,11 @@ impl Session {
 
     /// The peer sends no more; it may still read.
     pub fn handle_end_of_input(&mut self) {
-        self.leave(Close::silent("peer closed the connection"));
+        let detail = match self.state {
+            State::AwaitHello(_) => "peer closed the connection before HELLO",
+            _ => "peer closed the connection",
+        };
+        self.leave(Close::silent(detail));
     }
 
     /// Whether only what was taken in is still awaited.
@@ -503,37 +508,50 @@ impl Session {
         }
     }
 
-    /// The connection is gone: a line of the audit trail, for a device that was admitted, and for one that was
-    /// refused if `tells_refusals`.
-    pub fn handle_disconnect(&mut self, tells_refusals: bool, now: Now) -> Option<Submission> {
+    /// The name that the peer claimed and the session did not admit; empty if it claimed none.
+    pub fn claimed(&self) -> &str {
+        match &self.state {
+            State::AwaitHello(state) => &state.device,
+            State::AwaitAuth(state) => &state.device,
+            State::AwaitAdmission(state) => &state.device,
+            State::Closed(closed) => match &closed.whose {
+                Whose::Claimed(device) => device,
+                Whose::Nobodys | Whose::Admitted(_) => "",
+            },
+            State::Serving(_) => "",
+        }
+    }
+
+    /// The connection is gone: a line of the audit trail for a device that was admitted; for another peer a
+    /// refusal if it `is_refused`, which is for the audit trail, too, if it `is_told`.
+    pub fn handle_disconnect(
+        &mut self,
+        is_refused: bool,
+        is_told: bool,
+        now: Now,
+    ) -> Option<Submission> {
         self.handle_loss("connection lost");
         let State::Closed(closed) = &self.state else {
             return None;
         };
         let Close { code, detail, .. } = &closed.close;
-        match (&closed.whose, code) {
-            (Whose::Admitted(device), code) => {
-                let code = code.map_or(0, |code| code as u8);
-                let kind = DeviceEventKind::Disconnected;
-                Some(audit(*device, kind, code, detail.clone(), now))
-            }
-            (
-                Whose::Claimed(device),
-                Some(
-                    code @ (Code::Version
-                    | Code::Authentication
-                    | Code::Disabled
-                    | Code::StreamConflict
-                    | Code::StreamBound),
-                ),
-            ) if tells_refusals => Some(Submission::Refusal(Refusal {
-                device: device.clone(),
-                at_us: now.utc_us,
-                code: *code as u8,
-                detail: format!("{detail} ({})", self.peer),
-            })),
-            _ => None,
+        let code = code.map_or(0, |code| code as u8);
+        if let Whose::Admitted(device) = &closed.whose {
+            let kind = DeviceEventKind::Disconnected;
+            return Some(audit(*device, kind, code, detail.clone(), now));
         }
+        is_refused.then(|| {
+            Submission::Refusal(Refusal {
+                peer: self.peer.ip().to_canonical(),
+                device: self.claimed().to_owned(),
+                code,
+                detail: detail.clone(),
+                count: 1,
+                first_at_us: now.utc_us,
+                at_us: now.utc_us,
+                is_told,
+            })
+        })
     }
 
     fn finish_step(&mut self, step: Step) -> Option<Submission> {
@@ -550,6 +568,17 @@ impl Session {
 /// How a session ends whose store is not there any more; the device connects again.
 fn store_replaced() -> Close {
     Close::bye(Code::Shutdown, "the store was put back to an earlier state")
+}
+
+/// What speaks, by its first byte.
+fn guess(byte: u8) -> &'static str {
+    match byte {
+        0x16 => ": TLS at the port for plain text?",
+        b'G' | b'H' | b'P' | b'O' | b'D' => ": HTTP or a PROXY header?",
+        0x0d => ": a PROXY header?",
+        0x10 => ": MQTT?",
+        _ => "",
+    }
 }
 
 /// A line for the audit trail.

@@ -22,11 +22,12 @@ use fieldgate_protocol::frame::{Frame, SEQ_MAX, VERSION, types};
 use fieldgate_protocol::message::{Bye, Declare, Ping, Pong, decode, first_seq};
 
 use super::reply::Outbound;
+use super::retry::retry_after_ms;
 use super::{Close, Step, Submission};
 use crate::allowance::Allowance;
 use crate::clock::{BootClock, BootClocks, Now};
 use crate::content::{Context, Read};
-use crate::quarantine::{self, Gauge};
+use crate::quarantine::Gauge;
 use crate::store::{
     self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Receipt, Schema,
 };
@@ -54,8 +55,12 @@ pub(super) struct Stream {
     awaits_declare: bool,
     /// Whether a DECLARE was refused in this session.
     had_conflict: bool,
-    store_is_down: bool,
-    store_retry_after_ms: u32,
+    /// Since when the store does not answer.
+    store_down_since_us: Option<u64>,
+    /// The device was asked to wait for the store.
+    waits_for_store: bool,
+    /// Since when there is no room in quarantine for the frame that is expected.
+    quarantine_full_since_us: Option<u64>,
     ack_is_due: bool,
     /// The latest number whose payload checksum was wrong once on this connection.
     crc_failed_seq: Option<u64>,
@@ -92,8 +97,9 @@ impl Stream {
             awaits_resend: false,
             awaits_declare: false,
             had_conflict: false,
-            store_is_down: false,
-            store_retry_after_ms: 0,
+            store_down_since_us: None,
+            waits_for_store: false,
+            quarantine_full_since_us: None,
             ack_is_due: false,
             crc_failed_seq: None,
             refusals: VecDeque::new(),
@@ -299,15 +305,15 @@ impl Stream {
             self.ask_for(
                 Code::SeqGap,
                 seq,
+                0,
                 "frames before this one are missing",
                 outbound,
             );
             return Ok(None);
         }
-        if self.store_is_down {
+        if let Some(since_us) = self.store_down_since_us {
             self.awaits_resend = false;
-            let detail = "the store does not answer";
-            self.ask_for(Code::StoreDown, seq, detail, outbound);
+            self.wait_for_store(seq, since_us, now, outbound);
             return Ok(None);
         }
         if seq <= self.taken_through {
@@ -330,7 +336,7 @@ impl Stream {
                 Ok(Some(Submission::Entry(entry)))
             }
             Ok(None) => {
-                self.ask_for(Code::UnknownSchema, seq, "declare the schema", outbound);
+                self.ask_for(Code::UnknownSchema, seq, 0, "declare the schema", outbound);
                 Ok(None)
             }
             Err(violation) => {
@@ -341,18 +347,27 @@ impl Stream {
     }
 
     /// Asks for `expected_seq`, once; frames already on their way are dropped until it comes.
-    fn ask_for(&mut self, code: Code, seq: u64, detail: &str, outbound: &mut Outbound) {
+    fn ask_for(
+        &mut self,
+        code: Code,
+        seq: u64,
+        retry_after_ms: u32,
+        detail: &str,
+        outbound: &mut Outbound,
+    ) {
         if !self.awaits_resend {
             self.awaits_resend = true;
             // `expected_seq` may rest on a receipt that the device has not heard of.
             self.write_due_ack(outbound);
-            let retry_after_ms = match code {
-                Code::StoreDown => self.store_retry_after_ms,
-                Code::QuarantineFull => quarantine::RETRY_AFTER_MS,
-                _ => 0,
-            };
             outbound.nack(code, seq, self.expected_seq, retry_after_ms, detail);
         }
+    }
+
+    fn wait_for_store(&mut self, seq: u64, since_us: u64, now: Now, outbound: &mut Outbound) {
+        self.waits_for_store = true;
+        let retry_after_ms = retry_after_ms(since_us, now.mono_us, self.device.0);
+        let detail = "the store does not answer";
+        self.ask_for(Code::StoreDown, seq, retry_after_ms, detail, outbound);
     }
 
     /// A payload that was damaged on the way is asked for again; damaged twice, the link is not to
@@ -365,7 +380,7 @@ impl Stream {
             return self.refuse(frame, Code::PayloadCrcTwice, detail, now, outbound);
         }
         self.crc_failed_seq = Some(seq);
-        self.ask_for(Code::PayloadCrc, seq, "payload checksum wrong", outbound);
+        self.ask_for(Code::PayloadCrc, seq, 0, "payload checksum wrong", outbound);
         Ok(None)
     }
 
@@ -390,7 +405,9 @@ impl Stream {
         }
         let seq = frame.header.seq;
         let Some(room) = self.quarantine.reserve(self.device, frame.bytes.len()) else {
-            self.ask_for(Code::QuarantineFull, seq, &detail, outbound);
+            let since_us = *self.quarantine_full_since_us.get_or_insert(now.mono_us);
+            let retry_after_ms = retry_after_ms(since_us, now.mono_us, self.device.0);
+            self.ask_for(Code::QuarantineFull, seq, retry_after_ms, &detail, outbound);
             return Ok(None);
         };
         self.refused_at_us.push_back(now.mono_us);
@@ -414,6 +431,7 @@ impl Stream {
     fn entry(&mut self, frame: &Frame<'_>, first_seq: u64, content: Content, now: Now) -> Entry {
         self.expected_seq = frame.header.seq + 1;
         self.taken_through = frame.header.seq;
+        self.quarantine_full_since_us = None;
         Entry {
             device: self.device,
             stream: self.durable.stream(),
@@ -465,6 +483,7 @@ impl Stream {
             self.ask_for(
                 Code::SeqGap,
                 through_seq,
+                0,
                 "frames before this one are missing",
                 outbound,
             );
@@ -472,23 +491,19 @@ impl Stream {
     }
 
     /// What was taken in may still be committed; the device sends it again all the same (R65).
-    pub(super) fn handle_store_down(&mut self, retry_after_ms: u32, outbound: &mut Outbound) {
-        self.store_is_down = true;
-        self.store_retry_after_ms = retry_after_ms;
+    pub(super) fn handle_store_down(&mut self, now: Now, outbound: &mut Outbound) {
+        let since_us = *self.store_down_since_us.get_or_insert(now.mono_us);
         if !self.is_settled() {
             self.expected_seq = self.durable.durable_seq() + 1;
             self.awaits_resend = false;
-            self.ask_for(
-                Code::StoreDown,
-                self.expected_seq,
-                "the store does not answer",
-                outbound,
-            );
+            self.wait_for_store(self.expected_seq, since_us, now, outbound);
         }
     }
 
+    /// An ACK ends the wait of a device that waits for the store, also if it says nothing new (R88).
     pub(super) fn handle_store_up(&mut self) {
-        self.store_is_down = false;
+        self.store_down_since_us = None;
+        self.ack_is_due |= std::mem::take(&mut self.waits_for_store);
     }
 
     /// Returns the highest number that was found durable.

@@ -354,14 +354,16 @@ async fn what_is_on_its_way_to_a_store_that_was_down_is_not_judged_again() {
     let mut bench = Bench::welcomed().await;
     bench.take(&frame_for(Input::Good(0), 1, 1));
     bench.take(&frame_for(Input::Malformed(0), 2, 2));
-    bench.session.handle_store_down(true, 1000);
-    bench.session.handle_store_down(false, 1000);
+    bench.session.handle_store_down(true, NOW);
+    bench.session.handle_store_down(false, NOW);
     let nack = |code: Code, seq, expected_seq| Reply::Nack {
         code: code as u8,
         seq,
         expected_seq,
     };
-    assert_eq!(bench.replies(), [nack(Code::StoreDown, 1, 1)]);
+    // The ACK says nothing new, but that the store is back.
+    let resume = Reply::Ack { seq: 0 };
+    assert_eq!(bench.replies(), [nack(Code::StoreDown, 1, 1), resume]);
     for _ in 0..2 {
         bench.take(&frame_for(Input::Damaged(0), 1, 1));
     }

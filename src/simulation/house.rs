@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::BytesMut;
+use fieldgate_protocol::error::Code;
 use tokio_util::codec::Decoder;
 
 use super::LinkId;
@@ -16,7 +17,7 @@ use crate::clock::Now;
 use crate::codec::{CodecError, FrameCodec};
 use crate::credentials::Credentials;
 use crate::fuzz::poll_once;
-use crate::ingest::{STORE_RETRY_AFTER_MS, answer};
+use crate::ingest::answer;
 use crate::keys::FleetKey;
 use crate::mailbox::Mailbox;
 use crate::registry::Registry;
@@ -75,6 +76,7 @@ impl House {
             readings_max: 1 + random.index(60),
             bytes_max: 1 << 20,
             interval_min_us: if random.takes(50) { 0 } else { 50_000 },
+            interval_quiet_us: if random.takes(50) { 0 } else { 200_000 },
         };
         House::open(MemoryStore::default(), Arc::new(settings), limits)
     }
@@ -194,9 +196,7 @@ impl House {
             served.session.handle_receipt(receipt, through_seq);
         }
         if let Some(is_down) = mail.store_is_down {
-            served
-                .session
-                .handle_store_down(is_down, STORE_RETRY_AFTER_MS);
+            served.session.handle_store_down(is_down, now);
         }
         if let Some(close) = mail.close {
             served.session.close(close);
@@ -220,7 +220,9 @@ impl House {
         if let Some(device) = served.session.device() {
             self.registry.leave(device, &served.mailbox);
         }
-        if let Some(event) = served.session.handle_disconnect(true, now) {
+        let code = served.session.closed().and_then(|close| close.code);
+        let is_refused = code.is_some_and(|code| code >= Code::Protocol);
+        if let Some(event) = served.session.handle_disconnect(is_refused, true, now) {
             self.queue.push_back((event, served.mailbox));
         }
         (said, true)

@@ -5,6 +5,7 @@
 //! "survives the session", and dropping the last handle is the end.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::admission::KeptClocks;
@@ -12,8 +13,8 @@ use super::bounds::{Counts, DeviceBounds, Reached};
 use super::ledger::Watermarks;
 use super::{
     Admission, Batch, BootClock, Committed, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
-    DeviceId, Entry, Kind, Login, LoginOutcome, Receipt, Refusal, Schema, SchemaChannel,
-    SchemaHash, SeriesId, Store, StoreError, StreamId,
+    DeviceId, Entry, Kind, Login, LoginOutcome, REFUSALS_MAX, Receipt, Refusal, Schema,
+    SchemaChannel, SchemaHash, SeriesId, Store, StoreError, StreamId,
 };
 use crate::clock::UNMEASURED;
 
@@ -62,6 +63,8 @@ struct State {
     events: Vec<DeviceEvent>,
     /// Where each timeline was set to last.
     origins: HashMap<i64, i64>,
+    /// By peer, claimed name and code.
+    refusals: BTreeMap<(IpAddr, String, u8), Refusal>,
 }
 
 #[derive(Clone, Debug)]
@@ -204,15 +207,37 @@ impl State {
         self.events.extend_from_slice(&batch.events);
         let refused = |refusal: &Refusal| {
             let device = self.device_ids.get(&refusal.device)?;
-            Some(refusal.of(*device))
+            refusal.is_told.then(|| refusal.of(*device))
         };
         let refusals = batch.refusals.iter().filter_map(refused);
         self.events.extend(refusals);
+        self.note_refusals(&batch.refusals);
         Ok(Committed {
             logins,
             declares,
             receipts,
         })
+    }
+
+    fn note_refusals(&mut self, refusals: &[Refusal]) {
+        for refusal in refusals {
+            let key = (refusal.peer, refusal.device.clone(), refusal.code);
+            let noted = self.refusals.entry(key).or_insert_with(|| Refusal {
+                count: 0,
+                ..refusal.clone()
+            });
+            noted.count += refusal.count;
+            noted.at_us = refusal.at_us;
+        }
+        let now_us = refusals.last().map(|refusal| refusal.at_us);
+        while self.refusals.len() > REFUSALS_MAX as usize {
+            let age = |refusal: &Refusal| (Some(refusal.at_us) <= now_us, refusal.at_us);
+            let oldest = self.refusals.iter().min_by_key(|(_, refusal)| age(refusal));
+            let Some(key) = oldest.map(|(key, _)| key.clone()) else {
+                break;
+            };
+            self.refusals.remove(&key);
+        }
     }
 
     fn store_entries(&mut self, entries: &[Entry]) -> Result<Vec<Receipt>, StoreError> {
@@ -465,6 +490,18 @@ mod tests {
                     event.detail,
                 )
             }));
+            let state = self.state();
+            dump.refusals.extend(state.refusals.values().map(|refusal| {
+                (
+                    refusal.peer.to_string(),
+                    refusal.device.clone(),
+                    refusal.code,
+                    refusal.count,
+                    refusal.first_at_us,
+                    refusal.at_us,
+                )
+            }));
+            drop(state);
             dump.readings.sort();
             dump.events.sort();
             dump

@@ -10,6 +10,7 @@
 //!   from a session that was taken over, is stored once and in order.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use fieldgate_protocol::column::Kind;
@@ -29,6 +30,7 @@ pub mod ledger;
 pub mod lifecycle;
 pub mod memory;
 pub mod postgres;
+pub mod prune;
 pub mod reader;
 pub mod replay;
 pub mod rows;
@@ -63,7 +65,7 @@ pub struct Batch {
     pub clocks: Vec<(DeviceId, BootClock)>,
     /// What happened to devices, for the audit trail.
     pub events: Vec<DeviceEvent>,
-    /// Who was refused, for the audit trail of devices that are known.
+    /// Who was refused.
     pub refusals: Vec<Refusal>,
     /// When the gateway's clock was set.
     pub steps: Vec<ClockStep>,
@@ -326,18 +328,30 @@ impl DeviceEventKind {
     }
 }
 
-/// Somebody in the name of a device was not let in. Whether there is such a device, the store knows.
+/// A peer was not let in, once or several times for one reason. Whether there is a device of the name that it
+/// claimed, the store knows.
 #[derive(Clone, Debug)]
 pub struct Refusal {
-    /// The name.
+    /// The peer's address.
+    pub peer: IpAddr,
+    /// The name that it claimed; empty if none.
     pub device: String,
-    /// When, microseconds UTC.
-    pub at_us: i64,
-    /// BYE code.
+    /// BYE code; 0 where none was said.
     pub code: u8,
     /// For people.
     pub detail: String,
+    /// How often.
+    pub count: u64,
+    /// When for the first time, microseconds UTC.
+    pub first_at_us: i64,
+    /// When for the last time, microseconds UTC.
+    pub at_us: i64,
+    /// Whether it is for the audit trail of the device, too.
+    pub is_told: bool,
 }
+
+/// How many refusals a store keeps, those of the latest.
+pub(crate) const REFUSALS_MAX: i64 = 1000;
 
 impl Refusal {
     /// As a line of the audit trail of `device`.
@@ -347,7 +361,7 @@ impl Refusal {
             at_us: self.at_us,
             kind: DeviceEventKind::Refused,
             code: self.code,
-            detail: self.detail.clone(),
+            detail: format!("{} ({})", self.detail, self.peer),
         }
     }
 }

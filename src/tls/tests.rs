@@ -1,7 +1,7 @@
 use std::os::unix::fs::PermissionsExt;
 
 use jiff::ToSpan;
-use rcgen::{CertificateParams, KeyPair, date_time_ymd};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
 use tempfile::{NamedTempFile, TempDir};
 
 use super::*;
@@ -164,4 +164,52 @@ fn what_is_no_pem_is_told_without_what_it_is() {
             site.put(EXPIRES);
         }
     }
+}
+
+/// An authority, one that it vouches for, and a gateway's certificate by the latter.
+fn chain() -> [CertificateDer<'static>; 3] {
+    let authority = |name: &str| {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, name);
+        params
+    };
+    let [root_key, middle_key, own_key] = [(); 3].map(|()| KeyPair::generate().unwrap());
+    let root = authority("root").self_signed(&root_key).unwrap();
+    let (root_params, middle_params) = (authority("root"), authority("middle"));
+    let by_root = Issuer::from_params(&root_params, &root_key);
+    let middle = middle_params.signed_by(&middle_key, &by_root).unwrap();
+    let by_middle = Issuer::from_params(&middle_params, &middle_key);
+    let own = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    let own = own.signed_by(&own_key, &by_middle).unwrap();
+    [own, middle, root].map(|certificate| certificate.der().clone())
+}
+
+#[test]
+fn what_keeps_devices_from_connecting_is_found_in_the_chain() {
+    let [own, middle, root] = chain();
+    let now = Timestamp::now();
+    let found = |chain: &[&CertificateDer<'static>], known: &[CertificateDer<'static>]| {
+        let chain: Vec<_> = chain.iter().map(|der| (*der).clone()).collect();
+        faults(&chain, known, now)
+    };
+    for chain in [&[&own, &middle][..], &[&own, &middle, &root], &[&root]] {
+        assert_eq!(found(chain, &[]), Vec::<String>::new());
+    }
+    let missing = found(&[&own], std::slice::from_ref(&root));
+    assert!(missing[0].contains("CN=middle") && missing[0].contains("intermediate"));
+    assert_eq!(missing.len(), 1);
+    // Devices have the issuer's certificate: it is the one that was made with the gateway's.
+    assert!(found(&[&own], std::slice::from_ref(&middle)).is_empty());
+    for chain in [&[&own, &root][..], &[&own, &root, &middle]] {
+        let wrong = found(chain, &[]);
+        assert!(
+            wrong[0].starts_with("certificate 1 was issued by \"CN=middle\""),
+            "{wrong:?}"
+        );
+    }
+    let early = Timestamp::from_second(0).unwrap();
+    let not_yet = faults(&[own, middle], &[], early);
+    assert_eq!(not_yet.len(), 2, "{not_yet:?}");
+    assert!(not_yet[0].contains("not valid yet"));
 }

@@ -19,7 +19,7 @@ use tempfile::TempDir;
 
 use crate::client::{Heard, Link, Login, SCHEMA, Welcomed, declare, readings};
 use crate::fleet::simulator;
-use crate::gateway::{Ended, Gateway, run};
+use crate::gateway::{Ended, Gateway, command, run};
 use crate::logs::{by_default, keep_key, keep_of};
 use crate::malformed::assert_serves;
 use crate::wire::connect;
@@ -161,8 +161,10 @@ fn c14_a_proof_holds_for_its_connection_alone() {
     assert_serves(&gateway, "good");
 }
 
+/// Each peer that says something and ends before it has proved a key leaves a line with the reason, and is listed
+/// by `device refused`; one that says nothing does not.
 #[test]
-fn what_is_at_the_wrong_port_is_closed_at_once_and_not_logged() {
+fn who_does_not_get_through_leaves_a_line_with_the_reason() {
     const HTTP: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
     let site = Site::new();
     let mut gateway = site.start(&[]);
@@ -180,12 +182,74 @@ fn what_is_at_the_wrong_port_is_closed_at_once_and_not_logged() {
     }
     let refused = Link::open_tls(gateway.addr, &site.client()).expect_err("no TLS there");
     eprintln!("TLS on the plain port: {refused}");
+    // Of another authority than the gateway's.
+    let stranger = Site::new();
+    Link::open_tls(gateway.tls_addr(), &stranger.client()).expect_err("it is not trusted");
+    let mut old = connect(gateway.tls_addr());
+    old.write_all(&client_hello([3, 2])).expect("sends");
+    until_closed(&mut old);
+    let mut proxy = connect(gateway.addr);
+    proxy
+        .write_all(b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n")
+        .expect("sends");
+    until_closed(&mut proxy);
+    // Begins to say who it is, and leaves; says a name that no device can have.
+    connect(gateway.addr)
+        .write_all(&hello[..20])
+        .expect("sends");
+    let mut strange = connect(gateway.addr);
+    let nobody = gateway.device("p mp").hello();
+    strange.write_all(&nobody).expect("sends");
+    until_closed(&mut strange);
+    // Health checks.
+    for addr in [gateway.addr, gateway.tls_addr()] {
+        drop(connect(addr));
+    }
     assert_serves(&gateway, "good");
+    let data_dir = gateway.data_dir().to_str().expect("UTF-8").to_owned();
     gateway.terminate();
     let Ended { stderr, .. } = gateway.wait();
-    // Leaving is told, and nothing else.
     let told = by_default(&stderr);
-    assert!(told.lines().all(|line| line.contains("leaving")), "{told}");
+    let refused: Vec<&str> = { told.lines() }
+        .filter(|line| line.contains("connection refused"))
+        .collect();
+    let args = [
+        "device",
+        "refused",
+        "--data-dir",
+        &data_dir,
+        "--format",
+        "csv",
+    ];
+    let listed = keep_of(command(&args).output().expect("runs")).stdout;
+    let listed = String::from_utf8(listed).expect("UTF-8");
+    let reasons = [
+        ("plain text at the TLS port", 2),
+        ("HTTP or a PROXY header", 2),
+        ("TLS at the port for plain text", 1),
+        ("refuses the gateway's certificate (DecryptError)", 1),
+        ("no version or cipher in common", 1),
+        ("peer closed the connection", 1),
+        ("claimed=\"p mp\"", 1),
+    ];
+    for (reason, lines) in reasons {
+        let found = refused.iter().filter(|line| line.contains(reason)).count();
+        assert_eq!(found, lines, "{reason}: {told}");
+    }
+    assert_eq!(
+        refused.len(),
+        reasons.iter().map(|(_, lines)| lines).sum::<usize>(),
+        "{told}"
+    );
+    // All without a name from one address: one row, by the latest of them; and the one with a name.
+    let rows: Vec<&str> = listed.lines().skip(1).collect();
+    assert_eq!(rows.len(), 2, "{listed}");
+    assert!(
+        rows.iter().any(|row| row.contains(",8,127.0.0.1,,")),
+        "{listed}"
+    );
+    let named = ",1,127.0.0.1,p mp,50 authentication,";
+    assert!(rows.iter().any(|row| row.contains(named)), "{listed}");
 }
 
 fn until_closed(socket: &mut TcpStream) -> Vec<u8> {
@@ -271,7 +335,9 @@ fn a_handshake_with_rubbish_behind_it_is_closed() {
     gateway.terminate();
     let Ended { stderr, .. } = gateway.wait();
     let told = by_default(&stderr);
-    assert!(told.lines().all(|line| line.contains("leaving")), "{told}");
+    let of_peers = told.lines().filter(|line| line.contains("peer="));
+    assert_eq!(of_peers.count(), 1, "{told}");
+    assert!(told.contains("TLS failed: "), "{told}");
 }
 
 /// What strangers send is counted with all that carries it.

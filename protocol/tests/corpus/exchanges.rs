@@ -146,7 +146,7 @@ pub fn file() -> Value {
     json!({
         "about": "Conversations (SPEC.md R80-R118). Both sides start fresh; the fleet key is that of handshake.json",
         "exchanges": [
-            lost_ack(), commit_under_way(), declares(), unknown_schema(), overwritten(), refused_frame(), store_down(), credit(),
+            lost_ack(), commit_under_way(), declares(), unknown_schema(), overwritten(), refused_frame(), store_down(), store_back(), credit(),
         ],
     })
 }
@@ -238,11 +238,30 @@ fn store_down() -> Value {
     script.now_us += 1_999_999;
     script.device_sends(&[]);
     script.now_us += 1;
-    script.device_sends(&["DATA 1", "DATA 2"]);
+    script.device_sends(&["DATA 1"]);
+    script.ack(1, 65);
+    script.device_sends(&["DATA 2"]);
     script.ack(2, 66);
     script.finish(
         "store-down",
-        "the device waits 2 s, then goes on from the number the NACK expects",
+        "the device waits 2 s, sends the frame that the NACK expects, and the others once that is durable",
+    )
+}
+
+fn store_back() -> Value {
+    let mut script = Script::new(MemoryQueue::holding(1, 3));
+    script.connect(welcome(0, 1));
+    script.device_sends(&["DATA 1", "DATA 2"]);
+    script.nack(11, 1, 1, 60_000);
+    script.device_sends(&[]);
+    script.ack(0, 64);
+    script.device_sends(&["DATA 1"]);
+    script.ack(1, 65);
+    script.device_sends(&["DATA 2"]);
+    script.ack(2, 66);
+    script.finish(
+        "store-back",
+        "an ACK that says nothing new ends the pause: the device need not wait for its end",
     )
 }
 

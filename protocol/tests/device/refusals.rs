@@ -23,7 +23,15 @@ fn every_code_is_answered_by_its_class() {
                 assert_eq!(found, Ok(Some(Notice::Refused { seq: 2, code })));
                 assert_eq!(sent, [], "code {code}: it waits");
                 rig.pass(50_000).unwrap();
-                assert_eq!(rig.sends(), again, "code {code}");
+                assert_eq!(
+                    rig.sends(),
+                    again[..1],
+                    "code {code}: one, until an ACK covers it"
+                );
+                assert_eq!(rig.queue.deleted_through, 0, "code {code}");
+                rig.ack(2, 66).unwrap();
+                assert_eq!(rig.sends(), again[1..], "code {code}");
+                continue;
             }
             Class::Mend if code == Code::SchemaConflict as u8 => {
                 assert_eq!(found, Err(Fault::SchemaConflict));
@@ -126,7 +134,34 @@ fn a_retry_without_a_wait_is_not_a_busy_loop() {
     assert_eq!(rig.sends(), []);
     assert_eq!(rig.device.poll_deadline(), Some(rig.now_us + 1_000));
     rig.pass(1_000).unwrap();
-    assert_eq!(rig.sends().len(), 3);
+    assert_eq!(rig.sends().len(), 1);
+}
+
+#[test]
+fn an_ack_ends_the_pause_of_class_1_and_one_that_advances_opens_the_window() {
+    let mut rig = in_flight_3();
+    rig.nack(11, 1, 1, 60_000).unwrap();
+    assert_eq!(rig.sends(), []);
+    // The store is back: nothing more is durable, but what comes is taken.
+    assert_eq!(rig.ack(0, 64), Ok(None));
+    assert_eq!(rig.sends(), [Sent::Data(1)]);
+    // It went away again, and came back.
+    rig.nack(11, 1, 1, 60_000).unwrap();
+    rig.pass(30_000_000).unwrap();
+    assert_eq!(rig.sends(), []);
+    rig.pass(30_000_000).unwrap();
+    assert_eq!(rig.sends(), [Sent::Data(1)]);
+    rig.ack(1, 65).unwrap();
+    assert_eq!(rig.sends(), [Sent::Data(2), Sent::Data(3)]);
+    // What was taken before the number that finds no room in quarantine is acknowledged meanwhile.
+    rig.nack(12, 3, 3, 1_000).unwrap();
+    rig.pass(1_000_000).unwrap();
+    assert_eq!(rig.sends(), [Sent::Data(3)]);
+    rig.queue.push();
+    rig.ack(2, 66).unwrap();
+    assert_eq!(rig.sends(), []);
+    rig.ack(3, 67).unwrap();
+    assert_eq!(rig.sends(), [Sent::Data(4)]);
 }
 
 #[test]

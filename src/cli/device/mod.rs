@@ -3,6 +3,7 @@
 
 mod change;
 mod key;
+mod refused;
 mod show;
 mod transfer;
 
@@ -27,6 +28,9 @@ pub enum DeviceCommand {
         /// The device's name
         name: String,
     },
+    /// List who was refused before a session began: address, the name that was claimed, why and how often. The
+    /// 1,000 latest are kept
+    Refused(refused::RefusedArgs),
     /// Make devices known before they connect for the first time, for `serve --registration closed` or to
     /// give them keys of their own
     Add(change::AddArgs),
@@ -55,6 +59,7 @@ pub async fn device(
     match command {
         DeviceCommand::List => show::list(&mut Reader::open(store).await?).await,
         DeviceCommand::Show { name } => show::show(&mut Reader::open(store).await?, name).await,
+        DeviceCommand::Refused(args) => refused::refused(store, args).await,
         DeviceCommand::Add(args) => change::add(data_dir, store, args).await,
         DeviceCommand::Disable(args) => change::set_enabled(store, args, false).await,
         DeviceCommand::Enable(args) => change::set_enabled(store, args, true).await,

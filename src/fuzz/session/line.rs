@@ -13,7 +13,6 @@ use super::model::{Model, Said, Submits};
 use super::store::StoreSide;
 use crate::allowance::Allowances;
 use crate::clock::Now;
-use crate::ingest::STORE_RETRY_AFTER_MS;
 use crate::mailbox::Mailbox;
 use crate::session::{Close, Session, SessionSettings, Submission};
 use crate::store::{self, DeclareOutcome, DeviceEventKind, Login, LoginOutcome, Receipt, StreamId};
@@ -198,11 +197,11 @@ impl Line {
         }
     }
 
-    pub(super) fn tell_store_down(&mut self, is_down: bool) {
+    pub(super) fn tell_store_down(&mut self, is_down: bool, now: Now) {
         self.calls += 1;
-        self.model.store_down(is_down);
-        self.session
-            .handle_store_down(is_down, STORE_RETRY_AFTER_MS);
+        let resumes = self.model.store_down(is_down, now);
+        self.acks_left += usize::from(resumes);
+        self.session.handle_store_down(is_down, now);
     }
 
     pub(super) fn tell_close(&mut self, close: Close) {
@@ -397,7 +396,7 @@ impl Line {
         if let Some((receipt, through_seq)) = self.latest_receipt {
             self.session.handle_receipt(receipt, through_seq);
         }
-        self.session.handle_store_down(true, 1);
+        self.session.handle_store_down(true, now);
         self.session.handle_frame_error(FrameError::HeaderCrc);
         let later = Now {
             mono_us: now.mono_us + (1 << 40),
@@ -424,7 +423,7 @@ impl Line {
             store.registry.leave(device, &self.mailbox);
         }
         let code = self.model.closed().expect("it is closed").unwrap_or(0);
-        match self.session.handle_disconnect(true, now) {
+        match self.session.handle_disconnect(true, true, now) {
             Some(Submission::Event(event)) => {
                 assert!(self.stream.is_some());
                 assert_eq!(

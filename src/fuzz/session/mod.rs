@@ -296,7 +296,7 @@ impl World {
             line_.hear(store, now);
         }
         if let Some(is_down) = mail.store_is_down {
-            line_.tell_store_down(is_down);
+            line_.tell_store_down(is_down, now);
             line_.hear(store, now);
         }
         if let Some(close) = mail.close {

@@ -11,9 +11,8 @@ use super::device::KNOWN;
 use super::taken::{Made, Taken, made, refused};
 use crate::allowance::{Allowance, Allowances};
 use crate::clock::Now;
-use crate::ingest::STORE_RETRY_AFTER_MS;
-use crate::quarantine;
 use crate::session::SessionSettings;
+use crate::session::retry::retry_after_ms;
 use crate::store::{Admission, DeclareOutcome, Schema};
 
 const SCHEMAS_MAX: usize = 8;
@@ -74,7 +73,10 @@ struct Serving {
     taken_through: u64,
     is_dropping: bool,
     is_declaring: bool,
-    is_store_down: bool,
+    store_down_since_us: Option<u64>,
+    waits_for_store: bool,
+    quarantine_full_since_us: Option<u64>,
+    device: i64,
     is_ack_due: bool,
     damaged_seq: Option<u64>,
     refusals: Vec<(u64, Code)>,
@@ -329,8 +331,8 @@ impl Model {
             return self.ask(Code::SeqGap, seq, 0);
         }
         serving.is_dropping = false;
-        if serving.is_store_down {
-            return self.ask(Code::StoreDown, seq, STORE_RETRY_AFTER_MS);
+        if let Some(since_us) = serving.store_down_since_us {
+            return self.wait_for_store(seq, since_us, now);
         }
         if seq <= serving.taken_through {
             serving.expected_seq = seq + 1;
@@ -363,6 +365,7 @@ impl Model {
     fn take(&mut self, taken: Taken, now: Now) -> Submits {
         let serving = self.serving();
         (serving.expected_seq, serving.taken_through) = (taken.seq + 1, taken.seq);
+        serving.quarantine_full_since_us = None;
         if let Made::Readings { values, .. } = &taken.made {
             serving.pace(0, values.len() as u64, now);
         }
@@ -378,13 +381,16 @@ impl Model {
             return Submits::Nothing;
         }
         if !has_room {
-            return self.ask(Code::QuarantineFull, taken.seq, quarantine::RETRY_AFTER_MS);
+            let since_us = *{ &mut serving.quarantine_full_since_us }.get_or_insert(now.mono_us);
+            let wait_ms = retry_after_ms(since_us, now.mono_us, serving.device);
+            return self.ask(Code::QuarantineFull, taken.seq, wait_ms);
         }
         serving.refused_at_us.push(now.mono_us);
         serving.refusals.push((taken.seq, code));
         // A GAP may begin before it; what is taken already is not refused.
         taken.first_seq = serving.expected_seq;
         (serving.expected_seq, serving.taken_through) = (taken.seq + 1, taken.seq);
+        serving.quarantine_full_since_us = None;
         Submits::Refused(taken)
     }
 
@@ -428,7 +434,10 @@ impl Model {
             taken_through: 0,
             is_dropping: false,
             is_declaring: false,
-            is_store_down: false,
+            store_down_since_us: None,
+            waits_for_store: false,
+            quarantine_full_since_us: None,
+            device: admission.device.0,
             is_ack_due: false,
             damaged_seq: None,
             refusals: Vec::new(),
@@ -495,17 +504,32 @@ impl Model {
         self.close_if_settled();
     }
 
-    pub(super) fn store_down(&mut self, is_down: bool) {
+    /// Tells whether the device is let go on by an ACK of its own.
+    pub(super) fn store_down(&mut self, is_down: bool, now: Now) -> bool {
         let Phase::Serving(serving) = &mut self.phase else {
-            return;
+            return false;
         };
-        serving.is_store_down = is_down;
-        if is_down && !serving.is_settled() {
+        if !is_down {
+            serving.store_down_since_us = None;
+            let resumes = std::mem::take(&mut serving.waits_for_store);
+            serving.is_ack_due |= resumes;
+            return resumes;
+        }
+        let since_us = *serving.store_down_since_us.get_or_insert(now.mono_us);
+        if !serving.is_settled() {
             serving.expected_seq = serving.durable_seq + 1;
             serving.is_dropping = false;
             let seq = serving.expected_seq;
-            self.ask(Code::StoreDown, seq, STORE_RETRY_AFTER_MS);
+            self.wait_for_store(seq, since_us, now);
         }
+        false
+    }
+
+    fn wait_for_store(&mut self, seq: u64, since_us: u64, now: Now) -> Submits {
+        let serving = self.serving();
+        serving.waits_for_store = true;
+        let wait_ms = retry_after_ms(since_us, now.mono_us, serving.device);
+        self.ask(Code::StoreDown, seq, wait_ms)
     }
 
     pub(super) fn timeout(&mut self, now: Now) {

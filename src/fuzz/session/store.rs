@@ -26,6 +26,7 @@ const LIMITS: BatchLimits = BatchLimits {
     readings_max: 40,
     bytes_max: 1 << 20,
     interval_min_us: 0,
+    interval_quiet_us: 0,
 };
 
 /// How far the batch under way is.

@@ -94,23 +94,71 @@ pub(in crate::store) async fn nobody_registers_where_that_is_closed<H: Harness>(
     assert!(matches!(found[0], LoginOutcome::Admitted(_)));
 }
 
-pub(in crate::store) async fn refusals_of_known_devices_are_on_record<H: Harness>() {
+pub(in crate::store) async fn refusals_are_on_record<H: Harness>() {
     let mut h = H::create().await;
     let refusal = |device: &str, at_us| Refusal {
+        peer: "10.0.0.1".parse().unwrap(),
         device: device.to_owned(),
-        at_us,
         code: 50,
         detail: "authentication failed".to_owned(),
+        count: 2,
+        first_at_us: at_us - 1,
+        at_us,
+        is_told: true,
+    };
+    let quiet = Refusal {
+        is_told: false,
+        ..refusal("a", 5)
     };
     let batch = Batch {
         logins: vec![login("a", 1, 1)],
-        refusals: vec![refusal("a", 1), refusal("unknown", 2), refusal("a", 3)],
+        refusals: vec![
+            refusal("a", 2),
+            refusal("unknown", 3),
+            refusal("a", 4),
+            quiet,
+        ],
         ..Batch::default()
     };
     h.store().commit(&batch).await.unwrap();
+    let dump = h.dump().await;
     let line = |at| {
-        let detail = "authentication failed".to_owned();
+        let detail = "authentication failed (10.0.0.1)".to_owned();
         ("a".to_owned(), at, "refused".to_owned(), 50, detail)
     };
-    assert_eq!(h.dump().await.events, [line(1), line(3)]);
+    assert_eq!(dump.events, [line(2), line(4)]);
+    let row = |device: &str, count, first, last| {
+        let (peer, device) = ("10.0.0.1".to_owned(), device.to_owned());
+        (peer, device, 50, count, first, last)
+    };
+    let rows = [row("a", 6, 1, 5), row("unknown", 2, 2, 3)];
+    assert_eq!(dump.refusals, rows);
+}
+
+pub(in crate::store) async fn the_latest_refusals_are_kept<H: Harness>() {
+    let mut h = H::create().await;
+    let refusal = |n: i64, at_us| Refusal {
+        peer: "10.0.0.1".parse().unwrap(),
+        device: format!("device-{n}"),
+        code: 50,
+        detail: "authentication failed".to_owned(),
+        count: 1,
+        first_at_us: at_us,
+        at_us,
+        is_told: false,
+    };
+    let commit = async |h: &mut H, refusals| {
+        let batch = Batch {
+            refusals,
+            ..Batch::default()
+        };
+        h.store().commit(&batch).await.unwrap();
+    };
+    // The clock was ahead once; that does not push out what comes later.
+    commit(&mut h, vec![refusal(9_999, 1_000_000_000)]).await;
+    commit(&mut h, (0..700).map(|n| refusal(n, 10 + n)).collect()).await;
+    commit(&mut h, (700..1100).map(|n| refusal(n, 10 + n)).collect()).await;
+    let mut last: Vec<i64> = h.dump().await.refusals.iter().map(|row| row.5).collect();
+    last.sort_unstable();
+    assert_eq!(last, Vec::from_iter(110..1110));
 }

@@ -53,6 +53,8 @@ pub(super) struct Dump {
     pub(super) events: Vec<(String, i64, String, u16, String)>,
     /// Device, boot, offset, delay.
     pub(super) clocks: Vec<(String, u32, i64, u64)>,
+    /// Peer, claimed name, code, count, first and last time.
+    pub(super) refusals: Vec<(String, String, u8, u64, i64, i64)>,
 }
 
 const AT_US: i64 = 1_700_000_000_000_000;
@@ -714,7 +716,8 @@ macro_rules! contract {
             a_disabled_device_stays_out,
             a_replaced_key_opens_no_more,
             nobody_registers_where_that_is_closed,
-            refusals_of_known_devices_are_on_record,
+            refusals_are_on_record,
+            the_latest_refusals_are_kept,
             a_schema_never_changes,
             a_schema_is_found_among_very_many,
             a_device_has_what_it_may_and_no_more,

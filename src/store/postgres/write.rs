@@ -21,7 +21,9 @@ use crate::store::bounds::DeviceBounds;
 use crate::store::hours::KnownHours;
 use crate::store::ledger::{self, UnknownStream, Watermarks};
 use crate::store::rows::{EventRow, Frame, Run, resolved_time, sorted_runs};
-use crate::store::{Batch, Committed, Content, DeviceEvent, DeviceId, Entry, Refusal, StreamId};
+use crate::store::{
+    Batch, Committed, Content, DeviceEvent, DeviceId, Entry, REFUSALS_MAX, Refusal, StreamId,
+};
 
 /// Ids in one block of the sequence `frame_id_blocks`.
 const FRAME_IDS_IN_BLOCK: i64 = 1024;
@@ -123,6 +125,7 @@ impl Writer {
         let refusals = self.refusals(&batch.refusals).await?;
         let events: Vec<&DeviceEvent> = batch.events.iter().chain(&refusals).collect();
         self.store_events(&frames, &events).await?;
+        self.store_refusals(&batch.refusals).await?;
         self.end_transaction().await?;
         self.hours.learn(hours);
         Ok(Committed {
@@ -389,7 +392,8 @@ impl Writer {
         if refusals.is_empty() {
             return Ok(Vec::new());
         }
-        let names = refusals.iter().map(|refusal| refusal.device.as_str());
+        let refusals = refusals.iter().filter(|refusal| refusal.is_told);
+        let names = refusals.clone().map(|refusal| refusal.device.as_str());
         let devices: Vec<(String, i64)> =
             sqlx::query_as("SELECT name, id FROM devices WHERE name = ANY($1)")
                 .bind(names.collect::<Vec<_>>())
@@ -397,7 +401,64 @@ impl Writer {
                 .await?;
         let devices: HashMap<String, i64> = devices.into_iter().collect();
         let event = |refusal: &Refusal| Some(refusal.of(DeviceId(*devices.get(&refusal.device)?)));
-        Ok(refusals.iter().filter_map(event).collect())
+        Ok(refusals.filter_map(event).collect())
+    }
+
+    /// Notes who was refused, and forgets the oldest. Times after the last refusal's come from a clock that was
+    /// ahead.
+    async fn store_refusals(&mut self, refusals: &[Refusal]) -> Result<(), sqlx::Error> {
+        let Some(last) = refusals.last() else {
+            return Ok(());
+        };
+        // In the order of their keys, as other gateways lock them; and a statement changes a row once.
+        let mut by_key: BTreeMap<(String, &str, u8), Refusal> = BTreeMap::new();
+        for refusal in refusals {
+            let key = (refusal.peer.to_string(), &*refusal.device, refusal.code);
+            let noted = by_key.entry(key).or_insert_with(|| Refusal {
+                count: 0,
+                ..refusal.clone()
+            });
+            noted.count += refusal.count;
+            noted.at_us = refusal.at_us;
+        }
+        let rows = || by_key.values();
+        sqlx::query(
+            "INSERT INTO refusals (peer, device, code, reason, count, first_at, last_at)
+             SELECT * FROM unnest($1::text[], $2::text[], $3::smallint[], $4::text[], $5::bigint[],
+                 $6::timestamptz[], $7::timestamptz[])
+             ON CONFLICT (peer, device, code) DO UPDATE SET reason = excluded.reason,
+                 count = refusals.count + excluded.count, last_at = excluded.last_at",
+        )
+        .bind(by_key.keys().map(|key| key.0.as_str()).collect::<Vec<_>>())
+        .bind(rows().map(|row| row.device.as_str()).collect::<Vec<_>>())
+        .bind(rows().map(|row| row.code.into()).collect::<Vec<i16>>())
+        .bind(rows().map(|row| row.detail.as_str()).collect::<Vec<_>>())
+        .bind(
+            rows()
+                .map(|row| row.count.cast_signed())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            rows()
+                .map(|row| Timestamp(row.first_at_us))
+                .collect::<Vec<_>>(),
+        )
+        .bind(rows().map(|row| Timestamp(row.at_us)).collect::<Vec<_>>())
+        .execute(&mut self.conn)
+        .await?;
+        sqlx::query(
+            "DELETE FROM refusals WHERE id IN (
+                 SELECT id FROM refusals WHERE id NOT IN (
+                     SELECT id FROM refusals ORDER BY last_at > $1, last_at DESC LIMIT $2
+                 )
+                 FOR UPDATE SKIP LOCKED
+             )",
+        )
+        .bind(Timestamp(last.at_us))
+        .bind(REFUSALS_MAX)
+        .execute(&mut self.conn)
+        .await
+        .map(drop)
     }
 
     async fn store_events(

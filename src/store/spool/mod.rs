@@ -524,6 +524,7 @@ impl Connected {
         let mut batch = Batch {
             entries: std::mem::take(&mut chunk.entries),
             events: std::mem::take(&mut chunk.events),
+            refusals: std::mem::take(&mut chunk.refusals),
             clocks,
             steps,
             ..Batch::default()

@@ -26,8 +26,11 @@ use crate::store::{Content, Readings};
 /// Readings of a generation. More would come to fewer page writes, and to more that a query has to
 /// read unsorted.
 const GENERATION_READINGS: usize = 500_000;
-/// A generation that takes longer to fill than this is sorted in as it is.
+/// A generation of some size that takes longer to fill than this is sorted in as it is; a query reads all of it.
 const GENERATION_AGE: Duration = Duration::from_secs(5);
+const SOME_READINGS: usize = 10_000;
+/// A smaller one is sorted in after so long: each time a page is written for each series.
+const GENERATION_AGE_MAX: Duration = Duration::from_secs(60);
 /// Readings that a commit sorts in at least; else five for each four that commits have lately brought,
 /// so that a generation is done before the next one is full.
 const SLICE_READINGS: usize = 256;
@@ -228,10 +231,14 @@ impl Recent {
     }
 
     fn is_generation_due(&self, is_idle: bool) -> bool {
-        let is_full = self.gathering.values.len() >= GENERATION_READINGS;
+        let readings = self.gathering.values.len();
+        let age = self.gathering_since.elapsed();
+        let is_due = readings >= GENERATION_READINGS
+            || age >= GENERATION_AGE && readings >= SOME_READINGS
+            || age >= GENERATION_AGE_MAX;
         matches!(self.sorting, Sorting::Nothing)
             && !self.gathering.runs.is_empty()
-            && (is_full || is_idle || self.gathering_since.elapsed() >= GENERATION_AGE)
+            && (is_due || is_idle)
     }
 
     async fn add(

@@ -5,7 +5,7 @@ use sqlx::SqliteConnection;
 use super::bulk::{Bulk, Params};
 use crate::clock::{BootClock, ClockStep};
 use crate::store::rows::{EventRow, Frame, Run, resolved_time};
-use crate::store::{Content, DeviceEvent, DeviceId};
+use crate::store::{Content, DeviceEvent, DeviceId, REFUSALS_MAX, Refusal};
 
 /// A row of `clocks`: [`bind_clock`] has its values.
 pub(super) const CLOCKS: &str =
@@ -28,6 +28,7 @@ pub(super) struct Rows {
     clocks: Bulk,
     steps: Bulk,
     events: Bulk,
+    refusals: Bulk,
 }
 
 impl Rows {
@@ -61,6 +62,12 @@ impl Rows {
                 "device_events(device_id, at, kind, level, code, detail, frame_id)",
                 7,
                 "",
+            ),
+            refusals: insert(
+                "refusals(peer, device, code, reason, count, first_at, last_at)",
+                7,
+                "ON CONFLICT (peer, device, code) DO UPDATE SET reason = excluded.reason,
+                    count = count + excluded.count, last_at = excluded.last_at",
             ),
         }
     }
@@ -221,6 +228,39 @@ pub(super) fn bind_clock(params: &mut Params, device: DeviceId, clock: &BootCloc
         .bind(clock.origin.timeline)
         .bind(clock.origin.at_us)
         .bind(clock.valid_from_us);
+}
+
+impl Rows {
+    /// Notes who was refused, and forgets the oldest. Times after the last refusal's come from a clock that was
+    /// ahead.
+    pub(super) async fn store_refusals(
+        &self,
+        conn: &mut SqliteConnection,
+        refusals: &[Refusal],
+    ) -> Result<(), sqlx::Error> {
+        let Some(last) = refusals.last() else {
+            return Ok(());
+        };
+        self.refusals
+            .execute(conn, refusals.iter(), |params, refusal| {
+                params
+                    .bind(refusal.peer.to_string())
+                    .bind(refusal.device.as_str())
+                    .bind(i64::from(refusal.code))
+                    .bind(refusal.detail.as_str())
+                    .bind(refusal.count.cast_signed())
+                    .bind(refusal.first_at_us)
+                    .bind(refusal.at_us);
+            })
+            .await?;
+        let forget = sqlx::query(
+            "DELETE FROM refusals WHERE id IN (
+                SELECT id FROM refusals ORDER BY last_at > ?, last_at DESC LIMIT -1 OFFSET ?
+            )",
+        );
+        let forget = forget.bind(last.at_us).bind(REFUSALS_MAX);
+        forget.execute(conn).await.map(drop)
+    }
 }
 
 /// The statement that puts readings into `table`, in any database of this program.

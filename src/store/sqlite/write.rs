@@ -188,6 +188,9 @@ impl Writer {
         self.rows
             .store_events(&mut self.conn, &frames, &events)
             .await?;
+        self.rows
+            .store_refusals(&mut self.conn, &batch.refusals)
+            .await?;
         sqlx::query("COMMIT").execute(&mut self.conn).await?;
 
         self.identity.advance(counted);
@@ -206,12 +209,13 @@ impl Writer {
 
     /// Those of devices that there are, after logins that may have made some.
     async fn refusals(&mut self, refusals: &[Refusal]) -> Result<Vec<DeviceEvent>, sqlx::Error> {
-        let names = refusals.iter().map(|refusal| refusal.device.as_str());
+        let refusals = refusals.iter().filter(|refusal| refusal.is_told);
+        let names = refusals.clone().map(|refusal| refusal.device.as_str());
         let devices = { &self.admissions }
             .find_devices(&mut self.conn, names.collect())
             .await?;
         let event = |refusal: &Refusal| Some(refusal.of(*devices.get(&refusal.device)?));
-        Ok(refusals.iter().filter_map(event).collect())
+        Ok(refusals.filter_map(event).collect())
     }
 
     async fn watermarks(&mut self, entries: &[Entry]) -> Result<Watermarks, sqlx::Error> {

@@ -199,6 +199,18 @@ pub(in crate::store) async fn dump(conn: &mut PgConnection) -> Dump {
         dump.clocks
             .push((r.get(0), number(&r, 1) as u32, r.get(2), number(&r, 3)));
     }
+    let refusals = "SELECT peer, device, code, count, first_at, last_at FROM refusals
+        ORDER BY peer COLLATE \"C\", device COLLATE \"C\", code";
+    for r in rows(refusals).await {
+        dump.refusals.push((
+            r.get(0),
+            r.get(1),
+            small(&r, 2),
+            number(&r, 3),
+            time_us(&r, 4),
+            time_us(&r, 5),
+        ));
+    }
     dump.readings.sort();
     dump.events.sort();
     dump

@@ -11,7 +11,7 @@ pub(in crate::store) use self::read::SpoolReader;
 use super::open::{OpenError, Purpose, open_editor_of, open_reader_of};
 use super::{SqliteSettings, SqliteStore, classify};
 use crate::clock::{BootClock, ClockStep};
-use crate::store::{DeviceEvent, DeviceId, Entry, StoreError};
+use crate::store::{DeviceEvent, DeviceId, Entry, Refusal, StoreError};
 
 mod read;
 
@@ -118,6 +118,7 @@ pub(in crate::store) struct Cursor {
     frame: i64,
     event: i64,
     change: i64,
+    refusal: i64,
 }
 
 /// A part of what waits, in the order in which it came.
@@ -126,10 +127,13 @@ pub(in crate::store) struct Chunk {
     pub(in crate::store) entries: Vec<Entry>,
     pub(in crate::store) events: Vec<DeviceEvent>,
     pub(in crate::store) changes: Vec<Change>,
+    pub(in crate::store) refusals: Vec<Refusal>,
     /// Where the next one begins.
     pub(in crate::store) end: Cursor,
     event_ids: Vec<i64>,
     change_ids: Vec<i64>,
+    /// Ids of refusals, and how often each was read to have been.
+    refusal_counts: Vec<(i64, i64)>,
 }
 
 impl Chunk {
@@ -142,7 +146,10 @@ impl Chunk {
     }
 
     pub(in crate::store) fn is_empty(&self) -> bool {
-        self.entries.is_empty() && self.events.is_empty() && self.changes.is_empty()
+        self.entries.is_empty()
+            && self.events.is_empty()
+            && self.changes.is_empty()
+            && self.refusals.is_empty()
     }
 }
 
@@ -336,7 +343,18 @@ async fn delete_read(conn: &mut SqliteConnection, chunk: &Chunk) -> Result<(), s
             sqlx::query(sql).bind(id).execute(&mut *conn).await?;
         }
     }
-    Ok(())
+    // More may have come since they were read.
+    for (id, count) in &chunk.refusal_counts {
+        sqlx::query("UPDATE refusals SET count = count - ? WHERE id = ?")
+            .bind(count)
+            .bind(id)
+            .execute(&mut *conn)
+            .await?;
+    }
+    sqlx::query("DELETE FROM refusals WHERE count <= 0")
+        .execute(&mut *conn)
+        .await
+        .map(drop)
 }
 
 async fn write_standing(

@@ -11,8 +11,8 @@ use super::{Change, Chunk, Cursor, DeviceRow, SchemaRow, SeriesRow, StreamRow, W
 use crate::clock::{BootClock, ClockStep, Origin, Quality};
 use crate::store::sqlite::open::{OpenError, Purpose, open_reader_of};
 use crate::store::{
-    Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, ResolvedTime, SeriesId,
-    StreamId,
+    Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, Refusal, ResolvedTime,
+    SeriesId, StreamId,
 };
 
 /// Readings of a chunk, and frames of one that has few readings.
@@ -103,6 +103,7 @@ impl SpoolReader {
         };
         self.read_changes(&mut chunk).await?;
         self.read_events(&mut chunk).await?;
+        self.read_refusals(&mut chunk).await?;
         let ledger = self.read_ledger(after.frame).await?;
         if let (Some(first), Some(last)) = (ledger.first(), ledger.last()) {
             let span = (first.id, last.id);
@@ -293,6 +294,37 @@ impl SpoolReader {
                     .ok_or_else(|| damaged("an event of an unknown kind"))?,
                 code,
                 detail,
+            });
+        }
+        Ok(())
+    }
+
+    /// Those of devices that there are were told to the audit trail when they came.
+    async fn read_refusals(&mut self, chunk: &mut Chunk) -> Result<(), sqlx::Error> {
+        let rows = sqlx::query(
+            "SELECT id, peer, device, code, reason, count, first_at, last_at FROM refusals
+             WHERE id > ? ORDER BY id LIMIT ?",
+        )
+        .bind(chunk.end.refusal)
+        .bind(CHUNK_LINES)
+        .fetch_all(&mut self.conn)
+        .await?;
+        for row in &rows {
+            let (id, count): (i64, i64) = (row.try_get(0)?, row.try_get(5)?);
+            let peer: String = row.try_get(1)?;
+            chunk.end.refusal = id;
+            chunk.refusal_counts.push((id, count));
+            chunk.refusals.push(Refusal {
+                peer: peer
+                    .parse()
+                    .map_err(|_| damaged("a refusal of no address"))?,
+                device: row.try_get(2)?,
+                code: row.try_get(3)?,
+                detail: row.try_get(4)?,
+                count: count.unsigned_abs(),
+                first_at_us: row.try_get(6)?,
+                at_us: row.try_get(7)?,
+                is_told: false,
             });
         }
         Ok(())

@@ -138,6 +138,12 @@ async fn dump(conn: &mut SqliteConnection) -> Dump {
     for r in sqlx::query(clocks).fetch_all(&mut *conn).await.unwrap() {
         dump.clocks.push((r.get(0), r.get(1), r.get(2), seq(&r, 3)));
     }
+    let refusals = "SELECT peer, device, code, count, first_at, last_at FROM refusals
+        ORDER BY peer, device, code";
+    for r in sqlx::query(refusals).fetch_all(&mut *conn).await.unwrap() {
+        dump.refusals
+            .push((r.get(0), r.get(1), r.get(2), seq(&r, 3), r.get(4), r.get(5)));
+    }
     dump.readings.sort();
     dump.events.sort();
     dump

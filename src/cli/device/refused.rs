@@ -1,0 +1,45 @@
+//! `fieldgate device refused`.
+
+use std::io::Write;
+
+use clap::Args;
+use fieldgate::store::reader::Reader;
+use fieldgate::store::url::StoreUrl;
+
+use crate::cli::Error;
+use crate::cli::output::{self, show_utc};
+use crate::cli::quarantine::code_text;
+use crate::cli::query::{Format, write_at_hand};
+
+#[derive(Args, Debug)]
+pub struct RefusedArgs {
+    /// How rows are written
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Table)]
+    format: Format,
+}
+
+const HEADERS: [&str; 7] = [
+    "last", "first", "count", "peer", "claimed", "code", "reason",
+];
+
+/// Lists who was refused, the latest first.
+pub async fn refused(store: &StoreUrl, args: &RefusedArgs) -> Result<(), Error> {
+    let mut reader = Reader::open(store).await?;
+    let sql = "SELECT last_at, first_at, count, peer, device, code, reason FROM refusals
+        ORDER BY last_at DESC, id DESC";
+    let mut rows = Vec::new();
+    for row in reader.rows(sql, &[]).await? {
+        let code = row.integer(5)?;
+        let mut row = row.0;
+        show_utc(&mut row, 0);
+        show_utc(&mut row, 1);
+        row[5] = match code {
+            0 => "".into(),
+            code => code_text(code).into(),
+        };
+        rows.push(row);
+    }
+    let mut out = output::stdout();
+    write_at_hand(args.format, &HEADERS, rows, &mut out)?;
+    out.flush().map_err(Error::Output)
+}

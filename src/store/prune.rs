@@ -1,0 +1,351 @@
+//! Keeps the audit trail of sessions and the clocks of boots to the newest of each device.
+//!
+//! A device that sleeps and connects every few minutes writes more of these than readings. Rounds run beside
+//! the commits, on a connection of their own, and delete a few rows at a time. What devices reported (`event`)
+//! and what operators did stays.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::editor::Editor;
+use super::reader::{Argument, ReadError};
+use super::steady::SteadyError;
+use super::url::StoreUrl;
+
+/// From one round to the next.
+const ROUND_INTERVAL: Duration = Duration::from_secs(600);
+/// A round that takes longer is given up; the next one goes on.
+const ROUND_TIMEOUT: Duration = Duration::from_secs(300);
+/// Devices that are looked at by one query.
+const DEVICES_AT_ONCE: i64 = 64;
+/// Rows that are deleted by one statement, which is a transaction.
+const ROWS_AT_ONCE: i64 = 500;
+/// Between two of them commits have their turn.
+const PAUSE: Duration = Duration::from_millis(50);
+/// The newest lines and clocks of a device stay whatever their age, so that a clock that jumps ahead deletes
+/// little.
+const NEWEST: i64 = 100;
+/// Clocks of boots that stay; a login uses the latest 8.
+const CLOCKS: i64 = 64;
+const DAY_US: i64 = 86_400_000_000;
+
+/// What stays of each device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    /// Lines of sessions: connects, disconnects, refusals.
+    pub lines_max: u32,
+    /// Older ones go, and clocks measured earlier, but for the newest.
+    pub days: u32,
+}
+
+/// A table that is pruned. Its statements have a device's id; how many rows are newer than the oldest that stays;
+/// the time before which rows go; the same number of those that stay whatever their time; and a limit.
+struct Table {
+    /// Whether a device has rows to delete.
+    excess: &'static str,
+    delete: &'static str,
+    newest: i64,
+}
+
+/// The condition is that of an index.
+const LINES: Table = Table {
+    excess: "EXISTS (
+            SELECT 1 FROM device_events AS e
+            WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected', 'refused')
+            ORDER BY e.id DESC LIMIT 1 OFFSET $2 + 1
+        ) OR (
+            EXISTS (
+                SELECT 1 FROM device_events AS e
+                WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected', 'refused')
+                ORDER BY e.id DESC LIMIT 1 OFFSET $4 + 1
+            ) AND (
+                SELECT e.at FROM device_events AS e
+                WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected', 'refused')
+                ORDER BY e.id LIMIT 1
+            ) < $3
+        )",
+    delete: "DELETE FROM device_events WHERE id IN (
+            SELECT x.id FROM device_events AS x
+            WHERE x.device_id = $1 AND x.kind IN ('connected', 'disconnected', 'refused') AND (
+                x.id < (
+                    SELECT e.id FROM device_events AS e
+                    WHERE e.device_id = $1 AND e.kind IN ('connected', 'disconnected', 'refused')
+                    ORDER BY e.id DESC LIMIT 1 OFFSET $2
+                ) OR x.at < $3 AND x.id < (
+                    SELECT e.id FROM device_events AS e
+                    WHERE e.device_id = $1 AND e.kind IN ('connected', 'disconnected', 'refused')
+                    ORDER BY e.id DESC LIMIT 1 OFFSET $4
+                )
+            )
+            ORDER BY x.id LIMIT $5
+        )",
+    newest: NEWEST,
+};
+
+const BOOTS: Table = Table {
+    excess: "EXISTS (
+            SELECT 1 FROM clocks AS c WHERE c.device_id = d.id
+            ORDER BY c.measured_at DESC LIMIT 1 OFFSET $2 + 1
+        ) OR EXISTS (
+            SELECT 1 FROM (
+                SELECT c.measured_at FROM clocks AS c WHERE c.device_id = d.id
+                ORDER BY c.measured_at DESC LIMIT 1 OFFSET $4 + 1
+            ) AS c WHERE c.measured_at < $3
+        )",
+    delete: "DELETE FROM clocks WHERE device_id = $1 AND boot IN (
+            SELECT x.boot FROM clocks AS x WHERE x.device_id = $1 AND (
+                x.measured_at < (
+                    SELECT c.measured_at FROM clocks AS c WHERE c.device_id = $1
+                    ORDER BY c.measured_at DESC LIMIT 1 OFFSET $2
+                ) OR x.measured_at < $3 AND x.measured_at < (
+                    SELECT c.measured_at FROM clocks AS c WHERE c.device_id = $1
+                    ORDER BY c.measured_at DESC LIMIT 1 OFFSET $4
+                )
+            )
+            ORDER BY x.measured_at LIMIT $5
+        )",
+    // Those that a login uses.
+    newest: 8,
+};
+
+/// Prunes a store, and the spool in front of it.
+pub struct Pruner {
+    store: StoreUrl,
+    spool: Option<PathBuf>,
+    retention: Retention,
+}
+
+impl Pruner {
+    /// For a gateway with these.
+    pub fn new(store: StoreUrl, spool: Option<PathBuf>, retention: Retention) -> Pruner {
+        Pruner {
+            store,
+            spool,
+            retention,
+        }
+    }
+
+    /// Prunes again and again, for as long as it is polled.
+    pub async fn watch<T>(self) -> T {
+        let mut is_told = false;
+        loop {
+            tokio::time::sleep(ROUND_INTERVAL).await;
+            let now_us = jiff::Timestamp::now().as_microsecond();
+            match tokio::time::timeout(ROUND_TIMEOUT, self.round(now_us)).await {
+                Ok(Ok(0)) | Err(_) => {}
+                Ok(Ok(rows)) => tracing::debug!(rows, "pruned the audit trail and clocks"),
+                Ok(Err(error)) if !std::mem::replace(&mut is_told, true) => {
+                    tracing::warn!(%error, "could not prune the audit trail and clocks, retrying");
+                }
+                Ok(Err(error)) => tracing::debug!(%error, "could not prune"),
+            }
+        }
+    }
+
+    /// Looks at each device once; gives the number of rows that went.
+    ///
+    /// # Errors
+    /// A store does not answer, or refuses to delete. The next round goes on.
+    ///
+    /// # Cancel safety
+    /// As after an error.
+    pub async fn round(&self, now_us: i64) -> Result<u64, SteadyError> {
+        let before_us = now_us.saturating_sub(i64::from(self.retention.days) * DAY_US);
+        let mut rows = 0;
+        if let Some(spool) = &self.spool {
+            let mut editor = Editor::open_spool(spool).await?;
+            rows += self.prune(&mut editor, before_us).await?;
+        }
+        let mut editor = Editor::open(&self.store).await?;
+        rows += self.prune(&mut editor, before_us).await?;
+        Ok(rows)
+    }
+
+    async fn prune(&self, editor: &mut Editor, before_us: i64) -> Result<u64, ReadError> {
+        let lines_max = i64::from(self.retention.lines_max);
+        let lines = prune(editor, &LINES, lines_max, before_us).await?;
+        Ok(lines + prune(editor, &BOOTS, CLOCKS, before_us).await?)
+    }
+}
+
+async fn prune(
+    editor: &mut Editor,
+    table: &Table,
+    max: i64,
+    before_us: i64,
+) -> Result<u64, ReadError> {
+    let max = max - 1;
+    let newest = (table.newest - 1).min(max);
+    let mut rows = 0;
+    let mut after = 0;
+    loop {
+        let sql = format!(
+            "SELECT d.id, CASE WHEN {} THEN 1 ELSE 0 END FROM devices AS d
+             WHERE d.id > $1 ORDER BY d.id LIMIT $5",
+            table.excess
+        );
+        let arguments = |first: i64, limit: i64| {
+            let before = Argument::Time(before_us);
+            [
+                first.into(),
+                max.into(),
+                before,
+                newest.into(),
+                limit.into(),
+            ]
+        };
+        let devices = editor
+            .rows(&sql, &arguments(after, DEVICES_AT_ONCE))
+            .await?;
+        let Some(last) = devices.last() else {
+            return Ok(rows);
+        };
+        after = last.integer(0)?;
+        for device in &devices {
+            if device.integer(1)? == 0 {
+                continue;
+            }
+            let arguments = arguments(device.integer(0)?, ROWS_AT_ONCE);
+            loop {
+                let deleted = editor.execute(table.delete, &arguments).await?;
+                rows += deleted;
+                tokio::time::sleep(PAUSE).await;
+                if deleted < ROWS_AT_ONCE as u64 {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Store;
+    use crate::store::sqlite::{SqliteSettings, SqliteStore};
+
+    const NOW_US: i64 = 1_700_000_000_000_000;
+    const RETENTION: Retention = Retention {
+        lines_max: 300,
+        days: 90,
+    };
+
+    async fn run(store: &StoreUrl, sql: &str, arguments: &[Argument<'_>]) {
+        let mut editor = Editor::open(store).await.unwrap();
+        editor.execute(sql, arguments).await.unwrap();
+    }
+
+    /// Makes a device with lines, the oldest first, each so many days ago.
+    async fn device(store: &StoreUrl, id: i64, kind: &str, days_ago: impl Iterator<Item = i64>) {
+        let mut editor = Editor::open(store).await.unwrap();
+        let sql = "INSERT INTO devices (name) VALUES ($1) ON CONFLICT DO NOTHING";
+        let name = format!("device-{id}");
+        editor.execute(sql, &[name.as_str().into()]).await.unwrap();
+        editor.begin().await.unwrap();
+        for days in days_ago {
+            let sql = "INSERT INTO device_events (device_id, at, kind, code, detail)
+                VALUES ($1, $2, $3, 0, '')";
+            let at = Argument::Time(NOW_US - days * DAY_US);
+            editor
+                .execute(sql, &[id.into(), at, kind.into()])
+                .await
+                .unwrap();
+        }
+        editor.commit().await.unwrap();
+    }
+
+    async fn clocks(store: &StoreUrl, device: i64, days_ago: impl Iterator<Item = i64>) {
+        for (boot, days) in (1..).zip(days_ago) {
+            let sql = "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at)
+                VALUES ($1, $2, 0, 0, $3)";
+            let at = Argument::Time(NOW_US - days * DAY_US);
+            run(store, sql, &[device.into(), boot.into(), at]).await;
+        }
+    }
+
+    /// Number of rows, and time of the oldest.
+    async fn left(store: &StoreUrl, sql: &str) -> (i64, i64) {
+        let mut editor = Editor::open(store).await.unwrap();
+        let rows = editor.rows(sql, &[]).await.unwrap();
+        let days_ago = (NOW_US - rows[0].integer(1).unwrap()) / DAY_US;
+        (rows[0].integer(0).unwrap(), days_ago)
+    }
+
+    async fn the_newest_stay(store: StoreUrl) {
+        // Too many; too old, but for the newest; few and old; as many as may be.
+        device(&store, 1, "connected", (0..1600).rev().map(|n| n / 100)).await;
+        device(&store, 2, "refused", (0..200).rev().map(|n| 80 + n / 10)).await;
+        device(&store, 3, "disconnected", (0..50).map(|_| 1000)).await;
+        device(&store, 4, "connected", (0..300).map(|_| 1)).await;
+        // What devices reported and operators did.
+        device(&store, 3, "event", (0..400).map(|_| 1000)).await;
+        device(&store, 3, "disabled", (0..400).map(|_| 1000)).await;
+        clocks(&store, 1, (0..70).rev()).await;
+        clocks(&store, 2, (0..20).rev().map(|n| 85 + n)).await;
+        clocks(&store, 3, (0..8).map(|_| 1000)).await;
+
+        let pruner = Pruner::new(store.clone(), None, RETENTION);
+        let rows = pruner.round(NOW_US).await.unwrap();
+        let lines = async |device: i64, kind| {
+            let sql = format!(
+                "SELECT count(*), min(at) FROM device_events WHERE device_id = {device} AND kind = '{kind}'"
+            );
+            left(&store, &sql).await
+        };
+        assert_eq!(lines(1, "connected").await, (300, 2));
+        assert_eq!(lines(2, "refused").await, (110, 90));
+        assert_eq!(lines(3, "disconnected").await, (50, 1000));
+        assert_eq!(lines(4, "connected").await, (300, 1));
+        assert_eq!(lines(3, "event").await, (400, 1000));
+        assert_eq!(lines(3, "disabled").await, (400, 1000));
+        let boots = async |device: i64| {
+            let sql =
+                format!("SELECT count(*), min(measured_at) FROM clocks WHERE device_id = {device}");
+            left(&store, &sql).await
+        };
+        assert_eq!(boots(1).await, (64, 63));
+        assert_eq!(boots(2).await, (8, 92));
+        assert_eq!(boots(3).await, (8, 1000));
+        assert_eq!(rows, 1300 + 90 + 6 + 12);
+        assert_eq!(pruner.round(NOW_US).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn the_newest_lines_and_clocks_of_a_device_stay() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.db");
+        let store = SqliteStore::open(&path, &SqliteSettings::default()).await;
+        the_newest_stay(StoreUrl::Sqlite(path)).await;
+        store.unwrap().close().await.unwrap();
+    }
+
+    #[tokio::test]
+    #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+    async fn the_newest_lines_and_clocks_of_a_device_stay_in_postgres() {
+        let database = crate::store::postgres::tests::Database::create().await;
+        let store = crate::store::postgres::PostgresStore::open(database.settings()).await;
+        the_newest_stay(StoreUrl::Postgres(database.settings().url)).await;
+        drop(store.unwrap());
+    }
+
+    /// A clock that waits to be told to the database must not be told once it is gone.
+    #[tokio::test]
+    async fn a_spool_does_not_tell_what_was_pruned() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("spool.db");
+        let spool = SqliteStore::open_spool(&path, &SqliteSettings::default()).await;
+        let mut editor = Editor::open_spool(&path).await.unwrap();
+        for sql in [
+            "INSERT INTO devices (name) VALUES ('pump')",
+            "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at)
+             SELECT 1, n.value, 0, 0, n.value FROM json_each('[1,2,3,4,5,6,7,8,9,10]') AS n",
+        ] {
+            editor.execute(sql, &[]).await.unwrap();
+        }
+        assert_eq!(prune(&mut editor, &BOOTS, CLOCKS, NOW_US).await.unwrap(), 2);
+        let sql = "SELECT count(*) FROM changes WHERE what = 'clock'";
+        let rows = editor.rows(sql, &[]).await.unwrap();
+        assert_eq!(rows[0].integer(0).unwrap(), 8);
+        spool.unwrap().close().await.unwrap();
+    }
+}
