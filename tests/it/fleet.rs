@@ -231,13 +231,22 @@ impl<P: Place> Fleet<P> {
 
     /// Ends fleet and gateway, and proves that every frame that was acknowledged is stored, once, with
     /// its values.
-    pub fn prove(mut self, gateway: Gateway) {
+    pub fn prove(self, gateway: Gateway) {
+        self.prove_with(gateway, &[]);
+    }
+
+    /// The same where others stored something, too.
+    pub fn prove_among_others(self, gateway: Gateway) {
+        self.prove_with(gateway, &["--others", "any"]);
+    }
+
+    fn prove_with(mut self, gateway: Gateway, flags: &[&str]) {
         self.stop();
         self.place.settle(self.dir.path());
         drop(gateway);
         self.place.check();
         check_ledger(&mut self.place);
-        verify(&self.place.url(), &self.dir.path().join("journal"));
+        verify_with(&self.place.url(), &self.dir.path().join("journal"), flags);
     }
 
     fn said(&mut self) -> String {
@@ -287,10 +296,15 @@ pub fn rounds(variable: &str, default: u64) -> u64 {
 
 /// Compares a store with a journal, row by row.
 pub fn verify(store: &str, journal: &Path) {
+    verify_with(store, journal, &[]);
+}
+
+fn verify_with(store: &str, journal: &Path, flags: &[&str]) {
     let output = simulator("verify")
         .arg("--journal")
         .arg(journal)
         .args(["--store", store])
+        .args(flags)
         .output();
     let output = keep_of(output.expect("starts"));
     let said = String::from_utf8_lossy(&output.stdout);

@@ -164,6 +164,22 @@ const FALSIFICATIONS: &[Falsification] = &[
         "firmware \"x\"",
     ),
     of(
+        "a device disabled",
+        "UPDATE devices SET enabled = 0 WHERE name = 'sim-00000'",
+        "by no operator's change",
+    ),
+    of(
+        "a device's key replaced",
+        "UPDATE devices SET key_version = 1 WHERE name = 'sim-00000'",
+        "by no operator's change",
+    ),
+    of(
+        "a step of the clock that no device saw",
+        "INSERT INTO clock_steps (timeline, origin_us, since_at, before_at, after_at, step_us)
+             SELECT 7, 0, first_seen_at, first_seen_at, first_seen_at + DAY, 86400000000 FROM devices LIMIT 1",
+        "the clock set by 86400000000 us",
+    ),
+    of(
         "an empty stream",
         "INSERT INTO streams (device_id, stream, created_at) SELECT device_id, 77, created_at FROM streams
              ORDER BY id LIMIT 1",

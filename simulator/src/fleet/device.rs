@@ -205,6 +205,14 @@ impl DeviceTask {
         })
     }
 
+    /// Returns by how much the gateway's clock is ahead of the fleet's, at least and at most: it showed `utc_us`
+    /// after the device asked, and before now.
+    fn ahead_us(&self, utc_us: i64, asked_us: Option<u64>) -> (i64, i64) {
+        let ahead_us = |run_us: u64| utc_us - self.fleet.started_utc_us - run_us as i64;
+        let least_us = ahead_us(self.fleet.now_us());
+        (least_us, asked_us.map_or(least_us, ahead_us))
+    }
+
     /// Notes a WELCOME: that the device is in, what is durable, and what the gateway's clock showed. `known_seq`
     /// was durable by its word before.
     fn note_welcome(
@@ -219,10 +227,7 @@ impl DeviceTask {
         fleet.counters.welcomes.fetch_add(1, Relaxed);
         link.handshake.is_welcomed = true;
         self.note_login(&link.handshake)?;
-        // The gateway looked at its clock after AUTH left and before WELCOME came.
-        let ahead_us = |run_us: u64| utc_us - fleet.started_utc_us - run_us as i64;
-        let least_us = ahead_us(fleet.now_us());
-        let most_us = link.handshake.auth_us.map_or(least_us, ahead_us);
+        let (least_us, most_us) = self.ahead_us(utc_us, link.handshake.auth_us);
         let index = self.outbox.script.index();
         let (durable_seq, deleted_seq) = (self.outbox.durable_seq, self.outbox.deleted_seq);
         let is_lost = durable_seq < known_seq;
@@ -354,8 +359,10 @@ impl DeviceTask {
             if written.is_err() {
                 break;
             }
-            if link.output[start + 2] == types::AUTH {
-                link.handshake.auth_us = Some(self.fleet.now_us());
+            match link.output[start + 2] {
+                types::AUTH => link.handshake.auth_us = Some(self.fleet.now_us()),
+                types::PING => link.ping_us = Some(self.fleet.now_us()),
+                _ => {}
             }
             // Malformed ones have other types, too.
             if types::is_sequenced(link.output[start + 2])
@@ -484,7 +491,14 @@ impl DeviceTask {
                             .with_journal(|journal| journal.quarantined(index, seq, code))?;
                     }
                 }
-                Some(Notice::Time { .. }) | None => {}
+                Some(Notice::Time { utc_us }) => {
+                    let (least_us, most_us) = self.ahead_us(utc_us, link.ping_us);
+                    self.fleet.with_journal(|journal| {
+                        journal.clock(least_us, most_us);
+                        Ok(())
+                    })?;
+                }
+                None => {}
             }
         }
     }

@@ -105,6 +105,8 @@ pub(super) struct Link {
     pub(super) input: BytesMut,
     pub(super) output: BytesMut,
     pub(super) handshake: Handshake,
+    /// When the latest PING was written, in microseconds of the run.
+    pub(super) ping_us: Option<u64>,
 }
 
 /// How far a connection's handshake came, in microseconds of the run.
@@ -129,6 +131,7 @@ impl Link {
                 auth_us: None,
                 is_welcomed: false,
             },
+            ping_us: None,
         }
     }
 

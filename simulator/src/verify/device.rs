@@ -11,8 +11,8 @@ use super::{Others, Own, Verdict};
 use crate::readings::Channel;
 
 /// All devices of the store.
-pub(super) const DEVICES: &str =
-    "SELECT id, name, firmware, first_seen_at, revision FROM devices ORDER BY id";
+pub(super) const DEVICES: &str = "SELECT id, name, firmware, first_seen_at, revision, enabled, key_version, \
+     CASE WHEN sealed_key IS NULL THEN 0 ELSE 1 END FROM devices ORDER BY id";
 
 /// The row of a device.
 pub(super) struct DeviceRow {
@@ -22,6 +22,8 @@ pub(super) struct DeviceRow {
     first_seen_at_us: Option<i64>,
     /// Above 0 if an operator ever changed it.
     pub(super) revision: i64,
+    /// Whether it may connect, with the key that follows from its name.
+    is_as_made: bool,
 }
 
 impl DeviceRow {
@@ -32,6 +34,7 @@ impl DeviceRow {
             firmware: row.text_or_null(2)?.map(str::to_owned),
             first_seen_at_us: row.integer_or_null(3)?,
             revision: row.integer(4)?,
+            is_as_made: row.integer(5)? == 1 && row.integer(6)? == 0 && row.integer(7)? == 0,
         })
     }
 }
@@ -41,7 +44,7 @@ pub(super) struct StoredDevice<'a> {
     pub(super) row: DeviceRow,
     pub(super) owns: Vec<Own<'a>>,
     pub(super) others: Others,
-    /// When the first of the runs began, on the gateway's clock.
+    /// When the first of the runs began on the gateway's clock, at the latest.
     pub(super) began_us: i64,
 }
 
@@ -105,6 +108,9 @@ impl StoredDevice<'_> {
             verdict.stranger(is_mixed && self.others == Others::Any, || {
                 self.say(&format!("firmware {firmware:?}: stored and not sent"))
             });
+        }
+        if self.row.revision == 0 && !self.row.is_as_made {
+            verdict.differ(|| self.say("disabled, or with another key, by no operator's change"));
         }
         let at_us = self.row.first_seen_at_us;
         let is_true = |at_us| self.is_within(at_us, true) || is_mixed;

@@ -237,6 +237,12 @@ impl Run {
         }
     }
 
+    /// When the run began on the gateway's clock, at the latest: what others stored before is older.
+    fn began_us(&self) -> Option<i64> {
+        let (_, most_us) = self.ledger.clock_us?;
+        Some(self.ledger.started_us? + most_us)
+    }
+
     /// The run's time on the gateway's clock, from its start to its last line; `None` where no device was
     /// ever welcomed.
     fn span_us(&self) -> Option<(i64, i64)> {
@@ -267,11 +273,12 @@ pub async fn verify(
 ) -> Result<Verdict, VerifyError> {
     let runs: Result<Vec<Run>, PlanError> = ledgers.into_iter().map(Run::open).collect();
     let runs = runs?;
-    let began_us = runs.iter().filter_map(Run::span_us).map(|span| span.0);
-    let began_us = began_us.min().unwrap_or(i64::MAX);
+    let began_us = runs.iter().filter_map(Run::began_us).min();
+    let began_us = began_us.unwrap_or(i64::MAX);
     let mut store = Reader::open(store).await?;
     let mut verdict = Verdict::default();
     rest::look_for_orphans(&mut store, &mut verdict).await?;
+    rest::prove_clock_steps(&mut store, &runs, &mut verdict).await?;
     let mut missing: Vec<Vec<bool>> = runs
         .iter()
         .map(|run| vec![true; run.ledger.devices.len()])

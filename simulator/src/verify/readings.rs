@@ -12,6 +12,8 @@ use super::{Own, Verdict};
 use crate::plan::FrameContent;
 use crate::readings::{Readings, Values};
 
+/// Differences of a series that are shown one by one.
+const SHOWN_MAX: usize = 3;
 /// Frames that are kept regenerated: readings of neighbouring frames may alternate.
 const KEPT_FRAMES: usize = 8;
 
@@ -117,6 +119,7 @@ impl SeriesProof<'_> {
             seen: vec![Seen::default(); self.frames.len()],
             kept: Kept::default(),
             strange: 0,
+            shown: 0,
         };
         let on_row = |row: Row| {
             let stored = Stored {
@@ -179,6 +182,8 @@ struct Walk<'a> {
     kept: Kept,
     /// Readings of frames that are none of the runs'.
     strange: u64,
+    /// Differences that were shown one by one.
+    shown: usize,
 }
 
 impl Walk<'_> {
@@ -244,7 +249,19 @@ impl Walk<'_> {
         }
     }
 
-    fn differ(&self, frame: Option<Frame>, stored: &Stored<'_>, what: &str, verdict: &mut Verdict) {
+    fn differ(
+        &mut self,
+        frame: Option<Frame>,
+        stored: &Stored<'_>,
+        what: &str,
+        verdict: &mut Verdict,
+    ) {
+        self.shown += 1;
+        if self.shown > SHOWN_MAX {
+            // What else differs is worth more than more of the same.
+            verdict.differences += 1;
+            return;
+        }
         verdict.differ(|| {
             let series = &self.proof.series;
             let name = self.proof.owns[0].name();

@@ -2,7 +2,7 @@
 
 use fieldgate::store::reader::{Argument, ReadError, Reader, Row};
 
-use super::Verdict;
+use super::{Run, Verdict};
 
 /// What belongs to nothing, and how many there are of it.
 const ORPHANS: [(&str, &str); 10] = [
@@ -72,6 +72,9 @@ const RECENT: (&str, &str) = (
      WHERE NOT EXISTS (SELECT 1 FROM series AS s WHERE s.id = t.series_id)",
 );
 
+/// How much less than a step of the clock devices may have seen of it: both clocks drift.
+const SLACK_US: u64 = 100_000;
+
 /// Finds what belongs to no device, stream or series.
 pub(super) async fn look_for_orphans(
     store: &mut Reader,
@@ -87,6 +90,35 @@ pub(super) async fn look_for_orphans(
         let found = only_row(store, &sql, &[]).await?.integer(0)?;
         if found > 0 {
             verdict.differ(|| format!("{found} {what}: stored and not sent"));
+        }
+    }
+    Ok(())
+}
+
+/// Steps of the gateway's clock during the runs are ones that devices saw.
+pub(super) async fn prove_clock_steps(
+    store: &mut Reader,
+    runs: &[Run],
+    verdict: &mut Verdict,
+) -> Result<(), ReadError> {
+    let spans: Vec<(i64, i64)> = runs.iter().filter_map(Run::span_us).collect();
+    let clocks = runs.iter().filter_map(|run| run.ledger.clock_us);
+    let seen_us = clocks.map(|(least_us, most_us)| most_us - least_us).max();
+    let sql = "SELECT before_at, after_at, step_us FROM clock_steps ORDER BY id";
+    for row in store.rows(sql, &[]).await? {
+        let (before_us, after_us) = (row.integer(0)?, row.integer(1)?);
+        let step_us = row.integer(2)?;
+        let is_meanwhile = |span: &(i64, i64)| {
+            [before_us, after_us]
+                .iter()
+                .any(|at_us| (span.0..=span.1).contains(at_us))
+        };
+        let is_seen = seen_us
+            .is_some_and(|seen_us| step_us.unsigned_abs() <= seen_us.unsigned_abs() + SLACK_US);
+        if spans.iter().any(is_meanwhile) && !is_seen {
+            verdict.differ(|| {
+                format!("the clock set by {step_us} us at {before_us} us: no device saw that")
+            });
         }
     }
     Ok(())
