@@ -63,6 +63,11 @@ impl Credentials {
             replaced.clear();
         }
         for device in &changes.devices {
+            if let Some(former) = device.former_name() {
+                // The next device of that name begins with the first key.
+                replaced.remove(former);
+                continue;
+            }
             if device.key_revision == 0 {
                 replaced.remove(&device.name);
                 continue;

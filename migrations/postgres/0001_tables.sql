@@ -30,6 +30,16 @@ CREATE TABLE device_revision (
 );
 INSERT INTO device_revision (latest) VALUES (0);
 
+-- Devices that `fieldgate device remove` took out: a gateway that knows one finds the change here. While rows of one
+-- are left, its row in `devices` is named '#', its id, a space and its former name, which no device can have.
+CREATE TABLE removed_devices (
+    device_id  bigint PRIMARY KEY,
+    name       text NOT NULL,
+    revision   bigint NOT NULL,
+    removed_at timestamptz NOT NULL
+);
+CREATE INDEX removed_devices_by_revision ON removed_devices (revision);
+
 -- A device numbers its frames in a stream, and starts a new stream when it has lost count. Its row is
 -- what two gateways lock: whoever stores frames of a stream holds it until they are committed. Every
 -- commit updates it, so pages keep room for the new version beside the old one.

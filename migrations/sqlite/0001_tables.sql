@@ -7,8 +7,9 @@
 -- "FGat": tells a store from any other SQLite file before anything is written to it.
 PRAGMA application_id = 1179083124;
 
+-- Ids of devices, streams and series are not given out again (AUTOINCREMENT): a gateway knows them by heart.
 CREATE TABLE devices (
-    id            INTEGER PRIMARY KEY,
+    id            INTEGER PRIMARY KEY AUTOINCREMENT,
     name          TEXT NOT NULL UNIQUE,
     enabled       INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)),
     firmware      TEXT,
@@ -31,9 +32,19 @@ CREATE TABLE device_revision (
 ) STRICT;
 INSERT INTO device_revision (latest) VALUES (0);
 
+-- Devices that `fieldgate device remove` took out: a gateway that knows one finds the change here. While rows of one
+-- are left, its row in `devices` is named '#', its id, a space and its former name, which no device can have.
+CREATE TABLE removed_devices (
+    device_id  INTEGER PRIMARY KEY,
+    name       TEXT NOT NULL,
+    revision   INTEGER NOT NULL,
+    removed_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX removed_devices_by_revision ON removed_devices (revision);
+
 -- A device numbers its frames in a stream, and starts a new stream when it has lost count.
 CREATE TABLE streams (
-    id          INTEGER PRIMARY KEY,
+    id          INTEGER PRIMARY KEY AUTOINCREMENT,
     device_id   INTEGER NOT NULL REFERENCES devices (id),
     stream      INTEGER NOT NULL,
     durable_seq INTEGER NOT NULL DEFAULT 0,
@@ -55,7 +66,7 @@ CREATE TABLE schemas (
 
 -- Outlives a change of schema that keeps channel, unit and kind.
 CREATE TABLE series (
-    id        INTEGER PRIMARY KEY,
+    id        INTEGER PRIMARY KEY AUTOINCREMENT,
     device_id INTEGER NOT NULL REFERENCES devices (id),
     channel   TEXT NOT NULL,
     unit      TEXT NOT NULL,

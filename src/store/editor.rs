@@ -139,6 +139,24 @@ impl Editor {
         }
     }
 
+    /// Runs a statement that writes as a transaction of its own; gives the number of rows that it changed.
+    ///
+    /// # Errors
+    /// As [`Editor::execute`]; nothing was done, or, if the connection was lost, nobody knows.
+    pub async fn step(&mut self, sql: &str, arguments: &[Argument<'_>]) -> Result<u64, ReadError> {
+        self.begin().await?;
+        match self.execute(sql, arguments).await {
+            Ok(rows) => {
+                self.commit().await?;
+                Ok(rows)
+            }
+            Err(error) => {
+                let _ = self.rollback().await;
+                Err(error)
+            }
+        }
+    }
+
     /// Runs a statement that writes; gives the number of rows that it changed.
     ///
     /// # Errors

@@ -57,6 +57,12 @@ impl DeviceState {
             key_revision: row.integer(6)?,
         })
     }
+
+    /// The name that it had, if an operator removed it.
+    pub fn former_name(&self) -> Option<&str> {
+        let (_, name) = self.name.strip_prefix('#')?.split_once(' ')?;
+        Some(name)
+    }
 }
 
 /// What has changed since it was last looked for.
@@ -107,7 +113,15 @@ impl ChangeReader {
             return Ok(None);
         }
         let since = since.filter(|seen| *seen < latest);
-        let sql = format!("SELECT {COLUMNS} FROM devices WHERE revision > $1 ORDER BY revision");
+        // One that is being removed is in both, and alike.
+        let sql = format!(
+            "SELECT {COLUMNS} FROM devices WHERE revision > $1
+             UNION
+             SELECT device_id, '#' || device_id || ' ' || name, 0, CAST(0 AS BIGINT),
+                 CAST(NULL AS BYTEA), revision, revision
+             FROM removed_devices WHERE revision > $1
+             ORDER BY 6"
+        );
         let since_revision = since.unwrap_or(0);
         let rows = self.reader.rows(&sql, &[since_revision.into()]).await?;
         let devices: Vec<DeviceState> =
@@ -233,6 +247,30 @@ impl<'e> DeviceEdit<'e> {
         Ok(true)
     }
 
+    /// Lets a device give up its name, keeps it out and ends its sessions: the first step of
+    /// [`super::removal`].
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub async fn remove(&mut self, device: &DeviceState) -> Result<(), ReadError> {
+        let (id, revision) = (device.device.0, self.revision);
+        let name = format!("#{id} {}", device.name);
+        let sql = "UPDATE devices SET name = $1, enabled = 0, key_version = 0, sealed_key = NULL,
+                revision = $2, key_revision = $2
+            WHERE id = $3";
+        let values = [name.as_str().into(), revision.into(), id.into()];
+        self.editor.execute(sql, &values).await?;
+        let sql = "INSERT INTO removed_devices (device_id, name, revision, removed_at)
+            VALUES ($1, $2, $3, $4)";
+        let values = [
+            id.into(),
+            device.name.as_str().into(),
+            revision.into(),
+            Argument::Time(self.at_us),
+        ];
+        self.editor.execute(sql, &values).await.map(drop)
+    }
+
     async fn note(&mut self, device: i64, kind: &str, detail: &str) -> Result<(), ReadError> {
         let sql = "INSERT INTO device_events (device_id, at, kind, code, detail)
             VALUES ($1, $2, $3, 0, $4)";
@@ -277,6 +315,10 @@ pub async fn adopt(spool: &mut Editor, changes: &Changes) -> Result<(), ReadErro
     let rows = spool.rows(next, &[]).await?;
     let revision = rows.first().map_or(Ok(1), |row| row.integer(0))?;
     for device in &changes.devices {
+        // A spool does not know its id, and what it has of the name may be of the next device of that name.
+        if device.former_name().is_some() {
+            continue;
+        }
         let before = find(spool, &device.name).await?;
         let DeviceState { name, key, .. } = device;
         put(

@@ -32,6 +32,7 @@ pub mod memory;
 pub mod postgres;
 pub mod prune;
 pub mod reader;
+pub mod removal;
 pub mod replay;
 pub mod rows;
 pub mod spool;

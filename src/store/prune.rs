@@ -207,7 +207,7 @@ async fn prune(
             }
             let arguments = arguments(device.integer(0)?, ROWS_AT_ONCE);
             loop {
-                let deleted = editor.execute(table.delete, &arguments).await?;
+                let deleted = editor.step(table.delete, &arguments).await?;
                 rows += deleted;
                 tokio::time::sleep(PAUSE).await;
                 if deleted < ROWS_AT_ONCE as u64 {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use fieldgate_protocol::auth::derive_device_key;
 use fieldgate_protocol::error::Code;
 
-use crate::client::{Heard, Link, Login, ping, readings};
+use crate::client::{Heard, Link, Login, T0_US, ping, readings, readings_at};
 use crate::database::PgDatabase;
 use crate::gateway::{Gateway, command};
 use crate::gateways::Pair;
@@ -69,12 +69,15 @@ impl Place {
 
     /// The kinds and codes of the device's events, oldest first.
     fn events(&self, name: &str) -> String {
-        let url = self.database.as_ref().map(PgDatabase::url);
-        let sql = format!(
+        self.query(&format!(
             "SELECT kind, code FROM device_events WHERE device_id =
                  (SELECT id FROM devices WHERE name = '{name}') ORDER BY id"
-        );
-        let mut query = command(&["query", &sql, "--format", "csv"]);
+        ))
+    }
+
+    fn query(&self, sql: &str) -> String {
+        let url = self.database.as_ref().map(PgDatabase::url);
+        let mut query = command(&["query", sql, "--format", "csv"]);
         query.arg("--data-dir").arg(self.gateway.data_dir());
         query.args(url.iter().flat_map(|url| ["--store", url]));
         said(keep_of(query.output().expect("runs")))
@@ -554,6 +557,66 @@ fn what_cannot_be_done_to_devices_is_one_line() {
     }
     // Nothing of all that was done.
     assert_eq!(place.device(&["export"]).lines().count(), 2);
+}
+
+/// Its session ends, nothing of it is left, and whoever comes with its name is a new device.
+fn a_removed_device_begins_again(place: &Place) {
+    place.device(&["add", "fan", "--own-key"]);
+    let fan = place.login("fan");
+    get_in(&place.gateway, &fan, Code::Authentication);
+    let (mut pump, _) = place.gateway.connect("pump");
+    // So many that none waits to be sorted in, which takes a minute.
+    let dense = |seq| readings_at(seq, T0_US + seq.cast_signed() * 60_000_000, &[7; 130]);
+    pump.send(&dense(1));
+    pump.expect_ack(1);
+    let shown = place.device(&["remove", "pump"]);
+    for words in ["readings", "130", "nothing was removed", "--yes"] {
+        assert!(shown.contains(words), "{shown}");
+    }
+    pump.send(&dense(2));
+    pump.expect_ack(2);
+    let (removed, mut again) = std::thread::scope(|scope| {
+        let removing = scope.spawn(|| place.device(&["remove", "pump", "--yes"]));
+        pump.expect_bye(Code::Disabled);
+        let (mut again, welcomed) = place.gateway.connect("pump");
+        assert_eq!(welcomed.durable_seq, 0);
+        again.send(&dense(1));
+        again.expect_ack(1);
+        (removing.join().expect("no panic"), again)
+    });
+    assert!(removed.ends_with("removed pump\n"), "{removed}");
+    place.device(&["remove", "fan", "--yes"]);
+    // Its own key went with it.
+    get_in(
+        &place.gateway,
+        &place.gateway.device("fan"),
+        Code::Authentication,
+    );
+    again.send(&dense(2));
+    again.expect_ack(2);
+    let listed = place.device(&["list"]);
+    assert!(listed.contains("(2 devices)"), "{listed}");
+    assert!(!listed.contains('#'), "{listed}");
+    let sql = "SELECT device, count(*) AS n FROM telemetry GROUP BY device";
+    assert_eq!(place.query(sql), "device,n\npump,260\n");
+    let says = place.device_fails(&["remove", "nobody", "--yes"], 1);
+    assert!(says.contains("no device is named"), "{says}");
+}
+
+#[test]
+fn a_removed_device_begins_again_in_sqlite() {
+    a_removed_device_begins_again(&Place::sqlite(&[]));
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_removed_device_begins_again_in_postgres() {
+    a_removed_device_begins_again(&Place::postgres(&[]));
+    // A spool would bring it back.
+    let spooled = Place::postgres(&["--spool"]);
+    two_devices(&spooled);
+    let says = spooled.device_fails(&["remove", "pump", "--yes"], 1);
+    assert!(says.contains("has a spool"), "{says}");
 }
 
 /// A factory needs no gateway and no database to know which key a device will have.

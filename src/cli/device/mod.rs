@@ -4,6 +4,7 @@
 mod change;
 mod key;
 mod refused;
+mod remove;
 mod show;
 mod transfer;
 
@@ -38,6 +39,10 @@ pub enum DeviceCommand {
     Disable(change::NamesArgs),
     /// Let devices in again
     Enable(change::NamesArgs),
+    /// Show what is stored of a device, and with --yes take it out with all of that: readings, frames, events,
+    /// its key. Works beside running gateways, whose sessions of it end within a second; a run that was broken
+    /// off goes on when it is given again
+    Remove(remove::RemoveArgs),
     /// Give a device another key: its session ends within a second, and the former key opens no other one
     RotateKey(change::RotateArgs),
     /// Print the keys of devices, to be put into them: 64 hexadecimal digits; with several names, each
@@ -63,6 +68,7 @@ pub async fn device(
         DeviceCommand::Add(args) => change::add(data_dir, store, args).await,
         DeviceCommand::Disable(args) => change::set_enabled(store, args, false).await,
         DeviceCommand::Enable(args) => change::set_enabled(store, args, true).await,
+        DeviceCommand::Remove(args) => remove::remove(store, args).await,
         DeviceCommand::RotateKey(args) => change::rotate_key(data_dir, store, args).await,
         DeviceCommand::Key(args) => key::key(data_dir, store, args).await,
         DeviceCommand::Export(args) => transfer::export(data_dir, store, args).await,

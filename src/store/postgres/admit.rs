@@ -553,6 +553,9 @@ pub(super) async fn keep_clocks(
              valid_from_us)
          SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[],
              $5::timestamptz[], $6::bigint[], $7::bigint[], $8::bigint[])
+             AS new (device_id, boot, offset_us, delay_us, measured_at, timeline, origin_us, valid_from_us)
+         -- A device may have been removed since.
+         WHERE EXISTS (SELECT FROM devices WHERE id = new.device_id)
          ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
              delay_us = excluded.delay_us, measured_at = excluded.measured_at,
              timeline = excluded.timeline, origin_us = excluded.origin_us,

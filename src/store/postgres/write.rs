@@ -479,11 +479,13 @@ impl Writer {
              SELECT * FROM unnest($1::bigint[], $2::timestamptz[], $3::text[], $4::smallint[],
                  $5::integer[], $6::text[], $7::bigint[])
                  AS new (device_id, at, kind, level, code, detail, frame_id)
-             WHERE new.frame_id IS NOT NULL OR NOT EXISTS (
+             -- A device may have been removed since.
+             WHERE EXISTS (SELECT FROM devices WHERE id = new.device_id)
+             AND (new.frame_id IS NOT NULL OR NOT EXISTS (
                  SELECT FROM device_events AS old
                  WHERE old.device_id = new.device_id AND old.at = new.at AND old.kind = new.kind
                      AND old.detail = new.detail
-             )",
+             ))",
         )
         .bind(rows.iter().map(|row| row.device.0).collect::<Vec<_>>())
         .bind(

@@ -315,6 +315,18 @@ impl Statistics {
     }
 }
 
+/// Keeps gateways from the database at `path` until it is dropped; `None` if one uses it.
+///
+/// # Errors
+/// It cannot be opened.
+pub fn keep_alone(path: &Path) -> Result<Option<impl Sized + Send + use<>>, OpenError> {
+    match open::claim(path) {
+        Ok((_, locks)) => Ok(Some(locks)),
+        Err(OpenError::InUse(..)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Has SQLite renew the statistics of tables that have none or have grown tenfold; 0x10000 means all
 /// tables, since this connection runs no queries that would need them.
 async fn optimize(conn: &mut sqlx::SqliteConnection) -> Result<(), sqlx::Error> {

@@ -52,16 +52,25 @@ impl Rows {
                 8,
                 "",
             ),
-            clocks: insert(CLOCKS, CLOCK_COLUMNS, CLOCK_REPLACES),
+            // A device may have been removed since; so may one of an event.
+            clocks: Bulk::new(
+                "WITH new(device_id, c2, c3, c4, c5, c6, c7, c8) AS (",
+                CLOCK_COLUMNS,
+                &format!(
+                    ") INSERT OR FAIL INTO {CLOCKS}
+                    SELECT * FROM new WHERE device_id IN (SELECT id FROM devices) {CLOCK_REPLACES}"
+                ),
+            ),
             steps: insert(
                 "clock_steps(timeline, origin_us, since_at, before_at, after_at, step_us)",
                 6,
                 "ON CONFLICT (timeline, origin_us) DO NOTHING",
             ),
-            events: insert(
-                "device_events(device_id, at, kind, level, code, detail, frame_id)",
+            events: Bulk::new(
+                "WITH new(device_id, at, kind, level, code, detail, frame_id) AS (",
                 7,
-                "",
+                ") INSERT OR FAIL INTO device_events(device_id, at, kind, level, code, detail, frame_id)
+                SELECT * FROM new WHERE device_id IN (SELECT id FROM devices)",
             ),
             refusals: insert(
                 "refusals(peer, device, code, reason, count, first_at, last_at)",

@@ -1,0 +1,384 @@
+//! Takes a device out of the store with all that is stored of it, in steps that hold up nobody, beside live
+//! gateways, and from where it was broken off.
+//!
+//! First the device's row gives up its name, in one transaction with a change that ends its sessions
+//! ([`super::lifecycle::DeviceEdit::remove`]): from then on the name is free, and whatever was of the device is
+//! found by the row's id. Then rows go, a few at a time; the device's own go last, in one transaction that finds
+//! nothing else left. Ids are not given out again, and `removed_devices` keeps them.
+
+use std::time::Duration;
+
+use super::editor::Editor;
+use super::reader::{Argument, ReadError, Reader};
+
+/// Rows that are deleted by one statement, which is a transaction.
+const ROWS_AT_ONCE: i64 = 5000;
+/// Between two of them commits have their turn.
+const PAUSE: Duration = Duration::from_millis(20);
+/// In this time a gateway has looked for changes several times, and has stored what it had from sessions that
+/// ended.
+const QUIET: Duration = Duration::from_secs(3);
+/// How often is looked whether a gateway has sorted in what came last.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// What is stored of a device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Belongings {
+    /// Names and numbers of rows, for people.
+    pub counts: Vec<(&'static str, u64)>,
+}
+
+impl Belongings {
+    /// Adds those of another device.
+    pub fn add(&mut self, other: Belongings) {
+        if self.counts.is_empty() {
+            *self = other;
+            return;
+        }
+        for (sum, (_, count)) in self.counts.iter_mut().zip(other.counts) {
+            sum.1 += count;
+        }
+    }
+}
+
+/// Counts what is stored of a device; readings and frames by the totals of its streams.
+///
+/// # Errors
+/// The store does not answer.
+pub async fn belongings(reader: &mut Reader, device: i64) -> Result<Belongings, ReadError> {
+    let of_device =
+        |table: &str| format!("SELECT CAST(count(*) AS BIGINT) FROM {table} WHERE device_id = $1");
+    let of_streams = |what: &str| {
+        format!("SELECT CAST(coalesce(sum({what}), 0) AS BIGINT) FROM streams WHERE device_id = $1")
+    };
+    let gaps =
+        "SELECT CAST(count(*) AS BIGINT) FROM gaps AS g JOIN streams AS s ON s.id = g.stream_id
+        WHERE s.device_id = $1";
+    let mut counts = Vec::new();
+    for (what, sql) in [
+        ("readings", of_streams("readings")),
+        ("frames", of_streams("frames")),
+        ("streams", of_device("streams")),
+        ("series", of_device("series")),
+        ("schemas", of_device("schemas")),
+        ("gaps", gaps.to_owned()),
+        ("frames in quarantine", of_device("quarantine")),
+        ("lines of the audit trail", of_device("device_events")),
+        ("clocks of boots", of_device("clocks")),
+    ] {
+        let rows = reader.rows(&sql, &[device.into()]).await?;
+        let count = rows.first().map_or(Ok(0), |row| row.integer(0))?;
+        counts.push((what, count.unsigned_abs()));
+    }
+    Ok(Belongings { counts })
+}
+
+/// What is deleted by its device's id, and a limit; what hangs on other rows goes before them.
+const BY_DEVICE: [&str; 5] = [
+    "DELETE FROM gaps WHERE (stream_id, from_seq) IN (
+         SELECT g.stream_id, g.from_seq FROM gaps AS g JOIN streams AS s ON s.id = g.stream_id
+         WHERE s.device_id = $1 LIMIT $2
+     )",
+    "DELETE FROM quarantine WHERE id IN (
+         SELECT q.id FROM quarantine AS q WHERE q.device_id = $1 LIMIT $2
+     )",
+    "DELETE FROM device_events WHERE id IN (
+         SELECT e.id FROM device_events AS e WHERE e.device_id = $1 LIMIT $2
+     )",
+    "DELETE FROM clocks WHERE device_id = $1 AND boot IN (
+         SELECT c.boot FROM clocks AS c WHERE c.device_id = $1 LIMIT $2
+     )",
+    "DELETE FROM frames WHERE id IN (
+         SELECT f.id FROM frames AS f JOIN streams AS s ON s.id = f.stream_id
+         WHERE s.device_id = $1 LIMIT $2
+     )",
+];
+
+/// Takes out a device whose name was given up, which may have begun before.
+///
+/// `is_alone`: no gateway uses the store, and none begins meanwhile.
+///
+/// # Errors
+/// The store does not answer; the next call goes on.
+///
+/// # Cancel safety
+/// As after an error.
+pub async fn take_out(editor: &mut Editor, device: i64, is_alone: bool) -> Result<(), ReadError> {
+    if !is_alone {
+        tokio::time::sleep(QUIET).await;
+    }
+    loop {
+        await_sorting(editor, device, is_alone).await?;
+        delete_readings(editor, device).await?;
+        for sql in BY_DEVICE {
+            let arguments = [device.into(), ROWS_AT_ONCE.into()];
+            while editor.step(sql, &arguments).await? == ROWS_AT_ONCE as u64 {
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+        if finish(editor, device).await? {
+            return Ok(());
+        }
+        // Something of it was still on its way.
+        tokio::time::sleep(QUIET).await;
+    }
+}
+
+/// The table that readings stay in, and whether there is one that they come to first.
+fn readings_table(reader: &Reader) -> (&'static str, bool) {
+    match reader {
+        Reader::Sqlite(_) => ("readings_sorted", true),
+        Reader::Postgres(_) => ("readings", false),
+    }
+}
+
+/// Waits until nothing of the device is to be sorted in: a gateway knows that by heart.
+async fn await_sorting(editor: &mut Editor, device: i64, is_alone: bool) -> Result<(), ReadError> {
+    const OF_DEVICE: &str = "series_id IN (SELECT id FROM series WHERE device_id = $1)";
+    if !readings_table(editor).1 {
+        return Ok(());
+    }
+    if is_alone {
+        let sql = format!("DELETE FROM readings_recent WHERE {OF_DEVICE}");
+        return editor.step(&sql, &[device.into()]).await.map(drop);
+    }
+    let sql = format!("SELECT EXISTS (SELECT 1 FROM readings_recent WHERE {OF_DEVICE})");
+    while editor.rows(&sql, &[device.into()]).await?[0].integer(0)? != 0 {
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+    Ok(())
+}
+
+async fn delete_readings(editor: &mut Editor, device: i64) -> Result<(), ReadError> {
+    let (table, _) = readings_table(editor);
+    let series = "SELECT id FROM series WHERE device_id = $1 ORDER BY id";
+    let find = format!(
+        "SELECT ts FROM {table} WHERE series_id = $1 ORDER BY ts LIMIT 1 OFFSET {ROWS_AT_ONCE}"
+    );
+    let some = format!("DELETE FROM {table} WHERE series_id = $1 AND ts <= $2");
+    let rest = format!("DELETE FROM {table} WHERE series_id = $1");
+    for row in editor.rows(series, &[device.into()]).await? {
+        let series = row.integer(0)?;
+        while let Some(row) = editor.rows(&find, &[series.into()]).await?.first() {
+            let through = Argument::Time(row.integer(0)?);
+            editor.step(&some, &[series.into(), through]).await?;
+            tokio::time::sleep(PAUSE).await;
+        }
+        editor.step(&rest, &[series.into()]).await?;
+    }
+    Ok(())
+}
+
+/// Deletes the device itself, unless something of it has come meanwhile.
+async fn finish(editor: &mut Editor, device: i64) -> Result<bool, ReadError> {
+    editor.begin().await?;
+    let is_last = is_bare(editor, device).await;
+    if !matches!(is_last, Ok(true)) {
+        editor.rollback().await?;
+        return is_last;
+    }
+    for sql in [
+        "DELETE FROM device_events WHERE device_id = $1",
+        "DELETE FROM clocks WHERE device_id = $1",
+        "DELETE FROM streams WHERE device_id = $1",
+        "DELETE FROM series WHERE device_id = $1",
+        "DELETE FROM schemas WHERE device_id = $1",
+        "DELETE FROM devices WHERE id = $1",
+    ] {
+        if let Err(error) = editor.execute(sql, &[device.into()]).await {
+            let _ = editor.rollback().await;
+            return Err(error);
+        }
+    }
+    editor.commit().await?;
+    Ok(true)
+}
+
+/// Whether nothing is left that grows with what a device sends. In Postgres nobody adds to its streams until
+/// the transaction ends.
+async fn is_bare(editor: &mut Editor, device: i64) -> Result<bool, ReadError> {
+    let (table, has_recent) = readings_table(editor);
+    if !has_recent {
+        let lock = "SELECT id FROM streams WHERE device_id = $1 ORDER BY id FOR UPDATE";
+        editor.rows(lock, &[device.into()]).await?;
+    }
+    let recent = match has_recent {
+        true => {
+            "+ (SELECT count(*) FROM readings_recent WHERE series_id IN
+            (SELECT id FROM series WHERE device_id = $1))"
+        }
+        false => "",
+    };
+    let sql = format!(
+        "SELECT CAST(
+             (SELECT count(*) FROM streams AS s WHERE s.device_id = $1
+                 AND EXISTS (SELECT 1 FROM frames AS f WHERE f.stream_id = s.id))
+             + (SELECT count(*) FROM series AS s WHERE s.device_id = $1
+                 AND EXISTS (SELECT 1 FROM {table} AS r WHERE r.series_id = s.id))
+             + (SELECT count(*) FROM quarantine AS q WHERE q.device_id = $1)
+             {recent} AS BIGINT)"
+    );
+    let rows = editor.rows(&sql, &[device.into()]).await?;
+    Ok(rows.first().map_or(Ok(0), |row| row.integer(0))? == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::contract::{Peer, admitted, login, peer};
+    use crate::store::lifecycle::{DeviceEdit, find};
+    use crate::store::sqlite::{SqliteSettings, SqliteStore};
+    use crate::store::url::StoreUrl;
+    use crate::store::{Batch, Content, DeviceEvent, DeviceEventKind, Entry, Store};
+
+    fn content(peer: &Peer, seq: u64, content: Content) -> Entry {
+        Entry {
+            content,
+            ..peer.gap(seq, seq)
+        }
+    }
+
+    /// Something of every kind.
+    async fn fill(store: &mut impl Store, name: &str) -> Peer {
+        let peer = peer(store, name).await;
+        let quarantined = Content::Quarantined {
+            code: 30,
+            detail: String::new(),
+            bytes: vec![1],
+            peer: String::new(),
+        };
+        // In Postgres and SQLite more readings than one step takes.
+        let rows: Vec<(i64, f64)> = (0..ROWS_AT_ONCE + 10).map(|ts| (ts, 1.0)).collect();
+        let mut entries = vec![
+            peer.readings(1, &[(-5, 1.0)]),
+            peer.gap(2, 4),
+            content(&peer, 5, quarantined),
+        ];
+        for (seq, rows) in (6..).zip(rows.chunks(500)) {
+            entries.push(peer.readings(seq, rows));
+        }
+        let connected = DeviceEvent {
+            device: peer.device,
+            at_us: 1,
+            kind: DeviceEventKind::Connected,
+            code: 0,
+            detail: String::new(),
+        };
+        let batch = Batch {
+            entries,
+            events: vec![connected],
+            ..Batch::default()
+        };
+        store.commit(&batch).await.unwrap();
+        peer
+    }
+
+    /// Rows of all tables that name a device, stream or series, but for the note of its removal.
+    async fn left(store: &StoreUrl, peer: &Peer) -> Vec<(String, i64)> {
+        let mut editor = Editor::open(store).await.unwrap();
+        let columns = match store {
+            StoreUrl::Sqlite(_) => {
+                "SELECT m.name, c.name FROM sqlite_master AS m CROSS JOIN pragma_table_info(m.name) AS c
+                 WHERE m.type = 'table'"
+            }
+            StoreUrl::Postgres(_) => {
+                "SELECT CAST(t.table_name AS text), CAST(c.column_name AS text)
+                 FROM information_schema.tables AS t
+                 JOIN information_schema.columns AS c USING (table_schema, table_name)
+                 WHERE t.table_schema = 'public' AND t.table_type = 'BASE TABLE'"
+            }
+        };
+        let mut left = Vec::new();
+        for row in editor.rows(columns, &[]).await.unwrap() {
+            let text = |n| row.text_or_null(n).unwrap().unwrap().to_owned();
+            let (table, column) = (text(0), text(1));
+            let id = match (table.as_str(), column.as_str()) {
+                ("removed_devices" | "readings_sorting", _) => continue,
+                ("devices", "id") | (_, "device_id") => peer.device.0,
+                ("streams", "id") | (_, "stream_id") => peer.stream.0,
+                ("series", "id") | (_, "series_id") => peer.series.0,
+                _ => continue,
+            };
+            let sql = format!("SELECT CAST(count(*) AS BIGINT) FROM {table} WHERE {column} = $1");
+            let rows = editor.rows(&sql, &[id.into()]).await.unwrap();
+            left.push((format!("{table}.{column}"), rows[0].integer(0).unwrap()));
+        }
+        left.sort();
+        left
+    }
+
+    async fn give_up_name(store: &StoreUrl, name: &str) -> i64 {
+        let mut editor = Editor::open(store).await.unwrap();
+        let mut edit = DeviceEdit::begin(&mut editor, 5).await.unwrap();
+        let found = edit.find([name].into_iter()).await.unwrap();
+        edit.remove(&found[name]).await.unwrap();
+        edit.commit().await.unwrap();
+        found[name].device.0
+    }
+
+    async fn is_full(store: &StoreUrl, peer: &Peer) {
+        let left = left(store, peer).await;
+        assert!(left.len() > 10, "{left:?}");
+        let has_rows = |(table, rows): &(String, i64)| *rows > 0 || table.starts_with("readings_");
+        assert!(left.iter().all(has_rows), "{left:?}");
+    }
+
+    async fn nothing_is_left<S: Store>(store: &StoreUrl, mut writer: S) -> S {
+        let gone = fill(&mut writer, "gone").await;
+        let stays = fill(&mut writer, "stays").await;
+        is_full(store, &gone).await;
+        let before = left(store, &stays).await;
+        let id = give_up_name(store, "gone").await;
+        // The name is free at once, and ids are not given out again.
+        let again = fill(&mut writer, "gone").await;
+        assert!(again.device != gone.device && again.series != gone.series);
+        let mut editor = Editor::open(store).await.unwrap();
+        assert_eq!(
+            find(&mut editor, "gone").await.unwrap().unwrap().device,
+            again.device
+        );
+        let counts = belongings(&mut editor, id).await.unwrap().counts;
+        assert_eq!(counts[0], ("readings", ROWS_AT_ONCE as u64 + 11));
+        // A run that is broken off; and what a session still had to say after it ended.
+        let broken_off = take_out(&mut editor, id, true);
+        drop(tokio::time::timeout(Duration::from_millis(30), broken_off).await);
+        let mut editor = Editor::open(store).await.unwrap();
+        take_out(&mut editor, id, true).await.unwrap();
+        let left_of = left(store, &gone).await;
+        assert!(left_of.iter().all(|(_, rows)| *rows == 0), "{left_of:?}");
+        assert_eq!(left(store, &stays).await, before);
+        is_full(store, &again).await;
+        let late = Batch {
+            events: vec![DeviceEvent {
+                device: gone.device,
+                at_us: 2,
+                kind: DeviceEventKind::Disconnected,
+                code: 52,
+                detail: String::new(),
+            }],
+            ..Batch::default()
+        };
+        writer.commit(&late).await.unwrap();
+        let newest = admitted(&mut writer, login("newest", 1, 1)).await;
+        assert!(newest.device > again.device);
+        writer
+    }
+
+    #[tokio::test]
+    async fn nothing_of_a_removed_device_is_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.db");
+        let store = SqliteStore::open(&path, &SqliteSettings::default()).await;
+        let store = nothing_is_left(&StoreUrl::Sqlite(path), store.unwrap()).await;
+        store.close().await.unwrap();
+    }
+
+    #[tokio::test]
+    #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+    async fn nothing_of_a_removed_device_is_left_in_postgres() {
+        let database = crate::store::postgres::tests::Database::create().await;
+        let store = crate::store::postgres::PostgresStore::open(database.settings()).await;
+        let url = StoreUrl::Postgres(database.settings().url);
+        nothing_is_left(&url, store.unwrap().swap_remove(0)).await;
+    }
+}
