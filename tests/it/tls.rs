@@ -245,7 +245,7 @@ fn who_does_not_get_through_leaves_a_line_with_the_reason() {
     let rows: Vec<&str> = listed.lines().skip(1).collect();
     assert_eq!(rows.len(), 2, "{listed}");
     assert!(
-        rows.iter().any(|row| row.contains(",8,127.0.0.1,,")),
+        rows.iter().any(|row| row.contains(",8,127.0.0.1,\"\",")),
         "{listed}"
     );
     let named = ",1,127.0.0.1,p mp,50 authentication,";
