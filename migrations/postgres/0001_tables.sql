@@ -119,6 +119,16 @@ CREATE TABLE reading_hours (
     hour timestamptz PRIMARY KEY
 );
 
+-- Of each series the time of its first reading and the newest plausible reading (see the view `latest`). Written
+-- with the readings or within a second of them, and made up for after a start; so `latest` looks into no partition.
+CREATE TABLE newest (
+    series_id bigint PRIMARY KEY,
+    first_ts  timestamptz NOT NULL,
+    ts        timestamptz,
+    frame_id  bigint,
+    value     double precision
+) WITH (fillfactor = 50);
+
 -- Frames that the device lost before it could send them, from_seq to to_seq inclusive.
 CREATE TABLE gaps (
     stream_id   bigint NOT NULL REFERENCES streams (id),

@@ -69,32 +69,24 @@ LEFT JOIN frames AS f ON f.id = r.frame_id;
 
 -- One row for each series: its newest reading. A reading that claims a time more than a day after
 -- its receipt is passed over, so that a device whose clock once stood in the future does not freeze
--- here; a series without any other reading shows NULL. (The bound by the present time says the same
--- of most such rows in a way the index can carry out.)
+-- here; a series without any other reading shows NULL. A reading of a busy gateway is here a second after
+-- it was stored, at most.
 CREATE OR REPLACE VIEW latest AS
 SELECT
     d.name AS device,
     s.channel,
     s.unit,
     s.kind,
-    r.ts,
-    utc_text(r.ts) AS ts_text,
-    r.value,
-    r.received_at,
-    utc_text(r.received_at) AS received_at_text,
-    quality_text(r.quality) AS quality
+    n.ts,
+    utc_text(n.ts) AS ts_text,
+    n.value,
+    f.received_at,
+    utc_text(f.received_at) AS received_at_text,
+    quality_text(f.quality) AS quality
 FROM devices AS d
 JOIN series AS s ON s.device_id = d.id
-LEFT JOIN LATERAL (
-    SELECT c.ts, c.value, f.received_at, f.quality
-    FROM readings AS c
-    JOIN frames AS f ON f.id = c.frame_id
-    WHERE c.series_id = s.id
-        AND c.ts <= now() + interval '1 day'
-        AND c.ts <= f.received_at + interval '1 day'
-    ORDER BY c.ts DESC, c.frame_id DESC
-    LIMIT 1
-) AS r ON true;
+LEFT JOIN newest AS n ON n.series_id = s.id AND n.ts <= now() + interval '1 day'
+LEFT JOIN frames AS f ON f.id = n.frame_id;
 
 -- One row for each series: its first reading, its newest one as `latest` shows it, and `in_future`, the
 -- readings whose time is more than a day from now; it counts to 1000.
@@ -104,11 +96,11 @@ SELECT
     s.channel,
     s.unit,
     s.kind,
-    o.ts AS first_ts,
-    utc_text(o.ts) AS first_ts_text,
-    r.ts AS last_ts,
-    utc_text(r.ts) AS last_ts_text,
-    r.value AS last_value,
+    o.first_ts,
+    utc_text(o.first_ts) AS first_ts_text,
+    n.ts AS last_ts,
+    utc_text(n.ts) AS last_ts_text,
+    n.value AS last_value,
     (
         SELECT count(*) FROM (
             SELECT FROM readings AS c
@@ -118,19 +110,8 @@ SELECT
     ) AS in_future
 FROM devices AS d
 JOIN series AS s ON s.device_id = d.id
-LEFT JOIN LATERAL (
-    SELECT c.ts FROM readings AS c WHERE c.series_id = s.id ORDER BY c.ts LIMIT 1
-) AS o ON true
-LEFT JOIN LATERAL (
-    SELECT c.ts, c.value
-    FROM readings AS c
-    JOIN frames AS f ON f.id = c.frame_id
-    WHERE c.series_id = s.id
-        AND c.ts <= now() + interval '1 day'
-        AND c.ts <= f.received_at + interval '1 day'
-    ORDER BY c.ts DESC, c.frame_id DESC
-    LIMIT 1
-) AS r ON true;
+LEFT JOIN newest AS o ON o.series_id = s.id
+LEFT JOIN newest AS n ON n.series_id = s.id AND n.ts <= now() + interval '1 day';
 
 -- By UTC hour, of the valid values; `n` counts them. Name a device, or hours, or both: without, every
 -- reading in the store is read.

@@ -15,6 +15,8 @@ mod import;
 mod migrate;
 mod nearest;
 mod output;
+#[cfg(test)]
+mod plans;
 mod quarantine;
 mod query;
 mod serve;

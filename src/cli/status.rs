@@ -16,6 +16,16 @@ use super::output::{self, age, bytes_text, count, utc_text, write_facts};
 
 type Fact = (&'static str, String);
 
+/// What both stores count.
+pub(super) const COUNTS: &str = "SELECT (SELECT count(*) FROM devices), count(*),
+        CAST(coalesce(sum(st.frames), 0) AS BIGINT), CAST(coalesce(sum(st.readings), 0) AS BIGINT),
+        max((SELECT f.received_at FROM frames AS f
+            WHERE f.stream_id = st.id ORDER BY f.seq DESC LIMIT 1)),
+        (SELECT count(*) FROM gaps),
+        (SELECT sum(CAST(to_seq - from_seq AS DOUBLE PRECISION) + 1) FROM gaps),
+        (SELECT count(*) FROM quarantine)
+    FROM streams AS st";
+
 /// Shows it. What waits in a spool is shown also while the database is away.
 pub async fn status(store: &StoreUrl, data_dir: &Path) -> Result<(), Error> {
     let mut out = output::stdout();
@@ -91,7 +101,7 @@ async fn database(reader: &mut Reader, url: &PostgresUrl) -> Result<Vec<Fact>, E
     let mut facts = vec![("store", url.to_string())];
     for row in &rows {
         facts.push(("size", bytes_text(row.integer(0)?.unsigned_abs())));
-        let days = count(row.integer(1)?.unsigned_abs(), "day");
+        let partitions = count(row.integer(1)?.unsigned_abs(), "partition");
         let others = match (row.integer_or_null(2)?, row.integer_or_null(3)?) {
             // Partitioned otherwise, or not at all.
             (None, _) | (_, None) => continue,
@@ -105,7 +115,7 @@ async fn database(reader: &mut Reader, url: &PostgresUrl) -> Result<Vec<Fact>, E
                 format!(", and {size} of readings of other times")
             }
         };
-        facts.push(("partitions", format!("{days}{others}")));
+        facts.push(("partitions", format!("{partitions}{others}")));
     }
     Ok(facts)
 }
@@ -114,20 +124,7 @@ async fn counted(reader: &mut Reader, now_us: i64) -> Result<Vec<Fact>, Error> {
     // Streams keep running totals: nothing here counts a large table. The newest frame need not have
     // the highest id where several connections write. Frames in gaps are summed as doubles: a device
     // may claim a gap so long that whole numbers would overflow.
-    let rows = reader
-        .rows(
-            "SELECT (SELECT count(*) FROM devices), count(*),
-                 CAST(coalesce(sum(st.frames), 0) AS BIGINT),
-                 CAST(coalesce(sum(st.readings), 0) AS BIGINT),
-                 max((SELECT f.received_at FROM frames AS f
-                     WHERE f.stream_id = st.id ORDER BY f.seq DESC LIMIT 1)),
-                 (SELECT count(*) FROM gaps),
-                 (SELECT sum(CAST(to_seq - from_seq AS DOUBLE PRECISION) + 1) FROM gaps),
-                 (SELECT count(*) FROM quarantine)
-             FROM streams AS st",
-            &[],
-        )
-        .await?;
+    let rows = reader.rows(COUNTS, &[]).await?;
     let mut facts = Vec::new();
     for row in &rows {
         let number = |column| row.integer(column).map(|n| n.to_string());

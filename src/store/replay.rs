@@ -197,14 +197,16 @@ impl Editor {
                 let runs: Vec<Run<'_>> = Run::of(id, readings).collect();
                 match &mut **self {
                     Reader::Sqlite(conn) => sqlite::insert_sorted(conn, &runs).await?,
-                    Reader::Postgres(conn) => {
-                        postgres::insert_readings(conn, &runs).await?;
-                        postgres::insert_hours(conn, &hours_of(&runs)).await?;
-                    }
+                    Reader::Postgres(conn) => postgres::insert_readings(conn, &runs).await?,
                 }
                 let sql = "UPDATE streams SET readings = readings + $1 WHERE id = $2";
                 self.execute(sql, &[count.into(), frame.stream.0.into()])
                     .await?;
+                if let Reader::Postgres(conn) = &mut **self {
+                    // Last, as a gateway does.
+                    postgres::insert_hours(conn, &hours_of(&runs)).await?;
+                    postgres::insert_newest(conn, id, frame.received_at_us, readings).await?;
+                }
             }
             Content::Gap { reason } => self.add_gap(frame, understood.first_seq, *reason).await?,
             Content::Event {

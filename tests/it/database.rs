@@ -85,6 +85,15 @@ impl Session {
         serde_json::from_str(&plan).expect("JSON")
     }
 
+    /// The plan of a query, with what was done of it.
+    pub fn explain_run(&mut self, sql: &str) -> serde_json::Value {
+        let explain = format!("EXPLAIN (ANALYZE, FORMAT JSON) {sql}");
+        let row = sqlx::raw_sql(AssertSqlSafe(explain)).fetch_one(&mut self.connection);
+        let row = self.runtime.block_on(row).expect(sql);
+        let plan: String = sqlx::Row::try_get_unchecked(&row, 0).expect("text");
+        serde_json::from_str(&plan).expect("JSON")
+    }
+
     /// Waits until a query gives true.
     pub fn wait_for(&mut self, sql: &str) {
         let deadline = Instant::now() + PATIENCE;

@@ -9,8 +9,9 @@ use crate::client::readings_at;
 use crate::database::{PgDatabase, Session};
 use crate::gateway::Gateway;
 
-const DAYS: i64 = 6;
-const DAY_US: i64 = 86_400_000_000;
+/// Steps of readings, so short that no month is left out.
+const STEPS: i64 = 7;
+const STEP_US: i64 = 28 * 86_400_000_000;
 
 /// A partition that is looked into, and how.
 type Scan = (String, String);
@@ -23,6 +24,9 @@ fn scans(plan: &Value, found: &mut BTreeSet<Scan>) {
             if let (Some(Value::String(table)), Some(Value::String(kind))) =
                 (node.get("Relation Name"), node.get("Node Type"))
                 && (table.starts_with("readings") || table == "frames")
+                // Where it is known what was done of the plan.
+                && node.get("Actual Loops") != Some(&Value::from(0.0))
+                && node.get("Actual Loops") != Some(&Value::from(0))
             {
                 found.insert((table.clone(), kind.clone()));
             }
@@ -35,8 +39,12 @@ fn scans(plan: &Value, found: &mut BTreeSet<Scan>) {
 /// Asserts that a query reads `partitions` and, maybe, the default one, by their indexes.
 fn assert_reads(session: &mut Session, sql: &str, partitions: &[String]) {
     let plan = session.explain(sql);
+    assert_plan_reads(&plan, sql, partitions);
+}
+
+fn assert_plan_reads(plan: &Value, sql: &str, partitions: &[String]) {
     let mut found = BTreeSet::new();
-    scans(&plan, &mut found);
+    scans(plan, &mut found);
     let whole: Vec<_> = found
         .iter()
         .filter(|(_, kind)| kind == "Seq Scan")
@@ -51,37 +59,40 @@ fn assert_reads(session: &mut Session, sql: &str, partitions: &[String]) {
     assert!(whole.is_empty(), "{whole:?}: {sql}\n{plan:#}");
 }
 
-/// A store with a reading each ten seconds of the last days, in four channels of some devices.
+/// A store with a reading each five minutes of the last months, in four channels of some devices.
 fn filled() -> PgDatabase {
     let mut database = PgDatabase::create();
     let gateway = Gateway::start(&["--store", &database.url()]);
     let now_us = jiff::Timestamp::now().as_microsecond();
     for device in 0..5 {
         let (mut link, _) = gateway.connect(&format!("pump-{device}"));
-        for day in 0..DAYS {
-            let seq = day as u64 + 1;
-            link.send(&readings_at(seq, now_us - day * DAY_US, &[1]));
+        for step in 0..STEPS {
+            let seq = step as u64 + 1;
+            link.send(&readings_at(seq, now_us - step * STEP_US, &[1]));
         }
-        link.expect_ack(DAYS as u64);
+        link.expect_ack(STEPS as u64);
     }
     drop(gateway);
     let session = database.session();
-    session.execute(&format!(
+    session.execute(
         "INSERT INTO readings
          SELECT s.id, ts, 1024, 1.5 FROM series AS s,
-             generate_series(now() - interval '{} days', now(), interval '10 s') AS ts;
+             generate_series(now() - interval '160 days', now(), interval '5 min') AS ts;
+         INSERT INTO reading_hours
+         SELECT generate_series(date_trunc('hour', now()) - interval '160 days', now(), interval '1 hour')
+         ON CONFLICT DO NOTHING;
          INSERT INTO frames
          SELECT n, 1000000, n, 17, now(), 1, 0, 0 FROM generate_series(1000000, 1050000) AS n;
          ANALYZE",
-        DAYS - 1
-    ));
+    );
     database
 }
 
-/// Names of the partitions from `first` to `last` days ago.
+/// Names of the partitions from `first` to `last` months ago.
 fn partitions(session: &mut Session, first: i64, last: i64) -> Vec<String> {
     let names: Vec<(String,)> = session.rows(&format!(
-        "SELECT to_char((now() AT TIME ZONE 'UTC')::date - n, '\"readings_\"YYYYMMDD')
+        "SELECT to_char(date_trunc('month', now() AT TIME ZONE 'UTC') - n * interval '1 month',
+             '\"readings_\"YYYYMM')
          FROM generate_series({last}, {first}) AS n"
     ));
     names.into_iter().map(|name| name.0).collect()
@@ -93,27 +104,38 @@ fn queries_read_the_partitions_of_their_time_by_index() {
     let mut database = filled();
     let session = database.session();
     session.execute("SET timezone = 'UTC'");
-    let yesterday = partitions(session, 1, 1);
-    let few_days = partitions(session, 4, 2);
+    let month = |n: u32| format!("date_trunc('month', now()) - interval '{n} months'");
+    let (from, to) = (month(1), month(0));
+    let last = partitions(session, 1, 1);
+    let some = partitions(session, 4, 2);
     let of_pump = "SELECT ts, value FROM telemetry WHERE device = 'pump-3' AND channel = 'level'";
-    let range = "AND ts >= current_date - 1 AND ts < current_date";
-    assert_reads(session, &format!("{of_pump} {range}"), &yesterday);
-    let range = "AND ts >= current_date - 4 AND ts < current_date - 1 ORDER BY ts";
-    assert_reads(session, &format!("{of_pump} {range}"), &few_days);
+    let range = format!("AND ts >= {from} AND ts < {to}");
+    assert_reads(session, &format!("{of_pump} {range}"), &last);
+    let range = format!("AND ts >= {} AND ts < {from} ORDER BY ts", month(4));
+    assert_reads(session, &format!("{of_pump} {range}"), &some);
+    // A filter on hours reaches the same ones, by what is done and not by the plan.
+    let hourly = format!(
+        "SELECT * FROM telemetry_hourly WHERE device = 'pump-3' AND channel = 'level' \
+         AND hour >= {from} AND hour < {from} + interval '5 hours'"
+    );
+    let plan = session.explain_run(&hourly);
+    assert_plan_reads(&plan, &hourly, &last);
     // With times as they are written, and all that the view tells.
     let (from, to): (String, String) = session
-        .rows("SELECT (current_date - 1)::text, (current_date - 1)::text || ' 12:00'")
+        .rows(&format!(
+            "SELECT ({from})::date::text, ({from})::date::text || ' 12:00'"
+        ))
         .remove(0);
     let sql = format!(
         "SELECT * FROM telemetry WHERE device = 'pump-3' AND channel = 'level' \
          AND ts >= '{from}' AND ts < '{to}'"
     );
-    assert_reads(session, &sql, &yesterday);
+    assert_reads(session, &sql, &last);
     // All devices, the last five minutes.
     let sql = "SELECT device, channel, ts, value FROM telemetry \
                WHERE ts >= now() - interval '5 minutes' AND ts <= now()";
     let started_on: Vec<String> = {
-        let five = "SELECT DISTINCT to_char(at, '\"readings_\"YYYYMMDD') FROM \
+        let five = "SELECT DISTINCT to_char(at, '\"readings_\"YYYYMM') FROM \
                     (VALUES (now()), (now() - interval '5 minutes')) AS times (at)";
         let names: Vec<(String,)> = session.rows(five);
         names.into_iter().map(|name| name.0).collect()

@@ -16,7 +16,6 @@ use super::cell::{self, Frame, Frames};
 
 /// How long the server may take to let a connection in.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-const DAY_US: i64 = 86_400_000_000;
 /// Bytes that are sent at once; what is made of the next rows is made meanwhile.
 const SEND_BYTES: usize = 32 * 1024;
 /// The gateway takes ids of frames from a sequence of blocks of so many.
@@ -148,18 +147,22 @@ fn ids_start(connection: usize) -> i64 {
     (connection as i64 + 1) << 40
 }
 
-/// For the days of the readings, as the gateway makes and calls them: none are to go to the default
+/// For the months of the readings, as the gateway makes and calls them: none are to go to the default
 /// partition.
 async fn make_partitions(conn: &mut PgConnection, job: &Job) -> Result<(), sqlx::Error> {
-    let first = job.start_us.div_euclid(DAY_US);
-    let last = (job.start_us + job.span_us()).div_euclid(DAY_US);
-    for day in first..=last {
-        let midnight = |day: i64| format!("to_timestamp({})", day * DAY_US / 1_000_000);
-        let (from, to) = (midnight(day), midnight(day + 1));
-        let date = jiff::Timestamp::from_microsecond(day * DAY_US).unwrap_or_default();
-        let name = date.strftime("readings_%Y%m%d");
+    let date = |us| {
+        let time = jiff::Timestamp::from_microsecond(us).unwrap_or_default();
+        time.to_zoned(jiff::tz::TimeZone::UTC).date()
+    };
+    let last = date(job.start_us + job.span_us());
+    let mut from = date(job.start_us).first_of_month();
+    while from <= last {
+        let to = from.saturating_add(jiff::Span::new().months(1));
+        let name = from.strftime("readings_%Y%m");
         let table = format!("CREATE TABLE {name} PARTITION OF readings");
-        execute(conn, format!("{table} FOR VALUES FROM ({from}) TO ({to})")).await?;
+        let range = format!("FROM ('{from} 00:00+00') TO ('{to} 00:00+00')");
+        execute(conn, format!("{table} FOR VALUES {range}")).await?;
+        from = to;
     }
     Ok(())
 }

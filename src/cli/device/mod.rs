@@ -17,6 +17,8 @@ use fieldgate_protocol::message::check_name;
 
 pub use self::change::read_key;
 pub use self::key::keys_of;
+#[cfg(test)]
+pub use self::show::queries;
 pub use self::show::unknown;
 use super::Error;
 

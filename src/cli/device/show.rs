@@ -17,19 +17,19 @@ const IN_FUTURE_MAX: i64 = 1000;
 /// Gaps and streams that `show` shows; `query` shows all.
 const LINES_SHOWN: i64 = 20;
 
+const LIST: &str = "SELECT d.name, CASE d.enabled WHEN 0 THEN 'no' ELSE 'yes' END,
+        CASE WHEN d.sealed_key IS NOT NULL THEN 'own' WHEN d.key_version = 0 THEN 'derived'
+            ELSE 'derived ' || d.key_version END, d.firmware, d.last_seen_at, count(s.id),
+        CAST(coalesce(sum(s.frames), 0) AS BIGINT), CAST(coalesce(sum(s.readings), 0) AS BIGINT)
+    FROM devices AS d LEFT JOIN streams AS s ON s.device_id = d.id
+    GROUP BY d.id ORDER BY d.name COLLATE \"C\"";
+const DEVICE: &str = "SELECT id, enabled, firmware, first_seen_at, last_seen_at, key_version,
+        CASE WHEN sealed_key IS NULL THEN 0 ELSE 1 END
+    FROM devices WHERE name = $1";
+
 /// Lists all devices.
 pub async fn list(reader: &mut Reader) -> Result<(), Error> {
-    let rows = reader
-        .rows(
-            "SELECT d.name, CASE d.enabled WHEN 0 THEN 'no' ELSE 'yes' END,
-                 CASE WHEN d.sealed_key IS NOT NULL THEN 'own' WHEN d.key_version = 0 THEN 'derived'
-                     ELSE 'derived ' || d.key_version END, d.firmware, d.last_seen_at, count(s.id), CAST(coalesce(sum(s.frames), 0) AS BIGINT),
-                 CAST(coalesce(sum(s.readings), 0) AS BIGINT)
-             FROM devices AS d LEFT JOIN streams AS s ON s.device_id = d.id
-             GROUP BY d.id ORDER BY d.name COLLATE \"C\"",
-            &[],
-        )
-        .await?;
+    let rows = reader.rows(LIST, &[]).await?;
     let headers = [
         "name",
         "enabled",
@@ -54,14 +54,7 @@ pub async fn list(reader: &mut Reader) -> Result<(), Error> {
 
 /// Shows all that is known of a device.
 pub async fn show(reader: &mut Reader, name: &str) -> Result<(), Error> {
-    let device = reader
-        .rows(
-            "SELECT id, enabled, firmware, first_seen_at, last_seen_at, key_version,
-                 CASE WHEN sealed_key IS NULL THEN 0 ELSE 1 END
-             FROM devices WHERE name = $1",
-            &[name.into()],
-        )
-        .await?;
+    let device = reader.rows(DEVICE, &[name.into()]).await?;
     let Some(device) = device.first() else {
         return Err(unknown(reader, name).await?);
     };
@@ -263,4 +256,21 @@ fn mend_event(row: &mut [Value]) {
         }
         _ => {}
     }
+}
+
+/// Every query of this file, with a device's name and its id for parameters.
+#[cfg(test)]
+pub fn queries(name: &'static str) -> Vec<(&'static str, Vec<Argument<'static>>)> {
+    let mut queries = vec![(LIST, vec![]), (DEVICE, vec![name.into()])];
+    for section in SECTIONS {
+        let key = if section.is_by_name {
+            name.into()
+        } else {
+            1.into()
+        };
+        let mut arguments = vec![key];
+        arguments.extend(section.limit.map(Argument::from));
+        queries.push((section.sql, arguments));
+    }
+    queries
 }

@@ -4,7 +4,7 @@
 //! the same one. `link` is a connection on which every await has a deadline, `backends` ends at the server
 //! what was given up here, `open` gets connections, `write` turns a batch into a transaction (`admit` has the
 //! statements of logins and declares, `copy` and `timestamp` the binary format of COPY), `partitions`
-//! keeps a table for each day, `feed` is for a spool that feeds the database. Here they are put together, and errors become [`StoreError`]s.
+//! keeps a table for each day, `newest` keeps the newest reading of each series, `feed` is for a spool that feeds the database. Here they are put together, and errors become [`StoreError`]s.
 //!
 //! Invariants
 //! - The rows of a batch's streams are locked, in the order of their ids, before anything of it is
@@ -22,6 +22,8 @@ pub use self::backends::end_left;
 use self::identity::Identity;
 pub(super) use self::identity::REASON_LOST_BY_STORE;
 pub use self::link::Link;
+use self::newest::Newest;
+pub(super) use self::newest::insert_newest;
 pub use self::open::{OpenError, migrate, open_editor, open_reader, open_watcher};
 use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
@@ -38,6 +40,7 @@ mod copy;
 pub(super) mod feed;
 mod identity;
 mod link;
+mod newest;
 mod open;
 mod partitions;
 #[cfg(test)]
@@ -48,6 +51,9 @@ mod write;
 /// A server that has not gone on for this long is given up, and connected to again: the network may have
 /// lost the connection without a word.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long newest readings may take to be written at the end.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How the store is reached and used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +92,7 @@ pub struct PostgresStore {
     writer: Option<Writer>,
     identity: Identity,
     cut: Cut,
+    newest: Newest,
 }
 
 impl PostgresStore {
@@ -103,7 +110,7 @@ impl PostgresStore {
         let partitions = Partitions::new(first, settings.url.clone());
         let partitions = Arc::new(partitions.await?);
         let mut stores = Vec::with_capacity(settings.writers);
-        for _ in 0..settings.writers {
+        for number in 0..settings.writers {
             let conn = connect(&settings).await?;
             stores.push(Self {
                 settings: Arc::clone(&settings),
@@ -111,6 +118,7 @@ impl PostgresStore {
                 writer: Some(Writer::new(conn, &settings)),
                 identity: Identity::new(&settings),
                 cut: Cut::default(),
+                newest: Newest::new(number == 0, settings.spool.is_some()),
             });
         }
         Ok(stores)
@@ -124,6 +132,7 @@ impl PostgresStore {
     /// Begins again with a database of which nothing is known, and marks it for those who read from it.
     async fn forget(&mut self) {
         self.identity.forget();
+        self.newest = Newest::new(true, self.settings.spool.is_some());
         // What others know of operators' changes is compared with the database by their numbers, too.
         let Ok(mut writer) = self.writer().await else {
             return;
@@ -152,7 +161,9 @@ impl PostgresStore {
         self.partitions
             .make_for(&part.entries, Instant::now())
             .await;
-        let committed = writer.commit(part, &mut self.identity).await;
+        let committed = writer
+            .commit(part, &mut self.identity, &mut self.newest)
+            .await;
         let committed = committed.map_err(|error| (classify(&error), Size::of(&error)));
         if let Err((StoreError::Replaced(_), _)) = committed {
             self.forget().await;
@@ -197,7 +208,17 @@ impl Store for PostgresStore {
         }
     }
 
-    async fn close(self) -> Result<(), StoreError> {
+    fn is_tidy(&self) -> bool {
+        self.newest.is_tidy()
+    }
+
+    async fn close(mut self) -> Result<(), StoreError> {
+        if self.writer.is_some() && self.newest.has_pending() {
+            // The next start would find what is left, too.
+            let nothing = Batch::default();
+            let last = self.commit(&nothing);
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, last).await;
+        }
         let Some(mut writer) = self.writer else {
             return Ok(());
         };

@@ -27,7 +27,7 @@ static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     migrator
 });
 /// Tables that another program may have, under the same names.
-const TABLES: [&str; 15] = [
+const TABLES: [&str; 16] = [
     "devices",
     "device_revision",
     "streams",
@@ -36,6 +36,7 @@ const TABLES: [&str; 15] = [
     "frames",
     "readings",
     "reading_hours",
+    "newest",
     "gaps",
     "quarantine",
     "device_events",
@@ -68,7 +69,7 @@ const WATCHER_SETTINGS: &str =
 /// How long a statement may run is for the database's administrator to say. A reader shows values as text:
 /// what the role or the database sets must not change how they are written.
 const READER_SETTINGS: &str = "SET default_transaction_read_only = on; SET bytea_output = 'hex';
-    SET IntervalStyle = 'postgres';";
+    SET IntervalStyle = 'postgres'; SET jit = off;";
 /// From release 17 on, a limit on whole transactions may be the role's default.
 const TRANSACTION_TIMEOUT: &str = "SET transaction_timeout = '10min';";
 const TRANSACTION_TIMEOUT_SINCE: u32 = 170_000;

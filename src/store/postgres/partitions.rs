@@ -1,9 +1,13 @@
-//! A partition of `readings` for each UTC day, made before it is needed.
+//! A partition of `readings` for each UTC month, and for each year long ago, made before it is needed.
 //!
-//! Partitions are made for days near the present: from [`LATE_DAYS`] ago, for what devices kept while
-//! they were offline, to [`AHEAD_DAYS`] from now. Readings of other times go to the default partition,
-//! so a device with a wrong clock makes no tables. When the present comes near a day of which the
-//! default partition holds readings already, they move with it.
+//! A query locks every partition, with its indexes, that its plan cannot leave out; one that names no time, or
+//! a time from `now()`, locks all. So there are few: a table for each month of this year and the last, one for
+//! each year before, and twelve more each year. Daily ones would fill the server's table of locks within years.
+//!
+//! Partitions are made for days from [`FIRST_DAY`] to [`AHEAD_DAYS`] from now. Readings of other times go to
+//! the default partition. When the present comes near a day of which the default partition holds readings
+//! already, they move with it. Where a part of a month has a partition already, as an operator may have made,
+//! a day of the rest gets its own.
 //!
 //! To make a partition, the default partition is locked, what it has of that day moves, and all of it is
 //! looked through: the more it holds, the longer whoever stores into it has to wait.
@@ -24,14 +28,19 @@ use tokio::sync::Mutex;
 use super::link::{Link, Patience};
 use super::open::{OpenError, open_error, reason};
 use super::run;
+use super::timestamp::Timestamp;
 use crate::store::url::PostgresUrl;
 use crate::store::{Content, Entry};
 
-/// How old readings may be to have a partition of their day made.
-const LATE_DAYS: i64 = 35;
+/// Days since 1970 at 2000-01-01: older readings get no partition.
+const FIRST_DAY: i64 = 10_957;
 /// How many days after today have a partition.
 const AHEAD_DAYS: i64 = 2;
 const DAY_US: i64 = 86_400_000_000;
+/// A partition and its two indexes.
+const LOCKS_OF_PARTITION: i64 = 3;
+/// Queries of all partitions that the server shall have locks for at the same time.
+const QUERIES_AT_ONCE: i64 = 10;
 /// "FGpt": gateways on one database make partitions one at a time.
 const MAKERS_LOCK: i64 = 1_179_086_964;
 /// A partition waits so long for queries that read the default partition, and no longer: what is
@@ -91,6 +100,8 @@ impl Partitions {
         .fetch_one(&mut conn)
         .await
         .map_err(|error| open_error(&url, error))?;
+        let room = LockRoom::read(&mut conn).await;
+        room.map_err(|error| open_error(&url, error))?.warn();
         let partitions = Self {
             url,
             is_foreign,
@@ -124,10 +135,10 @@ impl Partitions {
             // Before it is tried: it may be given up at any moment.
             let tries = maker.put_off(day, now);
             match maker.make(&self.url, day, work_timeout_ms(tries)).await {
-                Ok(true) => {}
-                Ok(false) => {
+                Ok(None) => {}
+                Ok(Some(partition)) => {
                     tracing::warn!(
-                        partition = name(day),
+                        partition,
                         look_s = wait_after(tries).as_secs(),
                         "partition is detached, its readings go to the default partition; attach it \
                          again, or rename it and a new one is made"
@@ -164,7 +175,12 @@ impl Partitions {
         }
         maker.look_at = now + LOOK_INTERVAL;
         match maker.attached(&self.url).await {
-            Ok(attached) => self.lock().retain(|day| attached.contains(&name(*day))),
+            Ok(attached) => self.lock().retain(|day| {
+                let day_us = day * DAY_US;
+                attached
+                    .iter()
+                    .any(|(from, to)| (*from..*to).contains(&day_us))
+            }),
             // The commit that comes next says it better.
             Err(error) => tracing::debug!(%error, "partitions cannot be looked at"),
         }
@@ -172,7 +188,7 @@ impl Partitions {
 
     /// Days that should have a partition and are not known to.
     fn missing(&self, entries: &[Entry], today: i64) -> BTreeSet<i64> {
-        let window = today - LATE_DAYS..=today + AHEAD_DAYS;
+        let window = FIRST_DAY..=today + AHEAD_DAYS;
         let mut missing = BTreeSet::new();
         if self.is_foreign {
             return missing;
@@ -197,6 +213,51 @@ impl Partitions {
 
     fn lock(&self) -> MutexGuard<'_, BTreeSet<i64>> {
         self.days.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How many locks the server has room for, and how many partitions there are to lock.
+#[derive(Debug)]
+struct LockRoom {
+    partitions: i64,
+    per_transaction: i64,
+    transactions: i64,
+}
+
+impl LockRoom {
+    async fn read(conn: &mut Link) -> Result<LockRoom, sqlx::Error> {
+        let (partitions, per_transaction, transactions) = sqlx::query_as(
+            "SELECT (SELECT count(*) FROM pg_inherits WHERE inhparent = 'readings'::regclass),
+                 current_setting('max_locks_per_transaction')::bigint,
+                 current_setting('max_connections')::bigint
+                     + current_setting('max_prepared_transactions')::bigint",
+        )
+        .fetch_one(&mut *conn)
+        .await?;
+        Ok(LockRoom {
+            partitions,
+            per_transaction,
+            transactions,
+        })
+    }
+
+    /// Returns the least `max_locks_per_transaction` with room for [`QUERIES_AT_ONCE`], if there is less.
+    fn lacks(&self) -> Option<i64> {
+        let needed = self.partitions * LOCKS_OF_PARTITION * QUERIES_AT_ONCE;
+        let wanted = needed.div_euclid(self.transactions.max(1)) + 1;
+        (wanted > self.per_transaction).then_some(wanted)
+    }
+
+    fn warn(&self) {
+        if let Some(wanted) = self.lacks() {
+            tracing::warn!(
+                partitions = self.partitions,
+                max_locks_per_transaction = self.per_transaction,
+                wanted,
+                "few locks for the partitions of readings; raise max_locks_per_transaction, or queries without \
+                 a time may fail with \"out of shared memory\""
+            );
+        }
     }
 }
 
@@ -225,25 +286,20 @@ impl Maker {
         url: &PostgresUrl,
         day: i64,
         work_timeout_ms: u64,
-    ) -> Result<bool, sqlx::Error> {
+    ) -> Result<Option<String>, sqlx::Error> {
         // Given up unless all goes well, and if this is cancelled.
         let mut conn = self.conn(url).await?;
-        let is_attached = make(&mut conn, day, work_timeout_ms).await?;
+        let detached = make(&mut conn, day, work_timeout_ms).await?;
         self.conn = Some(conn);
-        Ok(is_attached)
+        Ok(detached)
     }
 
-    /// Names of the partitions that are attached.
-    async fn attached(&mut self, url: &PostgresUrl) -> Result<BTreeSet<String>, sqlx::Error> {
+    /// Returns from where to where the partitions reach that are attached.
+    async fn attached(&mut self, url: &PostgresUrl) -> Result<Vec<(i64, i64)>, sqlx::Error> {
         let mut conn = self.conn(url).await?;
-        let attached: Vec<String> = sqlx::query_scalar(
-            "SELECT relname::text FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
-             WHERE inhparent = 'readings'::regclass AND NOT inhdetachpending",
-        )
-        .fetch_all(&mut conn)
-        .await?;
+        let attached = bounds(&mut conn).await?;
         self.conn = Some(conn);
-        Ok(attached.into_iter().collect())
+        Ok(attached)
     }
 
     async fn conn(&mut self, url: &PostgresUrl) -> Result<Link, sqlx::Error> {
@@ -267,11 +323,14 @@ fn wait_after(tries: u32) -> Duration {
     (RETRY_MIN * (1 << tries.min(6))).min(RETRY_MAX)
 }
 
-/// Makes the partition of a day, unless another gateway has; returns whether it is attached, which an
-/// operator may have undone. An error leaves nothing behind, but a transaction: the connection must be
-/// given up.
-async fn make(conn: &mut Link, day: i64, work_timeout_ms: u64) -> Result<bool, sqlx::Error> {
-    let name = name(day);
+/// Makes the partition of a day, unless there is one. Returns the name of a table that would be the partition and
+/// is not attached, as an operator may have left it. An error leaves nothing behind, but a transaction: the
+/// connection must be given up.
+async fn make(
+    conn: &mut Link,
+    day: i64,
+    work_timeout_ms: u64,
+) -> Result<Option<String>, sqlx::Error> {
     run(
         conn,
         format!(
@@ -281,49 +340,156 @@ async fn make(conn: &mut Link, day: i64, work_timeout_ms: u64) -> Result<bool, s
         ),
     )
     .await?;
-    let (exists, is_attached): (bool, bool) = sqlx::query_as(
-        "SELECT to_regclass($1) IS NOT NULL, EXISTS (SELECT FROM pg_inherits
-             WHERE inhrelid = to_regclass($1) AND inhparent = 'readings'::regclass
-                 AND NOT inhdetachpending)",
-    )
-    .bind(&name)
-    .fetch_one(&mut *conn)
-    .await?;
-    if !exists {
-        let (from, to) = (date(day), date(day + 1));
-        let range = format!("ts >= '{from} 00:00+00' AND ts < '{to} 00:00+00'");
-        // Whoever stores into the default partition at this moment is awaited; then nobody can add to
-        // what has to move.
-        run(
-            conn,
-            format!(
-                "CREATE TABLE {name} (LIKE readings INCLUDING ALL);
-                 LOCK TABLE readings_default IN ACCESS EXCLUSIVE MODE;
-                 WITH moved AS (DELETE FROM readings_default WHERE {range} RETURNING *)
-                     INSERT INTO {name} SELECT * FROM moved;
-                 ALTER TABLE readings ATTACH PARTITION {name}
-                     FOR VALUES FROM ('{from} 00:00+00') TO ('{to} 00:00+00')"
-            ),
-        )
-        .await?;
+    let today = UtcTime::now().as_microsecond().div_euclid(DAY_US);
+    let span = Span::to_make(day, today, &bounds(conn).await?);
+    let mut detached = None;
+    if let Some(span) = span {
+        let exists: bool = sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
+            .bind(&span.name)
+            .fetch_one(&mut *conn)
+            .await?;
+        match exists {
+            true => detached = Some(span.name),
+            false => make_table(conn, &span).await?,
+        }
     }
     run(conn, "COMMIT").await?;
-    Ok(is_attached || !exists)
+    Ok(detached)
 }
 
-fn name(day: i64) -> String {
-    format!("readings_{}", date(day).strftime("%Y%m%d"))
+async fn make_table(conn: &mut Link, Span { name, from, to }: &Span) -> Result<(), sqlx::Error> {
+    let range = format!("ts >= '{from} 00:00+00' AND ts < '{to} 00:00+00'");
+    // Whoever stores into the default partition at this moment is awaited; then nobody can add to
+    // what has to move.
+    run(
+        conn,
+        format!(
+            "CREATE TABLE {name} (LIKE readings INCLUDING ALL);
+             LOCK TABLE readings_default IN ACCESS EXCLUSIVE MODE;
+             WITH moved AS (DELETE FROM readings_default WHERE {range} RETURNING *)
+                 INSERT INTO {name} SELECT * FROM moved;
+             ALTER TABLE readings ATTACH PARTITION {name}
+                 FOR VALUES FROM ('{from} 00:00+00') TO ('{to} 00:00+00')"
+        ),
+    )
+    .await
+}
+
+/// Returns from where to where the partitions reach that there are, in microseconds.
+async fn bounds(conn: &mut Link) -> Result<Vec<(i64, i64)>, sqlx::Error> {
+    let bounds: Vec<(Timestamp, Timestamp)> = sqlx::query_as(
+        "SELECT coalesce(nullif(translate(bound[1], '''', ''), 'MINVALUE'), '-infinity')::timestamptz,
+             coalesce(nullif(translate(bound[2], '''', ''), 'MAXVALUE'), 'infinity')::timestamptz
+         FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid,
+             regexp_match(pg_get_expr(c.relpartbound, c.oid), 'FROM \\((.*)\\) TO \\((.*)\\)') AS bound
+         WHERE i.inhparent = 'readings'::regclass AND NOT i.inhdetachpending AND bound IS NOT NULL",
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    let bounds = bounds.into_iter().map(|(from, to)| (from.0, to.0));
+    Ok(bounds.collect())
+}
+
+/// The time of a partition: whole days, the last one excluded.
+#[derive(Debug, PartialEq)]
+struct Span {
+    name: String,
+    from: Date,
+    to: Date,
+}
+
+impl Span {
+    /// Returns what to make for a day; `None` if there is a partition of it. `bounds` are those of the partitions
+    /// that there are.
+    fn to_make(day: i64, today: i64, bounds: &[(i64, i64)]) -> Option<Span> {
+        let overlaps = |from_us: i64, to_us: i64| {
+            let mut bounds = bounds.iter();
+            bounds.any(|(from, to)| *from < to_us && from_us < *to)
+        };
+        if overlaps(day * DAY_US, (day + 1) * DAY_US) {
+            return None;
+        }
+        let (of_day, day_after) = (date(day), date(day + 1));
+        let day = ("%Y%m%d", of_day, day_after);
+        let month = of_day.first_of_month();
+        let month = ("%Y%m", month, month.saturating_add(1.month()));
+        let year = of_day.first_of_year();
+        let year = ("%Y", year, year.saturating_add(1.year()));
+        let is_long_ago = of_day.year() < date(today).year() - 1;
+        let spans = [Some(year).filter(|_| is_long_ago), Some(month), Some(day)];
+        let mut spans = spans.into_iter().flatten();
+        let free = spans.find(|(_, from, to)| !overlaps(us(*from), us(*to)));
+        let (format, from, to) = free.unwrap_or(day);
+        Some(Span {
+            name: from.strftime(&format!("readings_{format}")).to_string(),
+            from,
+            to,
+        })
+    }
+}
+
+fn us(date: Date) -> i64 {
+    let midnight = date.to_zoned(TimeZone::UTC);
+    midnight.map_or(i64::MAX, |midnight| midnight.timestamp().as_microsecond())
 }
 
 fn date(day: i64) -> Date {
     let epoch = UtcTime::UNIX_EPOCH.to_zoned(TimeZone::UTC).date();
-    // Days near the present only.
     epoch.saturating_add(day.days())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn partitions_are_few_whatever_the_age_of_a_store() {
+        let day_of = |year, month, day| us(Date::constant(year, month, day)).div_euclid(DAY_US);
+        let mut bounds = Vec::new();
+        let mut names = Vec::new();
+        // In ten years, readings of each week since 2000 every twenty days.
+        for today in (day_of(2026, 1, 15)..day_of(2036, 1, 15)).step_by(20) {
+            let last = today + AHEAD_DAYS;
+            for day in (FIRST_DAY..=last).step_by(7).chain([last]) {
+                if let Some(span) = Span::to_make(day, today, &bounds) {
+                    assert!((us(span.from)..us(span.to)).contains(&(day * DAY_US)));
+                    bounds.push((us(span.from), us(span.to)));
+                    names.push(span.name);
+                }
+            }
+        }
+        // 25 years, and the months of eleven years and a bit.
+        assert!(names.len() <= 25 + 12 * 11 + 1, "{}", names.len());
+        for name in ["readings_2003", "readings_202511", "readings_203601"] {
+            assert!(names.iter().any(|made| made == name), "{names:?}");
+        }
+        bounds.sort_unstable();
+        assert!(bounds.windows(2).all(|pair| pair[0].1 <= pair[1].0));
+    }
+
+    #[test]
+    fn a_server_with_few_locks_is_noticed() {
+        let room = |partitions| LockRoom {
+            partitions,
+            per_transaction: 64,
+            transactions: 100,
+        };
+        assert_eq!(room(158).lacks(), None);
+        assert_eq!(room(1825).lacks(), Some(548));
+    }
+
+    #[test]
+    fn a_day_gets_its_own_partition_where_its_month_is_taken_in_part() {
+        let day_of = |day| us(Date::constant(2026, 11, day)).div_euclid(DAY_US);
+        let taken = [(day_of(5) * DAY_US, day_of(6) * DAY_US)];
+        let made = Span::to_make(day_of(9), day_of(27), &taken).unwrap();
+        assert_eq!(made.name, "readings_20261109");
+        assert_eq!(us(made.from), day_of(9) * DAY_US);
+        assert_eq!(us(made.to), day_of(10) * DAY_US);
+        assert_eq!(Span::to_make(day_of(5), day_of(27), &taken), None);
+        let made = Span::to_make(day_of(9), day_of(27), &[]).unwrap();
+        assert_eq!(made.name, "readings_202611");
+    }
 
     #[test]
     fn a_day_waits_longer_each_time_and_the_others_do_not() {

@@ -13,6 +13,7 @@ use super::admit::{Admissions, keep_clocks};
 use super::copy::copy;
 use super::identity::{Identity, OwnedSeries, store_lost};
 use super::link::Link;
+use super::newest::Newest;
 use super::open::reason;
 use super::timestamp::Timestamp;
 use super::{PostgresSettings, run};
@@ -90,6 +91,7 @@ impl Writer {
         &mut self,
         batch: &Batch,
         identity: &mut Identity,
+        newest: &mut Newest,
     ) -> Result<Committed, CommitError> {
         self.follow_operator().await?;
         identity.begin(&mut self.conn).await?;
@@ -108,8 +110,6 @@ impl Writer {
             .collect();
         self.store_ledger(&frames).await?;
         self.store_readings(&frames).await?;
-        let hours = self.hours.missing(&frames);
-        insert_hours(&mut self.conn, &hours).await?;
         self.store_gaps(&frames).await?;
         self.store_quarantine(&frames).await?;
         self.store_watermarks(&watermarks).await?;
@@ -126,8 +126,19 @@ impl Writer {
         let events: Vec<&DeviceEvent> = batch.events.iter().chain(&refusals).collect();
         self.store_events(&frames, &events).await?;
         self.store_refusals(&batch.refusals).await?;
+        // Rows that all devices share come last: who holds one of these waits for no row of a device any more.
+        let hours = self.hours.missing(&frames);
+        insert_hours(&mut self.conn, &hours).await?;
+        // Now, so that these readings count also when nothing is heard of the COMMIT.
+        newest.take(&frames);
+        let now = Instant::now();
+        let is_flushed = newest.flush(&mut self.conn, batch.is_empty(), now).await?;
         self.end_transaction().await?;
         self.hours.learn(hours);
+        if is_flushed {
+            newest.flushed(now);
+        }
+        newest.check(&mut self.conn, batch.is_empty()).await?;
         Ok(Committed {
             logins,
             declares,

@@ -49,7 +49,7 @@ const BY_TIME: [(&str, &str); 3] = [
 /// The statement that the README shows an answer to.
 fn question_of_the_readme() -> String {
     let readme = include_str!("../../../../README.md");
-    let (_, question) = readme.split_once("-- query \"").expect("a query");
+    let (_, question) = readme.split_once("fieldgate query \"").expect("a query");
     let (question, _) = question.split_once('"').expect("its end");
     question.replace("Water flow", "temperature")
 }

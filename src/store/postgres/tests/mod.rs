@@ -11,6 +11,7 @@ use crate::store::url::StoreUrl;
 mod answers;
 mod declares;
 mod identity;
+mod newest;
 mod partitions;
 mod silence;
 mod trouble;

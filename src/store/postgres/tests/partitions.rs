@@ -18,9 +18,15 @@ async fn filled(database: &Database) -> Vec<(String, i64)> {
         .unwrap()
 }
 
+/// The partition of a time: that of its month, or of its year if that is long ago.
 fn name_of(us: i64) -> String {
     let time = jiff::Timestamp::from_microsecond(us).unwrap();
-    time.strftime("readings_%Y%m%d").to_string()
+    let year = |time: jiff::Timestamp| time.to_zoned(jiff::tz::TimeZone::UTC).year();
+    let format = match year(time) < year(jiff::Timestamp::now()) - 1 {
+        true => "readings_%Y",
+        false => "readings_%Y%m",
+    };
+    time.strftime(format).to_string()
 }
 
 async fn store(h: &mut OnServer, peer: &Peer, seq: u64, times_us: &[i64]) {
@@ -52,18 +58,19 @@ async fn awaits_default(conn: &mut PgConnection) {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn days_near_the_present_have_their_own_table() {
+async fn months_and_years_gone_by_have_their_own_table() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     let now_us = now_us();
-    let (late_us, too_late_us) = (now_us - 30 * DAY_US, now_us - 400 * DAY_US);
-    let (soon_us, too_soon_us) = (now_us + DAY_US, now_us + 400 * DAY_US);
-    let times_us = [too_late_us, late_us, now_us, soon_us, too_soon_us];
+    let (late_us, too_late_us) = (now_us - 40 * DAY_US, -1);
+    let old_us = now_us - 3 * 366 * DAY_US;
+    let too_soon_us = now_us + 400 * DAY_US;
+    let times_us = [too_late_us, old_us, late_us, now_us, too_soon_us];
     store(&mut h, &peer, 1, &times_us).await;
     let mut expected = vec![
         (name_of(late_us), 1),
         (name_of(now_us), 1),
-        (name_of(soon_us), 1),
+        (name_of(old_us), 1),
         ("readings_default".to_owned(), 2),
     ];
     expected.sort();
@@ -72,7 +79,7 @@ async fn days_near_the_present_have_their_own_table() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn readings_that_were_there_first_move_to_the_table_of_their_day() {
+async fn readings_that_were_there_first_move_to_the_table_of_their_month() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     let now_us = now_us();
@@ -103,7 +110,7 @@ async fn a_long_query_keeps_nothing_from_being_stored() {
     run(&mut reader, "BEGIN; SELECT count(*) FROM readings")
         .await
         .unwrap();
-    let late_us = now_us() - 7 * DAY_US;
+    let late_us = now_us() - 70 * DAY_US;
     store(&mut h, &peer, 1, &[late_us]).await;
     let default = "readings_default".to_owned();
     assert_eq!(filled(&h.database).await, [(default.clone(), 1)]);
@@ -120,7 +127,7 @@ async fn a_long_query_keeps_nothing_from_being_stored() {
 async fn a_full_default_partition_keeps_nothing_from_being_stored() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
-    let (late_us, later_us) = (now_us() - 7 * DAY_US, now_us() - 6 * DAY_US);
+    let (late_us, later_us) = (now_us() - 70 * DAY_US, now_us() - 35 * DAY_US);
     let default = "readings_default".to_owned();
     // As if there were so many that to move them takes four seconds.
     h.run(&format!(
@@ -152,7 +159,7 @@ async fn a_full_default_partition_keeps_nothing_from_being_stored() {
 async fn a_try_that_was_given_up_counts_as_one_in_vain() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
-    let late_us = now_us() - 7 * DAY_US;
+    let late_us = now_us() - 70 * DAY_US;
     let mut reader = h.database.connect().await;
     run(&mut reader, "BEGIN; SELECT count(*) FROM readings")
         .await
@@ -191,8 +198,9 @@ async fn a_commit_that_meets_a_new_partition_is_tried_again() {
         "BEGIN; CREATE TABLE {day} (LIKE readings INCLUDING ALL);
          LOCK TABLE readings_default IN ACCESS EXCLUSIVE MODE;
          ALTER TABLE readings ATTACH PARTITION {day}
-             FOR VALUES FROM (to_timestamp({0})) TO (to_timestamp({0} + 86400))",
-        now_us.div_euclid(DAY_US) * 86_400
+             FOR VALUES FROM (date_trunc('month', to_timestamp({0}), 'UTC'))
+             TO (date_trunc('month', to_timestamp({0}), 'UTC') + interval '1 month')",
+        now_us / 1_000_000
     );
     run(&mut other, made).await.unwrap();
     let batch = Batch {
@@ -234,7 +242,7 @@ async fn gateways_that_make_the_same_table_at_once_agree() {
                 .unwrap(),
         );
     }
-    let late_us = now_us() - 7 * DAY_US;
+    let late_us = now_us() - 70 * DAY_US;
     let mut making = tokio::task::JoinSet::new();
     for (n, mut store) in stores.into_iter().enumerate() {
         making.spawn(async move {

@@ -42,6 +42,10 @@ async fn plans_use_the_index_with_and_without_statistics() {
         let peer = peer(&mut h.store, &format!("d{n}")).await;
         h.store.commit(&frames(&peer, 1..20, 30)).await.unwrap();
     }
+    // A table of one row may well be read whole.
+    let hours = "WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 2000)
+        INSERT INTO reading_hours SELECT x * 3600000000 FROM n";
+    run(h.conn(), hours).await;
     let one = "SELECT * FROM telemetry WHERE device = 'd7' AND channel = 'temperature'
         AND ts BETWEEN 100 AND 200";
     let text = "SELECT device, ts_text, value FROM telemetry WHERE device = 'd7'
@@ -49,7 +53,12 @@ async fn plans_use_the_index_with_and_without_statistics() {
     let all = "SELECT * FROM telemetry WHERE ts > unixepoch('now', '-5 minutes') * 1000000";
     let narrow = "SELECT device, ts, value FROM telemetry WHERE ts > 100";
     let hourly = "SELECT * FROM telemetry_hourly WHERE device = 'd7'";
+    let hours = "SELECT * FROM telemetry_hourly WHERE hour >= 100 AND hour < 200";
+    let day =
+        "SELECT hour, mean FROM telemetry_hourly WHERE device = 'd7' AND channel = 'temperature'
+        AND hour >= unixepoch('2026-11-01') * 1000000";
     let latest = "SELECT * FROM latest";
+    let channels = "SELECT * FROM channels WHERE device = 'd7'";
     for analyzed in [false, true] {
         if analyzed {
             run(h.conn(), "ANALYZE").await;
@@ -61,7 +70,10 @@ async fn plans_use_the_index_with_and_without_statistics() {
             (all, false, true),
             (narrow, false, true),
             (hourly, true, true),
+            (hours, false, true),
+            (day, true, true),
             (latest, false, true),
+            (channels, true, true),
         ] {
             let plan = plan(&mut reader, &format!("EXPLAIN QUERY PLAN {sql}")).await;
             // What is not yet sorted in is small, and may be indexed for a query.
@@ -71,6 +83,10 @@ async fn plans_use_the_index_with_and_without_statistics() {
                 assert!(!plan.contains(scanned), "{sql}\n{plan}");
             }
             assert_eq!(plan.contains("(name=?)"), by_device, "{sql}\n{plan}");
+            if sql == hours || sql == day {
+                let by_hour = "SEARCH h USING INTEGER PRIMARY KEY (rowid>?";
+                assert!(plan.contains(by_hour), "{sql}\n{plan}");
+            }
             let range = plan.contains("PRIMARY KEY (series_id=? AND ts");
             assert_eq!(range, by_time, "{sql}\n{plan}");
         }

@@ -1,0 +1,156 @@
+//! Holds each query of the commands to its plan: large tables are read by their indexes, in a store with statistics
+//! and in one without.
+
+use fieldgate::store::postgres;
+use fieldgate::store::reader::{Argument, Reader, Value};
+use fieldgate::store::sqlite::{self, SqliteSettings};
+use fieldgate::store::url::{PostgresUrl, StoreUrl};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
+
+use super::{device, status};
+
+/// Tables that grow with what devices send.
+const LARGE: [&str; 4] = ["readings", "frames", "device_events", "quarantine"];
+
+/// Each query, and whether it is of one device.
+fn queries() -> Vec<(&'static str, Vec<Argument<'static>>)> {
+    let mut queries = device::queries("d7");
+    queries.push((status::COUNTS, vec![]));
+    queries
+}
+
+async fn plan(reader: &mut Reader, explain: &str, sql: &str, arguments: &[Argument<'_>]) -> String {
+    let rows = reader.rows(&format!("{explain} {sql}"), arguments).await;
+    let lines = rows.expect(sql).into_iter().map(|row| {
+        let text = row.0.into_iter().filter_map(|value| match value {
+            Value::Text(text) => Some(text),
+            _ => None,
+        });
+        text.collect::<String>() + "\n"
+    });
+    lines.collect()
+}
+
+/// 30 devices; what a gateway would have sorted in, and what it would not have yet.
+const FILL_SQLITE: &str = "
+    WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 30)
+        INSERT INTO devices (id, name) SELECT x, 'd' || x FROM n;
+    INSERT INTO streams (id, device_id, stream, created_at) SELECT id, id, 1, 0 FROM devices;
+    INSERT INTO series (id, device_id, channel, unit, kind) SELECT id, id, 'level', 'm', 'f64' FROM devices;
+    INSERT INTO device_events (device_id, at, kind, code, detail) SELECT id, 5, 'connected', 0, '' FROM devices;
+    INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at) SELECT id, 1, 0, 0, 5 FROM devices;
+    WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 200)
+        INSERT INTO frames (id, stream_id, seq, type, received_at, readings)
+        SELECT d.id * 1000 + x, d.id, x, 17, 5, 1 FROM devices AS d CROSS JOIN n;
+    WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 200)
+        INSERT INTO readings_sorted SELECT d.id, x, d.id * 1000 + x, 1.5 FROM devices AS d CROSS JOIN n;
+    INSERT INTO readings_recent (id, series_id, frame_id, ts, samples)
+        SELECT id, id, id * 1000 + 1, 900, '{\"0\":1.5}' FROM devices;";
+
+#[tokio::test]
+async fn queries_of_commands_read_sqlite_by_its_indexes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.db");
+    sqlite::migrate(&path, &SqliteSettings::default())
+        .await
+        .unwrap();
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(&path);
+    let mut conn = options.connect().await.unwrap();
+    conn.execute(sqlx::raw_sql(FILL_SQLITE)).await.unwrap();
+    for has_statistics in [false, true] {
+        if has_statistics {
+            conn.execute("ANALYZE").await.unwrap();
+        }
+        let mut reader = Reader::open(&StoreUrl::Sqlite(path.clone())).await.unwrap();
+        for (sql, arguments) in queries() {
+            let plan = plan(&mut reader, "EXPLAIN QUERY PLAN", sql, &arguments).await;
+            // Readings that are not sorted in are few; so are devices, series, streams and gaps.
+            let large = [
+                "r",
+                "c",
+                "cf",
+                "f",
+                "e",
+                "readings_sorted",
+                "frames",
+                "device_events",
+            ];
+            for table in large {
+                assert!(!plan.contains(&format!("SCAN {table}\n")), "{sql}\n{plan}");
+                assert!(
+                    !plan.contains(&format!("SCAN {table} USING")),
+                    "{sql}\n{plan}"
+                );
+            }
+            if !arguments.is_empty() {
+                let by_device = ["(device_id=?", "(name=?", "rowid=?"];
+                assert!(
+                    by_device.iter().any(|key| plan.contains(key)),
+                    "{sql}\n{plan}"
+                );
+            }
+        }
+    }
+}
+
+/// A database that goes when the test ends well.
+async fn database() -> (PostgresUrl, PostgresUrl, String) {
+    let server = std::env::var("FIELDGATE_TEST_POSTGRES_URL").expect("a server for tests");
+    let Ok(StoreUrl::Postgres(server)) = server.parse() else {
+        panic!("FIELDGATE_TEST_POSTGRES_URL is no address of a Postgres server");
+    };
+    let name = format!("fieldgate_plans_{:016x}", rand::random::<u64>());
+    let mut admin = server.options().connect().await.unwrap();
+    let create = format!("CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'");
+    admin.execute(AssertSqlSafe(create)).await.unwrap();
+    (server.with_database(&name), server, name)
+}
+
+const FILL_POSTGRES: &str = "
+    INSERT INTO devices (name) SELECT 'd' || x FROM generate_series(1, 30) AS x;
+    INSERT INTO streams (device_id, stream, created_at) SELECT id, 1, now() FROM devices;
+    INSERT INTO series (device_id, channel, unit, kind) SELECT id, 'level', 'm', 'f64' FROM devices;
+    INSERT INTO device_events (device_id, at, kind, code, detail)
+        SELECT id, now(), 'connected', 0, '' FROM devices;
+    INSERT INTO frames (id, stream_id, seq, type, received_at, readings)
+        SELECT s.id * 1000 + x, s.id, x, 17, now(), 1 FROM streams AS s, generate_series(1, 200) AS x;
+    INSERT INTO readings SELECT s.id, now(), s.id * 1000 + x, 1.5
+        FROM series AS s, generate_series(1, 200) AS x;";
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn queries_of_commands_read_postgres_by_its_indexes() {
+    let (url, server, name) = database().await;
+    postgres::migrate(&url).await.unwrap();
+    let mut conn = url.options().connect().await.unwrap();
+    conn.execute(sqlx::raw_sql(FILL_POSTGRES)).await.unwrap();
+    for has_statistics in [false, true] {
+        if has_statistics {
+            conn.execute("ANALYZE").await.unwrap();
+        }
+        let mut reader = Reader::open(&StoreUrl::Postgres(url.clone()))
+            .await
+            .unwrap();
+        // Where a table is as small as here, reading all of it is right. Where no index serves, nothing else is left.
+        reader
+            .rows("SELECT set_config('enable_seqscan', 'off', false)", &[])
+            .await
+            .unwrap();
+        for (sql, arguments) in queries() {
+            let plan = plan(&mut reader, "EXPLAIN", sql, &arguments).await;
+            for table in LARGE {
+                // `status` counts quarantine, which is bounded.
+                let is_read = plan.contains(&format!("Seq Scan on {table}"));
+                assert!(!is_read || table == "quarantine", "{sql}\n{plan}");
+            }
+        }
+        // `latest` looks into no partition, nor does what `device show` takes from it.
+        let latest = "SELECT * FROM latest WHERE device = $1";
+        let plan = plan(&mut reader, "EXPLAIN", latest, &["d7".into()]).await;
+        assert!(!plan.contains("readings"), "{plan}");
+    }
+    conn.close().await.unwrap();
+    let mut admin = server.options().connect().await.unwrap();
+    let drop = format!("DROP DATABASE {name} WITH (FORCE)");
+    admin.execute(AssertSqlSafe(drop)).await.unwrap();
+}
