@@ -2,6 +2,7 @@
 //!
 //! 0 done, 1 failed, 2 wrong usage or configuration.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
@@ -46,7 +47,8 @@ async fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
         .script(random().map_err(failure)?, now_us)
         .map_err(configuration)?;
     for note in script.notes() {
-        eprintln!("{note}");
+        // Without a reader of stderr the run goes on.
+        let _ = writeln!(std::io::stderr(), "{note}");
     }
     let options = args.options();
     let terms = terms(&options).await.map_err(configuration)?;
