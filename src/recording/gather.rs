@@ -95,7 +95,7 @@ impl Column {
     }
 
     pub fn is_row_number(&self, header: &str) -> bool {
-        const NAMES: [&str; 8] = [
+        const NAMES: [&str; 10] = [
             "",
             "rownames",
             "row",
@@ -104,6 +104,8 @@ impl Column {
             "instant",
             "x",
             "row_id",
+            "no",
+            "no.",
         ];
         let is_start = self.first.is_some_and(|first| first == 0.0 || first == 1.0);
         self.is_count

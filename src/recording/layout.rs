@@ -284,31 +284,38 @@ impl Candidate {
         }
     }
 
-    /// Takes the last comment above the rows for the header if it has as many fields as they.
+    /// Takes the last comments above the rows for header and units if they have as many fields as rows.
     fn commented_header(&self, text: &str, first: usize, width: usize) -> Above {
         let data_at = self.rows.get(first).map_or(0, |row| row.at);
-        let last = self.comments.iter().rev().find(|at| **at < data_at);
-        if let Some(&at) = last
-            && self.header_line.is_none()
-        {
-            let line = line_at(text, at).trim_start_matches(['#', '/', '%', '!', '*', ' ', '\t']);
+        let above = self.comments.iter().rev().filter(|at| **at < data_at);
+        let fields = |at: &usize| {
+            let line = line_at(text, *at).trim_start_matches(['#', '/', '%', '!', '*', ' ', '\t']);
             let mut record = StringRecord::new();
             let mut records = Records::new(line, 0, self.separator);
-            if let Ok(Some(_)) = records.read(&mut record)
-                && record.len() == width
-                && record.iter().all(|field| POINT.number(field).is_none())
-            {
-                return Above {
-                    header: record.iter().map(str::to_owned).collect(),
-                    units: None,
-                    line: Some(line_of(text, at)),
-                };
-            }
-        }
-        Above {
-            header: vec![String::new(); width],
-            units: None,
-            line: None,
+            records.read(&mut record).ok().flatten()?;
+            let is_header =
+                record.len() == width && record.iter().all(|field| POINT.number(field).is_none());
+            is_header.then(|| Row {
+                at: *at,
+                fields: record.iter().map(str::to_owned).collect(),
+            })
+        };
+        let above: Vec<Row> = above.take(3).map_while(fields).collect();
+        let names = above.iter().position(|row| !is_units(row));
+        let names = names.or(above.len().checked_sub(1));
+        match names.filter(|_| self.header_line.is_none()) {
+            Some(names) => Above {
+                header: above[names].fields.clone(),
+                units: names
+                    .checked_sub(1)
+                    .map(|units| above[units].fields.clone()),
+                line: Some(line_of(text, above[names].at)),
+            },
+            None => Above {
+                header: vec![String::new(); width],
+                units: None,
+                line: None,
+            },
         }
     }
 }
@@ -397,13 +404,14 @@ fn is_units(row: &Row) -> bool {
 }
 
 fn is_unit(field: &str) -> bool {
-    const UNITS: [&str; 78] = [
+    const UNITS: [&str; 83] = [
         "c", "°c", "degc", "deg c", "deg_c", "celsius", "f", "degf", "°f", "k", "kelvin", "%",
         "%rh", "rh", "hpa", "mbar", "bar", "pa", "kpa", "mb", "m", "mm", "cm", "km", "in", "inch",
         "ft", "m/s", "m s-1", "km/h", "mph", "knots", "kt", "deg", "°", "degrees", "w", "kw", "mw",
         "wh", "kwh", "mwh", "v", "mv", "a", "ma", "hz", "w/m2", "w/m²", "w/m^2", "wm-2", "lx",
         "lux", "ppm", "ppb", "ug/m3", "µg/m3", "µg/m³", "mg/m3", "g", "kg", "l", "l/s", "m3/s",
         "m3", "m3/h", "s", "sec", "min", "h", "ms", "avg", "smp", "tot", "std", "utc", "ts", "rn",
+        "yr", "mo", "dy", "hr", "mn",
     ];
     let field = field.trim();
     let is_bracketed = (field.starts_with('[') && field.ends_with(']'))

@@ -5,9 +5,9 @@ use std::borrow::Cow;
 use super::decimal::Decimal;
 
 /// Marks of a missing value that are known without being given, in lower case.
-const MISSING: [&str; 24] = [
+const MISSING: [&str; 25] = [
     "", "na", "n/a", "nan", "null", "none", "nil", "?", "-", "--", "---", "-nan", ".", "..", "*",
-    "#n/a", "#na", "#value!", "#div/0!", "<na>", "\\n", "missing", "nodata", "no data",
+    "#n/a", "#na", "#value!", "#div/0!", "<na>", "\\n", "missing", "nodata", "no data", "mm",
 ];
 
 /// Numbers that stand for a missing value in many files. [`Marks::guess`] says when.

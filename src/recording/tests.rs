@@ -157,6 +157,19 @@ fn times_stand_in_one_column_or_in_several() {
         times(&quarters)[1..],
         ["1959-04-01T00:00:00Z", "1959-10-01T00:00:00Z"]
     );
+    let buoy = "#YY  MM DD hh mm WSPD GST\n#yr  mo dy hr mn m/s  m/s\n2024 03 05 00 10 5.0 MM\n2024 03 05 00 20 6.0 7.5\n";
+    let buoy = read(buoy);
+    assert_eq!(
+        times(&buoy),
+        ["2024-03-05T00:10:00Z", "2024-03-05T00:20:00Z"]
+    );
+    assert_eq!(names(&buoy), ["WSPD [m/s]", "GST [m/s]"]);
+    assert_eq!(values(&buoy)[1].1, [None, Some(7.5)]);
+    let hours = read(
+        "2024 03 05 00  -12 10\n2024 03 05 01 -9999 11\n2024 03 05 02 -9999 12\n2024 03 05 03 5 12\n",
+    );
+    assert_eq!(times(&hours)[1], "2024-03-05T01:00:00Z");
+    assert_eq!(values(&hours)[0].1, [Some(-12.0), None, None, Some(5.0)]);
     let years = read("1821 269\n1822 321\n1823 585\n");
     assert_eq!(times(&years)[0], "1821-01-01T00:00:00Z");
     let given = options(|options| {

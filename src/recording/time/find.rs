@@ -280,7 +280,10 @@ impl Sample<'_> {
                 .chain(columns.take(1))
                 .find_map(|column| self.number(column, false))
         };
-        self.text().or_else(|| self.parts()).or_else(numbered)
+        self.text()
+            .or_else(|| self.parts())
+            .or_else(|| self.first_columns())
+            .or_else(numbered)
     }
 
     /// A column of dates, and one of times of day if the first has none.
@@ -335,16 +338,14 @@ impl Sample<'_> {
         let find = |words: &[&str]| {
             (0..self.layout.width).find(|column| words.contains(&self.name(*column).as_str()))
         };
-        let is_within = |column: usize, low: f64, high: f64| {
-            self.mostly(column, |cell| {
-                cell.parse().is_ok_and(|number: f64| {
-                    number.fract() == 0.0 && (low..=high).contains(&number)
-                })
-            })
-        };
+        let is_within = |column, low, high| self.is_within(column, low, high);
         let year = find(PARTS[0]).filter(|column| is_within(*column, 1000.0, 2999.0))?;
         let mut columns = PARTS.map(find);
         columns[0] = Some(year);
+        // Buoys call both month and minute MM.
+        let after_hour = columns[3].map(|hour| hour + 1);
+        let is_minute = |column: &usize| *column < self.layout.width && self.name(*column) == "mm";
+        columns[4] = columns[4].or(after_hour.filter(is_minute));
         let is_month = |column: &usize| {
             is_within(*column, 1.0, 12.0)
                 || self.mostly(*column, |cell| super::month_of(cell).is_some())
@@ -376,6 +377,31 @@ impl Sample<'_> {
             day_of_year,
             quarter,
         })
+    }
+
+    /// Year, month, day and perhaps hour in the first columns of a file without a header.
+    fn first_columns(&self) -> Option<Source> {
+        let is_named = self.layout.header.iter().any(|name| !name.is_empty());
+        let is_date = !is_named
+            && self.layout.width > 3
+            && self.is_within(0, 1900.0, 2100.0)
+            && self.is_within(1, 1.0, 12.0)
+            && self.is_within(2, 1.0, 31.0);
+        let mut days = self.layout.sample.windows(2);
+        let has_hour =
+            self.is_within(3, 0.0, 24.0) && days.any(|pair| pair[0][..3] == pair[1][..3]);
+        let columns = [Some(0), Some(1), Some(2), has_hour.then_some(3), None, None];
+        is_date.then_some(Source::Parts {
+            columns,
+            day_of_year: None,
+            quarter: None,
+        })
+    }
+
+    /// Returns whether the cells are mostly whole numbers of a range.
+    fn is_within(&self, column: usize, low: f64, high: f64) -> bool {
+        let fits = |number: f64| number.fract() == 0.0 && (low..=high).contains(&number);
+        self.mostly(column, |cell| cell.parse().is_ok_and(fits))
     }
 
     /// One number, whose size says what it counts.
