@@ -220,7 +220,7 @@ impl StoredDevice<'_> {
         Ok(())
     }
 
-    /// Every login is one that the device made. Returns the addresses that it had, if the gateway saw them.
+    /// Every login is one that the device made. Returns the addresses that it had, if they are all known.
     async fn prove_events(
         &self,
         store: &mut Reader,
@@ -236,7 +236,6 @@ impl StoredDevice<'_> {
         logins.for_each(|login| *unused.entry(login.from).or_default() += 1);
         let known: HashSet<SocketAddr> = unused.keys().copied().collect();
         let mut counts: HashMap<String, u64> = HashMap::new();
-        let (mut own, mut strange) = (0, Vec::new());
         let sql = "SELECT kind, at, level, code, detail, frame_id FROM device_events \
                    WHERE device_id = $1 ORDER BY id";
         let on_row = |row: Row| {
@@ -255,13 +254,16 @@ impl StoredDevice<'_> {
                 });
             } else if kind == "connected" {
                 let left = detail.parse().ok().and_then(|from| unused.get_mut(&from));
-                match left.filter(|left| **left > 0) {
-                    Some(left) => {
-                        *left -= 1;
-                        own += 1;
-                    }
-                    None => strange.push(detail),
+                let left = left.filter(|left| **left > 0);
+                let is_device = left.is_some();
+                if let Some(left) = left {
+                    *left -= 1;
                 }
+                verdict.came_from(is_device, || {
+                    self.say(&format!(
+                        "event connected from {detail:?}, where the device never was"
+                    ))
+                });
             }
             Ok(())
         };
@@ -271,18 +273,6 @@ impl StoredDevice<'_> {
             counts.remove("disconnected");
         }
         self.count_events(&counts, verdict);
-        verdict.direct += u64::from(own > 0);
-        verdict.indirect += u64::from(own == 0 && !strange.is_empty());
-        if own == 0 {
-            return Ok(None);
-        }
-        for from in &strange {
-            verdict.differ(|| {
-                self.say(&format!(
-                    "event connected from {from:?}, where the device never was"
-                ))
-            });
-        }
         Ok(Some(known))
     }
 

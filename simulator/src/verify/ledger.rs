@@ -67,7 +67,7 @@ pub(super) struct StreamProof<'a> {
     pub(super) own: &'a Own<'a>,
     pub(super) own_index: u16,
     pub(super) row: StreamRow,
-    /// Addresses from which the device proved its key; `None` where they are not known for sure.
+    /// Addresses from which the device proved its key; `None` where not all are known.
     pub(super) addresses: Option<&'a HashSet<SocketAddr>>,
 }
 
@@ -187,11 +187,12 @@ impl StreamProof<'_> {
                 Some(_) => {}
             }
             let peer = row.text_or_null(3)?.unwrap_or_default();
-            if !self.is_from_device(peer) {
-                differ(
-                    verdict,
-                    format!("from {peer:?}, where the device never was"),
-                );
+            if let Some(known) = self.addresses {
+                let is_device = peer.parse().is_ok_and(|peer| known.contains(&peer));
+                verdict.came_from(is_device, || {
+                    let name = self.name();
+                    format!("{name}: frame {seq} in quarantine: from {peer:?}, where the device never was")
+                });
             }
             let schema = self.own.run.schema;
             match workbench.frame(&self.own.device, seq, schema, &mut sent) {
@@ -216,11 +217,6 @@ impl StreamProof<'_> {
             }
         }
         Ok(codes)
-    }
-
-    fn is_from_device(&self, peer: &str) -> bool {
-        self.addresses
-            .is_none_or(|known| peer.parse().is_ok_and(|peer| known.contains(&peer)))
     }
 
     /// Whether `kept` is what came of the frame `sent`: the same bytes, or those with one bit flipped where
