@@ -11,7 +11,7 @@ mod boots;
 mod watch;
 
 pub use self::boots::{BootClock, BootClocks, Quality, Stamp, UNMEASURED, resolve_utc};
-pub use self::watch::{ClockStep, doubts_at_start, watch};
+pub use self::watch::{ClockStep, warn_at_start, watch};
 
 /// The least change of the wall clock that counts as a step. Less is noise between the two readings.
 const STEP_MIN_US: i64 = 100_000;
@@ -134,6 +134,18 @@ fn wall_us() -> i64 {
     }
 }
 
+/// The wall clock for dates: a time beyond what `jiff` can tell is taken to be its first or last.
+pub fn utc_now() -> jiff::Timestamp {
+    utc_of(wall_us())
+}
+
+fn utc_of(us: i64) -> jiff::Timestamp {
+    jiff::Timestamp::from_microsecond(us).unwrap_or(match us < 0 {
+        true => jiff::Timestamp::MIN,
+        false => jiff::Timestamp::MAX,
+    })
+}
+
 /// A number for this start of the machine; for this process where the system does not say.
 fn timeline() -> i64 {
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -166,6 +178,23 @@ mod tests {
         assert_eq!(origin(1, 0).step_to(origin(2, hours_us)), 0);
         assert_eq!(origin(0, 0).step_to(origin(0, hours_us)), 0);
         assert_eq!(origin(1, i64::MIN).step_to(origin(1, i64::MAX)), i64::MAX);
+    }
+
+    #[test]
+    fn a_date_is_told_for_any_time() {
+        for us in [
+            i64::MIN,
+            UTC_MIN_US,
+            -1,
+            0,
+            UTC_MAX_US,
+            UTC_MAX_US + 1,
+            i64::MAX,
+        ] {
+            let day = utc_of(us).to_zoned(jiff::tz::TimeZone::UTC).date();
+            assert!((-9999..=9999).contains(&day.year()), "{us}");
+        }
+        assert_eq!(utc_of(-1).as_microsecond(), -1);
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod entrance;
 #[cfg(any(test, feature = "fuzz"))]
 #[doc(hidden)]
 pub mod fuzz;
+pub mod gateway_id;
 pub mod import;
 pub mod ingest;
 pub mod keys;

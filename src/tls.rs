@@ -25,6 +25,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 
+use crate::clock::utc_now;
 use crate::keys::{SecretError, open_secret};
 
 #[cfg(test)]
@@ -130,7 +131,7 @@ impl Tls {
             record_bytes_max,
             first,
         };
-        tls.warn_of_expiry(Timestamp::now());
+        tls.warn_of_expiry(utc_now());
         tls.warn_of_faults();
         Ok(tls)
     }
@@ -147,7 +148,7 @@ impl Tls {
     /// Loads the files again whenever they changed or `hangup` came, and now and then if that failed; warns each
     /// day of a certificate that expires. For ever.
     pub async fn keep_current(&self, mut hangup: Signal) {
-        let mut watch = Watch::new(self, Timestamp::now());
+        let mut watch = Watch::new(self, utc_now());
         let mut look = interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -155,7 +156,7 @@ impl Tls {
                 _ = look.tick() => false,
                 Some(()) = hangup.recv() => true,
             };
-            watch.look(is_asked, Timestamp::now());
+            watch.look(is_asked, utc_now());
         }
     }
 
@@ -308,7 +309,7 @@ fn load(files: &TlsFiles, record_bytes_max: usize) -> Result<Loaded, TlsError> {
     };
     let chain = certificates(&files.cert)?;
     let expires = expiry(&chain[0]);
-    let faults = faults(&chain, &authorities(files), Timestamp::now());
+    let faults = faults(&chain, &authorities(files), utc_now());
     let is_authoritys = { X509Certificate::from_der(&chain[0]) }
         .is_ok_and(|(_, first)| first.is_ca() && chain.len() > 1);
     let mut config = builder

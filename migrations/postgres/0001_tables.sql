@@ -156,7 +156,7 @@ CREATE INDEX quarantine_by_device ON quarantine (device_id);
 
 -- kind: connected, disconnected (code is the BYE code of the reason), refused (a proof of identity failed, or the
 -- device may not connect; code is the BYE code), added, enabled, disabled, key_changed (by an operator), event
--- (level and code are the device's own, frame_id is the frame that carried it).
+-- (level and code are the device's own, frame_id is the frame that carried it). session is the number of the session that began or ended.
 CREATE TABLE device_events (
     id        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     device_id bigint NOT NULL REFERENCES devices (id),
@@ -166,7 +166,8 @@ CREATE TABLE device_events (
     level     smallint,
     code      integer NOT NULL,
     detail    text NOT NULL,
-    frame_id  bigint
+    frame_id  bigint,
+    session   bigint
 );
 CREATE INDEX device_events_by_device ON device_events (device_id, at);
 -- For pruning, which leaves what devices reported and what operators did.
@@ -186,6 +187,18 @@ CREATE TABLE refusals (
     last_at  timestamptz NOT NULL,
     UNIQUE (peer, device, code)
 );
+
+-- One row for each session that is open: whose it is, in which gateway, and from which address. A gateway
+-- that starts closes what its last run has left open. `gateway` is what stands in the file gateway.id of its
+-- data directory; it is empty where there is only one gateway.
+CREATE TABLE sessions (
+    id           bigint PRIMARY KEY,
+    device_id    bigint NOT NULL REFERENCES devices (id) ON DELETE CASCADE,
+    gateway      text NOT NULL,
+    peer         text NOT NULL,
+    connected_at timestamptz NOT NULL
+);
+CREATE INDEX sessions_by_device ON sessions (device_id);
 
 -- A boot's clock against UTC, which is device time since boot + offset_us, off by half of delay_us
 -- at most when it was measured. A delay_us of 9223372036854775807 says that it was not measured but

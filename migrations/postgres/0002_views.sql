@@ -149,7 +149,8 @@ SELECT DISTINCT date_trunc('hour', ts, 'UTC') FROM readings
 ON CONFLICT DO NOTHING;
 
 -- One row for each device. `missing` are frames that the device lost, `quarantined` those that could
--- not be understood; `state` is the last thing its sessions told, 'new' before the first.
+-- not be understood; `state` is 'connected' while it has a session, 'new' before its
+-- first login. `last_seen_at` is its last login or frame, whichever is later.
 CREATE OR REPLACE VIEW device_status AS
 SELECT
     device,
@@ -158,8 +159,8 @@ SELECT
     firmware,
     first_seen_at,
     utc_text_s(first_seen_at) AS first_seen_at_text,
-    last_seen_at,
-    utc_text_s(last_seen_at) AS last_seen_at_text,
+    greatest(last_login_at, last_frame_at) AS last_seen_at,
+    utc_text_s(greatest(last_login_at, last_frame_at)) AS last_seen_at_text,
     last_frame_at,
     utc_text_s(last_frame_at) AS last_frame_at_text,
     frames,
@@ -170,14 +171,14 @@ FROM (
     SELECT
         d.name AS device,
         d.enabled,
-        coalesce((
-            SELECT e.kind FROM device_events AS e
-            WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected')
-            ORDER BY e.at DESC, e.id DESC LIMIT 1
-        ), 'new') AS state,
+        CASE
+            WHEN EXISTS (SELECT 1 FROM sessions AS se WHERE se.device_id = d.id) THEN 'connected'
+            WHEN d.first_seen_at IS NOT NULL THEN 'disconnected'
+            ELSE 'new'
+        END AS state,
         d.firmware,
         d.first_seen_at,
-        d.last_seen_at,
+        d.last_seen_at AS last_login_at,
         (
             SELECT max((
                 SELECT f.received_at FROM frames AS f

@@ -118,7 +118,8 @@ CREATE INDEX quarantine_by_device ON quarantine (device_id);
 
 -- kind: connected, disconnected (code is the BYE code of the reason), refused (a proof of identity failed, or the
 -- device may not connect; code is the BYE code), added, enabled, disabled, key_changed (by an operator), event
--- (level and code are the device's own, frame_id is the frame that carried it).
+-- (level and code are the device's own, frame_id is the frame that carried it). session is
+-- the number of the session that began or ended.
 CREATE TABLE device_events (
     id        INTEGER PRIMARY KEY,
     device_id INTEGER NOT NULL REFERENCES devices (id),
@@ -128,7 +129,8 @@ CREATE TABLE device_events (
     level     INTEGER,
     code      INTEGER NOT NULL,
     detail    TEXT NOT NULL,
-    frame_id  INTEGER
+    frame_id  INTEGER,
+    session   INTEGER
 ) STRICT;
 CREATE INDEX device_events_by_device ON device_events (device_id, at);
 -- For pruning, which leaves what devices reported and what operators did.
@@ -148,6 +150,18 @@ CREATE TABLE refusals (
     last_at  INTEGER NOT NULL,
     UNIQUE (peer, device, code)
 ) STRICT;
+
+-- One row for each session that is open: whose it is, in which gateway, and from which address. A gateway
+-- that starts closes what its last run has left open. `gateway` is what stands in the file gateway.id of its
+-- data directory; it is empty where there is only one gateway.
+CREATE TABLE sessions (
+    id           INTEGER PRIMARY KEY,
+    device_id    INTEGER NOT NULL REFERENCES devices (id) ON DELETE CASCADE,
+    gateway      TEXT NOT NULL,
+    peer         TEXT NOT NULL,
+    connected_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX sessions_by_device ON sessions (device_id);
 
 -- A boot's clock against UTC, which is device time since boot + offset_us, off by half of delay_us
 -- at most when it was measured. A delay_us of 9223372036854775807 says that it was not measured but

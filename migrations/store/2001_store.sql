@@ -314,7 +314,8 @@ FROM (
 );
 
 -- One row for each device. `missing` are frames that the device lost, `quarantined` those that could
--- not be understood; `state` is the last thing its sessions told, 'new' before the first.
+-- not be understood; `state` is 'connected' while it has a session, 'new' before its
+-- first login. `last_seen_at` is its last login or frame, whichever is later.
 CREATE VIEW device_status AS
 SELECT
     device,
@@ -323,8 +324,9 @@ SELECT
     firmware,
     first_seen_at,
     strftime('%Y-%m-%dT%H:%M:%SZ', first_seen_at / 1000000, 'unixepoch') AS first_seen_at_text,
-    last_seen_at,
-    strftime('%Y-%m-%dT%H:%M:%SZ', last_seen_at / 1000000, 'unixepoch') AS last_seen_at_text,
+    coalesce(max(last_login_at, last_frame_at), last_login_at, last_frame_at) AS last_seen_at,
+    strftime('%Y-%m-%dT%H:%M:%SZ', coalesce(max(last_login_at, last_frame_at), last_login_at, last_frame_at)
+        / 1000000, 'unixepoch') AS last_seen_at_text,
     last_frame_at,
     strftime('%Y-%m-%dT%H:%M:%SZ', last_frame_at / 1000000, 'unixepoch') AS last_frame_at_text,
     frames,
@@ -335,14 +337,14 @@ FROM (
     SELECT
         d.name AS device,
         d.enabled,
-        coalesce((
-            SELECT e.kind FROM device_events AS e
-            WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected')
-            ORDER BY e.at DESC, e.id DESC LIMIT 1
-        ), 'new') AS state,
+        CASE
+            WHEN EXISTS (SELECT 1 FROM sessions AS se WHERE se.device_id = d.id) THEN 'connected'
+            WHEN d.first_seen_at IS NOT NULL THEN 'disconnected'
+            ELSE 'new'
+        END AS state,
         d.firmware,
         d.first_seen_at,
-        d.last_seen_at,
+        d.last_seen_at AS last_login_at,
         (
             SELECT max((
                 SELECT f.received_at FROM frames AS f

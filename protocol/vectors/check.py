@@ -755,6 +755,81 @@ def check_exchanges(tally):
         tally.check(left, exchange["device_holds"], exchange["id"])
 
 
+# ---- section 9: time
+
+
+class Clocks:
+    """The clocks of a device's boots, as a gateway keeps them in one session."""
+
+    def __init__(self, case):
+        self.present = case["present_boot"]
+        self.clocks = {known["boot"]: dict(known, valid_from=0) for known in case["known"]}
+        self.alive, self.latest = [], None
+
+    def measure(self, new):
+        if self.latest and self.latest[0] == new["boot"]:
+            self.latest = None
+        kept, valid_from = self.clocks.get(new["boot"]), 0
+        if kept and kept["delay_us"] is not None:
+            device = [c["measured_at_us"] - c["delay_us"] // 2 - c["offset_us"] for c in (kept, new)]
+            age = new["measured_at_us"] - kept["measured_at_us"]
+            apart = new["offset_us"] - kept["offset_us"]
+            most = kept["delay_us"] // 2 + new["delay_us"] // 2 + abs(age) // 2000 + 10_000
+            went_back = device[1] < device[0] - 10_000_000
+            is_better = new["delay_us"] <= kept["delay_us"] + max(age, 0) // 20_000
+            if not (went_back or abs(apart) > most or is_better):
+                return
+            over = apart % 2**32
+            wrapped = apart > 2**31 and min(over, 2**32 - over) <= most
+            valid_from = device[1] if went_back or wrapped else kept["valid_from"]
+        self.clocks[new["boot"]] = dict(new, valid_from=valid_from)
+
+    def frame(self, frame):
+        oldest, newest, received = (frame[key] for key in ("oldest_us", "newest_us", "received_us"))
+        if "boot" not in frame:
+            offset = 0
+            is_good = oldest >= 1_577_836_800_000_000 and newest <= received + 86_400_000_000
+            quality = "utc" if is_good else "suspect"
+        else:
+            offset, quality = self.since_boot(frame["boot"], oldest, newest, received)
+        if quality != "suspect":
+            self.alive.append(newest + offset)
+        return offset, quality
+
+    def since_boot(self, boot, oldest, newest, received):
+        if boot not in self.clocks:
+            known = [clock["measured_at_us"] for of, clock in self.clocks.items()
+                     if clock["delay_us"] is not None and of != self.present]
+            fitting = [at for at in known + self.alive if at <= received - newest]
+            offset = max(fitting, default=received - newest)
+            self.clocks[boot] = {"offset_us": offset, "delay_us": None, "valid_from": 0}
+        clock = self.clocks[boot]
+        offset, is_measured = clock["offset_us"], clock["delay_us"] is not None
+        most = 86_400_000_000
+        if is_measured:
+            most = 60_000_000 + max(received - clock["measured_at_us"], 0) // 2000
+        is_same = self.latest and self.latest[0] == boot
+        went_back = is_same and (self.latest[2] or newest < self.latest[1] - 1_800_000_000)
+        highest = max(newest, self.latest[1]) if is_same and not went_back else newest
+        self.latest = (boot, highest, went_back)
+        if newest + offset - received > most or oldest < clock["valid_from"] or went_back:
+            return offset, "suspect"
+        return offset, "anchored" if is_measured else "unanchored"
+
+
+def check_times(tally):
+    for case in load("times.json")["cases"]:
+        clocks = Clocks(case)
+        for step in case["steps"]:
+            if "measured" in step:
+                clocks.measure(step["measured"])
+                found = clocks.clocks[step["measured"]["boot"]]["offset_us"]
+                tally.check(found, step["offset_us"], case["id"])
+            else:
+                found = clocks.frame(step["frame"])
+                tally.check(found, (step["offset_us"], step["quality"]), case["id"])
+
+
 def check_worked_example(tally):
     """The frames of SPEC.md's example are those of the vectors, byte for byte."""
     text = (HERE.parent / "SPEC.md").read_text().split("## 16 Worked example")[1]
@@ -781,6 +856,7 @@ def main():
     for file in ("frames.json", "messages.json", "readings.json"):
         check_frames(tally, file)
     check_exchanges(tally)
+    check_times(tally)
     for line in tally.wrong:
         print(line)
     print(f"{tally.checked} checks, {len(tally.wrong)} wrong")

@@ -167,6 +167,36 @@ fn query_error(error: ReadError) -> Error {
     Error::Failed(format!("query failed: {error}{hint}"))
 }
 
+/// Writes rows that are in memory already.
+pub fn write_all(
+    format: Format,
+    headers: &[&str],
+    rows: Vec<Vec<Value>>,
+    out: &mut impl Write,
+) -> io::Result<()> {
+    let headers: Vec<String> = headers.iter().map(|header| (*header).to_owned()).collect();
+    match format {
+        Format::Table => {
+            let mut grid = Grid::new(headers);
+            for row in rows {
+                grid.push(row);
+            }
+            grid.write(out)
+        }
+        Format::Csv => {
+            let mut sink = Csv { out };
+            sink.headers(&headers)?;
+            rows.into_iter().try_for_each(|row| sink.row(row).map(drop))
+        }
+        Format::Json => {
+            let mut sink = Json::new(out, &headers);
+            rows.into_iter()
+                .try_for_each(|row| sink.row(row).map(drop))?;
+            sink.end()
+        }
+    }
+}
+
 /// Where rows go, one at a time.
 trait Sink {
     /// Whether more rows are wanted.

@@ -13,6 +13,7 @@ use fieldgate::config::{Config, Registration, Settings};
 use fieldgate::credentials::{self, Credentials};
 use fieldgate::descriptors;
 use fieldgate::entrance::EntranceLimits;
+use fieldgate::gateway_id;
 use fieldgate::ingest::QueueLimits;
 use fieldgate::keys::{FleetKey, KEY_FILE, Origin};
 use fieldgate::quarantine::{self, Gauge};
@@ -359,23 +360,24 @@ pub async fn serve(settings: Settings) -> Result<(), Error> {
             serve_into(vec![store], &config, &key, origin, hangup).await
         }
         StoreUrl::Postgres(url) if config.spool => {
+            let postgres = postgres_settings(&config, url)?;
             let store = once_up(&config, async || {
                 SpoolStore::open(
                     &config.spool_path(),
                     &sqlite_settings(&config),
                     config.spool_bytes_max,
                     Duration::from_secs(config.drain_timeout_s) / SPOOL_DRAIN_SHARE,
-                    postgres_settings(&config, url),
+                    postgres.clone(),
                 )
                 .await
             });
             serve_into(vec![store.await?], &config, &key, origin, hangup).await
         }
         StoreUrl::Postgres(url) => {
+            let postgres = postgres_settings(&config, url)?;
             let stores = once_up(&config, async || {
-                let postgres = postgres_settings(&config, url);
                 spool::leave(&config.spool_path(), &sqlite_settings(&config), &postgres).await?;
-                Ok(PostgresStore::open(postgres).await?)
+                Ok(PostgresStore::open(postgres.clone()).await?)
             });
             serve_into(stores.await?, &config, &key, origin, hangup).await
         }
@@ -565,14 +567,22 @@ fn device_bounds(config: &Config) -> DeviceBounds {
     }
 }
 
-fn postgres_settings(config: &Config, url: &PostgresUrl) -> PostgresSettings {
-    PostgresSettings {
+fn postgres_settings(config: &Config, url: &PostgresUrl) -> Result<PostgresSettings, Error> {
+    let gateway = gateway_id::load_or_create(&config.data_dir).map_err(|error| {
+        let path = config.data_dir.join(gateway_id::ID_FILE);
+        let path = path.display();
+        Error::Failed(format!(
+            "could not read or write {path}: {error}; make the data directory writable"
+        ))
+    })?;
+    Ok(PostgresSettings {
         url: url.clone(),
         writers: config.postgres_writers,
         allows_data_loss: config.allow_postgres_data_loss,
         bounds: device_bounds(config),
+        gateway,
         spool: None,
-    }
+    })
 }
 
 fn server_settings(

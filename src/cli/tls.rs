@@ -8,12 +8,13 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use fieldgate::clock::utc_now;
 use fieldgate::config::{TLS_CERT_FILE, TLS_DIR, TLS_KEY_FILE};
 use fieldgate::keys::{
     create_data_dir, create_private_dir, create_secret, replace_secret, write_secret,
 };
+use jiff::ToSpan;
 use jiff::civil::Date;
-use jiff::{Timestamp, ToSpan};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, date_time_ymd,
@@ -303,7 +304,7 @@ fn is_same(one: &Path, other: &Path) -> bool {
 fn params(hosts: Vec<String>, name: &str, days: u32) -> Result<(CertificateParams, Date), Error> {
     let mut params = CertificateParams::new(hosts).map_err(cannot_make)?;
     params.distinguished_name.push(DnType::CommonName, name);
-    let today = Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date();
+    let today = utc_now().to_zoned(jiff::tz::TimeZone::UTC).date();
     // A clock that is a little behind shall take it, too.
     let (from, until) = (today - 2.days(), today + i64::from(days).days());
     let moment = |date: Date| {

@@ -620,6 +620,53 @@ mod tests {
         assert!(clocks.find(0).is_some() && clocks.find(999).is_some());
     }
 
+    /// The published vectors.
+    #[test]
+    fn times_are_resolved_as_the_vectors_say() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/protocol/vectors/times.json");
+        let text = std::fs::read_to_string(path).unwrap();
+        let file: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let number = |of: &serde_json::Value, key: &str| of[key].as_i64().expect("a number");
+        let of = |clock: &serde_json::Value| {
+            let [offset_us, delay_us, measured_at_us] =
+                ["offset_us", "delay_us", "measured_at_us"].map(|key| number(clock, key));
+            let boot = number(clock, "boot") as u32;
+            self::clock(boot, offset_us, delay_us.unsigned_abs(), measured_at_us)
+        };
+        for case in file["cases"].as_array().unwrap() {
+            let known = case["known"].as_array().unwrap().iter().map(of);
+            let present = number(case, "present_boot") as u32;
+            let mut clocks = BootClocks::new(known.collect()).of_session(present);
+            for step in case["steps"].as_array().unwrap() {
+                if step["measured"].is_object() {
+                    let measured = of(&step["measured"]);
+                    clocks.improve(measured);
+                    let kept = clocks.find(measured.boot).expect("kept");
+                    assert_eq!(kept.offset_us, number(step, "offset_us"), "{}", case["id"]);
+                    continue;
+                }
+                let frame = &step["frame"];
+                let rows = (number(frame, "oldest_us"), number(frame, "newest_us"));
+                let received_at_us = number(frame, "received_us");
+                let boot = frame["boot"].as_u64().map(|boot| boot as u32);
+                let (time, chosen) = match boot {
+                    Some(boot) => clocks.resolve_boot(boot, rows, received_at_us, Origin::NONE),
+                    None => (resolve_utc(rows.0, rows.1, received_at_us), None),
+                };
+                clocks.advance(&Stamp {
+                    boot,
+                    newest_us: rows.1,
+                    time,
+                    chosen,
+                });
+                let quality = serde_json::to_value(time.quality).unwrap();
+                let expected = (&step["offset_us"], &step["quality"]);
+                let found = (&serde_json::Value::from(time.offset_us), &quality);
+                assert_eq!(found, expected, "{}: {step}", case["id"]);
+            }
+        }
+    }
+
     #[test]
     fn implausible_utc_is_suspect_and_kept() {
         let now_us = 1_700_000_000_000_000;

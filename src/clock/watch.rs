@@ -64,9 +64,22 @@ pub async fn watch<T>(clock: SystemClock, mut record: impl AsyncFnMut(ClockStep)
     }
 }
 
+/// Warns of a wall clock that is doubtful at the start. `stored_us` is the latest time of receipt in the store.
+pub fn warn_at_start(now_us: i64, stored_us: Option<i64>) {
+    let built_s: i64 = env!("FIELDGATE_BUILT_S").parse().unwrap_or_default();
+    if let Some(doubt) = doubts_at_start(now_us, built_s.saturating_mul(1_000_000), stored_us) {
+        tracing::warn!(
+            %doubt,
+            now_us,
+            stored_us,
+            "system clock is doubtful; set it, or times of receipt and since boot will be wrong"
+        );
+    }
+}
+
 /// What makes the wall clock doubtful at the start: it is before this program was built, or what is stored
 /// is from its future.
-pub fn doubts_at_start(now_us: i64, built_us: i64, stored_us: Option<i64>) -> Option<&'static str> {
+fn doubts_at_start(now_us: i64, built_us: i64, stored_us: Option<i64>) -> Option<&'static str> {
     if now_us < built_us {
         return Some("it is before the time at which this program was built");
     }

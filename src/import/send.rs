@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::codec::Decoder;
 
 use super::History;
+use crate::clock::SystemClock;
 use crate::codec::FrameCodec;
 use crate::socket::Socket;
 
@@ -262,7 +263,7 @@ impl<'t> Sender<'t> {
         let mut socket = Socket::plain(tcp);
         let mut nonce = [0; NONCE_BYTES];
         getrandom::fill(&mut nonce).map_err(|error| Loss::Connection(io::Error::other(error)))?;
-        let utc_us = jiff::Timestamp::now().as_microsecond();
+        let utc_us = SystemClock::start().now().utc_us;
         device.connect(nonce, NO_CHANNEL_BINDING, self.now_us(), utc_us);
         let mut input = BytesMut::new();
         loop {

@@ -36,7 +36,7 @@ use crate::keys::FleetKey;
 use crate::quarantine::{Gauge, Reservation};
 use crate::store::{
     Declare, DeclareOutcome, DeviceEvent, DeviceEventKind, DeviceId, Entry, Login, LoginOutcome,
-    Receipt, Refusal,
+    Receipt, Refusal, SessionId,
 };
 
 /// What a session needs to know of the configuration.
@@ -166,6 +166,7 @@ enum Whose {
 
 /// The state machine; see the module's documentation.
 pub struct Session {
+    id: SessionId,
     settings: Arc<SessionSettings>,
     peer: SocketAddr,
     /// What TLS says; in a box, since it is gone after the handshake.
@@ -191,7 +192,10 @@ impl Session {
         nonce: [u8; NONCE_BYTES],
         now: Now,
     ) -> Session {
+        let [a, b, c, d, e, f, g, h, ..] = nonce;
         Session {
+            // SQL's integers are signed.
+            id: SessionId((u64::from_le_bytes([a, b, c, d, e, f, g, h]) >> 1).cast_signed()),
             settings,
             peer,
             secured: None,
@@ -316,6 +320,7 @@ impl Session {
                 self.state = State::Serving(Box::new(stream));
                 Ok(Some(audit(
                     device,
+                    Some(self.id),
                     DeviceEventKind::Connected,
                     0,
                     peer,
@@ -340,7 +345,7 @@ impl Session {
             let refused = stream.handle_declare_outcome(outcome, now, &mut self.outbound);
             if let Some((code, detail)) = refused {
                 let (device, kind) = (stream.device(), DeviceEventKind::Refused);
-                told = Some(audit(device, kind, code as u8, detail, now));
+                told = Some(audit(device, None, kind, code as u8, detail, now));
             }
         }
         self.close_if_settled();
@@ -538,7 +543,14 @@ impl Session {
         let code = code.map_or(0, |code| code as u8);
         if let Whose::Admitted(device) = &closed.whose {
             let kind = DeviceEventKind::Disconnected;
-            return Some(audit(*device, kind, code, detail.clone(), now));
+            return Some(audit(
+                *device,
+                Some(self.id),
+                kind,
+                code,
+                detail.clone(),
+                now,
+            ));
         }
         is_refused.then(|| {
             Submission::Refusal(Refusal {
@@ -584,6 +596,7 @@ fn guess(byte: u8) -> &'static str {
 /// A line for the audit trail.
 fn audit(
     device: DeviceId,
+    session: Option<SessionId>,
     kind: DeviceEventKind,
     code: u8,
     detail: String,
@@ -591,6 +604,7 @@ fn audit(
 ) -> Submission {
     Submission::Event(DeviceEvent {
         device,
+        session,
         at_us: now.utc_us,
         kind,
         code,

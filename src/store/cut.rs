@@ -218,6 +218,7 @@ mod tests {
     fn batch(events: usize) -> Batch {
         let event = |n: usize| DeviceEvent {
             device: DeviceId(n as i64),
+            session: None,
             at_us: 0,
             kind: DeviceEventKind::Connected,
             code: 0,

@@ -11,10 +11,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::admission::KeptClocks;
 use super::bounds::{Counts, DeviceBounds, Reached};
 use super::ledger::Watermarks;
+use super::rows::sessions;
 use super::{
     Admission, Batch, BootClock, Committed, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
     DeviceId, Entry, Kind, Login, LoginOutcome, REFUSALS_MAX, Receipt, Refusal, Schema,
-    SchemaChannel, SchemaHash, SeriesId, Store, StoreError, StreamId,
+    SchemaChannel, SchemaHash, SeriesId, SessionId, Store, StoreError, StreamId,
 };
 use crate::clock::UNMEASURED;
 
@@ -61,6 +62,8 @@ struct State {
     series: Vec<SeriesKey>,
     series_ids: HashMap<SeriesKey, SeriesId>,
     events: Vec<DeviceEvent>,
+    /// Those that are open, with how they began.
+    sessions: BTreeMap<SessionId, DeviceEvent>,
     /// Where each timeline was set to last.
     origins: HashMap<i64, i64>,
     /// By peer, claimed name and code.
@@ -204,6 +207,13 @@ impl State {
                 .iter()
                 .map(|step| (step.origin.timeline, step.origin.at_us)),
         );
+        let (begun, ended) = sessions(&batch.events.iter().collect::<Vec<_>>());
+        self.sessions.extend(
+            begun
+                .iter()
+                .map(|(session, event)| (*session, (*event).clone())),
+        );
+        self.sessions.retain(|session, _| !ended.contains(session));
         self.events.extend_from_slice(&batch.events);
         let refused = |refusal: &Refusal| {
             let device = self.device_ids.get(&refusal.device)?;
@@ -431,9 +441,23 @@ fn row(id: i64) -> usize {
 mod tests {
     use super::*;
     use crate::store::contract::{Dump, Harness, contract};
-    use crate::store::{Content, Readings, ResolvedTime};
+    use crate::store::{Content, DeviceEventKind, Readings, ResolvedTime};
 
     contract!(MemoryStore);
+
+    impl State {
+        /// As the next run of a gateway does.
+        fn close_sessions(&mut self) {
+            for (session, begun) in std::mem::take(&mut self.sessions) {
+                self.events.push(DeviceEvent {
+                    session: Some(session),
+                    kind: DeviceEventKind::Disconnected,
+                    detail: crate::store::rows::LEFT_OPEN.to_owned(),
+                    ..begun
+                });
+            }
+        }
+    }
 
     impl Harness for MemoryStore {
         type Store = Self;
@@ -447,6 +471,7 @@ mod tests {
         }
 
         async fn reopen(self) -> Self {
+            self.state().close_sessions();
             self
         }
 
@@ -479,6 +504,9 @@ mod tests {
                 dump.clocks
                     .extend(self.clocks(DeviceId(id)).into_iter().map(clock));
             }
+            let open = self.state().sessions.clone();
+            dump.open_sessions
+                .extend(open.into_values().map(|event| event.detail));
             dump.events.extend(self.events().into_iter().map(|event| {
                 let kind = event.kind.name();
                 let name = names[row(event.device.0)].clone();

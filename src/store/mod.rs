@@ -286,11 +286,17 @@ pub struct Readings {
     pub values: Vec<f64>,
 }
 
+/// A session's number: random, so that it is unique over gateways and their runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionId(pub i64);
+
 /// A line of the audit trail.
 #[derive(Clone, Debug)]
 pub struct DeviceEvent {
     /// Whom it concerns.
     pub device: DeviceId,
+    /// The session that began or ended. What it began is open until it ends.
+    pub session: Option<SessionId>,
     /// When, microseconds UTC.
     pub at_us: i64,
     /// What happened.
@@ -359,6 +365,7 @@ impl Refusal {
     fn of(&self, device: DeviceId) -> DeviceEvent {
         DeviceEvent {
             device,
+            session: None,
             at_us: self.at_us,
             kind: DeviceEventKind::Refused,
             code: self.code,

@@ -11,6 +11,7 @@ use super::editor::Editor;
 use super::reader::{Argument, ReadError};
 use super::steady::SteadyError;
 use super::url::StoreUrl;
+use crate::clock::SystemClock;
 
 /// From one round to the next.
 const ROUND_INTERVAL: Duration = Duration::from_secs(600);
@@ -130,7 +131,7 @@ impl Pruner {
         let mut is_told = false;
         loop {
             tokio::time::sleep(ROUND_INTERVAL).await;
-            let now_us = jiff::Timestamp::now().as_microsecond();
+            let now_us = SystemClock::start().now().utc_us;
             match tokio::time::timeout(ROUND_TIMEOUT, self.round(now_us)).await {
                 Ok(Ok(0)) | Err(_) => {}
                 Ok(Ok(rows)) => tracing::debug!(rows, "pruned the audit trail and clocks"),

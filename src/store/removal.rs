@@ -259,6 +259,7 @@ mod tests {
         }
         let connected = DeviceEvent {
             device: peer.device,
+            session: None,
             at_us: 1,
             kind: DeviceEventKind::Connected,
             code: 0,
@@ -351,6 +352,7 @@ mod tests {
         let late = Batch {
             events: vec![DeviceEvent {
                 device: gone.device,
+                session: None,
                 at_us: 2,
                 kind: DeviceEventKind::Disconnected,
                 code: 52,

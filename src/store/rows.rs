@@ -1,7 +1,9 @@
 //! What a batch comes to as rows, whatever the database.
 
 use super::ledger::Admitted;
-use super::{Content, DeviceEvent, DeviceId, Entry, Readings, ResolvedTime};
+use super::{
+    Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, ResolvedTime, SessionId,
+};
 
 /// An admitted entry and the ledger row it gets.
 pub struct Frame<'a> {
@@ -29,6 +31,7 @@ pub(super) struct EventRow<'a> {
     pub(super) detail: &'a str,
     /// The frame that told it.
     pub(super) frame: Option<i64>,
+    pub(super) session: Option<i64>,
 }
 
 /// How the time of an entry's content became UTC; `None` where there is no time in it.
@@ -115,6 +118,7 @@ impl<'a> EventRow<'a> {
             code: *code,
             detail: text,
             frame: Some(frame.id),
+            session: None,
         })
     }
 
@@ -128,6 +132,25 @@ impl<'a> EventRow<'a> {
             code: u16::from(event.code),
             detail: &event.detail,
             frame: None,
+            session: event.session.map(|session| session.0),
         }
     }
+}
+
+/// Why a session ended of which the last run of a gateway did not store the end.
+pub(super) const LEFT_OPEN: &str = "the gateway ended without closing the session";
+
+/// The sessions that began and those that ended.
+pub(super) fn sessions<'a>(
+    events: &[&'a DeviceEvent],
+) -> (Vec<(SessionId, &'a DeviceEvent)>, Vec<SessionId>) {
+    let of_kind = |kind| {
+        let of_kind = events.iter().filter(move |event| event.kind == kind);
+        of_kind.filter_map(|event| Some((event.session?, *event)))
+    };
+    let ended = of_kind(DeviceEventKind::Disconnected);
+    (
+        of_kind(DeviceEventKind::Connected).collect(),
+        ended.map(|(session, _)| session).collect(),
+    )
 }

@@ -26,6 +26,7 @@ mod quarantine;
 mod quarantine_full;
 mod replay;
 mod session;
+mod sessions;
 mod simulator;
 mod site;
 mod spool_outage;

@@ -83,6 +83,7 @@ impl Site {
             ],
             events: vec![DeviceEvent {
                 device: pump.device,
+                session: None,
                 at_us: AT_US,
                 kind: DeviceEventKind::Disconnected,
                 code: 42,

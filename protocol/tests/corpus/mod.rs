@@ -17,6 +17,8 @@ pub mod primitives;
 pub mod queue;
 #[rustfmt::skip]
 pub mod readings;
+#[rustfmt::skip]
+pub mod times;
 
 use fieldgate_protocol::frame::{self, HEADER_BYTES, Header, OVERHEAD_BYTES, VERSION};
 use fieldgate_protocol::message::{self, Channel, Column, Data, Declare, Message};
@@ -232,6 +234,7 @@ pub fn files() -> Vec<(&'static str, Value)> {
         ("columns.json", columns::file()),
         ("handshake.json", handshake::file()),
         ("exchanges.json", exchanges::file()),
+        ("times.json", times::file()),
         (
             "frames.json",
             file(

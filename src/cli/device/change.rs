@@ -5,12 +5,12 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use fieldgate::clock::SystemClock;
 use fieldgate::device_key::DeviceKey;
 use fieldgate::keys::{FleetKey, KEY_FILE, open_secret};
 use fieldgate::store::editor::Editor;
 use fieldgate::store::lifecycle::{DeviceEdit, DeviceState, StoredKey};
 use fieldgate::store::url::StoreUrl;
-use jiff::Timestamp;
 
 use super::{device_name, unknown};
 use crate::cli::{Error, output};
@@ -158,7 +158,7 @@ pub async fn edit(
     wanted: impl FnMut(&str, Option<&DeviceState>) -> Result<Option<Wanted>, Error>,
 ) -> Result<HashMap<String, bool>, Error> {
     let mut editor = Editor::open(store).await?;
-    let now_us = Timestamp::now().as_microsecond();
+    let now_us = SystemClock::start().now().utc_us;
     let mut edit = DeviceEdit::begin(&mut editor, now_us).await?;
     match set_all(&mut edit, names, wanted).await {
         Ok(Set::All(changed)) if changed.values().any(|is_changed| *is_changed) => {

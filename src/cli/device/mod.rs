@@ -3,6 +3,7 @@
 
 mod change;
 mod key;
+mod list;
 mod refused;
 mod remove;
 mod show;
@@ -24,8 +25,8 @@ use super::Error;
 
 #[derive(Debug, Subcommand)]
 pub enum DeviceCommand {
-    /// List all devices
-    List,
+    /// List devices: whether they are connected and from where, and when their last frame came
+    List(list::ListArgs),
     /// Show all that is known of a device
     Show {
         /// The device's name
@@ -64,7 +65,7 @@ pub async fn device(
     command: &DeviceCommand,
 ) -> Result<(), Error> {
     match command {
-        DeviceCommand::List => show::list(&mut Reader::open(store).await?).await,
+        DeviceCommand::List(args) => list::list(&mut Reader::open(store).await?, args).await,
         DeviceCommand::Show { name } => show::show(&mut Reader::open(store).await?, name).await,
         DeviceCommand::Refused(args) => refused::refused(store, args).await,
         DeviceCommand::Add(args) => change::add(data_dir, store, args).await,

@@ -1,4 +1,4 @@
-//! `fieldgate device list|show`.
+//! `fieldgate device show`.
 
 use std::io::Write;
 
@@ -6,7 +6,7 @@ use fieldgate::store::reader::{Argument, Reader, Row};
 
 use crate::cli::Error;
 use crate::cli::nearest::near;
-use crate::cli::output::{self, Grid, count, show_utc, utc_text, write_facts};
+use crate::cli::output::{self, Grid, show_utc, utc_text, write_facts};
 use crate::cli::quarantine::code_text;
 use crate::cli::value::Value;
 
@@ -17,40 +17,14 @@ const IN_FUTURE_MAX: i64 = 1000;
 /// Gaps and streams that `show` shows; `query` shows all.
 const LINES_SHOWN: i64 = 20;
 
-const LIST: &str = "SELECT d.name, CASE d.enabled WHEN 0 THEN 'no' ELSE 'yes' END,
-        CASE WHEN d.sealed_key IS NOT NULL THEN 'own' WHEN d.key_version = 0 THEN 'derived'
-            ELSE 'derived ' || d.key_version END, d.firmware, d.last_seen_at, count(s.id),
-        CAST(coalesce(sum(s.frames), 0) AS BIGINT), CAST(coalesce(sum(s.readings), 0) AS BIGINT)
-    FROM devices AS d LEFT JOIN streams AS s ON s.device_id = d.id
-    GROUP BY d.id ORDER BY d.name COLLATE \"C\"";
-const DEVICE: &str = "SELECT id, enabled, firmware, first_seen_at, last_seen_at, key_version,
-        CASE WHEN sealed_key IS NULL THEN 0 ELSE 1 END
-    FROM devices WHERE name = $1";
-
-/// Lists all devices.
-pub async fn list(reader: &mut Reader) -> Result<(), Error> {
-    let rows = reader.rows(LIST, &[]).await?;
-    let headers = [
-        "name",
-        "enabled",
-        "key",
-        "firmware",
-        "last seen",
-        "streams",
-        "frames",
-        "readings",
-    ];
-    let mut out = output::stdout();
-    if rows.is_empty() {
-        writeln!(out, "no devices yet")?;
-    } else {
-        let devices = count(rows.len() as u64, "device");
-        grid(headers, rows, |row| show_utc(row, 4)).write(&mut out)?;
-        writeln!(out, "({devices})")?;
-    }
-    out.flush()?;
-    Ok(())
-}
+const DEVICE: &str =
+    "SELECT d.id, d.enabled, d.firmware, d.first_seen_at, d.last_seen_at, d.key_version,
+        CASE WHEN d.sealed_key IS NULL THEN 0 ELSE 1 END,
+        (SELECT max((SELECT f.received_at FROM frames AS f
+            WHERE f.stream_id = st.id ORDER BY f.seq DESC LIMIT 1))
+            FROM streams AS st WHERE st.device_id = d.id),
+        (SELECT max(se.peer) FROM sessions AS se WHERE se.device_id = d.id)
+    FROM devices AS d WHERE d.name = $1";
 
 /// Shows all that is known of a device.
 pub async fn show(reader: &mut Reader, name: &str) -> Result<(), Error> {
@@ -103,13 +77,19 @@ fn facts(name: &str, device: &Row) -> Result<Vec<(&'static str, String)>, Error>
         (0, version) => format!("derived from the fleet key, version {version}"),
         _ => "its own".to_owned(),
     };
+    let connected = match device.text_or_null(8)? {
+        Some(peer) => format!("from {peer}"),
+        None => "no".to_owned(),
+    };
     Ok(vec![
         ("device", name.to_owned()),
         ("enabled", if is_enabled { "yes" } else { "no" }.to_owned()),
         ("key", key),
         ("firmware", firmware.unwrap_or_default().to_owned()),
         ("first seen", time(3)?),
-        ("last seen", time(4)?),
+        ("last login", time(4)?),
+        ("last frame", time(7)?),
+        ("connected", connected),
     ])
 }
 
@@ -186,7 +166,7 @@ const SECTIONS: [&Section; 6] = [
         title: "events, newest first",
         is_by_name: false,
         sql: "SELECT at, kind, code, detail FROM device_events
-              WHERE device_id = $1 ORDER BY at DESC, id DESC LIMIT $2",
+              WHERE device_id = $1 ORDER BY id DESC LIMIT $2",
         headers: &["time", "kind", "code", "detail"],
         mend: mend_event,
         limit: Some(EVENTS_SHOWN),
@@ -261,7 +241,7 @@ fn mend_event(row: &mut [Value]) {
 /// Every query of this file, with a device's name and its id for parameters.
 #[cfg(test)]
 pub fn queries(name: &'static str) -> Vec<(&'static str, Vec<Argument<'static>>)> {
-    let mut queries = vec![(LIST, vec![]), (DEVICE, vec![name.into()])];
+    let mut queries = vec![(super::list::DEVICES, vec![]), (DEVICE, vec![name.into()])];
     for section in SECTIONS {
         let key = if section.is_by_name {
             name.into()

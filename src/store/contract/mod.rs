@@ -2,8 +2,9 @@
 
 use std::future::Future;
 
+use super::rows::LEFT_OPEN;
 use super::*;
-use crate::clock::{BootClock, ClockStep, Origin, Quality, UNMEASURED};
+use crate::clock::{BootClock, ClockStep, Origin, Quality, UNMEASURED, UTC_MAX_US, UTC_MIN_US};
 
 mod devices;
 mod quarantine;
@@ -55,6 +56,8 @@ pub(super) struct Dump {
     pub(super) clocks: Vec<(String, u32, i64, u64)>,
     /// Peer, claimed name, code, count, first and last time.
     pub(super) refusals: Vec<(String, String, u8, u64, i64, i64)>,
+    /// The addresses of sessions that are open.
+    pub(super) open_sessions: Vec<String>,
 }
 
 const AT_US: i64 = 1_700_000_000_000_000;
@@ -652,6 +655,7 @@ pub(super) async fn events_are_kept<H: Harness>() {
     };
     let event = |kind, at_us, code| DeviceEvent {
         device: peer.device,
+        session: None,
         at_us,
         kind,
         code,
@@ -680,6 +684,85 @@ pub(super) async fn events_are_kept<H: Harness>() {
             line(9, "disconnected", 42, "192.0.2.1:9"),
         ]
     );
+}
+
+/// A session that was taken over, here or in another gateway, ends after the one that took over has begun.
+/// What a run of a gateway leaves open, its next one closes.
+pub(super) async fn a_device_is_connected_while_a_session_is_open<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let event = |session, kind, at_us| DeviceEvent {
+        device: peer.device,
+        session: Some(SessionId(session)),
+        at_us,
+        kind,
+        code: 0,
+        detail: format!("192.0.2.1:{session}"),
+    };
+    let (begins, ends) = (DeviceEventKind::Connected, DeviceEventKind::Disconnected);
+    // The clock steps back in between: the order is not that of the times.
+    for (events, open) in [
+        (vec![event(1, begins, 900)], vec!["192.0.2.1:1"]),
+        (
+            vec![event(2, begins, 100)],
+            vec!["192.0.2.1:1", "192.0.2.1:2"],
+        ),
+        (vec![event(1, ends, 950)], vec!["192.0.2.1:2"]),
+        (
+            vec![event(3, begins, 101), event(2, ends, 101)],
+            vec!["192.0.2.1:3"],
+        ),
+        (
+            vec![event(4, begins, 7), event(4, ends, 7)],
+            vec!["192.0.2.1:3"],
+        ),
+        // Once more, as after a COMMIT of which nothing is known.
+        (vec![event(3, begins, 101)], vec!["192.0.2.1:3"]),
+    ] {
+        let batch = Batch {
+            events,
+            ..Batch::default()
+        };
+        h.store().commit(&batch).await.unwrap();
+        assert_eq!(h.dump().await.open_sessions, open);
+    }
+    let mut h = h.reopen().await;
+    let dump = h.dump().await;
+    assert_eq!(dump.open_sessions, Vec::<String>::new());
+    let closed = { dump.events.iter() }.filter(|(.., detail)| detail == LEFT_OPEN);
+    assert_eq!(closed.count(), 1);
+}
+
+/// The gateway's clock at either end of what it may show, and devices' times beyond by the 285 years of R50.
+pub(super) async fn times_at_the_edges_are_kept<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let boot_us = 1 << 53;
+    let times = [
+        UTC_MIN_US - boot_us,
+        UTC_MIN_US,
+        UTC_MAX_US,
+        UTC_MAX_US + boot_us,
+    ];
+    for (seq, received_at_us) in [(1, UTC_MIN_US), (2, UTC_MAX_US)] {
+        let rows = times.map(|us| (us, 1.0));
+        let mut entry = peer.readings(seq, &rows);
+        entry.received_at_us = received_at_us;
+        let mut login = login("a", 1, seq + 1);
+        login.at_us = received_at_us;
+        login.clock = clock(seq as u32, received_at_us);
+        let batch = Batch {
+            entries: vec![entry],
+            logins: vec![login],
+            ..Batch::default()
+        };
+        let committed = h.store().commit(&batch).await.unwrap();
+        assert!(matches!(committed.logins[0], LoginOutcome::Admitted(_)));
+    }
+    let dump = h.dump().await;
+    let mut found: Vec<i64> = dump.readings.iter().map(|row| row.3).collect();
+    found.dedup();
+    assert_eq!(found, times);
 }
 
 pub(super) async fn an_empty_batch_commits<H: Harness>() {
@@ -730,6 +813,8 @@ macro_rules! contract {
             a_step_of_the_clock_corrects_what_was_measured_before_it,
             a_chosen_clock_replaces_no_measured_one,
             events_are_kept,
+            times_at_the_edges_are_kept,
+            a_device_is_connected_while_a_session_is_open,
             an_empty_batch_commits,
             an_unknown_stream_is_not_tried_again,
         );

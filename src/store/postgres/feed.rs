@@ -15,9 +15,9 @@ use super::identity::mark_replaced;
 use super::link::Link;
 use super::open::{OpenError, bring_up_to_date, connect, open_error};
 use super::timestamp::Timestamp;
-use super::write::Writer;
+use super::write::{Writer, close_sessions};
 use super::{PostgresSettings, PostgresStore, SpoolClaim, classify, run};
-use crate::clock::{ClockStep, Origin};
+use crate::clock::{ClockStep, Origin, SystemClock};
 use crate::store::sqlite::spool::{
     DeviceRow, SchemaRow, SeriesRow, SpoolIdentity, Standing, StreamRow,
 };
@@ -185,6 +185,10 @@ pub(in crate::store) async fn register(
         found_drained: 0,
     };
     enter(&mut conn, url, Some(&claim)).await?;
+    // From now on the spool tells which sessions are open.
+    let now_us = SystemClock::start().now().utc_us;
+    let closed = close_sessions(&mut conn, &settings.gateway, now_us).await;
+    closed.map_err(|error| open_error(url, error))?;
     let standing = standing(&mut conn).await;
     let standing = standing.map_err(|error| open_error(url, error))?;
     // The lock goes with the connection.

@@ -32,6 +32,7 @@ pub(super) use self::write::{insert_hours, insert_readings};
 use super::bounds::DeviceBounds;
 use super::cut::{Cut, Sum};
 use super::{Batch, Committed, Store, StoreError};
+use crate::clock::{SystemClock, warn_at_start};
 use crate::store::url::PostgresUrl;
 
 mod admit;
@@ -66,6 +67,8 @@ pub struct PostgresSettings {
     pub allows_data_loss: bool,
     /// What each device may have.
     pub bounds: DeviceBounds,
+    /// Which gateway this is to the database, among others.
+    pub gateway: String,
     /// The spool that this gateway writes for, if it has one.
     pub spool: Option<SpoolClaim>,
 }
@@ -83,6 +86,12 @@ pub struct SpoolClaim {
     /// How many the database counts; less where it was put back to an earlier state.
     pub found_drained: i64,
 }
+
+/// The latest time of receipt that is stored.
+const LATEST_TIME: &str = "SELECT max(at) FROM (
+    SELECT max(last_seen_at) AS at FROM devices
+    UNION ALL SELECT max(measured_at) FROM clocks
+    UNION ALL SELECT (SELECT received_at FROM frames ORDER BY id DESC LIMIT 1)) AS latest";
 
 /// One of the connections that write; see the module.
 pub struct PostgresStore {
@@ -107,6 +116,15 @@ impl PostgresStore {
         open::bring_up_to_date(&mut first, &settings.url).await?;
         let pruned = identity::prune(&mut first).await;
         pruned.map_err(|error| open::open_error(&settings.url, error))?;
+        if settings.spool.is_none() {
+            let now_us = SystemClock::start().now().utc_us;
+            let stored = sqlx::query_scalar::<_, Option<Timestamp>>(LATEST_TIME);
+            let stored = stored.fetch_one(&mut first).await;
+            let stored = stored.map_err(|error| open::open_error(&settings.url, error))?;
+            warn_at_start(now_us, stored.map(|stored| stored.0));
+            let closed = write::close_sessions(&mut first, &settings.gateway, now_us).await;
+            closed.map_err(|error| open::open_error(&settings.url, error))?;
+        }
         let partitions = Partitions::new(first, settings.url.clone());
         let partitions = Arc::new(partitions.await?);
         let mut stores = Vec::with_capacity(settings.writers);

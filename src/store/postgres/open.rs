@@ -27,7 +27,7 @@ static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     migrator
 });
 /// Tables that another program may have, under the same names.
-const TABLES: [&str; 16] = [
+const TABLES: [&str; 18] = [
     "devices",
     "device_revision",
     "streams",
@@ -41,6 +41,8 @@ const TABLES: [&str; 16] = [
     "quarantine",
     "device_events",
     "clocks",
+    "clock_steps",
+    "sessions",
     "spool",
     "store_identity",
     "store_writers",

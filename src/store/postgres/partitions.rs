@@ -29,11 +29,16 @@ use super::link::{Link, Patience};
 use super::open::{OpenError, open_error, reason};
 use super::run;
 use super::timestamp::Timestamp;
+
+use crate::clock::utc_now;
 use crate::store::url::PostgresUrl;
 use crate::store::{Content, Entry};
 
 /// Days since 1970 at 2000-01-01: older readings get no partition.
 const FIRST_DAY: i64 = 10_957;
+/// Days that can have a partition end with November of the year 9999. Those of a wrong clock beyond go to the
+/// default partition.
+const DAYS: std::ops::Range<i64> = FIRST_DAY..2_932_866;
 /// How many days after today have a partition.
 const AHEAD_DAYS: i64 = 2;
 const DAY_US: i64 = 86_400_000_000;
@@ -120,7 +125,7 @@ impl Partitions {
     /// Makes the partitions that the readings of these entries need, and those of the days to come.
     pub(super) async fn make_for(&self, entries: &[Entry], now: Instant) {
         self.look_for_detached(now).await;
-        let today = UtcTime::now().as_microsecond().div_euclid(DAY_US);
+        let today = utc_now().as_microsecond().div_euclid(DAY_US);
         let missing = self.missing(entries, today);
         if missing.is_empty() {
             return;
@@ -208,6 +213,7 @@ impl Partitions {
             missing.extend(days.filter(|day| window.contains(day) && !known.contains(day)));
         }
         missing.extend((today..=today + AHEAD_DAYS).filter(|day| !known.contains(day)));
+        missing.retain(|day| DAYS.contains(day));
         missing
     }
 
@@ -340,7 +346,7 @@ async fn make(
         ),
     )
     .await?;
-    let today = UtcTime::now().as_microsecond().div_euclid(DAY_US);
+    let today = utc_now().as_microsecond().div_euclid(DAY_US);
     let span = Span::to_make(day, today, &bounds(conn).await?);
     let mut detached = None;
     if let Some(span) = span {

@@ -7,6 +7,9 @@ use sqlx::{Decode, Encode, Postgres, Type};
 
 /// Postgres counts from 2000-01-01T00:00:00Z.
 const EPOCH_US: i64 = 946_684_800_000_000;
+/// The first it takes, from its epoch: 4714-11-24 BC. The protocol's times stay after it; an earlier one
+/// becomes this one, for a server would refuse it each time it is tried. No 64 bits reach the last.
+const FIRST_US: i64 = -211_813_488_000_000_000;
 
 /// A `timestamptz`: microseconds since 1970-01-01T00:00:00Z.
 ///
@@ -18,7 +21,8 @@ pub struct Timestamp(pub i64);
 impl Timestamp {
     /// As it is sent.
     pub(super) fn to_be_bytes(self) -> [u8; 8] {
-        (self.0 - EPOCH_US).to_be_bytes()
+        let since_epoch = self.0.saturating_sub(EPOCH_US);
+        since_epoch.max(FIRST_US).to_be_bytes()
     }
 }
 
@@ -50,5 +54,20 @@ impl Decode<'_, Postgres> for Timestamp {
             }
             PgValueFormat::Text => Err("a timestamp was asked for in binary form".into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_beyond_what_postgres_takes_becomes_its_nearest() {
+        let sent = |us| i64::from_be_bytes(Timestamp(us).to_be_bytes());
+        assert_eq!(sent(i64::MIN), FIRST_US);
+        assert_eq!(sent(i64::MIN + EPOCH_US), FIRST_US);
+        assert_eq!(sent(0), -EPOCH_US);
+        assert_eq!(sent(FIRST_US + EPOCH_US), FIRST_US);
+        assert_eq!(sent(i64::MAX), i64::MAX - EPOCH_US);
     }
 }

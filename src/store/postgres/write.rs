@@ -21,7 +21,7 @@ use crate::clock::ClockStep;
 use crate::store::bounds::DeviceBounds;
 use crate::store::hours::KnownHours;
 use crate::store::ledger::{self, UnknownStream, Watermarks};
-use crate::store::rows::{EventRow, Frame, Run, resolved_time, sorted_runs};
+use crate::store::rows::{EventRow, Frame, LEFT_OPEN, Run, resolved_time, sessions, sorted_runs};
 use crate::store::{
     Batch, Committed, Content, DeviceEvent, DeviceId, Entry, REFUSALS_MAX, Refusal, StreamId,
 };
@@ -71,6 +71,8 @@ pub(super) struct Writer {
     keeps: bool,
     /// When the session's `synchronous_commit` was last compared with the operator's.
     compared_at: Instant,
+    /// Whose sessions it stores.
+    gateway: String,
 }
 
 impl Writer {
@@ -83,6 +85,7 @@ impl Writer {
             bounds: settings.bounds,
             keeps: !settings.allows_data_loss,
             compared_at: Instant::now(),
+            gateway: settings.gateway.clone(),
         }
     }
 
@@ -486,16 +489,16 @@ impl Writer {
         }
         let level = |row: &EventRow<'_>| row.level.map(i16::from);
         sqlx::query(
-            "INSERT INTO device_events (device_id, at, kind, level, code, detail, frame_id)
+            "INSERT INTO device_events (device_id, at, kind, level, code, detail, frame_id, session)
              SELECT * FROM unnest($1::bigint[], $2::timestamptz[], $3::text[], $4::smallint[],
-                 $5::integer[], $6::text[], $7::bigint[])
-                 AS new (device_id, at, kind, level, code, detail, frame_id)
+                 $5::integer[], $6::text[], $7::bigint[], $8::bigint[])
+                 AS new (device_id, at, kind, level, code, detail, frame_id, session)
              -- A device may have been removed since.
              WHERE EXISTS (SELECT FROM devices WHERE id = new.device_id)
              AND (new.frame_id IS NOT NULL OR NOT EXISTS (
                  SELECT FROM device_events AS old
                  WHERE old.device_id = new.device_id AND old.at = new.at AND old.kind = new.kind
-                     AND old.detail = new.detail
+                     AND old.detail = new.detail AND old.session IS NOT DISTINCT FROM new.session
              ))",
         )
         .bind(rows.iter().map(|row| row.device.0).collect::<Vec<_>>())
@@ -513,9 +516,46 @@ impl Writer {
         )
         .bind(rows.iter().map(|row| row.detail).collect::<Vec<_>>())
         .bind(rows.iter().map(|row| row.frame).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.session).collect::<Vec<_>>())
         .execute(&mut self.conn)
-        .await
-        .map(drop)
+        .await?;
+        self.store_sessions(events).await
+    }
+
+    /// Opens and closes sessions. None begins again, so those that began go first.
+    async fn store_sessions(&mut self, events: &[&DeviceEvent]) -> Result<(), sqlx::Error> {
+        let (begun, ended) = sessions(events);
+        if !begun.is_empty() {
+            let ids: Vec<i64> = begun.iter().map(|(session, _)| session.0).collect();
+            let devices: Vec<i64> = begun.iter().map(|(_, event)| event.device.0).collect();
+            let peers: Vec<&str> = { begun.iter() }
+                .map(|(_, event)| event.detail.as_str())
+                .collect();
+            let times = begun.iter().map(|(_, event)| Timestamp(event.at_us));
+            sqlx::query(
+                "INSERT INTO sessions (id, device_id, gateway, peer, connected_at)
+                 SELECT id, device_id, $5, peer, at
+                 FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::timestamptz[])
+                     AS new (id, device_id, peer, at)
+                 WHERE EXISTS (SELECT FROM devices WHERE id = new.device_id)
+                 ON CONFLICT (id) DO NOTHING",
+            )
+            .bind(ids)
+            .bind(devices)
+            .bind(peers)
+            .bind(times.collect::<Vec<_>>())
+            .bind(&self.gateway)
+            .execute(&mut self.conn)
+            .await?;
+        }
+        if !ended.is_empty() {
+            let ids: Vec<i64> = ended.iter().map(|session| session.0).collect();
+            sqlx::query("DELETE FROM sessions WHERE id = ANY($1)")
+                .bind(ids)
+                .execute(&mut self.conn)
+                .await?;
+        }
+        Ok(())
     }
 }
 
@@ -533,6 +573,27 @@ pub(in crate::store) async fn insert_hours(
         .execute(conn)
         .await
         .map(drop)
+}
+
+/// Closes what the last run of a gateway left open.
+pub(super) async fn close_sessions(
+    conn: &mut Link,
+    gateway: &str,
+    now_us: i64,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "WITH closed AS (
+             DELETE FROM sessions WHERE gateway = $1 RETURNING id, device_id, connected_at
+         )
+         INSERT INTO device_events (device_id, at, kind, code, detail, session)
+         SELECT device_id, $2, 'disconnected', 0, $3, id FROM closed ORDER BY connected_at, id",
+    )
+    .bind(gateway)
+    .bind(Timestamp(now_us))
+    .bind(LEFT_OPEN)
+    .execute(conn)
+    .await
+    .map(drop)
 }
 
 /// Puts readings in by one statement.

@@ -25,6 +25,7 @@ use super::cut::{Cut, Sum};
 use super::hours::hours_of;
 use super::rows::Run;
 use super::{Batch, Committed, Content, Store, StoreError};
+use crate::clock::{SystemClock, warn_at_start};
 
 mod admit;
 mod bulk;
@@ -39,6 +40,12 @@ pub(super) mod spool;
 mod tests;
 pub(super) mod turn;
 mod write;
+
+/// The latest time of receipt that is stored.
+const LATEST_TIME: &str = "SELECT max(at) FROM (
+    SELECT max(last_seen_at) AS at FROM devices
+    UNION ALL SELECT max(measured_at) FROM clocks
+    UNION ALL SELECT (SELECT received_at FROM frames ORDER BY id DESC LIMIT 1)) AS latest";
 
 // SQLite's primary result codes, the low byte of an extended one.
 const PERM: i32 = 3;
@@ -146,6 +153,14 @@ impl SqliteStore {
             source,
         };
         let mut conn = open::writer(&path, &writer_settings).await?;
+        let now_us = SystemClock::start().now().utc_us;
+        let stored_us = sqlx::query_scalar(LATEST_TIME).fetch_one(&mut conn).await;
+        warn_at_start(now_us, stored_us.map_err(sqlite)?);
+        match rows::close_sessions(&mut conn, now_us).await {
+            // Nor is a full disk a reason not to start.
+            Err(error) if !is_transient(&error) => return Err(sqlite(error)),
+            Ok(()) | Err(_) => {}
+        }
         optimize(&mut conn).await.map_err(sqlite)?;
         let page_size = sqlx::query_scalar("SELECT page_size FROM pragma_page_size");
         let page_bytes: u32 = page_size.fetch_one(&mut conn).await.map_err(sqlite)?;

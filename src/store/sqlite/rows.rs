@@ -1,10 +1,10 @@
 //! What entries, clocks and the audit trail become in SQL.
 
-use sqlx::SqliteConnection;
+use sqlx::{Connection, SqliteConnection};
 
 use super::bulk::{Bulk, Params};
 use crate::clock::{BootClock, ClockStep};
-use crate::store::rows::{EventRow, Frame, Run, resolved_time};
+use crate::store::rows::{EventRow, Frame, LEFT_OPEN, Run, resolved_time, sessions};
 use crate::store::{Content, DeviceEvent, DeviceId, REFUSALS_MAX, Refusal};
 
 /// A row of `clocks`: [`bind_clock`] has its values.
@@ -29,6 +29,8 @@ pub(super) struct Rows {
     steps: Bulk,
     events: Bulk,
     refusals: Bulk,
+    begin_sessions: Bulk,
+    end_sessions: Bulk,
 }
 
 impl Rows {
@@ -67,9 +69,10 @@ impl Rows {
                 "ON CONFLICT (timeline, origin_us) DO NOTHING",
             ),
             events: Bulk::new(
-                "WITH new(device_id, at, kind, level, code, detail, frame_id) AS (",
-                7,
-                ") INSERT OR FAIL INTO device_events(device_id, at, kind, level, code, detail, frame_id)
+                "WITH new(device_id, at, kind, level, code, detail, frame_id, session) AS (",
+                8,
+                ") INSERT OR FAIL INTO device_events(device_id, at, kind, level, code, detail, frame_id,
+                    session)
                 SELECT * FROM new WHERE device_id IN (SELECT id FROM devices)",
             ),
             refusals: insert(
@@ -78,6 +81,14 @@ impl Rows {
                 "ON CONFLICT (peer, device, code) DO UPDATE SET reason = excluded.reason,
                     count = count + excluded.count, last_at = excluded.last_at",
             ),
+            begin_sessions: Bulk::new(
+                "WITH new(id, device_id, gateway, peer, connected_at) AS (",
+                5,
+                ") INSERT INTO sessions(id, device_id, gateway, peer, connected_at)
+                SELECT * FROM new WHERE device_id IN (SELECT id FROM devices)
+                ON CONFLICT (id) DO NOTHING",
+            ),
+            end_sessions: Bulk::new("DELETE FROM sessions WHERE id IN (", 1, ")"),
         }
     }
 
@@ -221,10 +232,56 @@ impl Rows {
                     .bind(row.level.map(i64::from))
                     .bind(i64::from(row.code))
                     .bind(row.detail)
-                    .bind(row.frame);
+                    .bind(row.frame)
+                    .bind(row.session);
+            })
+            .await?;
+        self.store_sessions(conn, events).await
+    }
+
+    /// Opens and closes sessions. None begins again, so those that began go first.
+    async fn store_sessions(
+        &self,
+        conn: &mut SqliteConnection,
+        events: &[&DeviceEvent],
+    ) -> Result<(), sqlx::Error> {
+        let (begun, ended) = sessions(events);
+        self.begin_sessions
+            .execute(conn, begun.into_iter(), |params, (session, event)| {
+                params
+                    .bind(session.0)
+                    .bind(event.device.0)
+                    .bind("")
+                    .bind(event.detail.as_str())
+                    .bind(event.at_us);
+            })
+            .await?;
+        self.end_sessions
+            .execute(conn, ended.into_iter(), |params, session| {
+                params.bind(session.0);
             })
             .await
     }
+}
+
+/// Closes what the last run left open: only one gateway writes to a file.
+pub(super) async fn close_sessions(
+    conn: &mut SqliteConnection,
+    now_us: i64,
+) -> Result<(), sqlx::Error> {
+    let mut transaction = conn.begin_with("BEGIN IMMEDIATE").await?;
+    sqlx::query(
+        "INSERT INTO device_events (device_id, at, kind, code, detail, session)
+         SELECT device_id, ?, 'disconnected', 0, ?, id FROM sessions ORDER BY connected_at, id",
+    )
+    .bind(now_us)
+    .bind(LEFT_OPEN)
+    .execute(&mut *transaction)
+    .await?;
+    sqlx::query("DELETE FROM sessions")
+        .execute(&mut *transaction)
+        .await?;
+    transaction.commit().await
 }
 
 pub(super) fn bind_clock(params: &mut Params, device: DeviceId, clock: &BootClock) {

@@ -92,6 +92,7 @@ async fn fill(store: &mut impl Store) {
         entries.extend([refused, event]);
         let events = vec![DeviceEvent {
             device: peer.device,
+            session: None,
             at_us: START_US,
             kind: DeviceEventKind::Connected,
             code: n as u8,

@@ -64,6 +64,7 @@ impl Database {
             writers: 1,
             allows_data_loss: true,
             bounds: DeviceBounds::default(),
+            gateway: "one".to_owned(),
             spool: None,
         }
     }
@@ -193,6 +194,10 @@ pub(in crate::store) async fn dump(conn: &mut PgConnection) -> Dump {
         let code = r.get::<i32, _>(3) as u16;
         dump.events
             .push((r.get(0), time_us(&r, 1), r.get(2), code, r.get(4)));
+    }
+    let open = "SELECT peer FROM sessions ORDER BY id";
+    for r in rows(open).await {
+        dump.open_sessions.push(r.get(0));
     }
     let clocks = "SELECT d.name, c.boot, c.offset_us, c.delay_us
         FROM clocks c JOIN devices d ON d.id = c.device_id ORDER BY d.id, c.boot";

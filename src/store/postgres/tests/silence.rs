@@ -83,6 +83,7 @@ impl Way {
             writers: 1,
             allows_data_loss: true,
             bounds: DeviceBounds::DEFAULT,
+            gateway: "one".to_owned(),
             spool: None,
         }
     }

@@ -7,7 +7,7 @@ use crate::store::reader::{Reader, Value};
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
 use crate::store::{
     Content, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent, DeviceEventKind, Entry,
-    ResolvedTime, SeriesId,
+    ResolvedTime, SeriesId, SessionId,
 };
 use fieldgate_protocol::column::Kind;
 
@@ -189,6 +189,7 @@ async fn fill(store: &mut impl Store) {
     let batch = Batch {
         events: vec![DeviceEvent {
             device: odd.device,
+            session: Some(SessionId(1)),
             at_us: AT_US,
             kind: DeviceEventKind::Connected,
             code: 0,

@@ -12,7 +12,7 @@ use crate::clock::{BootClock, ClockStep, Origin, Quality};
 use crate::store::sqlite::open::{OpenError, Purpose, open_reader_of};
 use crate::store::{
     Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, Refusal, ResolvedTime,
-    SeriesId, StreamId,
+    SeriesId, SessionId, StreamId,
 };
 
 /// Readings of a chunk, and frames of one that has few readings.
@@ -276,24 +276,27 @@ impl SpoolReader {
     }
 
     async fn read_events(&mut self, chunk: &mut Chunk) -> Result<(), sqlx::Error> {
-        let rows: Vec<(i64, i64, i64, String, u8, String)> = sqlx::query_as(
-            "SELECT id, device_id, at, kind, code, detail FROM device_events
+        let rows = sqlx::query(
+            "SELECT id, device_id, at, kind, code, detail, session FROM device_events
              WHERE id > ? AND frame_id IS NULL ORDER BY id LIMIT ?",
         )
         .bind(chunk.end.event)
         .bind(CHUNK_LINES)
         .fetch_all(&mut self.conn)
         .await?;
-        for (id, device, at_us, kind, code, detail) in rows {
+        for row in &rows {
+            let id = row.try_get(0)?;
+            let kind: String = row.try_get(3)?;
             chunk.end.event = id;
             chunk.event_ids.push(id);
             chunk.events.push(DeviceEvent {
-                device: DeviceId(device),
-                at_us,
+                device: DeviceId(row.try_get(1)?),
+                session: row.try_get::<Option<i64>, _>(6)?.map(SessionId),
+                at_us: row.try_get(2)?,
                 kind: DeviceEventKind::of_name(&kind)
                     .ok_or_else(|| damaged("an event of an unknown kind"))?,
-                code,
-                detail,
+                code: row.try_get(4)?,
+                detail: row.try_get(5)?,
             });
         }
         Ok(())

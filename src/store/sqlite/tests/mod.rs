@@ -133,6 +133,10 @@ async fn dump(conn: &mut SqliteConnection) -> Dump {
         dump.events
             .push((r.get(0), r.get(1), r.get(2), r.get(3), r.get(4)));
     }
+    let open = "SELECT peer FROM sessions ORDER BY id";
+    for r in sqlx::query(open).fetch_all(&mut *conn).await.unwrap() {
+        dump.open_sessions.push(r.get(0));
+    }
     let clocks = "SELECT d.name, c.boot, c.offset_us, c.delay_us
         FROM clocks c JOIN devices d ON d.id = c.device_id ORDER BY d.id, c.boot";
     for r in sqlx::query(clocks).fetch_all(&mut *conn).await.unwrap() {

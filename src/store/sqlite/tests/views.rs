@@ -199,8 +199,16 @@ async fn status_tells_what_is_missing() {
     store_readings(&mut h, entries).await;
     let sql = "SELECT device, state, CAST(frames AS TEXT), CAST(readings AS TEXT),
         CAST(missing AS TEXT), CAST(quarantined AS TEXT), last_frame_at_text FROM device_status";
-    let mut expected = some(&["a", "new", "3", "2", "8", "0", "2023-11-14T22:13:20Z"]);
-    expected.extend(some(&["b", "new", "0", "0", "0", "0"]));
+    let mut expected = some(&[
+        "a",
+        "disconnected",
+        "3",
+        "2",
+        "8",
+        "0",
+        "2023-11-14T22:13:20Z",
+    ]);
+    expected.extend(some(&["b", "disconnected", "0", "0", "0", "0"]));
     expected.push(None);
     assert_eq!(texts(h.conn(), sql).await, expected);
     let sql = "SELECT device, CAST(from_seq AS TEXT), CAST(to_seq AS TEXT), CAST(frames AS TEXT)

@@ -1,0 +1,100 @@
+//! `fieldgate device list`.
+
+use std::io::Write;
+
+use clap::Args;
+use fieldgate::clock::SystemClock;
+use fieldgate::store::reader::{Argument, Reader, Row};
+use fieldgate::units::Unit;
+
+use crate::cli::Error;
+use crate::cli::output::{self, count, show_utc};
+use crate::cli::query::{Format, write_all};
+use crate::cli::value::Value;
+
+#[derive(Args, Debug)]
+pub struct ListArgs {
+    /// How devices are written
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Table)]
+    format: Format,
+
+    /// Only enabled devices without a frame for that long, or ever, such as 1h or 30min; a number without a
+    /// unit is in seconds
+    #[arg(long, value_name = "DURATION", value_parser = seconds)]
+    silent: Option<i64>,
+}
+
+fn seconds(text: &str) -> Result<i64, String> {
+    Unit::Seconds.parse(text)
+}
+
+/// A device's last frame is looked up by its streams, so that no large table is read. Of several sessions
+/// that are open at once one is shown.
+pub(super) const DEVICES: &str = "SELECT name, enabled, state, last_frame_at, peer, key, firmware, streams, frames, readings
+    FROM (
+        SELECT d.name, CASE d.enabled WHEN 0 THEN 'no' ELSE 'yes' END AS enabled,
+            CASE WHEN max(se.peer) IS NOT NULL THEN 'connected' WHEN d.first_seen_at IS NOT NULL
+                THEN 'disconnected' ELSE 'new' END AS state,
+            max((SELECT f.received_at FROM frames AS f WHERE f.stream_id = s.id
+                ORDER BY f.seq DESC LIMIT 1)) AS last_frame_at,
+            max(se.peer) AS peer,
+            CASE WHEN d.sealed_key IS NOT NULL THEN 'own' WHEN d.key_version = 0 THEN 'derived'
+                ELSE 'derived ' || d.key_version END AS key,
+            d.firmware, count(s.id) AS streams, CAST(coalesce(sum(s.frames), 0) AS BIGINT) AS frames,
+            CAST(coalesce(sum(s.readings), 0) AS BIGINT) AS readings
+        FROM devices AS d
+        LEFT JOIN streams AS s ON s.device_id = d.id
+        LEFT JOIN (SELECT device_id, max(peer) AS peer FROM sessions GROUP BY device_id) AS se
+            ON se.device_id = d.id
+        GROUP BY d.id
+    ) AS listed";
+const LAST_FRAME: usize = 3;
+const HEADERS: [&str; 10] = [
+    "name",
+    "enabled",
+    "state",
+    "last frame",
+    "address",
+    "key",
+    "firmware",
+    "streams",
+    "frames",
+    "readings",
+];
+
+/// Lists devices.
+pub async fn list(reader: &mut Reader, args: &ListArgs) -> Result<(), Error> {
+    let mut sql = DEVICES.to_owned();
+    let mut arguments = Vec::new();
+    if let Some(silent_s) = args.silent {
+        let now_us = SystemClock::start().now().utc_us;
+        let since_us = now_us.saturating_sub(silent_s.saturating_mul(1_000_000));
+        sql += " WHERE enabled = 'yes' AND (last_frame_at IS NULL OR last_frame_at < $1)";
+        arguments.push(Argument::Time(since_us));
+    }
+    sql += " ORDER BY name COLLATE \"C\"";
+    let rows = reader.rows(&sql, &arguments).await?;
+    let rows: Vec<Vec<Value>> = { rows.into_iter() }
+        .map(|Row(mut values)| {
+            show_utc(&mut values, LAST_FRAME);
+            values
+        })
+        .collect();
+    let devices = rows.len() as u64;
+    let mut out = output::stdout();
+    match (args.format, devices) {
+        (Format::Table, 0) if args.silent.is_some() => writeln!(out, "no device is silent")?,
+        (Format::Table, 0) => writeln!(out, "no devices yet")?,
+        (Format::Table, _) => {
+            write_all(args.format, &HEADERS, rows, &mut out)?;
+            writeln!(out, "({})", count(devices, "device"))?;
+        }
+        _ => {
+            let keys = HEADERS.map(|header| header.replace(' ', "_"));
+            let keys = keys.each_ref().map(String::as_str);
+            write_all(args.format, &keys, rows, &mut out)?;
+        }
+    }
+    out.flush()?;
+    Ok(())
+}
