@@ -232,6 +232,26 @@ async fn a_commit_that_meets_a_new_partition_is_tried_again() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_table_that_was_taken_away_is_missed() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    let now_us = now_us();
+    let day = name_of(now_us);
+    h.run(&format!("ALTER TABLE readings DETACH PARTITION {day}"))
+        .await;
+    store(&mut h, &peer, 1, &[now_us]).await;
+    let in_default = [("readings_default".to_owned(), 1)];
+    assert_eq!(filled(&h.database).await, in_default);
+    // As long as it is there, it is the operator's.
+    try_again(&h, &peer, now_us, Duration::from_secs(61)).await;
+    assert_eq!(filled(&h.database).await, in_default);
+    h.run(&format!("DROP TABLE {day}")).await;
+    try_again(&h, &peer, now_us, Duration::from_secs(300)).await;
+    assert_eq!(filled(&h.database).await, [(day, 1)]);
+}
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
 async fn gateways_that_make_the_same_table_at_once_agree() {
     let first = OnServer::create().await;
     let mut stores = Vec::new();
