@@ -86,6 +86,8 @@ async fn plans_use_the_index_with_and_without_statistics() {
             if sql == hours || sql == day {
                 let by_hour = "SEARCH h USING INTEGER PRIMARY KEY (rowid>?";
                 assert!(plan.contains(by_hour), "{sql}\n{plan}");
+                let whole = "SEARCH r USING PRIMARY KEY (series_id=?)\n";
+                assert!(!plan.contains(whole), "{sql}\n{plan}");
             }
             let range = plan.contains("PRIMARY KEY (series_id=? AND ts");
             assert_eq!(range, by_time, "{sql}\n{plan}");
