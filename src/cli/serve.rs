@@ -40,6 +40,9 @@ use tokio_util::sync::CancellationToken;
 use super::address::ListenAddress;
 use super::{Error, GlobalArgs, output};
 
+/// A file would grow beyond what the process may write.
+#[cfg(target_os = "linux")]
+const SIGXFSZ: i32 = 25;
 const SECOND_US: u64 = 1_000_000;
 /// Open files besides those of connections: listeners, the store, the log.
 const OTHER_FILES: u64 = 64;
@@ -351,6 +354,9 @@ fn resolve(flag: &str, address: &ListenAddress) -> Result<SocketAddr, Error> {
 pub async fn serve(settings: Settings) -> Result<(), Error> {
     // Unheard it would end the process. Until there are certificates to load again it waits.
     let hangup = listen_to(SignalKind::hangup())?;
+    // Nor shall a limit on the size of files end it: a write that meets one fails as on a full disk.
+    #[cfg(target_os = "linux")]
+    let _file_size = listen_to(SignalKind::from_raw(SIGXFSZ))?;
     let config = Config::new(settings)?;
     let (key, origin) = FleetKey::create_or_load(&config.data_dir)?;
     match config.store() {

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::client::{Heard, Link, SCHEMA, declare, readings};
 use crate::database::{PgDatabase, Session};
-use crate::gateway::{Ended, Gateway, command, run};
+use crate::gateway::{Ended, Gateway, clean, command, run};
 
 /// Within this time a gateway ends whose files are gone, on a busy machine.
 const ENDS_WITHIN: Duration = Duration::from_secs(10);
@@ -371,5 +371,62 @@ impl PgDatabase {
     fn admin(&mut self) -> Session {
         self.close_session();
         Session::open(self.server())
+    }
+}
+
+/// As from a backup on a disc. The kernel does not let everybody mount.
+#[test]
+fn a_backup_on_a_read_only_medium_is_read() {
+    let dir = TempDir::new().expect("a directory");
+    let gateway = Gateway::start_in(dir.path(), &[]);
+    let (mut pump, _) = gateway.connect("pump");
+    pump.send(&readings(1));
+    pump.expect_ack(1);
+    let log = dir.path().join("fieldgate.db-wal");
+    let query = |with: &str| {
+        let binary = env!("CARGO_BIN_EXE_fieldgate");
+        let script = format!(
+            "mount --bind \"$1\" \"$1\" && mount -o remount,bind,ro \"$1\" || exit 77; \
+             exec {binary} {with} --data-dir \"$1\""
+        );
+        let dir = dir.path().to_str().expect("UTF-8");
+        let mut unshare = clean("unshare");
+        unshare.args([
+            "--user",
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-c",
+            &script,
+            "sh",
+            dir,
+        ]);
+        unshare.output().expect("unshare")
+    };
+    let _ = gateway.kill();
+    let _ = fs::remove_file(dir.path().join("fieldgate.db-shm"));
+    assert!(fs::metadata(&log).expect("a log").len() > 0);
+    let refused = query("status");
+    if refused.status.code() == Some(77) || refused.stderr.starts_with(b"unshare: ") {
+        eprintln!("not tested: this system does not let its users mount");
+        return;
+    }
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.contains("copy it with"), "{said}");
+    // A gateway that ends in order leaves no log.
+    let gateway = Gateway::start_in(dir.path(), &[]);
+    gateway.terminate();
+    let mut gateway = gateway;
+    assert!(gateway.wait().status.success());
+    for with in [
+        "query \"SELECT device, value FROM telemetry\"",
+        "status",
+        "device list",
+        "quarantine list",
+    ] {
+        let read = query(with);
+        let said = String::from_utf8_lossy(&read.stderr);
+        assert!(read.status.success(), "{with}: {said}");
     }
 }

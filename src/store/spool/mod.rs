@@ -211,6 +211,11 @@ impl Store for SpoolStore {
                 used_bytes >> 20
             )));
         }
+        if !spool.has_room().await? {
+            return Err(StoreError::Transient(
+                "the spool's disk is full, and waits for Postgres to be drained into".to_owned(),
+            ));
+        }
         let committed = spool.commit(batch).await?;
         drop(spool);
         self.arrived.notify_one();

@@ -122,6 +122,13 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Moves the whole log, and has it begin again, as soon as no reader is in the way.
+    pub(super) async fn finish(&mut self) -> Result<(), StoreError> {
+        self.shared.checkpoint(Mode::Restart).await?;
+        self.finish_at_bytes = self.limits.soft_bytes;
+        Ok(())
+    }
+
     /// After a commit: sees how long the log has become, on the writer's connection.
     pub(super) async fn observe(
         &mut self,

@@ -33,10 +33,9 @@ impl HeldFiles {
     /// Remembers a database in use, with its write-ahead log and its directory.
     pub fn of_database(path: &Path) -> HeldFiles {
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let mut log = path.clone().into_os_string();
-        log.push("-wal");
+        let log = beside(&path, "-wal");
         let directory = path.parent().map(Path::to_owned);
-        HeldFiles::new([path, log.into()].into_iter().chain(directory))
+        HeldFiles::new([path, log].into_iter().chain(directory))
     }
 
     /// Makes sure that all of them are where they were.
@@ -87,6 +86,34 @@ fn id(path: &Path) -> io::Result<(u64, u64)> {
 
 fn is_gone(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
+/// Whether nothing can be writing to a database: its medium is read-only, or its directory is to this user and no
+/// gateway has it.
+pub(super) fn is_read_only(path: &Path) -> bool {
+    let Ok(path) = path.canonicalize() else {
+        return false;
+    };
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let mounted = rustix::fs::statvfs(&path).map(|found| found.f_flag);
+    if mounted.is_ok_and(|flags| flags.contains(rustix::fs::StatVfsMountFlags::RDONLY)) {
+        return true;
+    }
+    let is_writable = rustix::fs::access(directory, rustix::fs::Access::WRITE_OK).is_ok();
+    // A gateway that runs has both files beside it.
+    !is_writable && !beside(&path, "-shm").exists() && !beside(&path, "-wal").exists()
+}
+
+/// Whether a database has a write-ahead log with something in it.
+pub(super) fn has_log(path: &Path) -> bool {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    fs::metadata(beside(&path, "-wal")).is_ok_and(|log| log.len() > 0)
+}
+
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = path.to_owned().into_os_string();
+    path.push(suffix);
+    path.into()
 }
 
 /// Locks a database's own file, whatever name it was opened by. SQLite's locks are of another kind, and do

@@ -18,6 +18,7 @@ use self::checkpoint::{Checkpoints, Limits};
 use self::files::HeldFiles;
 use self::open::{Locks, Purpose, WriterSettings};
 pub use self::open::{OpenError, migrate, open_editor, open_reader};
+use self::reserve::{LOG_BYTES, RESERVE_BYTES, Reserve};
 use self::turn::Turns;
 use self::write::Writer;
 use super::bounds::DeviceBounds;
@@ -34,6 +35,7 @@ pub mod files;
 mod identity;
 mod open;
 mod recent;
+mod reserve;
 mod rows;
 pub(super) mod spool;
 #[cfg(test)]
@@ -62,6 +64,10 @@ const CONSTRAINT_TRIGGER: i32 = 19 | (7 << 8);
 /// Extended code of an I/O error: the log's index, which is rebuilt at every start, could not grow.
 /// It is how a full disk shows there.
 const IOERR_SHMSIZE: i32 = 10 | (19 << 8);
+/// A write that the system refused, as it does beyond a quota or a limit on the size of files; SQLite tells a
+/// full disk from it, and nothing else. What was to be written counts only once it is synced, and a sync that
+/// fails has a code of its own.
+const IOERR_WRITE: i32 = 10 | (3 << 8);
 
 /// After how many readings statistics are looked after for the first time; then each time after
 /// twice as many, up to the second figure.
@@ -111,6 +117,8 @@ pub struct SqliteStore {
     statistics: Statistics,
     turns: Turns,
     cut: Cut,
+    /// Of a spool.
+    reserve: Option<Reserve>,
     held: HeldFiles,
     /// Held while the store is open; closed after the connections.
     _locks: Locks,
@@ -161,14 +169,21 @@ impl SqliteStore {
             Err(error) if !is_transient(&error) => return Err(sqlite(error)),
             Ok(()) | Err(_) => {}
         }
-        optimize(&mut conn).await.map_err(sqlite)?;
+        let reserve = (purpose == Purpose::Spool).then(|| Reserve::open(&path, RESERVE_BYTES));
+        match optimize(&mut conn).await {
+            Err(error) if !is_transient(&error) => return Err(sqlite(error)),
+            Ok(()) | Err(_) => {}
+        }
         let page_size = sqlx::query_scalar("SELECT page_size FROM pragma_page_size");
         let page_bytes: u32 = page_size.fetch_one(&mut conn).await.map_err(sqlite)?;
         let mut checkpoints = Checkpoints::start(
             open::checkpointer(&path).await?,
             Limits {
                 wake_bytes: settings.wal_checkpoint_bytes,
-                soft_bytes: settings.wal_soft_bytes,
+                soft_bytes: match purpose {
+                    Purpose::Store => settings.wal_soft_bytes,
+                    Purpose::Spool => settings.wal_soft_bytes.min(LOG_BYTES),
+                },
                 hard_bytes: settings.wal_hard_bytes,
                 page_bytes: u64::from(page_bytes),
             },
@@ -190,6 +205,7 @@ impl SqliteStore {
             },
             turns: Turns::of_gateway(&path),
             cut: Cut::default(),
+            reserve,
             held: HeldFiles::of_database(&path),
             _locks: locks,
         })
@@ -388,6 +404,6 @@ fn is_transient(error: &sqlx::Error) -> bool {
     matches!(primary_code(error), Some(BUSY | LOCKED | NOMEM | FULL))
         || matches!(
             extended_code(error),
-            Some(IOERR_SHMSIZE | CONSTRAINT_TRIGGER)
+            Some(IOERR_SHMSIZE | IOERR_WRITE | CONSTRAINT_TRIGGER)
         )
 }

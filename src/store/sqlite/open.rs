@@ -66,6 +66,9 @@ pub enum OpenError {
         /// What the system said.
         source: io::Error,
     },
+    /// It cannot be read where it is.
+    #[error("could not read {}: it is on a read-only medium, and its write-ahead log holds data that is not in it yet; copy it with {}-wal to where this user may write", .0.display(), .0.display())]
+    LogOnReadOnly(PathBuf),
     /// Another process writes to it.
     #[error("{} is in use by another gateway: stop that one, or give another --data-dir or --store", .0.display())]
     InUse(PathBuf),
@@ -343,7 +346,20 @@ pub(super) async fn open_reader_of(
     path: &Path,
     purpose: Purpose,
 ) -> Result<SqliteConnection, OpenError> {
-    let mut conn = open_present(path, purpose, |options| options.read_only(true)).await?;
+    let opened = open_present(path, purpose, |options| options.read_only(true)).await;
+    let mut conn = match opened {
+        // SQLite wants to make a file beside it, which tells readers of the log.
+        Err(OpenError::Inaccessible { .. }) if files::is_read_only(path) => {
+            if files::has_log(path) {
+                return Err(OpenError::LogOnReadOnly(path.into()));
+            }
+            open_present(path, purpose, |options| {
+                options.read_only(true).immutable(true)
+            })
+            .await?
+        }
+        opened => opened?,
+    };
     set(&mut conn, path, "query_only", "ON", "1").await?;
     Ok(conn)
 }

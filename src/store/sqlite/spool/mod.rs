@@ -9,6 +9,7 @@ use sqlx::SqliteConnection;
 
 pub(in crate::store) use self::read::SpoolReader;
 use super::open::{OpenError, Purpose, open_editor_of, open_reader_of};
+use super::reserve::Reserve;
 use super::{SqliteSettings, SqliteStore, classify};
 use crate::clock::{BootClock, ClockStep};
 use crate::store::{DeviceEvent, DeviceId, Entry, Refusal, StoreError};
@@ -231,12 +232,12 @@ impl SqliteStore {
         values: &[i64],
         doing: &str,
     ) -> Result<(), StoreError> {
-        let mut query = sqlx::query(sql);
-        for value in values {
-            query = query.bind(*value);
+        match execute(self.spool_conn()?, sql, values, doing).await {
+            Err(StoreError::Transient(_)) if self.use_reserve().await? => {
+                execute(self.spool_conn()?, sql, values, doing).await
+            }
+            done => done,
         }
-        let changed = query.execute(self.spool_conn()?).await;
-        changed.map(drop).map_err(|error| classify(&error, doing))
     }
 
     /// Bytes that are in use in the file; what was forgotten leaves room in it and is not counted.
@@ -280,8 +281,47 @@ impl SqliteStore {
             .map_err(|error| classify(&error, "give up the spool"))
     }
 
-    /// Forgets what is in the store.
+    /// Whether the disk has room for more frames and for what it takes to forget them.
+    pub(in crate::store) async fn has_room(&mut self) -> Result<bool, StoreError> {
+        let Some(reserve) = &mut self.reserve else {
+            return Ok(true);
+        };
+        if reserve.restore() {
+            return Ok(true);
+        }
+        let needed = reserve.bytes();
+        let free = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size";
+        let bytes: i64 = sqlx::query_scalar(free)
+            .fetch_one(self.spool_conn()?)
+            .await
+            .map_err(|error| classify(&error, "measure the spool"))?;
+        Ok(bytes.unsigned_abs() >= needed)
+    }
+
+    /// Gives up the room that was set aside, and moves the log; tells whether there was any.
+    async fn use_reserve(&mut self) -> Result<bool, StoreError> {
+        if !self.reserve.as_mut().is_some_and(Reserve::release) {
+            return Ok(false);
+        }
+        tracing::warn!(
+            "the spool's disk is full; using the room that was set aside to drain it. No frame is taken until \
+             there is room again"
+        );
+        self.checkpoints.finish().await?;
+        Ok(true)
+    }
+
+    /// Forgets what is in the store, on a full disk with the room that was set aside for that.
     pub(in crate::store) async fn forget(&mut self, chunk: &Chunk) -> Result<(), StoreError> {
+        match self.try_forget(chunk).await {
+            Err(StoreError::Transient(_)) if self.use_reserve().await? => {
+                self.try_forget(chunk).await
+            }
+            done => done,
+        }
+    }
+
+    async fn try_forget(&mut self, chunk: &Chunk) -> Result<(), StoreError> {
         self.checkpoints.make_room().await?;
         let conn = self.spool_conn()?;
         begin(conn).await?;
@@ -295,6 +335,20 @@ impl SqliteStore {
         self.observe_log().await;
         Ok(())
     }
+}
+
+async fn execute(
+    conn: &mut SqliteConnection,
+    sql: &'static str,
+    values: &[i64],
+    doing: &str,
+) -> Result<(), StoreError> {
+    let mut query = sqlx::query(sql);
+    for value in values {
+        query = query.bind(*value);
+    }
+    let changed = query.execute(conn).await;
+    changed.map(drop).map_err(|error| classify(&error, doing))
 }
 
 async fn begin(conn: &mut SqliteConnection) -> Result<(), StoreError> {
