@@ -112,6 +112,7 @@ impl<T> Tagged<T> {
         self.batch.entries.clear();
         self.entries.clear();
         self.reservations.clear();
+        self.batch.repeats.clear();
         self.batch.clocks.clear();
         self.batch.events.clear();
     }
@@ -203,6 +204,7 @@ impl<T> Batcher<T> {
                 entries.push(tag);
                 reservations.push(room);
             }
+            Submission::Repeat(repeat) => batch.repeats.push(repeat),
             Submission::Clock(device, clock) => batch.clocks.push((device, clock)),
             Submission::Event(event) => batch.events.push(event),
             Submission::Refusal(refusal) => batch.refusals.push(refusal),
@@ -228,7 +230,8 @@ impl<T> Batcher<T> {
                 let is_first = self.is_awaited || self.open_streams.insert(entry.stream);
                 !is_first || self.committed_streams.contains(&entry.stream)
             }
-            Submission::Clock(..)
+            Submission::Repeat(_)
+            | Submission::Clock(..)
             | Submission::Event(_)
             | Submission::Refusal(_)
             | Submission::Step(_) => false,
@@ -306,6 +309,7 @@ mod tests {
             first_seq: seq,
             seq,
             frame_type: 0x11,
+            crc: None,
             received_at_us: 0,
             content: Content::Readings(Readings {
                 time,

@@ -92,6 +92,8 @@ CREATE TABLE frames (
     -- carries no time. readings.ts less clock_offset_us is the device's own time.
     quality         smallint,
     clock_offset_us bigint,
+    -- CRC-32C of the frame: a number that comes again with another one was given out twice.
+    crc             bigint,
     UNIQUE (stream_id, seq)
 );
 
@@ -156,13 +158,14 @@ CREATE INDEX quarantine_by_device ON quarantine (device_id);
 
 -- kind: connected, disconnected (code is the BYE code of the reason), refused (a proof of identity failed, or the
 -- device may not connect; code is the BYE code), added, enabled, disabled, key_changed (by an operator), event
--- (level and code are the device's own, frame_id is the frame that carried it). session is the number of the session that began or ended.
+-- (level and code are the device's own, frame_id is the frame that carried it), number_reused (a number came
+-- again with other content). session is the number of the session that began or ended.
 CREATE TABLE device_events (
     id        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     device_id bigint NOT NULL REFERENCES devices (id),
     at        timestamptz NOT NULL,
     kind      text NOT NULL CHECK (kind IN ('connected', 'disconnected', 'refused', 'added', 'enabled',
-        'disabled', 'key_changed', 'event')),
+        'disabled', 'key_changed', 'event', 'number_reused')),
     level     smallint,
     code      integer NOT NULL,
     detail    text NOT NULL,

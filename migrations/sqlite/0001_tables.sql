@@ -88,6 +88,8 @@ CREATE TABLE frames (
     -- carries no time. readings.ts - clock_offset_us is the device's own time.
     quality         INTEGER,
     clock_offset_us INTEGER,
+    -- CRC-32C of the frame: a number that comes again with another one was given out twice.
+    crc             INTEGER,
     UNIQUE (stream_id, seq)
 ) STRICT;
 
@@ -118,14 +120,15 @@ CREATE INDEX quarantine_by_device ON quarantine (device_id);
 
 -- kind: connected, disconnected (code is the BYE code of the reason), refused (a proof of identity failed, or the
 -- device may not connect; code is the BYE code), added, enabled, disabled, key_changed (by an operator), event
--- (level and code are the device's own, frame_id is the frame that carried it). session is
+-- (level and code are the device's own, frame_id is the frame that carried it), number_reused (a number came
+-- again with other content). session is
 -- the number of the session that began or ended.
 CREATE TABLE device_events (
     id        INTEGER PRIMARY KEY,
     device_id INTEGER NOT NULL REFERENCES devices (id),
     at        INTEGER NOT NULL,
     kind      TEXT NOT NULL CHECK (kind IN ('connected', 'disconnected', 'refused', 'added', 'enabled',
-        'disabled', 'key_changed', 'event')),
+        'disabled', 'key_changed', 'event', 'number_reused')),
     level     INTEGER,
     code      INTEGER NOT NULL,
     detail    TEXT NOT NULL,

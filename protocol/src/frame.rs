@@ -115,6 +115,15 @@ impl<'a> Frame<'a> {
     pub fn payload(&self) -> &'a [u8] {
         &self.bytes[HEADER_BYTES..self.bytes.len() - TRAILER_BYTES]
     }
+
+    /// The CRC-32C at its end, as it was sent.
+    pub fn crc(&self) -> u32 {
+        let (_, crc) = self
+            .bytes
+            .split_last_chunk()
+            .expect("a frame has a trailer");
+        u32::from_le_bytes(*crc)
+    }
 }
 
 /// Why no further frame can be found in a connection's bytes.

@@ -34,6 +34,7 @@ use crate::clock::{BootClock, ClockStep, Now};
 use crate::credentials::Credentials;
 use crate::keys::FleetKey;
 use crate::quarantine::{Gauge, Reservation};
+use crate::store::reuse::Repeat;
 use crate::store::{
     Declare, DeclareOutcome, DeviceEvent, DeviceEventKind, DeviceId, Entry, Login, LoginOutcome,
     Receipt, Refusal, SessionId,
@@ -101,6 +102,8 @@ pub enum Submission {
     Entry(Entry),
     /// Put this into quarantine, in the room that was reserved for it. Answered as an entry.
     Quarantine(Entry, Reservation),
+    /// A number came again; not answered.
+    Repeat(Repeat),
     /// Keep this measurement; not answered.
     Clock(DeviceId, BootClock),
     /// Keep this line of the audit trail; not answered.
@@ -355,9 +358,6 @@ impl Session {
     /// A commit covered entries of this session, the last of them `through_seq`.
     pub fn handle_receipt(&mut self, receipt: Receipt, through_seq: u64) {
         if let State::Serving(stream) = &mut self.state {
-            if receipt.durable_seq() < stream.durable_seq() {
-                return self.handle_store_replaced();
-            }
             stream.handle_receipt(receipt, through_seq, &mut self.outbound);
         }
         self.close_if_settled();

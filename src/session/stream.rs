@@ -28,6 +28,7 @@ use crate::allowance::Allowance;
 use crate::clock::{BootClock, BootClocks, Now};
 use crate::content::{Context, Read};
 use crate::quarantine::Gauge;
+use crate::store::reuse::Repeat;
 use crate::store::{
     self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Receipt, Schema,
 };
@@ -299,7 +300,7 @@ impl Stream {
         }
         if seq < self.expected_seq {
             self.ack_is_due |= seq <= self.durable.durable_seq();
-            return Ok(None);
+            return Ok(self.repeat(frame, now));
         }
         if first_seq > self.expected_seq {
             self.ask_for(
@@ -344,6 +345,21 @@ impl Stream {
                 self.refuse(frame, code, detail, now, outbound)
             }
         }
+    }
+
+    /// What is submitted for a frame whose number was taken or stored before: that it may be compared.
+    fn repeat(&self, frame: &Frame<'_>, now: Now) -> Option<Submission> {
+        // A gap is cut to what was not durable.
+        if !frame.intact || frame.header.frame_type == types::GAP {
+            return None;
+        }
+        Some(Submission::Repeat(Repeat {
+            device: self.device,
+            stream: self.durable.stream(),
+            seq: frame.header.seq,
+            crc: frame.crc(),
+            at_us: now.utc_us,
+        }))
     }
 
     /// Asks for `expected_seq`, once; frames already on their way are dropped until it comes.
@@ -438,6 +454,7 @@ impl Stream {
             first_seq,
             seq: frame.header.seq,
             frame_type: frame.header.frame_type,
+            crc: Some(frame.crc()),
             received_at_us: now.utc_us,
             content,
             clock: None,
@@ -463,7 +480,9 @@ impl Stream {
         through_seq: u64,
         outbound: &mut Outbound,
     ) {
-        self.durable = receipt;
+        if receipt.durable_seq() > self.durable.durable_seq() {
+            self.durable = receipt;
+        }
         let durable_seq = self.durable.durable_seq();
         // Entries of an earlier session of this stream may have moved it further than this one knows.
         self.expected_seq = self.expected_seq.max(durable_seq + 1);
@@ -504,11 +523,6 @@ impl Stream {
     pub(super) fn handle_store_up(&mut self) {
         self.store_down_since_us = None;
         self.ack_is_due |= std::mem::take(&mut self.waits_for_store);
-    }
-
-    /// Returns the highest number that was found durable.
-    pub(super) fn durable_seq(&self) -> u64 {
-        self.durable.durable_seq()
     }
 
     /// What was found durable may be lost: nothing more is acknowledged.

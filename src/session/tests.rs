@@ -203,6 +203,7 @@ impl Bench {
             Some(Submission::Entry(entry) | Submission::Quarantine(entry, _)) => {
                 self.waiting.entries.push(entry);
             }
+            Some(Submission::Repeat(_)) => {}
             Some(other) => panic!("not expected here: {other:?}"),
             None => {}
         }

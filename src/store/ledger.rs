@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 
+use super::reuse::Repeat;
 use super::{Content, Entry, Receipt, StreamId};
 
 /// The highest sequence number a store can keep: SQL integers are signed.
@@ -94,6 +95,7 @@ pub struct UnknownStream(pub StreamId);
 #[derive(Debug, Default)]
 pub struct Watermarks {
     streams: BTreeMap<StreamId, Progress>,
+    repeats: Vec<Repeat>,
 }
 
 impl Watermarks {
@@ -111,6 +113,7 @@ impl Watermarks {
         };
         Self {
             streams: durable.into_iter().map(start).collect(),
+            repeats: Vec::new(),
         }
     }
 
@@ -132,9 +135,22 @@ impl Watermarks {
                 progress.frames += 1;
                 progress.readings += item.readings() as u64;
                 admitted.push(item);
+            } else if let (Verdict::Duplicate, Some(crc)) = (verdict, entry.crc) {
+                self.repeats.push(Repeat {
+                    device: entry.device,
+                    stream: entry.stream,
+                    seq: entry.seq,
+                    crc,
+                    at_us: entry.received_at_us,
+                });
             }
         }
         Ok(admitted)
+    }
+
+    /// Returns the entries that were durable already, of those that [`Watermarks::admit`] has seen.
+    pub fn repeats(&self) -> &[Repeat] {
+        &self.repeats
     }
 
     /// The streams whose watermark moved, in the order of their ids.
@@ -172,6 +188,7 @@ mod tests {
             first_seq,
             seq,
             frame_type: 0x12,
+            crc: None,
             received_at_us: 0,
             content: Content::Gap { reason: 0 },
             clock: None,

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use fieldgate_protocol::column::Kind;
 
 use self::bounds::Reached;
+use self::reuse::Repeat;
 use crate::clock::{BootClock, ClockStep, Quality};
 
 mod admission;
@@ -34,6 +35,7 @@ pub mod prune;
 pub mod reader;
 pub mod removal;
 pub mod replay;
+pub mod reuse;
 pub mod rows;
 pub mod spool;
 pub mod sqlite;
@@ -62,6 +64,8 @@ pub struct Batch {
     pub declares: Vec<Declare>,
     /// Numbered entries of streams, in order of arrival.
     pub entries: Vec<Entry>,
+    /// Numbers that came again and were not submitted as entries.
+    pub repeats: Vec<Repeat>,
     /// Device clocks to keep.
     pub clocks: Vec<(DeviceId, BootClock)>,
     /// What happened to devices, for the audit trail.
@@ -78,6 +82,7 @@ impl Batch {
         self.logins.is_empty()
             && self.declares.is_empty()
             && self.entries.is_empty()
+            && self.repeats.is_empty()
             && self.clocks.is_empty()
             && self.events.is_empty()
             && self.refusals.is_empty()
@@ -219,6 +224,8 @@ pub struct Entry {
     pub seq: u64,
     /// Type on the wire, kept in the ledger.
     pub frame_type: u8,
+    /// CRC-32C of its frame, kept in the ledger; `None` if no frame brought it.
+    pub crc: Option<u32>,
     /// When it arrived, microseconds UTC.
     pub received_at_us: i64,
     /// What it carries.
@@ -316,12 +323,19 @@ pub enum DeviceEventKind {
     Disconnected,
     /// Somebody in its name was not let in.
     Refused,
+    /// A number came again with other content.
+    NumberReused,
 }
 
 impl DeviceEventKind {
     /// The kind that stands so in the store, if it is one of these.
     fn of_name(name: &str) -> Option<Self> {
-        let kinds = [Self::Connected, Self::Disconnected, Self::Refused];
+        let kinds = [
+            Self::Connected,
+            Self::Disconnected,
+            Self::Refused,
+            Self::NumberReused,
+        ];
         kinds.into_iter().find(|kind| kind.name() == name)
     }
 
@@ -331,6 +345,7 @@ impl DeviceEventKind {
             DeviceEventKind::Connected => "connected",
             DeviceEventKind::Disconnected => "disconnected",
             DeviceEventKind::Refused => "refused",
+            DeviceEventKind::NumberReused => "number_reused",
         }
     }
 }

@@ -11,7 +11,7 @@ use sqlx::ConnectOptions;
 use sqlx::sqlite::SqliteConnectOptions;
 use tempfile::TempDir;
 
-use crate::client::{Heard, Link, SCHEMA, declare, readings};
+use crate::client::{Heard, Link, SCHEMA, declare, event, readings};
 use crate::database::{PgDatabase, Session};
 use crate::gateway::{Ended, Gateway, clean, command, run};
 
@@ -429,4 +429,35 @@ fn a_backup_on_a_read_only_medium_is_read() {
         let said = String::from_utf8_lossy(&read.stderr);
         assert!(read.status.success(), "{with}: {said}");
     }
+}
+
+/// A queue that was copied to another device, or put back, gives out numbers twice.
+#[test]
+fn a_number_that_comes_again_with_other_content_is_on_record() {
+    let mut gateway = Gateway::start(&[]);
+    let (mut pump, _) = gateway.connect("pump");
+    (1..=3).for_each(|seq| pump.send(&readings(seq)));
+    pump.expect_ack(3);
+    // The same frame is none, in this session and in the next.
+    pump.send(&readings(2));
+    pump.expect_ack(3);
+    let (mut pump, _) = gateway.connect("pump");
+    pump.send(&readings(3));
+    pump.expect_ack(3);
+    pump.send(&readings(4));
+    pump.expect_ack(4);
+    let recorded = "SELECT detail FROM device_events WHERE kind = 'number_reused'";
+    let none: Vec<(String,)> = gateway.database().rows(recorded);
+    assert!(none.is_empty(), "{none:?}");
+    pump.send(&event(2, 1, 7, "other"));
+    pump.expect_ack(4);
+    pump.send(&event(3, 1, 7, "other"));
+    pump.send(&readings(5));
+    pump.expect_ack(5);
+    let rows: Vec<(String,)> = gateway.database().rows(recorded);
+    assert_eq!(
+        rows,
+        [("number 2 came again with other content".to_owned(),)]
+    );
+    gateway.wait_for_line("a number came again with other content");
 }

@@ -91,7 +91,7 @@ impl Line {
         let has_room = matches!(submission, Some(Submission::Quarantine(..)));
         let submits = self.model.frame(frame, now, has_room || store.is_roomy());
         match (&submits, &submission) {
-            (Submits::Nothing, None) => {}
+            (Submits::Nothing, None | Some(Submission::Repeat(_))) => {}
             (Submits::Nothing, Some(Submission::Clock(_, clock))) => {
                 assert_eq!(frame.header.frame_type, types::PING);
                 assert_eq!((clock.boot, clock.measured_at_us), (BOOT, now.utc_us));

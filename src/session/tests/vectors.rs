@@ -73,7 +73,8 @@ async fn judge(bench: &mut Bench, bytes: &[u8]) -> Value {
         Ok(Some(frame)) => {
             frame_type = frame.frame().header.frame_type;
             let submission = bench.session.handle_frame(&frame.frame(), NOW);
-            is_submitted = submission.is_some();
+            // That a number came again is no answer to it.
+            is_submitted = !matches!(submission, None | Some(Submission::Repeat(_)));
             match submission {
                 Some(Submission::Declare(declare)) => bench.waiting.declares.push(declare),
                 Some(Submission::Quarantine(entry, _)) => {

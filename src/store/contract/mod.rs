@@ -165,6 +165,7 @@ impl Peer {
             first_seq,
             seq,
             frame_type,
+            crc: None,
             received_at_us: AT_US,
             content,
             clock: None,
@@ -781,6 +782,37 @@ pub(super) async fn an_unknown_stream_is_not_tried_again<H: Harness>() {
         .await;
     let is_final = matches!(failed, Err(StoreError::Fatal(_) | StoreError::Replaced(_)));
     assert!(is_final, "{failed:?}");
+}
+
+/// Such as two sessions of copies of one device took at the same time.
+pub(super) async fn a_number_that_comes_again_with_other_content_is_on_record<H: Harness>() {
+    let mut h = H::create().await;
+    let peer = peer(h.store(), "a").await;
+    let frame = |seq, crc| Entry {
+        crc: Some(crc),
+        ..peer.readings(seq, &[(seq.cast_signed(), 1.0)])
+    };
+    // In one batch, and in the next.
+    for batch in [
+        vec![frame(1, 10), frame(1, 10)],
+        vec![frame(2, 20), frame(1, 10)],
+    ] {
+        h.store().commit(&entries(batch)).await.unwrap();
+    }
+    assert!(h.dump().await.events.is_empty());
+    h.store()
+        .commit(&entries(vec![frame(3, 30), frame(3, 31)]))
+        .await
+        .unwrap();
+    let events = h.dump().await.events;
+    let kinds: Vec<_> = events
+        .iter()
+        .map(|event| (&event.2[..], &event.4[..]))
+        .collect();
+    assert_eq!(
+        kinds,
+        [("number_reused", "number 3 came again with other content")]
+    );
 }
 
 /// The tests over one store.

@@ -21,6 +21,7 @@ use crate::clock::ClockStep;
 use crate::store::bounds::DeviceBounds;
 use crate::store::hours::KnownHours;
 use crate::store::ledger::{self, UnknownStream, Watermarks};
+use crate::store::reuse::{self, Repeat, Reuse};
 use crate::store::rows::{EventRow, Frame, LEFT_OPEN, Run, resolved_time, sessions, sorted_runs};
 use crate::store::{
     Batch, Committed, Content, DeviceEvent, DeviceId, Entry, REFUSALS_MAX, Refusal, StreamId,
@@ -66,6 +67,7 @@ pub(super) struct Writer {
     frame_ids: std::ops::Range<i64>,
     hours: KnownHours,
     series: OwnedSeries,
+    reuse: Reuse,
     bounds: DeviceBounds,
     /// Whether a commit has to be safe from a crash of the server.
     keeps: bool,
@@ -82,6 +84,7 @@ impl Writer {
             frame_ids: 0..0,
             hours: KnownHours::default(),
             series: OwnedSeries::default(),
+            reuse: Reuse::default(),
             bounds: settings.bounds,
             keeps: !settings.allows_data_loss,
             compared_at: Instant::now(),
@@ -126,7 +129,11 @@ impl Writer {
         keep_clocks(&mut self.conn, &batch.clocks).await?;
         self.store_steps(&batch.steps).await?;
         let refusals = self.refusals(&batch.refusals).await?;
-        let events: Vec<&DeviceEvent> = batch.events.iter().chain(&refusals).collect();
+        let reused = self.reused(watermarks.repeats(), &batch.repeats).await?;
+        let events: Vec<&DeviceEvent> = { batch.events.iter() }
+            .chain(&refusals)
+            .chain(&reused)
+            .collect();
         self.store_events(&frames, &events).await?;
         self.store_refusals(&batch.refusals).await?;
         // Rows that all devices share come last: who holds one of these waits for no row of a device any more.
@@ -183,6 +190,37 @@ impl Writer {
         run(&mut self.conn, raise).await?;
         self.compared_at = Instant::now();
         Ok(())
+    }
+
+    /// Compares numbers that came again with the ledger.
+    async fn reused(
+        &mut self,
+        of_entries: &[Repeat],
+        others: &[Repeat],
+    ) -> Result<Vec<DeviceEvent>, sqlx::Error> {
+        let repeats = [of_entries, others].concat();
+        if repeats.is_empty() {
+            return Ok(Vec::new());
+        }
+        let found: Vec<(i64, i64, Option<i64>)> = sqlx::query_as(
+            "SELECT stream_id, seq, crc FROM unnest($1::bigint[], $2::bigint[])
+                 AS wanted (stream_id, seq)
+             JOIN frames USING (stream_id, seq)",
+        )
+        .bind(
+            { repeats.iter() }
+                .map(|repeat| repeat.stream.0)
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            { repeats.iter() }
+                .map(|repeat| repeat.seq.cast_signed())
+                .collect::<Vec<_>>(),
+        )
+        .fetch_all(&mut self.conn)
+        .await?;
+        let stored = found.into_iter().map(reuse::row);
+        Ok(self.reuse.report(&repeats, stored, Instant::now()))
     }
 
     async fn lock_watermarks(
@@ -246,9 +284,9 @@ impl Writer {
         let readings = frames.iter().map(|frame| frame.item.readings() as i32);
         sqlx::query(
             "INSERT INTO frames (id, stream_id, seq, type, received_at, readings, quality,
-                 clock_offset_us)
+                 clock_offset_us, crc)
              SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::smallint[],
-                 $5::timestamptz[], $6::integer[], $7::smallint[], $8::bigint[])",
+                 $5::timestamptz[], $6::integer[], $7::smallint[], $8::bigint[], $9::bigint[])",
         )
         .bind(frames.iter().map(|frame| frame.id).collect::<Vec<i64>>())
         .bind(entries().map(|entry| entry.stream.0).collect::<Vec<i64>>())
@@ -276,6 +314,11 @@ impl Writer {
         .bind(
             times()
                 .map(|time| time.map(|time| time.offset_us))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            entries()
+                .map(|entry| entry.crc.map(i64::from))
                 .collect::<Vec<_>>(),
         )
         .execute(&mut self.conn)

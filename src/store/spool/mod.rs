@@ -642,6 +642,7 @@ fn lost_ranges(entries: &[Entry], committed: &Committed) -> Vec<Entry> {
             first_seq: durable_seq + 1,
             seq: first.first_seq - 1,
             frame_type: types::GAP,
+            crc: None,
             content: Content::Gap {
                 reason: REASON_LOST_BY_STORE,
             },

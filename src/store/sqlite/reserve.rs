@@ -10,7 +10,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// What a log of [`LOG_BYTES`] and two batches need when they are moved into the database.
+/// Twice what a log of [`LOG_BYTES`] and a batch need when they are moved into the database; where there is no room
+/// for that, half of it.
 pub(super) const RESERVE_BYTES: u64 = 32 << 20;
 /// How long a spool's log may become before it is moved between two commits.
 pub(super) const LOG_BYTES: u64 = 8 << 20;
@@ -41,12 +42,13 @@ impl Reserve {
             retry_at: Instant::now(),
         };
         let found = fs::metadata(&reserve.path);
-        reserve.is_held = found.is_ok_and(|found| found.len() == bytes) || reserve.restore();
+        reserve.is_held = found.is_ok_and(|found| found.len() >= bytes / 2) || reserve.restore();
         reserve
     }
 
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes
+    /// The least that is enough.
+    pub(super) fn bytes_min(&self) -> u64 {
+        self.bytes / 2
     }
 
     /// Gives the room up; tells whether there was any.
@@ -60,10 +62,11 @@ impl Reserve {
     pub(super) fn restore(&mut self) -> bool {
         if !self.is_held && Instant::now() >= self.retry_at {
             self.retry_at = Instant::now() + RETRY;
-            match allocate(&self.path, self.bytes) {
-                Ok(()) => self.is_held = true,
+            let wanted = [self.bytes, self.bytes_min()];
+            self.is_held = { wanted.iter() }.any(|bytes| allocate(&self.path, *bytes).is_ok());
+            if !self.is_held {
                 // A part of it would only be in the way.
-                Err(_) => drop(fs::remove_file(&self.path)),
+                let _ = fs::remove_file(&self.path);
             }
         }
         self.is_held

@@ -40,8 +40,9 @@ impl Rows {
         };
         Self {
             frames: insert(
-                "frames(id, stream_id, seq, type, received_at, readings, quality, clock_offset_us)",
-                8,
+                "frames(id, stream_id, seq, type, received_at, readings, quality, clock_offset_us,
+                    crc)",
+                9,
                 "",
             ),
             gaps: insert(
@@ -120,7 +121,8 @@ impl Rows {
                     .bind(entry.received_at_us)
                     .bind(frame.item.readings() as i64)
                     .bind(time.map(|time| time.quality as i64))
-                    .bind(time.map(|time| time.offset_us));
+                    .bind(time.map(|time| time.offset_us))
+                    .bind(entry.crc.map(i64::from));
             })
             .await
     }

@@ -8,6 +8,7 @@
 //!   committed again as it is.
 
 use std::collections::BTreeSet;
+use std::time::Instant;
 
 use sqlx::SqliteConnection;
 
@@ -19,6 +20,7 @@ use super::recent::{Recent, Step};
 use super::rows::{Rows, insert_runs, readings_into};
 use crate::store::bounds::DeviceBounds;
 use crate::store::ledger::Watermarks;
+use crate::store::reuse::{self, Repeat, Reuse};
 use crate::store::rows::{Frame, sorted_runs};
 use crate::store::{Batch, Committed, DeviceEvent, Entry, Refusal, StreamId};
 
@@ -35,6 +37,7 @@ pub(super) struct Writer {
     move_watermarks: Bulk,
     last_frame_id: i64,
     identity: Identity,
+    reuse: Reuse,
     /// A batch was begun and did not end well: the connection may be inside a transaction, and a
     /// COMMIT whose answer was not awaited may have succeeded.
     unsettled: bool,
@@ -92,6 +95,7 @@ impl Writer {
             ),
             last_frame_id: 0,
             identity: Identity::default(),
+            reuse: Reuse::default(),
             unsettled: true,
         }
     }
@@ -180,7 +184,11 @@ impl Writer {
         self.store_watermarks(&watermarks).await?;
         let logins = self.admissions.login(&mut self.conn, &batch.logins).await?;
         let refusals = self.refusals(&batch.refusals).await?;
-        let events: Vec<&DeviceEvent> = batch.events.iter().chain(&refusals).collect();
+        let reused = self.reused(watermarks.repeats(), &batch.repeats).await?;
+        let events: Vec<&DeviceEvent> = { batch.events.iter() }
+            .chain(&refusals)
+            .chain(&reused)
+            .collect();
         self.rows
             .store_clocks(&mut self.conn, &batch.clocks)
             .await?;
@@ -216,6 +224,30 @@ impl Writer {
             .await?;
         let event = |refusal: &Refusal| Some(refusal.of(*devices.get(&refusal.device)?));
         Ok(refusals.filter_map(event).collect())
+    }
+
+    /// Compares numbers that came again with the ledger.
+    async fn reused(
+        &mut self,
+        of_entries: &[Repeat],
+        others: &[Repeat],
+    ) -> Result<Vec<DeviceEvent>, sqlx::Error> {
+        let repeats = [of_entries, others].concat();
+        if repeats.is_empty() {
+            return Ok(Vec::new());
+        }
+        let wanted: Vec<(i64, i64)> = { repeats.iter() }
+            .map(|repeat| (repeat.stream.0, repeat.seq.cast_signed()))
+            .collect();
+        let found: Vec<(i64, i64, Option<i64>)> = sqlx::query_as(
+            "SELECT f.stream_id, f.seq, f.crc FROM json_each(?) AS wanted
+             CROSS JOIN frames AS f ON f.stream_id = wanted.value ->> 0 AND f.seq = wanted.value ->> 1",
+        )
+        .bind(serde_json::to_string(&wanted).map_err(decode)?)
+        .fetch_all(&mut self.conn)
+        .await?;
+        let stored = found.into_iter().map(reuse::row);
+        Ok(self.reuse.report(&repeats, stored, Instant::now()))
     }
 
     async fn watermarks(&mut self, entries: &[Entry]) -> Result<Watermarks, sqlx::Error> {

@@ -275,3 +275,10 @@ async fn a_gateway_that_was_suspended_in_a_transaction_goes_on() {
     let committed = h.store().commit(&batch).await.unwrap();
     assert_eq!(committed.receipts[0].durable_seq(), 1);
 }
+
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_number_that_comes_again_with_other_content_is_on_record() {
+    crate::store::contract::a_number_that_comes_again_with_other_content_is_on_record::<OnServer>()
+        .await;
+}

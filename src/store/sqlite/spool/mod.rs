@@ -289,7 +289,7 @@ impl SqliteStore {
         if reserve.restore() {
             return Ok(true);
         }
-        let needed = reserve.bytes();
+        let needed = reserve.bytes_min();
         let free = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size";
         let bytes: i64 = sqlx::query_scalar(free)
             .fetch_one(self.spool_conn()?)

@@ -80,6 +80,7 @@ impl SpoolReader {
             first_seq: 1,
             seq: seq.cast_unsigned(),
             frame_type: types::GAP,
+            crc: None,
             received_at_us: at_us,
             content: Content::Gap { reason },
             clock: None,
@@ -116,7 +117,7 @@ impl SpoolReader {
     async fn read_ledger(&mut self, after: i64) -> Result<Vec<Ledger>, sqlx::Error> {
         let rows = sqlx::query(
             "SELECT f.id, s.device_id, f.stream_id, f.seq, f.type, f.received_at, f.readings,
-                 f.quality, f.clock_offset_us
+                 f.quality, f.clock_offset_us, f.crc
              FROM frames AS f JOIN streams AS s ON s.id = f.stream_id
              WHERE f.id > ? ORDER BY f.id LIMIT ?",
         )
@@ -147,6 +148,7 @@ impl SpoolReader {
                     first_seq: seq,
                     seq,
                     frame_type: row.try_get(4)?,
+                    crc: row.try_get(9)?,
                     received_at_us: row.try_get(5)?,
                     content: Content::Gap { reason: 0 },
                     clock: None,

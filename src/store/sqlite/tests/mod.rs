@@ -359,3 +359,9 @@ async fn plan(conn: &mut SqliteConnection, sql: &str) -> String {
         .map(|row| row.get::<String, _>(3) + "\n")
         .collect()
 }
+
+#[tokio::test]
+async fn a_number_that_comes_again_with_other_content_is_on_record() {
+    crate::store::contract::a_number_that_comes_again_with_other_content_is_on_record::<OnDisk>()
+        .await;
+}
