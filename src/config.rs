@@ -15,6 +15,7 @@ use fieldgate_protocol::frame::{
     DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, HANDSHAKE_FRAME_BYTES_MAX,
 };
 
+use crate::keys::SecretReaders;
 use crate::store::bounds::DeviceBounds;
 use crate::store::url::StoreUrl;
 use crate::tls::TlsFiles;
@@ -53,6 +54,8 @@ pub struct Settings {
     pub data_dir: PathBuf,
     /// The database; `None` for [`DATABASE_FILE`] in `data_dir`.
     pub store: Option<StoreUrl>,
+    /// Who may read the fleet key and the TLS key besides their owner.
+    pub secret_readers: SecretReaders,
     /// Where devices connect, in plain text.
     pub listen: SocketAddr,
     /// Whether `listen` may be reachable from other machines.
@@ -156,6 +159,7 @@ impl Default for Settings {
         Settings {
             data_dir: PathBuf::from("./fieldgate-data"),
             store: None,
+            secret_readers: SecretReaders::Owner,
             listen: SocketAddr::from(([127, 0, 0, 1], 7300)),
             allow_plaintext: false,
             tls_listen: None,
@@ -279,15 +283,30 @@ impl Config {
     /// # Errors
     /// The first setting that is wrong.
     pub fn new(settings: Settings) -> Result<Config, ConfigError> {
-        let store = store_url(&settings.data_dir, settings.store.as_ref());
-        check_listen(&settings)?;
-        check_tls(&settings)?;
-        check_ranges(&settings)?;
-        check_relations(&settings)?;
-        if settings.spool && !matches!(store, StoreUrl::Postgres(_)) {
-            return Err(ConfigError::SpoolWithoutPostgres);
+        match Config::faults(&settings).into_iter().next() {
+            Some(fault) => Err(fault),
+            None => {
+                let store = store_url(&settings.data_dir, settings.store.as_ref());
+                Ok(Config { settings, store })
+            }
         }
-        Ok(Config { settings, store })
+    }
+
+    /// Returns what is wrong with settings: the first fault of each kind.
+    pub fn faults(settings: &Settings) -> Vec<ConfigError> {
+        let store = store_url(&settings.data_dir, settings.store.as_ref());
+        let spool = match settings.spool && !matches!(store, StoreUrl::Postgres(_)) {
+            true => Err(ConfigError::SpoolWithoutPostgres),
+            false => Ok(()),
+        };
+        let checks = [
+            check_listen(settings),
+            check_tls(settings),
+            check_ranges(settings),
+            check_relations(settings),
+            spool,
+        ];
+        checks.into_iter().filter_map(Result::err).collect()
     }
 
     /// The database.
@@ -306,6 +325,7 @@ impl Config {
             cert: cert.unwrap_or_else(|| within(TLS_CERT_FILE)),
             key: key.unwrap_or_else(|| within(TLS_KEY_FILE)),
             client_ca: self.settings.tls_client_ca.clone(),
+            key_readers: self.settings.secret_readers,
         })
     }
 

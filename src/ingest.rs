@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::task::JoinError;
 
 use crate::batcher::{BatchLimits, Batcher, Size, Tagged};
 use crate::clock::SystemClock;
@@ -230,7 +231,7 @@ impl IngestReceiver {
     ) -> Result<(), StoreError> {
         let (committed, to_answer) = mpsc::unbounded_channel();
         let (lane, room) = (self.lane, Arc::clone(&self.room));
-        let answering = tokio::spawn(answer_all(lane, to_answer, room, Arc::clone(&registry)));
+        let mut answering = tokio::spawn(answer_all(lane, to_answer, room, Arc::clone(&registry)));
         let lane = Lane {
             queued: self,
             batcher: Batcher::new(limits),
@@ -239,10 +240,14 @@ impl IngestReceiver {
             replacements: 0,
         };
         let interval_min = Duration::from_micros(limits.interval_min_us);
-        let result = lane.run(store, interval_min, clock).await;
-        if let Err(panicked) = answering.await {
-            std::panic::resume_unwind(panicked.into_panic());
-        }
+        let result = tokio::select! {
+            result = lane.run(store, interval_min, clock) => result,
+            // It ends after the lane, unless it fails: then nothing would be answered any more.
+            ended = &mut answering => return Err(answering_ended(ended)),
+        };
+        answering
+            .await
+            .map_err(|error| answering_ended(Err(error)))?;
         result
     }
 }
@@ -297,6 +302,7 @@ impl Lane {
                     None => break,
                 },
                 () = sleep_until(due, &clock) => {}
+                error = store.failure() => return Err(error),
                 () = tokio::time::sleep(tidy_after), if is_empty && !store.is_tidy() => {
                     self.commit(&mut store, Tagged::default()).await?;
                     tidy_after = interval_min;
@@ -398,6 +404,12 @@ impl Lane {
             }
         }
     }
+}
+
+fn answering_ended(ended: Result<(), JoinError>) -> StoreError {
+    let reason = ended.err().map(|error| error.to_string());
+    let reason = reason.unwrap_or_else(|| "it ended".to_owned());
+    StoreError::Fatal(format!("the task that answers commits: {reason}"))
 }
 
 /// Answers each commit in turn, and gives its room back.

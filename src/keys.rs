@@ -6,16 +6,20 @@
 //! Invariants
 //! - The key is in no message of this module, nor in anything's `Debug`.
 //! - `fleet.key` is there whole or not at all, whatever moment the power fails: it is written and
-//!   synced under another name, and linked to its own only then.
+//!   synced under another name, and gets its own only then, also on file systems without hard links.
 //! - A key that is there is never written over.
 
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use fieldgate_protocol::auth::KEY_BYTES;
+use ring::hkdf::{HKDF_SHA256, KeyType, Salt};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+use rustix::process::{getegid, getgroups};
 
 /// Name of the key's file within the data directory.
 pub const KEY_FILE: &str = "fleet.key";
@@ -23,6 +27,12 @@ pub const KEY_FILE: &str = "fleet.key";
 const KEY_DIGITS: usize = 2 * KEY_BYTES;
 /// Reading and writing, by the group and by others.
 const FOREIGN_ACCESS: u32 = 0o066;
+/// Reading, by the group.
+const GROUP_READ: u32 = 0o040;
+/// Name of the key's fingerprint in HKDF; no device's key is derived under it (SPEC R32).
+const FINGERPRINT_LABEL: &[&[u8]] = &[b"fieldgate fleet key fingerprint v1"];
+/// Bytes of a fingerprint.
+const FINGERPRINT_BYTES: usize = 16;
 
 /// The key of a whole fleet.
 #[derive(Clone, PartialEq, Eq)]
@@ -95,14 +105,26 @@ pub enum DigitsError {
     NotHex,
 }
 
+/// Who may read a secret besides its owner.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SecretReaders {
+    /// No other user.
+    #[default]
+    Owner,
+    /// The file's group, if this process belongs to it.
+    Group,
+}
+
 /// A secret that others than its user can touch.
 #[derive(Debug, thiserror::Error)]
-#[error("{0} has mode {mode:04o}: {1} can {2} it; run chmod 600 {0}", path.display(), whom(*mode), what(*mode))]
+#[error("{0} has mode {mode:04o}: {1} can {2} it{way_out}; run chmod 600 {0}", path.display(), whom(*mode), what(*mode))]
 pub struct Exposed {
     /// Which file.
     path: PathBuf,
     /// Its mode.
     mode: u32,
+    /// What else may be done.
+    way_out: String,
 }
 
 /// Why a secret cannot be used.
@@ -129,57 +151,103 @@ fn user_hint(error: &io::Error) -> &'static str {
     }
 }
 
-/// Opens a file for reading that nobody but its user may read or write.
+/// Opens a file for reading that only its user, and `readers`, may read, and only its user may write.
 ///
 /// # Errors
 /// It cannot be read, or others could, too.
-pub fn open_secret(path: &Path) -> Result<File, SecretError> {
+pub fn open_secret(path: &Path, readers: SecretReaders) -> Result<File, SecretError> {
     let read = |source| SecretError::Read {
         path: path.to_owned(),
         source,
     };
     let file = File::open(path).map_err(read)?;
-    let mode = file.metadata().map_err(read)?.permissions().mode() & 0o7777;
-    if mode & FOREIGN_ACCESS != 0 {
-        let path = path.to_owned();
-        return Err(SecretError::Exposed(Exposed { path, mode }));
-    }
-    Ok(file)
+    let metadata = file.metadata().map_err(read)?;
+    let mode = metadata.permissions().mode() & 0o7777;
+    let foreign = mode & FOREIGN_ACCESS;
+    let way_out = match (foreign, readers) {
+        (0, _) => return Ok(file),
+        (GROUP_READ, SecretReaders::Group) if is_own_group(metadata.gid()) => return Ok(file),
+        (GROUP_READ, SecretReaders::Group) => {
+            let gid = metadata.gid();
+            format!(" and this process is not in that group, {gid}")
+        }
+        (GROUP_READ, SecretReaders::Owner) => {
+            "; give --allow-group-read if that is this service's group".to_owned()
+        }
+        _ => String::new(),
+    };
+    let path = path.to_owned();
+    Err(SecretError::Exposed(Exposed {
+        path,
+        mode,
+        way_out,
+    }))
+}
+
+/// Whether this process belongs to a group.
+fn is_own_group(gid: u32) -> bool {
+    let others = getgroups().unwrap_or_default();
+    getegid().as_raw() == gid || others.iter().any(|group| group.as_raw() == gid)
 }
 
 impl FleetKey {
-    /// The key in the data directory `dir`; makes both where they are missing.
+    /// Loads the key in the data directory `dir`; `None` if there is none.
     ///
     /// # Errors
-    /// The directory cannot be written, or the key that is there is not fit for use.
-    pub fn create_or_load(dir: &Path) -> Result<(FleetKey, Origin), KeyError> {
-        create_data_dir(dir)?;
+    /// The key that is there is not fit for use.
+    pub fn find(dir: &Path, readers: SecretReaders) -> Result<Option<FleetKey>, KeyError> {
         let path = dir.join(KEY_FILE);
         // An exposed or damaged key must be seen, not replaced.
-        if fs::symlink_metadata(&path).is_ok() {
-            return Ok((FleetKey::load(&path)?, Origin::Loaded));
+        match fs::symlink_metadata(&path) {
+            Ok(_) => FleetKey::load(&path, readers).map(Some),
+            Err(error)
+                if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory]
+                    .contains(&error.kind()) =>
+            {
+                Ok(None)
+            }
+            Err(source) => Err(KeyError::Read { path, source }),
         }
+    }
+
+    /// Makes a key in the data directory `dir`, or loads the one that another process has made meanwhile.
+    ///
+    /// # Errors
+    /// The directory cannot be written.
+    pub fn create(dir: &Path, readers: SecretReaders) -> Result<(FleetKey, Origin), KeyError> {
+        let path = dir.join(KEY_FILE);
         let key = FleetKey::generate()?;
         match key.store(dir) {
             Ok(()) => Ok((key, Origin::Created)),
             // Another process was faster.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                Ok((FleetKey::load(&path)?, Origin::Loaded))
+                Ok((FleetKey::load(&path, readers)?, Origin::Loaded))
             }
             Err(source) => Err(KeyError::Write { path, source }),
         }
+    }
+
+    /// Returns what a store knows the key by: a value derived from the key, from which the key cannot be had.
+    pub fn fingerprint(&self) -> String {
+        let mut bytes = [0; FINGERPRINT_BYTES];
+        let derived = Salt::new(HKDF_SHA256, &[]).extract(&self.0);
+        derived
+            .expand(FINGERPRINT_LABEL, FingerprintLength)
+            .and_then(|derived| derived.fill(&mut bytes))
+            .expect("HKDF-SHA256 gives 16 bytes");
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// The key in the file `path`.
     ///
     /// # Errors
     /// There is none, others can read or write it, or it holds something else.
-    pub fn load(path: &Path) -> Result<FleetKey, KeyError> {
+    pub fn load(path: &Path, readers: SecretReaders) -> Result<FleetKey, KeyError> {
         let read = |source| KeyError::Read {
             path: path.to_owned(),
             source,
         };
-        let file = open_secret(path).map_err(|error| match error {
+        let file = open_secret(path, readers).map_err(|error| match error {
             SecretError::Read { source, .. } => read(source),
             SecretError::Exposed(exposed) => KeyError::Exposed(exposed),
         })?;
@@ -238,18 +306,93 @@ pub(crate) fn key_of_digits(digits: &[u8]) -> Result<[u8; KEY_BYTES], DigitsErro
     Ok(key)
 }
 
+/// The length of a fingerprint, as ring asks for it.
+struct FingerprintLength;
+
+impl KeyType for FingerprintLength {
+    fn len(&self) -> usize {
+        FINGERPRINT_BYTES
+    }
+}
+
 /// Makes a file that nobody but this user may read or write; it is there whole or not at all.
 ///
 /// # Errors
 /// It is there already, or cannot be written.
 pub fn create_secret(path: &Path, text: &str) -> io::Result<()> {
     let draft = draft_of(path)?;
-    // Unlike a rename, a link fails where there is a file already.
-    let written = write_secret(&draft, text).and_then(|()| fs::hard_link(&draft, path));
-    let removed = fs::remove_file(&draft);
+    let written = write_secret(&draft, text).and_then(|()| publish(&draft, path, &WAYS));
+    if written.is_err() {
+        let _ = fs::remove_file(&draft);
+    }
     written?;
-    removed?;
-    File::open(dir_of(path))?.sync_all()
+    sync_dir(dir_of(path))
+}
+
+/// A way to give a file its name unless a file has it.
+type Way = fn(&Path, &Path) -> io::Result<()>;
+
+/// The best first. FAT, exFAT and many mounts of other machines have no hard links; some have no rename that
+/// replaces nothing.
+const WAYS: [Way; 3] = [rename_new, link_new, rename_checked];
+
+/// Renames `draft` to `path` by the first way that the file system has.
+fn publish(draft: &Path, path: &Path, ways: &[Way]) -> io::Result<()> {
+    let mut refused = io::Error::from(io::ErrorKind::Unsupported);
+    for way in ways {
+        match way(draft, path) {
+            Err(error) if is_unsupported(&error) => refused = error,
+            done => return done,
+        }
+    }
+    Err(refused)
+}
+
+/// Whether an error may say that the file system, or the system, cannot do such a thing at all.
+fn is_unsupported(error: &io::Error) -> bool {
+    let unsupported = [
+        Errno::INVAL,
+        Errno::PERM,
+        Errno::NOSYS,
+        Errno::OPNOTSUPP,
+        Errno::MLINK,
+    ];
+    Errno::from_io_error(error).is_some_and(|errno| unsupported.contains(&errno))
+}
+
+fn rename_new(draft: &Path, path: &Path) -> io::Result<()> {
+    Ok(renameat_with(
+        CWD,
+        draft,
+        CWD,
+        path,
+        RenameFlags::NOREPLACE,
+    )?)
+}
+
+fn link_new(draft: &Path, path: &Path) -> io::Result<()> {
+    fs::hard_link(draft, path)?;
+    fs::remove_file(draft)
+}
+
+/// Looks whether there is a file, and renames, while no other process of this program does the same.
+fn rename_checked(draft: &Path, path: &Path) -> io::Result<()> {
+    let dir = File::open(dir_of(path))?;
+    // Some file systems have no locks, either.
+    let _ = dir.lock();
+    match fs::symlink_metadata(path) {
+        Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => fs::rename(draft, path),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes a name durable, where directories can be synced.
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    match File::open(dir)?.sync_all() {
+        Err(error) if is_unsupported(&error) => Ok(()),
+        synced => synced,
+    }
 }
 
 /// The same, in the place of a file that may be there.
@@ -263,19 +406,24 @@ pub fn replace_secret(path: &Path, text: &str) -> io::Result<()> {
         let _ = fs::remove_file(&draft);
     }
     written?;
-    File::open(dir_of(path))?.sync_all()
+    sync_dir(dir_of(path))
 }
 
-/// Makes a file that nobody but this user may read or write, durably.
-///
-/// # Errors
-/// It is there already, or cannot be written.
-pub fn write_secret(path: &Path, text: &str) -> io::Result<()> {
+/// Writes a new file that nobody but this user may read or write, and syncs it.
+fn write_secret(path: &Path, text: &str) -> io::Result<()> {
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
         .open(path)?;
+    let mode = file.metadata()?.permissions().mode();
+    if mode & FOREIGN_ACCESS != 0 {
+        return Err(io::Error::other(format!(
+            "this file system does not keep modes (a new file has mode {:04o} instead of 0600), so others can read \
+             secrets in it; mount it with umask=0077 and this user's uid, or give another directory",
+            mode & 0o7777
+        )));
+    }
     file.write_all(text.as_bytes())?;
     file.sync_all()
 }
@@ -307,7 +455,7 @@ pub fn create_private_dir(dir: &Path) -> io::Result<()> {
 
 fn make(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    File::open(dir_of(dir))?.sync_all()
+    sync_dir(dir_of(dir))
 }
 
 fn dir_of(path: &Path) -> &Path {
@@ -372,6 +520,18 @@ mod tests {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
 
+    fn create_or_load(dir: &Path) -> Result<(FleetKey, Origin), KeyError> {
+        create_data_dir(dir)?;
+        match FleetKey::find(dir, SecretReaders::Owner)? {
+            Some(key) => Ok((key, Origin::Loaded)),
+            None => FleetKey::create(dir, SecretReaders::Owner),
+        }
+    }
+
+    fn load(path: &Path) -> Result<FleetKey, KeyError> {
+        FleetKey::load(path, SecretReaders::Owner)
+    }
+
     /// A file that nobody else can read, with this text.
     fn key_file(text: &str) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
@@ -385,7 +545,7 @@ mod tests {
     fn a_key_is_created_once_and_loaded_after() {
         let tmp = tempfile::tempdir().unwrap();
         let dir = tmp.path().join("a/data");
-        let (created, origin) = FleetKey::create_or_load(&dir).unwrap();
+        let (created, origin) = create_or_load(&dir).unwrap();
         assert_eq!(origin, Origin::Created);
         assert_eq!(mode(&dir), 0o700);
         let path = dir.join(KEY_FILE);
@@ -402,22 +562,19 @@ mod tests {
         // Nothing else is left behind: neither a draft nor a probe.
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
 
-        let (loaded, origin) = FleetKey::create_or_load(&dir).unwrap();
+        let (loaded, origin) = create_or_load(&dir).unwrap();
         assert_eq!(origin, Origin::Loaded);
         assert_eq!(loaded, created);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
-        assert_eq!(FleetKey::load(&path).unwrap(), created);
-        assert_ne!(
-            FleetKey::create_or_load(&tmp.path().join("b")).unwrap().0,
-            created
-        );
+        assert_eq!(load(&path).unwrap(), created);
+        assert_ne!(create_or_load(&tmp.path().join("b")).unwrap().0, created);
     }
 
     #[test]
     fn bytes_are_those_of_the_digits() {
         let text: String = (0..32).map(|byte| format!("{:02X}", byte * 7)).collect();
         let (_dir, path) = key_file(&text);
-        let key = FleetKey::load(&path).unwrap();
+        let key = load(&path).unwrap();
         assert_eq!(key.as_bytes()[..3], [0, 7, 14]);
         assert_eq!(key.as_bytes()[31], 217);
     }
@@ -434,8 +591,8 @@ mod tests {
         ] {
             chmod(&path, mode);
             for refused in [
-                FleetKey::load(&path).unwrap_err(),
-                FleetKey::create_or_load(dir.path()).unwrap_err(),
+                load(&path).unwrap_err(),
+                create_or_load(dir.path()).unwrap_err(),
             ] {
                 let refused = refused.to_string();
                 assert!(refused.contains(says), "{refused}");
@@ -447,8 +604,67 @@ mod tests {
         }
         for mode in [0o600, 0o400] {
             chmod(&path, mode);
-            assert!(FleetKey::load(&path).is_ok(), "{mode:o}");
+            assert!(load(&path).is_ok(), "{mode:o}");
         }
+    }
+
+    #[test]
+    fn the_group_may_read_a_key_if_the_operator_says_so() {
+        let (_dir, path) = key_file(&"ab".repeat(32));
+        let load = || FleetKey::load(&path, SecretReaders::Group);
+        for mode in [0o640, 0o440, 0o600] {
+            chmod(&path, mode);
+            assert!(load().is_ok(), "{mode:o}");
+        }
+        for mode in [0o660, 0o620, 0o644, 0o641 | 0o004] {
+            chmod(&path, mode);
+            assert!(load().is_err(), "{mode:o}");
+        }
+        // A group that this process is not in; only a privileged user can give the file to it.
+        chmod(&path, 0o640);
+        let foreign = (50_000..).find(|gid| !is_own_group(*gid));
+        if std::os::unix::fs::chown(&path, None, foreign).is_ok() {
+            let refused = load().unwrap_err().to_string();
+            assert!(refused.contains("not in that group"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_file_gets_its_name_whole_and_replaces_none_on_any_file_system() {
+        let unsupported: Way = |_, _| Err(Errno::PERM.into());
+        let no_rename: Way = |_, _| Err(Errno::INVAL.into());
+        let file_systems: [&[Way]; 4] = [
+            &WAYS,
+            &[no_rename, link_new],
+            &[rename_new, unsupported],
+            &[no_rename, unsupported, rename_checked],
+        ];
+        for (at, ways) in file_systems.into_iter().enumerate() {
+            let dir = tempfile::tempdir().unwrap();
+            let [draft, path] = ["draft", "name"].map(|name| dir.path().join(name));
+            fs::write(&draft, "new").unwrap();
+            publish(&draft, &path, ways).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), "new", "{at}");
+            assert!(!draft.exists(), "{at}");
+
+            fs::write(&draft, "newer").unwrap();
+            let refused = publish(&draft, &path, ways).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists, "{at}");
+            assert_eq!(fs::read_to_string(&path).unwrap(), "new", "{at}");
+        }
+    }
+
+    #[test]
+    fn a_fingerprint_is_the_key_s_own_and_not_the_key() {
+        let keys = [[7; KEY_BYTES], [8; KEY_BYTES]].map(FleetKey::from_bytes);
+        let prints = keys.each_ref().map(FleetKey::fingerprint);
+        assert_eq!(prints[0].len(), 2 * FINGERPRINT_BYTES);
+        assert_ne!(prints[0], prints[1]);
+        assert_eq!(
+            prints[0],
+            FleetKey::from_bytes([7; KEY_BYTES]).fingerprint()
+        );
+        assert!(!prints[0].contains("0707"));
     }
 
     #[test]
@@ -461,9 +677,7 @@ mod tests {
             (&*"+1".repeat(32), "other characters than hexadecimal"),
         ] {
             let (dir, path) = key_file(text);
-            let refused = FleetKey::create_or_load(dir.path())
-                .unwrap_err()
-                .to_string();
+            let refused = create_or_load(dir.path()).unwrap_err().to_string();
             assert!(refused.contains(says), "{text}: {refused}");
             assert_eq!(fs::read_to_string(path).unwrap(), text);
         }
@@ -472,10 +686,10 @@ mod tests {
     #[test]
     fn no_message_tells_the_key() {
         let (_dir, path) = key_file(&"ab".repeat(32));
-        let shown = format!("{:?}", FleetKey::load(&path).unwrap());
+        let shown = format!("{:?}", load(&path).unwrap());
         assert_eq!(shown, "FleetKey(secret)");
         let (_dir, path) = key_file(&"q1".repeat(32));
-        let error = FleetKey::load(&path).unwrap_err();
+        let error = load(&path).unwrap_err();
         assert!(!format!("{error} {error:?}").contains("q1"));
     }
 
@@ -484,9 +698,7 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let file = tmp.path().join("file");
         fs::write(&file, "").unwrap();
-        let refused = FleetKey::create_or_load(&file.join("data"))
-            .unwrap_err()
-            .to_string();
+        let refused = create_or_load(&file.join("data")).unwrap_err().to_string();
         assert!(
             refused.starts_with("cannot write the data directory"),
             "{refused}"

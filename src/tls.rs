@@ -26,7 +26,7 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 
 use crate::clock::utc_now;
-use crate::keys::{SecretError, open_secret};
+use crate::keys::{SecretError, SecretReaders, open_secret};
 
 #[cfg(test)]
 mod tests;
@@ -48,6 +48,8 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// Who signs the certificates that devices must show; `None` if they need none.
     pub client_ca: Option<PathBuf>,
+    /// Who may read the key besides its owner.
+    pub key_readers: SecretReaders,
 }
 
 /// Why there is no TLS.
@@ -134,6 +136,12 @@ impl Tls {
         tls.warn_of_expiry(utc_now());
         tls.warn_of_faults();
         Ok(tls)
+    }
+
+    /// Returns when the certificate in use expired, if it has.
+    pub fn expired(&self) -> Option<Timestamp> {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        current.expires.filter(|_| current.has_expired(utc_now()))
     }
 
     /// The server's side of a new connection.
@@ -313,7 +321,7 @@ fn load(files: &TlsFiles, record_bytes_max: usize) -> Result<Loaded, TlsError> {
     let is_authoritys = { X509Certificate::from_der(&chain[0]) }
         .is_ok_and(|(_, first)| first.is_ca() && chain.len() > 1);
     let mut config = builder
-        .with_single_cert(chain, private_key(&files.key)?)
+        .with_single_cert(chain, private_key(&files.key, files.key_readers)?)
         .map_err(|error| match is_authoritys {
             true => pair(format!(
                 "{error}; the first certificate in the file is an authority's: put the gateway's own first"
@@ -365,13 +373,13 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     }
 }
 
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+fn private_key(path: &Path, readers: SecretReaders) -> Result<PrivateKeyDer<'static>, TlsError> {
     let refused = |reason: String| TlsError::Key {
         path: path.to_owned(),
         reason,
     };
     let mut text = Vec::new();
-    let mut file = open_secret(path)?;
+    let mut file = open_secret(path, readers)?;
     file.read_to_end(&mut text)
         .map_err(|error| refused(error.to_string()))?;
     PrivateKeyDer::from_pem_slice(&text).map_err(|error| refused(pem_fault(&error)))

@@ -40,6 +40,13 @@ CREATE TABLE removed_devices (
 );
 CREATE INDEX removed_devices_by_revision ON removed_devices (revision);
 
+-- At most one row: which fleet key the devices' keys derive from. It is derived from the key itself, which
+-- cannot be had from it.
+CREATE TABLE fleet_key (
+    is_only     boolean PRIMARY KEY DEFAULT true CHECK (is_only),
+    fingerprint text NOT NULL
+);
+
 -- A device numbers its frames in a stream, and starts a new stream when it has lost count. Its row is
 -- what two gateways lock: whoever stores frames of a stream holds it until they are committed. Every
 -- commit updates it, so pages keep room for the new version beside the old one.

@@ -42,6 +42,13 @@ CREATE TABLE removed_devices (
 ) STRICT;
 CREATE INDEX removed_devices_by_revision ON removed_devices (revision);
 
+-- At most one row: which fleet key the devices' keys derive from. It is derived from the key itself, which
+-- cannot be had from it.
+CREATE TABLE fleet_key (
+    is_only     INTEGER PRIMARY KEY DEFAULT 1 CHECK (is_only = 1),
+    fingerprint TEXT NOT NULL
+) STRICT;
+
 -- A device numbers its frames in a stream, and starts a new stream when it has lost count.
 CREATE TABLE streams (
     id          INTEGER PRIMARY KEY AUTOINCREMENT,

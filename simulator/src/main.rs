@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use clap::Parser;
 use clap::error::{ContextKind, ContextValue};
-use fieldgate::keys::FleetKey;
+use fieldgate::keys::{FleetKey, SecretReaders};
 use fieldgate::store::url;
 use fieldgate_simulator::args::{BenchArgs, Cli, Command, RunArgs, RunOptions, VerifyArgs};
 use fieldgate_simulator::bench;
@@ -104,7 +104,7 @@ fn with_causes(error: &anyhow::Error) -> String {
 
 /// Where and with which key.
 async fn terms(options: &RunOptions) -> anyhow::Result<Terms> {
-    let fleet_key = *FleetKey::load(&options.key_file)?.as_bytes();
+    let fleet_key = *FleetKey::load(&options.key_file, SecretReaders::Owner)?.as_bytes();
     let gateway: SocketAddr = tokio::net::lookup_host(&options.gateway)
         .await
         .with_context(|| format!("cannot look up {}", options.gateway))?

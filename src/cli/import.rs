@@ -13,6 +13,7 @@ use fieldgate::store::url::StoreUrl;
 
 use super::Error;
 use super::device::{device_name, keys_of, read_key};
+use super::fleet_key::FleetKeyFile;
 use super::output::{self, count, utc_text};
 
 /// Longest name of a device, in bytes.
@@ -55,7 +56,11 @@ pub struct ImportArgs {
 }
 
 /// Reads the file and sends what the gateway does not have yet.
-pub async fn import(data_dir: &Path, store: &StoreUrl, args: &ImportArgs) -> Result<(), Error> {
+pub async fn import(
+    key_file: FleetKeyFile<'_>,
+    store: &StoreUrl,
+    args: &ImportArgs,
+) -> Result<(), Error> {
     let recording = read(args)?;
     for note in &recording.notes {
         let _ = writeln!(io::stderr(), "{note}");
@@ -70,7 +75,7 @@ pub async fn import(data_dir: &Path, store: &StoreUrl, args: &ImportArgs) -> Res
             return Err(Error::Usage(what.to_owned()));
         }
         Some(path) => vec![read_key(path)?],
-        None => keys_of(data_dir, store, &names).await?,
+        None => keys_of(key_file, store, &names).await?,
     };
     let gateway = resolve(&args.gateway).await?;
     let mut out = output::stdout();

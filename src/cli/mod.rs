@@ -10,7 +10,9 @@
 //! - An error is one line, two at most, and says what failed, on what, and what to do.
 
 mod address;
+mod check;
 mod device;
+mod fleet_key;
 mod import;
 mod migrate;
 mod nearest;
@@ -27,7 +29,7 @@ mod tls;
 mod value;
 
 use std::any::TypeId;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::PathBuf;
 
@@ -35,14 +37,16 @@ use clap::builder::BoolishValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use fieldgate::config::{self, ConfigError, Settings};
-use fieldgate::keys::KeyError;
+use fieldgate::keys::{KeyError, SecretReaders};
 use fieldgate::store::reader::{OpenError, ReadError};
 use fieldgate::store::spool::SpoolError;
 use fieldgate::store::url::{StoreUrl, without_password};
 use fieldgate::store::{postgres, sqlite};
 use fieldgate::tls::TlsError;
 use fieldgate::units::Unit;
+use jiff::Timestamp;
 
+use self::fleet_key::FleetKeyFile;
 use self::nearest::nearest;
 use self::settings_file::FileError;
 
@@ -54,10 +58,15 @@ pub struct Cli {
     global: GlobalArgs,
     #[command(subcommand)]
     command: Command,
+    /// Settings that differ from their defaults, as they may be shown.
+    #[arg(skip)]
+    changed: String,
 }
 
 /// The subcommand whose flags are settings.
 const SETTINGS_COMMAND: &str = "serve";
+/// Its one flag that says what to do, and so is no setting.
+const CHECK_FLAG: &str = "check";
 
 const PRECEDENCE: &str = "Every option --some-name of all subcommands and of serve is also the environment \
     variable FIELDGATE_SOME_NAME and the key some-name of the file given by --config. A flag wins over the \
@@ -82,14 +91,37 @@ struct GlobalArgs {
     #[arg(long, global = true, value_name = "URL")]
     store: Option<StoreUrl>,
 
+    /// Take a fleet key and a TLS key that the group of their file may read (mode 0640), if this process
+    /// belongs to that group: Kubernetes' fsGroup, Debian's ssl-cert
+    #[arg(long, global = true)]
+    allow_group_read: bool,
+
     /// How log lines on stderr are written. Take json if a program reads them
     #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Text)]
     log_format: LogFormat,
+
+    /// Log events of this level and above. RUST_LOG, if set, decides instead and may name single parts
+    #[arg(long, global = true, value_enum, value_name = "LEVEL", default_value_t = LogLevel::Info)]
+    log_level: LogLevel,
 }
 
 impl GlobalArgs {
     fn store(&self) -> StoreUrl {
         config::store_url(&self.data_dir, self.store.as_ref())
+    }
+
+    fn secret_readers(&self) -> SecretReaders {
+        match self.allow_group_read {
+            true => SecretReaders::Group,
+            false => SecretReaders::Owner,
+        }
+    }
+
+    fn fleet_key(&self) -> FleetKeyFile<'_> {
+        FleetKeyFile {
+            data_dir: &self.data_dir,
+            readers: self.secret_readers(),
+        }
     }
 }
 
@@ -102,6 +134,34 @@ pub enum LogFormat {
     Json,
 }
 
+/// The lowest level that is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum LogLevel {
+    /// What ends the gateway or loses readings.
+    Error,
+    /// What an operator should look at.
+    Warn,
+    /// What happens to the gateway as a whole.
+    Info,
+    /// What happens to single connections.
+    Debug,
+    /// All there is.
+    Trace,
+}
+
+impl LogLevel {
+    /// The same as directives of RUST_LOG. What Postgres says as it goes down, the store says better.
+    fn directives(self) -> &'static str {
+        match self {
+            LogLevel::Error => "error",
+            LogLevel::Warn => "warn,sqlx::postgres::notice=error",
+            LogLevel::Info => "info,sqlx::postgres::notice=error",
+            LogLevel::Debug => "info,fieldgate=debug,sqlx::postgres::notice=error",
+            LogLevel::Trace => "info,fieldgate=trace,sqlx::postgres::notice=error",
+        }
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the gateway; the first run makes the data directory, the database and the fleet key
@@ -111,6 +171,9 @@ enum Command {
     /// Look at devices, and say which may connect and with which keys
     #[command(subcommand)]
     Device(device::DeviceCommand),
+    /// Look at the fleet key that the store's devices belong to, or give the store another one
+    #[command(subcommand)]
+    FleetKey(fleet_key::FleetKeyCommand),
     /// Look at frames that arrived whole and could not be understood, and get rid of them
     #[command(subcommand)]
     Quarantine(quarantine::QuarantineCommand),
@@ -176,8 +239,28 @@ impl From<postgres::OpenError> for Error {
 }
 
 impl Error {
+    /// Returns what stderr gets at the end of the program, without the line end; `None` if there is nothing to say.
+    pub fn line(&self, format: LogFormat) -> Option<String> {
+        let message = self.message()?;
+        Some(match format {
+            LogFormat::Text => format!("error: {message}"),
+            // As the log's events are written, whatever levels are logged.
+            LogFormat::Json => serde_json::json!({
+                "timestamp": Timestamp::now().to_string(),
+                "level": "ERROR",
+                "fields": {
+                    "message": "fieldgate failed",
+                    "error": message,
+                    "exit_code": self.exit_code(),
+                },
+                "target": "fieldgate",
+            })
+            .to_string(),
+        })
+    }
+
     /// What to tell; `None` if there is nobody to be told, or nothing to tell.
-    pub fn message(&self) -> Option<String> {
+    fn message(&self) -> Option<String> {
         match self {
             Error::Shown(_) => None,
             // `| head` has seen enough.
@@ -197,6 +280,21 @@ impl Error {
     }
 }
 
+/// Returns the log's format as far as it is known before the arguments are understood: for what is wrong with them.
+pub fn log_format(args: &[OsString]) -> LogFormat {
+    let flag = args.iter().enumerate().rev().find_map(|(at, arg)| {
+        let value = arg.to_str()?.strip_prefix("--log-format")?;
+        match value.strip_prefix('=') {
+            Some(value) => Some(value.to_owned()),
+            None if value.is_empty() => Some(args.get(at + 1)?.to_str()?.to_owned()),
+            None => None,
+        }
+    });
+    let value = flag.or_else(|| std::env::var(env_name("log-format")).ok());
+    let format = value.map(|value| LogFormat::from_str(&value, false));
+    format.and_then(Result::ok).unwrap_or(LogFormat::Text)
+}
+
 /// Reads the arguments, the environment and the settings file. Help is shown here.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Error> {
     let args: Vec<OsString> = args.into_iter().collect();
@@ -206,7 +304,33 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Error> {
         None => matches,
         Some(path) => match_args(settings_file::read(path)?.apply(command(), path)?, &args)?,
     };
-    Cli::from_arg_matches(&matches).map_err(|error| usage_error(&error, &args))
+    let mut cli = Cli::from_arg_matches(&matches).map_err(|error| usage_error(&error, &args))?;
+    cli.changed = changed_settings(&matches);
+    Ok(cli)
+}
+
+/// Returns the flags that differ from the program's defaults, wherever their values come from, without passwords.
+fn changed_settings(matches: &clap::ArgMatches) -> String {
+    let mut command = command();
+    command.build();
+    let Some((name, matches)) = matches.subcommand() else {
+        return String::new();
+    };
+    let args = command.find_subcommand(name).into_iter();
+    let args = args.flat_map(clap::Command::get_arguments);
+    let changed = args.filter_map(|arg| {
+        let flag = arg.get_long()?;
+        let given: Vec<_> = matches.try_get_raw(arg.get_id().as_str()).ok()??.collect();
+        let text = |value: &&OsStr| without_password(&value.to_string_lossy());
+        let given: Vec<_> = given.iter().map(text).collect();
+        let default: Vec<_> = arg
+            .get_default_values()
+            .iter()
+            .map(|value| value.to_string_lossy().into_owned())
+            .collect();
+        (given != default).then(|| format!("{flag}={}", given.join(",")))
+    });
+    changed.collect::<Vec<_>>().join(" ")
 }
 
 fn match_args(command: clap::Command, args: &[OsString]) -> Result<clap::ArgMatches, Error> {
@@ -227,9 +351,10 @@ fn with_environment(command: clap::Command) -> clap::Command {
 }
 
 fn as_setting(arg: Arg) -> Arg {
-    let Some(long) = arg.get_long().map(str::to_owned) else {
+    let Some(long) = arg.get_long().filter(|long| *long != CHECK_FLAG) else {
         return arg;
     };
+    let long = long.to_owned();
     let arg = match Unit::of_setting(&long) {
         Some(unit) => with_unit(arg, unit),
         None => arg,
@@ -289,8 +414,10 @@ fn env_name(flag: &str) -> String {
 /// Clap's message in two lines at most, without its repetition of the usage.
 fn usage_error(error: &clap::Error, args: &[OsString]) -> Error {
     if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        let _ = error.print();
-        return Error::Shown(error.exit_code() as u8);
+        return match error.print() {
+            Ok(()) => Error::Shown(error.exit_code() as u8),
+            Err(error) => Error::Output(error),
+        };
     }
     let rendered = rendered(error);
     let mut paragraphs = rendered
@@ -343,21 +470,37 @@ impl Cli {
         self.global.log_format
     }
 
+    /// What to log, as directives of RUST_LOG.
+    pub fn log_levels(&self) -> String {
+        match std::env::var("RUST_LOG") {
+            Ok(levels) if !levels.is_empty() => levels,
+            _ => self.global.log_level.directives().to_owned(),
+        }
+    }
+
     /// Does what was asked for.
     pub async fn carry_out(self) -> Result<(), Error> {
         for variable in unknown_variables(std::env::vars_os().map(|(name, _)| name)) {
             tracing::warn!(%variable, "environment variable ignored: it is no setting");
         }
-        let store = self.global.store();
+        let (store, format) = (self.global.store(), self.global.log_format);
         match self.command {
-            Command::Serve(args) => serve::serve(args.into_settings(self.global)?).await,
+            Command::Serve(args) if args.check => {
+                check::check(args.into_settings(self.global)?, format).await
+            }
+            Command::Serve(args) => {
+                serve::serve(args.into_settings(self.global)?, &self.changed, format).await
+            }
             Command::Query(args) => query::query(&store, &args).await,
             Command::Device(command) => {
-                device::device(&self.global.data_dir, &store, &command).await
+                device::device(self.global.fleet_key(), &store, &command).await
+            }
+            Command::FleetKey(command) => {
+                fleet_key::fleet_key(self.global.fleet_key(), &store, &command).await
             }
             Command::Quarantine(command) => quarantine::quarantine(&store, &command).await,
             Command::Tls(command) => tls::tls(&self.global.data_dir, &command),
-            Command::Import(args) => import::import(&self.global.data_dir, &store, &args).await,
+            Command::Import(args) => import::import(self.global.fleet_key(), &store, &args).await,
             Command::Migrate => migrate::migrate(&self.global.data_dir, &store).await,
             Command::Status => status::status(&store, &self.global.data_dir).await,
         }
@@ -392,7 +535,8 @@ mod tests {
             .get_subcommands()
             .partition(|command| command.get_name() == SETTINGS_COMMAND);
         for (long, variable) in flags(&command).chain(flags(serve[0])) {
-            assert_eq!(variable, Some(&*env_name(long)));
+            let name = (long != CHECK_FLAG).then(|| env_name(long));
+            assert_eq!(variable, name.as_deref());
         }
         others.into_iter().for_each(check_none);
         assert_eq!(env_name("allow-plaintext"), "FIELDGATE_ALLOW_PLAINTEXT");

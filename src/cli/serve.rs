@@ -1,8 +1,10 @@
 //! `fieldgate serve`: the gateway itself.
 
+use std::fmt::Display;
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +17,8 @@ use fieldgate::descriptors;
 use fieldgate::entrance::EntranceLimits;
 use fieldgate::gateway_id;
 use fieldgate::ingest::QueueLimits;
-use fieldgate::keys::{FleetKey, KEY_FILE, Origin};
+use fieldgate::keys::{FleetKey, KEY_FILE, Origin, create_data_dir};
+use fieldgate::log;
 use fieldgate::quarantine::{self, Gauge};
 use fieldgate::rate::Rate;
 use fieldgate::registry::Registry;
@@ -33,12 +36,14 @@ use fieldgate::store::sqlite::files::HeldFiles;
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
 use fieldgate::store::steady::SteadyReader;
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
+use fieldgate::supervisor::Supervisor;
 use fieldgate::tls::Tls;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::address::ListenAddress;
-use super::{Error, GlobalArgs, output};
+use super::{Error, GlobalArgs, LogFormat, fleet_key, output};
 
 /// A file would grow beyond what the process may write.
 #[cfg(target_os = "linux")]
@@ -53,9 +58,18 @@ const UP_INTERVAL: Duration = Duration::from_millis(500);
 const UP_LOG_INTERVAL: Duration = Duration::from_secs(30);
 /// This part of the time to leave may go by until Postgres has what is in the spool.
 const SPOOL_DRAIN_SHARE: u32 = 2;
+/// How long the start waits for a stdout that takes nothing.
+const PRINT_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long an end without a drain waits for a stderr that takes nothing.
+const LAST_FLUSH: Duration = Duration::from_millis(200);
 
 #[derive(Args, Debug)]
 pub struct ServeArgs {
+    /// Look at settings, files, certificates and the store, print a line for each problem, and end. Nothing is
+    /// written, and nothing listens
+    #[arg(long)]
+    pub check: bool,
+
     /// Where devices connect in plain text: IP:PORT, HOST:PORT, or :PORT for every address of this machine.
     /// Change it to be reached from other machines, which takes --allow-plaintext, too
     #[arg(long, value_name = "ADDRESS", default_value_t = Settings::default().listen.into())]
@@ -290,6 +304,7 @@ impl ServeArgs {
         let tls_listen = self.tls_listen.as_ref();
         let tls_listen = tls_listen.map(|address| resolve("--tls-listen", address));
         Ok(Settings {
+            secret_readers: global.secret_readers(),
             data_dir: global.data_dir,
             store: global.store,
             listen,
@@ -350,42 +365,59 @@ fn resolve(flag: &str, address: &ListenAddress) -> Result<SocketAddr, Error> {
     })
 }
 
-/// Runs the gateway until it is told to leave.
-pub async fn serve(settings: Settings) -> Result<(), Error> {
+/// Runs the gateway until it is told to leave. `changed` shows the settings that differ from their defaults.
+pub async fn serve(settings: Settings, changed: &str, format: LogFormat) -> Result<(), Error> {
     // Unheard it would end the process. Until there are certificates to load again it waits.
     let hangup = listen_to(SignalKind::hangup())?;
     // Nor shall a limit on the size of files end it: a write that meets one fails as on a full disk.
     #[cfg(target_os = "linux")]
     let _file_size = listen_to(SignalKind::from_raw(SIGXFSZ))?;
     let config = Config::new(settings)?;
-    let (key, origin) = FleetKey::create_or_load(&config.data_dir)?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        settings = changed,
+        "starting"
+    );
+    run(&config, hangup, format).await?;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn run(config: &Config, hangup: Signal, format: LogFormat) -> Result<(), Error> {
+    create_data_dir(&config.data_dir)?;
+    let found = fleet_key::find(config).await?;
     match config.store() {
         StoreUrl::Sqlite(path) => {
             spool::refuse_undrained(&config.spool_path()).await?;
-            let store = SqliteStore::open(path, &sqlite_settings(&config)).await?;
-            serve_into(vec![store], &config, &key, origin, hangup).await
+            let store = SqliteStore::open(path, &sqlite_settings(config)).await?;
+            let key = fleet_key::settle(config, found).await?;
+            serve_into(vec![store], config, key, hangup, format).await
         }
         StoreUrl::Postgres(url) if config.spool => {
-            let postgres = postgres_settings(&config, url)?;
-            let store = once_up(&config, async || {
+            let postgres = postgres_settings(config, url)?;
+            let store = once_up(config, async || {
                 SpoolStore::open(
                     &config.spool_path(),
-                    &sqlite_settings(&config),
+                    &sqlite_settings(config),
                     config.spool_bytes_max,
                     Duration::from_secs(config.drain_timeout_s) / SPOOL_DRAIN_SHARE,
                     postgres.clone(),
                 )
                 .await
             });
-            serve_into(vec![store.await?], &config, &key, origin, hangup).await
+            let store = store.await?;
+            let key = fleet_key::settle(config, found).await?;
+            serve_into(vec![store], config, key, hangup, format).await
         }
         StoreUrl::Postgres(url) => {
-            let postgres = postgres_settings(&config, url)?;
-            let stores = once_up(&config, async || {
-                spool::leave(&config.spool_path(), &sqlite_settings(&config), &postgres).await?;
+            let postgres = postgres_settings(config, url)?;
+            let stores = once_up(config, async || {
+                spool::leave(&config.spool_path(), &sqlite_settings(config), &postgres).await?;
                 Ok(PostgresStore::open(postgres.clone()).await?)
             });
-            serve_into(stores.await?, &config, &key, origin, hangup).await
+            let stores = stores.await?;
+            let key = fleet_key::settle(config, found).await?;
+            serve_into(stores, config, key, hangup, format).await
         }
     }
 }
@@ -413,24 +445,29 @@ async fn once_up<T>(
     }
 }
 
-async fn serve_into<S: Store>(
-    stores: Vec<S>,
-    config: &Config,
-    key: &FleetKey,
-    origin: Origin,
-    hangup: Signal,
-) -> Result<(), Error> {
-    let tls = match config.tls_files() {
+/// Loads what TLS needs, if there is to be any.
+pub fn load_tls(config: &Config) -> Result<Option<Tls>, Error> {
+    match config.tls_files() {
         Some(files) if config.tls_cert.is_none() && !files.cert.exists() => {
-            return Err(Error::Failed(format!(
+            Err(Error::Failed(format!(
                 "there is no certificate {}; make one to try TLS with by `fieldgate tls init`, or give \
                  --tls-cert and --tls-key",
                 files.cert.display()
-            )));
+            )))
         }
-        Some(files) => Some(Arc::new(Tls::load(files, config.tls_record_bytes_max)?)),
-        None => None,
-    };
+        Some(files) => Ok(Some(Tls::load(files, config.tls_record_bytes_max)?)),
+        None => Ok(None),
+    }
+}
+
+async fn serve_into<S: Store>(
+    stores: Vec<S>,
+    config: &Config,
+    (key, origin): (FleetKey, Origin),
+    hangup: Signal,
+    format: LogFormat,
+) -> Result<(), Error> {
+    let tls = load_tls(config)?.map(Arc::new);
     let held = match config.store() {
         StoreUrl::Sqlite(path) => HeldFiles::of_database(path),
         StoreUrl::Postgres(_) if config.spool => HeldFiles::of_database(&config.spool_path()),
@@ -446,19 +483,21 @@ async fn serve_into<S: Store>(
         Some(path) => SteadyReader::of_spool(path.clone()),
         None => SteadyReader::new(config.store().clone()),
     });
-    let credentials = Arc::new(Credentials::new(key.clone()));
+    let credentials = Arc::new(Credentials::new(key));
     let loaded = credentials::load(&credentials, &mut changes).await;
     loaded.map_err(|error| Error::Failed(format!("cannot read who may connect: {error}")))?;
     let listeners = bind(config, tls.as_ref())?;
     // Before anybody is told that the gateway is there, and may tell it to leave.
     let drain = CancellationToken::new();
-    tokio::spawn(leave_when_told(drain.clone())?);
+    let mut tasks = Supervisor::default();
+    tasks.spawn("signals", leave_when_told(drain.clone())?);
     match tls {
-        Some(tls) => drop(tokio::spawn(async move { tls.keep_current(hangup).await })),
-        None => drop(tokio::spawn(load_nothing(hangup))),
+        Some(tls) => tasks.spawn("certificates", async move {
+            tls.keep_current(hangup).await;
+        }),
+        None => tasks.spawn("hangup", load_nothing(hangup)),
     }
-    // A service may have closed its output; that is no reason not to serve.
-    let _ = announce(config, origin, &listeners);
+    announce(config, origin, &listeners).await?;
     if config.allow_plaintext {
         let listen = config.listen;
         tracing::warn!(%listen, "what devices send to this address is not encrypted");
@@ -477,22 +516,42 @@ async fn serve_into<S: Store>(
     let mut settings = server_settings(config, Arc::clone(&credentials), Arc::clone(&gauge));
     settings.entrance.connections_max = connections_within_limit(config.connections_max);
     let registry = Arc::new(Registry::default());
+    tasks.spawn("quarantine", quarantine::watch(gauge, kept));
+    let watch_credentials = credentials::watch(credentials, Arc::clone(&registry), changes);
+    tasks.spawn("device changes", watch_credentials);
+    tasks.spawn("fleet key", async move { key_file.watch_only().await });
+    tasks.spawn("pruner", pruner.watch());
+    if let Some(mirror) = mirror {
+        tasks.spawn("mirror", mirror.watch());
+    }
+    let failed = |error: &dyn Display| Error::Failed(error.to_string());
+    let mut serving = pin!(server::serve(
+        listeners,
+        stores,
+        settings,
+        registry,
+        drain.clone()
+    ));
     tokio::select! {
-        served = server::serve(listeners, stores, settings, Arc::clone(&registry), drain) => {
-            served.map_err(|error| Error::Failed(error.to_string()))
+        served = &mut serving => served.map_err(|error| failed(&error)),
+        ended = tasks.ended() => {
+            tracing::info!("shutting down: a task has ended; draining the queue");
+            drain.cancel();
+            // What ended comes first: it is why there is anything to say.
+            let drained = serving.await.err().map(|error| format!("; {error}"));
+            Err(failed(&format_args!("{ended}{}", drained.unwrap_or_default())))
         }
-        never = quarantine::watch(gauge, kept) => never,
-        never = credentials::watch(credentials, registry, changes) => never,
-        never = watch(mirror) => never,
-        reason = held.watch() => end_without_closing(&reason),
-        never = key_file.watch_only() => never,
-        never = pruner.watch() => never,
+        reason = held.watch() => end_without_closing(&reason, format),
     }
 }
 
 /// Ends the process as it is: to close a database that is not where it was would write to whatever is there.
-fn end_without_closing(reason: &str) -> Result<(), Error> {
-    let _ = writeln!(io::stderr(), "error: the store failed: {reason}");
+fn end_without_closing(reason: &str, format: LogFormat) -> Result<(), Error> {
+    let error = Error::Failed(format!("the store failed: {reason}"));
+    if let Some(line) = error.line(format) {
+        log::urgent(&line);
+    }
+    log::flush(LAST_FLUSH);
     std::process::exit(1);
 }
 
@@ -500,7 +559,7 @@ fn end_without_closing(reason: &str) -> Result<(), Error> {
 /// the database answers.
 async fn filled_mirror(database: &StoreUrl, spool: &Path) -> Mirror {
     let mut mirror = Mirror::new(database.clone(), spool.to_owned());
-    match tokio::time::timeout(MIRROR_TIMEOUT, mirror.copy()).await {
+    match timeout(MIRROR_TIMEOUT, mirror.copy()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
             tracing::warn!(%error, "who may connect is as it was when Postgres was last there");
@@ -508,13 +567,6 @@ async fn filled_mirror(database: &StoreUrl, spool: &Path) -> Mirror {
         Err(_) => tracing::warn!("Postgres is slow; who may connect is as it was last"),
     }
     mirror
-}
-
-async fn watch<T>(mirror: Option<Mirror>) -> T {
-    match mirror {
-        Some(mirror) => mirror.watch().await,
-        None => std::future::pending().await,
-    }
 }
 
 /// As many connections as there can be open files: one too many would be refused at random, and the store
@@ -655,33 +707,58 @@ fn cannot_listen(flag: &str, listen: SocketAddr, error: &io::Error) -> Error {
     Error::Failed(format!("cannot listen on {listen}: {error}; {mend}"))
 }
 
-fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io::Result<()> {
-    let made = match origin {
-        Origin::Created => " (made now; devices need it, or keys derived from it)",
-        Origin::Loaded => "",
-    };
+/// Says where the gateway is to be found, on stdout and in the log.
+async fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io::Result<()> {
+    let is_new = origin == Origin::Created;
     let key_file = config.data_dir.join(KEY_FILE);
-    let mut out = output::stdout();
-    writeln!(out, "data directory  {}", config.data_dir.display())?;
-    match config.store() {
-        StoreUrl::Sqlite(path) => writeln!(out, "database        {}", path.display())?,
-        StoreUrl::Postgres(url) => writeln!(out, "database        {url}")?,
+    let database = match config.store() {
+        StoreUrl::Sqlite(path) => path.display().to_string(),
+        StoreUrl::Postgres(url) => url.to_string(),
+    };
+    let spool = config.spool.then(|| config.spool_path());
+    let spool = spool.map(|path| path.display().to_string());
+    let is_closed = config.registration == Registration::Closed;
+    let listen = listeners.plain.local_addr()?;
+    let tls_listen = match &listeners.tls {
+        Some(TlsListener { listener, .. }) => Some(listener.local_addr()?.to_string()),
+        None => None,
+    };
+    tracing::info!(
+        data_dir = %config.data_dir.display(),
+        database,
+        spool,
+        fleet_key = %key_file.display(),
+        is_new_fleet_key = is_new,
+        is_registration_closed = is_closed,
+        %listen,
+        tls_listen,
+        "serving"
+    );
+    let made = match is_new {
+        true => " (made now; devices need it, or keys derived from it)",
+        false => "",
+    };
+    let mut lines = format!("data directory  {}\n", config.data_dir.display());
+    lines += &format!("database        {database}\n");
+    if let Some(spool) = spool {
+        lines += &format!("spool           {spool}\n");
     }
-    if config.spool {
-        writeln!(out, "spool           {}", config.spool_path().display())?;
+    lines += &format!("fleet key       {}{made}\n", key_file.display());
+    if is_closed {
+        lines += "registration    closed: only devices that were added may connect\n";
     }
-    writeln!(out, "fleet key       {}{made}", key_file.display())?;
-    if config.registration == Registration::Closed {
-        writeln!(
-            out,
-            "registration    closed: only devices that were added may connect"
-        )?;
+    lines += &format!("listening on    {listen}\n");
+    if let Some(tls_listen) = tls_listen {
+        lines += &format!("TLS on          {tls_listen}\n");
     }
-    writeln!(out, "listening on    {}", listeners.plain.local_addr()?)?;
-    if let Some(TlsListener { listener, .. }) = &listeners.tls {
-        writeln!(out, "TLS on          {}", listener.local_addr()?)?;
-    }
-    out.flush()
+    // A service may have closed its output, or nothing reads it; that is no reason not to serve.
+    let printed = tokio::task::spawn_blocking(move || {
+        let mut out = output::stdout();
+        out.write_all(lines.as_bytes())?;
+        out.flush()
+    });
+    let _ = timeout(PRINT_TIMEOUT, printed).await;
+    Ok(())
 }
 
 /// Starts the drain at the first Ctrl-C or SIGTERM, and ends the process at the second.
@@ -690,10 +767,11 @@ fn leave_when_told(drain: CancellationToken) -> Result<impl Future<Output = ()>,
     let mut terminate = listen_to(SignalKind::terminate())?;
     Ok(async move {
         tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-        tracing::info!("leaving: answering what was taken in; a second signal ends at once");
+        tracing::info!("shutting down: draining the queue; send the signal again to exit now");
         drain.cancel();
         tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-        tracing::warn!("left without answering; devices send again what was not acknowledged");
+        tracing::warn!("exiting without draining; devices send again what was not acknowledged");
+        log::flush(LAST_FLUSH);
         std::process::exit(1);
     })
 }

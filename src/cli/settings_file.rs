@@ -14,7 +14,7 @@ use fieldgate::units::Unit;
 use toml::{Table, Value};
 
 use super::nearest::nearest;
-use super::{SETTINGS_COMMAND, rendered};
+use super::{CHECK_FLAG, SETTINGS_COMMAND, rendered};
 
 /// What is wrong with a settings file.
 #[derive(Debug, thiserror::Error)]
@@ -131,7 +131,7 @@ fn setting_flags(command: &Command) -> impl Iterator<Item = &Arg> {
     let serve = serve.into_iter().flat_map(Command::get_arguments);
     command.get_arguments().chain(serve).filter(|arg| {
         arg.get_long()
-            .is_some_and(|long| !matches!(long, "config" | "help" | "version"))
+            .is_some_and(|long| !["config", "help", "version", CHECK_FLAG].contains(&long))
     })
 }
 

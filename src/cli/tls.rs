@@ -10,9 +10,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use fieldgate::clock::utc_now;
 use fieldgate::config::{TLS_CERT_FILE, TLS_DIR, TLS_KEY_FILE};
-use fieldgate::keys::{
-    create_data_dir, create_private_dir, create_secret, replace_secret, write_secret,
-};
+use fieldgate::keys::{create_data_dir, create_private_dir, create_secret, replace_secret};
 use jiff::ToSpan;
 use jiff::civil::Date;
 use rcgen::{
@@ -400,7 +398,7 @@ fn read(path: &Path) -> Result<String, Error> {
 
 /// Makes a file that nobody else may touch, where there is none.
 fn create(path: &Path, text: &str) -> Result<(), Error> {
-    write_secret(path, text).map_err(|error| match error.kind() {
+    create_secret(path, text).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => is_there(path),
         _ => cannot_write(path, &error),
     })

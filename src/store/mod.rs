@@ -25,6 +25,7 @@ pub mod bounds;
 mod contract;
 mod cut;
 pub mod editor;
+pub mod fleet_key;
 mod hours;
 pub mod kept;
 pub mod ledger;
@@ -453,6 +454,12 @@ pub trait Store: Send + 'static {
     /// on, and are for times when nothing else is to be done.
     fn is_tidy(&self) -> bool {
         true
+    }
+
+    /// Waits until a task of the store has ended that should run as long as the store; that is the error. Most stores
+    /// have none.
+    fn failure(&mut self) -> impl Future<Output = StoreError> + Send {
+        std::future::pending()
     }
 
     /// Leaves the store tidy for the next start.

@@ -24,6 +24,7 @@ impl Site {
             cert: self.0.path().join("server.pem"),
             key: self.0.path().join("server.key"),
             client_ca: None,
+            key_readers: SecretReaders::default(),
         }
     }
 

@@ -89,7 +89,19 @@ impl Gateway {
         gateway
     }
 
-    fn start_by(mut serve: Command, data_dir: &Path, flags: &[&str]) -> Gateway {
+    /// A gateway in a new directory whose log goes where no test reads it.
+    pub fn start_logging_to(stderr: Stdio, flags: &[&str]) -> Gateway {
+        let dir = TempDir::new().expect("a directory");
+        let mut gateway = Gateway::start_with(command(&["serve"]), stderr, dir.path(), flags);
+        gateway._dir = Some(dir);
+        gateway
+    }
+
+    fn start_by(serve: Command, data_dir: &Path, flags: &[&str]) -> Gateway {
+        Gateway::start_with(serve, Stdio::piped(), data_dir, flags)
+    }
+
+    fn start_with(mut serve: Command, stderr: Stdio, data_dir: &Path, flags: &[&str]) -> Gateway {
         let data_dir = data_dir.to_owned();
         serve.arg("--data-dir").arg(&data_dir).args(flags);
         if !flags.contains(&"--listen") {
@@ -97,10 +109,15 @@ impl Gateway {
         }
         let mut process = serve
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stderr(stderr)
             .spawn()
             .expect("starts");
-        let mut stderr = collect(process.stderr.take().expect("piped"));
+        let mut stderr = match process.stderr.take() {
+            Some(pipe) => collect(pipe),
+            None => collect(std::io::empty()),
+        };
+        // It holds the other end of a pipe, too.
+        drop(serve);
         let stdout = process.stdout.take().expect("piped");
         let (told, listening) = channel();
         thread::spawn(move || {

@@ -283,8 +283,13 @@ fn c02_a_replaced_key_opens_no_more() {
     assert!(matches!(heard, Heard::Welcome(_)), "{heard:?}");
 
     // Under another fleet key nobody opens what was sealed, and a derived key is a new one.
+    place.gateway.terminate();
+    assert!(place.gateway.wait().status.success());
     std::fs::remove_file(dir.path().join("fleet.key")).expect("removes");
-    restart(&mut place);
+    let data_dir = dir.path().to_str().expect("UTF-8");
+    let adopted = crate::gateway::run(&["fleet-key", "adopt", "--create", "--data-dir", data_dir]);
+    assert!(adopted.status.success(), "{}", adopted.stderr);
+    place.gateway = Gateway::start_in(dir.path(), &AT_ONCE);
     place
         .gateway
         .wait_for_line("sealed under another fleet key");
@@ -624,7 +629,7 @@ fn a_removed_device_begins_again_in_postgres() {
 fn a_factory_derives_keys_without_a_database() {
     let dir = tempfile::tempdir().expect("a directory");
     let digits = "00".repeat(31) + "07";
-    fieldgate::keys::write_secret(&dir.path().join("fleet.key"), &digits).expect("writes");
+    fieldgate::keys::create_secret(&dir.path().join("fleet.key"), &digits).expect("writes");
     let mut fleet_key = [0; 32];
     fleet_key[31] = 7;
     let expected = |name| -> String {

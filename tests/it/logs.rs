@@ -46,10 +46,15 @@ pub fn keep_of(output: Output) -> Output {
     output
 }
 
-/// What of a log is there without `RUST_LOG`.
+/// What of a log is there without `RUST_LOG`, but for what each start and end logs.
 pub fn by_default(log: &str) -> String {
     let told = log.split_inclusive('\n');
-    told.filter(|line| !line.contains(" DEBUG ")).collect()
+    let is_usual = |line: &str| {
+        let usual = ["cli::serve: ", "schema brought up to date"];
+        line.contains("Z  INFO ") && usual.iter().any(|usual| line.contains(usual))
+    };
+    told.filter(|line| !line.contains(" DEBUG ") && !is_usual(line))
+        .collect()
 }
 
 /// A fleet's key, or a device's.

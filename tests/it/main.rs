@@ -1,11 +1,14 @@
 //! Tests that need the real binary, a file for each subject.
 
+mod check;
 mod checklist;
 mod cli;
 mod client;
 mod cluster;
 mod database;
+mod dead_log;
 mod fleet;
+mod fleet_key;
 mod fuzzed;
 mod gateway;
 mod gateways;
@@ -25,6 +28,7 @@ mod put_back;
 mod quarantine;
 mod quarantine_full;
 mod replay;
+mod said;
 mod session;
 mod sessions;
 mod simulator;

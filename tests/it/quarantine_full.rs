@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use fieldgate_protocol::error::Code;
 
+use tempfile::TempDir;
+
 use crate::client::{Heard, Link, header, readings, sealed};
 use crate::database::PgDatabase;
 use crate::gateway::{Ended, Gateway, run};
@@ -181,13 +183,17 @@ fn a_share_counts_in_postgres_and_in_a_spool_before_it() {
         let mut database = PgDatabase::create();
         let url = database.url();
         // Ids of devices differ between spool and database.
-        let others = Gateway::start(&[&FLAGS[..], &["--store", &url]].concat());
+        let dirs = [(); 2].map(|()| TempDir::new().expect("a directory"));
+        let flags = [&FLAGS[..], &["--store", &url]].concat();
+        let others = Gateway::start_in(dirs[0].path(), &flags);
         drop(others.connect("first"));
         drop(fill(&others, "other"));
         others.terminate();
         let mut others = others;
         assert!(others.wait().status.success());
-        let gateway = Gateway::start(&[&FLAGS[..], &["--store", &url], spool].concat());
+        let key = |dir: &TempDir| dir.path().join("fleet.key");
+        std::fs::copy(key(&dirs[0]), key(&dirs[1])).expect("copies");
+        let gateway = Gateway::start_in(dirs[1].path(), &[&flags[..], spool].concat());
         let mut full = fill(&gateway, "full");
         full.send(&unheard_of(9));
         expect_full(&mut full, 9);

@@ -16,7 +16,7 @@ use fieldgate_protocol::column::Kind;
 use fieldgate_protocol::frame::types;
 
 use crate::gateway::command;
-use crate::logs::{Stderr, collect, keep_of};
+use crate::logs::{Stderr, by_default, collect, keep_of};
 
 /// 2026-02-25T06:13:20Z
 pub const AT_US: i64 = 1_772_000_000_000_000;
@@ -141,8 +141,9 @@ impl Said {
     #[track_caller]
     pub fn refused(&self, code: i32, words: &[&str]) {
         assert_eq!((self.code, &*self.out), (code, ""), "{self:?}");
-        assert!(self.err.starts_with("error: "), "{self:?}");
-        assert_eq!(self.err.lines().count(), 1, "{self:?}");
+        let said = by_default(&self.err);
+        assert!(said.starts_with("error: "), "{self:?}");
+        assert_eq!(said.lines().count(), 1, "{self:?}");
         for word in words {
             assert!(self.err.contains(word), "{word}: {self:?}");
         }

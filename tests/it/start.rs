@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use crate::gateway::{Gateway, meddle, run};
+use crate::logs::by_default;
 use crate::malformed::assert_serves;
 
 /// `serve` on `data_dir` with `flags` ends with `code`, and stderr is an error that holds all `words`.
-fn assert_refused(data_dir: &Path, flags: &[&str], code: i32, words: &[&str]) {
+pub fn assert_refused(data_dir: &Path, flags: &[&str], code: i32, words: &[&str]) {
     let data_dir = data_dir.to_str().expect("UTF-8");
     let mut args = vec!["serve", "--data-dir", data_dir];
     if !flags.contains(&"--listen") {
@@ -20,9 +21,9 @@ fn assert_refused(data_dir: &Path, flags: &[&str], code: i32, words: &[&str]) {
     args.extend(flags);
     let ended = run(&args);
     assert_eq!(ended.status.code(), Some(code), "{}", ended.stderr);
-    let lines: Vec<&str> = ended.stderr.lines().collect();
-    assert!((1..=2).contains(&lines.len()), "{}", ended.stderr);
-    assert!(lines[0].starts_with("error: "), "{}", ended.stderr);
+    let said = by_default(&ended.stderr);
+    assert!((1..=2).contains(&said.lines().count()), "{said}");
+    assert!(said.starts_with("error: "), "{said}");
     for word in words {
         assert!(
             ended.stderr.contains(word),

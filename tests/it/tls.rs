@@ -508,9 +508,10 @@ fn what_cannot_serve_is_refused_with_one_line() {
         let dir = site.0.path().to_str().expect("UTF-8");
         let listen = ["--listen", "127.0.0.1:0", "--tls-listen", "127.0.0.1:0"];
         let ended = run(&[&["serve", "--data-dir", dir][..], &listen, flags].concat());
-        assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+        let said = by_default(&ended.stderr);
+        assert_eq!(said.lines().count(), 1, "{said}");
         assert!(!ended.status.success());
-        ended.stderr
+        said
     };
     let none = Site(TempDir::new().expect("a directory"));
     let said = refused(&none, &[]);

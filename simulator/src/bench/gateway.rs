@@ -7,7 +7,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use fieldgate::config::{DATABASE_FILE, Settings};
-use fieldgate::keys::{FleetKey, KEY_FILE};
+use fieldgate::keys::{FleetKey, KEY_FILE, SecretReaders};
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
@@ -196,7 +196,8 @@ impl Gateway {
                     address,
                     tls_address,
                     ca: store.dir.join("tls/ca.pem"),
-                    fleet_key: *FleetKey::load(&store.dir.join(KEY_FILE))?.as_bytes(),
+                    fleet_key: *FleetKey::load(&store.dir.join(KEY_FILE), SecretReaders::Owner)?
+                        .as_bytes(),
                     _stdout: lines,
                 });
             }

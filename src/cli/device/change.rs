@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use fieldgate::clock::SystemClock;
 use fieldgate::device_key::DeviceKey;
-use fieldgate::keys::{FleetKey, KEY_FILE, open_secret};
+use fieldgate::keys::{FleetKey, SecretReaders, open_secret};
 use fieldgate::store::editor::Editor;
 use fieldgate::store::lifecycle::{DeviceEdit, DeviceState, StoredKey};
 use fieldgate::store::url::StoreUrl;
 
 use super::{device_name, unknown};
+use crate::cli::fleet_key::FleetKeyFile;
 use crate::cli::{Error, output};
 
 #[derive(Args, Debug)]
@@ -56,7 +57,11 @@ pub struct RotateArgs {
 }
 
 /// Makes devices known, all or none.
-pub async fn add(data_dir: &Path, store: &StoreUrl, args: &AddArgs) -> Result<(), Error> {
+pub async fn add(
+    key_file: FleetKeyFile<'_>,
+    store: &StoreUrl,
+    args: &AddArgs,
+) -> Result<(), Error> {
     let given = match &args.own_key_file {
         Some(_) if args.names.len() > 1 => {
             let what = "two devices with one key could stand in for each other: give one NAME, or --own-key";
@@ -66,13 +71,12 @@ pub async fn add(data_dir: &Path, store: &StoreUrl, args: &AddArgs) -> Result<()
         None => None,
     };
     let mut keys = HashMap::new();
-    for name in &args.names {
-        let key = match given {
-            None if !args.own_key => continue,
-            None => random_key()?,
-            Some(key) => key,
-        };
-        keys.insert(name.as_str(), seal(&fleet_key(data_dir)?, name, key)?);
+    if args.own_key || given.is_some() {
+        let fleet = key_file.load(store).await?;
+        for name in &args.names {
+            let key = given.map_or_else(random_key, Ok)?;
+            keys.insert(name.as_str(), seal(&fleet, name, key)?);
+        }
     }
     edit(store, &args.names, |name, before| match before {
         Some(_) => Err(Error::Failed(format!(
@@ -110,13 +114,20 @@ pub async fn set_enabled(
 }
 
 /// Gives a device another key.
-pub async fn rotate_key(data_dir: &Path, store: &StoreUrl, args: &RotateArgs) -> Result<(), Error> {
+pub async fn rotate_key(
+    key_file: FleetKeyFile<'_>,
+    store: &StoreUrl,
+    args: &RotateArgs,
+) -> Result<(), Error> {
     let given = match &args.own_key_file {
         Some(path) => Some(read_key(path)?),
         None => None,
     };
     let names = std::slice::from_ref(&args.name);
     let mut kind = "";
+    // It need not be there for a key that derives from it.
+    let mut fleet = Some(key_file.load(store).await);
+    let mut fleet = || fleet.take().expect("one device is looked at once");
     edit(store, names, |name, before| {
         let Some(before) = before else {
             return Ok(None);
@@ -124,8 +135,8 @@ pub async fn rotate_key(data_dir: &Path, store: &StoreUrl, args: &RotateArgs) ->
         let has_own = before.key.sealed.is_some() && !args.derived_key;
         let sealed = match given {
             None if !args.own_key && !has_own => None,
-            None => Some(seal(&fleet_key(data_dir)?, name, random_key()?)?),
-            Some(key) => Some(seal(&fleet_key(data_dir)?, name, key)?),
+            None => Some(seal(&fleet()?, name, random_key()?)?),
+            Some(key) => Some(seal(&fleet()?, name, key)?),
         };
         kind = match sealed {
             Some(_) => "one of its own",
@@ -207,18 +218,6 @@ async fn set_all(
     Ok(Set::All(changed))
 }
 
-/// The fleet's key, which seals those of devices.
-pub fn fleet_key(data_dir: &Path) -> Result<FleetKey, Error> {
-    let path = data_dir.join(KEY_FILE);
-    if !path.exists() {
-        let path = path.display();
-        return Err(Error::Failed(format!(
-            "there is no fleet key {path}: start `fieldgate serve` first, which makes it, or give --data-dir"
-        )));
-    }
-    Ok(FleetKey::load(&path)?)
-}
-
 /// A device's own key, as the store keeps it.
 pub fn seal(fleet: &FleetKey, device: &str, key: DeviceKey) -> Result<Vec<u8>, Error> {
     key.seal(fleet, device).map_err(no_randomness)
@@ -244,7 +243,8 @@ pub fn read_key(path: &Path) -> Result<DeviceKey, Error> {
     let read = if path == Path::new("-") {
         io::stdin().read_to_string(&mut digits)
     } else {
-        let mut file = open_secret(path).map_err(|error| Error::Failed(error.to_string()))?;
+        let mut file = open_secret(path, SecretReaders::Owner)
+            .map_err(|error| Error::Failed(error.to_string()))?;
         file.read_to_string(&mut digits)
     };
     read.map_err(|error| cannot(&error))?;

@@ -1,7 +1,6 @@
 //! `fieldgate device key`: what a factory puts into devices.
 
 use std::io::Write;
-use std::path::Path;
 
 use clap::Args;
 use fieldgate::device_key::DeviceKey;
@@ -12,8 +11,8 @@ use fieldgate::store::reader::{OpenError, Reader};
 use fieldgate::store::sqlite;
 use fieldgate::store::url::StoreUrl;
 
-use super::change::fleet_key;
 use super::device_name;
+use crate::cli::fleet_key::FleetKeyFile;
 use crate::cli::{Error, output};
 
 #[derive(Args, Debug)]
@@ -24,8 +23,12 @@ pub struct KeyArgs {
 }
 
 /// Prints the keys.
-pub async fn key(data_dir: &Path, store: &StoreUrl, args: &KeyArgs) -> Result<(), Error> {
-    let keys = keys_of(data_dir, store, &args.names).await?;
+pub async fn key(
+    key_file: FleetKeyFile<'_>,
+    store: &StoreUrl,
+    args: &KeyArgs,
+) -> Result<(), Error> {
+    let keys = keys_of(key_file, store, &args.names).await?;
     let mut out = output::stdout();
     for (name, key) in args.names.iter().zip(keys) {
         let digits = key.to_digits();
@@ -39,11 +42,11 @@ pub async fn key(data_dir: &Path, store: &StoreUrl, args: &KeyArgs) -> Result<()
 
 /// Returns the keys that devices have to prove, known or not.
 pub async fn keys_of(
-    data_dir: &Path,
+    key_file: FleetKeyFile<'_>,
     store: &StoreUrl,
     names: &[String],
 ) -> Result<Vec<DeviceKey>, Error> {
-    let fleet = fleet_key(data_dir)?;
+    let fleet = key_file.load(store).await?;
     let mut reader = match Reader::open(store).await {
         Ok(reader) => Some(reader),
         // Where no gateway has run yet, every device has its first key; but who says that this is the place?
@@ -51,7 +54,7 @@ pub async fn keys_of(
             missing @ (OpenError::Sqlite(sqlite::OpenError::Missing(_))
             | OpenError::Postgres(postgres::OpenError::Missing { .. })),
         ) => {
-            eprintln!("{missing}; without it, keys are told as if none was ever replaced");
+            tracing::warn!(reason = %missing, "no store: keys are printed as if none was ever replaced");
             None
         }
         Err(error) => return Err(error.into()),

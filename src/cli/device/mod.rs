@@ -9,8 +9,6 @@ mod remove;
 mod show;
 mod transfer;
 
-use std::path::Path;
-
 use clap::Subcommand;
 use fieldgate::store::reader::Reader;
 use fieldgate::store::url::StoreUrl;
@@ -22,6 +20,7 @@ pub use self::key::keys_of;
 pub use self::show::queries;
 pub use self::show::unknown;
 use super::Error;
+use super::fleet_key::FleetKeyFile;
 
 #[derive(Debug, Subcommand)]
 pub enum DeviceCommand {
@@ -60,7 +59,7 @@ pub enum DeviceCommand {
 
 /// Does what was asked for.
 pub async fn device(
-    data_dir: &Path,
+    key: FleetKeyFile<'_>,
     store: &StoreUrl,
     command: &DeviceCommand,
 ) -> Result<(), Error> {
@@ -68,14 +67,14 @@ pub async fn device(
         DeviceCommand::List(args) => list::list(&mut Reader::open(store).await?, args).await,
         DeviceCommand::Show { name } => show::show(&mut Reader::open(store).await?, name).await,
         DeviceCommand::Refused(args) => refused::refused(store, args).await,
-        DeviceCommand::Add(args) => change::add(data_dir, store, args).await,
+        DeviceCommand::Add(args) => change::add(key, store, args).await,
         DeviceCommand::Disable(args) => change::set_enabled(store, args, false).await,
         DeviceCommand::Enable(args) => change::set_enabled(store, args, true).await,
         DeviceCommand::Remove(args) => remove::remove(store, args).await,
-        DeviceCommand::RotateKey(args) => change::rotate_key(data_dir, store, args).await,
-        DeviceCommand::Key(args) => key::key(data_dir, store, args).await,
-        DeviceCommand::Export(args) => transfer::export(data_dir, store, args).await,
-        DeviceCommand::Import(args) => transfer::import(data_dir, store, args).await,
+        DeviceCommand::RotateKey(args) => change::rotate_key(key, store, args).await,
+        DeviceCommand::Key(args) => key::key(key, store, args).await,
+        DeviceCommand::Export(args) => transfer::export(key, store, args).await,
+        DeviceCommand::Import(args) => transfer::import(key, store, args).await,
     }
 }
 

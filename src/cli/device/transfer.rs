@@ -12,16 +12,17 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use fieldgate::device_key::DeviceKey;
-use fieldgate::keys::{FleetKey, write_secret};
+use fieldgate::keys::{FleetKey, create_secret};
 use fieldgate::store::lifecycle::{self, DeviceState, StoredKey};
 use fieldgate::store::reader::Reader;
 use fieldgate::store::url::StoreUrl;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::change::{Wanted, edit, fleet_key, next_version, seal};
+use super::change::{Wanted, edit, next_version, seal};
 use super::{device_name, key};
 use crate::cli::Error;
-use crate::cli::output::{self, count};
+use crate::cli::fleet_key::FleetKeyFile;
+use crate::cli::output;
 
 /// Devices of one transaction: while it is open, nothing is acknowledged.
 const DEVICES_AT_ONCE: usize = 100;
@@ -67,7 +68,11 @@ fn field<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Opti
 }
 
 /// Writes all devices.
-pub async fn export(data_dir: &Path, store: &StoreUrl, args: &ExportArgs) -> Result<(), Error> {
+pub async fn export(
+    key_file: FleetKeyFile<'_>,
+    store: &StoreUrl,
+    args: &ExportArgs,
+) -> Result<(), Error> {
     let mut reader = Reader::open(store).await?;
     let mut devices = Vec::new();
     lifecycle::each(&mut reader, |device| {
@@ -75,15 +80,18 @@ pub async fn export(data_dir: &Path, store: &StoreUrl, args: &ExportArgs) -> Res
         Ok(())
     })
     .await?;
+    let has_own = devices.iter().any(|device| device.key.sealed.is_some());
+    let fleet = match args.with_keys && has_own {
+        true => Some(key_file.load(store).await?),
+        false => None,
+    };
     let mut csv = csv::Writer::from_writer(Vec::new());
     let mut untold = 0;
     for device in devices {
-        let own_key = match &device.key.sealed {
-            None => String::new(),
-            Some(_) if args.with_keys => {
-                key::open(&fleet_key(data_dir)?, &device.name, &device.key)?.to_digits()
-            }
-            Some(_) => {
+        let own_key = match (&device.key.sealed, &fleet) {
+            (None, _) => String::new(),
+            (Some(_), Some(fleet)) => key::open(fleet, &device.name, &device.key)?.to_digits(),
+            (Some(_), None) => {
                 untold += 1;
                 UNTOLD.to_owned()
             }
@@ -101,7 +109,7 @@ pub async fn export(data_dir: &Path, store: &StoreUrl, args: &ExportArgs) -> Res
         .map_err(|error| cannot_write(error.into_error().into()))?;
     let text = String::from_utf8_lossy(&text);
     match &args.out {
-        Some(path) => write_secret(path, &text)
+        Some(path) => create_secret(path, &text)
             .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))?,
         None => {
             let mut out = output::stdout();
@@ -110,8 +118,10 @@ pub async fn export(data_dir: &Path, store: &StoreUrl, args: &ExportArgs) -> Res
         }
     }
     if untold > 0 {
-        let keys = count(untold, "key");
-        eprintln!("{keys} of devices' own left out; --with-keys writes them");
+        tracing::warn!(
+            keys = untold,
+            "keys of devices' own left out; --with-keys writes them"
+        );
     }
     Ok(())
 }
@@ -121,9 +131,13 @@ fn cannot_write(error: csv::Error) -> Error {
 }
 
 /// Makes devices what the file says.
-pub async fn import(data_dir: &Path, store: &StoreUrl, args: &ImportArgs) -> Result<(), Error> {
+pub async fn import(
+    key_file: FleetKeyFile<'_>,
+    store: &StoreUrl,
+    args: &ImportArgs,
+) -> Result<(), Error> {
     let lines = read(&args.file)?;
-    let fleet = fleet_key(data_dir)?;
+    let fleet = key_file.load(store).await?;
     let names: Vec<String> = lines.iter().map(|(_, line)| line.name.clone()).collect();
     let by_name: HashMap<&str, &(usize, Line)> = lines
         .iter()

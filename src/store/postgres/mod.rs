@@ -24,7 +24,7 @@ pub(super) use self::identity::REASON_LOST_BY_STORE;
 pub use self::link::Link;
 use self::newest::Newest;
 pub(super) use self::newest::insert_newest;
-pub use self::open::{OpenError, migrate, open_editor, open_reader, open_watcher};
+pub use self::open::{OpenError, check, migrate, open_editor, open_reader, open_watcher};
 use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
 use self::write::{CommitError, Writer};

@@ -27,9 +27,10 @@ static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     migrator
 });
 /// Tables that another program may have, under the same names.
-const TABLES: [&str; 18] = [
+const TABLES: [&str; 19] = [
     "devices",
     "device_revision",
+    "fleet_key",
     "streams",
     "schemas",
     "series",
@@ -351,6 +352,30 @@ pub async fn migrate(url: &PostgresUrl) -> Result<(i64, i64), OpenError> {
     Ok((before, latest_known()))
 }
 
+/// Looks whether a gateway could store into the database, and changes nothing.
+///
+/// # Errors
+/// As for [`super::PostgresStore::open`].
+pub async fn check(url: &PostgresUrl, allows_data_loss: bool) -> Result<(), OpenError> {
+    let mut conn = connect(url, allows_data_loss).await?;
+    let sql = |error| open_error(url, error);
+    if refuse_foreign(&mut conn, url).await? == 0 {
+        let may_create: Option<bool> =
+            sqlx::query_scalar("SELECT has_schema_privilege(current_schema(), 'CREATE')")
+                .fetch_one(&mut conn)
+                .await
+                .map_err(sql)?;
+        if may_create != Some(true) {
+            return Err(OpenError::Rights {
+                url: url.clone(),
+                reason: "it may not create tables".to_owned(),
+            });
+        }
+    }
+    conn.close().await;
+    Ok(())
+}
+
 /// Brings the schema up to date; gives back its version before.
 pub(super) async fn bring_up_to_date(conn: &mut Link, url: &PostgresUrl) -> Result<i64, OpenError> {
     let before = refuse_foreign(conn, url).await?;
@@ -372,6 +397,8 @@ pub(super) async fn bring_up_to_date(conn: &mut Link, url: &PostgresUrl) -> Resu
         conn.set_patience(Patience::Limited);
         let role = Role::Writer { keeps: false };
         set(conn, url, role).await?;
+        let after = latest_known();
+        tracing::info!(database = %url, before, after, "schema brought up to date");
     }
     Ok(before)
 }

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use fieldgate_protocol::frame::types;
 use tokio::sync::{Mutex, Notify};
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -197,11 +197,7 @@ pub async fn leave(
 impl Store for SpoolStore {
     async fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
         if let Some(ended) = self.drain.try_join_next() {
-            let reason = match ended {
-                Ok(reason) => reason.unwrap_or_default(),
-                Err(error) => format!("the drain ended: {error}"),
-            };
-            return Err(StoreError::Fatal(reason));
+            return Err(drain_ended(ended));
         }
         let mut spool = self.spool.lock().await;
         let used_bytes = spool.used_bytes().await?;
@@ -220,6 +216,11 @@ impl Store for SpoolStore {
         drop(spool);
         self.arrived.notify_one();
         Ok(committed)
+    }
+
+    async fn failure(&mut self) -> StoreError {
+        let ended = self.drain.join_next().await;
+        drain_ended(ended.unwrap_or(Ok(None)))
     }
 
     async fn close(mut self) -> Result<(), StoreError> {
@@ -244,6 +245,14 @@ impl Store for SpoolStore {
         }
         spool.close().await
     }
+}
+
+fn drain_ended(ended: Result<Option<String>, JoinError>) -> StoreError {
+    StoreError::Fatal(match ended {
+        Ok(Some(reason)) => reason,
+        Ok(None) => "the task that drains the spool has ended".to_owned(),
+        Err(error) => format!("the task that drains the spool: {error}"),
+    })
 }
 
 /// The task that drains.

@@ -20,7 +20,7 @@ use std::sync::{Arc, OnceLock};
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 use tokio::sync::{Mutex, Notify};
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 
 use super::classify;
 use crate::store::StoreError;
@@ -55,7 +55,7 @@ pub(super) struct Checkpoints {
     /// Length at which finishing is tried next.
     finish_at_bytes: u64,
     /// Ends the task when dropped.
-    _task: JoinSet<()>,
+    task: JoinSet<()>,
 }
 
 struct Shared {
@@ -90,7 +90,7 @@ impl Checkpoints {
             limits,
             log: Log::default(),
             finish_at_bytes,
-            _task: task,
+            task,
         }
     }
 
@@ -99,6 +99,9 @@ impl Checkpoints {
     pub(super) async fn make_room(&mut self) -> Result<(), StoreError> {
         if let Some(reason) = self.shared.failure.get() {
             return Err(StoreError::Fatal(reason.clone()));
+        }
+        if let Some(ended) = self.task.try_join_next() {
+            return Err(self.ended(Some(ended)));
         }
         if self.log.len_bytes > self.limits.hard_bytes {
             if self.shared.checkpoint(Mode::Restart).await? {
@@ -157,12 +160,27 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Waits until the task has ended, which it does only by failing.
+    pub(super) async fn failure(&mut self) -> StoreError {
+        let ended = self.task.join_next().await;
+        self.ended(ended)
+    }
+
+    fn ended(&self, ended: Option<Result<(), JoinError>>) -> StoreError {
+        let panicked = ended.and_then(Result::err).map(|error| error.to_string());
+        let reason = self.shared.failure.get().cloned().or(panicked);
+        let reason = reason.unwrap_or_else(|| "it ended".to_owned());
+        StoreError::Fatal(format!(
+            "the task that shortens the write-ahead log: {reason}"
+        ))
+    }
+
     /// Ends the task and gives back the reason if checkpoints have failed for good.
     pub(super) async fn stop(self) -> Option<String> {
         let Self {
-            shared, mut _task, ..
+            shared, mut task, ..
         } = self;
-        _task.shutdown().await;
+        task.shutdown().await;
         shared.failure.get().cloned()
     }
 }

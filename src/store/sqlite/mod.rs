@@ -288,6 +288,12 @@ impl Store for SqliteStore {
         self.writer.as_ref().is_none_or(Writer::is_tidy)
     }
 
+    async fn failure(&mut self) -> StoreError {
+        let error = self.checkpoints.failure().await;
+        self.abandon();
+        error
+    }
+
     async fn close(mut self) -> Result<(), StoreError> {
         // So that the file is as small and as quick to read as it can be.
         while !self.is_tidy() {

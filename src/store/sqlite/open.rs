@@ -268,6 +268,7 @@ pub(super) async fn writer(
     let mut conn = options(path).connect().await.map_err(sqlite)?;
     refuse_old_sqlite(&mut conn).await.map_err(sqlite)??;
     let is_new = refuse_foreign(&mut conn, path, settings.purpose).await?;
+    let mut before = 0;
     if is_new {
         let page_size = format!("PRAGMA page_size = {}", settings.page_bytes);
         sqlx::query(AssertSqlSafe(page_size))
@@ -276,7 +277,7 @@ pub(super) async fn writer(
             .map_err(sqlite)?;
     } else {
         // Before anything is set: a newer schema is not ours to touch.
-        refuse_newer(&mut conn, path, settings.purpose).await?;
+        before = refuse_newer(&mut conn, path, settings.purpose).await?;
     }
     set(&mut conn, path, "journal_mode", "wal", "wal").await?;
     set(&mut conn, path, "synchronous", "FULL", "2").await?;
@@ -295,6 +296,11 @@ pub(super) async fn writer(
         .run(&mut conn)
         .await
         .map_err(|error| migration_error(path, error))?;
+    let after = settings.purpose.latest_known();
+    if before != after {
+        let path = path.display();
+        tracing::info!(%path, before, after, "schema brought up to date");
+    }
     Ok(conn)
 }
 

@@ -1,0 +1,136 @@
+//! `fieldgate serve --check`: what would keep the gateway from serving, found without listening and without
+//! writing.
+
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::path::Path;
+
+use fieldgate::config::{Config, Settings};
+use fieldgate::log;
+use fieldgate::store::reader::{OpenError, Reader};
+use fieldgate::store::url::StoreUrl;
+use fieldgate::store::{postgres, spool, sqlite};
+use rustix::fs::{Access, access};
+use tokio::net::TcpSocket;
+
+use super::serve::load_tls;
+use super::{Error, LogFormat, fleet_key, output};
+
+/// Prints a line for each problem; the exit code is that of the first.
+pub async fn check(settings: Settings, format: LogFormat) -> Result<(), Error> {
+    let faults = Config::faults(&settings);
+    let problems = if faults.is_empty() {
+        problems(&Config::new(settings)?).await
+    } else {
+        faults.into_iter().map(Error::Config).collect()
+    };
+    let Some(first) = problems.first() else {
+        let mut out = output::stdout();
+        writeln!(out, "settings, files and store are fit to serve")?;
+        return out.flush().map_err(Error::Output);
+    };
+    for line in problems.iter().filter_map(|problem| problem.line(format)) {
+        log::urgent(&line);
+    }
+    Err(Error::Shown(first.exit_code()))
+}
+
+async fn problems(config: &Config) -> Vec<Error> {
+    let mut problems = Vec::new();
+    let mut note = |checked: Result<(), Error>| problems.extend(checked.err());
+    note(data_dir(&config.data_dir));
+    note(listen("--listen", config.listen));
+    if let Some(address) = config.tls_listen {
+        note(listen("--tls-listen", address));
+    }
+    note(tls(config));
+    note(waiting_frames(config).await);
+    match store(config).await {
+        // Without a store there is none to compare the key with.
+        Err(error) => {
+            note(fleet_key::find(config).await.map(drop));
+            note(Err(error));
+        }
+        Ok(()) => note(fleet_key::compare_all(config).await),
+    }
+    problems
+}
+
+/// Whether the directory is there and can be written, or can be made.
+fn data_dir(dir: &Path) -> Result<(), Error> {
+    let mut nearest = dir;
+    while !nearest.exists() {
+        nearest = match nearest.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+    }
+    let writable = match nearest.is_dir() {
+        true => access(nearest, Access::WRITE_OK | Access::EXEC_OK).map_err(io::Error::from),
+        false => Err(io::ErrorKind::NotADirectory.into()),
+    };
+    writable.map_err(|error| {
+        let (dir, nearest) = (dir.display(), nearest.display());
+        Error::Failed(format!(
+            "could not write the data directory {dir}: {nearest}: {error}; give this user access, or another --data-dir"
+        ))
+    })
+}
+
+/// Whether the address is this machine's. Its port may be in use by the gateway that this one replaces.
+fn listen(flag: &str, address: SocketAddr) -> Result<(), Error> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    };
+    let any_port = SocketAddr::new(address.ip(), 0);
+    let bound = socket.and_then(|socket| socket.bind(any_port));
+    bound.map_err(|error| {
+        Error::Failed(format!(
+            "could not listen on {address}: {error}; give an address of this machine as {flag}"
+        ))
+    })
+}
+
+fn tls(config: &Config) -> Result<(), Error> {
+    let Some(tls) = load_tls(config)? else {
+        return Ok(());
+    };
+    match tls.expired() {
+        None => Ok(()),
+        Some(expires) => Err(Error::Failed(format!(
+            "the certificate has expired, on {expires}, and devices would not connect; renew it"
+        ))),
+    }
+}
+
+async fn waiting_frames(config: &Config) -> Result<(), Error> {
+    match config.spool {
+        true => spool::waiting(&config.spool_path()).await.map(drop)?,
+        false => spool::refuse_undrained(&config.spool_path()).await?,
+    }
+    Ok(())
+}
+
+/// Whether the store can be opened as it is, or made.
+async fn store(config: &Config) -> Result<(), Error> {
+    match config.store() {
+        StoreUrl::Sqlite(path) => match Reader::open(config.store()).await {
+            Err(OpenError::Sqlite(sqlite::OpenError::Missing(_))) => {
+                let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+                let dir = dir.unwrap_or(Path::new("."));
+                match dir == config.data_dir || dir.is_dir() {
+                    true => Ok(()),
+                    false => Err(sqlite::OpenError::NoDirectory(dir.to_owned()).into()),
+                }
+            }
+            // The start brings it up to date.
+            Err(OpenError::Sqlite(sqlite::OpenError::Older(_))) => Ok(()),
+            opened => opened.map(drop).map_err(Error::Open),
+        },
+        StoreUrl::Postgres(url) => {
+            postgres::check(url, config.allow_postgres_data_loss).await?;
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! `fieldgate fleet-key`, and the fleet key of every other command: it has to be the one that the store's devices
+//! belong to.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use fieldgate::config::{Config, SPOOL_FILE};
+use fieldgate::device_key::DeviceKey;
+use fieldgate::keys::{FleetKey, KEY_FILE, Origin, SecretReaders, create_data_dir};
+use fieldgate::store::editor::Editor;
+use fieldgate::store::fleet_key::{Mismatch, Standing, adopt, claim, standing};
+use fieldgate::store::lifecycle;
+use fieldgate::store::reader::Reader;
+use fieldgate::store::url::StoreUrl;
+use tokio::time::timeout;
+
+use super::{Error, output};
+
+/// How long the start of a gateway with a spool waits for the database to say which key is its.
+const DATABASE_TIMEOUT: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Subcommand)]
+pub enum FleetKeyCommand {
+    /// Show the fingerprints of the fleet key in the data directory and of the one that the store's devices
+    /// belong to. They are no secret
+    Show,
+    /// Make the fleet key in the data directory the store's, in the place of the one it had. Devices need keys that
+    /// derive from it before they can connect again. Restart gateways afterwards
+    Adopt(AdoptArgs),
+}
+
+#[derive(Args, Debug)]
+pub struct AdoptArgs {
+    /// Make a new fleet key, where there is none
+    #[arg(long)]
+    create: bool,
+}
+
+/// Where the fleet key is, and who may read it.
+#[derive(Clone, Copy, Debug)]
+pub struct FleetKeyFile<'a> {
+    /// The directory it is in.
+    pub data_dir: &'a Path,
+    /// Who may read it besides its owner.
+    pub readers: SecretReaders,
+}
+
+impl FleetKeyFile<'_> {
+    fn path(self) -> PathBuf {
+        self.data_dir.join(KEY_FILE)
+    }
+
+    /// Loads the key; `None` if there is none.
+    pub fn find(self) -> Result<Option<FleetKey>, Error> {
+        Ok(FleetKey::find(self.data_dir, self.readers)?)
+    }
+
+    /// Loads the key for a command that works on `store`, whose key it has to be.
+    pub async fn load(self, store: &StoreUrl) -> Result<FleetKey, Error> {
+        let Some(key) = self.find()? else {
+            return Err(Error::Failed(format!(
+                "there is no fleet key {}: start `fieldgate serve` first, which makes it, or give --data-dir",
+                self.path().display()
+            )));
+        };
+        // What is wrong with the store is said by the command, if it needs one.
+        if let Ok(mut reader) = Reader::open(store).await {
+            let standing = standing(&mut reader).await?;
+            self.compare(&standing, Some(&key), store)?;
+        }
+        Ok(key)
+    }
+
+    fn compare(
+        self,
+        standing: &Standing,
+        key: Option<&FleetKey>,
+        store: impl std::fmt::Display,
+    ) -> Result<(), Error> {
+        let path = self.path();
+        let path = path.display();
+        let message = match standing.mismatch(key) {
+            None => return Ok(()),
+            Some(Mismatch::Other(theirs)) => {
+                let ours = key.map(FleetKey::fingerprint).unwrap_or_default();
+                format!(
+                    "the fleet key {path} (fingerprint {ours}) is not the one of {store} ({theirs}), and none of \
+                     its devices could connect; put the right key there, or run `fieldgate fleet-key adopt` if \
+                     devices are to get keys that derive from this one"
+                )
+            }
+            Some(Mismatch::Lost) => format!(
+                "there is no fleet key {path}, and the devices of {store} need theirs; put it back from a backup, \
+                 or run `fieldgate fleet-key adopt --create` if all devices are to get new keys"
+            ),
+        };
+        Err(Error::Failed(message))
+    }
+}
+
+/// Where the fleet key of a gateway is.
+fn file_of(config: &Config) -> FleetKeyFile<'_> {
+    FleetKeyFile {
+        data_dir: &config.data_dir,
+        readers: config.secret_readers,
+    }
+}
+
+/// Loads a gateway's key before its store is opened. Where a spool would be registered with the database, it must be
+/// the database's key, if the database answers.
+pub async fn find(config: &Config) -> Result<Option<FleetKey>, Error> {
+    let file = file_of(config);
+    let key = file.find()?;
+    let url = config.store();
+    if !config.spool {
+        return Ok(key);
+    }
+    let reader = timeout(DATABASE_TIMEOUT, Reader::open(url)).await;
+    // A database that does not answer is for those who store.
+    if let Ok(Ok(mut reader)) = reader
+        && let Ok(standing) = standing(&mut reader).await
+    {
+        file.compare(&standing, key.as_ref(), url)?;
+    }
+    Ok(key)
+}
+
+/// Makes sure that the open store's devices belong to the gateway's key `found`, and makes one for a store without
+/// devices.
+pub async fn settle(config: &Config, found: Option<FleetKey>) -> Result<(FleetKey, Origin), Error> {
+    let file = file_of(config);
+    let spool = config.spool.then(|| config.spool_path());
+    let name = match &spool {
+        Some(path) => path.display().to_string(),
+        None => config.store().to_string(),
+    };
+    let mut editor = match &spool {
+        Some(path) => Editor::open_spool(path).await?,
+        None => Editor::open(config.store()).await?,
+    };
+    let before = standing(&mut editor).await?;
+    file.compare(&before, found.as_ref(), &name)?;
+    let (key, origin) = match found {
+        Some(key) => (key, Origin::Loaded),
+        None => FleetKey::create(file.data_dir, file.readers)?,
+    };
+    let after = claim(&mut editor, &key).await?;
+    file.compare(&after, Some(&key), &name)?;
+    if spool.is_some() {
+        claim_database(config, &key).await?;
+    }
+    Ok((key, origin))
+}
+
+/// Compares a gateway's key with what its store and its spool know, and changes nothing.
+pub async fn compare_all(config: &Config) -> Result<(), Error> {
+    let file = file_of(config);
+    let key = file.find()?;
+    if let Ok(mut reader) = Reader::open(config.store()).await {
+        let standing = standing(&mut reader).await?;
+        file.compare(&standing, key.as_ref(), config.store())?;
+    }
+    let spool = config.spool_path();
+    if config.spool && spool.exists() {
+        let standing = standing(&mut *Editor::open_spool(&spool).await?).await?;
+        file.compare(&standing, key.as_ref(), spool.display())?;
+    }
+    Ok(())
+}
+
+/// Makes the key of a gateway with a spool the database's, if the database answers.
+async fn claim_database(config: &Config, key: &FleetKey) -> Result<(), Error> {
+    let url = config.store();
+    let Ok(Ok(mut editor)) = timeout(DATABASE_TIMEOUT, Editor::open(url)).await else {
+        return Ok(());
+    };
+    match claim(&mut editor, key).await {
+        Ok(standing) => file_of(config).compare(&standing, Some(key), url),
+        Err(error) => {
+            tracing::warn!(%error, "the database does not know the fleet key yet");
+            Ok(())
+        }
+    }
+}
+
+/// Does what was asked for.
+pub async fn fleet_key(
+    file: FleetKeyFile<'_>,
+    store: &StoreUrl,
+    command: &FleetKeyCommand,
+) -> Result<(), Error> {
+    match command {
+        FleetKeyCommand::Show => show(file, store).await,
+        FleetKeyCommand::Adopt(args) => adopt_key(file, store, args).await,
+    }
+}
+
+async fn show(file: FleetKeyFile<'_>, store: &StoreUrl) -> Result<(), Error> {
+    let key = file.find()?;
+    let standing = standing(&mut Reader::open(store).await?).await?;
+    let ours = key.map_or_else(|| "none".to_owned(), |key| key.fingerprint());
+    let theirs = match standing {
+        Standing::Claimed(fingerprint) => fingerprint,
+        Standing::Unclaimed { .. } => "none".to_owned(),
+    };
+    let path = file.path().display().to_string();
+    let mut out = output::stdout();
+    output::write_facts(
+        &[(path.as_str(), ours), (store.to_string().as_str(), theirs)],
+        &mut out,
+    )?;
+    out.flush().map_err(Error::Output)
+}
+
+async fn adopt_key(
+    file: FleetKeyFile<'_>,
+    store: &StoreUrl,
+    args: &AdoptArgs,
+) -> Result<(), Error> {
+    let path = file.path();
+    let path = path.display();
+    let mut editor = Editor::open(store).await?;
+    let key = match (file.find()?, args.create) {
+        (Some(key), false) => key,
+        (Some(_), true) => {
+            return Err(Error::Failed(format!(
+                "there is a fleet key {path}; leave out --create to adopt it, or move it away first"
+            )));
+        }
+        (None, false) => {
+            return Err(Error::Failed(format!(
+                "there is no fleet key {path}; put one there, or give --create to make a new one"
+            )));
+        }
+        (None, true) => {
+            create_data_dir(file.data_dir)?;
+            FleetKey::create(file.data_dir, file.readers)?.0
+        }
+    };
+    let spool = file.data_dir.join(SPOOL_FILE);
+    if spool.exists() {
+        adopt(&mut Editor::open_spool(&spool).await?, &key).await?;
+    }
+    adopt(&mut editor, &key).await?;
+    let mut sealed = 0;
+    lifecycle::each(&mut editor, |device| {
+        let own = device.key.sealed.as_ref();
+        let is_lost = |own: &Vec<u8>| DeviceKey::unseal(&key, &device.name, own).is_err();
+        sealed += u64::from(own.is_some_and(is_lost));
+        Ok(())
+    })
+    .await?;
+    let mut out = output::stdout();
+    writeln!(
+        out,
+        "{store} belongs to the fleet key {path} now, fingerprint {}",
+        key.fingerprint()
+    )?;
+    writeln!(
+        out,
+        "devices need keys that derive from it: `fieldgate device key NAME` prints them"
+    )?;
+    if sealed > 0 {
+        let keys = output::count(sealed, "device");
+        writeln!(
+            out,
+            "{keys} had keys of their own, which only the former fleet key opens: `fieldgate device rotate-key`"
+        )?;
+    }
+    out.flush().map_err(Error::Output)
+}

@@ -1,0 +1,72 @@
+//! Tasks that must run for as long as the gateway does. None is left on its own: what ends is noticed and named.
+
+use std::collections::HashMap;
+use std::future::Future;
+
+use tokio::task::{Id, JoinSet};
+
+/// Tasks with names; they end when this is dropped.
+#[derive(Debug, Default)]
+pub struct Supervisor {
+    tasks: JoinSet<()>,
+    names: HashMap<Id, &'static str>,
+}
+
+/// A task that should not have ended has ended.
+#[derive(Debug, thiserror::Error)]
+#[error("the task {name:?} ended unexpectedly: {reason}")]
+pub struct TaskEnded {
+    /// Which.
+    pub name: &'static str,
+    /// Why, as far as it can be known.
+    pub reason: String,
+}
+
+impl Supervisor {
+    /// Starts a task that should not end by itself.
+    pub fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let id = self.tasks.spawn(task).id();
+        self.names.insert(id, name);
+    }
+
+    /// Waits until a task has ended or panicked; never returns where there are none.
+    ///
+    /// # Cancel safety
+    /// A cancelled call loses nothing.
+    pub async fn ended(&mut self) -> TaskEnded {
+        let (id, reason) = match self.tasks.join_next_with_id().await {
+            Some(Ok((id, ()))) => (id, "it returned".to_owned()),
+            Some(Err(error)) => (error.id(), error.to_string()),
+            None => return std::future::pending().await,
+        };
+        let name = self.names.remove(&id).unwrap_or_default();
+        TaskEnded { name, reason }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_panics_is_named() {
+        let mut supervisor = Supervisor::default();
+        supervisor.spawn("steady", pending());
+        supervisor.spawn("hasty", async { panic!("no patience") });
+        let ended = supervisor.ended().await.to_string();
+        assert!(
+            ended.contains("\"hasty\"") && ended.contains("no patience"),
+            "{ended}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_task_that_returns_is_named() {
+        let mut supervisor = Supervisor::default();
+        supervisor.spawn("steady", pending());
+        supervisor.spawn("lazy", async {});
+        assert_eq!(supervisor.ended().await.name, "lazy");
+    }
+}

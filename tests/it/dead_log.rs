@@ -1,0 +1,122 @@
+//! A stderr that takes nothing: what reads the log has ended or stalls, or there is no room for it. The gateway
+//! serves on, hears signals, and ends in order.
+
+use std::fs::OpenOptions;
+use std::io::{PipeReader, Read, pipe};
+use std::process::Stdio;
+
+use fieldgate_protocol::error::Code;
+use fieldgate_protocol::frame::types;
+
+use crate::client::{Link, header, sealed};
+use crate::gateway::{Ended, Gateway, command, run};
+use crate::malformed::assert_serves;
+
+/// They fill more than a pipe with lines about them.
+const STRANGERS: usize = 1000;
+
+fn full_disk() -> Stdio {
+    let full = OpenOptions::new().write(true).open("/dev/full");
+    full.expect("Linux has /dev/full").into()
+}
+
+fn reader_gone() -> Stdio {
+    pipe().expect("a pipe").1.into()
+}
+
+/// Its reader is there and reads nothing.
+fn stalled() -> (PipeReader, Stdio) {
+    let (reader, writer) = pipe().expect("a pipe");
+    (reader, writer.into())
+}
+
+fn be_refused(gateway: &Gateway) {
+    let mut link = Link::open(gateway.addr);
+    link.send(&sealed(header(types::AUTH, 0), &[0; 34]));
+    link.expect_bye(Code::Authentication);
+}
+
+/// All that makes a gateway log, then an end in order.
+fn assert_survives(mut gateway: Gateway) -> Ended {
+    for _ in 0..3 {
+        be_refused(&gateway);
+        assert_serves(&gateway, "good");
+    }
+    gateway.signal("HUP");
+    assert_serves(&gateway, "better");
+    gateway.terminate();
+    let ended = gateway.wait();
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+    ended
+}
+
+#[test]
+fn a_log_that_cannot_be_written_harms_nothing() {
+    for stderr in [full_disk(), reader_gone()] {
+        assert_survives(Gateway::start_logging_to(stderr, &[]));
+    }
+}
+
+#[test]
+fn a_log_whose_reader_stalls_blocks_nothing() {
+    let (mut reader, stderr) = stalled();
+    let flags = [
+        "--failure-delay-max-ms",
+        "0",
+        "--log-lines-per-address-max",
+        "100000",
+    ];
+    let gateway = Gateway::start_logging_to(stderr, &flags);
+    for _ in 0..STRANGERS {
+        be_refused(&gateway);
+    }
+    assert_survives(gateway);
+    let mut log = String::new();
+    reader.read_to_string(&mut log).expect("text");
+    // Otherwise nothing has stalled.
+    assert!(log.len() >= 48 << 10, "{} bytes", log.len());
+}
+
+#[test]
+fn commands_end_with_an_exit_code_whatever_becomes_of_their_output() {
+    let gateway = Gateway::start(&[]);
+    assert_serves(&gateway, "good");
+    let data_dir = gateway.data_dir().to_str().expect("UTF-8");
+    let added = run(&["device", "add", "own", "--own-key", "--data-dir", data_dir]);
+    assert!(added.status.success(), "{}", added.stderr);
+    let commands: [&[&str]; 12] = [
+        &["--help"],
+        &["no-such-command"],
+        &["serve", "--listen", "nowhere"],
+        &["serve"],
+        &["query", "SELECT * FROM devices"],
+        &["query", "SELECT"],
+        &["device", "list"],
+        &["device", "show", "good"],
+        &["device", "key", "good", "better"],
+        &["device", "export"],
+        &["quarantine", "list"],
+        &["status"],
+    ];
+    for args in commands {
+        for dead in [full_disk, reader_gone] {
+            let mut command = command(args);
+            command.env("FIELDGATE_DATA_DIR", data_dir);
+            let status = command.stdout(dead()).stderr(dead()).status();
+            let code = status.expect("starts").code();
+            assert!(matches!(code, Some(0..=2)), "{args:?}: {code:?}");
+        }
+    }
+}
+
+#[test]
+fn a_fatal_error_reaches_a_reader_that_reads_late() {
+    let (mut reader, stderr) = stalled();
+    let mut command = command(&["serve", "--store", "mysql://nowhere"]);
+    let mut process = command.stderr(stderr).spawn().expect("starts");
+    drop(command);
+    let mut log = String::new();
+    reader.read_to_string(&mut log).expect("text");
+    assert_eq!(process.wait().expect("a child").code(), Some(2));
+    assert!(log.starts_with("error: "), "{log}");
+}
