@@ -361,7 +361,7 @@ mod tests {
         let late = Batch {
             events: vec![DeviceEvent {
                 device: gone.device,
-                session: None,
+                session: Some(crate::store::SessionId(1)),
                 at_us: 2,
                 kind: DeviceEventKind::Disconnected,
                 code: 52,
