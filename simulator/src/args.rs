@@ -1,6 +1,8 @@
 //! The command line: what may be said, and what it comes to.
 //!
-//! Every flag can also be given as an environment variable, `FIELDGATE_SIM_` and the flag's name.
+//! Every flag can also be given as an environment variable, `FIELDGATE_SIM_` and the flag's name. `--data-dir` and
+//! `--store` of `run` and `verify` follow the gateway's own `FIELDGATE_DATA_DIR` and `FIELDGATE_STORE`, too. An empty
+//! variable counts as not set.
 //! Ranges are checked here, so that nothing else meets a fleet of no devices. Randomness and the time
 //! of day come from the caller, so that tests can decide them.
 
@@ -10,9 +12,12 @@ use crate::pace::Pace;
 use crate::plan::{self, Clock, Plan, PlanError, Profile, Script};
 use crate::replay::ReplayOptions;
 use crate::verify::Others;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::BoolishValueParser;
+use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use fieldgate::config::{self, Settings};
 use fieldgate::recording::ReadOptions;
 use fieldgate::store::url::{StoreUrl, StoreUrlError};
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -23,6 +28,47 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// Reads the command line and the environment.
+///
+/// # Errors
+/// What clap says, or shows.
+pub fn parse() -> Result<Cli, clap::Error> {
+    let command = with_environment(Cli::command(), |name| std::env::var_os(name));
+    Cli::from_arg_matches(&command.try_get_matches()?)
+}
+
+/// Decides from which variables flags are read, if they are set to something.
+fn with_environment(
+    command: clap::Command,
+    variable: impl Fn(&str) -> Option<OsString>,
+) -> clap::Command {
+    let is_set = |name: &str| variable(name).is_some_and(|value| !value.is_empty());
+    command.mut_subcommands(|subcommand| {
+        let follows = subcommand.get_name() != "bench";
+        subcommand.mut_args(|arg| {
+            let Some(own) = arg.get_env().and_then(OsStr::to_str).map(str::to_owned) else {
+                return arg;
+            };
+            let gateways = own.replace("FIELDGATE_SIM_", "FIELDGATE_");
+            let is_shared = follows && ["data_dir", "store"].contains(&arg.get_id().as_str());
+            let arg = if is_set(&own) {
+                arg
+            } else if is_shared && is_set(&gateways) {
+                arg.env(gateways)
+            } else if variable(&own).is_some() {
+                arg.env(None::<&str>)
+            } else {
+                arg
+            };
+            match arg.get_action() {
+                // Variables are set to 1 as often as to true.
+                ArgAction::SetTrue => arg.value_parser(BoolishValueParser::new()),
+                _ => arg,
+            }
+        })
+    })
 }
 
 /// What to do.
@@ -44,14 +90,13 @@ pub struct RunArgs {
           value_parser = address)]
     pub gateway: String,
 
-    /// File with the fleet key, from which each device derives its own
-    #[arg(
-        long,
-        value_name = "FILE",
-        env = "FIELDGATE_SIM_KEY_FILE",
-        default_value = "./fieldgate-data/fleet.key"
-    )]
-    pub key_file: PathBuf,
+    /// Data directory of the gateway
+    #[arg(long, value_name = "DIR", env = "FIELDGATE_SIM_DATA_DIR", default_value_os_t = data_dir())]
+    pub data_dir: PathBuf,
+
+    /// File with the fleet key, from which each device derives its own [default: fleet.key in the data directory]
+    #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_KEY_FILE")]
+    pub key_file: Option<PathBuf>,
 
     /// Number of devices, 1 to 100000 [default: 10; those that a --replay names]
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_DEVICES",
@@ -65,7 +110,7 @@ pub struct RunArgs {
 
     /// Time from one sample of a channel to the next, such as 100ms or 1s, at most 1 day; with
     /// --replay, the time from sending one row to the next
-    #[arg(long, value_name = "DUR", env = "FIELDGATE_SIM_INTERVAL", default_value = "1s",
+    #[arg(long, value_name = "DUR", env = "FIELDGATE_SIM_INTERVAL", default_value = "100ms",
           value_parser = interval)]
     pub interval: Duration,
 
@@ -144,15 +189,9 @@ pub struct RunArgs {
     #[arg(long, env = "FIELDGATE_SIM_TLS")]
     pub tls: bool,
 
-    /// PEM file with what the gateway's certificate leads to
-    #[arg(
-        long,
-        value_name = "FILE",
-        env = "FIELDGATE_SIM_CA",
-        requires = "tls",
-        default_value = "fieldgate-data/tls/ca.pem"
-    )]
-    pub ca: PathBuf,
+    /// PEM file with what the gateway's certificate leads to [default: tls/ca.pem in the data directory]
+    #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_CA", requires = "tls")]
+    pub ca: Option<PathBuf>,
 
     /// Directory with NAME.pem and NAME.key for each device, for a gateway that asks for certificates
     /// [default: no certificate is shown]
@@ -193,11 +232,21 @@ pub struct VerifyArgs {
     )]
     pub others: Others,
 
+    /// Data directory of the gateway
+    #[arg(long, value_name = "DIR", env = "FIELDGATE_SIM_DATA_DIR", default_value_os_t = data_dir())]
+    pub data_dir: PathBuf,
+
     /// Store of the gateway, as sqlite://PATH or postgres://USER@HOST/DATABASE; a password is better
-    /// left to PGPASSWORD or ~/.pgpass
-    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", hide_env_values = true, value_parser = store,
-          default_value = "sqlite://fieldgate-data/fieldgate.db")]
-    pub store: StoreUrl,
+    /// left to PGPASSWORD or ~/.pgpass [default: fieldgate.db in the data directory]
+    #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", hide_env_values = true, value_parser = store)]
+    pub store: Option<StoreUrl>,
+}
+
+impl VerifyArgs {
+    /// The store of the gateway.
+    pub fn store(&self) -> StoreUrl {
+        config::store_url(&self.data_dir, self.store.as_ref())
+    }
 }
 
 /// Flags of `bench`.
@@ -275,6 +324,8 @@ impl Section {
 pub struct RunOptions {
     /// Where the gateway listens, as host:port.
     pub gateway: String,
+    /// Data directory of the gateway, where it is not the usual one.
+    pub data_dir: Option<PathBuf>,
     /// File with the fleet key.
     pub key_file: PathBuf,
     /// What the gateway's certificate leads to; `None` without TLS.
@@ -336,11 +387,14 @@ impl RunArgs {
 
     /// How it is to be sent.
     pub fn options(&self) -> RunOptions {
+        let within =
+            |file: &Option<PathBuf>, name| file.clone().unwrap_or_else(|| self.data_dir.join(name));
         let endless = self.frames.is_none() && self.replay.is_none();
         RunOptions {
             gateway: self.gateway.clone(),
-            key_file: self.key_file.clone(),
-            ca: self.tls.then(|| self.ca.clone()),
+            data_dir: self.named_data_dir(),
+            key_file: within(&self.key_file, "fleet.key"),
+            ca: self.tls.then(|| within(&self.ca, "tls/ca.pem")),
             identities: self.identities.clone(),
             duration: self.duration.or(endless.then_some(DURATION_DEFAULT)),
             window: self.window,
@@ -349,6 +403,24 @@ impl RunArgs {
             faults: self.faults.clone().unwrap_or_default(),
         }
     }
+}
+
+impl RunArgs {
+    /// The data directory that was named, or the one in which the key is.
+    fn named_data_dir(&self) -> Option<PathBuf> {
+        let is_key = |path: &&PathBuf| path.file_name() == Some(OsStr::new("fleet.key"));
+        let of_key = self
+            .key_file
+            .as_ref()
+            .filter(is_key)
+            .and_then(|path| path.parent());
+        let dir = of_key.map_or(self.data_dir.clone(), PathBuf::from);
+        (dir != data_dir()).then_some(dir)
+    }
+}
+
+fn data_dir() -> PathBuf {
+    Settings::default().data_dir
 }
 
 fn address(text: &str) -> Result<String, String> {

@@ -69,17 +69,72 @@ fn without_flags_the_first_experience_works() {
         name_prefix: "sim-".into(),
         devices: 10,
         channels: 4,
-        interval_us: 1_000_000,
+        interval_us: 100_000,
         batch: 15,
         frames: None,
         clock: Clock::Utc,
         // One frame's worth before now: the first frame is due at once.
-        start_us: 1_000_000_000_000_000 - 15_000_000,
+        start_us: 1_000_000_000_000_000 - 1_500_000,
         profile: Profile::Steady,
         malformed_billionths: 0,
         replay: None,
     };
     assert_eq!(script.plan(), &expected);
+}
+
+/// Which environment variable each of these flags would be read from.
+fn variables(subcommand: &str, set: &[(&str, &str)]) -> Vec<Option<String>> {
+    let variable = |name: &str| {
+        let found = set.iter().find(|(known, _)| *known == name);
+        found.map(|(_, value)| (*value).into())
+    };
+    let command = with_environment(Cli::command(), variable);
+    let subcommand = command.find_subcommand(subcommand).unwrap();
+    let args = subcommand.get_arguments();
+    let args = args.filter(|arg| ["data_dir", "store"].contains(&arg.get_id().as_str()));
+    args.map(|arg| Some(arg.get_env()?.to_str()?.to_owned()))
+        .collect()
+}
+
+#[test]
+fn data_directory_and_store_follow_the_gateways_variables() {
+    let gateways = [
+        ("FIELDGATE_DATA_DIR", "/a"),
+        ("FIELDGATE_STORE", "sqlite:///b"),
+    ];
+    let found = variables("verify", &gateways);
+    let named = |names: &[&str]| -> Vec<Option<String>> {
+        names.iter().map(|name| Some((*name).to_owned())).collect()
+    };
+    assert_eq!(found, named(&["FIELDGATE_DATA_DIR", "FIELDGATE_STORE"]));
+    assert_eq!(variables("run", &gateways), named(&["FIELDGATE_DATA_DIR"]));
+    // Its own win, an empty one counts as not set, and bench never fills a gateway's store.
+    let own = [
+        ("FIELDGATE_SIM_DATA_DIR", "/c"),
+        ("FIELDGATE_SIM_STORE", ""),
+        gateways[1],
+    ];
+    let found = variables("verify", &own);
+    assert_eq!(found, named(&["FIELDGATE_SIM_DATA_DIR", "FIELDGATE_STORE"]));
+    assert_eq!(variables("verify", &own[1..2])[1], None);
+    assert_eq!(
+        variables("bench", &gateways),
+        named(&["FIELDGATE_SIM_STORE"])
+    );
+}
+
+#[test]
+fn what_is_not_named_is_in_the_data_directory() {
+    let options = run("--data-dir /a --tls").options();
+    assert_eq!(options.key_file, PathBuf::from("/a/fleet.key"));
+    assert_eq!(options.ca, Some(PathBuf::from("/a/tls/ca.pem")));
+    assert_eq!(options.data_dir, Some(PathBuf::from("/a")));
+    let of_key = run("--key-file /b/fleet.key").options();
+    assert_eq!(of_key.data_dir, Some(PathBuf::from("/b")));
+    let Ok(Command::Verify(args)) = parse("verify --journal j --data-dir /a") else {
+        panic!("not verify")
+    };
+    assert_eq!(args.store().to_string(), "sqlite:///a/fieldgate.db");
 }
 
 #[test]
@@ -175,11 +230,11 @@ fn wrong_values_are_refused_with_what_would_be_right() {
 fn verify_and_bench_take_their_flags() {
     let verify = parse("verify --journal a.jsonl --store sqlite://b.db");
     assert!(
-        matches!(verify, Ok(Command::Verify(args)) if args.store.to_string() == "sqlite://b.db")
+        matches!(verify, Ok(Command::Verify(args)) if args.store().to_string() == "sqlite://b.db")
     );
     let verify = parse("verify --journal a.jsonl --store postgres://ann:secret@b/c");
     assert!(
-        matches!(verify, Ok(Command::Verify(args)) if args.store.to_string() == "postgres://ann@b:5432/c")
+        matches!(verify, Ok(Command::Verify(args)) if args.store().to_string() == "postgres://ann@b:5432/c")
     );
 }
 

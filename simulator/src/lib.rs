@@ -23,6 +23,7 @@ pub mod progress;
 pub use fieldgate::recording::readings;
 pub mod replay;
 pub mod report;
+pub mod say;
 pub mod signal;
 pub mod verify;
 pub mod wire;

@@ -2,31 +2,32 @@
 //!
 //! 0 done, 1 failed, 2 wrong usage or configuration.
 
+use std::fs::File;
 use std::io::Write;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use clap::Parser;
 use clap::error::{ContextKind, ContextValue};
 use fieldgate::keys::{FleetKey, SecretReaders};
 use fieldgate::store::url;
-use fieldgate_simulator::args::{BenchArgs, Cli, Command, RunArgs, RunOptions, VerifyArgs};
+use fieldgate_simulator::args::{self, BenchArgs, Command, RunArgs, RunOptions, VerifyArgs};
 use fieldgate_simulator::bench;
-use fieldgate_simulator::fleet::{self, Counters, FleetError, FleetTls, Terms};
+use fieldgate_simulator::fleet::{self, Counters, FleetError, FleetTls, Played, Terms};
 use fieldgate_simulator::journal::{Journal, Ledger};
 use fieldgate_simulator::plan::Script;
 use fieldgate_simulator::progress::{self, Progress};
+use fieldgate_simulator::say;
 use fieldgate_simulator::verify;
 use tokio_util::sync::CancellationToken;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let cli = Cli::try_parse().unwrap_or_else(|error| without_password(error).exit());
+    let cli = args::parse().unwrap_or_else(|error| without_password(error).exit());
     let carried_out = match cli.command {
         Command::Run(args) => run(&args).await,
         Command::Verify(args) => verify(&args).await,
@@ -35,7 +36,7 @@ async fn main() -> ExitCode {
     match carried_out {
         Ok(code) => code,
         Err(Failure { error, code }) => {
-            eprintln!("error: {}", with_causes(&error));
+            say::note(format_args!("error: {}", with_causes(&error)));
             code
         }
     }
@@ -46,41 +47,43 @@ async fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     let script = args
         .script(random().map_err(failure)?, now_us)
         .map_err(configuration)?;
-    for note in script.notes() {
-        // Without a reader of stderr the run goes on.
-        let _ = writeln!(std::io::stderr(), "{note}");
-    }
+    script.notes().iter().for_each(say::note);
     let options = args.options();
-    let terms = terms(&options).await.map_err(configuration)?;
+    let leave = CancellationToken::new();
+    let terms = terms(&options, leave.clone())
+        .await
+        .map_err(configuration)?;
+    let report = options.report.as_deref().map(ReportFile::open);
+    let report = report.transpose().map_err(configuration)?;
     let journal = match &options.journal {
         Some(path) => Some(Journal::create(path, script.plan()).map_err(configuration)?),
         None => None,
     };
-    println!("seed {}", script.plan().seed);
+    output(format_args!("seed {}", script.plan().seed))?;
     let script = Arc::new(script);
     let counters = Arc::new(Counters::default());
     let stop = CancellationToken::new();
-    tokio::spawn(stop_when_told(stop.clone()));
+    tokio::spawn(stop_on_signal(stop.clone(), leave.clone()));
     let bar = tokio::spawn(show_progress(
         Arc::clone(&script),
         terms.duration,
         Arc::clone(&counters),
     ));
-    let played = fleet::run(script, terms, journal, counters, stop).await;
+    let played = fleet::run(script, terms, journal, Arc::clone(&counters), stop).await;
     bar.abort();
     // Aborted or not, the bar is gone before the report is printed.
     let _ = bar.await;
-    let summary = played.map_err(|error| match error {
-        FleetError::Connect { .. } | FleetError::Journal(_) => failure(error),
+    counters.notices(Instant::now()).iter().for_each(say::note);
+    let Played { summary, error } = played.map_err(|error| match error {
         FleetError::Frames(_) => configuration(error),
         error => failure(error),
     })?;
-    println!("{summary}");
-    if let Some(path) = &options.report {
-        write_report(path, &summary).map_err(failure)?;
+    let printed = output(&summary);
+    if let Some(report) = report {
+        report.write(&summary).map_err(failure)?;
     }
-    if summary.frames_acked == 0 {
-        return Err(failure(anyhow!("no frame was acked")));
+    if let Some(error) = error {
+        return Err(failure(error));
     }
     if summary.frames_lost > 0 {
         let lost = summary.frames_lost;
@@ -88,7 +91,48 @@ async fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
             "the gateway lost {lost} frames that it had acknowledged: was its store put back to an older state?"
         )));
     }
+    if summary.frames_acked == 0 {
+        return Err(failure(anyhow!("no frame was acked")));
+    }
+    if leave.is_cancelled() {
+        return Err(failure(anyhow!("left before the last ACKs")));
+    }
+    printed?;
+    output(next_steps(&options))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What to do after a run, in commands to copy.
+fn next_steps(options: &RunOptions) -> String {
+    let data_dir = match &options.data_dir {
+        Some(dir) => format!(" --data-dir {}", quoted(&dir.display().to_string())),
+        None => String::new(),
+    };
+    let proof = match &options.journal {
+        Some(journal) => {
+            let journal = quoted(&journal.display().to_string());
+            format!("fieldgate-sim verify{data_dir} --journal {journal}")
+        }
+        None => "run it again with --journal FILE, which verify needs".to_owned(),
+    };
+    format!(
+        "prove what is stored:  {proof}\n\
+         look at it:            fieldgate query{data_dir} \"SELECT device, channel, value FROM latest LIMIT 10\""
+    )
+}
+
+/// As a shell takes it.
+fn quoted(text: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/._-+:,@".contains(&byte);
+    match !text.is_empty() && text.bytes().all(is_plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    }
+}
+
+/// Writes what was asked for.
+fn output(text: impl std::fmt::Display) -> Result<(), Failure> {
+    say::out(text).map_err(|error| failure(anyhow!("could not write the output: {error}")))
 }
 
 /// The error and what caused it; some tell their cause in their own words already.
@@ -103,7 +147,7 @@ fn with_causes(error: &anyhow::Error) -> String {
 }
 
 /// Where and with which key.
-async fn terms(options: &RunOptions) -> anyhow::Result<Terms> {
+async fn terms(options: &RunOptions, leave: CancellationToken) -> anyhow::Result<Terms> {
     let fleet_key = *FleetKey::load(&options.key_file, SecretReaders::Owner)?.as_bytes();
     let gateway: SocketAddr = tokio::net::lookup_host(&options.gateway)
         .await
@@ -127,16 +171,51 @@ async fn terms(options: &RunOptions) -> anyhow::Result<Terms> {
         is_silent: false,
         storm_every: None,
         faults: options.faults.clone(),
+        leave,
     })
 }
 
-fn write_report(path: &Path, summary: &impl serde::Serialize) -> anyhow::Result<()> {
-    let json = serde_json::to_string_pretty(summary)?;
-    std::fs::write(path, json + "\n").with_context(|| format!("cannot write {}", path.display()))
+/// A file for figures, opened before there are any: whether it can be written is known at once.
+struct ReportFile {
+    file: File,
+    path: PathBuf,
 }
 
-/// Ctrl-C or SIGTERM: no new frames; those in flight are awaited. A second one leaves at once.
-async fn stop_when_told(stop: CancellationToken) {
+impl ReportFile {
+    fn open(path: &Path) -> anyhow::Result<ReportFile> {
+        // What is in it stays until there is something new.
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path);
+        let file = file.with_context(|| format!("could not write {}", path.display()))?;
+        Ok(ReportFile {
+            file,
+            path: path.to_owned(),
+        })
+    }
+
+    fn write(mut self, figures: &impl serde::Serialize) -> anyhow::Result<()> {
+        let json = serde_json::to_string_pretty(figures)? + "\n";
+        // A pipe has no length.
+        let is_file = self
+            .file
+            .metadata()
+            .is_ok_and(|metadata| metadata.is_file());
+        let emptied = if is_file {
+            self.file.set_len(0)
+        } else {
+            Ok(())
+        };
+        let written = emptied.and_then(|()| self.file.write_all(json.as_bytes()));
+        written.with_context(|| format!("could not write {}", self.path.display()))
+    }
+}
+
+/// Ctrl-C or SIGTERM: no new frames, and those in flight are awaited. The second ends that, too, and the third
+/// ends the program.
+async fn stop_on_signal(stop: CancellationToken, leave: CancellationToken) {
     let Ok(mut terminate) =
         tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
     else {
@@ -147,11 +226,17 @@ async fn stop_when_told(stop: CancellationToken) {
             _ = tokio::signal::ctrl_c() => {}
             _ = terminate.recv() => {}
         }
-        if stop.is_cancelled() {
+        if leave.is_cancelled() {
             std::process::exit(1);
+        } else if stop.is_cancelled() {
+            leave.cancel();
+        } else {
+            let settle_s = fleet::SETTLE.as_secs();
+            say::note(format_args!(
+                "stopping: waiting up to {settle_s} s for the last ACKs; once more to leave at once"
+            ));
+            stop.cancel();
         }
-        eprintln!("stopping: waiting for the last ACKs; once more to leave at once");
-        stop.cancel();
     }
 }
 
@@ -163,29 +248,57 @@ async fn show_progress(script: Arc<Script>, duration: Option<Duration>, counters
         (Some(duration), _) => duration.as_millis() as u64,
         (None, frames) => frames.unwrap_or(1),
     };
-    let progress = BarOnDrop(Progress::new(length));
+    let devices = script.plan().devices;
+    let mut progress = Progress::new(length);
+    let mut stall = Stall::default();
     let mut tick = tokio::time::interval(Duration::from_millis(500));
     loop {
         tick.tick().await;
         let elapsed = started.elapsed();
+        for line in counters.notices(Instant::now()) {
+            progress.say(&line);
+        }
+        let acked = counters.frames_acked.load(Relaxed);
+        let in_flight = counters.frames_sent.load(Relaxed).saturating_sub(acked);
+        let ready = counters.devices_ready.load(Relaxed);
+        if let Some(for_s) = stall.look(acked, in_flight, elapsed) {
+            progress.say(&format!(
+                "waiting: {in_flight} frames sent and none acknowledged for {for_s} s, {ready} of {devices} \
+                 devices connected"
+            ));
+        }
         let position = match duration {
             Some(_) => elapsed.as_millis() as u64,
-            None => counters.frames_acked.load(Relaxed),
+            None => acked,
         };
-        let rate = progress::rate(counters.readings_acked.load(Relaxed), elapsed);
-        let ready = counters.devices_ready.load(Relaxed);
-        progress
-            .0
-            .show(position.min(length), format!("{ready} connected, {rate}"));
+        let readings = counters.readings_acked.load(Relaxed);
+        let rate = progress::rate(readings, elapsed);
+        let words =
+            format!("{ready} of {devices} devices connected, {readings} readings stored, {rate}");
+        progress.show(position.min(length), words);
     }
 }
 
-/// Takes the bar away when its task is ended.
-struct BarOnDrop(Progress);
+/// Notices that nothing is acknowledged any more.
+#[derive(Default)]
+struct Stall {
+    acked: u64,
+    since: Duration,
+    next: Duration,
+}
 
-impl Drop for BarOnDrop {
-    fn drop(&mut self) {
-        self.0.clear();
+impl Stall {
+    /// Returns for how many seconds nothing was acknowledged, every few seconds while frames are in flight.
+    fn look(&mut self, acked: u64, in_flight: u64, elapsed: Duration) -> Option<u64> {
+        const PATIENCE: Duration = Duration::from_secs(5);
+        if acked != self.acked || in_flight == 0 {
+            (self.acked, self.since, self.next) = (acked, elapsed, elapsed + PATIENCE);
+            return None;
+        }
+        (elapsed >= self.next).then(|| {
+            self.next = elapsed + PATIENCE;
+            (elapsed - self.since).as_secs()
+        })
     }
 }
 
@@ -194,15 +307,15 @@ async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
         args.journal.iter().map(|path| Ledger::read(path)).collect();
     let ledgers = ledgers.map_err(configuration)?;
     if ledgers.iter().any(|ledger| !ledger.complete) {
-        eprintln!("a journal has no end: its run was killed; what it says is compared");
+        say::note("a journal has no end: its run was killed; what it says is compared");
     }
     let devices = ledgers
         .iter()
         .map(|ledger| ledger.devices.len() as u64)
         .sum();
-    let progress = BarOnDrop(Progress::new(devices));
-    let verdict = verify::verify(ledgers, &args.store, args.others, |done| {
-        progress.0.show(done, "devices".into())
+    let mut progress = Progress::new(devices);
+    let verdict = verify::verify(ledgers, &args.store(), args.others, |done| {
+        progress.show(done, format!("{done} of {devices} devices compared"))
     })
     .await
     .map_err(|error| match error {
@@ -210,7 +323,7 @@ async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
         error => configuration(error),
     })?;
     drop(progress);
-    println!("{verdict}");
+    output(&verdict)?;
     Ok(if verdict.is_equal() {
         ExitCode::SUCCESS
     } else {
@@ -219,10 +332,12 @@ async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
 }
 
 async fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
+    let report = args.json.as_deref().map(ReportFile::open);
+    let report = report.transpose().map_err(configuration)?;
     let measured = bench::run(args).await.map_err(failure)?;
-    println!("{measured}");
-    if let Some(path) = &args.json {
-        write_report(path, &measured).map_err(failure)?;
+    output(&measured)?;
+    if let Some(report) = report {
+        report.write(&measured).map_err(failure)?;
     }
     Ok(ExitCode::SUCCESS)
 }

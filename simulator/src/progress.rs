@@ -1,16 +1,21 @@
-//! How far a run is, for someone who watches.
-//!
-//! A bar on a terminal, on stderr; nothing at all in a pipe, so that logs stay readable. When to
-//! update it is left to the fleet; once a second is enough.
+//! How far a run is, for someone who watches: a bar on a terminal, a line each few seconds in a pipe, on stderr.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// A bar from nothing to the end of a run.
+use crate::say;
+
+/// When the first line appears where there is no terminal, and how long it is from line to line then.
+const FIRST_LINE: Duration = Duration::from_secs(2);
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// A bar from nothing to the end of a run, or lines.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
+    started: Instant,
+    next_line: Duration,
 }
 
 impl Progress {
@@ -27,17 +32,36 @@ impl Progress {
         let bar = ProgressBar::with_draw_target(Some(length), target);
         let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {percent}%  {msg}");
         bar.set_style(style.expect("the template is right, as a test shows"));
-        Self { bar }
+        Self {
+            bar,
+            started: Instant::now(),
+            next_line: FIRST_LINE,
+        }
     }
 
-    /// Shows how far the run is, and beside it a few words, such as the rate.
-    pub fn show(&self, position: u64, words: String) {
+    /// Shows how far the run is, and a few words, such as the rate.
+    pub fn show(&mut self, position: u64, words: String) {
+        let elapsed = self.started.elapsed();
+        if self.bar.is_hidden() && elapsed >= self.next_line {
+            self.next_line = elapsed + LINE_EVERY;
+            say::note(format_args!("{:4} s: {words}", elapsed.as_secs()));
+        }
         self.bar.set_position(position);
         self.bar.set_message(words);
     }
 
-    /// Takes the bar away, so that the report stands alone.
-    pub fn clear(&self) {
+    /// Writes a line of its own.
+    pub fn say(&self, line: &str) {
+        match self.bar.is_hidden() {
+            true => say::note(line),
+            false => self.bar.println(line),
+        }
+    }
+}
+
+/// Takes the bar away, so that the report stands alone.
+impl Drop for Progress {
+    fn drop(&mut self) {
         self.bar.finish_and_clear();
     }
 }
@@ -54,13 +78,14 @@ mod tests {
 
     #[test]
     fn the_bar_follows_and_its_template_is_right() {
-        let progress = Progress::on(ProgressDrawTarget::hidden(), 100);
+        let mut progress = Progress::on(ProgressDrawTarget::hidden(), 100);
         progress.show(40, rate(500, Duration::from_secs(2)));
         assert_eq!(
             (progress.bar.position(), progress.bar.message()),
             (40, "250 readings/s acked".into())
         );
-        progress.clear();
-        assert!(progress.bar.is_finished());
+        let bar = progress.bar.clone();
+        drop(progress);
+        assert!(bar.is_finished());
     }
 }

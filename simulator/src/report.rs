@@ -32,10 +32,14 @@ pub struct Report {
     pub reconnects: u64,
     /// Frames that were acked and that the gateway did not know any more at a later WELCOME.
     pub frames_lost: u64,
+    /// Frames that were sent and not acked.
+    pub frames_unacked: u64,
     /// NACKs received, by code.
     pub nacks: BTreeMap<u8, u64>,
     /// Connections that ended, or could not be made, against the device's will, by reason.
     pub losses: BTreeMap<String, u64>,
+    /// The reason of the latest of them.
+    pub latest_loss: String,
     ack_us: Histogram<u64>,
 }
 
@@ -53,8 +57,10 @@ impl Default for Report {
             bytes_sent: 0,
             reconnects: 0,
             frames_lost: 0,
+            frames_unacked: 0,
             nacks: BTreeMap::new(),
             losses: BTreeMap::new(),
+            latest_loss: String::new(),
             // Two digits, so 1% exact. A histogram grows to some 10 KiB; three digits would be 100.
             ack_us: Histogram::new(2).expect("two digits are within the histogram's limits"),
         }
@@ -87,6 +93,7 @@ impl Report {
 
     /// Notes the loss of a connection.
     pub fn lost(&mut self, reason: String) {
+        self.latest_loss.clone_from(&reason);
         *self.losses.entry(reason).or_default() += 1;
     }
 
@@ -100,6 +107,7 @@ impl Report {
         self.bytes_sent += other.bytes_sent;
         self.reconnects += other.reconnects;
         self.frames_lost += other.frames_lost;
+        self.frames_unacked += other.frames_unacked;
         for (&code, count) in &other.nacks {
             *self.nacks.entry(code).or_default() += count;
         }
@@ -138,6 +146,7 @@ impl Report {
             },
             reconnects: self.reconnects,
             frames_lost: self.frames_lost,
+            frames_unacked: self.frames_unacked,
             nacks: self.nacks.clone(),
             losses: self.losses.clone(),
         }
@@ -171,6 +180,8 @@ pub struct Summary {
     pub reconnects: u64,
     /// See [`Report::frames_lost`].
     pub frames_lost: u64,
+    /// See [`Report::frames_unacked`].
+    pub frames_unacked: u64,
     /// See [`Report::nacks`].
     pub nacks: BTreeMap<u8, u64>,
     /// See [`Report::losses`].
@@ -242,6 +253,10 @@ impl fmt::Display for Summary {
                 .map(|(code, n)| format!("{} of code {code}", grouped(*n)))
                 .collect();
             write!(f, "; NACKs: {}", nacks.join(", "))?;
+        }
+        if self.frames_unacked > 0 {
+            let unacked = grouped(self.frames_unacked);
+            write!(f, "\nnot acknowledged: {unacked} frames that were sent")?;
         }
         if self.frames_lost > 0 {
             let lost = grouped(self.frames_lost);
@@ -334,6 +349,7 @@ mod tests {
             "frames_acked",
             "frames_lost",
             "frames_sent",
+            "frames_unacked",
             "losses",
             "nacks",
             "readings_acked",

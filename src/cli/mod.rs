@@ -392,7 +392,9 @@ fn unknown_variables(names: impl Iterator<Item = OsString>) -> Vec<String> {
         .map(env_name)
         .collect();
     let is_unknown = |name: &String| {
-        let is_ours = name.starts_with("FIELDGATE_") && !name.starts_with("FIELDGATE_TEST_");
+        let of_others = ["FIELDGATE_TEST_", "FIELDGATE_SIM_"];
+        let is_ours = name.starts_with("FIELDGATE_")
+            && !of_others.iter().any(|prefix| name.starts_with(prefix));
         is_ours && !settings.contains(name)
     };
     let names = names.filter_map(|name| name.into_string().ok());

@@ -33,6 +33,7 @@ mod session;
 mod sessions;
 mod simulator;
 mod site;
+mod spectator;
 mod spool_outage;
 mod start;
 mod store_down;

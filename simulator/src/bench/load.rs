@@ -126,12 +126,17 @@ impl<'g> Load<'g> {
             is_silent: sending.is_silent,
             storm_every: sending.storm_every,
             faults: Faults::default(),
+            leave: CancellationToken::new(),
         };
         let script = Arc::new(sending.plan().open()?);
         let counters = Arc::new(Counters::default());
         counters.is_warming_up.store(true, Relaxed);
         let stop = CancellationToken::new();
         let fleet = fleet::run(script, terms, None, Arc::clone(&counters), stop.clone());
+        let fleet = async {
+            let played = fleet.await?;
+            played.error.map_or(Ok(played.summary), Err)
+        };
         Ok(Load {
             gateway,
             devices: sending.cell.devices.into(),

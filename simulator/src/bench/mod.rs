@@ -30,6 +30,7 @@ use crate::args::{BenchArgs, Section};
 use crate::descriptors::{self, TooFew};
 use crate::fleet::{FleetError, TlsError};
 use crate::plan::PlanError;
+use crate::say;
 
 mod bare;
 mod cell;
@@ -236,7 +237,7 @@ async fn measure(
 /// Tells what is measured, and since when the program runs.
 fn say(what: &str) {
     static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
-    eprintln!("{:4} s: {what}", STARTED.elapsed().as_secs());
+    say::note(format_args!("{:4} s: {what}", STARTED.elapsed().as_secs()));
 }
 
 /// The middle of what was measured, or the mean of the two in the middle; no number of nothing.

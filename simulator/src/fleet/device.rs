@@ -35,6 +35,8 @@ const HANDSHAKE_TIMEOUT_MS: u32 = 10_000;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections that a device has abandoned and still holds open.
 const ABANDONED_MAX: usize = 8;
+/// From here on a device takes its attempts to be in vain.
+const DESPAIR: u32 = 10;
 /// What is written to the socket at once.
 const WRITE_BYTES: usize = 16 * 1024;
 
@@ -56,6 +58,23 @@ enum Loss {
     Connection(io::Error),
     /// It stands, and serves for nothing.
     Fault(Fault),
+}
+
+impl Loss {
+    /// How much this attempt adds to the certainty that none ever succeeds, if the gateway said nothing.
+    fn despair(&self) -> u32 {
+        match self {
+            // TLS fails, or the device's own certificate.
+            Loss::Connection(error) => match error.kind() {
+                io::ErrorKind::InvalidData | io::ErrorKind::Other => 2,
+                // A gateway that is being started or is full does so, too.
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => 1,
+                _ => 0,
+            },
+            Loss::Fault(Fault::Protocol(_)) => 2,
+            Loss::Fault(_) => 0,
+        }
+    }
 }
 
 impl From<io::Error> for Ended {
@@ -100,6 +119,10 @@ pub(super) struct DeviceTask {
     abandoned: VecDeque<Socket>,
     storms: u64,
     was_welcomed: bool,
+    /// How sure it is, from the attempts since the last that got anywhere, that none ever will.
+    despair: u32,
+    /// Whether the gateway said anything on the latest connection.
+    was_heard: bool,
     /// Whether the end of the run has been noticed.
     is_stopping: bool,
 }
@@ -117,6 +140,8 @@ impl DeviceTask {
             abandoned: VecDeque::new(),
             storms: 0,
             was_welcomed: false,
+            despair: 0,
+            was_heard: false,
             is_stopping: false,
         }
     }
@@ -144,6 +169,7 @@ impl DeviceTask {
             () = sleep_until(fleet.instant(join_us)) => {}
             () = fleet.stop.cancelled() => return Ok(()),
         }
+        fleet.joined.fetch_add(1, Relaxed);
         let mut is_again = false;
         while !self.outbox.is_done() {
             let loss = match self.connect_and_serve(&mut device, is_again).await? {
@@ -155,17 +181,45 @@ impl DeviceTask {
                 }
                 Ended::Lost(loss) => loss,
             };
-            fleet.report().lost(loss.to_string());
+            let reason = loss.to_string();
+            fleet.report().lost(reason.clone());
+            self.lose_hope(&loss);
             let fault = match loss {
                 Loss::Connection(_) => None,
                 Loss::Fault(fault) => Some(fault),
             };
             self.check_refusal(fault)?;
             let again_us = device.disconnect(fault, self.uptime_us(), random());
-            sleep_until(fleet.instant(again_us - self.uptime_at_start_us)).await;
+            let wait_s = again_us.saturating_sub(self.uptime_us()) as f64 / 1e6;
+            fleet.counters.noted().note(
+                &format!("waiting: {reason}"),
+                format!("{name} tries again in {wait_s:.1} s"),
+            );
+            let again = sleep_until(fleet.instant(again_us - self.uptime_at_start_us));
+            tokio::select! {
+                () = again => {}
+                // Nothing is in flight.
+                () = fleet.stop.cancelled(), if self.outbox.is_empty() => break,
+            }
             is_again = true;
         }
         Ok(())
+    }
+
+    /// Counts attempts that failed for a reason that does not pass by itself.
+    fn lose_hope(&mut self, loss: &Loss) {
+        let was_hopeless = self.despair >= DESPAIR;
+        self.despair = match loss.despair() {
+            0 => 0,
+            _ if self.was_heard => 0,
+            despair => self.despair.saturating_add(despair),
+        };
+        let is_hopeless = self.despair >= DESPAIR;
+        match (was_hopeless, is_hopeless) {
+            (false, true) => _ = self.fleet.hopeless.fetch_add(1, Relaxed),
+            (true, false) => _ = self.fleet.hopeless.fetch_sub(1, Relaxed),
+            _ => {}
+        }
     }
 
     /// A refusal that waiting cannot mend ends the run, if the device never got in.
@@ -240,6 +294,11 @@ impl DeviceTask {
         })?;
         if is_lost {
             fleet.report().frames_lost += known_seq - durable_seq;
+            let name = self.outbox.script.name();
+            fleet.counters.noted().note(
+                "LOST: the gateway no longer knows frames that it had acknowledged",
+                format!("{name}: frames {} to {known_seq}", durable_seq + 1),
+            );
         }
         Ok(())
     }
@@ -254,6 +313,7 @@ impl DeviceTask {
         device: &mut Device<'_>,
         is_again: bool,
     ) -> Result<Ended, FleetError> {
+        self.was_heard = false;
         let index = self.outbox.script.index();
         let connecting = connect(&self.fleet.terms, index, self.outbox.script.name());
         let connected = timeout(CONNECT_TIMEOUT, connecting).await;
@@ -471,6 +531,7 @@ impl DeviceTask {
                 Ok(None) => return Ok(Ok(())),
                 Err(_) => return Ok(Err(Fault::Protocol("not a frame; TLS, perhaps?"))),
             };
+            self.was_heard = true;
             let uptime_us = self.uptime_us();
             let known_seq = self.outbox.durable_seq;
             let notice = match device.handle_frame(&frame.frame(), &mut self.outbox, uptime_us) {
@@ -486,6 +547,12 @@ impl DeviceTask {
                 Some(Notice::Welcomed { utc_us }) => self.note_welcome(link, utc_us, known_seq)?,
                 Some(Notice::Refused { seq, code }) => {
                     self.fleet.report().refused(code);
+                    if Class::of(code) == Class::RetryLater {
+                        let reason = format!("waiting: NACK {code} ({})", name_of(code));
+                        let name = self.outbox.script.name();
+                        let detail = format!("{name} sends again when the gateway asks for it");
+                        self.fleet.counters.noted().note(&reason, detail);
+                    }
                     if Class::of(code) == Class::Refused {
                         self.fleet
                             .with_journal(|journal| journal.quarantined(index, seq, code))?;

@@ -8,11 +8,13 @@
 
 mod device;
 mod link;
+mod notices;
 mod outbox;
 mod tls;
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -23,6 +25,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use self::device::DeviceTask;
+pub use self::notices::Notices;
 pub use self::tls::{FleetTls, TlsError};
 use crate::descriptors::{self, TooFew};
 use crate::encode::{DataTerms, Encoder};
@@ -34,8 +37,10 @@ use crate::readings::Readings;
 use crate::report::{Report, Summary};
 use crate::wire;
 
+/// So many devices, or all, must have failed in vain before the fleet gives up.
+const HOPELESS_DEVICES: u64 = 3;
 /// How long after the last frame the ACKs may take.
-const SETTLE: Duration = Duration::from_secs(30);
+pub const SETTLE: Duration = Duration::from_secs(30);
 
 /// How the fleet meets the gateway: all that does not alter what the frames hold.
 #[derive(Debug)]
@@ -56,6 +61,8 @@ pub struct Terms {
     pub storm_every: Option<Duration>,
     /// What goes wrong on the way.
     pub faults: Faults,
+    /// Cancelled, it ends the run without waiting for the last ACKs.
+    pub leave: CancellationToken,
 }
 
 /// Why a run ended early.
@@ -103,6 +110,16 @@ pub enum FleetError {
     /// The peer does not hold the fleet key.
     #[error("{0} is not this fleet's gateway: it does not hold the fleet key; check --key-file")]
     NotOurGateway(SocketAddr),
+    /// No device gets anywhere, and none will.
+    #[error("no device gets through to {gateway}: {reason}; {advice}")]
+    Hopeless {
+        /// Where.
+        gateway: SocketAddr,
+        /// What ended the latest attempt.
+        reason: String,
+        /// What to do.
+        advice: &'static str,
+    },
     /// A frame would be longer than the protocol allows.
     #[error("frames of {0} samples would be too long: lower --batch or --channels")]
     Frames(u16),
@@ -118,12 +135,35 @@ pub struct Counters {
     pub readings_acked: AtomicU64,
     /// Frames acked.
     pub frames_acked: AtomicU64,
+    /// Frames sent, each counted once.
+    pub frames_sent: AtomicU64,
     /// Devices that are connected and welcomed.
     pub devices_ready: AtomicU64,
     /// Times that a device was welcomed.
     pub welcomes: AtomicU64,
     /// Set from outside while what frames wait for their ACKs is not to be in the report.
     pub is_warming_up: AtomicBool,
+    notices: Mutex<Notices>,
+}
+
+impl Counters {
+    /// Returns lines that say what devices wait for, if any are due.
+    pub fn notices(&self, now: Instant) -> Vec<String> {
+        self.noted().take(now)
+    }
+
+    fn noted(&self) -> MutexGuard<'_, Notices> {
+        self.notices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What came of a run.
+#[derive(Debug)]
+pub struct Played {
+    /// What was sent and acked.
+    pub summary: Summary,
+    /// Why it ended early, if it did.
+    pub error: Option<FleetError>,
 }
 
 /// The file a journal goes to.
@@ -143,6 +183,10 @@ struct Fleet {
     report: Mutex<Report>,
     journal: Option<Mutex<JournalFile>>,
     counters: Arc<Counters>,
+    /// Devices that have begun to connect.
+    joined: AtomicU64,
+    /// Devices of which several attempts in a row failed for a reason that does not pass.
+    hopeless: AtomicU64,
     /// No new frames are made once this is cancelled.
     stop: CancellationToken,
 }
@@ -154,7 +198,7 @@ pub async fn run(
     journal: Option<JournalFile>,
     counters: Arc<Counters>,
     stop: CancellationToken,
-) -> Result<Summary, FleetError> {
+) -> Result<Played, FleetError> {
     check_frames(&script)?;
     descriptors::raise_for(script.plan().devices)?;
     let gateway = terms.gateway;
@@ -188,6 +232,8 @@ pub async fn run(
         schema,
         declare,
         counters,
+        joined: AtomicU64::new(0),
+        hopeless: AtomicU64::new(0),
         stop,
     });
     let mut devices = JoinSet::new();
@@ -200,13 +246,15 @@ pub async fn run(
     let Fleet {
         report, journal, ..
     } = Arc::into_inner(fleet).expect("every device has ended");
-    if let Some(journal) = journal {
+    let completed = journal.map_or(Ok(()), |journal| {
         let journal = journal.into_inner().unwrap_or_else(PoisonError::into_inner);
-        journal.complete(elapsed.as_micros() as u64)?;
-    }
-    ended?;
+        journal.complete(elapsed.as_micros() as u64).map(drop)
+    });
     let report = report.into_inner().unwrap_or_else(PoisonError::into_inner);
-    Ok(report.summary(elapsed))
+    Ok(Played {
+        summary: report.summary(elapsed),
+        error: ended.and(completed.map_err(FleetError::from)).err(),
+    })
 }
 
 impl Fleet {
@@ -244,7 +292,9 @@ impl Fleet {
                     Some(Ok(ended)) => ended?,
                     Some(Err(panicked)) => std::panic::resume_unwind(panicked.into_panic()),
                 },
+                () = self.terms.leave.cancelled() => return Ok(()),
                 _ = tick.tick() => {
+                    self.check_hope()?;
                     self.with_journal(|journal| journal.tick(self.now_us()).map(drop))?;
                     let is_over = self.terms.duration
                         .is_some_and(|duration| self.started.elapsed() >= duration);
@@ -260,6 +310,29 @@ impl Fleet {
                 }
             }
         }
+    }
+
+    /// Fails if no device was ever let in, and all that tried fail for a reason that does not pass.
+    fn check_hope(&self) -> Result<(), FleetError> {
+        let joined = self.joined.load(Relaxed);
+        let is_lost = self.counters.welcomes.load(Relaxed) == 0
+            && joined >= HOPELESS_DEVICES.min(self.script.plan().devices.into())
+            && self.hopeless.load(Relaxed) >= joined;
+        if !is_lost {
+            return Ok(());
+        }
+        let reason = self.report().latest_loss.clone();
+        let advice = match self.terms.tls {
+            Some(_) => {
+                "does the gateway ask for certificates (--identities), and know who signed them?"
+            }
+            None => "does it speak FWP, and without TLS? With --tls, --gateway is its --tls-listen",
+        };
+        Err(FleetError::Hopeless {
+            gateway: self.terms.gateway,
+            reason,
+            advice,
+        })
     }
 
     fn with_journal(

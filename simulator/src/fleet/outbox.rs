@@ -89,6 +89,11 @@ impl Outbox {
         self.durable_seq >= end
     }
 
+    /// Whether all that was sent is acked.
+    pub(super) fn is_empty(&self) -> bool {
+        self.durable_seq >= self.sent_seq
+    }
+
     /// Notes what was put on the wire.
     pub(super) fn note_bytes(&mut self, bytes: usize) {
         self.sent.bytes += bytes as u64;
@@ -114,6 +119,7 @@ impl Queue for Outbox {
         let (bytes, readings) = self.make(seq, out)?;
         if seq > self.sent_seq {
             self.sent_seq = seq;
+            self.fleet.counters.frames_sent.fetch_add(1, Relaxed);
             let now_us = self.fleet.now_us();
             // A frame waits from when it was due, not from when the device got round to it; in a burst
             // everything is due from the start, and what counts is how long the gateway takes.
@@ -172,5 +178,6 @@ impl Drop for Outbox {
         report.frames_sent += self.sent.frames;
         report.readings_sent += self.sent.readings;
         report.bytes_sent += self.sent.bytes;
+        report.frames_unacked += self.sent_seq.saturating_sub(self.deleted_seq);
     }
 }

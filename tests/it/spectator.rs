@@ -1,0 +1,198 @@
+//! The simulator for someone who watches it: what it says while it waits, and how it ends when nothing can work.
+
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use tempfile::TempDir;
+
+use crate::fleet::simulator;
+use crate::gateway::Gateway;
+use crate::logs::{collect, keep_of};
+use crate::tls::until;
+
+/// A file with a fleet key.
+fn key_file(dir: &Path) -> PathBuf {
+    let path = dir.join("fleet.key");
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create_new(true).mode(0o600).open(&path);
+    file.expect("a file")
+        .write_all(&[b'7'; 64])
+        .expect("written");
+    path
+}
+
+/// Runs it to its end; returns its exit code and what it said on stderr.
+fn ended(gateway: SocketAddr, key: &Path, flags: &[&str]) -> (Option<i32>, String) {
+    let output = simulator("run")
+        .args(["--gateway", &gateway.to_string(), "--key-file"])
+        .arg(key)
+        .args(flags)
+        .output();
+    let output = keep_of(output.expect("starts"));
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+    )
+}
+
+/// A peer that does the same to each connection.
+fn peer(each: fn(TcpStream)) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("an address");
+    std::thread::spawn(move || listener.incoming().flatten().for_each(each));
+    address
+}
+
+#[test]
+fn it_ends_where_no_device_will_ever_get_through() {
+    let dir = TempDir::new().expect("a directory");
+    let key = key_file(dir.path());
+    // A TLS listener's answer to what is no TLS, a web server's, and a peer that closes without a word.
+    let alert: fn(TcpStream) = |mut peer| {
+        let _ = peer.read(&mut [0; 4096]);
+        let _ = peer.write_all(b"\x15\x03\x03\x00\x02\x02\x32");
+    };
+    let closes: fn(TcpStream) = |mut peer| {
+        let _ = peer.read(&mut [0; 4096]);
+    };
+    for (answer, says) in [(alert, "not a frame"), (closes, "closed by the gateway")] {
+        let (code, said) = ended(peer(answer), &key, &["--duration", "1h", "--devices", "4"]);
+        assert_eq!(code, Some(1), "{said}");
+        assert!(said.contains("waiting: ") && said.contains(says), "{said}");
+        assert!(said.contains("error: no device gets through to"), "{said}");
+    }
+}
+
+#[test]
+fn a_device_without_the_certificate_that_is_asked_for_ends_it() {
+    let dir = TempDir::new().expect("a directory");
+    let made = crate::gateway::run(&[
+        "tls",
+        "init",
+        "--data-dir",
+        &dir.path().display().to_string(),
+    ]);
+    assert!(made.status.success(), "{}", made.stderr);
+    let ca = dir.path().join("tls/ca.pem").display().to_string();
+    let flags = ["--tls-listen", "127.0.0.1:0", "--tls-client-ca", &ca];
+    let gateway = Gateway::start_in(dir.path(), &flags);
+    let address = format!("localhost:{}", gateway.tls_addr().port());
+    let output = simulator("run")
+        .args(["--gateway", &address, "--tls", "--duration", "1h"])
+        .args(["--data-dir", &dir.path().display().to_string()])
+        .output();
+    let output = keep_of(output.expect("starts"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("error: no ") && said.contains("ertificate"),
+        "{said}"
+    );
+}
+
+/// A run that lasts, with its stderr taken.
+fn lasting(gateway: &Gateway, flags: &[&str]) -> Child {
+    simulator("run")
+        .args(["--gateway", &gateway.addr.to_string(), "--duration", "1h"])
+        .arg("--key-file")
+        .arg(gateway.data_dir().join("fleet.key"))
+        .args(["--interval", "10ms", "--batch", "2"])
+        .args(flags)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts")
+}
+
+fn interrupt(child: &Child) {
+    let pid = child.id().to_string();
+    let sent = Command::new("kill").args(["-INT", &pid]).status();
+    assert!(sent.expect("kill").success());
+}
+
+#[test]
+fn it_says_what_it_waits_for_and_reports_when_it_is_stopped() {
+    let mut gateway = Gateway::start(&[]);
+    let dir = TempDir::new().expect("a directory");
+    let report = dir.path().join("report.json");
+    let mut child = lasting(&gateway, &["--report", report.to_str().expect("text")]);
+    let mut stderr = collect(child.stderr.take().expect("piped"));
+    stderr.wait_for("readings stored");
+    gateway.terminate();
+    gateway.wait();
+    stderr.wait_for("waiting: ");
+    interrupt(&child);
+    stderr.wait_for("stopping: waiting up to 30 s");
+    // With nothing in flight it has ended already.
+    interrupt(&child);
+    let mut said = String::new();
+    let mut stdout = child.stdout.take().expect("piped");
+    stdout.read_to_string(&mut said).expect("text");
+    child.wait().expect("a child");
+    assert!(
+        said.contains("devices for") && said.contains("connections lost"),
+        "{said}"
+    );
+    let json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&report).expect("a report")).expect("JSON");
+    assert!(json["frames_acked"].as_u64() > Some(0), "{json}");
+}
+
+#[test]
+fn readers_who_leave_are_no_reason_to_panic() {
+    let gateway = Gateway::start(&[]);
+    let dir = TempDir::new().expect("a directory");
+    let journal = dir.path().join("journal");
+    let mut child = lasting(&gateway, &["--journal", journal.to_str().expect("text")]);
+    let mut first = String::new();
+    let mut stdout = BufReader::new(child.stdout.take().expect("piped"));
+    stdout.read_line(&mut first).expect("a line");
+    assert!(first.starts_with("seed "), "{first}");
+    drop((stdout, child.stderr.take()));
+    let mut database = gateway.database();
+    until(|| (database.count("SELECT count(*) FROM frames") > 20).then_some(()));
+    interrupt(&child);
+    let status = child.wait().expect("a child");
+    assert_eq!(status.code(), Some(0));
+    // A proof that fails says so by its exit code, whoever reads it.
+    for (store, code) in [("fieldgate.db", 0), ("nothing.db", 2)] {
+        let mut child = simulator("verify")
+            .arg("--journal")
+            .arg(&journal)
+            .args([
+                "--store",
+                &format!("sqlite://{}", gateway.data_dir().join(store).display()),
+            ])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("starts");
+        drop((child.stdout.take(), child.stderr.take()));
+        assert_eq!(child.wait().expect("a child").code(), Some(code), "{store}");
+    }
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_refused_before_anything_is_sent() {
+    let gateway = Gateway::start(&[]);
+    let dir = TempDir::new().expect("a directory");
+    let report = dir.path().join("missing/report.json");
+    let key = gateway.data_dir().join("fleet.key");
+    let flags = [
+        "--report",
+        report.to_str().expect("text"),
+        "--duration",
+        "1h",
+    ];
+    let (code, said) = ended(gateway.addr, &key, &flags);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(
+        said.contains("could not write") && said.contains("missing/report.json"),
+        "{said}"
+    );
+    assert_eq!(gateway.database().count("SELECT count(*) FROM devices"), 0);
+}
