@@ -233,7 +233,7 @@ mod tests {
     use crate::store::lifecycle::{DeviceEdit, find};
     use crate::store::sqlite::{SqliteSettings, SqliteStore};
     use crate::store::url::StoreUrl;
-    use crate::store::{Batch, Content, DeviceEvent, DeviceEventKind, Entry, Store};
+    use crate::store::{Batch, Content, DeviceEvent, DeviceEventKind, Entry, SessionId, Store};
 
     fn content(peer: &Peer, seq: u64, content: Content) -> Entry {
         Entry {
@@ -263,7 +263,7 @@ mod tests {
         }
         let connected = DeviceEvent {
             device: peer.device,
-            session: None,
+            session: Some(SessionId(peer.device.0)),
             at_us: 1,
             kind: DeviceEventKind::Connected,
             code: 0,
@@ -361,7 +361,7 @@ mod tests {
         let late = Batch {
             events: vec![DeviceEvent {
                 device: gone.device,
-                session: Some(crate::store::SessionId(1)),
+                session: Some(SessionId(gone.device.0)),
                 at_us: 2,
                 kind: DeviceEventKind::Disconnected,
                 code: 52,
