@@ -491,9 +491,10 @@ async fn devices_are_listed_and_shown() {
         [
             "pump-1",
             "yes",
+            "disconnected",
+            "2026-02-25T06:13:20Z",
             "derived",
             "1.2.0",
-            "2026-02-25T06:13:20Z",
             "1",
             "3",
             "2"

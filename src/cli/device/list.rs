@@ -77,6 +77,11 @@ pub async fn list(reader: &mut Reader, args: &ListArgs) -> Result<(), Error> {
     let rows: Vec<Vec<Value>> = { rows.into_iter() }
         .map(|Row(mut values)| {
             show_utc(&mut values, LAST_FRAME);
+            for value in &mut values {
+                if args.format == Format::Table && *value == Value::Null {
+                    *value = "".into();
+                }
+            }
             values
         })
         .collect();
