@@ -527,7 +527,7 @@ fn check_relations(s: &Settings) -> Result<(), ConfigError> {
             u64::from(s.ack_timeout_s).saturating_mul(1000),
         ),
         ("commit-interval-min-ms", s.commit_interval_min_ms),
-        "devices would connect anew before their readings are committed",
+        "devices would reconnect before their readings are committed",
     )?;
     more_than(
         (
@@ -535,7 +535,7 @@ fn check_relations(s: &Settings) -> Result<(), ConfigError> {
             u64::from(s.ack_timeout_s).saturating_mul(1000),
         ),
         ("commit-interval-quiet-ms", s.commit_interval_quiet_ms),
-        "devices would connect anew before their readings are committed",
+        "devices would reconnect before their readings are committed",
     )
 }
 

@@ -241,8 +241,8 @@ SELECT
         WHEN 0 THEN 'overwritten'
         WHEN 1 THEN 'queue damaged'
         WHEN 2 THEN 'erased'
-        -- Told by a frame that is, or was, in quarantine.
-        WHEN 253 THEN 'told by a refused frame'
+        -- Reported by a frame that is, or was, in quarantine.
+        WHEN 253 THEN 'reported by a refused frame'
         WHEN 254 THEN 'lost by the store'
         WHEN 254 THEN 'lost by the store'
         ELSE 'reason ' || g.reason

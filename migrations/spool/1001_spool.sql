@@ -31,7 +31,7 @@ CREATE TABLE spool (
 ) STRICT;
 INSERT INTO spool DEFAULT VALUES;
 
--- Rows that changed and have to be told to the store: of devices, schemas (key is the schema's number),
+-- Rows that changed and have to be sent to the store: of devices, schemas (key is the schema's number),
 -- clocks (key is the boot) and clock_steps (key is the row). A row that changes again gets a new id, so what was read under an old
 -- one can be forgotten by it. (Deleted and inserted, because in a trigger the conflict clause of the
 -- statement that fired it would hold.)

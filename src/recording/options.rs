@@ -47,7 +47,7 @@ pub struct ReadOptions {
     #[arg(long, value_name = "TIME")]
     pub start: Option<String>,
 
-    /// Cells that stand for a missing value, beside empty ones [default: NA, NaN, NULL, ?, - and the
+    /// Cells that stand for a missing value, besides empty ones [default: NA, NaN, NULL, ?, - and the
     /// like, and numbers such as -999 or -9999 where they stand out in their column]
     #[arg(
         long,

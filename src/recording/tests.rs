@@ -201,7 +201,7 @@ fn day_and_month_are_told_apart_by_all_rows() {
     ));
     let unclear = "t,v\n2/1/2024 10:00,1\n2/1/2024 10:01,2\n";
     assert!(
-        fault(unclear).contains("day and month cannot be told apart"),
+        fault(unclear).contains("day and month cannot be distinguished"),
         "{}",
         fault(unclear)
     );

@@ -96,7 +96,10 @@ fn a_refused_gap_is_one_and_replay_finds_its_reason() {
     let mut missing = || -> Vec<(i64, i64, String)> {
         database.rows("SELECT from_seq, to_seq, reason FROM missing_frames")
     };
-    assert_eq!(missing(), [(2, 5, "told by a refused frame".to_owned())]);
+    assert_eq!(
+        missing(),
+        [(2, 5, "reported by a refused frame".to_owned())]
+    );
     // As if the tag were known by now.
     let digits: String = gap(2, 5, 1)
         .iter()

@@ -42,7 +42,7 @@ pub enum DeviceCommand {
     /// Let devices in again
     Enable(change::NamesArgs),
     /// Show what is stored of a device, and with --yes take it out with all of that: readings, frames, events,
-    /// its key. Works beside running gateways, whose sessions of it end within a second; a run that was broken
+    /// its key. Works next to running gateways, whose sessions of it end within a second; a run that was broken
     /// off goes on when it is given again
     Remove(remove::RemoveArgs),
     /// Give a device another key: its session ends within a second, and the former key opens no other one

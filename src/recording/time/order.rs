@@ -105,7 +105,7 @@ pub fn find(
             .ok_or_else(|| {
                 ReadError::line(
                     line_of(text, layout.data_at),
-                    "day and month cannot be told apart in this file: give --time-format DD/MM/YYYY or MM/DD/YYYY"
+                    "day and month cannot be distinguished in this file: give --time-format DD/MM/YYYY or MM/DD/YYYY"
                         .to_owned(),
                 )
             }),
