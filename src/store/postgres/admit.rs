@@ -76,10 +76,12 @@ impl<'c> Admissions<'c> {
         logins.iter().map(|login| found.outcome(login)).collect()
     }
 
-    /// Says of each declare whether it is kept, and where its channels' readings go.
+    /// Says of each declare whether it is kept, and where its channels' readings go. `logins` are those of the same
+    /// transaction.
     pub(super) async fn declare(
         &mut self,
         declares: &[Declare],
+        logins: &[Login],
     ) -> Result<Vec<DeclareOutcome>, sqlx::Error> {
         if declares.is_empty() {
             return Ok(Vec::new());
@@ -93,7 +95,7 @@ impl<'c> Admissions<'c> {
         let mut counts = HashMap::new();
         if !devices.is_empty() {
             // Another gateway may have been faster; from here on it waits.
-            counts = self.lock_and_count(&devices).await?;
+            counts = self.lock_and_count(&devices, logins).await?;
             stored = self.find_schemas(wanted).await?;
         }
         let new = new_declares(declares, &stored);
@@ -122,13 +124,23 @@ impl<'c> Admissions<'c> {
     async fn lock_and_count(
         &mut self,
         devices: &BTreeSet<DeviceId>,
+        logins: &[Login],
     ) -> Result<HashMap<DeviceId, Counts>, sqlx::Error> {
         let ids: Vec<i64> = devices.iter().map(|device| device.0).collect();
-        // By name, as logins lock them.
-        sqlx::query("SELECT FROM devices WHERE id = ANY($1) ORDER BY name FOR NO KEY UPDATE")
-            .bind(&ids)
-            .execute(&mut *self.conn)
-            .await?;
+        // All that this transaction locks, at once and in the order in which logins lock them.
+        sqlx::query(
+            "SELECT FROM devices WHERE id = ANY($1) OR name = ANY($2) ORDER BY name
+             FOR NO KEY UPDATE",
+        )
+        .bind(&ids)
+        .bind(
+            logins
+                .iter()
+                .map(|login| login.device.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .execute(&mut *self.conn)
+        .await?;
         let counts: Vec<(i64, i64, i64)> = sqlx::query_as(
             "SELECT w.device, (SELECT count(*) FROM schemas AS c WHERE c.device_id = w.device),
                  (SELECT count(*) FROM series AS s WHERE s.device_id = w.device)

@@ -101,9 +101,10 @@ impl Writer {
     ) -> Result<Committed, CommitError> {
         self.follow_operator().await?;
         identity.begin(&mut self.conn).await?;
-        let mut admissions = Admissions::new(&mut self.conn, self.bounds);
-        let declares = admissions.declare(&batch.declares).await?;
+        // Rows of streams are locked before those of devices, in every transaction.
         let mut watermarks = self.lock_watermarks(&batch.entries, identity).await?;
+        let mut admissions = Admissions::new(&mut self.conn, self.bounds);
+        let declares = admissions.declare(&batch.declares, &batch.logins).await?;
         self.series.check(&mut self.conn, &batch.entries).await?;
         let mut admitted = watermarks.admit(&batch.entries)?;
         // By stream, as the ledger's index is. The sort is stable: a stream keeps its order.

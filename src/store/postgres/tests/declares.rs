@@ -40,12 +40,15 @@ async fn what_a_device_has_declared_before_costs_nothing() {
     };
     let many = very_many(device, 1000..1700);
     run(&mut *conn, "BEGIN").await.unwrap();
-    Admissions::new(conn, bounds).declare(&many).await.unwrap();
+    Admissions::new(conn, bounds)
+        .declare(&many, &[])
+        .await
+        .unwrap();
     run(&mut *conn, "COMMIT").await.unwrap();
     run(&mut *conn, "BEGIN").await.unwrap();
     let before = rows_read(conn).await;
     Admissions::new(conn, DeviceBounds::DEFAULT)
-        .declare(&declares)
+        .declare(&declares, &[])
         .await
         .unwrap();
     Admissions::new(conn, DeviceBounds::DEFAULT)

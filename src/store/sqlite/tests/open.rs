@@ -174,7 +174,7 @@ async fn an_older_schema_is_for_the_gateway_to_bring_up_to_date() {
     .fetch_one(&mut reader)
     .await
     .unwrap();
-    let expected = ("pump", 0, "connected", "connected");
+    let expected = ("pump", 0, "connected", "new");
     assert_eq!((&*found.0, found.1, &*found.2, &*found.3), expected);
 }
 
