@@ -486,7 +486,7 @@ impl<'t> Table<'t> {
         say("row numbers", counts);
         if kept.is_empty() {
             let line = line_of(self.text, self.layout.data_at);
-            let reason = "no column but the time holds numbers; is the decimal comma not seen? try --decimal and --separator";
+            let reason = "no column holds numbers besides the time; is the decimal comma not seen? try --decimal and --separator";
             return Err(ReadError::line(line, reason.to_owned()));
         }
         (self.columns, self.taken) = kept.into_iter().unzip();
