@@ -47,7 +47,7 @@ use fieldgate::units::Unit;
 use jiff::Timestamp;
 
 use self::fleet_key::FleetKeyFile;
-use self::nearest::nearest;
+use self::nearest::near;
 use self::settings_file::FileError;
 
 /// Takes sensor readings from field devices and puts them into SQL, each exactly once.
@@ -62,6 +62,9 @@ pub struct Cli {
     #[arg(skip)]
     changed: String,
 }
+
+/// What the environment variables of settings begin with.
+const ENV_PREFIX: &str = "FIELDGATE_";
 
 /// The subcommand whose flags are settings.
 const SETTINGS_COMMAND: &str = "serve";
@@ -392,25 +395,26 @@ fn unknown_variables(names: impl Iterator<Item = OsString>) -> Vec<String> {
         .map(env_name)
         .collect();
     let is_unknown = |name: &String| {
-        let of_others = ["FIELDGATE_TEST_", "FIELDGATE_SIM_"];
-        let is_ours = name.starts_with("FIELDGATE_")
-            && !of_others.iter().any(|prefix| name.starts_with(prefix));
+        let of_others = ["TEST_", "SIM_"].iter();
+        let is_ours = name
+            .strip_prefix(ENV_PREFIX)
+            .is_some_and(|name| !of_others.clone().any(|prefix| name.starts_with(prefix)));
         is_ours && !settings.contains(name)
     };
+    let with_hint = |name: String| {
+        let bare = |name: &'_ str| name.trim_start_matches(ENV_PREFIX).to_owned();
+        let settings: Vec<String> = settings.iter().map(|name| bare(name)).collect();
+        match near(&bare(&name), settings.iter().map(String::as_str)).first() {
+            Some(setting) => format!("{name}; did you mean {ENV_PREFIX}{setting}?"),
+            None => name,
+        }
+    };
     let names = names.filter_map(|name| name.into_string().ok());
-    names
-        .filter(is_unknown)
-        .map(
-            |name| match nearest(&name, settings.iter().map(String::as_str)) {
-                Some(nearest) => format!("{name}; the nearest setting is {nearest}"),
-                None => name,
-            },
-        )
-        .collect()
+    names.filter(is_unknown).map(with_hint).collect()
 }
 
 fn env_name(flag: &str) -> String {
-    format!("FIELDGATE_{}", flag.to_uppercase().replace('-', "_"))
+    format!("{ENV_PREFIX}{}", flag.to_uppercase().replace('-', "_"))
 }
 
 /// Clap's message in two lines at most, without its repetition of the usage.
@@ -556,10 +560,7 @@ mod tests {
         ];
         let found = unknown_variables(names.iter().map(OsString::from));
         assert_eq!(found.len(), 2, "{found:?}");
-        assert_eq!(
-            found[0],
-            "FIELDGATE_LISTN; the nearest setting is FIELDGATE_LISTEN"
-        );
-        assert!(found[1].starts_with("FIELDGATE_ALL"));
+        assert_eq!(found[0], "FIELDGATE_LISTN; did you mean FIELDGATE_LISTEN?");
+        assert_eq!(found[1], "FIELDGATE_ALL");
     }
 }

@@ -108,14 +108,14 @@ fn commits_without_their_standby_do_not_pile_up() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_day_whose_table_was_detached_is_warned_of() {
+fn a_month_whose_table_was_detached_is_warned_of() {
     let mut database = PgDatabase::create();
     drop(Gateway::start(&["--store", &database.url()]));
-    let today: Vec<(String,)> = database
+    let month: Vec<(String,)> = database
         .session()
-        .rows("SELECT 'readings_' || to_char(now() AT TIME ZONE 'UTC', 'YYYYMMDD')");
-    let today = &today[0].0;
-    let detach = format!("ALTER TABLE readings DETACH PARTITION {today}");
+        .rows("SELECT 'readings_' || to_char(now() AT TIME ZONE 'UTC', 'YYYYMM')");
+    let month = &month[0].0;
+    let detach = format!("ALTER TABLE readings DETACH PARTITION {month}");
     database.session().execute(&detach);
     let mut gateway = Gateway::start(&["--store", &database.url()]);
     gateway.wait_for_line("partition is detached");
@@ -125,7 +125,7 @@ fn a_day_whose_table_was_detached_is_warned_of() {
     drop(link);
     gateway.terminate();
     let stderr = gateway.wait().stderr;
-    assert!(stderr.contains(today.as_str()), "{stderr}");
+    assert!(stderr.contains(month.as_str()), "{stderr}");
 }
 
 /// A server that lets so many bytes through from the real one on each connection, and then is silent.
