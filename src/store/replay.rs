@@ -15,6 +15,9 @@ use super::rows::Run;
 use super::{Content, DeviceId, ResolvedTime, Schema, SeriesId, StreamId, postgres, sqlite};
 use crate::clock::{BootClock, BootClocks, Origin, Stamp};
 
+/// How often a frame is tried again because a gateway made the partition of its readings meanwhile.
+const OVERTAKEN_MAX: usize = 10;
+
 /// A frame in quarantine.
 #[derive(Clone, Debug)]
 pub struct KeptFrame {
@@ -153,6 +156,20 @@ impl Editor {
     /// # Errors
     /// The store does not answer, or the ledger lacks the frame. Nothing was done then.
     pub async fn replay(
+        &mut self,
+        frame: &KeptFrame,
+        understood: &Understood,
+    ) -> Result<bool, ReadError> {
+        for _ in 0..OVERTAKEN_MAX {
+            match self.try_replay(frame, understood).await {
+                Err(ReadError::Sql(error)) if postgres::is_overtaken(&error) => {}
+                done => return done,
+            }
+        }
+        self.try_replay(frame, understood).await
+    }
+
+    async fn try_replay(
         &mut self,
         frame: &KeptFrame,
         understood: &Understood,

@@ -182,8 +182,8 @@ const FALSIFICATIONS: &[Falsification] = &[
     ),
     of(
         "an empty stream",
-        "INSERT INTO streams (device_id, stream, created_at) SELECT device_id, 77, created_at FROM streams
-             ORDER BY id LIMIT 1",
+        "INSERT INTO streams (device_id, stream, created_at) SELECT device_id, 77, (SELECT max(received_at) FROM frames)
+             FROM streams ORDER BY id LIMIT 1",
         "stream 77 with ",
     ),
     of(
