@@ -110,14 +110,17 @@ fn commits_without_their_standby_do_not_pile_up() {
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
 fn a_month_whose_table_was_detached_is_warned_of() {
     let mut database = PgDatabase::create();
-    drop(Gateway::start(&["--store", &database.url()]));
+    let dir = TempDir::new().expect("a directory");
+    let url = database.url();
+    let flags = ["--store", &url];
+    drop(Gateway::start_in(dir.path(), &flags));
     let month: Vec<(String,)> = database
         .session()
         .rows("SELECT 'readings_' || to_char(now() AT TIME ZONE 'UTC', 'YYYYMM')");
     let month = &month[0].0;
     let detach = format!("ALTER TABLE readings DETACH PARTITION {month}");
     database.session().execute(&detach);
-    let mut gateway = Gateway::start(&["--store", &database.url()]);
+    let mut gateway = Gateway::start_in(dir.path(), &flags);
     gateway.wait_for_line("partition is detached");
     let (mut link, _) = gateway.connect("pump");
     link.send(&readings(1));
