@@ -34,7 +34,7 @@ pub(super) async fn bare(path: &Path, job: &Job) -> Result<f64, BenchError> {
         sql.execute(&mut conn).await?;
     }
     let inserts = Inserts {
-        frames: Insert::into("frames", 8),
+        frames: Insert::into("frames", 9),
         readings: Insert::into("readings_sorted", 4),
     };
     let mut frames = Frames::new(job.cell, 0, 1, 1);
@@ -91,10 +91,13 @@ impl Inserts {
 
 type Bound = Result<(), sqlx::error::BoxDynError>;
 
+/// Stands for the checksum of a frame.
+const CRC: i64 = 0x89AB_CDEF;
+
 fn bind_frame(arguments: &mut SqliteArguments, frame: Frame, cell: Cell) -> Bound {
     let readings = cell.frame_readings() as i64;
     let Frame { device, seq, id } = frame;
-    [id, device, seq, 17, seq, readings, 0, 0]
+    [id, device, seq, 17, seq, readings, 0, 0, CRC]
         .into_iter()
         .try_for_each(|value| arguments.add(value))
 }
