@@ -404,7 +404,10 @@ fn unknown_variables(names: impl Iterator<Item = OsString>) -> Vec<String> {
     let with_hint = |name: String| {
         let bare = |name: &'_ str| name.trim_start_matches(ENV_PREFIX).to_owned();
         let settings: Vec<String> = settings.iter().map(|name| bare(name)).collect();
-        match near(&bare(&name), settings.iter().map(String::as_str)).first() {
+        // A longer name that begins alike is another setting, not a misspelt one.
+        let is_alike = |setting: &&str| setting.len().abs_diff(bare(&name).len()) <= 2;
+        let settings = settings.iter().map(String::as_str).filter(is_alike);
+        match near(&bare(&name), settings).first() {
             Some(setting) => format!("{name}; did you mean {ENV_PREFIX}{setting}?"),
             None => name,
         }
