@@ -37,7 +37,7 @@ use crate::readings::Readings;
 use crate::report::{Report, Summary};
 use crate::wire;
 
-/// So many devices, or all, must have failed in vain before the fleet gives up.
+/// At least this number of devices, or all of a smaller fleet, must have failed before the fleet gives up.
 const HOPELESS_DEVICES: u64 = 3;
 /// How long after the last frame the ACKs may take.
 pub const SETTLE: Duration = Duration::from_secs(30);
