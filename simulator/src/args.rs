@@ -264,6 +264,11 @@ pub struct BenchArgs {
     #[arg(long, env = "FIELDGATE_SIM_QUICK")]
     pub quick: bool,
 
+    /// Measure one burst of a small fleet for a moment, and nothing else: whether bench works here. The figures
+    /// say nothing [default: no]
+    #[arg(long, env = "FIELDGATE_SIM_SMOKE", conflicts_with_all = ["quick", "rounds", "only", "stored"])]
+    pub smoke: bool,
+
     /// Rounds of which the medians are shown; each takes 2 minutes [default: 5, with --quick 1]
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_ROUNDS",
           value_parser = clap::value_parser!(u32).range(1..=100))]

@@ -248,10 +248,18 @@ fn a_benchmark_is_long_unless_told_otherwise() {
     assert!(!args.quick && args.json.is_none());
     assert_eq!((args.rounds, args.stored), (None, None));
     let args = bench("--quick --rounds 3 --stored 1000000 --json a.json");
-    assert!(args.quick);
+    assert!(args.quick && !args.smoke);
+    assert!(bench("--smoke --json a.json").smoke);
     assert_eq!((args.rounds, args.stored), (Some(3), Some(1_000_000)));
     assert_eq!(args.json, Some("a.json".into()));
-    for wrong in ["--rounds 0", "--rounds 101", "--stored 0", "--stored many"] {
+    for wrong in [
+        "--rounds 0",
+        "--rounds 101",
+        "--stored 0",
+        "--stored many",
+        "--smoke --quick",
+        "--smoke --stored 5",
+    ] {
         assert!(parse(&format!("bench {wrong}")).is_err(), "{wrong}");
     }
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
+use crate::database::PgDatabase;
 use crate::fleet::{simulator, verify};
 use crate::gateway::Gateway;
 use crate::logs::keep_of;
@@ -75,4 +76,48 @@ fn every_fault_at_once_loses_nothing() {
         faults,
     ];
     run(&gateway, &dir, "faults", &flags);
+}
+
+/// The least that `bench` can do: its bare loop fills the gateway's tables by statements of its own.
+fn bench(dir: &Path, store: &str) {
+    let figures = dir.join("figures.json");
+    let output = simulator("bench")
+        .args(["--smoke", "--store", store, "--json"])
+        .arg(&figures)
+        .output();
+    let output = keep_of(output.expect("starts"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let shown = String::from_utf8(output.stdout).expect("text");
+    for words in [
+        "Throughput",
+        "10 x 1 x 1, window 16",
+        "readings/s",
+        "bare/s",
+    ] {
+        assert!(shown.contains(words), "no {words:?} in {shown}");
+    }
+    let figures: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&figures).expect("figures")).expect("JSON");
+    let round = &figures["throughput"][0]["rounds"][0];
+    let acked = round["gateway"]["readings_per_s"].as_f64();
+    assert!(acked > Some(0.0), "{figures}");
+    assert!(round["bare_readings_per_s"].is_number(), "{figures}");
+    // Nothing else stays.
+    assert_eq!(std::fs::read_dir(dir).expect("reads").count(), 1);
+}
+
+#[test]
+fn a_bench_shows_figures_and_leaves_nothing_behind() {
+    let dir = TempDir::new().expect("a directory");
+    let store = dir.path().join("bench.db");
+    bench(dir.path(), &format!("sqlite://{}", store.display()));
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_bench_on_postgres_shows_figures() {
+    let dir = TempDir::new().expect("a directory");
+    let database = PgDatabase::create();
+    bench(dir.path(), &database.url());
 }

@@ -30,6 +30,12 @@ pub(super) const SINGLE: Cell = Cell {
     ..BASE
 };
 
+/// A small one, which shows no more than that everything works.
+pub(super) const SMOKE: Cell = Cell {
+    devices: 10,
+    ..SINGLE
+};
+
 /// Readings of a bare transaction, and its most frames. Half and twice as many of both were tried, two
 /// rounds each. With 60 and 240 readings in a frame neither differed by more than the rounds did; on
 /// Postgres that holds for 1 and 4 as well. On SQLite, frames of 1 and 4 readings were 10 to 20 % slower

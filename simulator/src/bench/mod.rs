@@ -18,6 +18,7 @@ use fieldgate::store::url::PostgresUrl;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
+use self::cell::{Cell, SMOKE};
 use self::connections::Connections;
 use self::gateway::Site;
 use self::hostile::Hostile;
@@ -51,6 +52,8 @@ mod throughput;
 /// What is not measured: of a gateway from the moment when all devices are there, of a bare loop from its
 /// first transaction.
 const WARM_UP: Duration = Duration::from_secs(1);
+/// How long the burst of `--smoke` is measured.
+const SMOKE_BURST: Duration = Duration::from_millis(500);
 
 /// Why nothing was measured.
 #[derive(Debug, thiserror::Error)]
@@ -129,6 +132,8 @@ struct Scope<'a> {
     binary: &'a Path,
     site: &'a Site,
     is_quick: bool,
+    /// What is measured in bursts.
+    cells: Vec<Cell>,
     rounds: u32,
     /// How long each burst and each bare loop is measured.
     burst: Duration,
@@ -151,10 +156,23 @@ impl<'a> Scope<'a> {
             binary,
             site,
             is_quick: args.quick,
-            rounds: args.rounds.unwrap_or(if args.quick { 1 } else { 5 }),
-            burst: of(s(5), s(2)),
+            cells: match args.smoke {
+                true => vec![SMOKE],
+                false => Cell::all(args.quick),
+            },
+            rounds: args
+                .rounds
+                .unwrap_or(if args.quick || args.smoke { 1 } else { 5 }),
+            burst: match args.smoke {
+                true => SMOKE_BURST,
+                false => of(s(5), s(2)),
+            },
             latency: of(s(15), s(4)),
-            connections: if args.quick { 2_000 } else { 15_000 },
+            connections: match (args.smoke, args.quick) {
+                (true, _) => SMOKE.devices,
+                (_, true) => 2_000,
+                _ => 15_000,
+            },
             connections_tls: if args.quick { 1_000 } else { 10_000 },
             slow_period: of(s(15), s(3)),
             slow: of(s(15), s(3)),
@@ -169,7 +187,10 @@ pub async fn run(args: &BenchArgs) -> Result<Bench, BenchError> {
     let binary = gateway_binary()?;
     let site = Site::make(&args.store)?;
     let scope = Scope::new(args, &binary, &site);
-    let sections = Section::wanted(&args.only);
+    let sections = match args.smoke {
+        true => vec![Section::Throughput],
+        false => Section::wanted(&args.only),
+    };
     let measured = tokio::select! {
         measured = measure(&scope, &sections, args.stored) => measured,
         stopped = told_to_stop() => Err(stopped.map_or_else(BenchError::Io, |()| BenchError::Stopped)),

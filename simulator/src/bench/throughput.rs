@@ -98,7 +98,7 @@ impl Throughput {
 /// All cells, as many rounds as there are to be. In a round the two of a pair follow each other, so that
 /// whatever else changes on the machine changes for both.
 pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), BenchError> {
-    let cells = Cell::all(scope.is_quick);
+    let cells = scope.cells.clone();
     let mut pairs = vec![Vec::new(); cells.len()];
     for round in 1..=scope.rounds {
         for (cell, pairs) in cells.iter().zip(&mut pairs) {
