@@ -94,12 +94,16 @@ impl ListenAddress {
             Host::Name(name) => {
                 let found: Vec<SocketAddr> =
                     (name.as_str(), self.port).to_socket_addrs()?.collect();
-                let v4 = found.iter().find(|address| address.is_ipv4());
-                let address = v4.or(found.first()).copied();
-                address.ok_or_else(|| io::Error::other("the name has no address"))
+                preferred(&found).ok_or_else(|| io::Error::other("the name has no address"))
             }
         }
     }
+}
+
+/// Returns the first IPv4 address, or else the first of all.
+fn preferred(found: &[SocketAddr]) -> Option<SocketAddr> {
+    let v4 = found.iter().find(|address| address.is_ipv4());
+    v4.or(found.first()).copied()
 }
 
 /// Reads a host as a certificate names it: a DNS name, which may begin with `*.`, or an IP address. Returns it in
@@ -192,6 +196,15 @@ mod tests {
         assert_eq!(every.to_string(), ":7300");
         let resolved = every.resolve().unwrap();
         assert!(resolved.ip().is_unspecified() && resolved.port() == 7300);
+    }
+
+    #[test]
+    fn a_name_stands_for_its_first_ipv4_address() {
+        let found = ["[::1]:1", "127.0.0.1:1", "127.0.0.2:1"];
+        let found = found.map(|address| address.parse::<SocketAddr>().unwrap());
+        assert_eq!(preferred(&found), Some(found[1]));
+        assert_eq!(preferred(&found[..1]), Some(found[0]));
+        assert_eq!(preferred(&[]), None);
     }
 
     #[test]
