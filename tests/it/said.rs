@@ -126,6 +126,8 @@ fn no_password_is_among_the_settings() {
         store,
         "--listen",
         "127.0.0.1:0",
+        "--postgres-wait-s",
+        "0",
     ]);
     assert!(ended.stderr.contains("@127.0.0.1:1/db"), "{ended:?}");
     assert!(!ended.stderr.contains("s3cret"), "{ended:?}");
