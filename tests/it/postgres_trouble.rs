@@ -43,7 +43,8 @@ fn a_start_waits_for_a_server_that_is_not_up_yet() {
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
 fn durability_that_is_turned_off_stops_acknowledgements() {
-    let cluster = Cluster::start(&[]);
+    // Nothing but a commit that waits for the disk writes the log soon.
+    let cluster = Cluster::start(&["wal_writer_delay=10000"]);
     let mut database = cluster.database();
     let mut gateway = Gateway::start(&["--store", &database.url()]);
     let (mut link, _) = gateway.connect("pump");
@@ -68,8 +69,12 @@ fn durability_that_is_turned_off_stops_acknowledgements() {
     }
     // What a session can hold on to itself it does.
     set("synchronous_commit", "off");
+    let mut log: Vec<(String,)> = admin.rows("SELECT pg_current_wal_insert_lsn()::text");
+    let before = log.remove(0).0;
     link.send(&readings(seq + 1));
     link.expect_ack(seq + 1);
+    let is_synced = format!("SELECT pg_current_wal_flush_lsn() > '{before}'");
+    assert_eq!(admin.rows::<(bool,)>(&is_synced), [(true,)], "{before}");
     assert!(gateway.is_alive());
     assert_eq!(database.frames("pump").len() as u64, seq + 1);
 }
