@@ -215,6 +215,9 @@ fn a_gateway_ends_whose_database_is_not_where_it_was() {
         ("replace", "replaced"),
         ("move", "moved"),
         ("log", "-wal"),
+        ("index", "-shm"),
+        ("write over", "written over"),
+        ("empty the log", "emptied"),
     ] {
         let data = dir.path().join(how);
         let gateway = Gateway::start_in(&data, &[]);
@@ -230,6 +233,10 @@ fn a_gateway_ends_whose_database_is_not_where_it_was() {
                 fs::rename(data.join("backup"), &file).expect("replaces");
             }
             "move" => fs::rename(&data, dir.path().join("elsewhere")).expect("moves"),
+            "index" => remove(&data.join("fieldgate.db-shm")),
+            // As `cp` and a shell do: device and inode stay.
+            "write over" => fs::write(&file, []).expect("writes"),
+            "empty the log" => fs::write(&log, []).expect("writes"),
             _ => remove(&log),
         }
         link.send_in_vain(&readings(2));
@@ -255,6 +262,25 @@ fn a_gateway_ends_whose_database_is_not_where_it_was() {
     }
 }
 
+/// The data directory is a link that leads elsewhere now.
+#[test]
+fn a_gateway_ends_whose_data_directory_leads_elsewhere() {
+    let dir = TempDir::new().expect("a directory");
+    let (data, first, second) = (
+        dir.path().join("data"),
+        dir.path().join("1"),
+        dir.path().join("2"),
+    );
+    fs::create_dir(&first).expect("a directory");
+    fs::create_dir(&second).expect("a directory");
+    std::os::unix::fs::symlink(&first, &data).expect("a link");
+    let gateway = Gateway::start_in(&data, &[]);
+    remove(&data);
+    std::os::unix::fs::symlink(&second, &data).expect("a link");
+    let ended = ends(gateway);
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
+}
+
 #[test]
 fn an_idle_gateway_ends_whose_database_is_not_where_it_was() {
     let dir = TempDir::new().expect("a directory");
@@ -269,9 +295,19 @@ fn an_idle_gateway_ends_whose_database_is_not_where_it_was() {
     );
 }
 
-/// By SQLite's own means, under the same name.
+/// By SQLite's own means, under the same name: to a state of long ago, and to one of a moment ago.
 #[test]
 fn a_gateway_ends_whose_database_is_put_back() {
+    for statements in [
+        "DELETE FROM device_events; DELETE FROM frames; DELETE FROM streams;
+         UPDATE store_identity SET transactions = 0",
+        "DELETE FROM frames; UPDATE streams SET durable_seq = 0, frames = 0, readings = 0",
+    ] {
+        ends_when_put_back_by(statements);
+    }
+}
+
+fn ends_when_put_back_by(statements: &'static str) {
     let dir = TempDir::new().expect("a directory");
     let gateway = Gateway::start_in(dir.path(), &[]);
     let (mut pump, _) = gateway.connect("pump");
@@ -285,13 +321,10 @@ fn a_gateway_ends_whose_database_is_put_back() {
     runtime.block_on(async {
         let options = SqliteConnectOptions::new().filename(&file);
         let mut conn = options.connect().await.expect("opens");
-        sqlx::raw_sql(
-            "BEGIN IMMEDIATE; DELETE FROM device_events; DELETE FROM frames; DELETE FROM streams;
-             UPDATE store_identity SET transactions = 0; COMMIT",
-        )
-        .execute(&mut conn)
-        .await
-        .expect("writes");
+        for statement in ["BEGIN IMMEDIATE", statements, "COMMIT"] {
+            let written = sqlx::raw_sql(statement).execute(&mut conn).await;
+            written.expect("writes");
+        }
     });
     pump.send_in_vain(&readings(2));
     let ended = ends(gateway);

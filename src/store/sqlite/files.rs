@@ -2,8 +2,8 @@
 //! deleted, replaced or moved takes writes all the same, and they are gone when it is closed.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{self, ErrorKind};
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// From one look to the next while nothing is committed.
@@ -11,7 +11,11 @@ const LOOK_INTERVAL: std::time::Duration = std::time::Duration::from_millis(250)
 
 /// Files by their names, and which ones they were.
 #[derive(Debug)]
-pub struct HeldFiles(Vec<Held>);
+pub struct HeldFiles {
+    held: Vec<Held>,
+    /// The write-ahead log of a database.
+    log: Option<PathBuf>,
+}
 
 #[derive(Debug)]
 struct Held {
@@ -27,15 +31,26 @@ impl HeldFiles {
             let id = id(&path).ok()?;
             Some(Held { path, id })
         };
-        HeldFiles(paths.into_iter().filter_map(held).collect())
+        HeldFiles {
+            held: paths.into_iter().filter_map(held).collect(),
+            log: None,
+        }
     }
 
-    /// Remembers a database in use, with its write-ahead log and its directory.
+    /// Remembers a database in use, by the name that was given and without links, with its write-ahead log, the
+    /// log's index and its directory.
     pub fn of_database(path: &Path) -> HeldFiles {
+        let given = path.to_owned();
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let log = beside(&path, "-wal");
+        let (log, index) = (beside(&path, "-wal"), beside(&path, "-shm"));
         let directory = path.parent().map(Path::to_owned);
-        HeldFiles::new([path, log].into_iter().chain(directory))
+        let mut held = HeldFiles::new(
+            [given, path, log.clone(), index]
+                .into_iter()
+                .chain(directory),
+        );
+        held.log = Some(log);
+        held
     }
 
     /// Makes sure that all of them are where they were.
@@ -43,7 +58,7 @@ impl HeldFiles {
     /// # Errors
     /// The reason in one line.
     pub fn check(&self) -> Result<(), String> {
-        for Held { path, id: known } in &self.0 {
+        for Held { path, id: known } in &self.held {
             let found = id(path);
             let path = path.display();
             match found {
@@ -56,7 +71,13 @@ impl HeldFiles {
                 Err(_) => {}
             }
         }
-        Ok(())
+        match &self.log {
+            Some(log) if is_emptied(log) => Err(format!(
+                "{} was emptied while the gateway was using it; leave it to SQLite",
+                log.display()
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Warns once when one of them is not where it was; nothing but the next start needs them.
@@ -77,6 +98,68 @@ impl HeldFiles {
     }
 }
 
+/// What was read last of a database's own first bytes. Only checkpoints write the file, and their counter in it
+/// does not go back: where it does, the file was written over, by `cp` or a shell, and keeps device and inode.
+#[derive(Debug, Default)]
+pub(super) struct Header {
+    changes: u32,
+    len_bytes: u64,
+}
+
+impl Header {
+    /// Makes sure that nothing but SQLite has written to the file at `path` since the last call. `file` is open as
+    /// long as SQLite has it open.
+    ///
+    /// # Errors
+    /// The reason in one line.
+    pub(super) fn check(&mut self, file: &File, path: &Path) -> Result<(), String> {
+        let Ok(found) = Header::read(file) else {
+            return Ok(());
+        };
+        let went_back = |now: &Header| {
+            now.changes < self.changes
+                || now.changes == self.changes && now.len_bytes < self.len_bytes
+        };
+        // Read twice: a page may be half written.
+        if went_back(&found) && Header::read(file).is_ok_and(|again| went_back(&again)) {
+            let path = path.display();
+            return Err(format!(
+                "{path} was written over while the gateway was using it; delete {path}-wal and {path}-shm, and \
+                 put a whole database there"
+            ));
+        }
+        *self = found;
+        Ok(())
+    }
+
+    fn read(file: &File) -> io::Result<Header> {
+        let mut start = [0; HEADER_BYTES];
+        let mut len = 0;
+        while len < HEADER_BYTES {
+            match file.read_at(&mut start[len..], len as u64)? {
+                0 => break,
+                count => len += count,
+            }
+        }
+        let [.., a, b, c, d] = start;
+        Ok(Header {
+            changes: u32::from_be_bytes([a, b, c, d]),
+            len_bytes: file.metadata()?.len(),
+        })
+    }
+}
+
+/// Whether a write-ahead log has content, and not the beginning that SQLite gives it.
+fn is_emptied(log: &Path) -> bool {
+    let mut magic = [0; 4];
+    let read = File::open(log).and_then(|mut file| file.read_exact(&mut magic));
+    read.is_ok() && !LOG_MAGIC.contains(&u32::from_be_bytes(magic))
+}
+
+/// A database's first bytes, as far as the count of changes.
+const HEADER_BYTES: usize = 28;
+/// A write-ahead log begins with one of these.
+const LOG_MAGIC: [u32; 2] = [0x377f_0682, 0x377f_0683];
 /// What follows where something is amiss.
 const ADVICE: &str = "while the gateway was using it; put it back";
 

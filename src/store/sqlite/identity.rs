@@ -24,6 +24,9 @@ pub(super) struct Identity {
     counted_at: Option<Instant>,
     /// Changes when another connection has written.
     data_version: i64,
+    /// A stream that the latest transaction has moved, and how far: a file without it was put back, however
+    /// little time lies between.
+    newest: Option<(i64, i64)>,
 }
 
 /// What becomes of the count if the transaction succeeds.
@@ -64,6 +67,19 @@ impl Identity {
         }
     }
 
+    /// Whether the file lacks the latest transaction. A stream that is missing was taken out with its device, or is
+    /// missed by the count of logins.
+    async fn lacks_newest(&self, conn: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+        let Some((stream, seq)) = self.newest else {
+            return Ok(false);
+        };
+        let found: Option<i64> = sqlx::query_scalar("SELECT durable_seq FROM streams WHERE id = ?")
+            .bind(stream)
+            .fetch_optional(conn)
+            .await?;
+        Ok(found.is_some_and(|found| found < seq))
+    }
+
     /// Begins a transaction: makes sure that the file holds all former ones, and counts it if that is due.
     pub(super) async fn check(
         &mut self,
@@ -73,7 +89,9 @@ impl Identity {
         let data_version: i64 = sqlx::query_scalar("PRAGMA data_version")
             .fetch_one(&mut *conn)
             .await?;
-        if data_version != self.data_version && self.find(conn).await? != self.count {
+        if data_version != self.data_version
+            && (self.find(conn).await? != self.count || self.lacks_newest(conn).await?)
+        {
             return Err(put_back());
         }
         let mut counted = Counted {
@@ -93,8 +111,9 @@ impl Identity {
         Ok(counted)
     }
 
-    /// The transaction has succeeded.
-    pub(super) fn advance(&mut self, counted: Counted) {
+    /// The transaction has succeeded; `moved` is a stream and its durable number by it, if it moved one.
+    pub(super) fn advance(&mut self, counted: Counted, moved: Option<(i64, i64)>) {
+        self.newest = moved.or(self.newest);
         self.count = counted.count;
         self.counted_at = counted.counted_at;
         self.data_version = counted.data_version;

@@ -10,12 +10,12 @@
 //! - After a fatal error nothing is written any more, not even the checkpoint that SQLite makes when
 //!   its last connection closes.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use sqlx::Connection;
 
 use self::checkpoint::{Checkpoints, Limits};
-use self::files::HeldFiles;
+use self::files::{Header, HeldFiles};
 use self::open::{Locks, Purpose, WriterSettings};
 pub use self::open::{OpenError, migrate, open_editor, open_reader};
 use self::reserve::{LOG_BYTES, RESERVE_BYTES, Reserve};
@@ -119,9 +119,11 @@ pub struct SqliteStore {
     cut: Cut,
     /// Of a spool.
     reserve: Option<Reserve>,
+    path: PathBuf,
     held: HeldFiles,
+    header: Header,
     /// Held while the store is open; closed after the connections.
-    _locks: Locks,
+    locks: Locks,
 }
 
 /// When to look after the statistics that the query planner goes by.
@@ -207,7 +209,9 @@ impl SqliteStore {
             cut: Cut::default(),
             reserve,
             held: HeldFiles::of_database(&path),
-            _locks: locks,
+            header: Header::default(),
+            path,
+            locks,
         })
     }
 
@@ -228,12 +232,20 @@ impl SqliteStore {
         let committed =
             committed.map_err(|error| (classify(&error, "commit"), depends_on_size(&error)))?;
         // What was committed is durable only in a file that will be found again.
-        self.held
-            .check()
+        self.check_files()
             .map_err(|reason| (StoreError::Fatal(reason), false))?;
         self.statistics.count(batch);
         self.observe_log().await;
         Ok(committed)
+    }
+
+    /// Makes sure that the files are where they were and hold what SQLite has written.
+    fn check_files(&mut self) -> Result<(), String> {
+        self.held.check()?;
+        match self.locks.file() {
+            Some(file) => self.header.check(file, &self.path),
+            None => Ok(()),
+        }
     }
 
     /// Commits a batch, in parts while it is too large as a whole.
@@ -299,7 +311,7 @@ impl Store for SqliteStore {
         while !self.is_tidy() {
             self.commit(&Batch::default()).await?;
         }
-        if let Err(reason) = self.held.check() {
+        if let Err(reason) = self.check_files() {
             // Closing deletes the log by its name, which may be another's by now.
             self.abandon();
             return Err(StoreError::Fatal(reason));

@@ -182,7 +182,14 @@ pub(super) struct Locks {
     /// On `<database>.lock`: found without opening the database.
     _name: File,
     /// On the database's own file: by whatever other name, or without the first file, it is the same.
-    _file: Option<File>,
+    file: Option<File>,
+}
+
+impl Locks {
+    /// Returns the database's own file, where it is locked.
+    pub(super) fn file(&self) -> Option<&File> {
+        self.file.as_ref()
+    }
 }
 
 /// Takes the locks and creates the file if there is none; the path comes back absolute.
@@ -229,10 +236,7 @@ pub(super) fn claim(path: &Path) -> Result<(PathBuf, Locks), OpenError> {
     patiently(patience_ends, || lock.try_lock()).map_err(|error| refused(error, &lock_path))?;
     let file = patiently(patience_ends, || files::lock(&path));
     let file = file.map_err(|error| refused(error, &path))?;
-    let locks = Locks {
-        _name: lock,
-        _file: file,
-    };
+    let locks = Locks { _name: lock, file };
     Ok((path, locks))
 }
 

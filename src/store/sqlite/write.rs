@@ -201,7 +201,9 @@ impl Writer {
             .await?;
         sqlx::query("COMMIT").execute(&mut self.conn).await?;
 
-        self.identity.advance(counted);
+        let moved = watermarks.moved().into_iter().next();
+        let moved = moved.map(|(stream, progress)| (stream.0, progress.durable_seq.cast_signed()));
+        self.identity.advance(counted, moved);
         if let (ReadingsTable::Store(recent), Some(step)) = (&mut self.readings, step) {
             recent.advance(step);
         }
