@@ -187,6 +187,33 @@ fn times_stand_in_one_column_or_in_several() {
 }
 
 #[test]
+fn years_are_known_by_their_range_and_order() {
+    for (csv, expected) in [
+        // Names of rows that skip years, and fractions of years.
+        (
+            "\"\",\"N.Amer\"\n\"1951\",45939\n\"1956\",60423\n\"1957\",64721\n",
+            ["1951-01-01T00:00:00Z", "1956-01-01T00:00:00Z"],
+        ),
+        (
+            "t,air\n1871,87.3\n1871.25,75.7\n1871.5,1.5\n",
+            ["1871-01-01T00:00:00Z", "1871-04-02T06:00:00Z"],
+        ),
+        // The header of the month is written twice.
+        (
+            "YEAR,MON/MMM,ONI\n1871,1,-0.4\n1871,2,-0.5\n1871,3,-0.5\n",
+            ["1871-01-01T00:00:00Z", "1871-02-01T00:00:00Z"],
+        ),
+    ] {
+        assert_eq!(times(&read(csv))[..2], expected, "{csv}");
+    }
+    // Hours and minutes are no years.
+    let clock =
+        "day,time,temp\n307,930,36.5\n307,2350,36.7\n308,1210,36.9\n308,1220,37.0\n308,1240,36.9\n";
+    assert!(fault(clock).contains("no column holds a time"));
+    assert!(fault("no,x\n1951,1\n1956,2\n1957,3\n").contains("no column holds a time"));
+}
+
+#[test]
 fn day_and_month_are_told_apart_by_all_rows() {
     let month_first = "t,v\n1/2/2024,1\n1/3/2024,2\n1/13/2024,3\n";
     assert_eq!(times(&read(month_first))[1], "2024-01-03T00:00:00Z");

@@ -335,9 +335,13 @@ impl Sample<'_> {
 
     /// Year, month, day and so on in columns of their own.
     fn parts(&self) -> Option<Source> {
-        let find = |words: &[&str]| {
-            (0..self.layout.width).find(|column| words.contains(&self.name(*column).as_str()))
+        // A header may be written twice, such as MON/MMM.
+        let is_named = |column: usize, words: &[&str]| {
+            self.name(column)
+                .split('/')
+                .any(|name| words.contains(&name))
         };
+        let find = |words: &[&str]| (0..self.layout.width).find(|column| is_named(*column, words));
         let is_within = |column, low, high| self.is_within(column, low, high);
         let year = find(PARTS[0]).filter(|column| is_within(*column, 1000.0, 2999.0))?;
         let mut columns = PARTS.map(find);
@@ -408,6 +412,7 @@ impl Sample<'_> {
     fn number(&self, column: usize, is_given: bool) -> Option<Source> {
         let is_called =
             is_given || self.is_called(column, &TIME_WORDS) || self.is_called(column, PARTS[0]);
+        let is_year_column = self.is_called(column, PARTS[0]);
         let is_within = |low: f64, high: f64| {
             self.mostly(column, |cell| {
                 cell.replace(',', ".")
@@ -429,23 +434,27 @@ impl Sample<'_> {
             () if column == 0 && self.is_years() => Unit::Year,
             () if !is_called => return None,
             () if fits(Unit::YearMonth) && is_within(1e5, 3e5) => Unit::YearMonth,
-            () if fits(Unit::Year) => Unit::Year,
+            // Numbers such as 930 and 2350 in a column of times are hours and minutes.
+            () if fits(Unit::Year) && (is_given || is_year_column || is_within(1500.0, 2200.0)) => {
+                Unit::Year
+            }
             () if is_within(20_000.0, 80_000.0) => Unit::Excel,
             () => return None,
         };
         Some(Source::Number { column, unit })
     }
 
-    /// Returns whether the numbers are years that follow one another.
+    /// Returns whether the first column has years that follow one another, or, where its header says nothing else,
+    /// years that grow, perhaps with a fraction.
     fn is_years(&self) -> bool {
-        let years: Vec<i32> = self.cells(0).filter_map(|cell| cell.parse().ok()).collect();
+        let years: Vec<f64> = self.cells(0).filter_map(|cell| cell.parse().ok()).collect();
         let is_year = |cell: &str| {
             cell.parse()
-                .is_ok_and(|year: i32| (1500..=2200).contains(&year))
+                .is_ok_and(|year: f64| (1500.0..=2200.0).contains(&year))
         };
-        self.mostly(0, is_year)
-            && years.len() > 2
-            && years.windows(2).all(|pair| pair[1] == pair[0] + 1)
+        let may_skip = ["", "t"].contains(&self.name(0).as_str());
+        let follows = |pair: &[f64]| pair[1] == pair[0] + 1.0 || may_skip && pair[1] > pair[0];
+        self.mostly(0, is_year) && years.len() > 2 && years.windows(2).all(follows)
     }
 
     /// Returns whether numbers mostly go one way, or stay.
