@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use fieldgate::store::reader::{ReadError, Reader, Row};
+use fieldgate::store::sqlite::readers;
 use fieldgate::store::url::StoreUrl;
 
 use super::Error;
@@ -21,9 +22,11 @@ use super::value::{Value, Written, csv_text, json_text};
 /// A gateway cannot shorten its write-ahead log past a statement that still reads, and stores nothing more when the log
 /// is full (1 GiB by default). So a statement ends when the log has grown by this much under it, ...
 const LOG_GROWTH_MAX: u64 = 256 << 20;
-/// ... or has grown at all and is as long as this.
+/// ... when it has grown at all and is as long as this ...
 const LOG_BYTES_MAX: u64 = 512 << 20;
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
+/// ... or when the gateway has asked its readers to end at so many looks in a row.
+const ASKED_MAX: u32 = 4;
 
 /// A table is laid out as a whole, so it has to be held in memory.
 const TABLE_ROWS_MAX: usize = 10_000;
@@ -84,8 +87,14 @@ async fn log_grows(store: &StoreUrl) {
     let bytes = || std::fs::metadata(Path::new(&log)).map_or(0, |file| file.len());
     let began = bytes();
     let limit = (began + LOG_GROWTH_MAX).min(LOG_BYTES_MAX).max(began + 1);
-    while bytes() < limit {
+    let mut asked = 0;
+    while bytes() < limit && asked < ASKED_MAX {
         tokio::time::sleep(LOOK_AGAIN).await;
+        asked = if readers::must_end(path) {
+            asked + 1
+        } else {
+            0
+        };
     }
 }
 

@@ -27,6 +27,7 @@ mod proof;
 mod put_back;
 mod quarantine;
 mod quarantine_full;
+mod readers;
 mod replay;
 mod said;
 mod session;

@@ -125,6 +125,11 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Whether the log comes near the length at which no commit is taken, which it does only when readers hold it.
+    pub(super) fn is_log_long(&self) -> bool {
+        self.log.len_bytes >= self.limits.hard_bytes / 4 * 3
+    }
+
     /// Moves the whole log, and has it begin again, as soon as no reader is in the way.
     pub(super) async fn finish(&mut self) -> Result<(), StoreError> {
         self.shared.checkpoint(Mode::Restart).await?;

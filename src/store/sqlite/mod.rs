@@ -18,6 +18,7 @@ use self::checkpoint::{Checkpoints, Limits};
 use self::files::{Header, HeldFiles};
 use self::open::{Locks, Purpose, WriterSettings};
 pub use self::open::{OpenError, migrate, open_editor, open_reader};
+use self::readers::Readers;
 use self::reserve::{LOG_BYTES, RESERVE_BYTES, Reserve};
 use self::turn::Turns;
 use self::write::Writer;
@@ -34,6 +35,7 @@ mod checkpoint;
 pub mod files;
 mod identity;
 mod open;
+pub mod readers;
 mod recent;
 mod reserve;
 mod rows;
@@ -116,6 +118,7 @@ pub struct SqliteStore {
     checkpoints: Checkpoints,
     statistics: Statistics,
     turns: Turns,
+    readers: Readers,
     cut: Cut,
     /// Of a spool.
     reserve: Option<Reserve>,
@@ -206,6 +209,7 @@ impl SqliteStore {
                 due_at_readings: OPTIMIZE_AFTER_READINGS.0,
             },
             turns: Turns::of_gateway(&path),
+            readers: Readers::of_gateway(&path),
             cut: Cut::default(),
             reserve,
             held: HeldFiles::of_database(&path),
@@ -222,6 +226,7 @@ impl SqliteStore {
             let failed = "the store has failed before".to_owned();
             return Err((StoreError::Fatal(failed), false));
         };
+        self.readers.ask_to_end(self.checkpoints.is_log_long());
         self.checkpoints.make_room().await.map_err(no_matter)?;
         self.turns.give_way().await;
         self.statistics
@@ -277,6 +282,7 @@ impl SqliteStore {
         if let Err(error) = self.checkpoints.observe(&mut writer.conn).await {
             tracing::warn!(%error, "the length of the write-ahead log is not known");
         }
+        self.readers.ask_to_end(self.checkpoints.is_log_long());
     }
 
     /// Gives the writer up without closing it: closing the last connection would try a checkpoint

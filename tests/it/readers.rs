@@ -1,0 +1,55 @@
+//! Readers beside a gateway: what they read must not keep it from storing.
+
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::client::{Heard, Link, readings_at};
+use crate::gateway::{Gateway, command};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Reads for as long as it is let, without a row to write.
+const ENDLESS: &str =
+    "WITH RECURSIVE c(n) AS (SELECT count(*) FROM frames UNION ALL SELECT n + 1 FROM c)
+    SELECT max(n) FROM c";
+
+/// Sends frame `seq` until it is acknowledged, or `child` has ended; returns whether it was acknowledged.
+fn is_stored(link: &mut Link, seq: u64, child: &mut Child) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    // Far apart, so that each one touches pages of its own.
+    let frame = readings_at(seq, (seq as i64 * 7919 % 5000) * 86_400_000_000, &[1; 300]);
+    loop {
+        assert!(Instant::now() < deadline, "the gateway stores nothing");
+        link.send(&frame);
+        match link.hear() {
+            Heard::Ack { seq: heard, .. } if heard == seq => return true,
+            Heard::Nack { .. } if child.try_wait().expect("waits").is_some() => return false,
+            Heard::Ack { .. } | Heard::Nack { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Small boxes are advised to keep the log short.
+#[test]
+fn a_query_ends_before_it_stops_a_gateway_with_a_short_log() {
+    let gateway = Gateway::start(&["--wal-bytes-max", "16MiB"]);
+    let (mut link, _) = gateway.connect("pump");
+    let dir = gateway.data_dir().to_str().expect("UTF-8");
+    let query = command(&["query", ENDLESS, "--data-dir", dir])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut query = query.expect("runs");
+    let mut seq = 0;
+    while query.try_wait().expect("waits").is_none() {
+        seq += u64::from(is_stored(&mut link, seq + 1, &mut query));
+    }
+    while !is_stored(&mut link, seq + 1, &mut query) {}
+    let ended = query.wait_with_output().expect("ends");
+    let says = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(1), "{says}");
+    assert!(says.contains("write-ahead log"), "{says}");
+    // Others are asked nothing once the log is short again.
+    let query = command(&["query", "SELECT count(*) FROM devices", "--data-dir", dir]).output();
+    assert!(query.expect("runs").status.success());
+}
