@@ -52,6 +52,13 @@ impl Origin {
     }
 }
 
+impl Now {
+    /// Whether the wall clock shows a time beyond the bounds: it is taken to stand still there.
+    fn is_out_of_bounds(&self) -> bool {
+        [UTC_MIN_US, UTC_MAX_US].contains(&self.utc_us)
+    }
+}
+
 /// One reading of the gateway's clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Now {
@@ -82,13 +89,11 @@ impl SystemClock {
     /// What the clocks show.
     pub fn now(&self) -> Now {
         let (utc_us, up_us) = self.read_pair();
+        let (utc_us, origin) = within_bounds(utc_us, up_us, self.timeline);
         Now {
             mono_us: self.started.elapsed().as_micros() as u64,
-            utc_us: utc_us.clamp(UTC_MIN_US, UTC_MAX_US),
-            origin: Origin {
-                timeline: self.timeline,
-                at_us: utc_us.saturating_sub(up_us),
-            },
+            utc_us,
+            origin,
         }
     }
 
@@ -124,6 +129,14 @@ impl SystemClock {
     pub fn instant(&self, mono_us: u64) -> Instant {
         self.started + Duration::from_micros(mono_us)
     }
+}
+
+/// Returns the wall clock within its bounds, and the origin of that: so a step back into the bounds undoes what was
+/// measured beyond them.
+fn within_bounds(utc_us: i64, up_us: i64, timeline: i64) -> (i64, Origin) {
+    let utc_us = utc_us.clamp(UTC_MIN_US, UTC_MAX_US);
+    let at_us = utc_us.saturating_sub(up_us);
+    (utc_us, Origin { timeline, at_us })
 }
 
 fn wall_us() -> i64 {
@@ -178,6 +191,17 @@ mod tests {
         assert_eq!(origin(1, 0).step_to(origin(2, hours_us)), 0);
         assert_eq!(origin(0, 0).step_to(origin(0, hours_us)), 0);
         assert_eq!(origin(1, i64::MIN).step_to(origin(1, i64::MAX)), i64::MAX);
+    }
+
+    #[test]
+    fn what_was_measured_beyond_the_bounds_is_corrected_within() {
+        const NOON_US: i64 = 1_700_000_000_000_000;
+        for beyond_us in [UTC_MIN_US - 9_000_000, UTC_MAX_US + 9_000_000, i64::MAX] {
+            let (measured_us, measured_by) = within_bounds(beyond_us, 5_000_000, 7);
+            let (now_us, set_to) = within_bounds(NOON_US, 8_000_000, 7);
+            let step_us = measured_by.step_to(set_to);
+            assert_eq!(measured_us + 3_000_000 + step_us, now_us, "{beyond_us}");
+        }
     }
 
     #[test]

@@ -339,6 +339,7 @@ impl Lane {
                 Err(fatal @ StoreError::Fatal(_)) => return Err(fatal),
             }
         };
+        outage.is_over = true;
         // Fails only when the other task has panicked, which is told at the end.
         let _ = self.committed.send(ToAnswer::Commit {
             tagged: Box::new(tagged),
@@ -446,6 +447,8 @@ struct Outage<'a> {
     registry: &'a Registry,
     /// `None` before the first failure.
     reason: Option<String>,
+    /// Whether the lane has committed, and was not given up.
+    is_over: bool,
 }
 
 impl<'a> Outage<'a> {
@@ -455,6 +458,7 @@ impl<'a> Outage<'a> {
             lanes_down,
             registry,
             reason: None,
+            is_over: false,
         }
     }
 
@@ -479,7 +483,7 @@ impl Drop for Outage<'_> {
             return;
         }
         self.registry.announce_store(self.lane, false);
-        if self.lanes_down.fetch_sub(1, Ordering::Relaxed) == 1 {
+        if self.lanes_down.fetch_sub(1, Ordering::Relaxed) == 1 && self.is_over {
             tracing::info!("the store takes data again");
         }
     }

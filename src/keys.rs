@@ -356,6 +356,7 @@ fn is_unsupported(error: &io::Error) -> bool {
         Errno::NOSYS,
         Errno::OPNOTSUPP,
         Errno::MLINK,
+        Errno::ACCESS,
     ];
     Errno::from_io_error(error).is_some_and(|errno| unsupported.contains(&errno))
 }

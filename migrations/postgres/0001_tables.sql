@@ -161,7 +161,7 @@ CREATE TABLE quarantine (
     bytes       bytea NOT NULL,
     UNIQUE (stream_id, seq)
 );
-CREATE INDEX quarantine_by_device ON quarantine (device_id);
+CREATE INDEX quarantine_by_device ON quarantine (device_id, id);
 
 -- kind: connected, disconnected (code is the BYE code of the reason), refused (a proof of identity failed, or the
 -- device may not connect; code is the BYE code), added, enabled, disabled, key_changed (by an operator), event

@@ -13,6 +13,7 @@ CREATE TABLE readings (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX device_events_by_frame ON device_events (frame_id);
+CREATE INDEX gaps_by_frame ON gaps (stream_id, to_seq, reason);
 
 -- One row: who this spool is to the store it feeds.
 CREATE TABLE spool (

@@ -1,22 +1,51 @@
 //! Holds each query of the commands to its plan: large tables are read by their indexes, in a store with statistics
 //! and in one without.
 
+use fieldgate::store::lifecycle;
 use fieldgate::store::postgres;
 use fieldgate::store::reader::{Argument, Reader, Value};
+use fieldgate::store::replay::kept_frames_sql;
 use fieldgate::store::sqlite::{self, SqliteSettings};
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
 
-use super::{device, status};
+use super::{device, quarantine, status};
 
 /// Tables that grow with what devices send.
 const LARGE: [&str; 4] = ["readings", "frames", "device_events", "quarantine"];
 
 /// Each query, and whether it is of one device.
-fn queries() -> Vec<(&'static str, Vec<Argument<'static>>)> {
-    let mut queries = device::queries("d7");
-    queries.push((status::COUNTS, vec![]));
+fn queries() -> Vec<(String, Vec<Argument<'static>>)> {
+    let of_devices = device::queries("d7").into_iter();
+    let mut queries: Vec<_> = of_devices
+        .map(|(sql, arguments)| (sql.to_owned(), arguments))
+        .collect();
+    queries.push((status::COUNTS.to_owned(), vec![]));
+    let of_quarantine = quarantine::queries().into_iter();
+    queries.extend(of_quarantine.map(|sql| (sql, vec![7.into()])));
     queries
+}
+
+/// Queries of all frames in quarantine a few at a time, and of the few devices that were changed: with the key that
+/// each must begin with, in SQLite and in Postgres.
+fn queries_in_steps() -> [(String, &'static str, &'static str); 3] {
+    [
+        (
+            kept_frames_sql("1 = 1", 7, 64),
+            "SEARCH q USING INTEGER PRIMARY KEY (rowid>?)",
+            "Index Scan using quarantine_pkey",
+        ),
+        (
+            quarantine::all_in_steps(),
+            "(rowid>? AND rowid<?)",
+            "Index Scan using quarantine_pkey",
+        ),
+        (
+            lifecycle::changes_sql(),
+            "SEARCH devices USING INDEX devices_by_revision (revision>?)",
+            "devices_by_revision",
+        ),
+    ]
 }
 
 async fn plan(reader: &mut Reader, explain: &str, sql: &str, arguments: &[Argument<'_>]) -> String {
@@ -45,7 +74,9 @@ const FILL_SQLITE: &str = "
     WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 200)
         INSERT INTO readings_sorted SELECT d.id, x, d.id * 1000 + x, 1.5 FROM devices AS d CROSS JOIN n;
     INSERT INTO readings_recent (id, series_id, frame_id, ts, samples)
-        SELECT id, id, id * 1000 + 1, 900, '{\"0\":1.5}' FROM devices;";
+        SELECT id, id, id * 1000 + 1, 900, '{\"0\":1.5}' FROM devices;
+    INSERT INTO quarantine (device_id, stream_id, seq, received_at, peer, code, detail, bytes)
+        SELECT stream_id, stream_id, seq, 5, '', 30, '', x'00' FROM frames;";
 
 #[tokio::test]
 async fn queries_of_commands_read_sqlite_by_its_indexes() {
@@ -62,8 +93,19 @@ async fn queries_of_commands_read_sqlite_by_its_indexes() {
             conn.execute("ANALYZE").await.unwrap();
         }
         let mut reader = Reader::open(&StoreUrl::Sqlite(path.clone())).await.unwrap();
+        for (sql, key, _) in queries_in_steps() {
+            let arguments = sql.contains("$1").then(|| 7.into());
+            let plan = plan(
+                &mut reader,
+                "EXPLAIN QUERY PLAN",
+                &sql,
+                arguments.as_slice(),
+            )
+            .await;
+            assert!(plan.contains(key), "{sql}\n{plan}");
+        }
         for (sql, arguments) in queries() {
-            let plan = plan(&mut reader, "EXPLAIN QUERY PLAN", sql, &arguments).await;
+            let plan = plan(&mut reader, "EXPLAIN QUERY PLAN", &sql, &arguments).await;
             // Readings that are not sorted in are few; so are devices, series, streams and gaps.
             let large = [
                 "r",
@@ -71,6 +113,7 @@ async fn queries_of_commands_read_sqlite_by_its_indexes() {
                 "cf",
                 "f",
                 "e",
+                "q",
                 "readings_sorted",
                 "frames",
                 "device_events",
@@ -115,7 +158,10 @@ const FILL_POSTGRES: &str = "
     INSERT INTO frames (id, stream_id, seq, type, received_at, readings)
         SELECT s.id * 1000 + x, s.id, x, 17, now(), 1 FROM streams AS s, generate_series(1, 200) AS x;
     INSERT INTO readings SELECT s.id, now(), s.id * 1000 + x, 1.5
-        FROM series AS s, generate_series(1, 200) AS x;";
+        FROM series AS s, generate_series(1, 200) AS x;
+    INSERT INTO quarantine (device_id, stream_id, seq, received_at, peer, code, detail, bytes)
+        SELECT s.device_id, s.id, f.seq, now(), '', 30, '', ''
+        FROM frames AS f JOIN streams AS s ON s.id = f.stream_id;";
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
@@ -136,12 +182,18 @@ async fn queries_of_commands_read_postgres_by_its_indexes() {
             .rows("SELECT set_config('enable_seqscan', 'off', false)", &[])
             .await
             .unwrap();
+        for (sql, _, key) in queries_in_steps() {
+            let arguments = sql.contains("$1").then(|| 7.into());
+            let plan = plan(&mut reader, "EXPLAIN", &sql, arguments.as_slice()).await;
+            assert!(plan.contains(key), "{sql}\n{plan}");
+        }
         for (sql, arguments) in queries() {
-            let plan = plan(&mut reader, "EXPLAIN", sql, &arguments).await;
+            let plan = plan(&mut reader, "EXPLAIN", &sql, &arguments).await;
             for table in LARGE {
                 // `status` counts quarantine, which is bounded.
                 let is_read = plan.contains(&format!("Seq Scan on {table}"));
-                assert!(!is_read || table == "quarantine", "{sql}\n{plan}");
+                let counts_all = table == "quarantine" && sql == status::COUNTS;
+                assert!(!is_read || counts_all, "{sql}\n{plan}");
             }
         }
         // `latest` looks into no partition, nor does what `device show` takes from it.

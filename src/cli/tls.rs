@@ -172,8 +172,11 @@ fn lock(dir: &Path) -> Result<File, Error> {
     let path = dir.join(LOCK_FILE);
     let mut options = OpenOptions::new();
     let opened = options.append(true).create(true).mode(0o600).open(&path);
-    let locked = opened.and_then(|file| file.lock().map(|()| file));
-    locked.map_err(|error| Error::Failed(format!("cannot lock {}: {error}", path.display())))
+    let file = opened
+        .map_err(|error| Error::Failed(format!("cannot lock {}: {error}", path.display())))?;
+    // Some file systems have no locks, and two commands at once are rare.
+    let _ = file.lock();
+    Ok(file)
 }
 
 /// The certificate that is there, if there is one. It and its key are about to be replaced: so what is not this

@@ -51,7 +51,11 @@ pub async fn watch<T>(clock: SystemClock, mut record: impl AsyncFnMut(ClockStep)
         let Some(step) = ClockStep::between(since, now) else {
             continue;
         };
+        let is_standing = since.is_out_of_bounds() && now.is_out_of_bounds();
         since = now;
+        if is_standing {
+            continue;
+        }
         let step_s = step.size_us() as f64 / 1e6;
         tracing::warn!(
             step_s,

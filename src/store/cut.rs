@@ -153,6 +153,11 @@ impl Part {
             && it.take(&batch.clocks, |_| 1, |part| &mut part.clocks)
             && it.take(&batch.events, |_| 1, |part| &mut part.events)
             && it.take(&batch.refusals, |_| 1, |part| &mut part.refusals);
+        if is_whole {
+            // Few, and small. Numbers that came again are compared with frames of all parts.
+            it.part.steps.clone_from(&batch.steps);
+            it.part.repeats.clone_from(&batch.repeats);
+        }
         debug_assert!(is_whole || it.weight > 0);
         it.part
     }
@@ -213,6 +218,8 @@ fn items(batch: &Batch) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::{ClockStep, Origin};
+    use crate::store::reuse::Repeat;
     use crate::store::{DeviceEvent, DeviceEventKind, DeviceId};
 
     fn batch(events: usize) -> Batch {
@@ -267,6 +274,36 @@ mod tests {
             cut.pass(&batch(50));
         }
         assert_eq!(sizes(&cut, &whole), [100]);
+    }
+
+    /// Whatever a batch has is in one of its parts, once.
+    #[test]
+    fn nothing_of_a_batch_is_left_out() {
+        let whole = Batch {
+            steps: vec![ClockStep {
+                origin: Origin::NONE,
+                since_us: 1,
+                before_us: 2,
+                after_us: 3,
+            }],
+            repeats: vec![Repeat {
+                device: DeviceId(1),
+                stream: StreamId(3),
+                seq: 7,
+                crc: 9,
+                at_us: 5,
+            }],
+            ..batch(10)
+        };
+        let mut cut = Cut::default();
+        assert!(cut.halve(&whole, 0, "too large"));
+        let parts = parts(&cut, &whole);
+        assert_eq!(parts.len(), 2);
+        assert_eq!(parts.iter().map(|part| part.steps.len()).sum::<usize>(), 1);
+        assert_eq!(
+            parts.iter().map(|part| part.repeats.len()).sum::<usize>(),
+            1
+        );
     }
 
     #[test]

@@ -114,14 +114,7 @@ impl ChangeReader {
         }
         let since = since.filter(|seen| *seen < latest);
         // One that is being removed is in both, and alike.
-        let sql = format!(
-            "SELECT {COLUMNS} FROM devices WHERE revision > $1
-             UNION
-             SELECT device_id, '#' || device_id || ' ' || name, 0, CAST(0 AS BIGINT),
-                 CAST(NULL AS BYTEA), revision, revision
-             FROM removed_devices WHERE revision > $1
-             ORDER BY 6"
-        );
+        let sql = changes_sql();
         let since_revision = since.unwrap_or(0);
         let rows = self.reader.rows(&sql, &[since_revision.into()]).await?;
         let devices: Vec<DeviceState> =
@@ -147,6 +140,19 @@ impl ChangeReader {
     pub fn remember(&mut self, seen: Option<Seen>) {
         self.seen = seen;
     }
+}
+
+/// Returns the query for devices that were changed since `$1`. Most devices never are: the index has only those
+/// that were.
+pub fn changes_sql() -> String {
+    format!(
+        "SELECT {COLUMNS} FROM devices WHERE revision > 0 AND revision > $1
+         UNION
+         SELECT device_id, '#' || device_id || ' ' || name, 0, CAST(0 AS BIGINT),
+             CAST(NULL AS BYTEA), revision, revision
+         FROM removed_devices WHERE revision > $1
+         ORDER BY 6"
+    )
 }
 
 /// A device; `None` if there is none of that name.

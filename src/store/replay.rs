@@ -50,6 +50,15 @@ pub struct Understood {
     pub stamp: Option<Stamp>,
 }
 
+/// Returns the query of [`Reader::kept_frames`].
+pub fn kept_frames_sql(condition: &str, after: i64, count: u32) -> String {
+    format!(
+        "SELECT q.id, q.device_id, d.name, q.stream_id, q.seq, q.received_at, q.bytes
+         FROM quarantine AS q LEFT JOIN devices AS d ON d.id = q.device_id
+         WHERE q.id > {after} AND {condition} ORDER BY q.id LIMIT {count}"
+    )
+}
+
 impl Reader {
     /// Up to `count` frames in quarantine, the oldest first, from those whose id is above `after` and for
     /// which `condition` holds, which speaks of `quarantine AS q`.
@@ -63,11 +72,7 @@ impl Reader {
         after: i64,
         count: u32,
     ) -> Result<Vec<KeptFrame>, ReadError> {
-        let sql = format!(
-            "SELECT q.id, q.device_id, d.name, q.stream_id, q.seq, q.received_at, q.bytes
-             FROM quarantine AS q LEFT JOIN devices AS d ON d.id = q.device_id
-             WHERE q.id > {after} AND {condition} ORDER BY q.id LIMIT {count}"
-        );
+        let sql = kept_frames_sql(condition, after, count);
         let rows = self.rows(&sql, arguments).await?;
         let frame = |row: &super::reader::Row| {
             Ok(KeptFrame {
@@ -214,7 +219,9 @@ impl Editor {
                 let runs: Vec<Run<'_>> = Run::of(id, readings).collect();
                 match &mut **self {
                     Reader::Sqlite(conn) => sqlite::insert_sorted(conn, &runs).await?,
-                    Reader::Postgres(conn) => postgres::insert_readings(conn, &runs).await?,
+                    Reader::Postgres(conn) => {
+                        postgres::insert_readings(conn, &runs).await?;
+                    }
                 }
                 let sql = "UPDATE streams SET readings = readings + $1 WHERE id = $2";
                 self.execute(sql, &[count.into(), frame.stream.0.into()])

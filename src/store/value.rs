@@ -91,6 +91,7 @@ fn postgres_value(raw: PgValueRef<'_>) -> Result<Value, BoxDynError> {
         // The shortest digits of either width, which are those of the nearest double, too.
         "FLOAT4" | "FLOAT8" if is_text => Ok(Value::Real(raw.as_str()?.parse()?)),
         "FLOAT8" => <f64 as Decode<Postgres>>::decode(raw).map(Value::Real),
+        "BYTEA" if is_text && !raw.as_str()?.starts_with("\\x") => Ok(escaped(raw.as_str()?)),
         "BYTEA" => <Vec<u8> as Decode<Postgres>>::decode(raw).map(Value::Blob),
         "TIMESTAMPTZ" if !is_text => {
             <Timestamp as Decode<Postgres>>::decode(raw).map(|at| Value::Integer(at.0))
@@ -98,6 +99,31 @@ fn postgres_value(raw: PgValueRef<'_>) -> Result<Value, BoxDynError> {
         "NUMERIC" if is_text => Ok(decimal(raw.as_str()?)),
         _ => Ok(Value::Text(raw.as_str()?.to_owned())),
     }
+}
+
+/// Bytes as `bytea_output = escape` writes them, which a statement may set itself: a backslash comes twice, and a
+/// byte that is no printable ASCII as a backslash and three octal digits.
+fn escaped(text: &str) -> Value {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, behind @ ..] = rest {
+        let (byte, behind) = match (first, behind) {
+            (
+                b'\\',
+                [
+                    a @ b'0'..=b'3',
+                    b @ b'0'..=b'7',
+                    c @ b'0'..=b'7',
+                    behind @ ..,
+                ],
+            ) => ((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'), behind),
+            (b'\\', [b'\\', behind @ ..]) => (b'\\', behind),
+            (byte, behind) => (*byte, behind),
+        };
+        bytes.push(byte);
+        rest = behind;
+    }
+    Value::Blob(bytes)
 }
 
 /// NaN and the infinities are numbers of Postgres and of hardly anything else.
@@ -112,6 +138,18 @@ fn decimal(text: &str) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn escaped_bytes_are_read() {
+        for (text, bytes) in [
+            ("", &b""[..]),
+            ("plain", b"plain"),
+            ("\\000\\377a\\\\b", b"\0\xffa\\b"),
+            ("\\\\x00", b"\\x00"),
+        ] {
+            assert_eq!(escaped(text), Value::Blob(bytes.to_vec()), "{text}");
+        }
+    }
 
     #[test]
     fn only_finite_decimals_are_numbers() {

@@ -26,6 +26,8 @@ use crate::cli::output;
 
 /// Devices of one transaction: while it is open, nothing is acknowledged.
 const DEVICES_AT_ONCE: usize = 100;
+/// What the columns are named.
+const COLUMNS: [&str; 4] = ["name", "enabled", "key_version", "own_key"];
 /// Stands for a key that is not told.
 const UNTOLD: &str = "-";
 
@@ -281,6 +283,10 @@ fn lines(bytes: &[u8], path: &Path) -> Result<Vec<(usize, Line)>, Error> {
     if let Some(fault) = other_separator(&headers) {
         return Err(cannot(fault));
     }
+    if let Some(fault) = header_fault(&headers) {
+        let number = line_number(bytes, headers.position());
+        return Err(cannot(format!("line {number}: {fault}")));
+    }
     let mut lines = Vec::new();
     let mut seen = HashMap::new();
     for record in csv.records() {
@@ -304,11 +310,31 @@ fn other_separator(headers: &csv::StringRecord) -> Option<String> {
     let (separator, name) = [(';', "`;`"), ('\t', "tabs"), ('|', "`|`")]
         .into_iter()
         .find(|(separator, _)| header.contains(*separator))?;
-    let fields = header.split(separator).map(str::trim).collect::<Vec<_>>();
+    let bare = |field: &'_ str| field.trim().trim_matches('"').to_owned();
+    let fields = header.split(separator).map(bare).collect::<Vec<_>>();
     Some(format!(
         "its fields are separated by {name}; save it with commas, the first line as {}",
         fields.join(",")
     ))
+}
+
+/// What is wrong with the first line. An empty file, as an export of no devices is, has none.
+fn header_fault(headers: &csv::StringRecord) -> Option<String> {
+    let columns = COLUMNS.join(", ");
+    let unknown = |name: &&str| !COLUMNS.contains(name);
+    if headers.is_empty() {
+        None
+    } else if let Some(name) = headers.iter().find(unknown) {
+        Some(format!(
+            "there is no column {name:?}; the first line names columns out of {columns}"
+        ))
+    } else if !headers.iter().any(|name| name == COLUMNS[0]) {
+        Some(format!("the column {} is missing", COLUMNS[0]))
+    } else {
+        let twice = |name: &&&str| headers.iter().filter(|other| other == *name).count() > 1;
+        let twice = COLUMNS.iter().find(twice);
+        twice.map(|name| format!("the column {name} is there twice"))
+    }
 }
 
 /// What is wrong with a record, and where.
@@ -335,7 +361,13 @@ fn line_number(bytes: &[u8], position: Option<&csv::Position>) -> usize {
         .iter()
         .take_while(|byte| matches!(byte, b'\n' | b'\r'));
     let begin = (at + blank.count()).min(bytes.len());
-    1 + bytes[..begin].iter().filter(|byte| **byte == b'\n').count()
+    // A line ends with a line feed, a carriage return, or both.
+    let ends = |at: &usize| match bytes[*at] {
+        b'\n' => true,
+        b'\r' => bytes.get(*at + 1) != Some(&b'\n'),
+        _ => false,
+    };
+    1 + (0..begin).filter(ends).count()
 }
 
 fn check(line: &Line) -> Result<(), Fault> {
@@ -378,6 +410,17 @@ mod tests {
             ("name,enabled\n\na\n", "line 3: 1 fields"),
             ("name,key_version\n\na,b\n", "line 3"),
             ("\u{feff}name,enabled\n\na,perhaps\n", "line 3"),
+            ("name,enabled\ra,yes\rb,perhaps\r", "line 3"),
+            ("\r\rname,enabled\ra,yes\r\rb,perhaps\r", "line 6"),
+            ("name,enabled\r\n\r\n\ra,yes\r\nb,perhaps\r\n", "line 5"),
+            ("c1\nc2\n", "line 1: there is no column \"c1\""),
+            (
+                "\n\nname,alias\na,b\n",
+                "line 3: there is no column \"alias\"",
+            ),
+            ("Name,enabled\n", "line 1"),
+            ("name,enabled,name\n", "name is there twice"),
+            ("enabled\nyes\n", "the column name is missing"),
         ] {
             let refused = refusal(text);
             assert!(refused.contains(says), "{text:?}: {refused}");
@@ -390,10 +433,12 @@ mod tests {
             ("name;enabled\na;yes\n", "separated by `;`"),
             ("name\tenabled\na\tyes\n", "separated by tabs"),
             ("name|enabled\na|yes\n", "as name,enabled"),
+            ("\"name\";\"enabled\"\na;yes\n", "as name,enabled"),
         ] {
             let refused = refusal(text);
             assert!(refused.contains(says), "{text:?}: {refused}");
         }
         assert_eq!(lines(b"name\na\nb\n", Path::new("x")).unwrap().len(), 2);
+        assert_eq!(lines(b"", Path::new("x")).unwrap().len(), 0);
     }
 }

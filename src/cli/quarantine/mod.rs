@@ -9,6 +9,8 @@ use std::io::Write;
 
 use clap::{Args, Subcommand};
 use fieldgate::store::reader::Reader;
+#[cfg(test)]
+use fieldgate::store::replay::kept_frames_sql;
 use fieldgate::store::url::StoreUrl;
 use fieldgate_protocol::error::Code;
 
@@ -62,20 +64,9 @@ async fn list(store: &StoreUrl, args: &ListArgs) -> Result<(), Error> {
         ..Selection::default()
     };
     let condition = selection.condition(&mut reader).await?;
-    let (sql, arguments) = (condition.sql(), condition.arguments());
-    let total = format!(
-        "SELECT count(*), CAST(coalesce(sum(length(q.bytes)), 0) AS BIGINT)
-         FROM quarantine AS q WHERE {sql}"
-    );
-    let total = reader.rows(&total, &arguments).await?;
-    // 16 bytes are enough to see a frame's header.
-    let newest = format!(
-        "SELECT q.id, q.received_at, d.name, q.seq, q.code, q.detail, length(q.bytes),
-             substr(q.bytes, 1, 16)
-         FROM quarantine AS q LEFT JOIN devices AS d ON d.id = q.device_id
-         WHERE {sql} ORDER BY q.id DESC LIMIT {}",
-        args.limit
-    );
+    let arguments = condition.arguments();
+    let total = reader.rows(&total_sql(condition.sql()), &arguments).await?;
+    let newest = newest_sql(condition.sql(), args.limit);
     let rows = reader.rows(&newest, &arguments).await?;
     let shown = rows.len();
     let mut grid = Grid::new([
@@ -111,6 +102,41 @@ async fn list(store: &StoreUrl, args: &ListArgs) -> Result<(), Error> {
     }
     out.flush()?;
     Ok(())
+}
+
+fn total_sql(condition: &str) -> String {
+    format!(
+        "SELECT count(*), CAST(coalesce(sum(length(q.bytes)), 0) AS BIGINT)
+         FROM quarantine AS q WHERE {condition}"
+    )
+}
+
+/// 16 bytes are enough to see a frame's header.
+fn newest_sql(condition: &str, limit: u32) -> String {
+    format!(
+        "SELECT q.id, q.received_at, d.name, q.seq, q.code, q.detail, length(q.bytes),
+             substr(q.bytes, 1, 16)
+         FROM quarantine AS q LEFT JOIN devices AS d ON d.id = q.device_id
+         WHERE {condition} ORDER BY q.id DESC LIMIT {limit}"
+    )
+}
+
+/// Returns the queries for the frames of one device, `$1`: each must find them by the index, in the order of ids.
+#[cfg(test)]
+pub fn queries() -> [String; 4] {
+    let of_device = "1 = 1 AND q.device_id = $1";
+    [
+        total_sql(of_device),
+        newest_sql(of_device, 50),
+        kept_frames_sql(of_device, 7, 64),
+        purge::purge_sql(of_device, 7, 1000),
+    ]
+}
+
+/// Returns a step of a purge of all.
+#[cfg(test)]
+pub fn all_in_steps() -> String {
+    purge::purge_sql("1 = 1", 7, 1000)
 }
 
 /// A code with its name, if this version knows it.

@@ -385,7 +385,8 @@ pub(super) fn is_unknown(error: &sqlx::Error) -> bool {
 fn was_cut(error: &sqlx::Error) -> bool {
     use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
     let sqlx::Error::Io(error) = error else {
-        return matches!(error, sqlx::Error::Protocol(_));
+        // What answers a request for TLS is no backend yet.
+        return matches!(error, sqlx::Error::Protocol(text) if !text.contains("SSLRequest"));
     };
     matches!(
         error.kind(),

@@ -51,7 +51,8 @@ impl Rows {
     }
 }
 
-/// Copies what `write` makes of `items` into `table`, a name with its columns.
+/// Copies what `write` makes of `items` into `table`, a name with its columns; returns how many rows the server
+/// stored.
 ///
 /// # Cancel safety
 /// None: the connection must be given up.
@@ -60,7 +61,7 @@ pub(super) async fn copy<T>(
     table: &str,
     items: &[T],
     write: impl Fn(&mut Rows, &T),
-) -> Result<(), sqlx::Error> {
+) -> Result<u64, sqlx::Error> {
     let mut items = items.iter();
     let mut rows = Rows {
         bytes: Vec::with_capacity(2 * CHUNK_BYTES),

@@ -89,7 +89,8 @@ impl Link {
         (&mut self.conn, &mut self.watch)
     }
 
-    /// Sends the chunks that `next` gives by a COPY from STDIN, each within a deadline.
+    /// Sends the chunks that `next` gives by a COPY from STDIN, each within a deadline; returns how many rows the
+    /// server stored.
     ///
     /// # Cancel safety
     /// None: the link must be given up.
@@ -97,14 +98,14 @@ impl Link {
         &mut self,
         statement: &str,
         mut next: impl FnMut() -> Option<Vec<u8>>,
-    ) -> Result<(), sqlx::Error> {
+    ) -> Result<u64, sqlx::Error> {
         let Link { conn, watch } = self;
         let mut copy = watch.answer(conn.copy_in_raw(statement)).await?;
         while let Some(chunk) = next() {
             let sent = async { copy.send(chunk).await.map(drop) };
             watch.answer(sent).await?;
         }
-        watch.answer(copy.finish()).await.map(drop)
+        watch.answer(copy.finish()).await
     }
 
     /// Closes it politely, within a short time.

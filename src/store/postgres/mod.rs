@@ -133,7 +133,7 @@ impl PostgresStore {
             stores.push(Self {
                 settings: Arc::clone(&settings),
                 partitions: Arc::clone(&partitions),
-                writer: Some(Writer::new(conn, &settings)),
+                writer: Some(Writer::new(conn, &settings, partitions.are_own())),
                 identity: Identity::new(&settings),
                 cut: Cut::default(),
                 newest: Newest::new(number == 0, settings.spool.is_some()),
@@ -167,7 +167,8 @@ impl PostgresStore {
         // Whatever is wrong with the server now was not when the gateway began: it may pass.
         let connected = connect(&self.settings).await;
         let conn = connected.map_err(|error| StoreError::Transient(error.to_string()))?;
-        Ok(Writer::new(conn, &self.settings))
+        let counts_readings = self.partitions.are_own();
+        Ok(Writer::new(conn, &self.settings, counts_readings))
     }
 
     /// Commits what goes into one transaction.

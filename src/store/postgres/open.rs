@@ -56,8 +56,9 @@ const DURABILITY_SETTINGS: [&str; 2] = ["fsync", "full_page_writes"];
 
 /// What every session sets, whatever the role or the database have as defaults. A statement waits for a
 /// lock for a while, and then says that it did. A gateway that froze, or whose network is gone, is found
-/// out by the server, because others wait for its locks.
+/// out by the server, because others wait for its locks. A backslash in a text is one, and nothing else.
 const SETTINGS: &str = "SET application_name = 'fieldgate'; SET idle_session_timeout = 0;
+    SET standard_conforming_strings = on;
     SET lock_timeout = '20s'; SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10;
     SET tcp_keepalives_count = 3;";
 /// As the server shows it.
@@ -585,6 +586,10 @@ pub(super) fn reason(error: &sqlx::Error) -> String {
             "the server closed the connection".to_owned()
         }
         sqlx::Error::Io(error) => error.to_string(),
+        // The driver reads a 0 where nothing comes.
+        sqlx::Error::Protocol(text) if text.contains("SSLRequest: 0x00") => {
+            "the server closed the connection".to_owned()
+        }
         error => error.to_string(),
     }
 }
@@ -592,7 +597,8 @@ pub(super) fn reason(error: &sqlx::Error) -> String {
 pub(super) fn open_error(url: &PostgresUrl, error: sqlx::Error) -> OpenError {
     let (url, reason) = (url.clone(), reason(&error));
     match &error {
-        sqlx::Error::Io(_) => OpenError::Unreachable { url, reason },
+        // A proxy in front of a server that is not up accepts, and closes without a word of Postgres'.
+        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) => OpenError::Unreachable { url, reason },
         sqlx::Error::Tls(_) => OpenError::Tls { url, reason },
         _ => match code(&error).as_deref() {
             Some("28P01" | "28000") => OpenError::Refused { url, reason },

@@ -122,6 +122,11 @@ impl Partitions {
         Ok(partitions)
     }
 
+    /// Returns whether `readings` is partitioned by this scheme.
+    pub(super) fn are_own(&self) -> bool {
+        !self.is_foreign
+    }
+
     /// Makes the partitions that the readings of these entries need, and those of the days to come.
     pub(super) async fn make_for(&self, entries: &[Entry], now: Instant) {
         self.look_for_detached(now).await;

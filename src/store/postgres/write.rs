@@ -7,6 +7,7 @@
 //!   by the ledger, logins, declares and clocks by their keys, the audit trail by looking first.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::time::{Duration, Instant};
 
 use super::admit::{Admissions, keep_clocks};
@@ -71,6 +72,8 @@ pub(super) struct Writer {
     bounds: DeviceBounds,
     /// Whether a commit has to be safe from a crash of the server.
     keeps: bool,
+    /// Whether the server counts what goes into `readings`: a table of another scheme may not.
+    counts_readings: bool,
     /// When the session's `synchronous_commit` was last compared with the operator's.
     compared_at: Instant,
     /// Whose sessions it stores.
@@ -78,7 +81,7 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    pub(super) fn new(conn: Link, settings: &PostgresSettings) -> Self {
+    pub(super) fn new(conn: Link, settings: &PostgresSettings, counts_readings: bool) -> Self {
         Self {
             conn,
             frame_ids: 0..0,
@@ -87,6 +90,7 @@ impl Writer {
             reuse: Reuse::default(),
             bounds: settings.bounds,
             keeps: !settings.allows_data_loss,
+            counts_readings,
             compared_at: Instant::now(),
             gateway: settings.gateway.clone(),
         }
@@ -324,18 +328,26 @@ impl Writer {
         )
         .execute(&mut self.conn)
         .await
-        .map(drop)
+        .and_then(|done| is_whole("frames", frames.len(), done.rows_affected()))
     }
 
     /// Without ON CONFLICT: the ledger has passed over what is stored.
     async fn store_readings(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
         let runs = sorted_runs(frames);
         let readings: usize = runs.iter().map(|run| run.times_us.len()).sum();
-        if readings < COPY_READINGS_MIN {
-            return insert_readings(&mut self.conn, &runs).await;
+        let stored = match readings < COPY_READINGS_MIN {
+            true => insert_readings(&mut self.conn, &runs).await?,
+            false => self.copy_readings(&runs).await?,
+        };
+        match self.counts_readings {
+            true => is_whole("readings", readings, stored),
+            false => Ok(()),
         }
+    }
+
+    async fn copy_readings(&mut self, runs: &[Run<'_>]) -> Result<u64, sqlx::Error> {
         let table = "readings (series_id, ts, frame_id, value)";
-        copy(&mut self.conn, table, &runs, |rows, run| {
+        copy(&mut self.conn, table, runs, |rows, run| {
             for (series, ts_us, frame, value) in run.readings() {
                 rows.row(4)
                     .int8(series)
@@ -363,7 +375,8 @@ impl Writer {
             .bind(i16::from(reason))
             .bind(Timestamp(entry.received_at_us))
             .execute(&mut self.conn)
-            .await?;
+            .await
+            .and_then(|done| is_whole("gaps", 1, done.rows_affected()))?;
         }
         Ok(())
     }
@@ -394,7 +407,8 @@ impl Writer {
             .bind(detail)
             .bind(bytes)
             .execute(&mut self.conn)
-            .await?;
+            .await
+            .and_then(|done| is_whole("quarantine", 1, done.rows_affected()))?;
         }
         Ok(())
     }
@@ -421,7 +435,7 @@ impl Writer {
         .bind(column(|(_, progress)| progress.readings.cast_signed()))
         .execute(&mut self.conn)
         .await
-        .map(drop)
+        .and_then(|done| is_whole("streams", moved.len(), done.rows_affected()))
     }
 
     /// Records when the gateway's clock was set.
@@ -603,6 +617,16 @@ impl Writer {
     }
 }
 
+/// Makes sure that all rows were stored: a trigger or a rule of the operator's may leave rows out without an error.
+fn is_whole(table: &str, rows: usize, stored: u64) -> Result<(), sqlx::Error> {
+    if stored == rows as u64 {
+        return Ok(());
+    }
+    Err(sqlx::Error::Io(io::Error::other(format!(
+        "{stored} of {rows} rows were stored in {table}: a trigger or a rule on it leaves rows out; drop that"
+    ))))
+}
+
 /// Adds the hours that are not there yet.
 pub(in crate::store) async fn insert_hours(
     conn: &mut Link,
@@ -640,13 +664,13 @@ pub(super) async fn close_sessions(
     .map(drop)
 }
 
-/// Puts readings in by one statement.
+/// Puts readings in by one statement; returns how many the server stored.
 pub(in crate::store) async fn insert_readings(
     conn: &mut Link,
     runs: &[Run<'_>],
-) -> Result<(), sqlx::Error> {
+) -> Result<u64, sqlx::Error> {
     if runs.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     let (mut series, mut times, mut frames, mut values) = (vec![], vec![], vec![], vec![]);
     for run in runs {
@@ -668,5 +692,5 @@ pub(in crate::store) async fn insert_readings(
     .bind(values)
     .execute(conn)
     .await
-    .map(drop)
+    .map(|done| done.rows_affected())
 }

@@ -17,9 +17,19 @@ use sqlx::{Arguments, AssertSqlSafe, Encode, Sqlite, SqliteConnection, Type};
 /// gain nothing.
 const SIZES: &[usize] = &[1024, 512, 256, 128, 64, 32, 16, 8, 4, 2];
 
+/// Ends the error of rows that were not written.
+const LEFT_OUT: &str = ": a trigger leaves rows out; drop that";
+
+/// Whether it is the error of rows that were not written.
+pub(super) fn is_left_out(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Protocol(reason) if reason.ends_with(LEFT_OUT))
+}
+
 /// A statement that has `VALUES (?, …), (?, …), …` in its middle.
 pub(super) struct Bulk {
     columns: usize,
+    /// Whether each row has to be written.
+    is_whole: bool,
     /// Rows and text, most rows first, one row last.
     sizes: Vec<(usize, Arc<str>)>,
 }
@@ -62,7 +72,26 @@ impl Bulk {
         });
         Self {
             columns,
+            is_whole: false,
             sizes: sizes.collect(),
+        }
+    }
+
+    /// Has it fail when a row is not written: a trigger of the operator's may leave rows out without an error.
+    #[must_use]
+    pub(super) fn whole(self) -> Self {
+        Self {
+            is_whole: true,
+            ..self
+        }
+    }
+
+    fn check(&self, rows: usize, written: u64) -> Result<(), sqlx::Error> {
+        match self.is_whole && written != rows as u64 {
+            true => Err(sqlx::Error::Protocol(format!(
+                "{written} of {rows} rows were stored{LEFT_OUT}"
+            ))),
+            false => Ok(()),
         }
     }
 
@@ -75,11 +104,11 @@ impl Bulk {
     ) -> Result<(), sqlx::Error> {
         let mut rows = rows;
         let mut next = self.take(&mut rows, &bind)?;
-        while let Some((sql, arguments)) = next.take() {
+        while let Some((size, sql, arguments)) = next.take() {
             let run = sqlx::query_with(AssertSqlSafe(sql), arguments).execute(&mut *conn);
             // SQLite works in a thread of its own: bind the next rows meanwhile.
             let (done, bound) = tokio::join!(run, async { self.take(&mut rows, &bind) });
-            done?;
+            self.check(size, done?.rows_affected())?;
             next = bound?;
         }
         Ok(())
@@ -94,7 +123,7 @@ impl Bulk {
     ) -> Result<Vec<SqliteRow>, sqlx::Error> {
         let mut rows = rows;
         let mut returned = Vec::with_capacity(rows.len());
-        while let Some((sql, arguments)) = self.take(&mut rows, &bind)? {
+        while let Some((_, sql, arguments)) = self.take(&mut rows, &bind)? {
             returned.extend(
                 sqlx::query_with(AssertSqlSafe(sql), arguments)
                     .fetch_all(&mut *conn)
@@ -104,12 +133,12 @@ impl Bulk {
         Ok(returned)
     }
 
-    /// The next statement and its parameters; `None` when no row is left.
+    /// The next statement with its number of rows and its parameters; `None` when no row is left.
     fn take<R>(
         &self,
         rows: &mut impl ExactSizeIterator<Item = R>,
         bind: &impl Fn(&mut Params, R),
-    ) -> Result<Option<(Arc<str>, SqliteArguments)>, sqlx::Error> {
+    ) -> Result<Option<(usize, Arc<str>, SqliteArguments)>, sqlx::Error> {
         let left = rows.len();
         let Some((size, sql)) = self.sizes.iter().find(|(size, _)| *size <= left) else {
             return Ok(None);
@@ -120,7 +149,7 @@ impl Bulk {
         }
         match params.failure {
             Some(error) => Err(error),
-            None => Ok(Some((Arc::clone(sql), params.arguments))),
+            None => Ok(Some((*size, Arc::clone(sql), params.arguments))),
         }
     }
 }

@@ -426,6 +426,7 @@ fn depends_on_size(error: &sqlx::Error) -> bool {
 /// pass, and so may a trigger of the operator's own that refuses rows; but after a failed read, write or sync nobody knows what is on the disk.
 fn is_transient(error: &sqlx::Error) -> bool {
     matches!(primary_code(error), Some(BUSY | LOCKED | NOMEM | FULL))
+        || bulk::is_left_out(error)
         || matches!(
             extended_code(error),
             Some(IOERR_SHMSIZE | IOERR_WRITE | CONSTRAINT_TRIGGER)

@@ -66,6 +66,14 @@ pub enum OpenError {
         /// What the system said.
         source: io::Error,
     },
+    /// The file system keeps nobody out.
+    #[error("could not lock {}: {source}; this file system has no locks, so keep the data on another one, best a local disk", path.display())]
+    NoLocks {
+        /// What was to be locked.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// It cannot be read where it is.
     #[error("could not read {}: it is on a read-only medium, and its write-ahead log holds data that is not in it yet; copy it with {}-wal to where this user may write", .0.display(), .0.display())]
     LogOnReadOnly(PathBuf),
@@ -231,7 +239,13 @@ pub(super) fn claim(path: &Path) -> Result<(PathBuf, Locks), OpenError> {
     let patience_ends = Instant::now() + LOCK_PATIENCE;
     let refused = |error, at: &Path| match error {
         TryLockError::WouldBlock => OpenError::InUse(path.clone()),
-        TryLockError::Error(error) => inaccessible(at, error),
+        TryLockError::Error(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            inaccessible(at, error)
+        }
+        TryLockError::Error(source) => OpenError::NoLocks {
+            path: at.into(),
+            source,
+        },
     };
     patiently(patience_ends, || lock.try_lock()).map_err(|error| refused(error, &lock_path))?;
     let file = patiently(patience_ends, || files::lock(&path));

@@ -105,7 +105,8 @@ impl Recent {
                 "INSERT OR FAIL INTO readings_recent(id, series_id, frame_id, ts, samples)",
                 5,
                 "",
-            ),
+            )
+            .whole(),
             sort_in: readings_into("readings_sorted"),
             gathering: Pile::default(),
             gathering_since: Instant::now(),

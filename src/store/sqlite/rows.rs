@@ -44,17 +44,20 @@ impl Rows {
                     crc)",
                 9,
                 "",
-            ),
+            )
+            .whole(),
             gaps: insert(
                 "gaps(stream_id, from_seq, to_seq, reason, received_at)",
                 5,
                 "",
-            ),
+            )
+            .whole(),
             quarantine: insert(
                 "quarantine(device_id, stream_id, seq, received_at, peer, code, detail, bytes)",
                 8,
                 "",
-            ),
+            )
+            .whole(),
             // A device may have been removed since; so may one of an event.
             clocks: Bulk::new(
                 "WITH new(device_id, c2, c3, c4, c5, c6, c7, c8) AS (",
@@ -334,7 +337,7 @@ impl Rows {
 /// The statement that puts readings into `table`, in any database of this program.
 pub(super) fn readings_into(table: &str) -> Bulk {
     let head = format!("INSERT OR FAIL INTO {table}(series_id, ts, frame_id, value)");
-    Bulk::new(&head, 4, "")
+    Bulk::new(&head, 4, "").whole()
 }
 
 /// Puts the readings of all runs in, in their order.

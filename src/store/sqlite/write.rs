@@ -92,7 +92,8 @@ impl Writer {
                     frames = streams.frames + moved.frames,
                     readings = streams.readings + moved.readings
                 FROM moved WHERE streams.id = moved.id",
-            ),
+            )
+            .whole(),
             last_frame_id: 0,
             identity: Identity::default(),
             reuse: Reuse::default(),

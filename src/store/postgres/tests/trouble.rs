@@ -101,6 +101,10 @@ async fn limits_of_the_role_are_not_those_of_the_gateway() {
         ("idle_session_timeout", "1ms"),
         ("default_transaction_read_only", "on"),
         ("synchronous_commit", "off"),
+        ("standard_conforming_strings", "off"),
+        ("quote_all_identifiers", "on"),
+        ("transform_null_equals", "on"),
+        ("default_transaction_isolation", "serializable"),
     ] {
         let set = format!("ALTER DATABASE {name} SET {setting} = '{value}'");
         let mut server = database.server.options().connect().await.unwrap();
@@ -115,7 +119,15 @@ async fn limits_of_the_role_are_not_those_of_the_gateway() {
     for seq in 1..=20 {
         store.commit(&batch(&peer, seq..=seq)).await.unwrap();
     }
+    let now = Batch {
+        entries: vec![peer.readings(21, &[(SystemClock::start().now().utc_us, 1.0)])],
+        ..Batch::default()
+    };
+    store.commit(&now).await.unwrap();
     let conn = &mut store.writer.as_mut().unwrap().conn;
+    let elsewhere = sqlx::query_scalar("SELECT count(*) FROM readings_default");
+    let elsewhere: i64 = elsewhere.fetch_one(&mut *conn).await.unwrap();
+    assert_eq!(elsewhere, 20, "partitions are found");
     let setting = sqlx::query_scalar("SELECT current_setting('synchronous_commit')");
     let setting: String = setting.fetch_one(conn).await.unwrap();
     assert_eq!(setting, "on");
@@ -240,6 +252,84 @@ async fn what_an_operator_can_put_right_is_waited_for() {
         let committed = h.store().commit(&batch(&peer, seqs.clone())).await.unwrap();
         assert_eq!(committed.receipts[0].durable_seq(), *seqs.end());
     }
+}
+
+/// As a proxy in front of a server that is not up does, and another protocol.
+#[tokio::test]
+async fn who_closes_at_once_may_be_a_server_later() {
+    for answer in [&b""[..], b"HTTP/1.1 503 Service Unavailable\r\n\r\n"] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                // What is not read would reset the connection.
+                let _ = tokio::io::AsyncReadExt::read(&mut stream, &mut [0; 64]).await;
+                let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, answer).await;
+            }
+        });
+        let Ok(StoreUrl::Postgres(url)) = format!("postgres://u@{address}/d").parse() else {
+            panic!("{address} is an address");
+        };
+        for _ in 0..20 {
+            let error = open::connect(&url, false).await.err().unwrap();
+            assert!(error.may_pass(), "{error}");
+            let text = error.to_string();
+            assert!(
+                !text.contains("0x00") && !text.contains("given up"),
+                "{text}"
+            );
+        }
+    }
+}
+
+/// By INSERT and by COPY.
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn rows_that_a_trigger_leaves_out_in_silence_are_missed() {
+    let mut h = OnServer::create().await;
+    let peer = peer(h.store(), "a").await;
+    h.run(
+        "CREATE FUNCTION drop_it() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$",
+    )
+    .await;
+    let mut server = h.database.connect().await;
+    let (mut next_seq, mut stored) = (1, 0);
+    for (table, event) in [
+        ("frames", "INSERT"),
+        ("readings", "INSERT"),
+        ("streams", "UPDATE"),
+    ] {
+        let drop_rows = format!(
+            "CREATE TRIGGER drop_it BEFORE {event} ON {table} FOR EACH ROW EXECUTE FUNCTION drop_it()"
+        );
+        for rows in [1, 12_000] {
+            let samples: Vec<(i64, f64)> = (0..rows).map(|us| (us, 1.0)).collect();
+            let batch = Batch {
+                entries: vec![peer.readings(next_seq, &samples)],
+                ..Batch::default()
+            };
+            run(&mut server, drop_rows.clone()).await.unwrap();
+            let failed = h.store().commit(&batch).await.unwrap_err();
+            let text = failed.to_string();
+            assert!(
+                matches!(failed, StoreError::Transient(_)),
+                "{table}: {text}"
+            );
+            assert!(
+                text.contains(table) && text.contains("leaves rows out"),
+                "{text}"
+            );
+            run(&mut server, format!("DROP TRIGGER drop_it ON {table}"))
+                .await
+                .unwrap();
+            h.store().commit(&batch).await.unwrap();
+            (next_seq, stored) = (next_seq + 1, stored + rows);
+        }
+    }
+    assert_eq!(
+        count(&mut server, "SELECT count(*) FROM readings").await,
+        stored
+    );
 }
 
 #[tokio::test]

@@ -14,6 +14,8 @@ use super::{SqliteSettings, SqliteStore, classify};
 use crate::clock::{BootClock, ClockStep};
 use crate::store::{DeviceEvent, DeviceId, Entry, Refusal, StoreError};
 
+#[cfg(test)]
+mod plans;
 mod read;
 
 /// Opens the spool at `path` beside its writer.
@@ -372,17 +374,19 @@ async fn end(
     done
 }
 
+/// What hangs on frames goes before them, and by them.
+const FORGET: [&str; 5] = [
+    "DELETE FROM gaps INDEXED BY gaps_by_frame WHERE (stream_id, to_seq) IN
+         (SELECT stream_id, seq FROM frames WHERE id <= ?)",
+    "DELETE FROM quarantine WHERE (stream_id, seq) IN
+         (SELECT stream_id, seq FROM frames WHERE id <= ?)",
+    "DELETE FROM device_events WHERE frame_id <= ?",
+    "DELETE FROM readings WHERE frame_id <= ?",
+    "DELETE FROM frames WHERE id <= ?",
+];
+
 async fn delete_read(conn: &mut SqliteConnection, chunk: &Chunk) -> Result<(), sqlx::Error> {
-    // What hangs on frames goes before them, and by them.
-    for sql in [
-        "DELETE FROM gaps WHERE (stream_id, to_seq) IN
-             (SELECT stream_id, seq FROM frames WHERE id <= ?)",
-        "DELETE FROM quarantine WHERE (stream_id, seq) IN
-             (SELECT stream_id, seq FROM frames WHERE id <= ?)",
-        "DELETE FROM device_events WHERE frame_id <= ?",
-        "DELETE FROM readings WHERE frame_id <= ?",
-        "DELETE FROM frames WHERE id <= ?",
-    ] {
+    for sql in FORGET {
         let delete = sqlx::query(sql).bind(chunk.end.frame);
         delete.execute(&mut *conn).await?;
     }

@@ -21,6 +21,28 @@ const CHUNK_FRAMES: i64 = 4096;
 /// Lines of the audit trail in a chunk, and as many changes of devices, schemas and clocks.
 const CHUNK_LINES: i64 = 1000;
 
+/// The queries of a chunk: each reads what the chunk has, however much waits.
+const LEDGER: &str =
+    "SELECT f.id, s.device_id, f.stream_id, f.seq, f.type, f.received_at, f.readings,
+         f.quality, f.clock_offset_us, f.crc
+     FROM frames AS f CROSS JOIN streams AS s ON s.id = f.stream_id
+     WHERE f.id > ? ORDER BY f.id LIMIT ?";
+const READINGS: &str = "SELECT frame_id, series_id, ts, value FROM readings
+     WHERE frame_id BETWEEN ? AND ? ORDER BY frame_id, series_id, ts";
+const GAPS: &str = "SELECT f.id, g.from_seq, g.reason FROM frames AS f
+     CROSS JOIN gaps AS g INDEXED BY gaps_by_frame
+         ON g.stream_id = f.stream_id AND g.to_seq = f.seq
+     WHERE f.id BETWEEN ? AND ?";
+const QUARANTINE: &str = "SELECT f.id, q.code, q.detail, q.bytes, q.peer FROM frames AS f
+     CROSS JOIN quarantine AS q ON q.stream_id = f.stream_id AND q.seq = f.seq
+     WHERE f.id BETWEEN ? AND ?";
+const EVENTS: &str = "SELECT frame_id, at, level, code, detail FROM device_events
+     WHERE frame_id BETWEEN ? AND ?";
+const LINES: &str = "SELECT id, device_id, at, kind, code, detail, session FROM device_events
+     WHERE id > ? AND frame_id IS NULL ORDER BY id LIMIT ?";
+#[cfg(test)]
+pub(super) const OF_A_CHUNK: [&str; 6] = [LEDGER, READINGS, GAPS, QUARANTINE, EVENTS, LINES];
+
 /// Reads a spool beside its writer.
 pub(in crate::store) struct SpoolReader {
     conn: SqliteConnection,
@@ -115,16 +137,11 @@ impl SpoolReader {
     }
 
     async fn read_ledger(&mut self, after: i64) -> Result<Vec<Ledger>, sqlx::Error> {
-        let rows = sqlx::query(
-            "SELECT f.id, s.device_id, f.stream_id, f.seq, f.type, f.received_at, f.readings,
-                 f.quality, f.clock_offset_us, f.crc
-             FROM frames AS f JOIN streams AS s ON s.id = f.stream_id
-             WHERE f.id > ? ORDER BY f.id LIMIT ?",
-        )
-        .bind(after)
-        .bind(CHUNK_FRAMES)
-        .fetch_all(&mut self.conn)
-        .await?;
+        let rows = sqlx::query(LEDGER)
+            .bind(after)
+            .bind(CHUNK_FRAMES)
+            .fetch_all(&mut self.conn)
+            .await?;
         let mut ledger = Vec::new();
         let mut readings = 0;
         for row in &rows {
@@ -201,14 +218,11 @@ impl SpoolReader {
         &mut self,
         span: (i64, i64),
     ) -> Result<HashMap<i64, Columns>, sqlx::Error> {
-        let rows: Vec<(i64, i64, i64, Option<f64>)> = sqlx::query_as(
-            "SELECT frame_id, series_id, ts, value FROM readings
-             WHERE frame_id BETWEEN ? AND ? ORDER BY frame_id, series_id, ts",
-        )
-        .bind(span.0)
-        .bind(span.1)
-        .fetch_all(&mut self.conn)
-        .await?;
+        let rows: Vec<(i64, i64, i64, Option<f64>)> = sqlx::query_as(READINGS)
+            .bind(span.0)
+            .bind(span.1)
+            .fetch_all(&mut self.conn)
+            .await?;
         let mut frames: HashMap<i64, Columns> = HashMap::new();
         for (frame, series, ts_us, value) in rows {
             frames.entry(frame).or_default().push(series, ts_us, value);
@@ -219,15 +233,11 @@ impl SpoolReader {
     /// What frames other than readings carried.
     async fn read_others(&mut self, span: (i64, i64)) -> Result<HashMap<i64, Other>, sqlx::Error> {
         let mut others = HashMap::new();
-        let gaps: Vec<(i64, i64, u8)> = sqlx::query_as(
-            "SELECT f.id, g.from_seq, g.reason FROM gaps AS g
-             JOIN frames AS f ON f.stream_id = g.stream_id AND f.seq = g.to_seq
-             WHERE f.id BETWEEN ? AND ?",
-        )
-        .bind(span.0)
-        .bind(span.1)
-        .fetch_all(&mut self.conn)
-        .await?;
+        let gaps: Vec<(i64, i64, u8)> = sqlx::query_as(GAPS)
+            .bind(span.0)
+            .bind(span.1)
+            .fetch_all(&mut self.conn)
+            .await?;
         for (frame, from_seq, reason) in gaps {
             let gap = Other::Content {
                 content: Content::Gap { reason },
@@ -235,14 +245,11 @@ impl SpoolReader {
             };
             others.insert(frame, gap);
         }
-        let quarantined: Vec<(i64, u8, String, Vec<u8>, String)> = sqlx::query_as(
-            "SELECT f.id, q.code, q.detail, q.bytes, q.peer FROM quarantine AS q
-             JOIN frames AS f USING (stream_id, seq) WHERE f.id BETWEEN ? AND ?",
-        )
-        .bind(span.0)
-        .bind(span.1)
-        .fetch_all(&mut self.conn)
-        .await?;
+        let quarantined: Vec<(i64, u8, String, Vec<u8>, String)> = sqlx::query_as(QUARANTINE)
+            .bind(span.0)
+            .bind(span.1)
+            .fetch_all(&mut self.conn)
+            .await?;
         for (frame, code, detail, bytes, peer) in quarantined {
             // A GAP that was refused is in both tables.
             let from_seq = match others.remove(&frame) {
@@ -257,14 +264,11 @@ impl SpoolReader {
             };
             others.insert(frame, Other::Content { content, from_seq });
         }
-        let events: Vec<(i64, i64, u8, u16, String)> = sqlx::query_as(
-            "SELECT frame_id, at, level, code, detail FROM device_events
-             WHERE frame_id BETWEEN ? AND ?",
-        )
-        .bind(span.0)
-        .bind(span.1)
-        .fetch_all(&mut self.conn)
-        .await?;
+        let events: Vec<(i64, i64, u8, u16, String)> = sqlx::query_as(EVENTS)
+            .bind(span.0)
+            .bind(span.1)
+            .fetch_all(&mut self.conn)
+            .await?;
         for (frame, at_us, level, code, text) in events {
             let event = ReportedEvent {
                 at_us,
@@ -278,14 +282,11 @@ impl SpoolReader {
     }
 
     async fn read_events(&mut self, chunk: &mut Chunk) -> Result<(), sqlx::Error> {
-        let rows = sqlx::query(
-            "SELECT id, device_id, at, kind, code, detail, session FROM device_events
-             WHERE id > ? AND frame_id IS NULL ORDER BY id LIMIT ?",
-        )
-        .bind(chunk.end.event)
-        .bind(CHUNK_LINES)
-        .fetch_all(&mut self.conn)
-        .await?;
+        let rows = sqlx::query(LINES)
+            .bind(chunk.end.event)
+            .bind(CHUNK_LINES)
+            .fetch_all(&mut self.conn)
+            .await?;
         for row in &rows {
             let id = row.try_get(0)?;
             let kind: String = row.try_get(3)?;

@@ -365,3 +365,29 @@ async fn a_number_that_comes_again_with_other_content_is_on_record() {
     crate::store::contract::a_number_that_comes_again_with_other_content_is_on_record::<OnDisk>()
         .await;
 }
+
+#[tokio::test]
+async fn rows_that_a_trigger_leaves_out_in_silence_are_missed() {
+    let mut h = OnDisk::create().await;
+    let peer = peer(&mut h.store, "a").await;
+    for (seq, table, event) in [
+        (1, "frames", "INSERT"),
+        (2, "readings_recent", "INSERT"),
+        (3, "streams", "UPDATE"),
+    ] {
+        let batch = Batch {
+            entries: vec![peer.readings(seq, &[(5, 1.0)])],
+            ..Batch::default()
+        };
+        let trigger = format!(
+            "CREATE TRIGGER leave_out BEFORE {event} ON {table} BEGIN SELECT RAISE(IGNORE); END"
+        );
+        run(h.conn(), &trigger).await;
+        let failed = h.store.commit(&batch).await.unwrap_err();
+        assert!(matches!(failed, StoreError::Transient(_)), "{failed:?}");
+        assert!(failed.to_string().contains("leaves rows out"), "{failed}");
+        run(h.conn(), "DROP TRIGGER leave_out").await;
+        let committed = h.store.commit(&batch).await.unwrap();
+        assert_eq!(committed.receipts[0].durable_seq(), seq);
+    }
+}
