@@ -520,6 +520,17 @@ fn check_relations(s: &Settings) -> Result<(), ConfigError> {
         ("batch-readings-max", s.batch_readings_max as u64),
         "a full batch would never come together",
     )?;
+    let writers = s.postgres_writers as u64;
+    at_least(
+        ("queue-readings-max", s.queue_readings_max as u64),
+        ("postgres-writers times 8192", writers * READINGS_MAX as u64),
+        "each writer has its part of the queue, and the largest frame must fit into it",
+    )?;
+    at_least(
+        ("queue-bytes-max", s.queue_bytes_max as u64),
+        ("postgres-writers times 512 KiB", writers * (MIB / 2)),
+        "each writer has its part of the queue, and the largest frame must fit into it",
+    )?;
     // In milliseconds, since that is how the smaller is given.
     more_than(
         (

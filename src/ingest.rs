@@ -8,7 +8,8 @@
 //!
 //! Invariants
 //! - What waits in all lanes is bounded in readings and in bytes (plus at most one submission for each
-//!   connection, held by its task).
+//!   connection, held by its task). Each lane has an equal part of that: when one cannot commit, devices of
+//!   another find room.
 //! - After a transient failure the same batch is tried again; nothing is answered meanwhile.
 //! - After a fatal one the task ends without answering.
 //! - When the store turns out to be another one, every session of the lane ends, and nothing that carries an
@@ -48,7 +49,7 @@ const TURN: Size = Size {
     bytes: 128 << 10,
 };
 
-/// Bounds of the queue. Each must be at least what the largest frame takes up.
+/// Bounds of the queue. For each lane they must come to what the largest frame takes up.
 #[derive(Clone, Copy, Debug)]
 pub struct QueueLimits {
     /// Readings that may wait.
@@ -60,9 +61,15 @@ pub struct QueueLimits {
 /// The way into the queue. Clones share one queue; it closes when the last is gone.
 #[derive(Clone, Debug)]
 pub struct IngestQueue {
-    lanes: Arc<[mpsc::UnboundedSender<Job>]>,
+    lanes: Arc<[LaneEnd]>,
     /// Where this clone's submissions go.
     lane: usize,
+}
+
+/// The end of a lane at which submissions go in.
+#[derive(Debug)]
+struct LaneEnd {
+    jobs: mpsc::UnboundedSender<Job>,
     room: Arc<Room>,
 }
 
@@ -72,13 +79,18 @@ struct Job {
     mailbox: Arc<Mailbox>,
 }
 
-/// What is left of the queue's bounds. Permits are taken when a job enters and given back when its
-/// batch is durable; they bound the channels, which have no bound of their own.
+/// What is left of a lane's bounds. Permits are taken when a job enters and given back when its
+/// batch is durable; they bound the channel, which has no bound of its own.
 #[derive(Debug)]
 struct Room {
     limits: QueueLimits,
     readings: Semaphore,
     bytes: Semaphore,
+}
+
+/// What lanes know of each other, so that the log says once what concerns several.
+#[derive(Debug, Default)]
+struct Neighbours {
     /// How many lanes cannot commit.
     lanes_down: AtomicUsize,
     /// How often the lane that saw it most often has seen the store replaced.
@@ -87,23 +99,34 @@ struct Room {
 
 /// A queue and its tasks' ends, one for each lane.
 pub fn queue(limits: QueueLimits, lanes: usize) -> (IngestQueue, Vec<IngestReceiver>) {
-    let room = Arc::new(Room {
-        limits,
-        readings: Semaphore::new(limits.readings_max),
-        bytes: Semaphore::new(limits.bytes_max),
-        lanes_down: AtomicUsize::new(0),
-        replacements: AtomicUsize::new(0),
-    });
-    let lane = |lane| {
-        let (sender, jobs) = mpsc::unbounded_channel();
-        let room = Arc::clone(&room);
-        (sender, IngestReceiver { lane, jobs, room })
+    let limits = QueueLimits {
+        readings_max: limits.readings_max / lanes,
+        bytes_max: limits.bytes_max / lanes,
     };
-    let (senders, receivers): (Vec<_>, Vec<_>) = (0..lanes).map(lane).unzip();
+    let neighbours = Arc::new(Neighbours::default());
+    let lane = |lane| {
+        let room = Arc::new(Room {
+            limits,
+            readings: Semaphore::new(limits.readings_max),
+            bytes: Semaphore::new(limits.bytes_max),
+        });
+        let (sender, jobs) = mpsc::unbounded_channel();
+        let end = LaneEnd {
+            jobs: sender,
+            room: Arc::clone(&room),
+        };
+        let receiver = IngestReceiver {
+            lane,
+            jobs,
+            room,
+            neighbours: Arc::clone(&neighbours),
+        };
+        (end, receiver)
+    };
+    let (lanes, receivers): (Vec<_>, Vec<_>) = (0..lanes).map(lane).unzip();
     let queue = IngestQueue {
-        lanes: senders.into(),
+        lanes: lanes.into(),
         lane: 0,
-        room,
     };
     (queue, receivers)
 }
@@ -125,10 +148,11 @@ impl IngestQueue {
     ) -> Option<Submission> {
         let size = Size::of(&submission);
         if !turn.is_some_and(|turn| turn.take(size)) {
-            let Ok(readings) = self.room.readings.try_acquire_many(size.readings as u32) else {
+            let room = self.room();
+            let Ok(readings) = room.readings.try_acquire_many(size.readings as u32) else {
                 return Some(submission);
             };
-            let Ok(bytes) = self.room.bytes.try_acquire_many(size.bytes as u32) else {
+            let Ok(bytes) = room.bytes.try_acquire_many(size.bytes as u32) else {
                 return Some(submission);
             };
             readings.forget();
@@ -148,15 +172,15 @@ impl IngestQueue {
         let QueueLimits {
             readings_max,
             bytes_max,
-        } = self.room.limits;
+        } = self.room().limits;
         let mut turn = Turn {
             left: Size::default(),
-            room: Arc::clone(&self.room),
+            room: Arc::clone(self.room()),
         };
         let readings = (size.readings + TURN.readings).min(readings_max);
         let bytes = (size.bytes + TURN.bytes).min(bytes_max);
-        let readings_room = self.room.readings.acquire_many(readings as u32).await;
-        let bytes_room = self.room.bytes.acquire_many(bytes as u32).await;
+        let readings_room = self.room().readings.acquire_many(readings as u32).await;
+        let bytes_room = self.room().bytes.acquire_many(bytes as u32).await;
         if let (Ok(readings_room), Ok(bytes_room)) = (readings_room, bytes_room) {
             readings_room.forget();
             bytes_room.forget();
@@ -168,9 +192,13 @@ impl IngestQueue {
         turn
     }
 
+    fn room(&self) -> &Arc<Room> {
+        &self.lanes[self.lane].room
+    }
+
     fn send(&self, submission: Submission, mailbox: &Arc<Mailbox>) {
         // Fails only when the store has failed for good: the whole gateway is ending.
-        let _ = self.lanes[self.lane].send(Job {
+        let _ = self.lanes[self.lane].jobs.send(Job {
             submission,
             mailbox: Arc::clone(mailbox),
         });
@@ -216,6 +244,7 @@ pub struct IngestReceiver {
     lane: usize,
     jobs: mpsc::UnboundedReceiver<Job>,
     room: Arc<Room>,
+    neighbours: Arc<Neighbours>,
 }
 
 impl IngestReceiver {
@@ -229,6 +258,13 @@ impl IngestReceiver {
         registry: Arc<Registry>,
         clock: SystemClock,
     ) -> Result<(), StoreError> {
+        let room = self.room.limits;
+        let limits = BatchLimits {
+            readings_max: limits.readings_max.min(room.readings_max),
+            // One batch is committed while the next comes together, both within the bound.
+            bytes_max: limits.bytes_max.min(room.bytes_max / 2),
+            ..limits
+        };
         let (committed, to_answer) = mpsc::unbounded_channel();
         let (lane, room) = (self.lane, Arc::clone(&self.room));
         let mut answering = tokio::spawn(answer_all(lane, to_answer, room, Arc::clone(&registry)));
@@ -322,10 +358,10 @@ impl Lane {
         mut tagged: Tagged<Arc<Mailbox>>,
     ) -> Result<(), StoreError> {
         let lane = self.queued.lane;
-        let room = Arc::clone(&self.queued.room);
+        let neighbours = Arc::clone(&self.queued.neighbours);
         let registry = Arc::clone(&self.registry);
         let mut retry_after = RETRY_MIN;
-        let mut outage = Outage::new(lane, &room.lanes_down, &registry);
+        let mut outage = Outage::new(lane, &neighbours.lanes_down, &registry);
         let committed = loop {
             let result = self.attempt(store, &tagged, &mut outage).await;
             match result {
@@ -365,8 +401,8 @@ impl Lane {
     /// Ends all sessions of the lane, and leaves of what was gathered only what carries no ids.
     async fn forget_ids(&mut self, tagged: &mut Tagged<Arc<Mailbox>>, reason: &str) {
         self.replacements += 1;
-        let seen =
-            { &self.queued.room.replacements }.fetch_max(self.replacements, Ordering::Relaxed);
+        let replacements = &self.queued.neighbours.replacements;
+        let seen = replacements.fetch_max(self.replacements, Ordering::Relaxed);
         if seen < self.replacements {
             tracing::error!(
                 %reason,

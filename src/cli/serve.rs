@@ -675,8 +675,7 @@ fn server_settings(
         },
         batch: BatchLimits {
             readings_max: config.batch_readings_max,
-            // One batch is committed while the next comes together, both within the queue's bound.
-            bytes_max: config.queue_bytes_max / 2,
+            bytes_max: config.queue_bytes_max,
             interval_min_us: config.commit_interval_min_ms * 1000,
             interval_quiet_us: config.commit_interval_quiet_ms * 1000,
         },

@@ -125,6 +125,17 @@ fn settings_do_not_contradict_each_other() {
         "{refused}"
     );
     assert_eq!(refusal(|s| s.queue_readings_max = 200_000), None);
+    let refused = refusal(|s| (s.postgres_writers, s.queue_readings_max) = (64, 524_287)).unwrap();
+    assert!(
+        refused.contains("at least postgres-writers times 8192 (524288)"),
+        "{refused}"
+    );
+    assert_eq!(refusal(|s| s.postgres_writers = 64), None);
+    let refused = refusal(|s| (s.postgres_writers, s.queue_bytes_max) = (64, 31 << 20)).unwrap();
+    assert!(
+        refused.contains("postgres-writers times 512 KiB (33554432)"),
+        "{refused}"
+    );
     let refused = refusal(|s| s.commit_interval_min_ms = 30_000).unwrap();
     assert!(
         refused.contains("more than commit-interval-min-ms (30000)"),

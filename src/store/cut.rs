@@ -81,7 +81,7 @@ impl Cut {
             %reason,
             rows = weight,
             rows_max = half,
-            "batch too large for the database, committing it in parts"
+            "could not commit the batch at once, committing it in parts"
         );
         true
     }

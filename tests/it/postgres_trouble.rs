@@ -6,9 +6,10 @@ use std::net::{TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use fieldgate_protocol::error::Code;
 use tempfile::TempDir;
 
-use crate::client::readings;
+use crate::client::{Heard, Link, T0_US, readings, readings_at};
 use crate::cluster::Cluster;
 use crate::database::{PgDatabase, Session};
 use crate::gateway::{Gateway, PATIENCE, run};
@@ -109,6 +110,52 @@ fn commits_without_their_standby_do_not_pile_up() {
     admin.execute("ALTER SYSTEM RESET synchronous_standby_names");
     admin.execute("SELECT pg_reload_conf()");
     resend_until_acked(&mut link, &readings(2), 2, BACK_WITHIN);
+}
+
+#[test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+fn a_writer_that_waits_for_a_lock_leaves_other_writers_their_room() {
+    let mut database = PgDatabase::create();
+    let gateway = Gateway::start(&[
+        "--store",
+        &database.url(),
+        "--postgres-writers=2",
+        "--batch-readings-max=8192",
+        "--queue-readings-max=16384",
+    ]);
+    let (mut held, _) = gateway.connect("held");
+    held.send(&readings(1));
+    held.expect_ack(1);
+    let mut links: Vec<Link> = (0..8)
+        .map(|n| gateway.connect(&format!("pump-{n}")).0)
+        .collect();
+    for link in &mut links {
+        link.send(&readings(1));
+        link.expect_ack(1);
+    }
+    let lock = database.session();
+    lock.execute("BEGIN");
+    lock.execute(
+        "SELECT FROM streams JOIN devices ON devices.id = device_id WHERE name = 'held' FOR UPDATE OF streams",
+    );
+    // More than the whole queue takes.
+    let hundredths: Vec<i64> = (0..400).collect();
+    for seq in 2..=60 {
+        held.send(&readings_at(seq, T0_US, &hundredths));
+    }
+    // With this the gateway has taken in as many as it had room for.
+    expect_store_down(&mut held, 1);
+    let mut acked = 0;
+    for link in &mut links {
+        link.send(&readings(2));
+        match link.hear() {
+            Heard::Ack { seq: 2, .. } => acked += 1,
+            Heard::Nack { code, .. } => assert_eq!(code, Code::StoreDown as u8),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!((1..8).contains(&acked), "{acked} of 8");
+    database.session().execute("ROLLBACK");
 }
 
 #[test]
