@@ -239,7 +239,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "MS", default_value_t = Settings::default().commit_interval_quiet_ms)]
     commit_interval_quiet_ms: u64,
 
-    /// Readings that may wait for the store, at least a full batch. Raise it to absorb longer bursts
+    /// Readings that may wait for the store, at least a full batch; each of the `--postgres-writers` has an equal
+    /// part. Raise it to absorb longer bursts
     #[arg(long, value_name = "READINGS", default_value_t = Settings::default().queue_readings_max)]
     queue_readings_max: usize,
 
