@@ -576,7 +576,13 @@ impl Writer {
         .bind(rows.iter().map(|row| row.frame).collect::<Vec<_>>())
         .bind(rows.iter().map(|row| row.session).collect::<Vec<_>>())
         .execute(&mut self.conn)
-        .await?;
+        .await
+        .and_then(|done| {
+            // What devices reported was acknowledged with its frame; a device with a frame is not removed.
+            let reported = rows.iter().filter(|row| row.frame.is_some()).count();
+            let stored = (reported as u64).min(done.rows_affected());
+            is_whole("device_events", reported, stored)
+        })?;
         self.store_sessions(events).await
     }
 
