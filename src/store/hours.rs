@@ -17,24 +17,30 @@ impl KnownHours {
     /// Returns the hours of the readings of `frames` that may be missing in the table, in their order: two
     /// transactions that add the same hours then wait for each other in one direction only.
     pub(super) fn missing(&self, frames: &[Frame<'_>]) -> Vec<i64> {
-        let mut missing = BTreeSet::new();
-        for frame in frames {
-            if let Content::Readings(Readings { times_us, .. }) = &frame.item.entry.content {
-                self.add_missing(times_us, &mut missing);
-            }
-        }
-        missing.into_iter().collect()
+        let readings = frames
+            .iter()
+            .filter_map(|frame| match &frame.item.entry.content {
+                Content::Readings(Readings { times_us, .. }) => Some(times_us.as_slice()),
+                _ => None,
+            });
+        self.missing_of(readings).into_iter().collect()
     }
 
-    fn add_missing(&self, times_us: &[i64], missing: &mut BTreeSet<i64>) {
-        let mut before = None;
-        for ts_us in times_us {
+    fn missing_of<'a>(&self, times_us: impl Iterator<Item = &'a [i64]>) -> BTreeSet<i64> {
+        let mut missing = BTreeSet::new();
+        // Most readings are of the hour of the one before.
+        let mut latest = 0..0;
+        for ts_us in times_us.flatten() {
+            if latest.contains(ts_us) {
+                continue;
+            }
             let hour = hour_of(*ts_us);
-            if before != Some(hour) && !self.0.contains(&hour) {
+            latest = hour..hour.saturating_add(HOUR_US);
+            if !self.0.contains(&hour) {
                 missing.insert(hour);
             }
-            before = Some(hour);
         }
+        missing
     }
 
     /// Remembers hours whose transaction is committed.
@@ -48,11 +54,8 @@ impl KnownHours {
 
 /// Returns the hours of the readings of `runs`, in their order.
 pub(super) fn hours_of(runs: &[Run<'_>]) -> Vec<i64> {
-    let known = KnownHours::default();
-    let mut hours = BTreeSet::new();
-    for run in runs {
-        known.add_missing(run.times_us, &mut hours);
-    }
+    let times_us = runs.iter().map(|run| run.times_us);
+    let hours = KnownHours::default().missing_of(times_us);
     hours.into_iter().collect()
 }
 
@@ -83,8 +86,8 @@ mod tests {
         known.learn((0..30_000).collect());
         known.learn((0..9_000).collect());
         assert!(known.0.len() <= KNOWN_MAX);
-        let mut missing = BTreeSet::new();
-        known.add_missing(&[HOUR_US * 3, HOUR_US * 3 + 1, -5], &mut missing);
+        let times_us = [HOUR_US * 3, HOUR_US * 3 + 1, -5];
+        let missing = known.missing_of([times_us.as_slice()].into_iter());
         assert_eq!(
             missing.into_iter().collect::<Vec<_>>(),
             [-HOUR_US, HOUR_US * 3]
