@@ -96,15 +96,20 @@ const BY_DEVICE: [&str; 5] = [
 
 /// Takes out a device whose name was given up, which may have begun before.
 ///
-/// `is_alone`: no gateway uses the store, and none begins meanwhile.
+/// `is_alone` returns whether no gateway uses the store, and none begins meanwhile; it is asked again while a gateway
+/// is waited for, which may be killed.
 ///
 /// # Errors
 /// The store does not answer; the next call goes on.
 ///
 /// # Cancel safety
 /// As after an error.
-pub async fn take_out(editor: &mut Editor, device: i64, is_alone: bool) -> Result<(), ReadError> {
-    if !is_alone {
+pub async fn take_out(
+    editor: &mut Editor,
+    device: i64,
+    is_alone: &mut impl FnMut() -> bool,
+) -> Result<(), ReadError> {
+    if !is_alone() {
         tokio::time::sleep(QUIET).await;
     }
     loop {
@@ -133,17 +138,21 @@ fn readings_table(reader: &Reader) -> (&'static str, bool) {
 }
 
 /// Waits until nothing of the device is to be sorted in: a gateway knows that by heart.
-async fn await_sorting(editor: &mut Editor, device: i64, is_alone: bool) -> Result<(), ReadError> {
+async fn await_sorting(
+    editor: &mut Editor,
+    device: i64,
+    is_alone: &mut impl FnMut() -> bool,
+) -> Result<(), ReadError> {
     const OF_DEVICE: &str = "series_id IN (SELECT id FROM series WHERE device_id = $1)";
     if !readings_table(editor).1 {
         return Ok(());
     }
-    if is_alone {
-        let sql = format!("DELETE FROM readings_recent WHERE {OF_DEVICE}");
-        return editor.step(&sql, &[device.into()]).await.map(drop);
-    }
     let sql = format!("SELECT EXISTS (SELECT 1 FROM readings_recent WHERE {OF_DEVICE})");
     while editor.rows(&sql, &[device.into()]).await?[0].integer(0)? != 0 {
+        if is_alone() {
+            let sql = format!("DELETE FROM readings_recent WHERE {OF_DEVICE}");
+            return editor.step(&sql, &[device.into()]).await.map(drop);
+        }
         tokio::time::sleep(LOOK_INTERVAL).await;
     }
     Ok(())
@@ -348,12 +357,12 @@ mod tests {
         let counts = belongings(&mut editor, id).await.unwrap().counts;
         assert_eq!(counts[0], ("readings", ROWS_AT_ONCE as u64 + 11));
         // A run that is broken off; and what a session still had to say after it ended.
-        let broken_off = take_out(&mut editor, id, true);
+        let broken_off = take_out(&mut editor, id, &mut || true);
         drop(tokio::time::timeout(Duration::from_millis(30), broken_off).await);
         // It may have been in the middle of its turn.
         drop(editor);
         let mut editor = Editor::open(store).await.unwrap();
-        take_out(&mut editor, id, true).await.unwrap();
+        take_out(&mut editor, id, &mut || true).await.unwrap();
         let left_of = left(store, &gone).await;
         assert!(left_of.iter().all(|(_, rows)| *rows == 0), "{left_of:?}");
         assert_eq!(left(store, &stays).await, before);

@@ -1,5 +1,6 @@
-//! Readers beside a gateway: what they read must not keep it from storing.
+//! Commands beside a gateway: they keep it from nothing, and do not wait for one that is gone.
 
+use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
@@ -52,4 +53,30 @@ fn a_query_ends_before_it_stops_a_gateway_with_a_short_log() {
     // Others are asked nothing once the log is short again.
     let query = command(&["query", "SELECT count(*) FROM devices", "--data-dir", dir]).output();
     assert!(query.expect("runs").status.success());
+}
+
+/// What came last is sorted in by the gateway alone, so its end must be noticed.
+#[test]
+fn a_removal_does_not_wait_for_a_gateway_that_was_killed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let gateway = Gateway::start_in(dir.path(), &[]);
+    let (mut link, _) = gateway.connect("pump");
+    link.send(&readings_at(1, 0, &[1]));
+    link.expect_ack(1);
+    let data = dir.path().to_str().expect("UTF-8");
+    let remove = command(&["device", "remove", "pump", "--yes", "--data-dir", data])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut remove = remove.expect("runs");
+    let lines = BufReader::new(remove.stderr.take().expect("piped")).lines();
+    let says = lines.map_while(Result::ok).next().unwrap_or_default();
+    assert!(says.contains("waiting until the gateway"), "{says}");
+    let _ = gateway.kill();
+    let deadline = Instant::now() + PATIENCE;
+    while remove.try_wait().expect("waits").is_none() {
+        assert!(Instant::now() < deadline, "it waits on");
+        std::thread::yield_now();
+    }
+    assert!(remove.wait().expect("ends").success());
 }

@@ -1,6 +1,6 @@
 //! `fieldgate device remove`.
 
-use std::io::Write;
+use std::io::{self, Write};
 
 use clap::Args;
 use fieldgate::store::editor::Editor;
@@ -57,17 +57,35 @@ pub async fn remove(store: &StoreUrl, args: &RemoveArgs) -> Result<(), Error> {
         give_up_name(&mut editor, name).await?;
     }
     // Held until the end: a gateway that begins meanwhile would learn by heart what is about to go.
-    let alone = match store {
-        StoreUrl::Sqlite(path) => {
-            sqlite::keep_alone(path).map_err(|error| Error::Failed(error.to_string()))?
+    let mut alone = keep_alone(store)?;
+    if alone.is_none() && matches!(store, StoreUrl::Sqlite(_)) {
+        let mut err = io::stderr();
+        let _ = writeln!(
+            err,
+            "waiting until the gateway has sorted in what came last, up to two minutes"
+        );
+    }
+    let mut is_alone = || {
+        if alone.is_none() {
+            alone = keep_alone(store).unwrap_or_default();
         }
-        StoreUrl::Postgres(_) => None,
+        alone.is_some()
     };
     for device in rows {
-        removal::take_out(&mut editor, device, alone.is_some()).await?;
+        removal::take_out(&mut editor, device, &mut is_alone).await?;
     }
     writeln!(out, "removed {name}")?;
     out.flush().map_err(Error::Output)
+}
+
+/// Keeps gateways from a file until it is dropped; `None` if one uses it.
+fn keep_alone(store: &StoreUrl) -> Result<Option<impl Sized + use<>>, Error> {
+    match store {
+        StoreUrl::Sqlite(path) => {
+            sqlite::keep_alone(path).map_err(|error| Error::Failed(error.to_string()))
+        }
+        StoreUrl::Postgres(_) => Ok(None),
+    }
 }
 
 /// Devices of that name whose removal was broken off.
