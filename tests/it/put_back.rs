@@ -3,7 +3,9 @@
 //! a file that nobody will find.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use fieldgate_protocol::error::Code;
@@ -408,6 +410,34 @@ impl PgDatabase {
         self.close_session();
         Session::open(self.server())
     }
+}
+
+/// A limit on the size of files fails as a full disk does: the log that a gateway left behind is as long.
+#[test]
+fn a_gateway_starts_on_a_disk_that_takes_nothing() {
+    let dir = TempDir::new().expect("a directory");
+    let gateway = Gateway::start_in(dir.path(), &[]);
+    let (mut pump, _) = gateway.connect("pump");
+    pump.send(&readings(1));
+    pump.expect_ack(1);
+    let _ = gateway.kill();
+    let log = fs::metadata(dir.path().join("fieldgate.db-wal")).expect("a log");
+    let limited = clean("prlimit")
+        .arg(format!("--fsize={}", log.len()))
+        .arg(env!("CARGO_BIN_EXE_fieldgate"))
+        .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
+        .arg(dir.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut limited = limited.expect("prlimit");
+    let out = BufReader::new(limited.stdout.take().expect("piped"));
+    let mut lines = out.lines().map_while(Result::ok);
+    let serves = lines.any(|line| line.starts_with("listening on"));
+    let _ = limited.kill();
+    let ended = limited.wait_with_output().expect("ends");
+    let says = String::from_utf8_lossy(&ended.stderr);
+    assert!(serves, "{says}");
 }
 
 /// As from a backup on a disc. The kernel does not let everybody mount.

@@ -42,11 +42,15 @@ impl Identity {
     /// not known whether it succeeded.
     pub(super) async fn settle(&mut self, conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
         if self.owner.is_empty() {
-            self.owner = sqlx::query_scalar(
-                "UPDATE store_identity SET owner = lower(hex(randomblob(16))) RETURNING owner",
-            )
-            .fetch_one(&mut *conn)
-            .await?;
+            let owner: String = sqlx::query_scalar("SELECT lower(hex(randomblob(16)))")
+                .fetch_one(&mut *conn)
+                .await?;
+            // To its end: RETURNING would give a row before it is known whether a full disk took it.
+            sqlx::query("UPDATE store_identity SET owner = ?")
+                .bind(&owner)
+                .execute(&mut *conn)
+                .await?;
+            self.owner = owner;
         }
         let found: i64 = self.find(conn).await?;
         // The count moves by one at a time.
