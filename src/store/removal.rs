@@ -357,12 +357,13 @@ mod tests {
         let counts = belongings(&mut editor, id).await.unwrap().counts;
         assert_eq!(counts[0], ("readings", ROWS_AT_ONCE as u64 + 11));
         // A run that is broken off; and what a session still had to say after it ended.
-        let broken_off = take_out(&mut editor, id, &mut || true);
+        let mut is_alone = || true;
+        let broken_off = take_out(&mut editor, id, &mut is_alone);
         drop(tokio::time::timeout(Duration::from_millis(30), broken_off).await);
         // It may have been in the middle of its turn.
         drop(editor);
         let mut editor = Editor::open(store).await.unwrap();
-        take_out(&mut editor, id, &mut || true).await.unwrap();
+        take_out(&mut editor, id, &mut is_alone).await.unwrap();
         let left_of = left(store, &gone).await;
         assert!(left_of.iter().all(|(_, rows)| *rows == 0), "{left_of:?}");
         assert_eq!(left(store, &stays).await, before);
