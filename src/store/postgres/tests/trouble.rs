@@ -4,8 +4,10 @@
 use tokio::time::timeout;
 
 use super::*;
+use crate::clock::Quality;
 use crate::store::contract::Peer;
 use crate::store::reader::Reader;
+use crate::store::{Content, ResolvedTime};
 
 /// Far above what the server takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -282,6 +284,19 @@ async fn who_closes_at_once_may_be_a_server_later() {
     }
 }
 
+fn report() -> Content {
+    Content::Event {
+        time: ResolvedTime {
+            offset_us: 0,
+            quality: Quality::Utc,
+        },
+        at_us: 5,
+        level: 1,
+        code: 7,
+        text: "door open".to_owned(),
+    }
+}
+
 /// By INSERT and by COPY.
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
@@ -298,14 +313,21 @@ async fn rows_that_a_trigger_leaves_out_in_silence_are_missed() {
         ("frames", "INSERT"),
         ("readings", "INSERT"),
         ("streams", "UPDATE"),
+        ("device_events", "INSERT"),
     ] {
         let drop_rows = format!(
             "CREATE TRIGGER drop_it BEFORE {event} ON {table} FOR EACH ROW EXECUTE FUNCTION drop_it()"
         );
         for rows in [1, 12_000] {
             let samples: Vec<(i64, f64)> = (0..rows).map(|us| (us, 1.0)).collect();
+            let mut entry = peer.readings(next_seq, &samples);
+            if table == "device_events" {
+                entry.content = report();
+            } else {
+                stored += rows;
+            }
             let batch = Batch {
-                entries: vec![peer.readings(next_seq, &samples)],
+                entries: vec![entry],
                 ..Batch::default()
             };
             run(&mut server, drop_rows.clone()).await.unwrap();
@@ -323,7 +345,7 @@ async fn rows_that_a_trigger_leaves_out_in_silence_are_missed() {
                 .await
                 .unwrap();
             h.store().commit(&batch).await.unwrap();
-            (next_seq, stored) = (next_seq + 1, stored + rows);
+            next_seq += 1;
         }
     }
     assert_eq!(
