@@ -127,6 +127,13 @@ impl Partitions {
         !self.is_foreign
     }
 
+    /// Returns whether the partitions of the days to come are there.
+    #[cfg(test)]
+    pub(super) fn are_complete(&self) -> bool {
+        let today = utc_now().as_microsecond().div_euclid(DAY_US);
+        self.missing(&[], today).is_empty()
+    }
+
     /// Makes the partitions that the readings of these entries need, and those of the days to come.
     pub(super) async fn make_for(&self, entries: &[Entry], now: Instant) {
         self.look_for_detached(now).await;

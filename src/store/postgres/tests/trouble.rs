@@ -129,7 +129,9 @@ async fn limits_of_the_role_are_not_those_of_the_gateway() {
     let conn = &mut store.writer.as_mut().unwrap().conn;
     let elsewhere = sqlx::query_scalar("SELECT count(*) FROM readings_default");
     let elsewhere: i64 = elsewhere.fetch_one(&mut *conn).await.unwrap();
-    assert_eq!(elsewhere, 20, "partitions are found");
+    assert_eq!(elsewhere, 20);
+    assert!(store.partitions.are_complete(), "partitions are found");
+    let conn = &mut store.writer.as_mut().unwrap().conn;
     let setting = sqlx::query_scalar("SELECT current_setting('synchronous_commit')");
     let setting: String = setting.fetch_one(conn).await.unwrap();
     assert_eq!(setting, "on");
