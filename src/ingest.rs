@@ -406,8 +406,8 @@ impl Lane {
         if seen < self.replacements {
             tracing::error!(
                 %reason,
-                "the store was put back to an earlier state; devices log in again, and acknowledged \
-                 frames that it has lost are recorded as gaps of reason 254"
+                "the store lacks what this gateway has put into it, as after a restore or the removal of a device; \
+                 devices log in again, and acknowledged frames that it has lost are recorded as gaps of reason 254"
             );
         }
         // Sessions that the former store admitted are in the registry once they are answered.

@@ -258,7 +258,7 @@ impl State {
         let mut watermarks = Watermarks::new(durable);
         let admitted = watermarks
             .admit(entries)
-            .map_err(|error| StoreError::Fatal(error.to_string()))?;
+            .map_err(|error| StoreError::Replaced(error.to_string()))?;
         for item in admitted {
             let stored = StoredEntry {
                 first_seq: item.first_seq,

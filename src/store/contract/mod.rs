@@ -772,16 +772,18 @@ pub(super) async fn an_empty_batch_commits<H: Harness>() {
     assert!(committed.receipts.is_empty() && committed.logins.is_empty());
 }
 
-pub(super) async fn an_unknown_stream_is_not_tried_again<H: Harness>() {
+/// Such as that of a device which was removed while its frames waited for a store that took nothing.
+pub(super) async fn a_stream_that_is_gone_ends_sessions_and_not_the_store<H: Harness>() {
     let mut h = H::create().await;
-    let mut peer = peer(h.store(), "a").await;
-    peer.stream = StreamId(4711);
-    let failed = h
-        .store()
-        .commit(&entries(vec![peer.readings(1, &[])]))
-        .await;
-    let is_final = matches!(failed, Err(StoreError::Fatal(_) | StoreError::Replaced(_)));
-    assert!(is_final, "{failed:?}");
+    let good = peer(h.store(), "a").await;
+    let mut gone = peer(h.store(), "b").await;
+    gone.stream = StreamId(4711);
+    let batch = entries(vec![good.readings(1, &[]), gone.readings(1, &[])]);
+    let failed = h.store().commit(&batch).await;
+    assert!(matches!(failed, Err(StoreError::Replaced(_))), "{failed:?}");
+    let batch = entries(vec![good.readings(1, &[])]);
+    let committed = h.store().commit(&batch).await.unwrap();
+    assert_eq!(committed.receipts[0].durable_seq(), 1);
 }
 
 /// Such as two sessions of copies of one device took at the same time.
@@ -848,7 +850,7 @@ macro_rules! contract {
             times_at_the_edges_are_kept,
             a_device_is_connected_while_a_session_is_open,
             an_empty_batch_commits,
-            an_unknown_stream_is_not_tried_again,
+            a_stream_that_is_gone_ends_sessions_and_not_the_store,
         );
     };
     (@each $attributes:tt $harness:ty: $($test:ident,)*) => {

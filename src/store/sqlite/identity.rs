@@ -10,10 +10,14 @@ use std::time::{Duration, Instant};
 
 use sqlx::SqliteConnection;
 
+use crate::store::ledger::UnknownStream;
+
 /// How often transactions count that give out no ids.
 const COUNT_INTERVAL: Duration = Duration::from_secs(10);
 const PUT_BACK: &str = "the database was put back to an earlier state, or is in use by another gateway, while \
     this gateway was using it; start the gateway again";
+
+const GONE: &str = " any more";
 
 /// What the file is known to hold.
 #[derive(Debug, Default)]
@@ -126,6 +130,16 @@ impl Identity {
 
 fn put_back() -> sqlx::Error {
     sqlx::Error::Protocol(PUT_BACK.to_owned())
+}
+
+/// The error of a stream that is gone, as one of a device that was removed while its frames waited.
+pub(super) fn unknown_stream(unknown: &UnknownStream) -> sqlx::Error {
+    sqlx::Error::Protocol(format!("{unknown}{GONE}"))
+}
+
+/// Whether it is the error of a stream that is gone.
+pub(super) fn is_unknown_stream(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Protocol(reason) if reason.ends_with(GONE))
 }
 
 /// Whether it is the error of a file that does not hold what was put into it.

@@ -14,7 +14,7 @@ use sqlx::SqliteConnection;
 
 use super::admit::Admissions;
 use super::bulk::Bulk;
-use super::identity::Identity;
+use super::identity::{self, Identity};
 use super::open::Purpose;
 use super::recent::{Recent, Step};
 use super::rows::{Rows, insert_runs, readings_into};
@@ -168,7 +168,7 @@ impl Writer {
         let mut watermarks = self.watermarks(&batch.entries).await?;
         let mut admitted = watermarks
             .admit(&batch.entries)
-            .map_err(|unknown| sqlx::Error::Protocol(unknown.to_string()))?;
+            .map_err(|unknown| identity::unknown_stream(&unknown))?;
         // By stream, as the ledger's index is, so that a large batch of small frames does not visit
         // each of its pages many times over. The sort is stable: a stream keeps its order.
         admitted.sort_by_key(|item| item.entry.stream);
