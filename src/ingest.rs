@@ -37,9 +37,6 @@ const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 /// A commit that takes longer is taken for an outage: devices are told to wait, and not left to guess.
 const STALLED_AFTER: Duration = Duration::from_secs(5);
-/// After how long without anything to commit the store is tidied. A store to which something comes each half
-/// minute is not tidied each time: that would write its pages again.
-const TIDY_AFTER: Duration = Duration::from_secs(60);
 
 /// Room that a connection gets at once, beyond its submission, when it had to wait for it: what it has
 /// received meanwhile then goes into the same batch, and a store that clusters readings by series finds
@@ -317,8 +314,6 @@ impl Lane {
         interval_min: Duration,
         clock: SystemClock,
     ) -> Result<(), StoreError> {
-        // Tidying begins after a pause, and goes on until something comes in.
-        let mut tidy_after = TIDY_AFTER.max(interval_min);
         loop {
             while !self.batcher.is_full()
                 && let Ok(job) = self.queued.jobs.try_recv()
@@ -327,11 +322,11 @@ impl Lane {
             }
             if let Some(tagged) = self.batcher.poll_batch(clock.now().mono_us) {
                 self.commit(&mut store, tagged).await?;
-                tidy_after = TIDY_AFTER.max(interval_min);
                 continue;
             }
             let is_empty = self.batcher.is_empty();
             let due = self.batcher.poll_deadline().filter(|_| !is_empty);
+            let tidy_after = store.tidy_after().filter(|_| is_empty);
             tokio::select! {
                 job = self.queued.jobs.recv() => match job {
                     Some(job) => self.gather(job),
@@ -339,9 +334,9 @@ impl Lane {
                 },
                 () = sleep_until(due, &clock) => {}
                 error = store.failure() => return Err(error),
-                () = tokio::time::sleep(tidy_after), if is_empty && !store.is_tidy() => {
+                () = tokio::time::sleep(tidy_after.unwrap_or_default().max(interval_min)),
+                    if tidy_after.is_some() => {
                     self.commit(&mut store, Tagged::default()).await?;
-                    tidy_after = interval_min;
                 }
             }
         }

@@ -12,6 +12,7 @@
 use std::future::Future;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fieldgate_protocol::column::Kind;
 
@@ -450,10 +451,10 @@ pub trait Store: Send + 'static {
         batch: &Batch,
     ) -> impl Future<Output = Result<Committed, StoreError>> + Send;
 
-    /// Whether no work is left over from earlier commits. If there is, commits of empty batches carry it
-    /// on, and are for times when nothing else is to be done.
-    fn is_tidy(&self) -> bool {
-        true
+    /// Returns how long nothing has to come in before the commit of an empty batch carries on what earlier commits
+    /// left over; `None` when nothing is left.
+    fn tidy_after(&self) -> Option<Duration> {
+        None
     }
 
     /// Waits until a task of the store has ended that should run as long as the store; that is the error. Most stores

@@ -227,8 +227,8 @@ impl Store for PostgresStore {
         }
     }
 
-    fn is_tidy(&self) -> bool {
-        self.newest.is_tidy()
+    fn tidy_after(&self) -> Option<Duration> {
+        self.newest.tidy_after()
     }
 
     async fn close(mut self) -> Result<(), StoreError> {

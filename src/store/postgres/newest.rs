@@ -2,12 +2,13 @@
 //! every partition for each series.
 //!
 //! A commit of few series writes theirs with it. Where there are many, those of several commits go together once a
-//! second, so that they cost little: `latest` is then behind by a second at most. What is left when nothing more comes
-//! goes with the commit of an empty batch.
+//! second, so that they cost little: `latest` is then behind by a second or two. What is left when nothing more comes
+//! goes with the commit of an empty batch a second later.
 //!
 //! Invariants
 //! - A row names a reading that is stored: one whose commit failed is left out.
-//! - What a gateway did not write before it was killed is found in `readings` after the next start.
+//! - What a gateway did not write before it was killed is found in `readings` after the next start, for 100 series a
+//!   second.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -23,8 +24,10 @@ const ROWS_AT_ONCE: usize = 1000;
 const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
 /// A reading is plausible up to this long after its receipt.
 const AHEAD_MAX_US: i64 = 86_400_000_000;
-/// Series that one commit of an empty batch looks for in `readings`.
+/// Series that one commit looks for in `readings`.
 const CHECKED_AT_ONCE: i64 = 100;
+/// From one such look to the next.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// A look that takes longer is given up: then a series is behind until its next reading.
 const CHECK_TIMEOUT_MS: u32 = 5000;
 
@@ -37,6 +40,7 @@ pub(super) struct Newest {
     pub(super) at_once: usize,
     /// Series up to this one were looked for after the start; `None` when all were.
     checked: Option<i64>,
+    checked_at: Instant,
     /// Writes with each commit: a spool commits many frames at once, and nothing where there are none.
     is_prompt: bool,
 }
@@ -64,13 +68,15 @@ impl Newest {
             flushed_at: Instant::now(),
             at_once: ROWS_AT_ONCE,
             checked: checks.then_some(0),
+            checked_at: Instant::now(),
             is_prompt,
         }
     }
 
-    /// Whether nothing is left that commits of empty batches would carry on.
-    pub(super) fn is_tidy(&self) -> bool {
-        self.pending.is_empty() && (self.checked.is_none() || self.is_prompt)
+    /// As [`crate::store::Store::tidy_after`].
+    pub(super) fn tidy_after(&self) -> Option<Duration> {
+        let is_tidy = self.pending.is_empty() && (self.checked.is_none() || self.is_prompt);
+        (!is_tidy).then_some(FLUSH_INTERVAL)
     }
 
     /// Whether anything waits to be written.
@@ -149,17 +155,21 @@ impl Newest {
         ROWS_AT_ONCE.min(self.at_once + regained / 1000)
     }
 
-    /// After COMMIT, where there is time: looks for what an earlier gateway did not write, for some series. Nothing depends on it but how current
-    /// their rows are, so an error ends it.
+    /// After COMMIT: looks for what an earlier gateway did not write, for some series once a second or when the store is
+    /// idle. Nothing depends on it but how current their rows are, so an error ends it.
     pub(super) async fn check(
         &mut self,
         conn: &mut Link,
         is_idle: bool,
+        now: Instant,
     ) -> Result<(), sqlx::Error> {
-        let is_time = is_idle || self.is_prompt;
+        let is_time = is_idle
+            || self.is_prompt
+            || now.saturating_duration_since(self.checked_at) >= CHECK_INTERVAL;
         let Some(checked) = self.checked.take_if(|_| is_time) else {
             return Ok(());
         };
+        self.checked_at = now;
         super::run(
             conn,
             format!("BEGIN; SET LOCAL statement_timeout = {CHECK_TIMEOUT_MS}"),

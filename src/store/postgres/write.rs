@@ -153,7 +153,7 @@ impl Writer {
         if is_flushed {
             newest.flushed(now);
         }
-        newest.check(&mut self.conn, batch.is_empty()).await?;
+        newest.check(&mut self.conn, batch.is_empty(), now).await?;
         Ok(Committed {
             logins,
             declares,

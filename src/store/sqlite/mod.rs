@@ -11,6 +11,7 @@
 //!   its last connection closes.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use sqlx::Connection;
 
@@ -75,6 +76,10 @@ const IOERR_WRITE: i32 = 10 | (3 << 8);
 /// twice as many, up to the second figure.
 const OPTIMIZE_AFTER_READINGS: (u64, u64) = (100_000, 50_000_000);
 
+/// After how long without anything to commit the store is tidied. A store to which something comes each half
+/// minute is not tidied each time: that would write its pages again.
+const TIDY_AFTER: Duration = Duration::from_secs(60);
+
 /// How the store uses memory and disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SqliteSettings {
@@ -120,6 +125,8 @@ pub struct SqliteStore {
     turns: Turns,
     readers: Readers,
     cut: Cut,
+    /// The latest commit was one of an empty batch.
+    is_tidying: bool,
     /// Of a spool.
     reserve: Option<Reserve>,
     path: PathBuf,
@@ -211,6 +218,7 @@ impl SqliteStore {
             turns: Turns::of_gateway(&path),
             readers: Readers::of_gateway(&path),
             cut: Cut::default(),
+            is_tidying: false,
             reserve,
             held: HeldFiles::of_database(&path),
             header: Header::default(),
@@ -242,6 +250,10 @@ impl SqliteStore {
         self.statistics.count(batch);
         self.observe_log().await;
         Ok(committed)
+    }
+
+    fn is_tidy(&self) -> bool {
+        self.writer.as_ref().is_none_or(Writer::is_tidy)
     }
 
     /// Makes sure that the files are where they were and hold what SQLite has written.
@@ -296,14 +308,18 @@ impl SqliteStore {
 impl Store for SqliteStore {
     async fn commit(&mut self, batch: &Batch) -> Result<Committed, StoreError> {
         let result = self.commit_in_parts(batch).await;
+        self.is_tidying = batch.is_empty();
         if let Err(StoreError::Fatal(_)) = result {
             self.abandon();
         }
         result
     }
 
-    fn is_tidy(&self) -> bool {
-        self.writer.as_ref().is_none_or(Writer::is_tidy)
+    fn tidy_after(&self) -> Option<Duration> {
+        (!self.is_tidy()).then_some(match self.is_tidying {
+            true => Duration::ZERO,
+            false => TIDY_AFTER,
+        })
     }
 
     async fn failure(&mut self) -> StoreError {

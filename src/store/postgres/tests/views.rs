@@ -73,7 +73,7 @@ impl Both {
 
     /// Sorts in all that SQLite has still to sort in.
     async fn tidy(&mut self) {
-        while !self.file.is_tidy() {
+        while self.file.tidy_after().is_some() {
             self.file.commit(&Batch::default()).await.unwrap();
         }
     }

@@ -129,7 +129,7 @@ async fn each_reading_is_there_once_after_a_crash_at_any_time() {
             }
             next_seq += 1;
         }
-        while !h.store.is_tidy() {
+        while h.store.tidy_after().is_some() {
             h.store.commit(&Batch::default()).await.unwrap();
             seen.insert(phase(&mut h).await);
             assert_eq!(show(&mut h).await[0].len(), expected);
@@ -210,7 +210,7 @@ async fn a_closed_store_has_nothing_left_to_sort_in() {
     let mut h = OnDisk::create().await;
     let peer = peer(&mut h.store, "a").await;
     commit_each(&mut h, &peer, 1..400, 100).await;
-    assert!(!h.store.is_tidy());
+    assert!(h.store.tidy_after().is_some());
     let mut h = h.reopen().await;
     assert_eq!(phase(&mut h).await, Phase::Tidy);
     assert_eq!(
@@ -230,11 +230,11 @@ async fn sorting_in_goes_on_after_a_transient_error() {
     h.store.commit(&Batch::default()).await.unwrap();
     run(h.conn(), "PRAGMA max_page_count = 60").await;
     while h.store.commit(&Batch::default()).await.is_ok() {
-        assert!(!h.store.is_tidy(), "the disk was never full");
+        assert!(h.store.tidy_after().is_some(), "the disk was never full");
     }
     assert_eq!(rows(&mut h, "SELECT * FROM readings").await.len(), 39_900);
     run(h.conn(), "PRAGMA max_page_count = 4294967294").await;
-    while !h.store.is_tidy() {
+    while h.store.tidy_after().is_some() {
         h.store.commit(&Batch::default()).await.unwrap();
         assert_eq!(rows(&mut h, "SELECT * FROM readings").await.len(), 39_900);
     }
