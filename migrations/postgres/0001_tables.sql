@@ -230,9 +230,10 @@ CREATE TABLE clocks (
 CREATE INDEX clocks_by_time ON clocks (device_id, measured_at);
 
 -- Each time the system clock of a gateway was set by a tenth of a second or more: it was set forward by
--- step_us when it showed before_at, and showed after_at then. What was received between since_at and
--- before_at was received by the clock as it stood before. timeline differs for each start of a machine;
--- origin_us is UTC at that start, by the clock as it stands since.
+-- step_us (back if that is negative) when it showed before_at, and showed after_at then. What was received
+-- between since_at and before_at was received by the clock as it stood before; after a step back, the same
+-- range also holds what the new clock received until it showed before_at again (README has SQL for both).
+-- timeline differs for each start of a machine; origin_us is UTC at that start, by the clock as it stands since.
 CREATE TABLE clock_steps (
     id        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     timeline  bigint NOT NULL,
