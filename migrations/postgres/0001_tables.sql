@@ -104,8 +104,8 @@ CREATE TABLE frames (
     UNIQUE (stream_id, seq)
 );
 
--- One partition for each UTC day, made by the gateway; times far off the present are in
--- `readings_default`. `frame_id` keeps two readings of one instant apart. `value` is NULL where the
+-- One partition for each UTC month of this year and the last, and for each year before, made by the gateway; times
+-- far off the present are in `readings_default`. `frame_id` keeps two readings of one instant apart. `value` is NULL where the
 -- device said: sampled, no valid value.
 --
 -- The gateway looks whether this table is partitioned, and makes partitions only then. So another
@@ -129,7 +129,7 @@ CREATE TABLE reading_hours (
 );
 
 -- Of each series the time of its first reading and the newest plausible reading (see the view `latest`). Written
--- with the readings or within a second of them, and made up for after a start; so `latest` looks into no partition.
+-- with the readings, or up to a minute later by a busy gateway; so `latest` looks into no partition.
 CREATE TABLE newest (
     series_id bigint PRIMARY KEY,
     first_ts  timestamptz NOT NULL,
