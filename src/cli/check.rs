@@ -1,5 +1,5 @@
 //! `fieldgate serve --check`: what would keep the gateway from serving, found without listening and without
-//! writing.
+//! writing anything but the files that SQLite keeps beside a database that is read.
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
@@ -16,7 +16,8 @@ use tokio::net::TcpSocket;
 use super::serve::load_tls;
 use super::{Error, LogFormat, fleet_key, output};
 
-/// Prints a line for each problem; the exit code is that of the first.
+/// Prints a line for each problem; the exit code is that of the first. While settings are wrong, these are the first
+/// problem of each kind, and nothing else is looked at.
 pub async fn check(settings: Settings, format: LogFormat) -> Result<(), Error> {
     let faults = Config::faults(&settings);
     let problems = if faults.is_empty() {

@@ -65,8 +65,9 @@ const LAST_FLUSH: Duration = Duration::from_millis(200);
 
 #[derive(Args, Debug)]
 pub struct ServeArgs {
-    /// Look at settings, files, certificates and the store, print a line for each problem, and end. Nothing is
-    /// written, and nothing listens
+    /// Look at settings, files, certificates and the store, print a line for each problem, and end; of wrong settings
+    /// the first of each kind, and then nothing else. Nothing is written but what SQLite keeps beside a database that
+    /// is read, and nothing listens
     #[arg(long)]
     pub check: bool,
 
@@ -180,12 +181,13 @@ pub struct ServeArgs {
     #[arg(long, value_name = "STREAMS", default_value_t = Settings::default().device_streams_max)]
     device_streams_max: u32,
 
-    /// Lines about a device's sessions that device_events keeps: connects, disconnects and refusals. What devices
-    /// reported and what operators did stays
+    /// Lines about a device's sessions that device_events keeps at most: connects, disconnects and refusals. What
+    /// devices reported and what operators did stays
     #[arg(long, value_name = "LINES", default_value_t = Settings::default().device_events_max)]
     device_events_max: u32,
 
-    /// Days after which such a line goes, and the clock of a boot, but for the newest of each device
+    /// Days after which such a line goes as well, and the clock of a boot, but for the newest 100 lines
+    /// and 8 clocks of each device
     #[arg(long, value_name = "DAYS", default_value_t = Settings::default().device_events_days)]
     device_events_days: u32,
 
@@ -233,9 +235,9 @@ pub struct ServeArgs {
     #[arg(long, value_name = "MS", default_value_t = Settings::default().commit_interval_min_ms)]
     commit_interval_min_ms: u64,
 
-    /// The same while fewer than 200 frames come in a second, so that devices share commits. A device that waits
-    /// for an acknowledgement before it sends on is not made to wait. Raise it to spare flash storage, 0 for the
-    /// soonest acknowledgements
+    /// The same while fewer than 200 frames come in a second, to each of the --postgres-writers on Postgres, so that
+    /// devices share commits. A device that waits for an acknowledgement before it sends on is not made to wait.
+    /// Raise it to spare flash storage, 0 for the soonest acknowledgements
     #[arg(long, value_name = "MS", default_value_t = Settings::default().commit_interval_quiet_ms)]
     commit_interval_quiet_ms: u64,
 

@@ -1,4 +1,4 @@
-//! `serve --check`: a line for each problem, nothing written, nothing listening.
+//! `serve --check`: a line for each problem, nothing written but what SQLite keeps, nothing listening.
 
 use std::collections::BTreeMap;
 use std::fs;

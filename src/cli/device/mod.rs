@@ -1,5 +1,4 @@
-//! `fieldgate device`: who may connect and with which key, who has connected, and all that is known of one
-//! of them.
+//! `fieldgate device`: who may connect and with which key, who has connected, and what is known of one of them.
 
 mod change;
 mod key;
@@ -26,7 +25,7 @@ use super::fleet_key::FleetKeyFile;
 pub enum DeviceCommand {
     /// List devices: whether they are connected and from where, and when their last frame came
     List(list::ListArgs),
-    /// Show all that is known of a device
+    /// Show what is known of a device, with the newest lines of its audit trail
     Show {
         /// The device's name
         name: String,
@@ -42,8 +41,8 @@ pub enum DeviceCommand {
     /// Let devices in again
     Enable(change::NamesArgs),
     /// Show what is stored of a device, and with --yes take it out with all of that: readings, frames, events,
-    /// its key. Works next to running gateways, whose sessions of it end within a second; a run that was broken
-    /// off goes on when it is given again
+    /// its key. Works next to running gateways, whose sessions of it end within a second, but not on a database
+    /// that a spool feeds; a run that was broken off goes on when it is given again
     Remove(remove::RemoveArgs),
     /// Give a device another key: its session ends within a second, and the former key opens no other one
     RotateKey(change::RotateArgs),

@@ -26,7 +26,7 @@ const DEVICE: &str =
         (SELECT max(se.peer) FROM sessions AS se WHERE se.device_id = d.id)
     FROM devices AS d WHERE d.name = $1";
 
-/// Shows all that is known of a device.
+/// Shows what is known of a device, with the newest lines of its audit trail.
 pub async fn show(reader: &mut Reader, name: &str) -> Result<(), Error> {
     let device = reader.rows(DEVICE, &[name.into()]).await?;
     let Some(device) = device.first() else {
