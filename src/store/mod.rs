@@ -2,7 +2,8 @@
 //!
 //! It knows readings and SQL, never a frame's bytes on the wire. Everything in a [`Batch`] commits
 //! in one transaction: `declares`, then `entries` in their order, then `logins`, then the rest; so a
-//! login sees the watermark that the entries before it moved.
+//! login sees the watermark that the entries before it moved. Where a limit of the database refuses the
+//! whole, it commits in several transactions, in the same order (see `cut`).
 //!
 //! Invariants
 //! - A stream's `durable_seq` moves only in the transaction that stores what it covers.
@@ -445,7 +446,8 @@ pub enum StoreError {
 
 /// A place where batches become durable.
 pub trait Store: Send + 'static {
-    /// Commits a batch whole, synced, or not at all.
+    /// Commits a batch, synced. A batch that fails is not stored, or in part where it was too large for one
+    /// transaction; it does no harm when it comes again.
     fn commit(
         &mut self,
         batch: &Batch,

@@ -4,7 +4,8 @@
 //! the same one. `link` is a connection on which every await has a deadline, `backends` ends at the server
 //! what was given up here, `open` gets connections, `write` turns a batch into a transaction (`admit` has the
 //! statements of logins and declares, `copy` and `timestamp` the binary format of COPY), `partitions`
-//! keeps a table for each day, `newest` keeps the newest reading of each series, `feed` is for a spool that feeds the database. Here they are put together, and errors become [`StoreError`]s.
+//! makes a table for each month, and for each year long ago, `newest` keeps the newest reading of each series, `feed`
+//! is for a spool that feeds the database. Here they are put together, and errors become [`StoreError`]s.
 //!
 //! Invariants
 //! - The rows of a batch's streams are locked, in the order of their ids, before anything of it is

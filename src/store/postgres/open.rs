@@ -2,8 +2,8 @@
 //!
 //! Invariants
 //! - A database that is not a store of this program is never written to.
-//! - Nobody gets a connection that writes to a server that does not sync each commit, unless the
-//!   operator has said that this may be.
+//! - No gateway gets a connection that writes to a server that does not sync each commit, unless the
+//!   operator has said that this may be. Migrations and commands that write do not check this.
 
 use std::io;
 use std::sync::LazyLock;

@@ -9,7 +9,7 @@
 //! already, they move with it. Where a part of a month has a partition already, as an operator may have made,
 //! a day of the rest gets its own.
 //!
-//! To make a partition, the default partition is locked, what it has of that day moves, and all of it is
+//! To make a partition, the default partition is locked, what it has of that time moves, and all of it is
 //! looked through: the more it holds, the longer whoever stores into it has to wait.
 //!
 //! Invariant: nothing here keeps readings from being stored for longer than some seconds. The server

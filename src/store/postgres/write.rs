@@ -457,9 +457,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes the audit trail. What devices reported is new, as its frame is; what happened to sessions
-    /// may have been written by a COMMIT of which nothing was known.
-    /// Those of devices that there are, after logins that may have made some.
+    /// Returns refusals of devices that there are, for the audit trail, after logins that may have made some.
     async fn refusals(&mut self, refusals: &[Refusal]) -> Result<Vec<DeviceEvent>, sqlx::Error> {
         if refusals.is_empty() {
             return Ok(Vec::new());
@@ -533,6 +531,8 @@ impl Writer {
         .map(drop)
     }
 
+    /// Writes the audit trail. What devices reported is new, as its frame is; what happened to sessions
+    /// may have been written by a COMMIT of which nothing was known.
     async fn store_events(
         &mut self,
         frames: &[Frame<'_>],

@@ -1,12 +1,13 @@
 //! The store in one SQLite file.
 //!
-//! One process and one connection write, in write-ahead-log mode, and every commit is synced before
-//! it returns. `open` gets the connections, `write` turns a batch into a transaction (`rows`, `recent`,
-//! `admit`, `bulk` have its statements), `checkpoint` keeps the log short. Here they are put
-//! together, and errors become [`StoreError`]s.
+//! One gateway writes, on one connection for all that it commits, in write-ahead-log mode, and every commit is synced
+//! before it returns. Commands and the pruner write next to it in short transactions (`turn`). `open` gets the
+//! connections, `write` turns a batch into a transaction (`rows`, `recent`, `admit`, `bulk` have its statements),
+//! `checkpoint` keeps the log short. Here they are put together, and errors become [`StoreError`]s.
 //!
 //! Invariants
-//! - A transient error leaves nothing behind: the same batch may be committed again.
+//! - A transient error leaves nothing behind, or whole parts of a batch that was cut (`cut`): the same batch may
+//!   be committed again.
 //! - After a fatal error nothing is written any more, not even the checkpoint that SQLite makes when
 //!   its last connection closes.
 

@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! - A file that is not a store of this program is never written to.
-//! - One process writes: it holds a lock on `<database>.lock` for as long as the store is open.
+//! - One gateway at a time: it holds a lock on `<database>.lock` for as long as the store is open.
 //! - Nobody gets a connection that does not sync each commit.
 
 use std::fs::{File, OpenOptions, TryLockError};
