@@ -1,4 +1,4 @@
-//! The device's side of the protocol as a state machine (R80 to R99): what firmware links, and what
+//! The device's side of the protocol as a state machine (R80 to R95): what firmware links, and what
 //! the simulator drives.
 //!
 //! It performs no I/O and reads no clock. The firmware owns the connection, the receive buffer and the
