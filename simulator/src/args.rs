@@ -1,10 +1,10 @@
 //! The command line: what may be said, and what it comes to.
 //!
-//! Every flag can also be given as an environment variable, `FIELDGATE_SIM_` and the flag's name. `--data-dir` and
-//! `--store` of `run` and `verify` follow the gateway's own `FIELDGATE_DATA_DIR` and `FIELDGATE_STORE`, too. An empty
-//! variable counts as not set.
-//! Ranges are checked here, so that nothing else meets a fleet of no devices. Randomness and the time
-//! of day come from the caller, so that tests can decide them.
+//! Every flag can also be given as an environment variable, `FIELDGATE_SIM_` and the flag's name, except those that
+//! say how a file of `--replay` is read. `--data-dir` and `--store` of `run` and `verify` follow the gateway's own
+//! `FIELDGATE_DATA_DIR` and `FIELDGATE_STORE`, too. An empty variable counts as not set. Ranges are checked here, so
+//! that nothing else meets a fleet of no devices. Randomness and the time of day come from the caller, so that tests
+//! can decide them.
 
 use crate::catalogue::CHANNELS_MAX;
 use crate::faults::{Fault, Faults};
@@ -259,7 +259,7 @@ pub struct BenchArgs {
           default_value = "sqlite://bench.db")]
     pub store: StoreUrl,
 
-    /// Measure less, for a few seconds each, and less exactly: a minute instead of 20 in all
+    /// Measure less, for a few seconds each, and less exactly: two to three minutes instead of 20 in all
     /// [default: no]
     #[arg(long, env = "FIELDGATE_SIM_QUICK")]
     pub quick: bool,

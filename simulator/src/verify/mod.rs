@@ -9,8 +9,8 @@
 //! is stored exactly. One of a device that only counts from its boot may be off by what a measurement of its clock
 //! allows: half of the longest handshake that the device itself saw.
 //!
-//! The proof has its own queries and trusts no view. Memory grows with the frames of one device, not with the
-//! store.
+//! The proof has its own queries. It compares values from the tables themselves; on SQLite, counts of readings come
+//! from the view `readings`. Memory grows with the frames of one device, not with the store.
 //!
 //! Here is the store as a whole; [`device`] proves what belongs to one device, [`ledger`] one of its streams,
 //! [`readings`] one of its series, [`others`] what belongs to none of the runs, [`rest`] what belongs to nothing.
