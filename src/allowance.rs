@@ -1,8 +1,8 @@
 //! How much a device may send in a while, in whichever of its sessions: one that connects again owes what it
 //! has sent before.
 //!
-//! Invariant: those are remembered that are connected or owe something, and at most as many again. Whoever
-//! owes nothing is as good as new.
+//! Invariant: those are remembered that are connected or owe something, and at most as many again, or 1,024 in
+//! all. Whoever owes nothing is as good as new.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

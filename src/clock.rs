@@ -1,9 +1,9 @@
 //! Time as the gateway knows it: what "now" is, how a device's clock maps to UTC, and how far that can
 //! be trusted (SPEC R70 to R76).
 //!
-//! [`SystemClock`] is the one place where the machine's clocks are read; everything else gets the time
-//! as an argument. [`Origin`] makes a step of the machine's wall clock visible, [`watch`] records it,
-//! and [`BootClock::corrected`] undoes it for offsets that were measured before it.
+//! Times that a gateway stores, or compares with a device's, come from [`SystemClock`] as arguments; waits, deadlines
+//! and commands read the machine's clocks themselves. [`Origin`] makes a step of the machine's wall clock visible,
+//! [`watch`] records it, and [`BootClock::corrected`] undoes it for offsets that were measured before it.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 

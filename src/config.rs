@@ -440,7 +440,6 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
             1,
             u32_max,
         ),
-        // Whether a device is connected is read from them.
         ("device-events-max", s.device_events_max.into(), 10, u32_max),
         ("device-events-days", s.device_events_days.into(), 1, 36_500),
         // What rustls can, and TLS allows.

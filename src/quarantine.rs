@@ -7,8 +7,9 @@
 //! The store knows what quarantine holds, and a task reads it there every now and then: what operators
 //! purge and what other gateways add is noticed so. In between, the gauge counts what this gateway adds.
 //!
-//! Invariant: what sessions of this gateway add never takes quarantine beyond its bound, for room is
-//! reserved before a frame is submitted, and counts until a reading that began after its commit.
+//! Invariant: what sessions of this gateway add never takes quarantine beyond its bound, for room is reserved before
+//! a frame is submitted, and counts until a reading that began after its commit. It holds once the store was read for
+//! the first time; until then what is stored already counts as nothing.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

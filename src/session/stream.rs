@@ -5,8 +5,9 @@
 //! a stream.
 //!
 //! Invariants
-//! - `expected_seq` is one more than the last number submitted, or durable, whichever is more; but when the
-//!   store goes down it falls to one more than durable, behind `taken_through`.
+//! - `expected_seq` is one more than the last number submitted, or durable, whichever is more. When the store goes
+//!   down it falls to one more than durable, behind `taken_through`; when a receipt says that what was submitted was
+//!   not stored, both fall.
 //! - What is taken is submitted once: a frame is not judged anew while its number may still be committed.
 //! - A NACK of class 3 is said only after a receipt covers the number, for the device forgets the
 //!   frame when it hears it.
