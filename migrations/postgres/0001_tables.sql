@@ -129,7 +129,7 @@ CREATE TABLE reading_hours (
 );
 
 -- Of each series the time of its first reading and the newest plausible reading (see the view `latest`). Written
--- with the readings, or up to a minute later by a busy gateway; so `latest` looks into no partition.
+-- with the readings, or a second or two later by a busy gateway; so `latest` looks into no partition.
 CREATE TABLE newest (
     series_id bigint PRIMARY KEY,
     first_ts  timestamptz NOT NULL,

@@ -69,8 +69,8 @@ LEFT JOIN frames AS f ON f.id = r.frame_id;
 
 -- One row for each series: its newest reading. A reading that claims a time more than a day after
 -- its receipt is passed over, so that a device whose clock once stood in the future does not freeze
--- here; a series without any other reading shows NULL. A reading of a busy gateway is here with the
--- first commit after a second, or after a minute without any.
+-- here; a series without any other reading shows NULL. A reading of a busy gateway is here a second
+-- or two after it was stored.
 CREATE OR REPLACE VIEW latest AS
 SELECT
     d.name AS device,

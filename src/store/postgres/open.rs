@@ -27,8 +27,10 @@ static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     migrator
 });
 /// Tables that another program may have, under the same names.
-const TABLES: [&str; 19] = [
+const TABLES: [&str; 21] = [
     "devices",
+    "removed_devices",
+    "refusals",
     "device_revision",
     "fleet_key",
     "streams",
