@@ -7,8 +7,8 @@ use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use fieldgate::log;
 use fieldgate::store::postgres;
+use fieldgate::sys::log;
 use tracing::Metadata;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::filter_fn;

@@ -3,11 +3,11 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use fieldgate::batcher::Batcher;
-use fieldgate::clock::{Now, Origin};
+use fieldgate::ingest::batcher::Batcher;
 use fieldgate::session::{Session, SessionSettings};
 use fieldgate::store::Store;
 use fieldgate::store::memory::MemoryStore;
+use fieldgate::time::{Now, Origin};
 use fieldgate_protocol::auth::NO_CHANNEL_BINDING;
 use fieldgate_protocol::column::encode_integers;
 use fieldgate_protocol::device::{Config, Device, Queue};

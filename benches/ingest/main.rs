@@ -7,8 +7,8 @@ use std::hint::black_box;
 
 use bytes::BytesMut;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use fieldgate::batcher::{BatchLimits, Batcher};
-use fieldgate::codec::FrameCodec;
+use fieldgate::ingest::batcher::{BatchLimits, Batcher};
+use fieldgate::net::codec::FrameCodec;
 use fieldgate::session::{Session, Submission};
 use fieldgate::store::ledger::Admitted;
 use fieldgate::store::rows::{Frame, Run, sorted_runs};

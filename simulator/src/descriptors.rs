@@ -1,6 +1,6 @@
 //! Whether this process may have as many sockets open at once as a fleet needs.
 
-use fieldgate::descriptors::raise;
+use fieldgate::sys::open_files::raise;
 
 /// What a process needs besides the sockets of its devices.
 const OTHERS: u64 = 64;

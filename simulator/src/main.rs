@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use clap::error::{ContextKind, ContextValue};
-use fieldgate::keys::{FleetKey, SecretReaders};
+use fieldgate::auth::fleet_key::FleetKey;
 use fieldgate::store::url;
+use fieldgate::sys::secret_file::SecretReaders;
 use fieldgate_simulator::args::{self, BenchArgs, Command, RunArgs, RunOptions, VerifyArgs};
 use fieldgate_simulator::bench;
 use fieldgate_simulator::fleet::{self, Counters, FleetError, FleetTls, Played, Terms};

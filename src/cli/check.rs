@@ -6,10 +6,10 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use fieldgate::config::{Config, Settings};
-use fieldgate::log;
 use fieldgate::store::reader::{OpenError, Reader};
 use fieldgate::store::url::StoreUrl;
 use fieldgate::store::{postgres, spool, sqlite};
+use fieldgate::sys::log;
 use rustix::fs::{Access, access};
 use tokio::net::TcpSocket;
 

@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use fieldgate::auth::claim::{Mismatch, Standing, adopt, claim, standing};
+use fieldgate::auth::device_key::DeviceKey;
+use fieldgate::auth::fleet_key::{FleetKey, KEY_FILE, Origin, create_data_dir};
 use fieldgate::config::{Config, SPOOL_FILE};
-use fieldgate::device_key::DeviceKey;
-use fieldgate::keys::{FleetKey, KEY_FILE, Origin, SecretReaders, create_data_dir};
 use fieldgate::store::editor::Editor;
-use fieldgate::store::fleet_key::{Mismatch, Standing, adopt, claim, standing};
 use fieldgate::store::lifecycle;
 use fieldgate::store::reader::Reader;
 use fieldgate::store::url::StoreUrl;
+use fieldgate::sys::secret_file::SecretReaders;
 use tokio::time::timeout;
 
 use super::{Error, output};

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use fieldgate::keys;
+use fieldgate::auth::fleet_key;
 use fieldgate::store::sqlite::{self, SqliteSettings};
 use fieldgate::store::{postgres, url::StoreUrl};
 
@@ -14,7 +14,7 @@ pub async fn migrate(data_dir: &Path, store: &StoreUrl) -> Result<(), Error> {
     let (name, (before, after)) = match store {
         StoreUrl::Sqlite(path) => {
             if path.starts_with(data_dir) {
-                keys::create_data_dir(data_dir)?;
+                fleet_key::create_data_dir(data_dir)?;
             }
             let migrated = sqlite::migrate(path, &SqliteSettings::default()).await?;
             (path.display().to_string(), migrated)

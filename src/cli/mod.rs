@@ -36,14 +36,15 @@ use std::path::PathBuf;
 use clap::builder::BoolishValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use fieldgate::auth::fleet_key::KeyError;
+use fieldgate::config::units::Unit;
 use fieldgate::config::{self, ConfigError, Settings};
-use fieldgate::keys::{KeyError, SecretReaders};
+use fieldgate::net::tls::TlsError;
 use fieldgate::store::reader::{OpenError, ReadError};
 use fieldgate::store::spool::SpoolError;
 use fieldgate::store::url::{StoreUrl, without_password};
 use fieldgate::store::{postgres, sqlite};
-use fieldgate::tls::TlsError;
-use fieldgate::units::Unit;
+use fieldgate::sys::secret_file::SecretReaders;
 use jiff::Timestamp;
 
 use self::fleet_key::FleetKeyFile;

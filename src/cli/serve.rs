@@ -9,19 +9,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use fieldgate::allowance::Allowances;
-use fieldgate::batcher::BatchLimits;
+use fieldgate::auth::credentials::Credentials;
+use fieldgate::auth::fleet_key::{FleetKey, KEY_FILE, Origin, create_data_dir};
 use fieldgate::config::{Config, Registration, Settings};
-use fieldgate::credentials::{self, Credentials};
-use fieldgate::descriptors;
-use fieldgate::entrance::EntranceLimits;
-use fieldgate::gateway_id;
 use fieldgate::ingest::QueueLimits;
-use fieldgate::keys::{FleetKey, KEY_FILE, Origin, create_data_dir};
-use fieldgate::log;
-use fieldgate::quarantine::{self, Gauge};
-use fieldgate::rate::Rate;
-use fieldgate::registry::Registry;
+use fieldgate::ingest::batcher::BatchLimits;
+use fieldgate::ingest::registry::Registry;
+use fieldgate::net::tls::Tls;
+use fieldgate::quota::device::Allowances;
+use fieldgate::quota::quarantine::{self, Gauge};
+use fieldgate::quota::rate::Rate;
+use fieldgate::server::admission::EntranceLimits;
+use fieldgate::server::device_watch;
+use fieldgate::server::supervisor::Supervisor;
 use fieldgate::server::{self, Listeners, ServerSettings, TlsListener};
 use fieldgate::session::SessionSettings;
 use fieldgate::store::Store;
@@ -36,8 +36,9 @@ use fieldgate::store::sqlite::files::HeldFiles;
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
 use fieldgate::store::steady::SteadyReader;
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
-use fieldgate::supervisor::Supervisor;
-use fieldgate::tls::Tls;
+use fieldgate::sys::gateway_id;
+use fieldgate::sys::log;
+use fieldgate::sys::open_files;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -487,7 +488,7 @@ async fn serve_into<S: Store>(
         None => SteadyReader::new(config.store().clone()),
     });
     let credentials = Arc::new(Credentials::new(key));
-    let loaded = credentials::load(&credentials, &mut changes).await;
+    let loaded = device_watch::load(&credentials, &mut changes).await;
     loaded.map_err(|error| Error::Failed(format!("cannot read who may connect: {error}")))?;
     let listeners = bind(config, tls.as_ref())?;
     // Before anybody is told that the gateway is there, and may tell it to leave.
@@ -520,7 +521,7 @@ async fn serve_into<S: Store>(
     settings.entrance.connections_max = connections_within_limit(config.connections_max);
     let registry = Arc::new(Registry::default());
     tasks.spawn("quarantine", quarantine::watch(gauge, kept));
-    let watch_credentials = credentials::watch(credentials, Arc::clone(&registry), changes);
+    let watch_credentials = device_watch::watch(credentials, Arc::clone(&registry), changes);
     tasks.spawn("device changes", watch_credentials);
     tasks.spawn("fleet key", async move { key_file.watch_only().await });
     tasks.spawn("pruner", pruner.watch());
@@ -575,7 +576,7 @@ async fn filled_mirror(database: &StoreUrl, spool: &Path) -> Mirror {
 /// As many connections as there can be open files: one too many would be refused at random, and the store
 /// might be the one.
 fn connections_within_limit(wanted: usize) -> usize {
-    let Some(open_files) = descriptors::raise() else {
+    let Some(open_files) = open_files::raise() else {
         return wanted;
     };
     let fitting = open_files.saturating_sub(OTHER_FILES).max(1) as usize;

@@ -5,11 +5,11 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
 
-use fieldgate::clock::SystemClock;
 use fieldgate::config::SPOOL_FILE;
 use fieldgate::store::reader::Reader;
 use fieldgate::store::spool;
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
+use fieldgate::time::SystemClock;
 
 use super::Error;
 use super::output::{self, age, bytes_text, count, utc_text, write_facts};

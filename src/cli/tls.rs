@@ -8,9 +8,10 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
-use fieldgate::clock::utc_now;
+use fieldgate::auth::fleet_key::create_data_dir;
 use fieldgate::config::{TLS_CERT_FILE, TLS_DIR, TLS_KEY_FILE};
-use fieldgate::keys::{create_data_dir, create_private_dir, create_secret, replace_secret};
+use fieldgate::sys::secret_file::{create_private_dir, create_secret, replace_secret};
+use fieldgate::time::utc_now;
 use jiff::ToSpan;
 use jiff::civil::Date;
 use rcgen::{

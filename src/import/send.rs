@@ -17,9 +17,9 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::codec::Decoder;
 
 use super::History;
-use crate::clock::SystemClock;
-use crate::codec::FrameCodec;
-use crate::socket::Socket;
+use crate::net::codec::FrameCodec;
+use crate::net::socket::Socket;
+use crate::time::SystemClock;
 
 /// Frames on their way. Few, so that devices with new readings wait for none of the history.
 const WINDOW_FRAMES: u64 = 8;

@@ -14,10 +14,10 @@ use fieldgate_protocol::message::{Auth, Challenge, Hello, Message, decode};
 use super::reply::{Outbound, WelcomeTerms};
 use super::stream::Stream;
 use super::{Close, SessionSettings};
-use crate::clock::{BootClock, Now};
-use crate::credentials::Credential;
-use crate::device_key::DeviceKey;
+use crate::auth::credentials::Credential;
+use crate::auth::device_key::DeviceKey;
 use crate::store::{Login, LoginOutcome};
+use crate::time::{BootClock, Now};
 
 /// Of a name that no device can have.
 const CLAIMED_BYTES_MAX: usize = 64;

@@ -29,16 +29,16 @@ use fieldgate_protocol::frame::{
 use self::handshake::{AwaitAdmission, AwaitAuth, AwaitHello, Secured};
 use self::reply::Outbound;
 use self::stream::Stream;
-use crate::allowance::Allowances;
-use crate::clock::{BootClock, ClockStep, Now};
-use crate::credentials::Credentials;
-use crate::keys::FleetKey;
-use crate::quarantine::{Gauge, Reservation};
+use crate::auth::credentials::Credentials;
+use crate::auth::fleet_key::FleetKey;
+use crate::quota::device::Allowances;
+use crate::quota::quarantine::{Gauge, Reservation};
 use crate::store::reuse::Repeat;
 use crate::store::{
     Declare, DeclareOutcome, DeviceEvent, DeviceEventKind, DeviceId, Entry, Login, LoginOutcome,
     Receipt, Refusal, SessionId,
 };
+use crate::time::{BootClock, ClockStep, Now};
 
 /// What a session needs to know of the configuration.
 #[derive(Clone)]

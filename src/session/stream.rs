@@ -25,14 +25,14 @@ use fieldgate_protocol::message::{Bye, Declare, Ping, Pong, decode, first_seq};
 use super::reply::Outbound;
 use super::retry::retry_after_ms;
 use super::{Close, Step, Submission};
-use crate::allowance::Allowance;
-use crate::clock::{BootClock, BootClocks, Now};
-use crate::content::{Context, Read};
-use crate::quarantine::Gauge;
+use crate::decode::{Context, Read};
+use crate::quota::device::Allowance;
+use crate::quota::quarantine::Gauge;
 use crate::store::reuse::Repeat;
 use crate::store::{
     self, Admission, Content, DeclareOutcome, DeclaredChannel, DeviceId, Entry, Receipt, Schema,
 };
+use crate::time::{BootClock, BootClocks, Now};
 
 /// Schemas kept for a session; DATA that uses an older one is asked to declare it again (R47).
 const SCHEMAS_MAX: usize = 8;

@@ -129,7 +129,7 @@ struct Bench {
 const NOW: Now = Now {
     mono_us: 1_000_000,
     utc_us: 1_700_000_000_000_000,
-    origin: crate::clock::Origin::NONE,
+    origin: crate::time::Origin::NONE,
 };
 
 struct Empty;

@@ -13,7 +13,7 @@ use super::{
     Admission, Declare, DeclareOutcome, DeclaredChannel, DeviceId, Login, LoginOutcome, Receipt,
     Schema, SchemaChannel, SchemaHash, SeriesId, StreamId,
 };
-use crate::clock::{BootClock, Origin};
+use crate::time::{BootClock, Origin};
 
 /// A channel as it stands in `schemas.declaration`.
 #[derive(Serialize, Deserialize)]

@@ -218,9 +218,9 @@ fn items(batch: &Batch) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::{ClockStep, Origin};
     use crate::store::reuse::Repeat;
     use crate::store::{DeviceEvent, DeviceEventKind, DeviceId};
+    use crate::time::{ClockStep, Origin};
 
     fn batch(events: usize) -> Batch {
         let event = |n: usize| DeviceEvent {

@@ -17,7 +17,7 @@ use super::{
     DeviceId, Entry, Kind, Login, LoginOutcome, REFUSALS_MAX, Receipt, Refusal, Schema,
     SchemaChannel, SchemaHash, SeriesId, SessionId, Store, StoreError, StreamId,
 };
-use crate::clock::UNMEASURED;
+use crate::time::UNMEASURED;
 
 /// The store; see the module.
 #[derive(Clone, Debug, Default)]
@@ -441,7 +441,8 @@ fn row(id: i64) -> usize {
 mod tests {
     use super::*;
     use crate::store::contract::{Dump, Harness, contract};
-    use crate::store::{Content, DeviceEventKind, Readings, ResolvedTime};
+    use crate::store::{Content, DeviceEventKind, Readings};
+    use crate::time::ResolvedTime;
 
     contract!(MemoryStore);
 

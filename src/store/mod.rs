@@ -19,7 +19,7 @@ use fieldgate_protocol::column::Kind;
 
 use self::bounds::Reached;
 use self::reuse::Repeat;
-use crate::clock::{BootClock, ClockStep, Quality};
+use crate::time::{BootClock, ClockStep, ResolvedTime};
 
 mod admission;
 pub mod bounds;
@@ -27,7 +27,6 @@ pub mod bounds;
 mod contract;
 mod cut;
 pub mod editor;
-pub mod fleet_key;
 mod hours;
 pub mod kept;
 pub mod ledger;
@@ -271,15 +270,6 @@ pub enum Content {
         /// Address of the peer.
         peer: String,
     },
-}
-
-/// How device time became UTC: device time = resolved time - `offset_us`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ResolvedTime {
-    /// What was added to the device's time, microseconds; 0 where the device sent UTC.
-    pub offset_us: i64,
-    /// How far it can be trusted.
-    pub quality: Quality,
 }
 
 /// The readings of a frame, by column: reading `r` of column `c` has time `times_us[r]`, series

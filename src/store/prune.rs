@@ -11,7 +11,7 @@ use super::editor::Editor;
 use super::reader::{Argument, ReadError};
 use super::steady::SteadyError;
 use super::url::StoreUrl;
-use crate::clock::SystemClock;
+use crate::time::SystemClock;
 
 /// From one round to the next.
 const ROUND_INTERVAL: Duration = Duration::from_secs(600);

@@ -12,8 +12,8 @@ use super::editor::Editor;
 use super::hours::hours_of;
 use super::reader::{Argument, ReadError, Reader};
 use super::rows::Run;
-use super::{Content, DeviceId, ResolvedTime, Schema, SeriesId, StreamId, postgres, sqlite};
-use crate::clock::{BootClock, BootClocks, Origin, Stamp};
+use super::{Content, DeviceId, Schema, SeriesId, StreamId, postgres, sqlite};
+use crate::time::{BootClock, BootClocks, Origin, ResolvedTime, Stamp};
 
 /// How often a frame is tried again because a gateway made the partition of its readings meanwhile.
 const OVERTAKEN_MAX: usize = 10;

@@ -1,9 +1,8 @@
 //! What a batch comes to as rows, whatever the database.
 
 use super::ledger::Admitted;
-use super::{
-    Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, ResolvedTime, SessionId,
-};
+use super::{Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, SessionId};
+use crate::time::ResolvedTime;
 
 /// An admitted entry and the ledger row it gets.
 pub struct Frame<'a> {

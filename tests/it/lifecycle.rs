@@ -633,7 +633,8 @@ fn a_removed_device_begins_again_in_postgres() {
 fn a_factory_derives_keys_without_a_database() {
     let dir = tempfile::tempdir().expect("a directory");
     let digits = "00".repeat(31) + "07";
-    fieldgate::keys::create_secret(&dir.path().join("fleet.key"), &digits).expect("writes");
+    fieldgate::sys::secret_file::create_secret(&dir.path().join("fleet.key"), &digits)
+        .expect("writes");
     let mut fleet_key = [0; 32];
     fleet_key[31] = 7;
     let expected = |name| -> String {

@@ -15,6 +15,7 @@ mod gateways;
 mod handshake;
 mod import;
 mod kill;
+mod layout;
 mod lifecycle;
 mod limits;
 mod logs;

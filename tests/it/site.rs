@@ -5,13 +5,12 @@ use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use fieldgate::clock::{BootClock, Origin, Quality};
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
 use fieldgate::store::{
     Admission, Batch, Content, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
-    DeviceEventKind, DeviceId, Entry, Login, LoginOutcome, Readings, ResolvedTime, SeriesId, Store,
-    StreamId,
+    DeviceEventKind, DeviceId, Entry, Login, LoginOutcome, Readings, SeriesId, Store, StreamId,
 };
+use fieldgate::time::{BootClock, Origin, Quality, ResolvedTime};
 use fieldgate_protocol::column::Kind;
 use fieldgate_protocol::frame::types;
 

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use fieldgate::auth::fleet_key::{FleetKey, KEY_FILE};
 use fieldgate::config::{DATABASE_FILE, Settings};
-use fieldgate::keys::{FleetKey, KEY_FILE, SecretReaders};
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
+use fieldgate::sys::secret_file::SecretReaders;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};

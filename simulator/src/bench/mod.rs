@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-use fieldgate::keys::KeyError;
+use fieldgate::auth::fleet_key::KeyError;
 use fieldgate::store::reader::OpenError;
 use fieldgate::store::url::PostgresUrl;
 use serde::Serialize;

@@ -9,8 +9,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::BytesMut;
-use fieldgate::codec::FrameCodec;
-use fieldgate::socket::Socket;
+use fieldgate::net::codec::FrameCodec;
+use fieldgate::net::socket::Socket;
 use fieldgate_protocol::auth::{NONCE_BYTES, derive_device_key, schema_hash};
 use fieldgate_protocol::device::{Config, Device, Fault, Notice};
 use fieldgate_protocol::error::{Class, Code};

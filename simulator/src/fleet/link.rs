@@ -5,7 +5,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use bytes::BytesMut;
-use fieldgate::socket::Socket;
+use fieldgate::net::socket::Socket;
 use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING};
 use fieldgate_protocol::frame::{FRAME_BYTES_MAX, NoRoom};
 use fieldgate_protocol::message;

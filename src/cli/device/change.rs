@@ -5,12 +5,13 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use fieldgate::clock::SystemClock;
-use fieldgate::device_key::DeviceKey;
-use fieldgate::keys::{FleetKey, SecretReaders, open_secret};
+use fieldgate::auth::device_key::DeviceKey;
+use fieldgate::auth::fleet_key::FleetKey;
 use fieldgate::store::editor::Editor;
 use fieldgate::store::lifecycle::{DeviceEdit, DeviceState, StoredKey};
 use fieldgate::store::url::StoreUrl;
+use fieldgate::sys::secret_file::{SecretReaders, open_secret};
+use fieldgate::time::SystemClock;
 
 use super::{device_name, unknown};
 use crate::cli::fleet_key::FleetKeyFile;

@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use clap::Args;
-use fieldgate::device_key::DeviceKey;
-use fieldgate::keys::FleetKey;
+use fieldgate::auth::device_key::DeviceKey;
+use fieldgate::auth::fleet_key::FleetKey;
 use fieldgate::store::lifecycle::{self, StoredKey};
 use fieldgate::store::postgres;
 use fieldgate::store::reader::{OpenError, Reader};

@@ -3,9 +3,9 @@
 use std::io::Write;
 
 use clap::Args;
-use fieldgate::clock::SystemClock;
+use fieldgate::config::units::Unit;
 use fieldgate::store::reader::{Argument, Reader, Row};
-use fieldgate::units::Unit;
+use fieldgate::time::SystemClock;
 
 use crate::cli::Error;
 use crate::cli::output::{self, count, show_utc};

@@ -11,11 +11,12 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use fieldgate::device_key::DeviceKey;
-use fieldgate::keys::{FleetKey, create_secret};
+use fieldgate::auth::device_key::DeviceKey;
+use fieldgate::auth::fleet_key::FleetKey;
 use fieldgate::store::lifecycle::{self, DeviceState, StoredKey};
 use fieldgate::store::reader::Reader;
 use fieldgate::store::url::StoreUrl;
+use fieldgate::sys::secret_file::create_secret;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::change::{Wanted, edit, next_version, seal};

@@ -3,13 +3,13 @@
 
 use std::io::Write;
 
-use fieldgate::clock::Origin;
-use fieldgate::content::Context;
+use fieldgate::decode::Context;
 use fieldgate::store::Content;
 use fieldgate::store::editor::Editor;
 use fieldgate::store::reader::Reader;
 use fieldgate::store::replay::{KeptFrame, Known, Understood};
 use fieldgate::store::url::StoreUrl;
+use fieldgate::time::Origin;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
 use fieldgate_protocol::message::first_seq;
 

@@ -3,12 +3,12 @@
 use std::io::{self, Write};
 
 use clap::Args;
-use fieldgate::clock::Origin;
-use fieldgate::content::Context;
-use fieldgate::dissect::{Dissection, Part, dissect};
+use fieldgate::decode::Context;
+use fieldgate::decode::explain::{Dissection, Part, dissect};
 use fieldgate::store::reader::Reader;
 use fieldgate::store::replay::{KeptFrame, Known};
 use fieldgate::store::url::StoreUrl;
+use fieldgate::time::Origin;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
 use fieldgate_protocol::message::{Data, decode};
 

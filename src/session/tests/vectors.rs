@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use tokio_util::codec::Decoder;
 
 use super::*;
-use crate::codec::{CodecError, FrameCodec};
+use crate::net::codec::{CodecError, FrameCodec};
 
 const FILES: [&str; 3] = ["frames", "messages", "readings"];
 

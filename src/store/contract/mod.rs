@@ -4,7 +4,9 @@ use std::future::Future;
 
 use super::rows::LEFT_OPEN;
 use super::*;
-use crate::clock::{BootClock, ClockStep, Origin, Quality, UNMEASURED, UTC_MAX_US, UTC_MIN_US};
+use crate::time::{
+    BootClock, ClockStep, Origin, Quality, ResolvedTime, UNMEASURED, UTC_MAX_US, UTC_MIN_US,
+};
 
 mod devices;
 mod quarantine;

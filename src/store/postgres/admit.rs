@@ -12,7 +12,6 @@ use sqlx::postgres::PgRow;
 
 use super::link::Link;
 use super::timestamp::Timestamp;
-use crate::clock::{BootClock, Origin, UNMEASURED};
 use crate::store::admission::{
     CLOCKS_MAX, Found, FoundDevice, KeptClocks, MEASURED_AHEAD_MAX_US, NamedSchemas, SeriesIndex,
     SeriesKey, StoredSchema, StoredSchemas, StreamRow, declaration, series_keys,
@@ -21,6 +20,7 @@ use crate::store::bounds::{
     Counts, DeclareVerdict, DeviceBounds, StreamRoom, judge_declares, new_declares,
 };
 use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, StreamId};
+use crate::time::{BootClock, Origin, UNMEASURED};
 
 /// A transaction's logins and declares.
 pub(super) struct Admissions<'c> {

@@ -17,12 +17,12 @@ use super::open::{OpenError, bring_up_to_date, connect, open_error};
 use super::timestamp::Timestamp;
 use super::write::{Writer, close_sessions};
 use super::{PostgresSettings, PostgresStore, SpoolClaim, classify, run};
-use crate::clock::{ClockStep, Origin, SystemClock};
 use crate::store::sqlite::spool::{
     DeviceRow, SchemaRow, SeriesRow, SpoolIdentity, Standing, StreamRow,
 };
 use crate::store::url::PostgresUrl;
 use crate::store::{DeviceId, SeriesId, StoreError, StreamId};
+use crate::time::{ClockStep, Origin, SystemClock};
 
 /// "FGat": held together by gateways that write, and alone by one that registers its spool.
 const WRITERS_LOCK: i64 = 1_179_083_124;

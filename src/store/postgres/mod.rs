@@ -33,8 +33,8 @@ pub(super) use self::write::{insert_hours, insert_readings};
 use super::bounds::DeviceBounds;
 use super::cut::{Cut, Sum};
 use super::{Batch, Committed, Store, StoreError};
-use crate::clock::{SystemClock, warn_at_start};
 use crate::store::url::PostgresUrl;
+use crate::time::{SystemClock, warn_at_start};
 
 mod admit;
 mod backends;

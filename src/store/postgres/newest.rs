@@ -309,8 +309,8 @@ async fn check(conn: &mut Link, checked: i64) -> Result<Option<i64>, sqlx::Error
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::Quality;
-    use crate::store::{ResolvedTime, SeriesId};
+    use crate::store::SeriesId;
+    use crate::time::{Quality, ResolvedTime};
 
     fn readings(times_us: &[i64], values: &[f64]) -> Readings {
         Readings {

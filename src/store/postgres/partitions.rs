@@ -30,9 +30,9 @@ use super::open::{OpenError, open_error, reason};
 use super::run;
 use super::timestamp::Timestamp;
 
-use crate::clock::utc_now;
 use crate::store::url::PostgresUrl;
 use crate::store::{Content, Entry};
+use crate::time::utc_now;
 
 /// Days since 1970 at 2000-01-01: older readings get no partition.
 const FIRST_DAY: i64 = 10_957;

@@ -18,7 +18,6 @@ use super::newest::Newest;
 use super::open::reason;
 use super::timestamp::Timestamp;
 use super::{PostgresSettings, run};
-use crate::clock::ClockStep;
 use crate::store::bounds::DeviceBounds;
 use crate::store::hours::KnownHours;
 use crate::store::ledger::{self, UnknownStream, Watermarks};
@@ -27,6 +26,7 @@ use crate::store::rows::{EventRow, Frame, LEFT_OPEN, Run, resolved_time, session
 use crate::store::{
     Batch, Committed, Content, DeviceEvent, DeviceId, Entry, REFUSALS_MAX, Refusal, StreamId,
 };
+use crate::time::ClockStep;
 
 /// Ids in one block of the sequence `frame_id_blocks`.
 const FRAME_IDS_IN_BLOCK: i64 = 1024;

@@ -32,7 +32,7 @@ pub use super::sqlite::spool::Waiting;
 use super::sqlite::spool::{Change, Chunk, Cursor, SpoolReader};
 use super::sqlite::{self, SqliteSettings, SqliteStore};
 use super::{Batch, Committed, Content, DeviceId, Entry, SeriesId, Store, StoreError, StreamId};
-use crate::clock::SystemClock;
+use crate::time::SystemClock;
 
 pub mod mirror;
 #[cfg(test)]

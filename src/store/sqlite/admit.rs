@@ -8,7 +8,6 @@ use sqlx::{Row, SqliteConnection};
 
 use super::bulk::{Bulk, Params};
 use super::rows::{CLOCK_COLUMNS, CLOCK_REPLACES, CLOCKS, bind_clock};
-use crate::clock::{BootClock, Origin};
 use crate::store::admission::{
     CLOCKS_MAX, Found, FoundDevice, KeptClocks, MEASURED_AHEAD_MAX_US, NamedSchemas, SeriesIndex,
     SeriesKey, StoredSchema, StoredSchemas, StreamRow, declaration, series_keys,
@@ -17,6 +16,7 @@ use crate::store::bounds::{
     Counts, DeclareVerdict, DeviceBounds, StreamRoom, judge_declares, new_declares,
 };
 use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, StreamId};
+use crate::time::{BootClock, Origin};
 
 /// When a clock `l` was measured, by the gateway's clock as it was set since then.
 const CORRECTED: &str = "l.measured_at + coalesce((SELECT s.origin_us FROM clock_steps AS s

@@ -29,7 +29,7 @@ use super::cut::{Cut, Sum};
 use super::hours::hours_of;
 use super::rows::Run;
 use super::{Batch, Committed, Content, Store, StoreError};
-use crate::clock::{SystemClock, warn_at_start};
+use crate::time::{SystemClock, warn_at_start};
 
 mod admit;
 mod bulk;

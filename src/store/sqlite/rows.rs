@@ -3,9 +3,9 @@
 use sqlx::{Connection, SqliteConnection};
 
 use super::bulk::{Bulk, Params};
-use crate::clock::{BootClock, ClockStep};
 use crate::store::rows::{EventRow, Frame, LEFT_OPEN, Run, resolved_time, sessions};
 use crate::store::{Content, DeviceEvent, DeviceId, REFUSALS_MAX, Refusal};
+use crate::time::{BootClock, ClockStep};
 
 /// A row of `clocks`: [`bind_clock`] has its values.
 pub(super) const CLOCKS: &str =

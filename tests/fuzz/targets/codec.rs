@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| fieldgate::fuzz::codec(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| fieldgate::testing::fuzz::codec(input));

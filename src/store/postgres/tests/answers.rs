@@ -1,11 +1,11 @@
 //! The same questions have the same answers in SQLite and in Postgres.
 
 use super::*;
-use crate::clock::Quality;
 use crate::store::contract::{login, peer};
 use crate::store::reader::{Reader, Value};
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
-use crate::store::{Content, DeviceEvent, DeviceEventKind, ResolvedTime};
+use crate::store::{Content, DeviceEvent, DeviceEventKind};
+use crate::time::{Quality, ResolvedTime};
 
 /// 2026-11-01T00:00:00Z
 const START_US: i64 = 1_793_491_200_000_000;

@@ -4,10 +4,10 @@
 use tokio::time::timeout;
 
 use super::*;
-use crate::clock::Quality;
+use crate::store::Content;
 use crate::store::contract::Peer;
 use crate::store::reader::Reader;
-use crate::store::{Content, ResolvedTime};
+use crate::time::{Quality, ResolvedTime};
 
 /// Far above what the server takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);

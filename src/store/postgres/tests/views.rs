@@ -1,14 +1,14 @@
 //! Each view over both stores with the same data: the same columns, the same rows, and no value that makes one fail.
 
 use super::*;
-use crate::clock::Quality;
 use crate::store::contract::{admitted, login, peer};
 use crate::store::reader::{Reader, Value};
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
 use crate::store::{
     Content, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent, DeviceEventKind, Entry,
-    ResolvedTime, SeriesId, SessionId,
+    SeriesId, SessionId,
 };
+use crate::time::{Quality, ResolvedTime};
 use fieldgate_protocol::column::Kind;
 
 /// When the contract's entries arrive, and the hour of it: 2023-11-14T22:13:20Z.

@@ -11,8 +11,8 @@ pub(in crate::store) use self::read::SpoolReader;
 use super::open::{OpenError, Purpose, open_editor_of, open_reader_of};
 use super::reserve::Reserve;
 use super::{SqliteSettings, SqliteStore, classify};
-use crate::clock::{BootClock, ClockStep};
 use crate::store::{DeviceEvent, DeviceId, Entry, Refusal, StoreError};
+use crate::time::{BootClock, ClockStep};
 
 #[cfg(test)]
 mod plans;

@@ -8,12 +8,12 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
 use super::{Change, Chunk, Cursor, DeviceRow, SchemaRow, SeriesRow, StreamRow, Waiting};
-use crate::clock::{BootClock, ClockStep, Origin, Quality};
 use crate::store::sqlite::open::{OpenError, Purpose, open_reader_of};
 use crate::store::{
-    Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, Refusal, ResolvedTime,
-    SeriesId, SessionId, StreamId,
+    Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, Refusal, SeriesId, SessionId,
+    StreamId,
 };
+use crate::time::{BootClock, ClockStep, Origin, Quality, ResolvedTime};
 
 /// Readings of a chunk, and frames of one that has few readings.
 const CHUNK_READINGS: i64 = 50_000;

@@ -1,0 +1,121 @@
+//! What an intact sequenced frame says: its payload decoded, its readings by series, its times in UTC.
+//!
+//! A session asks when the frame arrives, and `fieldgate quarantine` again when it was kept; both get the
+//! same answer as long as this program knows the same protocol.
+
+use fieldgate_protocol::column::{check_shape, decode_times, decode_values};
+use fieldgate_protocol::error::Violation;
+use fieldgate_protocol::frame::{Frame, types};
+use fieldgate_protocol::message::{Data, Event, Gap, decode};
+
+use crate::store::{Content, Readings, Schema};
+use crate::time::{BootClocks, Origin, Stamp, resolve_utc};
+
+pub mod explain;
+
+/// What it takes to understand a frame.
+#[derive(Clone, Copy, Debug)]
+pub struct Context<'a> {
+    /// The clocks of the device's boots.
+    pub clocks: &'a BootClocks,
+    /// When the frame came, microseconds UTC.
+    pub received_at_us: i64,
+    /// The gateway's clock then.
+    pub origin: Origin,
+}
+
+/// What a frame holds, and where its time comes from, if it has one.
+pub type Read = (Content, Option<Stamp>);
+
+impl Context<'_> {
+    /// What an intact frame holds; `None` where its schema is not known to `find_schema`.
+    ///
+    /// # Errors
+    /// The first rule that it breaks, in the order of R44.
+    pub fn read<'s>(
+        &self,
+        frame: &Frame<'_>,
+        find_schema: impl FnOnce(u16) -> Option<&'s Schema>,
+    ) -> Result<Option<Read>, Violation> {
+        if frame.header.flags != 0 {
+            return Err(Violation::Flags(frame.header.flags));
+        }
+        match frame.header.frame_type {
+            types::DATA => {
+                let data: Data<'_> = decode(frame.payload())?;
+                match find_schema(data.schema) {
+                    Some(schema) => self.read_data(&data, schema).map(Some),
+                    None => Ok(None),
+                }
+            }
+            types::GAP => {
+                let gap: Gap<'_> = decode(frame.payload())?;
+                if gap.from_seq > frame.header.seq {
+                    return Err(Violation::Range("from_seq"));
+                }
+                Ok(Some((Content::Gap { reason: gap.reason }, None)))
+            }
+            types::EVENT => {
+                let event: Event<'_> = decode(frame.payload())?;
+                let stamp = self.stamp(event.clock, event.boot, (event.time_us, event.time_us));
+                let content = Content::Event {
+                    time: stamp.time,
+                    at_us: event.time_us.saturating_add(stamp.time.offset_us),
+                    level: event.level,
+                    code: event.code,
+                    text: event.text.to_owned(),
+                };
+                Ok(Some((content, Some(stamp))))
+            }
+            other => Err(Violation::UnknownType(other)),
+        }
+    }
+
+    fn read_data(&self, data: &Data<'_>, schema: &Schema) -> Result<Read, Violation> {
+        // Before anything of that size is allocated.
+        check_shape(data)?;
+        let rows = usize::from(data.rows);
+        let mut times_us = vec![0; rows];
+        decode_times(data, &mut times_us)?;
+        let mut series = Vec::with_capacity(data.columns.len());
+        let mut values = vec![0.0; rows * data.columns.len()];
+        for (column, values) in data.columns.iter().zip(values.chunks_exact_mut(rows)) {
+            let channel = schema
+                .channels
+                .iter()
+                .find(|channel| channel.id == column.channel)
+                .ok_or(Violation::ColumnChannel(column.channel))?;
+            series.push(channel.series);
+            decode_values(column, channel.kind, channel.exp10, values)?;
+        }
+        let stamp = self.stamp(data.clock, data.boot, (times_us[0], times_us[rows - 1]));
+        for time_us in &mut times_us {
+            *time_us = time_us.saturating_add(stamp.time.offset_us);
+        }
+        let readings = Readings {
+            time: stamp.time,
+            times_us,
+            series,
+            values,
+        };
+        Ok((Content::Readings(readings), Some(stamp)))
+    }
+
+    fn stamp(&self, clock: u8, boot: u32, (oldest_us, newest_us): (i64, i64)) -> Stamp {
+        let (boot, (time, chosen)) = if clock == 0 {
+            let rows = (oldest_us, newest_us);
+            let clocks = self.clocks;
+            let resolved = clocks.resolve_boot(boot, rows, self.received_at_us, self.origin);
+            (Some(boot), resolved)
+        } else {
+            let time = resolve_utc(oldest_us, newest_us, self.received_at_us);
+            (None, (time, None))
+        };
+        Stamp {
+            boot,
+            newest_us,
+            time,
+            chosen,
+        }
+    }
+}

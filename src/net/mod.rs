@@ -1,0 +1,5 @@
+//! Sockets, TLS, and frames on them.
+
+pub mod codec;
+pub mod socket;
+pub mod tls;

@@ -1,0 +1,6 @@
+//! What the operating system gives: files, descriptors, standard error.
+
+pub mod gateway_id;
+pub mod log;
+pub mod open_files;
+pub mod secret_file;

@@ -1,0 +1,105 @@
+//! What must hold for any bytes at all, as functions that panic where it does not. Fuzz targets
+//! (`tests/fuzz`) and tests call them; nothing else does.
+
+mod session;
+#[cfg(test)]
+mod tests;
+
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
+
+use bytes::BytesMut;
+use fieldgate_protocol::frame::{FRAME_BYTES_MAX, FrameError, Header};
+use fieldgate_protocol::fuzz::mend;
+use tokio_util::codec::Decoder;
+
+pub use self::session::session;
+use crate::net::codec::{CodecError, FrameCodec};
+
+/// What a future gives without being woken.
+pub(crate) fn poll_once<F: Future>(future: F) -> Option<F::Output> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(output) => Some(output),
+        Poll::Pending => None,
+    }
+}
+
+/// Lengths of pieces that an input names, used again and again.
+const CUTS: usize = 8;
+
+/// Picks (one byte), lengths of the pieces in which the bytes come ([`CUTS`] bytes), and the bytes:
+/// however they are cut, they are the same frames and end in the same error.
+pub fn codec(input: &[u8]) {
+    let Some(([picks, cuts @ ..], bytes)) = input.split_first_chunk::<{ CUTS + 1 }>() else {
+        return;
+    };
+    let frame_bytes_max = [512, 4096, FRAME_BYTES_MAX][usize::from(picks % 4).min(2)];
+    // Nobody guesses checksums, so every second input gets right ones.
+    let mended = if picks & 4 == 0 {
+        bytes.to_vec()
+    } else {
+        mend_all(bytes)
+    };
+    let whole = received(frame_bytes_max, std::iter::once(mended.as_slice()));
+    let mut rest = mended.as_slice();
+    let pieces = cuts.iter().cycle().map_while(|cut| {
+        let (piece, left) = rest.split_at(rest.len().min(usize::from(*cut) + 1));
+        rest = left;
+        (!piece.is_empty()).then_some(piece)
+    });
+    let cut = received(frame_bytes_max, pieces);
+    assert_eq!(cut, whole);
+    let frames = whole.frames.iter();
+    let framed: Vec<u8> = frames.flat_map(|(_, _, bytes)| bytes).copied().collect();
+    assert!(mended.starts_with(&framed));
+    assert!(whole.error.is_some() || framed.len() + whole.left_bytes == mended.len());
+}
+
+fn mend_all(mut bytes: &[u8]) -> Vec<u8> {
+    let mut mended = Vec::with_capacity(bytes.len());
+    let mut frame = [0; FRAME_BYTES_MAX];
+    while let Some(len) = mend(bytes, &mut frame) {
+        mended.extend_from_slice(&frame[..len]);
+        bytes = &bytes[len..];
+    }
+    mended.extend_from_slice(bytes);
+    mended
+}
+
+type Found = (Header, bool, Vec<u8>);
+
+/// What a connection gave.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Received {
+    frames: Vec<Found>,
+    error: Option<FrameError>,
+    /// Of a frame that is not whole; 0 after an error.
+    left_bytes: usize,
+}
+
+fn received<'a>(frame_bytes_max: usize, pieces: impl Iterator<Item = &'a [u8]>) -> Received {
+    let mut codec = FrameCodec { frame_bytes_max };
+    let (mut buffer, mut received) = (BytesMut::new(), Received::default());
+    for piece in pieces {
+        buffer.extend_from_slice(piece);
+        loop {
+            match codec.decode(&mut buffer) {
+                Ok(Some(owned)) => {
+                    let frame = owned.frame();
+                    assert!(frame.bytes.len() <= frame_bytes_max);
+                    let found = (frame.header, frame.intact, frame.bytes.to_vec());
+                    received.frames.push(found);
+                }
+                Ok(None) => break,
+                Err(CodecError::Frame(error)) => {
+                    received.error = Some(error);
+                    return received;
+                }
+                Err(CodecError::Io(error)) => panic!("nothing here does I/O: {error}"),
+            }
+        }
+    }
+    received.left_bytes = buffer.len();
+    received
+}

@@ -1,0 +1,471 @@
+//! A connection: its session beside the model, and what is known of it without asking either.
+
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use fieldgate_protocol::auth::schema_hash;
+use fieldgate_protocol::error::{Class, Code};
+use fieldgate_protocol::frame::{self, Frame, FrameError, VERSION, types};
+use fieldgate_protocol::message::{self, Ack, Bye, Message, Nack, Pong, Welcome};
+
+use super::device::{BOOT, CHALLENGE, KNOWN, NONCE};
+use super::model::{Model, Said, Submits};
+use super::store::StoreSide;
+use crate::ingest::mailbox::Mailbox;
+use crate::quota::device::Allowances;
+use crate::session::{Close, Session, SessionSettings, Submission};
+use crate::store::{self, DeclareOutcome, DeviceEventKind, Login, LoginOutcome, Receipt, StreamId};
+use crate::time::Now;
+
+/// An ACK, a NACK or PONG, and a BYE.
+pub(super) const CALL_BYTES_MAX: usize = 350;
+/// A NACK with the longest detail.
+pub(super) const NACK_BYTES_MAX: usize = 150;
+
+pub(super) struct Line {
+    pub session: Session,
+    pub model: Model,
+    pub mailbox: Arc<Mailbox>,
+    pub input: BytesMut,
+    /// Of a frame that has come in part.
+    pub held_back: Vec<u8>,
+    /// Whether the peer reads what it is told.
+    pub reads: bool,
+    /// The next number that the device sends.
+    pub next_seq: u64,
+    /// When the latest PONG was sent.
+    pub pong_sent_us: i64,
+    settings: Arc<SessionSettings>,
+    stream: Option<StreamId>,
+    /// How much of the outbound bytes was looked at, and the calls since.
+    heard_bytes: usize,
+    calls: usize,
+    /// The highest number that the session was told to be durable.
+    told_seq: u64,
+    first_receipt: Option<Receipt>,
+    had_conflict: bool,
+    latest_receipt: Option<(Receipt, u64)>,
+    acked_seq: u64,
+    /// How many ACKs and NACKs of class 3 there is reason to say.
+    acks_left: usize,
+    refusals_left: usize,
+}
+
+impl Line {
+    pub(super) fn new(
+        settings: Arc<SessionSettings>,
+        allowances: Arc<Allowances>,
+        now: Now,
+    ) -> Line {
+        let peer = ([127, 0, 0, 1], 1000).into();
+        Line {
+            session: Session::new(Arc::clone(&settings), peer, NONCE, now),
+            model: Model::new(Arc::clone(&settings), allowances, now),
+            mailbox: Arc::default(),
+            input: BytesMut::new(),
+            held_back: Vec::new(),
+            reads: true,
+            next_seq: 1,
+            pong_sent_us: 0,
+            settings,
+            stream: None,
+            heard_bytes: 0,
+            calls: 0,
+            told_seq: 0,
+            first_receipt: None,
+            had_conflict: false,
+            latest_receipt: None,
+            acked_seq: 0,
+            acks_left: 0,
+            refusals_left: 0,
+        }
+    }
+
+    pub(super) fn hand_in(&mut self, frame: &Frame<'_>, now: Now, store: &mut StoreSide) {
+        self.calls += 1;
+        let frame_bytes_max = if self.stream.is_some() { 4096 } else { 512 };
+        assert!(frame.bytes.len() <= frame_bytes_max);
+        let is_sequenced = types::is_sequenced(frame.header.frame_type);
+        self.acks_left += usize::from(is_sequenced && frame.header.seq <= self.told_seq);
+        let submission = self.session.handle_frame(frame, now);
+        let has_room = matches!(submission, Some(Submission::Quarantine(..)));
+        let submits = self.model.frame(frame, now, has_room || store.is_roomy());
+        match (&submits, &submission) {
+            (Submits::Nothing, None | Some(Submission::Repeat(_))) => {}
+            (Submits::Nothing, Some(Submission::Clock(_, clock))) => {
+                assert_eq!(frame.header.frame_type, types::PING);
+                assert_eq!((clock.boot, clock.measured_at_us), (BOOT, now.utc_us));
+            }
+            (Submits::Login, Some(Submission::Login(login))) => self.check_login(login, now),
+            (Submits::Declare, Some(Submission::Declare(declare))) => {
+                check_declare(declare, frame);
+            }
+            (Submits::Taken(taken), Some(Submission::Entry(entry)))
+            | (Submits::Refused(taken), Some(Submission::Quarantine(entry, _))) => {
+                assert!(taken.is(entry), "{taken:?} {entry:?}");
+                assert_eq!(self.stream, Some(entry.stream));
+                self.refusals_left += usize::from(taken.refusal().is_some());
+                store.expect(entry.stream, taken.clone());
+            }
+            (expected, found) => panic!("{expected:?} expected, {found:?} submitted"),
+        }
+        if let Some(submission) = submission {
+            store.submit(submission, &self.mailbox);
+        }
+    }
+
+    fn check_login(&self, login: &Login, now: Now) {
+        let known = &KNOWN[self.model.known().expect("proved")];
+        assert_eq!(login.device, known.name);
+        assert_eq!(
+            (login.stream, login.next_seq),
+            (known.stream, known.next_seq)
+        );
+        assert_eq!((login.schema, login.at_us), (known.schema, now.utc_us));
+    }
+
+    pub(super) fn tell_partial(&mut self, now: Now) {
+        let is_partial = !self.input.is_empty();
+        self.session.handle_partial_frame(is_partial, now);
+        self.model.partial(is_partial, now);
+    }
+
+    pub(super) fn tell_frame_error(&mut self, error: FrameError) {
+        self.calls += 1;
+        self.session.handle_frame_error(error);
+        self.model.close(
+            match error {
+                FrameError::Magic(_) => None,
+                FrameError::HeaderCrc => Some(Code::Header),
+                FrameError::TooLarge { .. } => Some(Code::TooLarge),
+            },
+            0,
+        );
+    }
+
+    pub(super) fn tell_login(&mut self, outcome: LoginOutcome, now: Now, store: &mut StoreSide) {
+        self.calls += 1;
+        let is_awaited = self.model.closed().is_none();
+        let mut admitted = None;
+        match &outcome {
+            LoginOutcome::Admitted(admission) if is_awaited => {
+                let receipt = admission.receipt;
+                (self.stream, self.told_seq) = (Some(receipt.stream()), receipt.durable_seq());
+                self.first_receipt = Some(receipt);
+                self.model.welcome(admission, now);
+                admitted = Some(admission.device);
+            }
+            LoginOutcome::Admitted(_) => {}
+            LoginOutcome::Unregistered | LoginOutcome::KeyReplaced => {
+                self.model.close(Some(Code::Authentication), 0);
+            }
+            LoginOutcome::Disabled => self.model.close(Some(Code::Disabled), 0),
+            LoginOutcome::StreamConflict => self.model.close(Some(Code::StreamConflict), 0),
+            LoginOutcome::OverBound(_) => unreachable!("there are few streams"),
+        }
+        match (self.session.handle_login_outcome(outcome, now), admitted) {
+            (Some(Submission::Event(event)), Some(device)) => {
+                assert_eq!((event.device, event.at_us), (device, now.utc_us));
+                assert_eq!(event.kind, DeviceEventKind::Connected);
+                store.submit(Submission::Event(event), &self.mailbox);
+            }
+            (None, None) => {}
+            (found, _) => panic!("{found:?} submitted, admitted: {admitted:?}"),
+        }
+    }
+
+    pub(super) fn tell_declare(
+        &mut self,
+        outcome: DeclareOutcome,
+        now: Now,
+        store: &mut StoreSide,
+    ) {
+        self.calls += 1;
+        // An operator hears of the first conflict only.
+        let is_conflict = matches!(outcome, DeclareOutcome::Conflict);
+        let is_first = is_conflict && self.model.closed().is_none() && !self.had_conflict;
+        self.had_conflict |= is_first;
+        let is_news = is_first && self.model.may_tell(now);
+        self.model.declared(&outcome, now);
+        match self.session.handle_declare_outcome(outcome, now) {
+            Some(Submission::Event(event)) if is_news => {
+                let refused = (DeviceEventKind::Refused, Code::SchemaConflict as u8);
+                assert_eq!((event.kind, event.code), refused);
+                store.submit(Submission::Event(event), &self.mailbox);
+            }
+            found => assert!(found.is_none() && !is_news, "{found:?}"),
+        }
+    }
+
+    pub(super) fn tell_store_down(&mut self, is_down: bool, now: Now) {
+        self.calls += 1;
+        let resumes = self.model.store_down(is_down, now);
+        self.acks_left += usize::from(resumes);
+        self.session.handle_store_down(is_down, now);
+    }
+
+    pub(super) fn tell_close(&mut self, close: Close) {
+        self.calls += 1;
+        self.model.close(close.code, close.retry_after_ms);
+        self.session.close(close);
+    }
+
+    pub(super) fn tell_drain(&mut self) {
+        self.calls += 1;
+        self.model.leave(Some(Code::Shutdown));
+        self.session.handle_drain();
+    }
+
+    pub(super) fn tell_end_of_input(&mut self) {
+        self.calls += 1;
+        self.model.leave(None);
+        self.session.handle_end_of_input();
+    }
+
+    pub(super) fn tell_receipt(&mut self, receipt: Receipt, through_seq: u64) {
+        self.calls += 1;
+        self.told_seq = self.told_seq.max(receipt.durable_seq());
+        self.latest_receipt = Some((receipt, through_seq));
+        self.acks_left += 1;
+        self.session.handle_receipt(receipt, through_seq);
+        self.model.receipt(receipt.durable_seq(), through_seq);
+    }
+
+    /// A receipt that comes after newer ones says nothing new.
+    pub(super) fn tell_old_receipt(&mut self) {
+        if let Some(receipt) = self.first_receipt {
+            self.tell_receipt(receipt, receipt.durable_seq());
+        }
+    }
+
+    pub(super) fn tell_time(&mut self, now: Now) {
+        self.calls += 1;
+        let deadline_us = self.session.poll_deadline();
+        let was_open = self.session.closed().is_none();
+        self.session.handle_timeout(now);
+        self.model.timeout(now);
+        let is_open = self.session.closed().is_none();
+        if deadline_us.is_some_and(|at_us| at_us <= now.mono_us) {
+            let next_us = self.session.poll_deadline();
+            assert!(!is_open || next_us.is_none_or(|at_us| at_us > now.mono_us));
+        } else {
+            assert_eq!(is_open, was_open, "closed before its time");
+        }
+    }
+
+    pub(super) fn lose(&mut self) {
+        self.session.handle_loss("reset");
+        self.model.close(None, 0);
+    }
+
+    /// The peer reads some of what it is told.
+    pub(super) fn read(&mut self, bytes: usize) {
+        let outbound = self.session.outbound();
+        let count = bytes.min(self.heard_bytes);
+        let rest = outbound.bytes()[count..].to_vec();
+        outbound.consume(count);
+        assert_eq!(outbound.bytes(), rest);
+        self.heard_bytes -= count;
+    }
+
+    /// Looks at what the session says and wants.
+    pub(super) fn hear(&mut self, store: &StoreSide, now: Now) {
+        let all = self.session.outbound().bytes().to_vec();
+        let mut rest = &all[self.heard_bytes..];
+        let (mut said, mut answers_bytes) = (Vec::new(), 0);
+        while !rest.is_empty() {
+            let frame = frame::decode(rest, frame::HANDSHAKE_FRAME_BYTES_MAX);
+            let frame = frame.expect("frames").expect("whole ones");
+            rest = &rest[frame.bytes.len()..];
+            let words = self.understand(&frame, store, now);
+            if is_refusal(&words) {
+                assert!(frame.bytes.len() <= NACK_BYTES_MAX);
+            } else {
+                answers_bytes += frame.bytes.len();
+            }
+            said.push(words);
+        }
+        assert!(answers_bytes <= std::mem::take(&mut self.calls) * CALL_BYTES_MAX);
+        assert_eq!(said, self.model.take_said());
+        self.heard_bytes = all.len();
+        self.check_wants();
+        if self.reads {
+            self.read(all.len());
+        }
+        // As a connection does.
+        if self.heard_bytes > self.settings.outbound_bytes_max && self.model.closed().is_none() {
+            self.lose();
+            self.check_wants();
+        }
+    }
+
+    fn check_wants(&self) {
+        let (session, model) = (&self.session, &self.model);
+        assert_eq!(session.wants_input(), model.wants_input());
+        assert_eq!(session.poll_deadline(), model.deadline_us());
+        let closed = session
+            .closed()
+            .map(|close| close.code.map(|code| code as u8));
+        assert_eq!(closed, model.closed());
+        if closed.is_none() {
+            assert_eq!(session.is_leaving(), model.is_leaving());
+        }
+    }
+
+    /// Holds a frame of the gateway against the store.
+    fn understand(&mut self, frame: &Frame<'_>, store: &StoreSide, now: Now) -> Said {
+        let header = frame.header;
+        assert!(frame.intact && header.version == VERSION && header.flags == 0);
+        let is_numbered = matches!(header.frame_type, types::ACK | types::NACK);
+        assert!(is_numbered || header.seq == 0);
+        let window_frames = self.settings.window_frames;
+        match header.frame_type {
+            types::CHALLENGE => {
+                assert_eq!(frame.bytes, *CHALLENGE);
+                Said::Challenge
+            }
+            types::WELCOME => {
+                let welcome: Welcome<'_> = read(frame);
+                let stream = self.stream.expect("admitted");
+                assert_eq!(welcome.durable_seq, self.told_seq);
+                assert!(welcome.durable_seq <= store.durable_seq(stream));
+                assert_eq!(welcome.limit_seq, welcome.durable_seq + window_frames);
+                assert_eq!(welcome.utc_us, now.utc_us);
+                let known = &KNOWN[self.model.known().expect("proved")];
+                assert!(known.believes(frame.payload(), &welcome.mac));
+                self.next_seq = welcome.durable_seq + 1;
+                Said::Welcome {
+                    durable_seq: welcome.durable_seq,
+                    schema_known: welcome.schema_known == 1,
+                }
+            }
+            types::ACK => {
+                let ack: Ack<'_> = read(frame);
+                let seq = header.seq;
+                assert!((self.acked_seq..=self.told_seq).contains(&seq));
+                assert!(seq <= store.durable_seq(self.stream.expect("admitted")));
+                assert_eq!(ack.limit_seq, seq + window_frames);
+                self.acks_left = self.acks_left.checked_sub(1).expect("a reason");
+                self.acked_seq = seq;
+                Said::Ack { seq }
+            }
+            types::NACK => self.understand_nack(&read(frame), header.seq, store),
+            types::PONG => {
+                let pong: Pong<'_> = read(frame);
+                assert_eq!((pong.received_us, pong.sent_us), (now.utc_us, now.utc_us));
+                self.pong_sent_us = pong.sent_us;
+                Said::Pong {
+                    mono_us: pong.mono_us,
+                }
+            }
+            types::BYE => {
+                let bye: Bye<'_> = read(frame);
+                Said::Bye {
+                    code: bye.code,
+                    retry_after_ms: bye.retry_after_ms,
+                }
+            }
+            other => panic!("a gateway does not say {other:#04x}"),
+        }
+    }
+
+    fn understand_nack(&mut self, nack: &Nack<'_>, seq: u64, store: &StoreSide) -> Said {
+        let stream = self.stream.expect("admitted");
+        assert!(nack.expected_seq > self.acked_seq);
+        if Class::of(nack.code) == Class::Refused {
+            assert!(seq <= self.told_seq);
+            assert!(store.durable_seq(stream) >= seq);
+            let is_kept = store.refusal(stream, seq) == Some(nack.code);
+            assert!(is_kept || store.is_taken_twice(stream, seq));
+            self.refusals_left = self.refusals_left.checked_sub(1).expect("a refusal");
+        } else if seq > 0 {
+            self.next_seq = nack.expected_seq;
+        }
+        Said::Nack {
+            code: nack.code,
+            seq,
+            expected_seq: nack.expected_seq,
+            retry_after_ms: nack.retry_after_ms,
+        }
+    }
+
+    /// Whatever comes late, a closed session stays as it is.
+    pub(super) fn poke(&mut self, now: Now) {
+        let said = self.session.outbound().bytes().to_vec();
+        let closed = self.session.closed().cloned();
+        if let Some((receipt, through_seq)) = self.latest_receipt {
+            self.session.handle_receipt(receipt, through_seq);
+        }
+        self.session.handle_store_down(true, now);
+        self.session.handle_frame_error(FrameError::HeaderCrc);
+        let later = Now {
+            mono_us: now.mono_us + (1 << 40),
+            ..now
+        };
+        self.session.handle_timeout(later);
+        self.session.handle_drain();
+        self.session.handle_end_of_input();
+        self.session.close(Close {
+            code: Some(Code::TakenOver),
+            retry_after_ms: 1,
+            detail: String::new(),
+        });
+        assert_eq!(self.session.outbound().bytes(), said);
+        assert_eq!(self.session.closed().cloned(), closed);
+        assert!(!self.session.wants_input());
+        assert_eq!(self.session.poll_deadline(), None);
+    }
+
+    /// The connection is gone.
+    pub(super) fn part(mut self, now: Now, store: &mut StoreSide) {
+        assert_eq!(self.session.device().is_some(), self.stream.is_some());
+        if let Some(device) = self.session.device() {
+            store.registry.leave(device, &self.mailbox);
+        }
+        let code = self.model.closed().expect("it is closed").unwrap_or(0);
+        match self.session.handle_disconnect(true, true, now) {
+            Some(Submission::Event(event)) => {
+                assert!(self.stream.is_some());
+                assert_eq!(
+                    (event.kind, event.code),
+                    (DeviceEventKind::Disconnected, code)
+                );
+                store.submit(Submission::Event(event), &self.mailbox);
+            }
+            Some(Submission::Refusal(refusal)) => {
+                assert!(self.stream.is_none());
+                assert_eq!((refusal.code, refusal.at_us), (code, now.utc_us));
+                store.submit(Submission::Refusal(refusal), &self.mailbox);
+            }
+            found => assert!(found.is_none() && self.stream.is_none()),
+        }
+    }
+}
+
+fn is_refusal(said: &Said) -> bool {
+    matches!(said, Said::Nack { code, .. } if Class::of(*code) == Class::Refused)
+}
+
+fn read<'a, M: Message<'a>>(frame: &Frame<'a>) -> M {
+    message::decode(frame.payload()).expect("a gateway's message is right")
+}
+
+fn check_declare(submitted: &store::Declare, frame: &Frame<'_>) {
+    let declare: message::Declare<'_> = read(frame);
+    assert_eq!(submitted.schema, declare.schema);
+    assert_eq!(submitted.hash, schema_hash(frame.payload()));
+    let submitted = submitted.channels.iter().map(|channel| {
+        let (name, unit) = (channel.name.as_str(), channel.unit.as_str());
+        (channel.id, name, unit, channel.kind as u8, channel.exp10)
+    });
+    let declared = declare.channels.iter();
+    assert!(submitted.eq(declared.map(|channel| {
+        (
+            channel.id,
+            channel.name,
+            channel.unit,
+            channel.kind,
+            channel.exp10,
+        )
+    })));
+}

@@ -1,0 +1,406 @@
+//! The target `session`: bytes are what devices do, what the network does to it, and what becomes of the
+//! store; real are sessions, mailboxes, registry, batcher and the memory store.
+//!
+//! After every call a session has said, asked for and taken in what [`model`] has, word for word; and
+//! whatever the model thinks
+//! - what it says of numbers is in the store by then: ACK, WELCOME, and NACK of class 3, for a frame that
+//!   is in quarantine;
+//! - the numbers of ACKs never fall, and there is at most one for each commit and each duplicate;
+//! - what it has to say grows by [`line::CALL_BYTES_MAX`] a call at most, and by
+//!   [`line::NACK_BYTES_MAX`] for each refusal that is durable;
+//! - a closed session says, wants and takes nothing, whatever comes;
+//! - the store has each stream's numbers once, in order, without holes, equal to what was handed in, and
+//!   no more in quarantine than has room.
+//!
+//! In the end, when all is committed and told, no session waits for anything but its peer.
+
+mod device;
+mod line;
+mod model;
+mod store;
+mod taken;
+
+use std::sync::Arc;
+
+use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX, Header, types};
+use tokio_util::codec::Decoder;
+
+use self::device::{FLEET_KEY, KNOWN};
+use self::line::Line;
+use self::store::StoreSide;
+use super::{mend_all, poll_once};
+use crate::auth::credentials::Credentials;
+use crate::auth::fleet_key::FleetKey;
+use crate::net::codec::{CodecError, FrameCodec};
+use crate::quota::device::Allowances;
+use crate::quota::quarantine::Gauge;
+use crate::quota::rate::Rate;
+use crate::session::SessionSettings;
+use crate::time::{Now, Origin};
+
+/// More than a device can use up here.
+const PLENTY: Rate = Rate {
+    per_s: 1_000_000,
+    burst: 1_000_000,
+};
+const OPERATIONS_MAX: usize = 300;
+/// Sessions at a time; the oldest goes when there is one more.
+const LINES_MAX: usize = 3;
+const OUTBOUND_BYTES_MAX: usize = 2_000;
+/// 2026-01-01T00:00:00Z.
+const START_UTC_US: i64 = 1_767_225_600_000_000;
+
+/// A byte that picks the settings and how the first connection begins, then operations; those that
+/// `World::operate` lists.
+pub fn session(input: &[u8]) {
+    let mut input = Input(input);
+    let picks = input.byte();
+    let mut world = World::new(picks);
+    world.connect(usize::from(picks >> 6), picks & 32 == 0);
+    for _ in 0..OPERATIONS_MAX {
+        if input.0.is_empty() {
+            break;
+        }
+        world.operate(&mut input);
+        world.forget_closed();
+    }
+    world.end();
+}
+
+/// What is left of the input; zeros behind its end.
+struct Input<'a>(&'a [u8]);
+
+impl<'a> Input<'a> {
+    fn byte(&mut self) -> u8 {
+        self.0.split_off_first().copied().unwrap_or(0)
+    }
+
+    /// As many bytes as the first one says.
+    fn bytes(&mut self) -> &'a [u8] {
+        let len = usize::from(self.byte()).min(self.0.len());
+        self.0.split_off(..len).unwrap_or_default()
+    }
+}
+
+struct World {
+    now: Now,
+    settings: Arc<SessionSettings>,
+    /// The model's.
+    allowances: Arc<Allowances>,
+    store: StoreSide,
+    /// The newest is the last.
+    lines: Vec<Line>,
+}
+
+impl World {
+    fn new(picks: u8) -> World {
+        let is_roomy = picks & 1 == 0;
+        // A device may use an eighth: a few short frames.
+        let bytes_max = if is_roomy { u64::MAX / 2 } else { 8 * 200 };
+        let rate = |is_plenty, per_s, burst| match is_plenty {
+            true => PLENTY,
+            false => Rate { per_s, burst },
+        };
+        let frames = rate(picks & 8 == 0, 2, 9);
+        let readings = rate(picks & 4 == 0, 10, 40);
+        let settings = SessionSettings {
+            credentials: Arc::new(Credentials::new(FleetKey::from_bytes(FLEET_KEY))),
+            window_frames: if picks & 2 == 0 { 64 } else { 3 },
+            allowances: Arc::new(Allowances::new(frames, readings)),
+            outbound_bytes_max: OUTBOUND_BYTES_MAX,
+            quarantine: Arc::new(Gauge::new(bytes_max)),
+            ..SessionSettings::default()
+        };
+        let settings = Arc::new(settings);
+        World {
+            now: Now {
+                mono_us: 1_000_000,
+                utc_us: START_UTC_US,
+                origin: Origin {
+                    timeline: 1,
+                    at_us: START_UTC_US - 1_000_000,
+                },
+            },
+            store: StoreSide::new(Arc::clone(&settings.quarantine), bytes_max),
+            settings,
+            allowances: Arc::new(Allowances::new(frames, readings)),
+            lines: Vec::new(),
+        }
+    }
+
+    fn connect(&mut self, known: usize, is_welcomed: bool) {
+        if self.lines.len() == LINES_MAX {
+            self.lose(0);
+            self.forget_closed();
+        }
+        let (settings, allowances) = (Arc::clone(&self.settings), Arc::clone(&self.allowances));
+        self.lines.push(Line::new(settings, allowances, self.now));
+        if is_welcomed {
+            let line = self.lines.len() - 1;
+            self.receive(line, &KNOWN[known].hello);
+            self.receive(line, &KNOWN[known].auth);
+            self.settle();
+        }
+    }
+
+    fn operate(&mut self, input: &mut Input<'_>) {
+        let operation = input.byte();
+        if self.lines.is_empty() {
+            self.connect(usize::from(operation % 4), operation & 4 == 0);
+        }
+        let newest = self.lines.len() - 1;
+        let line = if operation < 200 { newest } else { 0 };
+        let (seq, utc_us) = (self.lines[line].next_seq, self.now.utc_us);
+        match operation % 20 {
+            0 => self.send(line, device::event(seq, input.byte(), utc_us), input.byte()),
+            1 | 2 => {
+                let (pick, rows) = (input.byte(), input.byte());
+                let raw: Vec<u8> = (0..=rows % 16).map(|_| input.byte()).collect();
+                let utc_us = (rows & 16 == 0).then_some(utc_us);
+                self.send(line, device::data(seq, pick, utc_us, &raw), input.byte());
+            }
+            3 => {
+                let (back, more) = (u64::from(input.byte() % 8), u64::from(input.byte() % 8));
+                let from_seq = (seq + 2).saturating_sub(back);
+                self.send(line, device::gap(from_seq, seq + more), input.byte());
+            }
+            4 => self.send(line, device::declare(input.byte()), input.byte()),
+            5 => {
+                let mono_us = self.now.mono_us + u64::from(input.byte());
+                let ping = device::ping(mono_us, self.lines[line].pong_sent_us);
+                self.send(line, ping, input.byte());
+            }
+            6 => self.send_made(line, input),
+            7 => self.receive(line, input.bytes()),
+            8 => self.receive(line, &mend_all(input.bytes())),
+            9 => self.send(line, KNOWN[usize::from(input.byte() % 4)].hello.clone(), 0),
+            10 => self.send(line, KNOWN[usize::from(input.byte() % 4)].auth.clone(), 0),
+            11 => {
+                for _ in 0..=input.byte() % 4 {
+                    self.store.work(self.now);
+                }
+            }
+            12 => drop(self.take_mail(line)),
+            13 => self.settle(),
+            14 => self.store.fail(input.byte()),
+            15 => self.pass(1 << (input.byte() % 28)),
+            16 => self.pass_until_deadline(line, input.byte()),
+            17 => self.leave(line, input.byte()),
+            18 => {
+                let pick = input.byte();
+                self.connect(usize::from(pick % 4), pick & 4 == 0);
+            }
+            _ => self.turn(line, input.byte()),
+        }
+    }
+
+    /// A frame of a type, with a number and a payload that the input says.
+    fn send_made(&mut self, line: usize, input: &mut Input<'_>) {
+        let (frame_type, twist, payload) = (input.byte(), input.byte(), input.bytes());
+        let seq = match frame_type {
+            frame_type if types::is_sequenced(frame_type) => self.lines[line].next_seq,
+            _ => 0,
+        };
+        let mut made = vec![0; frame::OVERHEAD_BYTES + payload.len()];
+        made[frame::HEADER_BYTES..][..payload.len()].copy_from_slice(payload);
+        let header = Header {
+            version: frame::VERSION,
+            frame_type,
+            flags: 0,
+            payload_bytes: payload.len() as u16,
+            seq,
+        };
+        frame::seal(header, &mut made).expect("room for it");
+        self.send(line, made, twist);
+    }
+
+    /// Sends a frame, perhaps not as it should be.
+    fn send(&mut self, line: usize, mut sent: Vec<u8>, twist: u8) {
+        let decoded = frame::decode_header(&sent, FRAME_BYTES_MAX);
+        let mut header = decoded.expect("a frame").expect("a whole one");
+        match twist % 16 {
+            8 => header.seq = header.seq.wrapping_sub(1),
+            9 => header.seq += 1 + u64::from(twist / 16),
+            10 => header.seq = [0, u64::MAX, self.settings.window_frames][usize::from(twist / 86)],
+            12 => header.flags = 1 << (twist / 32),
+            13 => header.payload_bytes = header.payload_bytes.saturating_sub(1),
+            15 => header.version = twist / 16 % 3,
+            _ => {}
+        }
+        let frame_bytes = frame::seal(header, &mut sent).expect("no longer than it was");
+        sent.truncate(frame_bytes);
+        match twist % 16 {
+            11 => sent[frame::HEADER_BYTES] ^= 1 << (twist / 32),
+            14 => {
+                let rest = sent.split_off(frame_bytes * usize::from(1 + twist / 16) / 17);
+                self.receive(line, &sent);
+                self.lines[line].held_back = rest;
+                return;
+            }
+            _ => {}
+        }
+        let is_next = header.seq == self.lines[line].next_seq;
+        if types::is_sequenced(header.frame_type) && is_next {
+            self.lines[line].next_seq += 1;
+        }
+        self.receive(line, &sent);
+    }
+
+    /// What an operation leaves over of a frame comes with the next one.
+    fn receive(&mut self, line: usize, bytes: &[u8]) {
+        let Line {
+            held_back, input, ..
+        } = &mut self.lines[line];
+        input.extend_from_slice(&std::mem::take(held_back));
+        input.extend_from_slice(bytes);
+        self.take_frames(line);
+    }
+
+    fn take_frames(&mut self, line: usize) {
+        while self.lines[line].session.wants_input() {
+            let Line { session, input, .. } = &mut self.lines[line];
+            let frame_bytes_max = session.frame_bytes_max();
+            match (FrameCodec { frame_bytes_max }).decode(input) {
+                Ok(Some(frame)) => {
+                    let (line, store) = (&mut self.lines[line], &mut self.store);
+                    line.hand_in(&frame.frame(), self.now, store);
+                }
+                Ok(None) => {
+                    self.lines[line].tell_partial(self.now);
+                    break;
+                }
+                Err(CodecError::Frame(error)) => self.lines[line].tell_frame_error(error),
+                Err(CodecError::Io(error)) => panic!("nothing here does I/O: {error}"),
+            }
+        }
+        self.lines[line].hear(&self.store, self.now);
+    }
+
+    /// Gives a session what has come for it from outside; tells whether there was anything.
+    fn take_mail(&mut self, line: usize) -> bool {
+        let mailbox = Arc::clone(&self.lines[line].mailbox);
+        let Some(mail) = poll_once(mailbox.take()) else {
+            return false;
+        };
+        let (line_, store, now) = (&mut self.lines[line], &mut self.store, self.now);
+        if let Some(outcome) = mail.login {
+            line_.tell_login(outcome, now, store);
+            line_.hear(store, now);
+        }
+        if let Some(outcome) = mail.declare {
+            line_.tell_declare(outcome, now, store);
+            line_.hear(store, now);
+        }
+        if let Some((receipt, through_seq)) = mail.receipt {
+            line_.tell_receipt(receipt, through_seq);
+            line_.hear(store, now);
+        }
+        if let Some(is_down) = mail.store_is_down {
+            line_.tell_store_down(is_down, now);
+            line_.hear(store, now);
+        }
+        if let Some(close) = mail.close {
+            line_.tell_close(close);
+        }
+        self.take_frames(line);
+        true
+    }
+
+    /// Until everything is committed and told.
+    fn settle(&mut self) {
+        loop {
+            let mut is_moved = self.store.work(self.now);
+            for line in 0..self.lines.len() {
+                is_moved |= self.take_mail(line);
+            }
+            if !is_moved {
+                return;
+            }
+        }
+    }
+
+    fn pass(&mut self, us: u64) {
+        self.now.mono_us += us;
+        self.now.utc_us += us as i64;
+        for line in 0..self.lines.len() {
+            self.lines[line].tell_time(self.now);
+            self.take_frames(line);
+        }
+    }
+
+    fn pass_until_deadline(&mut self, line: usize, pick: u8) {
+        if let Some(at_us) = self.lines[line].session.poll_deadline() {
+            let at_us = (at_us + u64::from(pick)).saturating_sub(1);
+            self.pass(at_us.saturating_sub(self.now.mono_us));
+        }
+    }
+
+    fn leave(&mut self, line: usize, pick: u8) {
+        let line_ = &mut self.lines[line];
+        match pick % 4 {
+            0 if !line_.session.is_leaving() => line_.tell_drain(),
+            1 if line_.session.wants_input() => line_.tell_end_of_input(),
+            2 => return self.receive(line, &device::bye()),
+            3 => return self.lose(line),
+            _ => {}
+        }
+        line_.hear(&self.store, self.now);
+    }
+
+    fn lose(&mut self, line: usize) {
+        let line = &mut self.lines[line];
+        line.lose();
+        line.hear(&self.store, self.now);
+    }
+
+    /// What comes about by others than devices and store.
+    fn turn(&mut self, line: usize, pick: u8) {
+        let line = &mut self.lines[line];
+        match pick % 9 {
+            0 => line.reads = false,
+            1 => line.reads = true,
+            2 | 3 => line.read(usize::from(pick)),
+            4 => self.store.read_quarantine(),
+            5 => self.store.purge_quarantine(),
+            6 => self
+                .store
+                .bar_or_let_in(KNOWN[usize::from(pick / 8 % 4)].name),
+            7 => line.tell_old_receipt(),
+            _ => {
+                let step_us = (i64::from(pick) - 128) * 60_000_000;
+                self.now.utc_us += step_us;
+                self.now.origin.at_us += step_us;
+            }
+        }
+        line.hear(&self.store, self.now);
+    }
+
+    fn forget_closed(&mut self) {
+        let is_closed = |line: &mut Line| line.session.closed().is_some();
+        for mut line in self.lines.extract_if(.., is_closed) {
+            line.poke(self.now);
+            line.part(self.now, &mut self.store);
+        }
+    }
+
+    /// Whoever is not listened to by then would wait for ever.
+    fn end(mut self) {
+        self.store.recover();
+        self.settle();
+        self.forget_closed();
+        for line in &self.lines {
+            let session = &line.session;
+            assert!(
+                !session.is_leaving(),
+                "waits for what is committed and told"
+            );
+            assert!(session.poll_deadline().is_some(), "nothing will end it");
+        }
+        for line in 0..self.lines.len() {
+            self.lose(line);
+        }
+        self.forget_closed();
+        self.settle();
+        self.store.check_audit_trail();
+    }
+}

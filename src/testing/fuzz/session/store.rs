@@ -1,0 +1,287 @@
+//! What is behind the sessions, step by step: a queue, the batcher, the memory store, and the answers;
+//! and what the store must hold, held against what it does.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use super::taken::Taken;
+use crate::ingest::answer;
+use crate::ingest::batcher::{BatchLimits, Batcher, Tagged};
+use crate::ingest::mailbox::Mailbox;
+use crate::ingest::registry::Registry;
+use crate::quota::quarantine::{DEVICE_SHARE, Gauge};
+use crate::session::Submission;
+use crate::store::kept::KeptBytes;
+use crate::store::memory::{MemoryStore, SeriesKey};
+use crate::store::{
+    Committed, Declare, DeclareOutcome, DeviceEventKind, DeviceId, Login, LoginOutcome, SchemaHash,
+    Store, StoreError, StreamId,
+};
+use crate::testing::fuzz::poll_once;
+use crate::time::Now;
+
+/// There is one way into the memory store.
+const LANE: usize = 0;
+const LIMITS: BatchLimits = BatchLimits {
+    readings_max: 40,
+    bytes_max: 1 << 20,
+    interval_min_us: 0,
+    interval_quiet_us: 0,
+};
+
+/// How far the batch under way is.
+enum Work {
+    Idle,
+    Taken(Tagged<Arc<Mailbox>>),
+    /// Durable, and nobody knows.
+    Committed(Tagged<Arc<Mailbox>>, Committed),
+}
+
+/// A stream as far as it was found right.
+#[derive(Default)]
+struct Found {
+    rows: usize,
+    durable_seq: u64,
+    refusals: HashMap<u64, u8>,
+}
+
+pub(super) struct StoreSide {
+    pub registry: Registry,
+    store: MemoryStore,
+    gauge: Arc<Gauge>,
+    quarantine_bytes_max: u64,
+    queue: VecDeque<(Submission, Arc<Mailbox>)>,
+    batcher: Batcher<Arc<Mailbox>>,
+    work: Work,
+    is_down: bool,
+    /// Everything that was taken for a number, by whichever session.
+    expected: HashMap<(StreamId, u64), Vec<Taken>>,
+    found: HashMap<StreamId, Found>,
+    streams: HashMap<(String, u64), (DeviceId, StreamId)>,
+    declared: HashMap<(DeviceId, u16), SchemaHash>,
+    barred: HashSet<String>,
+    /// In quarantine, and not purged.
+    kept: KeptBytes,
+}
+
+impl StoreSide {
+    pub(super) fn new(gauge: Arc<Gauge>, quarantine_bytes_max: u64) -> StoreSide {
+        StoreSide {
+            registry: Registry::default(),
+            store: MemoryStore::new(),
+            gauge,
+            quarantine_bytes_max,
+            queue: VecDeque::new(),
+            batcher: Batcher::new(LIMITS),
+            work: Work::Idle,
+            is_down: false,
+            expected: HashMap::new(),
+            found: HashMap::new(),
+            streams: HashMap::new(),
+            declared: HashMap::new(),
+            barred: HashSet::new(),
+            kept: KeptBytes::new(),
+        }
+    }
+
+    /// Whether quarantine has no bound.
+    pub(super) fn is_roomy(&self) -> bool {
+        self.quarantine_bytes_max > u64::from(u32::MAX)
+    }
+
+    pub(super) fn durable_seq(&self, stream: StreamId) -> u64 {
+        self.found.get(&stream).map_or(0, |found| found.durable_seq)
+    }
+
+    /// The code with which a number is in quarantine.
+    pub(super) fn refusal(&self, stream: StreamId, seq: u64) -> Option<u8> {
+        self.found.get(&stream)?.refusals.get(&seq).copied()
+    }
+
+    /// Whether two sessions took a number before it was durable. Neither knows then whose was stored.
+    pub(super) fn is_taken_twice(&self, stream: StreamId, seq: u64) -> bool {
+        let of_stream = self.expected.iter().filter(|((of, _), _)| *of == stream);
+        let taken = of_stream.flat_map(|(_, taken)| taken);
+        taken.filter(|taken| taken.covers(seq)).count() > 1
+    }
+
+    pub(super) fn expect(&mut self, stream: StreamId, taken: Taken) {
+        let of_number = self.expected.entry((stream, taken.seq)).or_default();
+        of_number.push(taken);
+    }
+
+    pub(super) fn submit(&mut self, submission: Submission, mailbox: &Arc<Mailbox>) {
+        self.queue.push_back((submission, Arc::clone(mailbox)));
+    }
+
+    /// One step of the task that drives batcher and store; tells whether there was one to do.
+    pub(super) fn work(&mut self, now: Now) -> bool {
+        match std::mem::replace(&mut self.work, Work::Idle) {
+            Work::Idle => {
+                while !self.batcher.is_full()
+                    && let Some((submission, mailbox)) = self.queue.pop_front()
+                {
+                    self.batcher.push(submission, mailbox);
+                }
+                match self.batcher.poll_batch(now.mono_us) {
+                    Some(tagged) => self.work = Work::Taken(tagged),
+                    None => return false,
+                }
+            }
+            Work::Taken(tagged) => {
+                let committed = poll_once(self.store.commit(&tagged.batch)).expect("at once");
+                self.work = match committed {
+                    Ok(committed) => {
+                        self.check_commit(&tagged, &committed);
+                        if std::mem::take(&mut self.is_down) {
+                            self.registry.announce_store(LANE, false);
+                        }
+                        Work::Committed(tagged, committed)
+                    }
+                    Err(StoreError::Transient(_)) => {
+                        self.announce_down();
+                        Work::Taken(tagged)
+                    }
+                    Err(StoreError::Fatal(reason) | StoreError::Replaced(reason)) => {
+                        panic!("{reason}")
+                    }
+                };
+            }
+            Work::Committed(tagged, committed) => answer(LANE, &tagged, committed, &self.registry),
+        }
+        true
+    }
+
+    fn announce_down(&mut self) {
+        if !std::mem::replace(&mut self.is_down, true) {
+            self.registry.announce_store(LANE, true);
+        }
+    }
+
+    /// The next commits fail, or the one under way does not end in time.
+    pub(super) fn fail(&mut self, pick: u8) {
+        match pick % 4 {
+            0 if matches!(self.work, Work::Taken(_)) => self.announce_down(),
+            0 => {}
+            commits => self.store.fail_next_commits(u32::from(commits)),
+        }
+    }
+
+    pub(super) fn recover(&mut self) {
+        self.store.fail_next_commits(0);
+    }
+
+    pub(super) fn read_quarantine(&mut self) {
+        self.gauge.begin_reading();
+        self.gauge.end_reading(self.kept.clone());
+    }
+
+    pub(super) fn purge_quarantine(&mut self) {
+        self.kept.clear();
+        self.read_quarantine();
+    }
+
+    pub(super) fn bar_or_let_in(&mut self, name: &str) {
+        let is_barred = !self.barred.remove(name);
+        let changed = self.store.change(name, !is_barred, false);
+        if changed.is_some() && is_barred {
+            self.barred.insert(name.to_owned());
+        }
+    }
+
+    fn check_commit(&mut self, tagged: &Tagged<Arc<Mailbox>>, committed: &Committed) {
+        let batch = &tagged.batch;
+        for (declare, outcome) in batch.declares.iter().zip(&committed.declares) {
+            self.check_declare(declare, outcome);
+        }
+        for receipt in &committed.receipts {
+            self.check_rows(receipt.stream());
+            let durable_seq = self.durable_seq(receipt.stream());
+            assert_eq!(receipt.durable_seq(), durable_seq);
+            assert_eq!(self.store.durable_seq(receipt.stream()), durable_seq);
+        }
+        for (login, outcome) in batch.logins.iter().zip(&committed.logins) {
+            self.check_login(login, outcome);
+        }
+        assert_eq!(batch.logins.len(), committed.logins.len());
+        assert_eq!(batch.declares.len(), committed.declares.len());
+        let device_bytes_max = self.quarantine_bytes_max / DEVICE_SHARE;
+        assert!(self.kept.values().all(|bytes| *bytes <= device_bytes_max));
+    }
+
+    /// Each number once, in order, without holes, and as it was handed in.
+    fn check_rows(&mut self, stream: StreamId) {
+        let found = self.found.entry(stream).or_default();
+        let entries = self.store.entries(stream);
+        for (seq, stored) in entries.iter().skip(found.rows) {
+            assert_eq!(stored.first_seq, found.durable_seq + 1);
+            assert!(stored.first_seq <= *seq && *seq == stored.entry.seq);
+            let expected = { self.expected.get(&(stream, *seq)) }
+                .and_then(|taken| taken.iter().find(|taken| taken.is(&stored.entry)))
+                .expect("what was handed in");
+            if let Some((code, bytes)) = expected.refusal() {
+                found.refusals.insert(*seq, code);
+                *self.kept.entry(stored.entry.device).or_default() += bytes as u64;
+            }
+            found.durable_seq = *seq;
+        }
+        found.rows = entries.len();
+    }
+
+    /// The first DECLARE of a number holds.
+    fn check_declare(&mut self, declare: &Declare, outcome: &DeclareOutcome) {
+        let key = (declare.device, declare.schema);
+        let hash = *self.declared.entry(key).or_insert(declare.hash);
+        match outcome {
+            DeclareOutcome::Accepted(schema) => {
+                assert_eq!((schema.schema, declare.hash), (declare.schema, hash));
+                assert_eq!(schema.channels.len(), declare.channels.len());
+                for (kept, declared) in schema.channels.iter().zip(&declare.channels) {
+                    assert_eq!((kept.id, kept.exp10), (declared.id, declared.exp10));
+                    let series = SeriesKey {
+                        device: declare.device,
+                        channel: declared.name.clone(),
+                        unit: declared.unit.clone(),
+                        kind: kept.kind,
+                    };
+                    assert_eq!(kept.kind, declared.kind);
+                    assert_eq!(self.store.series(kept.series), Some(series));
+                }
+            }
+            DeclareOutcome::Conflict => assert_ne!(declare.hash, hash),
+            DeclareOutcome::OverBound(_) => panic!("there are few schemas"),
+        }
+    }
+
+    fn check_login(&mut self, login: &Login, outcome: &LoginOutcome) {
+        let key = (login.device.clone(), login.stream);
+        let known = self.streams.get(&key).copied();
+        let durable_seq = known.map_or(0, |(_, stream)| self.durable_seq(stream));
+        match outcome {
+            LoginOutcome::Admitted(admission) => {
+                let ids = (admission.device, admission.receipt.stream());
+                assert_eq!(ids, known.unwrap_or(ids));
+                assert_eq!(admission.receipt.durable_seq(), durable_seq);
+                assert!(login.next_seq > durable_seq && !self.barred.contains(&login.device));
+                let hash = |number| self.declared.get(&(admission.device, number)).copied();
+                let is_known = { login.schema }
+                    .is_some_and(|(number, declared)| hash(number) == Some(declared));
+                assert_eq!(admission.schema.is_some(), is_known);
+                self.streams.insert(key, ids);
+            }
+            LoginOutcome::Disabled => assert!(self.barred.contains(&login.device)),
+            LoginOutcome::StreamConflict => assert!(login.next_seq <= durable_seq),
+            LoginOutcome::Unregistered | LoginOutcome::KeyReplaced | LoginOutcome::OverBound(_) => {
+                panic!("none of them can happen here")
+            }
+        }
+    }
+
+    /// Every session that began has ended.
+    pub(super) fn check_audit_trail(&self) {
+        let events = self.store.events();
+        let count = |kind| events.iter().filter(|event| event.kind == kind).count();
+        let ended = count(DeviceEventKind::Disconnected);
+        assert_eq!(count(DeviceEventKind::Connected), ended);
+    }
+}

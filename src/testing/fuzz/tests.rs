@@ -1,0 +1,94 @@
+//! Each target over its corpus, and over a fixed number of mutations of it.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::testing::simulation::random::Random;
+
+/// Inputs made of the corpus of each target: a second or two without optimization.
+const MUTATIONS: usize = 100_000;
+/// Of the target `session`, which does more with each.
+const SESSION_MUTATIONS: usize = 5_000;
+const INPUT_BYTES_MAX: usize = 2_048;
+
+#[test]
+fn frames_hold() {
+    run("frame", fieldgate_protocol::fuzz::frame, MUTATIONS);
+}
+
+#[test]
+fn messages_hold() {
+    run("message", fieldgate_protocol::fuzz::message, MUTATIONS);
+}
+
+#[test]
+fn columns_hold() {
+    run("column", fieldgate_protocol::fuzz::column, MUTATIONS);
+}
+
+#[test]
+fn pieces_of_a_stream_hold() {
+    run("codec", super::codec, MUTATIONS);
+}
+
+#[test]
+fn sessions_hold() {
+    run("session", super::session, SESSION_MUTATIONS);
+}
+
+/// The seed is of the moment, or FIELDGATE_TEST_SEED.
+fn run(target: &str, check: fn(&[u8]), mutations: usize) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fuzz/corpus")
+        .join(target);
+    let files = std::fs::read_dir(&folder).expect("a corpus");
+    let mut paths: Vec<_> = files.map(|file| file.expect("readable").path()).collect();
+    // Otherwise a seed would mean something else on each file system.
+    paths.sort();
+    let corpus: Vec<Vec<u8>> = paths
+        .iter()
+        .map(|path| std::fs::read(path).expect("readable"))
+        .collect();
+    assert!(!corpus.is_empty());
+    let seed = match std::env::var("FIELDGATE_TEST_SEED") {
+        Ok(seed) => seed.parse().expect("a number"),
+        Err(_) => SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("after 1970")
+            .as_nanos() as u64,
+    };
+    eprintln!("FIELDGATE_TEST_SEED={seed}");
+    for input in &corpus {
+        check_or_print(target, check, input);
+    }
+    let mut random = Random::new(seed);
+    for _ in 0..mutations {
+        check_or_print(target, check, &mutated(&corpus, &mut random));
+    }
+}
+
+fn check_or_print(target: &str, check: fn(&[u8]), input: &[u8]) {
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(input))) {
+        let hex: String = input.iter().map(|byte| format!("{byte:02x}")).collect();
+        eprintln!("target {target} fails with the input {hex}");
+        resume_unwind(panic);
+    }
+}
+
+fn mutated(corpus: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
+    let mut input = corpus[random.index(corpus.len())].clone();
+    for _ in 0..=random.below(4) {
+        let at = random.index(input.len() + 1);
+        match random.below(5) {
+            0 => input.truncate(at),
+            1 => input.insert(at, random.bits() as u8),
+            2 => input.extend_from_slice(&corpus[random.index(corpus.len())]),
+            _ if at == input.len() => {}
+            3 => input[at] ^= 1 << random.below(8),
+            _ => input[at] = random.bits() as u8,
+        }
+    }
+    input.truncate(INPUT_BYTES_MAX);
+    input
+}

@@ -1,0 +1,625 @@
+//! A fleet and the gateway's insides, in one thread and on a clock of their own, under every fault that
+//! a seed thinks of: what no test with sockets reaches often enough, and none can repeat.
+//!
+//! Real are the devices' state machine, sessions, mailboxes, registry, batcher, answers and the memory
+//! store. The scheduler decides when bytes arrive and in what pieces, when mail is read, a batch taken,
+//! committed and answered; it drops connections, leaves them half open, damages bytes, reboots devices,
+//! overwrites their queues, lets the store fail and the gateway crash.
+//!
+//! After every step
+//! - I1 what a device deleted is stored, and so is what the gateway says is durable, when it says it;
+//! - I2 each number is stored once, in order, without holes;
+//! - I3 times and values are equal; I4 nothing is stored that was not made;
+//! - on a connection that nothing damaged, neither side finds fault with the other.
+//!
+//! When the faults stop, everything is acknowledged within [`CALM_US_MAX`], and no connection that is
+//! made from then on runs into a timeout: so nobody waits for what the other will never send.
+//!
+//! `FIELDGATE_TEST_SEED` repeats one run.
+
+mod field;
+mod house;
+pub(crate) mod random;
+mod record;
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::rc::Rc;
+
+use fieldgate_protocol::device::Fault;
+use fieldgate_protocol::error::Code;
+use fieldgate_protocol::frame;
+
+use self::field::{FieldDevice, NAMES, declare_frame};
+use self::house::House;
+use self::random::Random;
+use self::record::{Record, Tally};
+use crate::time::{Now, Origin};
+
+const SEEDS: u64 = 300;
+const STEPS: u64 = 800;
+/// After the faults: the longest waits of devices, one after the other.
+const CALM_US_MAX: u64 = 600_000_000;
+/// Steps of the calm without the clock moving on: more would be a circle.
+const CALM_STEPS_MAX: u64 = 20_000;
+/// 2026-01-01T00:00:00Z.
+const START_UTC_US: i64 = 1_767_225_600_000_000;
+/// What a socket holds.
+const LINK_BYTES_MAX: usize = 2_000;
+const QUEUE_FRAMES_MAX: usize = 60;
+
+type LinkId = u64;
+
+/// A connection's bytes on their way.
+struct Link {
+    device: usize,
+    to_gateway: Vec<u8>,
+    to_device: Vec<u8>,
+    is_device_end_open: bool,
+    /// The gateway will hear that the device's end is closed.
+    is_close_told: bool,
+    is_gateway_end_open: bool,
+    was_damaged: bool,
+    /// Frames that will be damaged, whether sent for the first time or again.
+    noisy_frames: u64,
+    is_calm: bool,
+}
+
+struct World {
+    random: Random,
+    now: Now,
+    devices: Vec<FieldDevice>,
+    house: House,
+    links: BTreeMap<LinkId, Link>,
+    next_link: LinkId,
+    record: Record,
+    is_calm: bool,
+    faults_per_mille: u64,
+    fault_kinds: u64,
+}
+
+#[test]
+fn nothing_is_lost_doubled_invented_or_stuck() {
+    let mut tally = Tally::new();
+    let seeds = match std::env::var("FIELDGATE_TEST_SEED") {
+        Ok(seed) => vec![seed.parse().expect("the seed is a number")],
+        Err(_) => (0..SEEDS).collect(),
+    };
+    for seed in &seeds {
+        let run = catch_unwind(AssertUnwindSafe(|| World::new(*seed).run()));
+        match run {
+            Ok(met) => met.into_iter().for_each(|(what, count)| {
+                *tally.entry(what).or_default() += count;
+            }),
+            Err(panic) => {
+                eprintln!("repeat with FIELDGATE_TEST_SEED={seed}");
+                resume_unwind(panic);
+            }
+        }
+    }
+    eprintln!("{tally:?}");
+    if seeds.len() as u64 == SEEDS {
+        let expected = [
+            "readings stored",
+            "event stored",
+            "malformed stored",
+            "damaged stored",
+            "gap stored",
+            "crash",
+            "crash with a commit unanswered",
+            "taken over",
+            "unknown schema",
+            "payload checksum twice",
+            "payload checksum",
+            "store down",
+            "reboot",
+            "left half open",
+        ];
+        for what in expected {
+            assert!(tally.contains_key(what), "never met: {what}");
+        }
+    }
+}
+
+impl World {
+    fn new(seed: u64) -> World {
+        let mut random = Random::new(seed);
+        let declares = Rc::new([declare_frame(1), declare_frame(2)]);
+        let devices: Vec<FieldDevice> = (0..1 + random.index(NAMES.len()))
+            .map(|index| FieldDevice::new(index, &declares, &mut random))
+            .collect();
+        let faults_per_mille = [5, 15, 40][random.index(3)];
+        let fault_kinds = random.bits() | random.bits();
+        let mut record = Record::default();
+        for _ in &devices {
+            record.add_device();
+        }
+        World {
+            house: House::new(&mut random),
+            random,
+            now: Now {
+                mono_us: 0,
+                utc_us: START_UTC_US,
+                origin: Origin::NONE,
+            },
+            devices,
+            links: BTreeMap::new(),
+            next_link: 1,
+            record,
+            is_calm: false,
+            faults_per_mille,
+            fault_kinds,
+        }
+    }
+
+    fn run(mut self) -> Tally {
+        for _ in 0..STEPS {
+            self.step();
+            self.check();
+        }
+        self.calm_down();
+        self.record.check_whole(&self.house.store);
+        self.record.tally
+    }
+
+    fn check(&mut self) {
+        self.record.check_store(&self.house.store);
+        for (index, device) in self.devices.iter().enumerate() {
+            self.record.check_deleted(index, device.queue.acked_through);
+        }
+    }
+
+    fn step(&mut self) {
+        if self.random.below(1000) < self.faults_per_mille {
+            self.go_wrong();
+        }
+        let index = self.random.index(self.devices.len());
+        let link = self.some_link(index);
+        match self.random.below(100) {
+            0..10 => self.sample(index),
+            10..27 => {
+                let most = 1 + self.random.below(6);
+                self.transmit(index, most);
+            }
+            27..45 => drop(self.deliver_to_gateway(link)),
+            45..60 => drop(self.deliver_to_device(link)),
+            60..73 => drop(self.take_mail(link)),
+            73..76 => drop(self.grant(link)),
+            76..96 => drop(self.house.work(self.now)),
+            _ => self.let_time_pass(),
+        }
+        self.connect_who_is_due();
+    }
+
+    /// The device's own link, mostly; else any, for old ones linger.
+    fn some_link(&mut self, index: usize) -> LinkId {
+        if let Some(link) = self.devices[index].link
+            && self.random.takes(80)
+        {
+            return link;
+        }
+        let links: Vec<LinkId> = self.links.keys().copied().collect();
+        if links.is_empty() {
+            0
+        } else {
+            links[self.random.index(links.len())]
+        }
+    }
+
+    fn sample(&mut self, index: usize) {
+        for _ in 0..1 + self.random.below(4) {
+            let device = &mut self.devices[index];
+            if device.queue.len() >= QUEUE_FRAMES_MAX {
+                self.overwrite(index, 1);
+            }
+            let (seq, made) = self.devices[index].sample(self.now, &mut self.random);
+            self.record.made(index, seq, made);
+        }
+    }
+
+    fn overwrite(&mut self, index: usize, count: u64) {
+        for _ in 0..count {
+            if let Some(seq) = self.devices[index].queue.overwrite_oldest() {
+                self.record.lost(index, seq);
+            }
+        }
+    }
+
+    fn let_time_pass(&mut self) {
+        let us = match self.random.below(10) {
+            0..5 => self.random.below(1_000),
+            5..9 => self.random.below(100_000),
+            _ => self.random.below(1_500_000),
+        };
+        self.advance(us);
+    }
+
+    fn advance(&mut self, us: u64) {
+        self.now.mono_us += us;
+        self.now.utc_us += us as i64;
+        for index in 0..self.devices.len() {
+            let device = &mut self.devices[index];
+            if device.link.is_some()
+                && device
+                    .deadline_us()
+                    .is_some_and(|at| at <= self.now.mono_us)
+            {
+                let uptime_us = device.uptime_us(self.now);
+                if let Err(fault) = device.machine.handle_timeout(uptime_us) {
+                    self.hang_up(index, Some(fault));
+                }
+            }
+        }
+        let served: Vec<LinkId> = self.house.served.keys().copied().collect();
+        for link in served {
+            let served = self.house.served.get_mut(&link).expect("listed");
+            served.session.handle_timeout(self.now);
+            self.hear(link);
+        }
+    }
+
+    fn go_wrong(&mut self) {
+        let kind = self.random.below(12);
+        // Each run knows some faults only, for some hide others.
+        if self.fault_kinds & (1 << kind) == 0 {
+            return;
+        }
+        let index = self.random.index(self.devices.len());
+        let link = self.some_link(index);
+        match kind {
+            0 => self.hang_up(index, None),
+            1 | 2 => self.leave_half_open(index),
+            3 => self.reset(link),
+            4 => {
+                self.leave_half_open(index);
+                self.devices[index].reboot(self.now, &mut self.random);
+                self.record.count("reboot");
+            }
+            5 => self.crash(),
+            6 | 7 => {
+                let count = 1 + self.random.index(4);
+                self.house.store.fail_next_commits(count as u32);
+            }
+            8 => {
+                let count = 1 + self.random.below(5);
+                self.overwrite(index, count);
+            }
+            9 => self.damage(link),
+            10 => self.make_noisy(link),
+            _ => {
+                let us = self.random.below(40_000_000);
+                self.advance(us);
+            }
+        }
+    }
+
+    fn crash(&mut self) {
+        self.record.count("crash");
+        if self.house.has_commit_unanswered() {
+            self.record.count("crash with a commit unanswered");
+        }
+        self.house.crash();
+        for link in self.links.values_mut() {
+            link.is_gateway_end_open = false;
+            link.to_gateway.clear();
+        }
+    }
+
+    /// The device's end is gone, and the gateway learns it after the bytes that are on their way.
+    fn hang_up(&mut self, index: usize, fault: Option<Fault>) {
+        let device = &mut self.devices[index];
+        let Some(id) = device.link else {
+            return;
+        };
+        device.disconnect(fault, self.now, &mut self.random);
+        let link = self.links.get_mut(&id).expect("the device's link");
+        link.is_device_end_open = false;
+        link.is_close_told = true;
+        link.to_device.clear();
+        if let Some(fault) = fault {
+            check_fault(link, fault);
+        }
+        self.forget_dead_links();
+    }
+
+    /// The device's end is gone, and the gateway does not learn it.
+    fn leave_half_open(&mut self, index: usize) {
+        let device = &mut self.devices[index];
+        let Some(id) = device.link else {
+            return;
+        };
+        device.disconnect(None, self.now, &mut self.random);
+        if self.random.takes(70) {
+            // On a better network, at once.
+            device.again_at_us = self.now.mono_us;
+        }
+        let link = self.links.get_mut(&id).expect("the device's link");
+        link.is_device_end_open = false;
+        link.to_device.clear();
+        self.record.count("left half open");
+        self.forget_dead_links();
+    }
+
+    /// Both ends lose the connection and what is on its way.
+    fn reset(&mut self, id: LinkId) {
+        let Some(link) = self.links.get_mut(&id) else {
+            return;
+        };
+        link.to_gateway.clear();
+        let index = link.device;
+        if let Some(served) = self.house.served.get_mut(&id) {
+            served.session.handle_loss("reset");
+            self.hear(id);
+        }
+        if self.devices[index].link == Some(id) {
+            self.hang_up(index, None);
+        }
+    }
+
+    fn damage(&mut self, id: LinkId) {
+        let Some(link) = self.links.get_mut(&id) else {
+            return;
+        };
+        let bytes = if self.random.takes(85) {
+            &mut link.to_gateway
+        } else {
+            &mut link.to_device
+        };
+        if bytes.is_empty() {
+            return;
+        }
+        let bit = self.random.index(bytes.len() * 8);
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        link.was_damaged = true;
+        self.record.corrupted(link.device);
+    }
+
+    fn make_noisy(&mut self, id: LinkId) {
+        let Some(link) = self.links.get_mut(&id) else {
+            return;
+        };
+        link.noisy_frames = 1 + self.random.below(8);
+        link.was_damaged = true;
+        self.record.corrupted(link.device);
+    }
+
+    fn connect_who_is_due(&mut self) {
+        for index in 0..self.devices.len() {
+            let device = &mut self.devices[index];
+            if device.link.is_some() || device.again_at_us > self.now.mono_us {
+                continue;
+            }
+            let id = self.next_link;
+            self.next_link += 1;
+            device.connect(id, self.now, &mut self.random);
+            self.house.accept(id, self.random.nonce(), self.now);
+            let link = Link {
+                device: index,
+                to_gateway: Vec::new(),
+                to_device: Vec::new(),
+                is_device_end_open: true,
+                is_close_told: false,
+                is_gateway_end_open: true,
+                was_damaged: false,
+                noisy_frames: 0,
+                is_calm: self.is_calm,
+            };
+            self.links.insert(id, link);
+        }
+    }
+
+    fn transmit(&mut self, index: usize, most: u64) -> bool {
+        let mut is_sent = false;
+        for _ in 0..most {
+            let device = &mut self.devices[index];
+            let Some(link) = device.link.and_then(|id| self.links.get_mut(&id)) else {
+                break;
+            };
+            if link.to_gateway.len() >= LINK_BYTES_MAX {
+                break;
+            }
+            let Some(mut frame) = device.transmit(self.now) else {
+                break;
+            };
+            is_sent = true;
+            if link.noisy_frames > 0 && !self.is_calm {
+                link.noisy_frames -= 1;
+                let payload_bytes = frame.len() - frame::OVERHEAD_BYTES;
+                frame[frame::HEADER_BYTES + self.random.index(payload_bytes)] ^= 0x10;
+            }
+            if link.is_gateway_end_open {
+                link.to_gateway.extend_from_slice(&frame);
+            }
+        }
+        is_sent
+    }
+
+    fn take_mail(&mut self, id: LinkId) -> bool {
+        let is_taken = self.house.take_mail(id, self.now);
+        if is_taken {
+            self.hear(id);
+        }
+        is_taken
+    }
+
+    fn grant(&mut self, id: LinkId) -> bool {
+        let is_granted = self.house.grant(id, self.now);
+        if is_granted {
+            self.hear(id);
+        }
+        is_granted
+    }
+
+    fn deliver_to_gateway(&mut self, id: LinkId) -> bool {
+        let Some(link) = self.links.get_mut(&id) else {
+            return false;
+        };
+        let Some(served) = self
+            .house
+            .served
+            .get_mut(&id)
+            .filter(|served| served.reads())
+        else {
+            return false;
+        };
+        if link.to_gateway.is_empty() {
+            if link.is_close_told {
+                served.session.handle_end_of_input();
+                self.hear(id);
+            }
+            return link_is_gone(&self.links, id);
+        }
+        let len = link.to_gateway.len();
+        let count = piece(&mut self.random, self.is_calm, len);
+        let bytes: Vec<u8> = link.to_gateway.drain(..count).collect();
+        self.house.read(id, &bytes, self.now);
+        self.hear(id);
+        true
+    }
+
+    /// Puts what a session has to say on its way.
+    fn hear(&mut self, id: LinkId) {
+        let (said, is_over) = self.house.write(id, self.now);
+        let Some(link) = self.links.get_mut(&id) else {
+            return;
+        };
+        self.record.check_said(link.device, &said);
+        if link.is_device_end_open {
+            link.to_device.extend_from_slice(&said);
+        }
+        if is_over {
+            link.is_gateway_end_open = false;
+            link.to_gateway.clear();
+        }
+        self.forget_dead_links();
+    }
+
+    fn forget_dead_links(&mut self) {
+        self.links
+            .retain(|_, link| link.is_device_end_open || link.is_gateway_end_open);
+    }
+
+    fn deliver_to_device(&mut self, id: LinkId) -> bool {
+        let Some(link) = self
+            .links
+            .get_mut(&id)
+            .filter(|link| link.is_device_end_open)
+        else {
+            return false;
+        };
+        let index = link.device;
+        if link.to_device.is_empty() {
+            if !link.is_gateway_end_open {
+                self.hang_up(index, None);
+                return true;
+            }
+            return false;
+        }
+        let len = link.to_device.len();
+        let count = piece(&mut self.random, self.is_calm, len);
+        let device = &mut self.devices[index];
+        device.input.extend(link.to_device.drain(..count));
+        if let Err(fault) = self.take_frames(index) {
+            self.hang_up(index, Some(fault));
+        }
+        true
+    }
+
+    fn take_frames(&mut self, index: usize) -> Result<(), Fault> {
+        let device = &mut self.devices[index];
+        let uptime_us = device.uptime_us(self.now);
+        let mut taken = 0;
+        loop {
+            let found = frame::decode(&device.input[taken..], frame::DEFAULT_FRAME_BYTES_MAX);
+            let Some(frame) = found.map_err(|_| Fault::Protocol("not a frame"))? else {
+                break;
+            };
+            taken += frame.bytes.len();
+            device
+                .machine
+                .handle_frame(&frame, &mut device.queue, uptime_us)?;
+        }
+        device.input.drain(..taken);
+        Ok(())
+    }
+
+    /// Nothing goes wrong any more, and everyone does at once what can be done.
+    fn calm_down(&mut self) {
+        self.is_calm = true;
+        self.house.store.fail_next_commits(0);
+        let began_us = self.now.mono_us;
+        let mut steps = 0;
+        while !self.devices.iter().all(FieldDevice::is_settled) {
+            steps += 1;
+            let moved = self.move_all();
+            self.check();
+            assert!(steps < CALM_STEPS_MAX, "runs in circles");
+            if moved {
+                continue;
+            }
+            let devices = self.devices.iter().filter_map(FieldDevice::deadline_us);
+            let next_us = devices.chain(self.house.deadline_us()).min();
+            let next_us = next_us.expect("someone waits for something");
+            self.advance(next_us.saturating_sub(self.now.mono_us).max(1));
+            let calm_us = self.now.mono_us - began_us;
+            assert!(
+                calm_us < CALM_US_MAX,
+                "not settled after {calm_us} us of calm"
+            );
+        }
+    }
+
+    fn move_all(&mut self) -> bool {
+        self.connect_who_is_due();
+        let mut moved = false;
+        for index in 0..self.devices.len() {
+            moved |= self.transmit(index, u64::MAX);
+        }
+        let links: Vec<LinkId> = self.links.keys().copied().collect();
+        for id in links {
+            moved |= self.deliver_to_gateway(id);
+            moved |= self.take_mail(id);
+            moved |= self.grant(id);
+            moved |= self.deliver_to_device(id);
+        }
+        // A commit is looked at before anything is said of it.
+        moved |= self.house.work(self.now);
+        moved
+    }
+}
+
+/// How many of `len` bytes arrive now.
+fn piece(random: &mut Random, is_calm: bool, len: usize) -> usize {
+    if is_calm || random.takes(60) {
+        len
+    } else {
+        1 + random.index(len)
+    }
+}
+
+fn link_is_gone(links: &BTreeMap<LinkId, Link>, id: LinkId) -> bool {
+    !links.contains_key(&id)
+}
+
+/// On a connection that nothing damaged, a device finds fault with nothing, and is told nothing but what
+/// its own silence, its reboots and its malformed frames explain.
+fn check_fault(link: &Link, fault: Fault) {
+    if link.was_damaged {
+        return;
+    }
+    match fault {
+        Fault::Timeout => assert!(!link.is_calm, "a timeout on a connection without faults"),
+        Fault::Bye {
+            code,
+            retry_after_ms,
+        } => {
+            let is_explained = match Code::from_wire(code) {
+                Some(Code::TakenOver | Code::Idle) => true,
+                Some(Code::Protocol) => retry_after_ms > 0,
+                _ => false,
+            };
+            assert!(is_explained, "BYE {code} on a connection without faults");
+        }
+        fault => panic!("{fault:?} on a connection without faults"),
+    }
+}
