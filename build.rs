@@ -1,12 +1,12 @@
-//! Makes cargo notice new and changed migration files, because `sqlx::migrate!` reads the folders at compile
-//! time, and stores when the program was built: no clock that is right shows an earlier time.
+//! Makes cargo notice new and changed migration files, because `sqlx::migrate!` reads the folders
+//! at compile time. Also records the build time: a correct clock never shows an earlier time.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 fn main() {
     println!("cargo:rerun-if-changed=migrations");
     println!("cargo:rerun-if-env-changed=SOURCE_DATE_EPOCH");
-    // Set by those who build the same bytes again.
+    // Set for reproducible builds.
     let given = std::env::var("SOURCE_DATE_EPOCH").ok();
     let built_s = given
         .and_then(|given| given.parse().ok())

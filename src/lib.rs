@@ -1,8 +1,8 @@
 //! Fieldgate: readings from a fleet of field devices into SQL, exactly once.
 //!
-//! The way of the data, one folder an arrow: `server` (connections) -> `session` -> `ingest` (queue and
-//! batcher) -> `store`; a `store::Receipt` travels back. A folder imports only from folders below it in this
-//! list, which a test holds.
+//! Data flows through these folders: `server` (connections) -> `session` -> `ingest` (queue and
+//! batcher) -> `store`; a `store::Receipt` returns. A folder imports only from folders below it in
+//! this list, which a test checks.
 
 #[cfg(any(test, feature = "fuzz"))]
 #[doc(hidden)]

@@ -1,5 +1,6 @@
-//! The gateway's command line: reads the arguments, starts the log, does what they say, gives the
-//! exit code. 0 done, 1 the run failed, 2 wrong usage or configuration.
+//! The program's entry point: reads the arguments, starts the log, runs the subcommand, returns the exit code.
+//!
+//! Exit codes: 0 for success, 1 for a failed run, 2 for wrong usage or configuration.
 
 mod cli;
 
@@ -17,17 +18,17 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::cli::{Cli, Error, LogFormat};
 
-/// How long the end waits for a stderr that takes no lines.
+/// Maximum wait for a blocked stderr at exit.
 const LOG_FLUSH: Duration = Duration::from_secs(1);
 
-/// How long the end may wait for statements that were given up to end at the server.
+/// Maximum wait at exit for abandoned statements to end on the Postgres server.
 const END_LEFT_WITHIN: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
-    // What is wrong with the arguments goes the same way; without a thread it is written at once.
+    // Errors in the arguments use the log's writer, too. If its thread cannot start, they are written directly.
     let _ = log::stderr();
     let args: Vec<_> = std::env::args_os().collect();
-    // Until the arguments are understood.
+    // Applies until the arguments are parsed.
     let mut format = cli::log_format(&args);
     let done = cli::parse(args).and_then(|cli| {
         format = cli.log_format();
@@ -51,18 +52,18 @@ fn carry_out(cli: Cli) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
-        .map_err(|error| Error::Failed(format!("cannot start the runtime: {error}")))?;
+        .map_err(|error| Error::Failed(format!("could not start the runtime: {error}")))?;
     let done = runtime.block_on(async {
         let done = cli.carry_out().await;
         postgres::end_left(END_LEFT_WITHIN).await;
         done
     });
-    // Whatever still runs has nothing to say any more.
+    // Tasks that still run have no more results to report.
     runtime.shutdown_background();
     done
 }
 
-/// Logs go to stderr; stdout is for what was asked for.
+/// Starts logging to stderr. Stdout is reserved for results.
 fn start_log(format: LogFormat, levels: &str) -> Result<(), Error> {
     let filter = EnvFilter::try_new(levels)
         .map_err(|error| Error::Usage(format!("RUST_LOG={levels:?}: {error}")))?;
@@ -82,7 +83,7 @@ fn start_log(format: LogFormat, levels: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// A line of ~/.pgpass that cannot be understood would be logged whole, with the password in it.
-fn is_no_secret(what: &Metadata<'_>) -> bool {
-    what.target() != "sqlx_postgres::options::pgpass" || what.fields().field("line").is_none()
+/// Returns whether an event may be logged. sqlx logs an invalid line of ~/.pgpass as a whole, with the password.
+fn is_no_secret(event: &Metadata<'_>) -> bool {
+    event.target() != "sqlx_postgres::options::pgpass" || event.fields().field("line").is_none()
 }

@@ -20,14 +20,14 @@ use crate::LIMITS;
 pub const CHANNELS: [u8; 4] = [1, 2, 3, 4];
 /// Samples of each channel.
 pub const ROWS: usize = 15;
-/// It is always this late.
+/// Constant time of all frames and calls.
 pub const NOW: Now = Now {
     mono_us: 1_000_000,
     utc_us: 1_760_000_000_000_000,
     origin: Origin::NONE,
 };
 
-/// Values that wander by a few of their smallest steps, a second apart.
+/// Returns a DATA frame whose values change by a few of their smallest steps per second.
 pub fn data_frame(seq: u64) -> Vec<u8> {
     let values: Vec<i64> = (0..ROWS as i64)
         .map(|row| 2157 + row * row * 7 % 5)
@@ -59,7 +59,7 @@ pub fn data_frame(seq: u64) -> Vec<u8> {
     out
 }
 
-/// A queue whose frames are all alike.
+/// A queue whose frames are all the same.
 struct Alike;
 
 impl Queue for Alike {
@@ -99,7 +99,7 @@ impl Queue for Alike {
     fn delete_through(&mut self, _seq: u64) {}
 }
 
-/// A session that was welcomed and knows the schema. It takes frames without end and without
+/// Returns a session that was welcomed and knows the schema. It accepts any number of frames without
 /// receipts.
 pub fn session() -> Session {
     let settings = SessionSettings {

@@ -1,4 +1,4 @@
-//! A gateway's way from a connection's bytes to the rows of a batch, without sockets and databases:
+//! The gateway's path from a connection's bytes to the rows of a batch, without sockets and databases:
 //! `cargo bench -p fieldgate --bench ingest`. All frames hold 4 channels of 15 samples.
 
 mod device;
@@ -10,7 +10,7 @@ use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, 
 use fieldgate::ingest::batcher::{BatchLimits, Batcher};
 use fieldgate::net::codec::FrameCodec;
 use fieldgate::session::{Session, Submission};
-use fieldgate::store::ledger::Admitted;
+use fieldgate::store::ledger::Appended;
 use fieldgate::store::rows::{Frame, Run, sorted_runs};
 use fieldgate::store::{Content, Entry, SeriesId};
 use fieldgate_protocol::frame::{self, DEFAULT_FRAME_BYTES_MAX};
@@ -48,7 +48,7 @@ fn codec(c: &mut Criterion) {
     }
 }
 
-/// A frame's bytes, checked, become the entry that is queued.
+/// Checks a frame's bytes and returns the entry to be queued.
 fn take_in(session: &mut Session, bytes: &[u8], seq: u64) -> Entry {
     let mut frame = frame::decode(bytes, DEFAULT_FRAME_BYTES_MAX)
         .unwrap()
@@ -72,7 +72,7 @@ fn sessions(c: &mut Criterion) {
     });
 }
 
-/// Frames of 200 devices, 12,000 readings: gathered, and turned into rows by series and time.
+/// Collects frames of 200 devices, 12,000 readings, and turns them into rows by series and time.
 fn batches(c: &mut Criterion) {
     let (mut session, bytes) = (session(), data_frame(1));
     let entry = |seq| {
@@ -88,7 +88,7 @@ fn batches(c: &mut Criterion) {
     let entries: Vec<Entry> = (1..=200).map(entry).collect();
     let frame = |entry| Frame {
         id: 1,
-        item: Admitted {
+        item: Appended {
             entry,
             first_seq: entry.seq,
         },

@@ -1,12 +1,12 @@
--- Views for people; the same names and columns as in SQLite.
+-- Views for people, with the same names and columns as in SQLite.
 --
--- A time is a timestamptz. The column with `_text` after its name is the same time as UTC text, for reading
--- only. Filter by `ts`, which the partitions and the index carry: WHERE ts >= now() - interval '5 minutes';
--- in `telemetry_hourly` by `hour`.
+-- A time is a timestamptz. The column with the suffix `_text` is the same time as UTC text, for display only.
+-- Filter by `ts`, which the partitions and the index support: WHERE ts >= now() - interval '5 minutes'; in
+-- `telemetry_hourly` filter by `hour`.
 --
--- `kind` is how the device encodes a channel. A channel that changes it becomes another series.
+-- `kind` is the device's encoding of a channel. A channel whose kind changes becomes a new series.
 --
--- May be run again by hand, after `readings` was replaced by a table of another scheme.
+-- This file may be run again by hand after `readings` was replaced by a table of another scheme.
 
 CREATE OR REPLACE FUNCTION utc_text(at timestamptz) RETURNS text
 LANGUAGE sql STABLE PARALLEL SAFE
@@ -20,9 +20,9 @@ CREATE OR REPLACE FUNCTION utc_text_h(at timestamptz) RETURNS text
 LANGUAGE sql STABLE PARALLEL SAFE
 RETURN to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24":00Z"');
 
--- The mean of n values, none of which can make it fail. `total` is the sum of those below 1e288, `huge` that
--- of the others times 2^-64: a sum of either is finite. avg() fails from 1e154 on, sum() near 1e308, and a
--- quotient that is too small for a double. NULL where both infinities are among the values.
+-- The mean of n values, which never fails. `total` is the sum of those below 1e288, `huge` that of the others
+-- times 2^-64, so both sums are finite. avg() fails from 1e154 on, sum() near 1e308, and a quotient fails if it
+-- is too small for a double. NULL if both infinities are among the values.
 CREATE OR REPLACE FUNCTION mean_of(
     n bigint, total double precision, huge double precision, min double precision, max double precision
 ) RETURNS double precision
@@ -67,10 +67,9 @@ JOIN series AS s ON s.device_id = d.id
 JOIN readings AS r ON r.series_id = s.id
 LEFT JOIN frames AS f ON f.id = r.frame_id;
 
--- One row for each series: its newest reading. A reading that claims a time more than a day after
--- its receipt is passed over, so that a device whose clock once stood in the future does not freeze
--- here; a series without any other reading shows NULL. A reading of a busy gateway is here a second
--- or two after it was stored.
+-- One row for each series: its newest reading. A reading whose time is more than a day after its receipt is
+-- skipped, so that a device whose clock was once in the future does not freeze here. A series without any other
+-- reading shows NULL. Readings of a busy gateway appear a second or two after they were stored.
 CREATE OR REPLACE VIEW latest AS
 SELECT
     d.name AS device,
@@ -88,8 +87,8 @@ JOIN series AS s ON s.device_id = d.id
 LEFT JOIN newest AS n ON n.series_id = s.id AND n.ts <= now() + interval '1 day'
 LEFT JOIN frames AS f ON f.id = n.frame_id;
 
--- One row for each series: its first reading, its newest one as `latest` shows it, and `in_future`, the
--- readings whose time is more than a day from now; it counts to 1000.
+-- One row for each series: its first reading, its newest one as in `latest`, and `in_future`, the number of
+-- readings whose time is more than a day from now, counted up to 1000.
 CREATE OR REPLACE VIEW channels AS
 SELECT
     d.name AS device,
@@ -113,7 +112,7 @@ JOIN series AS s ON s.device_id = d.id
 LEFT JOIN newest AS o ON o.series_id = s.id
 LEFT JOIN newest AS n ON n.series_id = s.id AND n.ts <= now() + interval '1 day';
 
--- By UTC hour, of the valid values; `n` counts them. Name a device, or hours, or both: without, every
+-- Valid values by UTC hour; `n` is their number. Filter by device, by hour, or by both: without a filter, every
 -- reading in the store is read.
 CREATE OR REPLACE VIEW telemetry_hourly AS
 SELECT
@@ -143,14 +142,14 @@ CROSS JOIN LATERAL (
 ) AS r
 WHERE r.readings > 0;
 
--- After `readings` was replaced by a table that holds some.
+-- For a table with readings that replaced `readings`.
 INSERT INTO reading_hours
 SELECT DISTINCT date_trunc('hour', ts, 'UTC') FROM readings
 ON CONFLICT DO NOTHING;
 
--- One row for each device. `missing` are frames that the device lost, `quarantined` those that could
--- not be understood; `state` is 'connected' while it has a session, 'new' before its
--- first login. `last_seen_at` is its last login or frame, whichever is later.
+-- One row for each device. `missing` is the number of frames that the device lost, `quarantined` that of frames
+-- that could not be decoded. `state` is 'connected' during a session, and 'new' before the first login.
+-- `last_seen_at` is the later of its last login and its last frame.
 CREATE OR REPLACE VIEW device_status AS
 SELECT
     device,
@@ -190,7 +189,7 @@ FROM (
         (SELECT coalesce(sum(st.readings), 0) FROM streams AS st WHERE st.device_id = d.id)::bigint
             AS readings,
         (
-            -- The sum is numeric, and may be more than any bigint: a device may claim gaps that long.
+            -- The sum is numeric and may exceed bigint: a device may report gaps that long.
             SELECT least(coalesce(sum(g.to_seq - g.from_seq + 1), 0), 9223372036854775807)
             FROM streams AS st JOIN gaps AS g ON g.stream_id = st.id
             WHERE st.device_id = d.id
@@ -210,7 +209,7 @@ SELECT
 FROM device_status
 WHERE enabled = 1 AND (last_frame_at IS NULL OR last_frame_at < now() - interval '1 hour');
 
--- What happened to devices, and what they reported (kind 'event'); `code` of a session's end is a BYE code.
+-- Audit events and events that devices reported (kind 'event'); `code` of a session's end is a BYE code.
 CREATE OR REPLACE VIEW events AS
 SELECT
     d.name AS device,
@@ -229,7 +228,7 @@ SELECT
 FROM devices AS d
 JOIN device_events AS e ON e.device_id = d.id;
 
--- What devices lost before they could send it.
+-- Frames that devices lost before they could send them.
 CREATE OR REPLACE VIEW missing_frames AS
 SELECT
     d.name AS device,

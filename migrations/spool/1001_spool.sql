@@ -1,7 +1,7 @@
--- What makes a spool of a store: here readings are kept until they are in another store. They are
--- looked for by frame, in the order in which they came, and forgotten in the same order.
+-- The tables that a spool adds to those that it shares with a store. A spool keeps readings until they are in another
+-- store. They are read by frame, in order of arrival, and deleted in the same order.
 
--- "FGsp": nobody shall take this for a store.
+-- "FGsp": distinguishes a spool from a store.
 PRAGMA application_id = 1179087728;
 
 CREATE TABLE readings (
@@ -15,27 +15,27 @@ CREATE TABLE readings (
 CREATE INDEX device_events_by_frame ON device_events (frame_id);
 CREATE INDEX gaps_by_frame ON gaps (stream_id, to_seq, reason);
 
--- One row: who this spool is to the store it feeds.
+-- One row: the identity of this spool for the store that it drains into.
 CREATE TABLE spool (
     is_only       INTEGER PRIMARY KEY DEFAULT 1 CHECK (is_only = 1),
     id            TEXT NOT NULL DEFAULT (lower(hex(randomblob(16)))),
-    -- 1 when the store knows of this spool and the spool knows where the store's streams stand.
+    -- 1 if the store knows this spool and the spool knows the positions of the store's streams.
     is_registered INTEGER NOT NULL DEFAULT 0,
-    -- By which the store knows the gateway that began with this file last, and the one that begins: a copy of
-    -- the file does not know what comes after.
+    -- Marks by which the store knows the gateway that last started with this file, and the one that is starting. A
+    -- copy of the file does not learn of later marks.
     instance      TEXT NOT NULL DEFAULT '',
     next_instance TEXT NOT NULL DEFAULT '',
-    -- The file itself, by its number in its file system.
+    -- Inode of the file.
     inode         INTEGER NOT NULL DEFAULT 0,
-    -- How many commits of what was here were forgotten since; the store counts them as well.
+    -- Number of commits whose content this spool has since deleted; the store counts them also.
     drained       INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 INSERT INTO spool DEFAULT VALUES;
 
--- Rows that changed and have to be sent to the store: of devices, schemas (key is the schema's number),
--- clocks (key is the boot) and clock_steps (key is the row). A row that changes again gets a new id, so what was read under an old
--- one can be forgotten by it. (Deleted and inserted, because in a trigger the conflict clause of the
--- statement that fired it would hold.)
+-- Changed rows to send to the store: of devices, schemas (key is the schema's number), clocks (key is the boot)
+-- and clock_steps (key is the row). A row that changes again gets a new id, so a change can be deleted by the id
+-- under which it was read. (The triggers delete and insert, because the conflict clause of the statement that
+-- fired a trigger would override that of an upsert.)
 CREATE TABLE changes (
     id        INTEGER PRIMARY KEY AUTOINCREMENT,
     what      TEXT NOT NULL,

@@ -1,13 +1,13 @@
 -- The store of a Fieldgate gateway.
 --
--- Times are integer microseconds since 1970-01-01T00:00:00Z; the views show them as UTC text as well.
--- A frame is stored in one transaction with the move of its stream's durable_seq: what is in here
--- is exactly what was acknowledged, or is about to be.
+-- Times are integer microseconds since 1970-01-01T00:00:00Z; the views also show them as UTC text. A frame is
+-- stored in the transaction that moves its stream's durable_seq, so the store contains exactly what was
+-- acknowledged or is about to be.
 
--- "FGat": tells a store from any other SQLite file before anything is written to it.
+-- "FGat": distinguishes a store from any other SQLite file before anything is written to it.
 PRAGMA application_id = 1179083124;
 
--- Ids of devices, streams and series are not given out again (AUTOINCREMENT): a gateway knows them by heart.
+-- Ids of devices, streams and series are never reused (AUTOINCREMENT), because gateways cache them.
 CREATE TABLE devices (
     id            INTEGER PRIMARY KEY AUTOINCREMENT,
     name          TEXT NOT NULL UNIQUE,
@@ -16,10 +16,10 @@ CREATE TABLE devices (
     first_seen_at INTEGER,
     last_seen_at  INTEGER,
     -- The device's key is derived from the fleet key, its name and key_version, which is 0 until the key is
-    -- replaced; or it is the device's own, stored here encrypted under a key derived from the fleet key.
+    -- replaced. Or it is an individual key, stored here encrypted with a key derived from the fleet key.
     key_version   INTEGER NOT NULL DEFAULT 0,
     sealed_key    BLOB,
-    -- The number of the last change by an operator (see device_revision), and of the one that set the key.
+    -- Numbers of the last change by an operator (see device_revision) and of the change that set the key.
     revision      INTEGER NOT NULL DEFAULT 0,
     key_revision  INTEGER NOT NULL DEFAULT 0
 ) STRICT;
@@ -32,8 +32,9 @@ CREATE TABLE device_revision (
 ) STRICT;
 INSERT INTO device_revision (latest) VALUES (0);
 
--- Devices that `fieldgate device remove` took out: a gateway that knows one finds the change here. While rows of one
--- are left, its row in `devices` is named '#', its id, a space and its former name, which no device can have.
+-- Devices removed with `fieldgate device remove`, so that a gateway that has cached one finds the change. While
+-- rows of one are left, its row in `devices` is named '#', its id, a space and its former name, which is not a
+-- valid device name.
 CREATE TABLE removed_devices (
     device_id  INTEGER PRIMARY KEY,
     name       TEXT NOT NULL,
@@ -42,27 +43,27 @@ CREATE TABLE removed_devices (
 ) STRICT;
 CREATE INDEX removed_devices_by_revision ON removed_devices (revision);
 
--- At most one row: which fleet key the devices' keys derive from. It is derived from the key itself, which
--- cannot be had from it.
+-- At most one row: identifies the fleet key of the devices' derived keys. It is computed from the fleet key,
+-- which cannot be recovered from it.
 CREATE TABLE fleet_key (
     is_only     INTEGER PRIMARY KEY DEFAULT 1 CHECK (is_only = 1),
     fingerprint TEXT NOT NULL
 ) STRICT;
 
--- A device numbers its frames in a stream, and starts a new stream when it has lost count.
+-- A device numbers its frames in a stream, and starts a new stream when it has lost its count.
 CREATE TABLE streams (
     id          INTEGER PRIMARY KEY AUTOINCREMENT,
     device_id   INTEGER NOT NULL REFERENCES devices (id),
     stream      INTEGER NOT NULL,
     durable_seq INTEGER NOT NULL DEFAULT 0,
-    -- Running totals, moved together with durable_seq: no query has to count a large table.
+    -- Running totals, moved together with durable_seq, so that no query has to count a large table.
     frames      INTEGER NOT NULL DEFAULT 0,
     readings    INTEGER NOT NULL DEFAULT 0,
     created_at  INTEGER NOT NULL,
     UNIQUE (device_id, stream)
 ) STRICT;
 
--- What a device declared, as it declared it; never changed.
+-- Schemas as devices declared them; never changed.
 CREATE TABLE schemas (
     device_id   INTEGER NOT NULL REFERENCES devices (id),
     schema      INTEGER NOT NULL,
@@ -71,7 +72,7 @@ CREATE TABLE schemas (
     PRIMARY KEY (device_id, schema)
 ) STRICT, WITHOUT ROWID;
 
--- Outlives a change of schema that keeps channel, unit and kind.
+-- A series continues after a change of schema that keeps channel, unit and kind.
 CREATE TABLE series (
     id        INTEGER PRIMARY KEY AUTOINCREMENT,
     device_id INTEGER NOT NULL REFERENCES devices (id),
@@ -81,9 +82,9 @@ CREATE TABLE series (
     UNIQUE (device_id, channel, unit, kind)
 ) STRICT;
 
--- The ledger: one row for each numbered frame that was stored, of whatever type; a gap has the
--- number of its last frame. No foreign keys here and in the tables of readings: this is the hot path, and only
--- the gateway writes it.
+-- The ledger: one row for each stored numbered frame of any type; a gap has the number of its last frame. This
+-- table and the tables of readings have no foreign keys, because they are on the hot path and only the gateway
+-- writes them.
 CREATE TABLE frames (
     id              INTEGER PRIMARY KEY,
     stream_id       INTEGER NOT NULL,
@@ -91,11 +92,11 @@ CREATE TABLE frames (
     type            INTEGER NOT NULL,
     received_at     INTEGER NOT NULL,
     readings        INTEGER NOT NULL,
-    -- How device time became UTC: 0 utc, 1 anchored, 2 unanchored, 3 suspect; NULL for a frame that
-    -- carries no time. readings.ts - clock_offset_us is the device's own time.
+    -- How device time was converted to UTC: 0 utc, 1 anchored, 2 unanchored, 3 suspect; NULL for a frame
+    -- without a time. readings.ts - clock_offset_us is the device's own time.
     quality         INTEGER,
     clock_offset_us INTEGER,
-    -- CRC-32C of the frame: a number that comes again with another one was given out twice.
+    -- CRC-32C of the frame. A repeated number with a different checksum was assigned twice.
     crc             INTEGER,
     UNIQUE (stream_id, seq)
 ) STRICT;
@@ -110,7 +111,7 @@ CREATE TABLE gaps (
     PRIMARY KEY (stream_id, from_seq)
 ) STRICT, WITHOUT ROWID;
 
--- Frames that arrived whole and could not be understood.
+-- Intact frames that could not be decoded.
 CREATE TABLE quarantine (
     id          INTEGER PRIMARY KEY,
     device_id   INTEGER NOT NULL REFERENCES devices (id),
@@ -125,11 +126,10 @@ CREATE TABLE quarantine (
 ) STRICT;
 CREATE INDEX quarantine_by_device ON quarantine (device_id);
 
--- kind: connected, disconnected (code is the BYE code of the reason), refused (a proof of identity failed, or the
+-- kind: connected, disconnected (code is the BYE code of the reason), refused (authentication failed, or the
 -- device may not connect; code is the BYE code), added, enabled, disabled, key_changed (by an operator), event
--- (level and code are the device's own, frame_id is the frame that carried it), number_reused (a number came
--- again with other content). session is
--- the number of the session that began or ended.
+-- (level and code are the device's own, frame_id is the frame that carried it), number_reused (a number was
+-- reused with different content). session is the number of the session that began or ended.
 CREATE TABLE device_events (
     id        INTEGER PRIMARY KEY,
     device_id INTEGER NOT NULL REFERENCES devices (id),
@@ -143,12 +143,12 @@ CREATE TABLE device_events (
     session   INTEGER
 ) STRICT;
 CREATE INDEX device_events_by_device ON device_events (device_id, at);
--- For pruning, which leaves what devices reported and what operators did.
+-- For pruning, which keeps events that devices reported and changes by operators.
 CREATE INDEX device_events_of_sessions ON device_events (device_id, id)
     WHERE kind IN ('connected', 'disconnected', 'refused');
 
--- Who was refused before a session began: by address, the name that was claimed ('' if none was) and the BYE code
--- (0 where none was said). The 1,000 that were refused last.
+-- Refusals before a session began: by address, claimed name ('' if none) and BYE code (0 if none was sent). The
+-- latest 1,000 are kept.
 CREATE TABLE refusals (
     id       INTEGER PRIMARY KEY,
     peer     TEXT NOT NULL,
@@ -161,9 +161,9 @@ CREATE TABLE refusals (
     UNIQUE (peer, device, code)
 ) STRICT;
 
--- One row for each session that is open: whose it is, in which gateway, and from which address. A gateway
--- that starts closes what its last run has left open. `gateway` is what stands in the file gateway.id of its
--- data directory; it is empty where there is only one gateway.
+-- One row for each open session: its device, gateway and address. A gateway that starts closes the sessions
+-- that its last run left open. `gateway` is the content of the file gateway.id in its data directory; it is
+-- empty if there is only one gateway.
 CREATE TABLE sessions (
     id           INTEGER PRIMARY KEY,
     device_id    INTEGER NOT NULL REFERENCES devices (id) ON DELETE CASCADE,
@@ -173,12 +173,12 @@ CREATE TABLE sessions (
 ) STRICT;
 CREATE INDEX sessions_by_device ON sessions (device_id);
 
--- A boot's clock against UTC, which is device time since boot + offset_us, off by half of delay_us
--- at most when it was measured. A delay_us of 9223372036854775807 says that it was not measured but
--- chosen (SPEC R74). timeline and origin_us are the gateway's clock at that moment: measured_at less
--- the time since that start of the machine. When they lie behind the newest row of `clock_steps`, what
--- was set since then has to be added to offset_us. Times since boot below valid_from_us are from before
--- a counter of the device wrapped, or from an earlier boot of the same number.
+-- A boot's clock: UTC is device time since boot + offset_us, with an error of at most half of delay_us when it
+-- was measured. A delay_us of 9223372036854775807 means that the clock was not measured but chosen (SPEC R74).
+-- timeline and origin_us describe the gateway's clock at that moment: origin_us is measured_at minus the time
+-- since that start of the machine. If they are older than the newest row of `clock_steps`, the steps since then
+-- must be added to offset_us. Times since boot below valid_from_us are from before a counter of the device
+-- wrapped, or from an earlier boot with the same number.
 CREATE TABLE clocks (
     device_id   INTEGER NOT NULL REFERENCES devices (id),
     boot        INTEGER NOT NULL,
@@ -192,11 +192,11 @@ CREATE TABLE clocks (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX clocks_by_time ON clocks (device_id, measured_at);
 
--- Each time the system clock of a gateway was set by a tenth of a second or more: it was set forward by
--- step_us (back if that is negative) when it showed before_at, and showed after_at then. What was received
--- between since_at and before_at was received by the clock as it stood before; after a step back, the same
--- range also holds what the new clock received until it showed before_at again (README has SQL for both).
--- timeline differs for each start of a machine; origin_us is UTC at that start, by the clock as it stands since.
+-- Steps of a gateway's system clock by a tenth of a second or more. The clock was stepped by step_us (back if
+-- negative) from before_at to after_at. Data received between since_at and before_at has times of the clock before
+-- the step. After a step back, the same range also holds data received by the new clock until it reached before_at
+-- again (docs/sql.md has SQL for both). timeline differs for each start of a machine; origin_us is UTC at that
+-- start, by the clock after the step.
 CREATE TABLE clock_steps (
     id        INTEGER PRIMARY KEY,
     timeline  INTEGER NOT NULL,
@@ -208,8 +208,9 @@ CREATE TABLE clock_steps (
     UNIQUE (timeline, origin_us)
 ) STRICT;
 
--- One row: a random mark, drawn when the file is made; one of the gateway that uses it; and a count of its
--- transactions: by these a gateway sees that the content was put back to an earlier state under it.
+-- One row: a random mark, generated when the file is created; the mark of the gateway that uses it; and a count
+-- of its transactions. With these a gateway detects that the content was restored to an earlier state while it
+-- was running.
 CREATE TABLE store_identity (
     is_only      INTEGER PRIMARY KEY DEFAULT 1 CHECK (is_only = 1),
     mark         TEXT NOT NULL DEFAULT (lower(hex(randomblob(16)))),

@@ -1,11 +1,11 @@
--- What makes a store of the tables that a spool has as well: readings that came last are kept in the
--- order in which they came, and sorted in a while later, many at a time. Sorted in at once, the few
--- readings of a small commit would each rewrite a page of its own: measured, up to five times the
--- time, and six times the bytes written to the disk.
+-- The tables that a store adds to those that it shares with a spool. Recent readings are kept at level 0, in
+-- order of arrival, and compacted later, many at a time. If they were sorted immediately, the few readings of a
+-- small commit would each rewrite a separate page: measured, up to five times the time, and six times the bytes
+-- written to the disk.
 
--- Clustered by series and time, which is how it is read. `frame_id` keeps two readings of one
--- instant apart. `value` is a REAL, or NULL, which says: sampled, no valid value. It is declared ANY
--- because SQLite keeps whole numbers of a REAL column as integers and so loses the sign of -0.0.
+-- Clustered by series and time, the order of reading. `frame_id` distinguishes two readings of the same time.
+-- `value` is a REAL, or NULL for "sampled, no valid value". It is declared ANY because SQLite stores whole
+-- numbers of a REAL column as integers and so loses the sign of -0.0.
 CREATE TABLE readings_sorted (
     series_id INTEGER NOT NULL,
     ts        INTEGER NOT NULL,
@@ -14,8 +14,8 @@ CREATE TABLE readings_sorted (
     PRIMARY KEY (series_id, ts, frame_id)
 ) STRICT, WITHOUT ROWID;
 
--- One row for each series in a frame. `samples` is a JSON object: microseconds since `ts`, and the
--- value or null. Each number in it is written so that SQLite reads back the same bits.
+-- One row for each series in a frame. `samples` is a JSON object: microseconds since `ts`, and the value or
+-- null. Each number in it is written so that SQLite reads back the same bits.
 CREATE TABLE readings_recent (
     id        INTEGER PRIMARY KEY,
     series_id INTEGER NOT NULL,
@@ -24,9 +24,9 @@ CREATE TABLE readings_recent (
     samples   TEXT NOT NULL
 ) STRICT;
 
--- One row: how far sorting in has come. Rows of `readings_recent` up to sorted_id are in
--- `readings_sorted` and wait to be deleted; those up to sorting_id are being sorted in, in the order
--- of series, ts and frame, and are there up to and including the one named here.
+-- One row: the progress of compaction. Rows of `readings_recent` up to sorted_id are in `readings_sorted` and
+-- wait to be deleted. Rows up to sorting_id are being compacted, in the order of series, ts and frame, and are
+-- in `readings_sorted` up to and including the one named here.
 CREATE TABLE readings_sorting (
     is_only    INTEGER PRIMARY KEY DEFAULT 1 CHECK (is_only = 1),
     sorted_id  INTEGER NOT NULL,
@@ -37,14 +37,14 @@ CREATE TABLE readings_sorting (
 ) STRICT;
 INSERT INTO readings_sorting VALUES (1, 0, 0, 0, 0, 0);
 
--- The rows of `readings_recent` that are not in `readings_sorted`.
+-- Rows of `readings_recent` that are not in `readings_sorted`.
 CREATE VIEW readings_unsorted AS
 SELECT u.series_id, u.ts, u.frame_id, u.samples
 FROM readings_sorting AS m
 CROSS JOIN readings_recent AS u ON u.id > m.sorted_id
     AND (u.id > m.sorting_id OR (u.series_id, u.ts, u.frame_id) > (m.series_id, m.ts, m.frame_id));
 
--- All readings. `value` is a REAL, or NULL, which says: sampled, no valid value.
+-- All readings. `value` is a REAL, or NULL for "sampled, no valid value".
 CREATE VIEW readings AS
 SELECT series_id, ts, frame_id, value FROM readings_sorted
 UNION ALL
@@ -52,29 +52,29 @@ SELECT u.series_id, u.ts + CAST(v.key AS INTEGER), u.frame_id, v.value
 FROM readings_unsorted AS u
 CROSS JOIN json_each(u.samples) AS v;
 
--- Hours that hold readings, each as its first microsecond: `telemetry_hourly` finds its readings by them.
--- A commit adds the hours of its readings that are missing here. A row that no reading belongs to does no harm.
+-- Hours that contain readings, each as its first microsecond; `telemetry_hourly` uses them to find its
+-- readings. A commit adds the missing hours of its readings. A row without readings is harmless.
 CREATE TABLE reading_hours (
     hour INTEGER PRIMARY KEY
 ) STRICT;
 
--- Views for people; the same names and columns as in Postgres.
+-- Views for people, with the same names and columns as in Postgres.
 --
--- A time is integer microseconds UTC. The column with `_text` after its name is the same time as text, for reading
--- only: a filter on it computes a text for every row. Filter by `ts`, and in `telemetry_hourly` by `hour`, which
--- reach the index. From a text:
+-- A time is integer microseconds UTC. The column with the suffix `_text` is the same time as text, for display
+-- only: a filter on it computes a text for every row. Filter by `ts`, and in `telemetry_hourly` by `hour`,
+-- which use the index. From a text:
 --     ... WHERE ts >= unixepoch('2026-11-22 10:00') * 1000000
 --     ... WHERE ts >= unixepoch('now', '-5 minutes') * 1000000
--- A time outside the years 0 to 9999 has no text: `ts_text` is NULL, `ts` is still there.
+-- A time outside the years 0 to 9999 has no text: `ts_text` is NULL, but `ts` is not.
 --
--- `kind` is how the device encodes a channel. A channel that changes it becomes another series.
+-- `kind` is the device's encoding of a channel. A channel whose kind changes becomes a new series.
 --
--- CROSS JOIN keeps SQLite to the order written: device, its series, then (series_id, ts) in
--- `readings`. Left to itself and without statistics, it may read all of `readings` instead. LEFT JOIN
--- lets it leave `frames` alone where no column of it is asked for.
+-- CROSS JOIN keeps SQLite to the written order: device, its series, then (series_id, ts) in `readings`. Without
+-- it and without statistics, SQLite may read all of `readings` instead. LEFT JOIN lets it skip `frames` if no
+-- column of it is selected.
 --
--- Each view has a half for what is sorted and one for what is not, so that a filter on device or time
--- reaches the index of the first.
+-- Each view has one half for compacted readings and one for level 0, so that a filter on device or time uses
+-- the index of the first.
 
 CREATE VIEW telemetry AS
 SELECT
@@ -110,10 +110,9 @@ FROM (
     LEFT JOIN frames AS f ON f.id = u.frame_id
 );
 
--- The newest reading of each series. A reading that claims a time more than a day after its receipt is
--- passed over, so that a device whose clock once stood in the future does not freeze here; a series
--- without any other reading shows NULL. (The bound by the present time says the same of most such rows
--- in a way the index can carry out.)
+-- The newest reading of each series. A reading whose time is more than a day after its receipt is skipped, so
+-- that a device whose clock was once in the future does not freeze here. A series without any other reading
+-- shows NULL. (The limit by the present time excludes most such rows in a form that the index supports.)
 CREATE VIEW newest_readings AS
 WITH unsorted AS MATERIALIZED (
     SELECT series_id, ts, frame_id, value
@@ -183,8 +182,8 @@ SELECT
 FROM newest_readings
 LEFT JOIN frames AS f ON f.id = frame_id;
 
--- One row for each series: its first reading, its newest one as `latest` shows it, and `in_future`, the
--- readings whose time is more than a day from now; it counts to 1000.
+-- One row for each series: its first reading, its newest one as in `latest`, and `in_future`, the number of
+-- readings whose time is more than a day from now, counted up to 1000.
 CREATE VIEW channels AS
 WITH unsorted AS MATERIALIZED (
     SELECT
@@ -234,14 +233,14 @@ FROM (
     LEFT JOIN unsorted AS u ON u.series_id = n.series_id
 );
 
--- By UTC hour, of the valid values; `n` counts them. Name a device, or hours, or both: without, every
+-- Valid values by UTC hour; `n` is their number. Filter by device, by hour, or by both: without a filter, every
 -- reading in the store is read.
 --
--- `total` leaves out values beyond 1e288, whose sum may be no finite number; `huge` is their sum times
--- 2^-64. `mean` is NULL where both infinities are among the values.
+-- `total` excludes values beyond 1e288, whose sum may not be finite; `huge` is their sum times 2^-64. `mean` is
+-- NULL if both infinities are among the values.
 CREATE VIEW telemetry_hourly AS
 WITH unsorted AS MATERIALIZED (
-    -- Values beyond 1e15 are sorted in at once, and never here.
+    -- Values beyond 1e15 bypass level 0, so they never occur here.
     SELECT series_id, hour, count(value) AS n, min(value) AS min, total(value) AS total, max(value) AS max
     FROM (
         SELECT
@@ -313,9 +312,9 @@ FROM (
     )
 );
 
--- One row for each device. `missing` are frames that the device lost, `quarantined` those that could
--- not be understood; `state` is 'connected' while it has a session, 'new' before its
--- first login. `last_seen_at` is its last login or frame, whichever is later.
+-- One row for each device. `missing` is the number of frames that the device lost, `quarantined` that of frames
+-- that could not be decoded. `state` is 'connected' during a session, and 'new' before the first login.
+-- `last_seen_at` is the later of its last login and its last frame.
 CREATE VIEW device_status AS
 SELECT
     device,
@@ -355,7 +354,7 @@ FROM (
         (SELECT coalesce(sum(st.frames), 0) FROM streams AS st WHERE st.device_id = d.id) AS frames,
         (SELECT coalesce(sum(st.readings), 0) FROM streams AS st WHERE st.device_id = d.id) AS readings,
         (
-            -- total(), not sum(): a device may claim a gap so long that a sum would overflow.
+            -- total(), not sum(): a device may report a gap so long that a sum would overflow.
             SELECT CAST(total(g.to_seq - g.from_seq + 1) AS INTEGER)
             FROM streams AS st CROSS JOIN gaps AS g ON g.stream_id = st.id
             WHERE st.device_id = d.id
@@ -375,7 +374,7 @@ SELECT
 FROM device_status
 WHERE enabled = 1 AND (last_frame_at IS NULL OR last_frame_at < (unixepoch('now') - 3600) * 1000000);
 
--- What happened to devices, and what they reported (kind 'event'); `code` of a session's end is a BYE code.
+-- Audit events and events that devices reported (kind 'event'); `code` of a session's end is a BYE code.
 CREATE VIEW events AS
 SELECT
     d.name AS device,
@@ -395,7 +394,7 @@ SELECT
 FROM devices AS d
 CROSS JOIN device_events AS e ON e.device_id = d.id;
 
--- What devices lost before they could send it.
+-- Frames that devices lost before they could send them.
 CREATE VIEW missing_frames AS
 SELECT
     d.name AS device,

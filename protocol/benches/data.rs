@@ -1,20 +1,21 @@
-//! DATA frames on one core, bytes to readings and back:
-//! `cargo bench -p fieldgate-protocol --features crc-tables --bench data`.
+//! Measures DATA frames on one core, encoding and decoding: `cargo bench -p fieldgate-protocol
+//! --features crc-tables --bench data`.
 
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use fieldgate_protocol::column::{
-    Kind, ROWS_MAX, check_shape, decode_times, decode_values, encode_integers,
+    ROWS_MAX, check_shape, decode_times, decode_values, encode_integers,
 };
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX, OVERHEAD_BYTES, types};
 use fieldgate_protocol::message::{self, CHANNELS_MAX, Column, Data};
+use fieldgate_protocol::value::Kind;
 
 /// Channels and rows of the frames.
 const SHAPES: [(usize, usize); 5] = [(1, 1), (1, 60), (4, 1), (4, 15), (4, 60)];
 
-/// What a device samples once a second: values that wander by a few of their smallest steps, each
-/// channel a little more than the one before.
+/// Returns readings with a period of one second: values that drift by a few of their smallest
+/// steps, each channel a little faster than the previous one.
 fn samples(channels: usize, rows: usize) -> Vec<Vec<i64>> {
     let mut state = 1u32;
     let mut noise = |height: i64| {
@@ -29,7 +30,7 @@ fn samples(channels: usize, rows: usize) -> Vec<Vec<i64>> {
     (0..channels as i64).map(channel).collect()
 }
 
-/// Packs samples into a DATA frame, as a device does; returns its length in bytes.
+/// Encodes samples in a DATA frame like a device; returns its length in bytes.
 fn write_frame(samples: &[Vec<i64>], packed: &mut [u8], out: &mut [u8]) -> usize {
     let mut rest = packed;
     let mut columns = heapless::Vec::<Column<'_>, CHANNELS_MAX>::new();
@@ -60,7 +61,7 @@ fn write_frame(samples: &[Vec<i64>], packed: &mut [u8], out: &mut [u8]) -> usize
     message::encode(&data, 5, out).unwrap()
 }
 
-/// Checks a frame and unpacks its readings, as a gateway does.
+/// Checks a frame and decodes its readings like a gateway.
 fn read_frame(bytes: &[u8], times: &mut [i64], values: &mut [f64]) {
     let frame = frame::decode(bytes, FRAME_BYTES_MAX).unwrap().unwrap();
     assert!(frame.intact);
@@ -107,7 +108,7 @@ fn data(c: &mut Criterion) {
     group.finish();
 }
 
-/// Both checksums of a frame and nothing else: its payload is not looked into.
+/// Computes both checksums of a frame without decoding its payload.
 fn checksums(c: &mut Criterion) {
     let mut group = c.benchmark_group("checksums");
     for frame_bytes in [64, 256, 4096, 16384] {

@@ -1,31 +1,31 @@
 //! Keys and the two MACs of the handshake (R32 to R37).
 //!
-//! A CRC proves nothing about who sent a frame; these MACs prove, once for each connection, that both
-//! sides hold the device's key. Comparison takes the same time whatever the bytes are.
+//! A CRC does not prove who sent a frame. The MACs prove, once per connection, that both sides hold
+//! the device's key. Comparison takes constant time.
 
 use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 
-/// Bytes of a key, of a MAC and of a channel binding.
+/// Length of a key, a MAC and a channel binding, in bytes.
 pub const KEY_BYTES: usize = 32;
-/// Bytes of a nonce.
+/// Length of a nonce, in bytes.
 pub const NONCE_BYTES: usize = 16;
-/// The channel binding of a plain TCP connection (R34).
+/// Channel binding of a plain TCP connection (R34).
 pub const NO_CHANNEL_BINDING: [u8; KEY_BYTES] = [0; KEY_BYTES];
 
 const DEVICE_KEY_LABEL: &[u8] = b"fieldgate device v1";
 const DEVICE_MAC_LABEL: &[u8] = b"fieldgate device v1";
 const GATEWAY_MAC_LABEL: &[u8] = b"fieldgate gateway v1";
 
-/// A device's key as derived from the fleet's (R32). `key_version` is 0 until the key is replaced.
+/// Derives a device's key from the fleet key (R32). `key_version` is 0 until the key is replaced.
 pub fn derive_device_key(
     fleet_key: &[u8; KEY_BYTES],
     name: &str,
     key_version: u32,
 ) -> [u8; KEY_BYTES] {
     let mut key = [0; KEY_BYTES];
-    // No name has a zero byte, so no other name begins where a version does.
+    // Names contain no zero byte, so the boundary between name and version is unambiguous.
     let version = key_version.to_le_bytes();
     let (separator, version): (&[u8], &[u8]) = match key_version {
         0 => (&[], &[]),
@@ -34,21 +34,21 @@ pub fn derive_device_key(
     let info = [DEVICE_KEY_LABEL, name.as_bytes(), separator, version];
     Hkdf::<Sha256>::new(None, fleet_key)
         .expand_multi_info(&info, &mut key)
-        .expect("32 bytes are within what HKDF-SHA256 can give");
+        .expect("32 bytes are within the limit of HKDF-SHA256");
     key
 }
 
-/// The payloads exchanged so far, as a hash (R33).
+/// Hash of the payloads exchanged so far (R33).
 #[derive(Clone, Debug, Default)]
 pub struct Transcript(Sha256);
 
 impl Transcript {
-    /// Adds a payload, or the part of it before its MAC.
+    /// Adds a payload, or the part before its MAC.
     pub fn add(&mut self, payload: &[u8]) {
         self.0.update(payload);
     }
 
-    /// The device's MAC over HELLO, CHALLENGE and AUTH without its MAC (R35).
+    /// Returns the device's MAC over HELLO, CHALLENGE and AUTH without its MAC (R35).
     pub fn device_mac(
         &self,
         key: &[u8; KEY_BYTES],
@@ -60,7 +60,7 @@ impl Transcript {
             .into()
     }
 
-    /// Whether `mac` is the device's, in constant time.
+    /// Verifies the device's `mac` in constant time.
     pub fn verify_device_mac(
         &self,
         key: &[u8; KEY_BYTES],
@@ -72,7 +72,8 @@ impl Transcript {
             .is_ok()
     }
 
-    /// The gateway's MAC over all that, AUTH's MAC, and WELCOME without its MAC (R36).
+    /// Returns the gateway's MAC over HELLO, CHALLENGE, AUTH including its MAC, and WELCOME without
+    /// its MAC (R36).
     pub fn gateway_mac(
         &self,
         key: &[u8; KEY_BYTES],
@@ -84,7 +85,7 @@ impl Transcript {
             .into()
     }
 
-    /// Whether `mac` is the gateway's, in constant time.
+    /// Verifies the gateway's `mac` in constant time.
     pub fn verify_gateway_mac(
         &self,
         key: &[u8; KEY_BYTES],
@@ -102,8 +103,8 @@ impl Transcript {
         key: &[u8; KEY_BYTES],
         channel_binding: &[u8; KEY_BYTES],
     ) -> Hmac<Sha256> {
-        let mut mac =
-            <Hmac<Sha256> as KeyInit>::new_from_slice(key).expect("HMAC takes keys of any length");
+        let mut mac = <Hmac<Sha256> as KeyInit>::new_from_slice(key)
+            .expect("HMAC accepts keys of any length");
         mac.update(label);
         mac.update(channel_binding);
         mac.update(&self.0.clone().finalize());
@@ -111,7 +112,8 @@ impl Transcript {
     }
 }
 
-/// What names a schema's content: the first 8 bytes of the SHA-256 of DECLARE's payload (R41).
+/// Returns the identifier of a schema's content: the first 8 bytes of the SHA-256 of DECLARE's
+/// payload (R41).
 pub fn schema_hash(declare_payload: &[u8]) -> [u8; 8] {
     let digest: [u8; 32] = Sha256::digest(declare_payload).into();
     let [a, b, c, d, e, f, g, h, ..] = digest;

@@ -1,71 +1,18 @@
-//! Times and columns of a DATA, packed and unpacked (R50 to R59), into and out of buffers that the
-//! caller brings.
+//! Encoding and decoding of the times and columns of a DATA (R50 to R59), using buffers that the
+//! caller provides.
 
 use crate::error::Violation;
 use crate::frame::NoRoom;
-use crate::message::{Column, Data, MONO_US_MAX};
+use crate::message::{Column, Data};
+use crate::value::{Kind, check_time};
 
-/// Most rows of a DATA (R52).
+/// Maximum number of rows in a DATA (R52).
 pub const ROWS_MAX: usize = 4096;
-/// Most readings, rows times columns, of a DATA (R52).
+/// Maximum number of readings (rows times columns) in a DATA (R52).
 pub const READINGS_MAX: usize = 8192;
-/// First microsecond of year 1 (R50).
-pub const UTC_US_MIN: i64 = -62_135_596_800_000_000;
-/// Last microsecond of year 9999 (R50).
-pub const UTC_US_MAX: i64 = 253_402_300_799_999_999;
-
-/// Type of a channel's values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Kind {
-    /// Integer scaled by a power of ten.
-    Integer = 0,
-    /// IEEE 754 binary32.
-    F32 = 1,
-    /// IEEE 754 binary64.
-    F64 = 2,
-    /// False or true, stored as 0 or 1.
-    Bool = 3,
-}
-
-impl Kind {
-    /// The kind that a byte of DECLARE stands for.
-    pub const fn from_wire(kind: u8) -> Option<Kind> {
-        match kind {
-            0 => Some(Kind::Integer),
-            1 => Some(Kind::F32),
-            2 => Some(Kind::F64),
-            3 => Some(Kind::Bool),
-            _ => None,
-        }
-    }
-
-    /// Every kind.
-    pub const ALL: [Kind; 4] = [Kind::Integer, Kind::F32, Kind::F64, Kind::Bool];
-
-    /// The kind's name, as it stands in SQL.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Kind::Integer => "integer",
-            Kind::F32 => "f32",
-            Kind::F64 => "f64",
-            Kind::Bool => "bool",
-        }
-    }
-
-    /// Bytes of a value in [`encoding::RAW`].
-    const fn width_bytes(self) -> usize {
-        match self {
-            Kind::Integer | Kind::F64 => 8,
-            Kind::F32 => 4,
-            Kind::Bool => 1,
-        }
-    }
-}
-
-/// How a column's values are packed (R54).
+/// Encodings of a column's values (R54).
 pub mod encoding {
-    /// Little-endian, each of the kind's width.
+    /// Little-endian values of the kind's width.
     pub const RAW: u8 = 0;
     /// Varints of zigzag differences, the first from 0. For integers and bools.
     pub const DELTA_VARINT: u8 = 1;
@@ -74,9 +21,9 @@ pub mod encoding {
     pub const DELTA_PACKED: u8 = 2;
 }
 
-/// Writes the time of each row, in microseconds of the device's clock, into `out`.
+/// Decodes the time of each row, in microseconds of the device's clock, into `out`.
 ///
-/// `out` has as many places as `data` has rows.
+/// `out` has one element for each row of `data`.
 pub fn decode_times(data: &Data<'_>, out: &mut [i64]) -> Result<(), Violation> {
     if out.is_empty() || out.len() > ROWS_MAX {
         return Err(Violation::Rows);
@@ -107,34 +54,12 @@ pub fn decode_times(data: &Data<'_>, out: &mut [i64]) -> Result<(), Violation> {
     if !dt.rest.is_empty() {
         return Err(Violation::Times);
     }
-    // Times increase, so the first and the last stand for all.
+    // Times increase, so checking the first and the last is enough.
     check_time(data.clock, out[0])?;
     check_time(data.clock, time_us)
 }
 
-/// Whether a device may stamp this time (R50): UTC within years 1 to 9999, time since boot within
-/// 285 years.
-pub fn check_time(clock: u8, time_us: i64) -> Result<(), Violation> {
-    if clock != 0 {
-        check_utc(time_us)
-    } else if (0..=MONO_US_MAX as i64).contains(&time_us) {
-        Ok(())
-    } else {
-        Err(Violation::TimeRange)
-    }
-}
-
-/// Whether this is a UTC of the years 1 to 9999 (R50), so that sums with it cannot overflow and every
-/// database can keep it.
-pub fn check_utc(utc_us: i64) -> Result<(), Violation> {
-    if (UTC_US_MIN..=UTC_US_MAX).contains(&utc_us) {
-        Ok(())
-    } else {
-        Err(Violation::TimeRange)
-    }
-}
-
-/// Checks rows, readings and channel numbers (R52, R53), before anything of that size is set aside.
+/// Checks rows, readings and channel numbers (R52, R53), before anything of that size is allocated.
 pub fn check_shape(data: &Data<'_>) -> Result<(), Violation> {
     let rows = usize::from(data.rows);
     if !(1..=ROWS_MAX).contains(&rows) || rows * data.columns.len() > READINGS_MAX {
@@ -154,9 +79,9 @@ pub fn check_shape(data: &Data<'_>) -> Result<(), Violation> {
     Ok(())
 }
 
-/// Writes the value of each row into `out`, NaN where there is no valid one.
+/// Decodes the value of each row into `out`; NaN if there is no valid value.
 ///
-/// `out` has as many places as the DATA has rows.
+/// `out` has one element for each row of the DATA.
 pub fn decode_values(
     column: &Column<'_>,
     kind: Kind,
@@ -244,11 +169,11 @@ fn decode_delta_packed(data: &[u8], kind: Kind, exp10: i8, out: &mut [f64]) -> O
         value = value.wrapping_add(unzigzag(bits.take(width_bits)));
         *place = scale.apply(value)?;
     }
-    // Spare bits of the last byte are 0: what is left in the window.
+    // Spare bits of the last byte, now left in the window, must be 0.
     (bits.window == 0).then_some(())
 }
 
-/// How an integer becomes the double that is stored.
+/// Conversion of an integer to the stored double.
 enum Scale {
     Bool,
     Times(f64),
@@ -265,7 +190,8 @@ impl Scale {
         }
     }
 
-    /// Both operands are exact up to 2^53, so one rounding makes 2157 with -2 the double 21.57 (R57).
+    /// Both operands are exact up to 2^53, so there is only one rounding: 2157 with exponent -2
+    /// becomes the double 21.57 (R57).
     #[inline]
     fn apply(&self, raw: i64) -> Option<f64> {
         match self {
@@ -276,13 +202,13 @@ impl Scale {
     }
 }
 
-/// The powers of ten that are exact doubles.
+/// Powers of ten that are exact as doubles.
 const POWERS_OF_TEN: [f64; 23] = [
     1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15, 1e16,
     1e17, 1e18, 1e19, 1e20, 1e21, 1e22,
 ];
 
-/// The double that an integer of a channel is stored as (R57).
+/// Returns the double stored for an integer of a channel (R57).
 pub fn scaled(raw: i64, exp10: i8) -> f64 {
     let power = POWERS_OF_TEN[usize::from(exp10.unsigned_abs()).min(22)];
     if exp10 < 0 {
@@ -320,7 +246,7 @@ impl<'a> Nulls<'a> {
         self.bitmap[row / 8] >> (row % 8) & 1 == 1
     }
 
-    /// Moves the first `valid` values of `out` to their rows, from the last one down.
+    /// Moves the first `valid` values of `out` to their rows, last one first.
     fn spread(&self, mut valid: usize, out: &mut [f64]) {
         if self.bitmap.is_empty() {
             return;
@@ -347,7 +273,8 @@ impl Bytes<'_> {
         Some(*first)
     }
 
-    /// An unsigned LEB128 number of at most 64 bits; `None` where it is longer than it must be (R22).
+    /// Reads an unsigned LEB128 number of at most 64 bits; returns `None` if it is not the shortest
+    /// form (R22).
     #[inline]
     fn varint(&mut self) -> Option<u64> {
         let mut value = 0u64;
@@ -373,7 +300,7 @@ struct BitReader<'a> {
 }
 
 impl BitReader<'_> {
-    /// The next `width_bits` bits, at most 64; the caller has checked that they are there.
+    /// Returns the next `width_bits` bits, at most 64. The caller has checked that they exist.
     #[inline]
     fn take(&mut self, width_bits: u32) -> u64 {
         while self.window_bits < width_bits {
@@ -404,8 +331,8 @@ fn unzigzag(value: u64) -> i64 {
     (value >> 1) as i64 ^ -((value & 1) as i64)
 }
 
-/// Packs integers (or bools as 0 and 1) in whichever of the delta encodings is shorter; returns the
-/// encoding and the bytes used.
+/// Encodes integers (or bools as 0 and 1) with the delta encoding that is shorter. Returns the
+/// encoding and the number of bytes written.
 pub fn encode_integers(values: &[i64], out: &mut [u8]) -> Result<(u8, usize), NoRoom> {
     let Some((first, others)) = values.split_first() else {
         return Ok((encoding::DELTA_VARINT, 0));
@@ -447,7 +374,7 @@ pub fn encode_integers(values: &[i64], out: &mut [u8]) -> Result<(u8, usize), No
     Ok((encoding::DELTA_PACKED, out.used))
 }
 
-/// Packs doubles as they are; returns the bytes used.
+/// Encodes doubles unchanged; returns the number of bytes written.
 pub fn encode_f64(values: &[f64], out: &mut [u8]) -> Result<usize, NoRoom> {
     let mut out = Out { out, used: 0 };
     for value in values {
@@ -456,7 +383,7 @@ pub fn encode_f64(values: &[f64], out: &mut [u8]) -> Result<usize, NoRoom> {
     Ok(out.used)
 }
 
-/// Packs singles as they are; returns the bytes used.
+/// Encodes singles unchanged; returns the number of bytes written.
 pub fn encode_f32(values: &[f32], out: &mut [u8]) -> Result<usize, NoRoom> {
     let mut out = Out { out, used: 0 };
     for value in values {
@@ -465,8 +392,8 @@ pub fn encode_f32(values: &[f32], out: &mut [u8]) -> Result<usize, NoRoom> {
     Ok(out.used)
 }
 
-/// Packs the steps from each time to the next for [`Data::dt`]; times strictly increase. Returns the
-/// bytes used.
+/// Encodes the steps between consecutive times for [`Data::dt`]; times strictly increase. Returns
+/// the number of bytes written.
 pub fn encode_times(times: &[i64], out: &mut [u8]) -> Result<usize, NoRoom> {
     let mut out = Out { out, used: 0 };
     for pair in times.windows(2) {

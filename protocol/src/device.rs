@@ -1,126 +1,128 @@
-//! The device's side of the protocol as a state machine (R80 to R95): what firmware links, and what
-//! the simulator drives.
+//! The device side of the protocol as a state machine (R80 to R95), used by firmware and by the
+//! simulator.
 //!
-//! It performs no I/O and reads no clock. The firmware owns the connection, the receive buffer and the
-//! durable [`Queue`]; it calls, in any order:
-//! - [`Device::connect`] when a connection is up, [`Device::disconnect`] when it is gone;
-//! - [`Device::handle_frame`] for each frame received, [`Device::handle_timeout`] at
+//! It performs no I/O and reads no clock. The firmware owns the connection, the receive buffer and
+//! the durable [`Queue`]; it calls, in any order:
+//! - [`Device::connect`] when a connection is established, [`Device::disconnect`] when it is lost;
+//! - [`Device::handle_frame`] for each received frame, [`Device::handle_timeout`] at
 //!   [`Device::poll_deadline`];
-//! - [`Device::poll_transmit`] until it gives nothing more, and sends what it gives.
+//! - [`Device::poll_transmit`] until it returns nothing more, sending everything it returns.
 //!
-//! Invariant: the queue is told to delete only what a gateway that proved the device's key has
-//! acknowledged (R84).
+//! Invariant: the queue deletes only frames acknowledged by a gateway that proved the device's key
+//! (R84).
 
 use crate::auth::{KEY_BYTES, NONCE_BYTES, Transcript};
 use crate::error::{Class, Code};
 use crate::frame::{Frame, HEADER_BYTES, NoRoom, TRAILER_BYTES, VERSION, types};
 use crate::message::{self, Ack, Auth, Bye, Challenge, Gap, Hello, Nack, Ping, Pong, Welcome};
 
-/// Longest wait that a gateway can ask for; more is taken as this (R92). BYE may come from whoever
-/// answers before a key is proved, and must not silence a device for weeks.
+/// Longest wait that a gateway can ask for; longer ones are reduced to it (R92). Before a key is
+/// proved, any peer can send BYE, and must not silence a device for weeks.
 pub const RETRY_AFTER_MS_MAX: u32 = 3_600_000;
-/// The clock is compared with the gateway's at least this often, however much is being sent (R72).
+/// Longest interval between exchanges of time with the gateway, even while the device is always
+/// sending (R72).
 pub const TIME_EXCHANGE_US: u64 = 600_000_000;
-/// Refusals of class 2 without an ACK in between before the connection is given up (R88): what eight
-/// attempts did not mend, the ninth will not.
-pub const MENDS_MAX: u32 = 8;
+/// Number of class 2 NACKs without an ACK in between after which the device gives up the connection
+/// (R88): if eight attempts did not fix the cause, the ninth will not either.
+pub const FIXES_MAX: u32 = 8;
 
-/// What does not change while a device runs.
+/// Settings that are constant while a device runs.
 #[derive(Clone)]
 pub struct Config<'a> {
     /// The device's name.
     pub name: &'a str,
     /// The device's key; see [`crate::auth::derive_device_key`].
     pub key: [u8; KEY_BYTES],
-    /// Firmware version, for people.
+    /// Firmware version, informational.
     pub firmware: &'a str,
     /// Number of the queue, random below 2^63, chosen when the queue was created.
     pub stream: u64,
-    /// Counts boots, or is random for each.
+    /// Boot counter, or a random number for each boot.
     pub boot: u32,
-    /// Schema that new frames are made with.
+    /// Schema number used for new frames.
     pub schema: u16,
-    /// Its hash; see [`crate::auth::schema_hash`].
+    /// Hash of that schema; see [`crate::auth::schema_hash`].
     pub schema_hash: [u8; 8],
-    /// Longest frame the receive buffer holds.
+    /// Longest frame that fits the receive buffer, in bytes.
     pub rx_bytes_max: u16,
-    /// Most frames sent and not yet acknowledged, 1 or more; the gateway's limit holds as well.
+    /// Maximum number of unacknowledged frames, at least 1; the gateway's limit also applies.
     pub window_frames: u64,
-    /// Wait before the first attempt to connect again; doubles with each further one.
+    /// Delay before the first attempt to reconnect; doubles with each further one.
     pub reconnect_min_ms: u32,
-    /// Longest wait between attempts.
+    /// Longest delay between attempts.
     pub reconnect_max_ms: u32,
-    /// How long the gateway may take to answer in the handshake.
+    /// How long the gateway may take to reply in the handshake.
     pub handshake_timeout_ms: u32,
 }
 
 /// The device's durable outgoing queue.
 pub trait Queue {
-    /// Oldest number it still holds; [`Queue::next_seq`] where it is empty.
+    /// Returns the oldest number still in the queue; [`Queue::next_seq`] if the queue is empty.
     fn oldest_seq(&self) -> u64;
 
-    /// The number the next new frame will get; 1 in a new queue.
+    /// Returns the number of the next new frame; 1 in a new queue.
     fn next_seq(&self) -> u64;
 
-    /// Writes the whole frame with this number, the same bytes each time; returns its length.
+    /// Writes the complete frame with this number, with the same bytes each time; returns its
+    /// length.
     fn write_frame(&mut self, seq: u64, out: &mut [u8]) -> Result<usize, NoRoom>;
 
-    /// Writes the DECLARE of the schema that frame `seq` uses, which the queue holds; returns its
-    /// length. For a frame that uses none, any of the device's schemas will do.
+    /// Writes the DECLARE of the schema that the queued frame `seq` uses; returns its length. If
+    /// the frame uses no schema, any of the device's schemas will do.
     fn write_declare(&mut self, seq: u64, out: &mut [u8]) -> Result<usize, NoRoom>;
 
-    /// Frames through this number are stored by the gateway and may be forgotten.
+    /// Deletes frames through this number, which the gateway has stored.
     fn delete_through(&mut self, seq: u64);
 }
 
-/// What the firmware may want to know of a received frame.
+/// What the firmware may want to know about a received frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notice {
-    /// The gateway proved itself; sending begins. Carries its UTC in microseconds.
+    /// The gateway has authenticated; sending begins.
     Welcomed {
-        /// The gateway's clock.
+        /// The gateway's UTC in microseconds.
         utc_us: i64,
     },
     /// Frames through this number are durable.
     Acked {
-        /// The number.
+        /// Highest durable number.
         through_seq: u64,
     },
-    /// A frame was refused; what its [`Class`] obliges to is done by the state machine.
+    /// The gateway refused a frame; the state machine reacts as its [`Class`] demands.
     Refused {
-        /// Its number; 0 for one without.
+        /// Sequence number of the frame; 0 if unsequenced.
         seq: u64,
         /// The NACK code.
         code: u8,
     },
-    /// Answer to a PING: the gateway's UTC in microseconds.
+    /// The gateway answered a PING.
     Time {
-        /// The gateway's clock when it answered.
+        /// The gateway's UTC when it answered, in microseconds.
         utc_us: i64,
     },
 }
 
-/// Why the connection must be given up.
+/// Reason to give up the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The gateway said BYE.
+    /// The gateway sent BYE.
     Bye {
-        /// Its code.
+        /// The BYE code.
         code: u8,
-        /// Connect again no sooner than this.
+        /// Earliest time to reconnect, in milliseconds from now.
         retry_after_ms: u32,
     },
-    /// The peer does not hold the device's key: it is not its gateway.
+    /// The peer does not hold the device's key: it is not the device's gateway.
     NotOurGateway,
-    /// The gateway sent what it must not, told in a few words.
+    /// The gateway violated the protocol; a short description.
     Protocol(&'static str),
-    /// No answer, or no progress, in time.
+    /// No reply or no progress in time.
     Timeout,
-    /// The schema's number is taken by other content: firmware must choose another number.
+    /// The schema number is used for different content: the firmware must use another number.
     SchemaConflict,
-    /// The gateway takes no more schemas or series of this device: an operator must act.
+    /// The gateway's series or schema limit is reached: an operator must act.
     SchemaBound,
-    /// The next frame does not fit what this gateway receives, or the buffer given (R9).
+    /// The next frame is longer than this gateway's limit or the given buffer (R9).
     FrameTooLong,
 }
 
@@ -137,48 +139,48 @@ enum State {
     Ready,
 }
 
-/// The state machine; see the module's documentation.
+/// The device state machine; see the module documentation.
 pub struct Device<'a> {
     config: Config<'a>,
     channel_binding: [u8; KEY_BYTES],
     state: State,
     transcript: Transcript,
     handshake_deadline_us: u64,
-    /// Attempts since a connection last proved useful.
+    /// Number of attempts since the last useful connection.
     attempts: u32,
-    /// Longest frame the gateway receives.
+    /// Longest frame that the gateway receives.
     tx_bytes_max: usize,
-    /// The next frame is longer than that.
+    /// Whether the next frame is longer than that.
     is_stuck: bool,
 
     durable_seq: u64,
     limit_seq: u64,
     next_send_seq: u64,
-    /// The highest number sent on this connection, or durable, whichever is more.
+    /// The highest number sent on this connection or durable, whichever is greater.
     sent_seq: u64,
-    /// Refusals of class 2 since the latest progress.
-    mends: u32,
-    /// The schema of the next frame must be declared before it is sent.
+    /// Number of class 2 NACKs since the latest progress.
+    fixes: u32,
+    /// Whether the schema of the next frame must be declared first.
     declare_due: bool,
-    /// Class 1: nothing sequenced before this moment.
+    /// Class 1: no sequenced frames before this time.
     paused_until_us: u64,
-    /// Class 1: nothing beyond this number before an ACK covers it.
+    /// Class 1: no frames above this number until an ACK covers it.
     probe_seq: u64,
-    /// Latest moment something unacknowledged moved on.
+    /// Latest time at which the set of unacknowledged frames changed.
     progress_at_us: u64,
 
     keepalive_us: u64,
     ack_timeout_us: u64,
     sent_at_us: u64,
-    /// When the gateway's time was last heard.
+    /// Time at which the gateway's time was last received.
     time_at_us: u64,
     ping_sent_at_us: Option<u64>,
-    /// `sent_us` of the latest PONG, and when it arrived.
+    /// `sent_us` of the latest PONG, and its arrival time.
     pong: (i64, u64),
 }
 
 impl<'a> Device<'a> {
-    /// A device that is not connected.
+    /// Creates a disconnected device.
     pub fn new(config: Config<'a>) -> Self {
         Device {
             config,
@@ -193,7 +195,7 @@ impl<'a> Device<'a> {
             limit_seq: 0,
             next_send_seq: 1,
             sent_seq: 0,
-            mends: 0,
+            fixes: 0,
             declare_due: false,
             paused_until_us: 0,
             probe_seq: u64::MAX,
@@ -207,7 +209,7 @@ impl<'a> Device<'a> {
         }
     }
 
-    /// A connection is up. `nonce` is random; `utc_us` is 0 where the device does not know UTC.
+    /// Handles a new connection. `nonce` is random; `utc_us` is 0 if the device does not know UTC.
     ///
     /// `channel_binding` is [`crate::auth::NO_CHANNEL_BINDING`] on plain TCP.
     pub fn connect(
@@ -222,16 +224,16 @@ impl<'a> Device<'a> {
         self.transcript = Transcript::default();
         self.handshake_deadline_us = now_us + u64::from(self.config.handshake_timeout_ms) * 1000;
         self.declare_due = false;
-        self.mends = 0;
+        self.fixes = 0;
         self.paused_until_us = 0;
         self.probe_seq = u64::MAX;
         self.ping_sent_at_us = None;
         self.pong = (0, 0);
     }
 
-    /// The connection is gone, or was never made; returns when to try again (R91).
+    /// Handles a lost or failed connection; returns when to try again (R91).
     ///
-    /// `random` is drawn evenly from all its values.
+    /// `random` must be uniformly distributed.
     pub fn disconnect(&mut self, fault: Option<Fault>, now_us: u64, random: u32) -> u64 {
         self.state = State::Offline;
         self.is_stuck = false;
@@ -242,8 +244,8 @@ impl<'a> Device<'a> {
                 code,
                 retry_after_ms,
             }) => {
-                // Whoever is taken over on the connection it uses has a twin: both hurrying back would
-                // take over from each other for ever.
+                // A device that is taken over while connected has a twin. If both reconnected
+                // quickly, they would take over from each other indefinitely.
                 let longest = Class::of(code) == Class::Operator || code == Code::TakenOver as u8;
                 let ceiling_ms = if longest {
                     max_ms
@@ -266,7 +268,8 @@ impl<'a> Device<'a> {
             }
         };
         self.attempts = self.attempts.saturating_add(1);
-        // Anywhere in the upper half of the wait, so that a fleet does not come back as one.
+        // Uniform over the upper half of the delay, so that a fleet does not reconnect all at the
+        // same time.
         let jitter_ms = (ceiling_ms / 2) * u64::from(random) / u64::from(u32::MAX);
         now_us + (asked_ms + ceiling_ms.div_ceil(2) + jitter_ms) * 1000
     }
@@ -277,12 +280,12 @@ impl<'a> Device<'a> {
             .min(max_ms)
     }
 
-    /// Whether the gateway has welcomed this connection.
+    /// Returns whether the gateway has sent WELCOME on this connection.
     pub fn is_ready(&self) -> bool {
         self.state == State::Ready
     }
 
-    /// Frames sent on this connection and not yet acknowledged.
+    /// Returns the number of frames sent on this connection and not yet acknowledged.
     pub fn in_flight(&self) -> u64 {
         if self.is_ready() {
             self.next_send_seq - 1 - self.durable_seq
@@ -291,8 +294,8 @@ impl<'a> Device<'a> {
         }
     }
 
-    /// Writes the next frame to send into `out`, which holds the gateway's longest frame, and returns
-    /// its length; `None` where there is nothing to send now.
+    /// Writes the next frame to send into `out` and returns its length, or `None` if there is
+    /// nothing to send now. `out` must hold the gateway's longest frame.
     pub fn poll_transmit(
         &mut self,
         queue: &mut impl Queue,
@@ -373,15 +376,15 @@ impl<'a> Device<'a> {
         let may_send = now_us >= self.paused_until_us
             && self.next_send_seq <= limit_seq.min(self.probe_seq)
             && self.next_send_seq < queue.next_seq();
-        // A device that always has something to send must not lose count of the time over it.
+        // A device that is always sending must still exchange time.
         if !may_send || now_us >= self.time_at_us + TIME_EXCHANGE_US {
             let ping = self.write_ping_if_due(now_us, out);
             if ping.is_some() || !may_send {
                 return ping;
             }
         }
-        let room = out.len().min(self.tx_bytes_max);
-        match self.write_sequenced(queue, now_us, &mut out[..room]) {
+        let len_max = out.len().min(self.tx_bytes_max);
+        match self.write_sequenced(queue, now_us, &mut out[..len_max]) {
             Ok(len) => Some(len),
             Err(NoRoom) => {
                 self.is_stuck = true;
@@ -443,7 +446,7 @@ impl<'a> Device<'a> {
         (self.sent_at_us + self.keepalive_us).min(self.time_at_us + TIME_EXCHANGE_US)
     }
 
-    /// When [`Device::handle_timeout`] wants to be called, if nothing else happens before.
+    /// Returns the deadline for the next [`Device::handle_timeout`] call.
     pub fn poll_deadline(&self) -> Option<u64> {
         match self.state {
             State::Offline => None,
@@ -467,8 +470,8 @@ impl<'a> Device<'a> {
         (self.in_flight() > 0).then(|| self.progress_at_us + self.ack_timeout_us)
     }
 
-    /// Time has passed: tells whether it ran out, else that [`Device::poll_transmit`] may have
-    /// something.
+    /// Handles the passing of time: returns an error if a timeout has expired. Otherwise
+    /// [`Device::poll_transmit`] may have something to send.
     pub fn handle_timeout(&mut self, now_us: u64) -> Result<(), Fault> {
         if self.is_stuck {
             return Err(Fault::FrameTooLong);
@@ -492,7 +495,7 @@ impl<'a> Device<'a> {
         if is_over { Err(Fault::Timeout) } else { Ok(()) }
     }
 
-    /// Takes in a frame from the gateway.
+    /// Handles a frame from the gateway.
     pub fn handle_frame(
         &mut self,
         frame: &Frame<'_>,
@@ -553,7 +556,7 @@ impl<'a> Device<'a> {
             return Err(Fault::NotOurGateway);
         }
         if welcome.durable_seq >= queue.next_seq() {
-            return Err(Fault::Protocol("durable beyond what was sent"));
+            return Err(Fault::Protocol("durable_seq above the highest number sent"));
         }
         self.state = State::Ready;
         self.durable_seq = welcome.durable_seq;
@@ -580,11 +583,11 @@ impl<'a> Device<'a> {
         let ack: Ack<'_> = parse(frame)?;
         let through_seq = frame.header.seq;
         if through_seq >= queue.next_seq() {
-            return Err(Fault::Protocol("ACK beyond what was sent"));
+            return Err(Fault::Protocol("ACK above the highest number sent"));
         }
         self.limit_seq = self.limit_seq.max(ack.limit_seq);
         if self.paused_until_us > now_us {
-            // What was in the way is gone.
+            // The cause of the pause is gone.
             self.paused_until_us = 0;
             self.progress_at_us = now_us;
         }
@@ -595,7 +598,7 @@ impl<'a> Device<'a> {
             return Ok(None);
         }
         self.attempts = 0;
-        self.mends = 0;
+        self.fixes = 0;
         self.durable_seq = through_seq;
         // A gateway that still held frames of an earlier connection may be ahead of this one.
         self.next_send_seq = self.next_send_seq.max(through_seq + 1);
@@ -608,10 +611,10 @@ impl<'a> Device<'a> {
     fn handle_nack(&mut self, frame: &Frame<'_>, now_us: u64) -> Result<Option<Notice>, Fault> {
         let nack: Nack<'_> = parse(frame)?;
         let seq = frame.header.seq;
-        if Class::of(nack.code) == Class::Mend {
-            self.mends += 1;
-            if self.mends > MENDS_MAX {
-                return Err(Fault::Protocol("mended in vain"));
+        if Class::of(nack.code) == Class::Fix {
+            self.fixes += 1;
+            if self.fixes > FIXES_MAX {
+                return Err(Fault::Protocol("too many failed resends"));
             }
         }
         match Class::of(nack.code) {
@@ -622,23 +625,23 @@ impl<'a> Device<'a> {
                 self.paused_until_us = now_us + u64::from(retry_after_ms) * 1000;
                 self.progress_at_us = self.paused_until_us;
             }
-            Class::Mend if nack.code == Code::SchemaConflict as u8 => {
+            Class::Fix if nack.code == Code::SchemaConflict as u8 => {
                 return Err(Fault::SchemaConflict);
             }
-            Class::Mend if nack.code == Code::SchemaBound as u8 => {
+            Class::Fix if nack.code == Code::SchemaBound as u8 => {
                 return Err(Fault::SchemaBound);
             }
-            // An unsequenced frame was damaged. If it was DECLARE it must be sent again, and saying it
-            // twice does no harm; the stream goes on where it is.
-            Class::Mend if seq == 0 => self.declare_due = true,
-            Class::Mend => {
+            // An unsequenced frame was damaged. If it was DECLARE, it must be resent, and sending
+            // it twice does no harm; the stream continues where it is.
+            Class::Fix if seq == 0 => self.declare_due = true,
+            Class::Fix => {
                 self.declare_due |= nack.code == Code::UnknownSchema as u8;
                 self.resume_at(nack.expected_seq)?;
             }
             // The ACK that covers the number deletes it.
             Class::Refused => {}
             Class::Reconnect | Class::Operator | Class::Unknown => {
-                return Err(Fault::Protocol("NACK of a class that ends connections"));
+                return Err(Fault::Protocol("NACK with a connection-level code class"));
             }
         }
         Ok(Some(Notice::Refused {
@@ -647,12 +650,12 @@ impl<'a> Device<'a> {
         }))
     }
 
-    /// Sending may jump ahead here: after it went back for a NACK, the gateway may have taken frames that
-    /// were still on their way, and ask for the one after them.
+    /// Continues at `expected_seq`, which may be ahead: after the device went back for a NACK, the
+    /// gateway may have accepted frames that were still in flight, and expect the one after them.
     fn resume_at(&mut self, expected_seq: u64) -> Result<(), Fault> {
         if !(self.durable_seq + 1..=self.sent_seq + 1).contains(&expected_seq) {
             return Err(Fault::Protocol(
-                "NACK expects what was never sent or is durable",
+                "NACK expects a number that was never sent or is already durable",
             ));
         }
         self.next_send_seq = expected_seq;

@@ -1,86 +1,86 @@
-//! Codes of NACK and BYE, and what each obliges the device to do (R60 to R66).
+//! Codes of NACK and BYE, and how the device must react to each (R60 to R66).
 
-/// Why a gateway refuses a frame (NACK, 10 to 35) or ends a connection (BYE, 40 to 53).
+/// Reason why a gateway refuses a frame (NACK, 10 to 35) or ends a connection (BYE, 40 to 53).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Code {
-    /// No room now.
+    /// No capacity now.
     Busy = 10,
-    /// The store does not answer.
+    /// The store is unavailable.
     StoreDown = 11,
-    /// No room in quarantine.
+    /// Quarantine is full.
     QuarantineFull = 12,
-    /// DATA names a schema this gateway has not got.
+    /// DATA names a schema that the gateway does not know.
     UnknownSchema = 20,
-    /// The sequence number is not the next one.
+    /// The sequence number is not the expected one.
     SeqGap = 21,
-    /// Payload checksum wrong.
+    /// The payload checksum is wrong.
     PayloadCrc = 22,
-    /// The schema's number is taken by other content.
+    /// The schema number is used for different content.
     SchemaConflict = 23,
-    /// The device would have more schemas or series than it may.
+    /// The device would exceed its limit of schemas or series.
     SchemaBound = 24,
     /// The payload is not a canonical encoding of its type.
     Malformed = 30,
     /// A column or the times cannot be decoded.
     Column = 31,
-    /// No such sequenced type, or one this gateway does not carry out.
+    /// The sequenced type is unknown or not supported by this gateway.
     UnknownType = 32,
-    /// A number is beyond its limit.
+    /// A value exceeds its limit.
     Limit = 33,
-    /// A flag or critical extension this gateway does not know.
+    /// A flag or critical extension is unknown to this gateway.
     Critical = 34,
-    /// Payload checksum wrong twice for one sequence number.
+    /// The payload checksum is wrong for the second time with one sequence number.
     PayloadCrcTwice = 35,
-    /// The gateway goes down.
+    /// The gateway is shutting down.
     Shutdown = 40,
     /// A newer session of the same device took over.
     TakenOver = 41,
     /// The peer was silent, or stalled within a frame.
     Idle = 42,
-    /// Sent beyond the limit.
+    /// The device sent frames beyond the limit.
     Credit = 43,
-    /// A frame that this state does not allow.
+    /// The frame is not allowed in this state.
     Protocol = 44,
-    /// Longer than this state allows.
+    /// The frame is longer than this state allows.
     TooLarge = 45,
-    /// Header checksum wrong.
+    /// The header checksum is wrong.
     Header = 46,
-    /// The stream's numbers were given out before: start a new stream.
+    /// The stream's numbers were assigned before: the device must start a new stream.
     StreamConflict = 47,
-    /// Name, key or state of the handshake is not right.
+    /// The name, the key or the handshake state is wrong.
     Authentication = 50,
-    /// No common version.
+    /// There is no common version.
     Version = 51,
-    /// An operator disabled the device.
+    /// An operator has disabled the device.
     Disabled = 52,
-    /// The device would have more streams than it may.
+    /// The device would exceed its limit of streams.
     StreamBound = 53,
 }
 
-/// What a code obliges the device to do; holds for codes of later versions too (R61).
+/// How the device must react to a code, including codes of later versions (R61).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// 1x: send the same frame again later.
+    /// 1x: resend the same frame later.
     RetryLater,
-    /// 2x: mend the cause, then send the same frame again.
-    Mend,
-    /// 3x: the frame is in quarantine and its number is used up: do not send it again.
+    /// 2x: fix the cause, then resend the same frame.
+    Fix,
+    /// 3x: the frame is in quarantine and its number is used: do not resend it.
     Refused,
-    /// 4x: the connection is over; connect again.
+    /// 4x: the connection has ended; reconnect.
     Reconnect,
-    /// 5x: the connection is over; an operator must act. Connect again at the longest interval.
+    /// 5x: the connection has ended and an operator must act; reconnect at the longest interval.
     Operator,
-    /// Not a class of this protocol; to be treated as [`Class::Reconnect`].
+    /// Not a class of this protocol; treated as [`Class::Reconnect`].
     Unknown,
 }
 
 impl Class {
-    /// The class of a code as it came over the wire: its tens digit.
+    /// Returns the class of a code as received: its tens digit.
     pub const fn of(code: u8) -> Class {
         match code / 10 {
             1 => Class::RetryLater,
-            2 => Class::Mend,
+            2 => Class::Fix,
             3 => Class::Refused,
             4 => Class::Reconnect,
             5 => Class::Operator,
@@ -90,7 +90,7 @@ impl Class {
 }
 
 impl Code {
-    /// Every code, in ascending order.
+    /// All codes, in ascending order.
     pub const ALL: [Code; 26] = [
         Code::Busy,
         Code::StoreDown,
@@ -120,17 +120,18 @@ impl Code {
         Code::StreamBound,
     ];
 
-    /// The code that a byte of NACK, BYE or the quarantine stands for, if this version knows it.
+    /// Returns the code for its byte in NACK, BYE or quarantine, or `None` if this version does not
+    /// know it.
     pub fn from_wire(code: u8) -> Option<Code> {
         Code::ALL.into_iter().find(|known| *known as u8 == code)
     }
 
-    /// What it obliges the device to do.
+    /// Returns the class, which determines how the device must react.
     pub const fn class(self) -> Class {
         Class::of(self as u8)
     }
 
-    /// The code in a few words, for logs and tables.
+    /// Returns a short name for logs and tables.
     pub const fn name(self) -> &'static str {
         match self {
             Code::Busy => "busy",
@@ -163,53 +164,54 @@ impl Code {
     }
 }
 
-/// What a peer did wrong in a payload. Each has one code, in one place: [`Violation::code`].
+/// A rule that a payload violates. [`Violation::code`] assigns each one its code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Violation {
-    /// Not a postcard encoding of the type: cut short, bad UTF-8, a list too long (R20).
+    /// Not a postcard encoding of the type: truncated, invalid UTF-8, or a list that is too long
+    /// (R20).
     Encoding,
-    /// Bytes after the message (R21).
+    /// There are bytes after the message (R21).
     TrailingBytes,
-    /// The same message has a shorter encoding (R22).
+    /// The message has a shorter encoding (R22).
     NotCanonical,
     /// `ext` is not a sequence of tag, length, value (R25).
     ExtSyntax,
-    /// An even tag in `ext` that this version does not know (R26).
+    /// `ext` contains an even tag that this version does not know (R26).
     ExtCritical(u8),
     /// A reserved flag is set (R11).
     Flags(u8),
-    /// A name that is empty, too long or has a character that is not allowed (R31).
+    /// A name is empty, too long or contains an invalid character (R31).
     Name,
-    /// A text longer than its limit (R23).
+    /// A text exceeds its limit (R23).
     TextTooLong,
-    /// A channel list that is empty or has an id or a name twice (R42).
+    /// A channel list is empty or has a duplicate id or name (R42).
     Channels,
-    /// A channel's kind is not one of those defined (R43).
+    /// A channel's kind is not defined (R43).
     Kind(u8),
-    /// `exp10` outside -22 to 22 (R43).
+    /// `exp10` is outside -22 to 22 (R43).
     Exponent(i8),
-    /// A number outside its range, named by its field (R24).
+    /// The named field is out of range (R24).
     Range(&'static str),
-    /// No rows, more than allowed, or more readings than allowed (R52).
+    /// There are no rows, too many rows or too many readings (R52).
     Rows,
-    /// The same channel twice, none at all, or one that the schema does not have (R53).
+    /// A channel is duplicated or not in the schema, or there are no columns (R53).
     ColumnChannel(u8),
-    /// An encoding that this version does not know, or not for this kind (R54).
+    /// An encoding is unknown or does not match the kind (R54).
     ColumnEncoding(u8),
-    /// A column's bytes do not hold exactly its values (R55).
+    /// A column's data has the wrong number of values (R55).
     ColumnData(u8),
-    /// A null bitmap of the wrong length or with spare bits set (R56).
+    /// A null bitmap has the wrong length or spare bits set (R56).
     ColumnNulls(u8),
-    /// Times that do not strictly increase, or whose bytes do not fit the rows (R51).
+    /// Times do not strictly increase, or do not match the rows (R51).
     Times,
-    /// A time outside the years 1 to 9999, or before its boot (R50).
+    /// A time is outside the years 1 to 9999, or before its boot (R50).
     TimeRange,
-    /// A sequenced type that is not defined or not carried out (R14).
+    /// A sequenced type is not defined or not supported (R14).
     UnknownType(u8),
 }
 
 impl Violation {
-    /// The NACK code that tells the device.
+    /// Returns the NACK code for this violation.
     pub const fn code(self) -> Code {
         match self {
             Violation::Encoding
@@ -244,9 +246,13 @@ impl core::fmt::Display for Violation {
             Violation::ExtSyntax => f.write_str("ext is not tag, length, value (R25)"),
             Violation::ExtCritical(tag) => write!(f, "unknown critical extension {tag} (R26)"),
             Violation::Flags(flags) => write!(f, "reserved flags {flags:#04x} (R11)"),
-            Violation::Name => f.write_str("name empty, too long or with a bad character (R31)"),
+            Violation::Name => {
+                f.write_str("name is empty, too long or contains an invalid character (R31)")
+            }
             Violation::TextTooLong => f.write_str("text too long (R23)"),
-            Violation::Channels => f.write_str("no channels, or an id or name twice (R42)"),
+            Violation::Channels => {
+                f.write_str("no channels, or duplicate channel id or name (R42)")
+            }
             Violation::Kind(kind) => write!(f, "unknown kind {kind} (R43)"),
             Violation::Exponent(exp10) => write!(f, "exponent {exp10} not in -22..=22 (R43)"),
             Violation::Range(field) => write!(f, "{field} out of range (R24)"),
@@ -254,26 +260,26 @@ impl core::fmt::Display for Violation {
             Violation::ColumnChannel(id) => {
                 write!(
                     f,
-                    "channel {id} twice or not in the schema, or no column (R53)"
+                    "channel {id} is duplicated or not in the schema, or there are no columns (R53)"
                 )
             }
             Violation::ColumnEncoding(id) => {
                 write!(
                     f,
-                    "encoding of channel {id} unknown or not for its kind (R54)"
+                    "encoding of channel {id} is unknown or does not match its kind (R54)"
                 )
             }
             Violation::ColumnData(id) => {
                 write!(
                     f,
-                    "data of channel {id} does not hold exactly its values (R55)"
+                    "data of channel {id} has the wrong number of values (R55)"
                 )
             }
-            Violation::ColumnNulls(id) => write!(f, "null bitmap of channel {id} (R56)"),
-            Violation::Times => f.write_str("times do not fit the rows or do not increase (R51)"),
+            Violation::ColumnNulls(id) => write!(f, "invalid null bitmap for channel {id} (R56)"),
+            Violation::Times => f.write_str("times do not match the rows or do not increase (R51)"),
             Violation::TimeRange => f.write_str("time out of range (R50)"),
             Violation::UnknownType(kind) => {
-                write!(f, "type {kind:#04x} is not carried out (R14)")
+                write!(f, "type {kind:#04x} is not supported (R14)")
             }
         }
     }

@@ -1,8 +1,8 @@
-//! Frames: a 16-byte header with its own checksum, a payload, a checksum over all (R1 to R15).
+//! Frames: a 16-byte header with its own checksum, a payload, and a checksum over both (R1 to R15).
 //!
-//! The header's checksum lets a damaged payload be refused by its sequence number instead of guessing
-//! where the next frame begins. Nothing here allocates; a length is believed only after the header's
-//! checksum has been found right and the length within the limit of the moment.
+//! With the header checksum, a receiver can refuse a damaged payload by its sequence number and
+//! still find the next frame. Nothing here allocates. A length is used only after the header
+//! checksum is verified and the length is within the current limit.
 
 use crc::{CRC_16_DNP, CRC_32_ISCSI, Crc};
 
@@ -10,19 +10,20 @@ use crc::{CRC_16_DNP, CRC_32_ISCSI, Crc};
 pub const MAGIC: u8 = 0xA7;
 /// The protocol version of this crate (R3).
 pub const VERSION: u8 = 1;
-/// Bytes of a header.
+/// Length of a header, in bytes.
 pub const HEADER_BYTES: usize = 16;
-/// Bytes of the checksum after the payload.
+/// Length of the checksum after the payload, in bytes.
 pub const TRAILER_BYTES: usize = 4;
-/// Bytes of a frame without its payload.
+/// Length of a frame without its payload, in bytes.
 pub const OVERHEAD_BYTES: usize = HEADER_BYTES + TRAILER_BYTES;
 /// Longest frame before the device is authenticated (R8).
 pub const HANDSHAKE_FRAME_BYTES_MAX: usize = 512;
-/// Longest frame unless both sides say otherwise (R8).
+/// Longest frame unless the peers announce other limits (R8).
 pub const DEFAULT_FRAME_BYTES_MAX: usize = 4096;
-/// Longest frame at all (R8).
+/// Upper bound for frame limits (R8).
 pub const FRAME_BYTES_MAX: usize = 16384;
-/// Highest sequence number and stream number: both fit a signed 64-bit integer of SQL (R12).
+/// Highest sequence number and stream number, so that both fit a signed 64-bit integer in SQL
+/// (R12).
 pub const SEQ_MAX: u64 = i64::MAX as u64;
 
 #[cfg(feature = "crc-tables")]
@@ -33,15 +34,15 @@ type Speed = crc::NoTable;
 static HEADER_CRC: Crc<u16, Speed> = Crc::<u16, Speed>::new(&CRC_16_DNP);
 static FRAME_CRC: Crc<u32, Speed> = Crc::<u32, Speed>::new(&CRC_32_ISCSI);
 
-/// Type numbers (R13). `0x10..=0x1F` are sequenced, from `0x80` up may be skipped.
+/// Type numbers (R13). `0x10..=0x1F` are sequenced; receivers may skip unknown types from `0x80`.
 pub mod types {
-    /// Device to gateway: who it is and what it holds.
+    /// Device to gateway: the device's identity and the state of its queue.
     pub const HELLO: u8 = 0x01;
     /// Gateway to device: version, nonce, limits.
     pub const CHALLENGE: u8 = 0x02;
     /// Device to gateway: proof of the key.
     pub const AUTH: u8 = 0x03;
-    /// Gateway to device: proof of the key, where the stream stands.
+    /// Gateway to device: proof of the key, position of the stream.
     pub const WELCOME: u8 = 0x04;
     /// Device to gateway: channels of a schema.
     pub const DECLARE: u8 = 0x08;
@@ -57,27 +58,27 @@ pub mod types {
     pub const ACK: u8 = 0x20;
     /// Gateway to device: the header's seq is refused.
     pub const NACK: u8 = 0x21;
-    /// Gateway to device: something to do.
+    /// Gateway to device: an instruction.
     pub const COMMAND: u8 = 0x30;
-    /// Device to gateway: are you there, and what time is it?
+    /// Device to gateway: keepalive and request for the time.
     pub const PING: u8 = 0x40;
     /// Gateway to device: answer to PING.
     pub const PONG: u8 = 0x41;
-    /// Either way: the connection ends, and why.
+    /// Both directions: the connection ends, with a reason.
     pub const BYE: u8 = 0x7F;
 
-    /// Whether frames of this type carry a number of the stream.
+    /// Returns whether frames of this type have a sequence number.
     pub const fn is_sequenced(frame_type: u8) -> bool {
         matches!(frame_type, 0x10..=0x1F)
     }
 
-    /// Whether a receiver that does not know this type passes over it.
+    /// Returns whether a receiver skips this type if it does not know it.
     pub const fn is_skippable(frame_type: u8) -> bool {
         frame_type >= 0x80
     }
 }
 
-/// A header whose checksum was right.
+/// A header with a verified checksum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     /// Version of this frame.
@@ -86,14 +87,14 @@ pub struct Header {
     pub frame_type: u8,
     /// Reserved; 0.
     pub flags: u8,
-    /// Bytes of the payload.
+    /// Length of the payload.
     pub payload_bytes: u16,
-    /// Number within the stream; 0 for types that have none (ACK and NACK: the number they speak of).
+    /// Sequence number; 0 for unsequenced types. In ACK and NACK, the number they refer to.
     pub seq: u64,
 }
 
 impl Header {
-    /// Bytes of the whole frame.
+    /// Returns the length of the whole frame, in bytes.
     pub const fn frame_bytes(&self) -> usize {
         OVERHEAD_BYTES + self.payload_bytes as usize
     }
@@ -102,21 +103,21 @@ impl Header {
 /// A frame as received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frame<'a> {
-    /// Its header.
+    /// Header of the frame.
     pub header: Header,
-    /// Whether the checksum over header and payload is right (R6).
+    /// Whether the checksum over header and payload is correct (R6).
     pub intact: bool,
-    /// All of it, header and checksum included.
+    /// The whole frame, including header and checksum.
     pub bytes: &'a [u8],
 }
 
 impl<'a> Frame<'a> {
-    /// The bytes between header and checksum.
+    /// Returns the bytes between header and checksum.
     pub fn payload(&self) -> &'a [u8] {
         &self.bytes[HEADER_BYTES..self.bytes.len() - TRAILER_BYTES]
     }
 
-    /// The CRC-32C at its end, as it was sent.
+    /// Returns the CRC-32C at the end of the frame, as received.
     pub fn crc(&self) -> u32 {
         let (_, crc) = self
             .bytes
@@ -126,16 +127,16 @@ impl<'a> Frame<'a> {
     }
 }
 
-/// Why no further frame can be found in a connection's bytes.
+/// Why the rest of a connection's bytes cannot be divided into frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameError {
-    /// The first byte is not [`MAGIC`]: another protocol speaks (R2).
+    /// The first byte is not [`MAGIC`]: the peer uses another protocol (R2).
     Magic(u8),
-    /// The header's checksum is wrong (R4).
+    /// The header checksum is wrong (R4).
     HeaderCrc,
-    /// Longer than allowed now; told before any of it is kept (R8).
+    /// The frame exceeds the current limit; reported before any of it is buffered (R8).
     TooLarge {
-        /// Bytes of the whole frame.
+        /// Length of the whole frame.
         frame_bytes: usize,
     },
 }
@@ -143,7 +144,9 @@ pub enum FrameError {
 impl core::fmt::Display for FrameError {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
-            FrameError::Magic(byte) => write!(f, "first byte {byte:#04x} is not FWP (R2)"),
+            FrameError::Magic(byte) => {
+                write!(f, "not an FWP frame: first byte is {byte:#04x} (R2)")
+            }
             FrameError::HeaderCrc => f.write_str("header checksum wrong (R4)"),
             FrameError::TooLarge { frame_bytes } => {
                 write!(f, "frame of {frame_bytes} bytes is over the limit (R8)")
@@ -154,9 +157,10 @@ impl core::fmt::Display for FrameError {
 
 impl core::error::Error for FrameError {}
 
-/// Finds the header at the start of `input`; `None` while it is incomplete.
+/// Decodes the header at the start of `input`; returns `None` while it is incomplete.
 ///
-/// A wrong first byte is told at once, so that another protocol's peer is not waited for.
+/// A wrong first byte is reported immediately, so that the receiver does not wait for more bytes of
+/// another protocol.
 pub fn decode_header(input: &[u8], frame_bytes_max: usize) -> Result<Option<Header>, FrameError> {
     if let Some(&first) = input.first()
         && first != MAGIC
@@ -202,7 +206,7 @@ pub fn decode_header(input: &[u8], frame_bytes_max: usize) -> Result<Option<Head
     Ok(Some(header))
 }
 
-/// Finds the frame at the start of `input`; `None` while it is incomplete.
+/// Decodes the frame at the start of `input`; returns `None` while it is incomplete.
 pub fn decode(input: &[u8], frame_bytes_max: usize) -> Result<Option<Frame<'_>>, FrameError> {
     let Some(header) = decode_header(input, frame_bytes_max)? else {
         return Ok(None);
@@ -219,28 +223,28 @@ pub fn decode(input: &[u8], frame_bytes_max: usize) -> Result<Option<Frame<'_>>,
     }))
 }
 
-/// The output has no room for the frame.
+/// The output buffer is too small for the frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoRoom;
 
 impl core::fmt::Display for NoRoom {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.write_str("no room for the frame")
+        f.write_str("buffer too small for the frame")
     }
 }
 
 impl core::error::Error for NoRoom {}
 
-/// Writes a frame of version [`VERSION`] around the payload that `write_payload` puts into the space
-/// it is given, and returns the frame's length in bytes.
+/// Writes a frame of version [`VERSION`] around the payload that `write_payload` writes into the
+/// given space. Returns the length of the frame in bytes.
 pub fn encode(
     frame_type: u8,
     seq: u64,
     out: &mut [u8],
     write_payload: impl FnOnce(&mut [u8]) -> Result<usize, NoRoom>,
 ) -> Result<usize, NoRoom> {
-    let room = out.len().checked_sub(OVERHEAD_BYTES).ok_or(NoRoom)?;
-    let payload_bytes = write_payload(&mut out[HEADER_BYTES..HEADER_BYTES + room])?;
+    let payload_max = out.len().checked_sub(OVERHEAD_BYTES).ok_or(NoRoom)?;
+    let payload_bytes = write_payload(&mut out[HEADER_BYTES..HEADER_BYTES + payload_max])?;
     let header = Header {
         version: VERSION,
         frame_type,
@@ -251,8 +255,8 @@ pub fn encode(
     seal(header, out)
 }
 
-/// Writes header and checksums around the payload that already stands at `HEADER_BYTES` in `out`,
-/// and returns the frame's length in bytes.
+/// Writes header and checksums around the payload at `HEADER_BYTES` in `out`. Returns the length of
+/// the frame in bytes.
 pub fn seal(header: Header, out: &mut [u8]) -> Result<usize, NoRoom> {
     let frame_bytes = header.frame_bytes();
     let frame = out.get_mut(..frame_bytes).ok_or(NoRoom)?;

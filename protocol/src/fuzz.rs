@@ -1,30 +1,33 @@
-//! What must hold for any bytes at all: functions that take bytes and panic where it does not.
+//! Properties that hold for any input: functions that take bytes and panic if a property is
+//! violated.
 //!
-//! Fuzz targets and tests call them; nothing else does. They allocate no more than the rest.
+//! Only fuzz targets and tests call them. They allocate no more than the rest of the crate.
 
 use crate::column::{
-    Kind, READINGS_MAX, ROWS_MAX, check_shape, decode_times, decode_values, encode_f64,
-    encode_integers, encoding,
+    READINGS_MAX, ROWS_MAX, check_shape, decode_times, decode_values, encode_f64, encode_integers,
+    encoding,
 };
 use crate::frame::{self, FRAME_BYTES_MAX, HEADER_BYTES, Header, OVERHEAD_BYTES};
 use crate::message::{
     Ack, Auth, Bye, Challenge, Column, Command, CommandResult, Data, Declare, Event, Gap, Hello,
     Message, Nack, Ping, Pong, Welcome, decode, encode,
 };
+use crate::value::Kind;
 
-/// The first byte picks the limit, the others are what a connection brings.
+/// Checks frame decoding. The first byte selects the limit; the others are the bytes of a
+/// connection.
 pub fn frame(input: &[u8]) {
     let Some((pick, bytes)) = input.split_first() else {
         return;
     };
     let frame_bytes_max = [512, 4096, FRAME_BYTES_MAX, usize::MAX][usize::from(pick % 4)];
     is_a_frame_by_its_own_bytes(bytes, frame_bytes_max);
-    // Nobody guesses checksums: the same bytes again, with right ones.
-    let mut mended = [0; FRAME_BYTES_MAX];
-    if let Some(len) = mend(bytes, &mut mended) {
-        let found = frame::decode(&mended[..len], FRAME_BYTES_MAX);
+    // Random input never has valid checksums, so repeat with corrected ones.
+    let mut fixed = [0; FRAME_BYTES_MAX];
+    if let Some(len) = mend(bytes, &mut fixed) {
+        let found = frame::decode(&fixed[..len], FRAME_BYTES_MAX);
         assert!(found.is_ok_and(|found| found.is_some_and(|frame| frame.intact)));
-        is_a_frame_by_its_own_bytes(&mended[..len], frame_bytes_max);
+        is_a_frame_by_its_own_bytes(&fixed[..len], frame_bytes_max);
     }
 }
 
@@ -49,8 +52,9 @@ fn is_a_frame_by_its_own_bytes(bytes: &[u8], frame_bytes_max: usize) {
     }
 }
 
-/// Copies the frame that `bytes` begin with into `out`, cut to the bytes that are there and with right
-/// magic, length and checksums; `None` where not even a frame without payload is there, or no room.
+/// Copies the frame at the start of `bytes` into `out`, cut to the available bytes, with correct
+/// magic, length and checksums. Returns `None` if the bytes cannot hold a frame, or `out` is too
+/// small.
 pub fn mend(bytes: &[u8], out: &mut [u8]) -> Option<usize> {
     let room_bytes = bytes.len().min(out.len()).checked_sub(OVERHEAD_BYTES)?;
     let header = bytes.first_chunk::<HEADER_BYTES>()?;
@@ -69,7 +73,7 @@ pub fn mend(bytes: &[u8], out: &mut [u8]) -> Option<usize> {
     frame::seal(header, out).ok()
 }
 
-/// The first byte picks the type, the others are a payload of it.
+/// Checks message decoding. The first byte selects the type; the others are the payload.
 pub fn message(input: &[u8]) {
     let Some((pick, payload)) = input.split_first() else {
         return;
@@ -96,14 +100,14 @@ pub fn message(input: &[u8]) {
     }
 }
 
-/// What decodes encodes to the same bytes (R20 to R22).
+/// Checks that a payload that decodes is encoded to the same bytes (R20 to R22).
 fn has_one_form<'a, M: Message<'a>>(payload: &'a [u8]) {
     let mut out = [0; FRAME_BYTES_MAX];
     if payload.len() > FRAME_BYTES_MAX - OVERHEAD_BYTES {
         return;
     }
     if let Ok(message) = decode::<M>(payload) {
-        let len = encode(&message, 1, &mut out).expect("it came in as many bytes");
+        let len = encode(&message, 1, &mut out).expect("it was decoded from that many bytes");
         assert_eq!(
             &out[HEADER_BYTES..len - OVERHEAD_BYTES + HEADER_BYTES],
             payload
@@ -111,7 +115,7 @@ fn has_one_form<'a, M: Message<'a>>(payload: &'a [u8]) {
     }
 }
 
-/// Rows within their limit have times that strictly increase (R51, R52).
+/// Checks that times strictly increase if the rows are within their limit (R51, R52).
 fn has_times_in_order(payload: &[u8]) {
     let Ok(data) = decode::<Data<'_>>(payload) else {
         return;
@@ -127,7 +131,8 @@ fn has_times_in_order(payload: &[u8]) {
     }
 }
 
-/// Kind, exponent, encoding, rows (two bytes), length of the null bitmap; then bitmap and data.
+/// Checks column decoding. Input: kind, exponent, encoding, rows (two bytes), length of the null
+/// bitmap; then bitmap and data.
 pub fn column(input: &[u8]) {
     let Some(([kind, exp10, encoding, rows0, rows1, nulls_bytes], rest)) =
         input.split_first_chunk()
@@ -146,7 +151,7 @@ pub fn column(input: &[u8]) {
         nulls,
         data,
     };
-    // No value of a column is this one, so what stays of it was not written.
+    // A bit pattern that decoding never produces, to find elements that were not written.
     let untouched = f64::from_bits(0x7FF0_DEAD_BEEF_0001);
     let mut out = [untouched; ROWS_MAX];
     let is_decoded = decode_values(&column, kind, *exp10 as i8, &mut out[..rows]).is_ok();
@@ -161,7 +166,7 @@ pub fn column(input: &[u8]) {
     }
 }
 
-/// The values, packed by this crate's own encoders, are the same values.
+/// Checks that the values survive encoding by this crate and decoding.
 fn is_packed_again(column: &Column<'_>, kind: Kind, exp10: i8, values: &[f64]) {
     let is_null = |row: usize| {
         let byte = column.nulls.get(row / 8);
@@ -177,18 +182,18 @@ fn is_packed_again(column: &Column<'_>, kind: Kind, exp10: i8, values: &[f64]) {
         Kind::F64 => {
             let mut dense = [0.0; ROWS_MAX];
             let count = fill(&mut dense, valid());
-            let len = encode_f64(&dense[..count], &mut packed).expect("8 bytes for each");
+            let len = encode_f64(&dense[..count], &mut packed).expect("8 bytes per value");
             assert_eq!(&packed[..len], column.data);
             (encoding::RAW, len)
         }
-        // Only what no rounding has touched comes back.
+        // Only values unchanged by rounding can be compared.
         Kind::Integer | Kind::Bool
             if (exp10 == 0 || kind == Kind::Bool)
                 && valid().all(|value| value.abs() < (1i64 << 53) as f64) =>
         {
             let mut dense = [0; ROWS_MAX];
             let count = fill(&mut dense, valid().map(|value| value as i64));
-            encode_integers(&dense[..count], &mut packed).expect("10 bytes for each")
+            encode_integers(&dense[..count], &mut packed).expect("10 bytes per value")
         }
         _ => return,
     };

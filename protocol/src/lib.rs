@@ -1,21 +1,21 @@
-//! The Fieldgate Wire Protocol, FWP/1: what travels between a field device and a gateway.
+//! The Fieldgate Wire Protocol, FWP/1, between a field device and a gateway.
 //!
 //! `SPEC.md` in this package is the specification; rule numbers such as `R12` refer to it.
 //!
-//! - [`frame`]: header, checksums, limits: bytes in, frames out.
+//! - [`frame`]: frames with their headers, checksums and limits.
 //! - [`message`]: the payload of each frame type.
-//! - [`column`]: readings and their times, packed and unpacked.
+//! - [`column`]: encoding of readings and their times.
 //! - [`auth`]: keys and the MACs of the handshake.
-//! - [`error`]: codes of refusals and what each obliges the device to do.
-//! - [`device`]: the device's side as a state machine that firmware links.
+//! - [`error`]: codes of refusals, and how the device must react to each.
+//! - [`device`]: the device side as a state machine for firmware.
 //!
-//! No std, no allocation, no unsafe code, no clock, no I/O: time, randomness and bytes come in from
-//! outside.
+//! No std, no allocation, no unsafe code, no clock, no I/O: the caller passes in time, random
+//! numbers and bytes.
 //!
 //! # A device
 //!
-//! A queue in arrays, here of 4 frames of up to 128 bytes; a real one lies in flash and survives power
-//! loss.
+//! This example keeps a queue of 4 frames of up to 128 bytes in arrays. A real queue is in flash and survives
+//! power loss.
 //!
 //! ```
 //! use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, schema_hash};
@@ -34,7 +34,7 @@
 //! }
 //!
 //! impl Ring {
-//!     /// Numbers 21.57, 21.58, 21.56 degrees, a second apart; the oldest frame makes room.
+//!     /// Queues 21.57, 21.58 and 21.56 degrees, one second apart; overwrites the oldest frame.
 //!     fn push_readings(&mut self, t0: i64) -> Result<(), NoRoom> {
 //!         let mut packed = [0; 32];
 //!         let (encoding, len) = encode_integers(&[2157, 2158, 2156], &mut packed)?;
@@ -106,12 +106,12 @@
 //! let mut ring = Ring { frames: [[0; 128]; 4], lens: [0; 4], oldest_seq: 1, next_seq: 1 };
 //! ring.push_readings(5)?;
 //!
-//! // A connection is up; `now_us` counts from boot. Sent is what `poll_transmit` gives, until `None`.
+//! // The connection is established; `now_us` counts from boot. Send all output of `poll_transmit`.
 //! let (nonce, now_us) = ([0x22; 16], 9_000_000);
 //! device.connect(nonce, NO_CHANNEL_BINDING, now_us, 0);
 //! let hello = device.poll_transmit(&mut ring, now_us, &mut out).map(|len| &out[..len]);
 //! assert_eq!(hello.map(|frame| frame[2]), Some(0x01));
-//! // Then: frame::decode what arrives, device.handle_frame each, poll_transmit again, and
+//! // Then decode the input with frame::decode, call device.handle_frame and poll_transmit, and call
 //! // device.handle_timeout at device.poll_deadline.
 //! # Ok::<(), NoRoom>(())
 //! ```
@@ -127,3 +127,4 @@ pub mod frame;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod message;
+pub mod value;

@@ -1,39 +1,40 @@
-//! The payload of each frame type (R20 to R48): postcard, borrowed from the frame, checked whole.
+//! The payload of each frame type (R20 to R48): postcard, borrowed from the frame, completely
+//! checked.
 //!
-//! Decoding demands the one canonical encoding: nothing after the message, no varint longer than it
-//! must be. Limits on texts, lists and ranges are checked here; what a message means in a connection's
-//! state is for the two state machines.
+//! Decoding accepts only the canonical encoding: no bytes after the message, and varints of the
+//! shortest form. This module checks the limits of texts, lists and ranges. The two state machines
+//! check whether a message is valid in the current state of the connection.
 
 use heapless::Vec;
 use postcard::ser_flavors::Size;
 use serde::{Deserialize, Serialize};
 
 use crate::auth::{KEY_BYTES, NONCE_BYTES};
-use crate::column::{Kind, check_time, check_utc};
 use crate::error::Violation;
 use crate::frame::{self, Frame, NoRoom, SEQ_MAX, types};
+use crate::value::{Kind, MONO_US_MAX, check_time, check_utc};
 
-/// Channels of a schema, and columns of a DATA (R42, R53).
+/// Maximum number of channels in a schema and of columns in a DATA (R42, R53).
 pub const CHANNELS_MAX: usize = 32;
-/// Bytes of a device's name, a channel's name, a firmware text (R23).
+/// Maximum length of a device name, channel name or firmware version, in bytes (R23).
 pub const NAME_BYTES_MAX: usize = 32;
-/// Bytes of a unit (R23).
+/// Maximum length of a unit, in bytes (R23).
 pub const UNIT_BYTES_MAX: usize = 16;
-/// Bytes of an event's text (R23).
+/// Maximum length of an event's text, in bytes (R23).
 pub const EVENT_TEXT_BYTES_MAX: usize = 128;
-/// Bytes of the text in NACK and BYE (R23).
+/// Maximum length of the text in NACK and BYE, in bytes (R23).
 pub const DETAIL_BYTES_MAX: usize = 96;
 
 /// A message with a frame type of its own.
 pub trait Message<'a>: Serialize + Deserialize<'a> {
-    /// The frame type that carries it.
+    /// Its frame type.
     const TYPE: u8;
 
-    /// Checks what the encoding alone does not.
+    /// Checks the rules that the encoding does not guarantee.
     fn check(&self) -> Result<(), Violation>;
 }
 
-/// Reads the message that a payload of `M::TYPE` holds.
+/// Decodes the message from a payload of type `M::TYPE`.
 pub fn decode<'a, M: Message<'a>>(payload: &'a [u8]) -> Result<M, Violation> {
     let mut reader = postcard::Deserializer::from_bytes(payload);
     let message = M::deserialize(&mut reader).map_err(|_| Violation::Encoding)?;
@@ -41,7 +42,7 @@ pub fn decode<'a, M: Message<'a>>(payload: &'a [u8]) -> Result<M, Violation> {
     if !rest.is_empty() {
         return Err(Violation::TrailingBytes);
     }
-    // Only varints can be written in more than one way, and all but the shortest are longer (R22).
+    // Only varints have several encodings, and all but the shortest are longer (R22).
     let shortest = postcard::serialize_with_flavor(&message, Size::default());
     if shortest != Ok(payload.len()) {
         return Err(Violation::NotCanonical);
@@ -50,48 +51,51 @@ pub fn decode<'a, M: Message<'a>>(payload: &'a [u8]) -> Result<M, Violation> {
     Ok(message)
 }
 
-/// Writes a whole frame with `message` as its payload; returns its length in bytes.
+/// Writes a complete frame with `message` as its payload; returns its length in bytes.
 pub fn encode<'a, M: Message<'a>>(message: &M, seq: u64, out: &mut [u8]) -> Result<usize, NoRoom> {
-    frame::encode(M::TYPE, seq, out, |room| {
-        Ok(postcard::to_slice(message, room).map_err(|_| NoRoom)?.len())
+    frame::encode(M::TYPE, seq, out, |payload| {
+        Ok(postcard::to_slice(message, payload)
+            .map_err(|_| NoRoom)?
+            .len())
     })
 }
 
-/// HELLO: who the device is and what its queue holds. Its layout holds for all versions (R30).
+/// HELLO: the device's identity and the state of its queue. Its layout is the same in all versions
+/// (R30).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello<'a> {
-    /// Lowest version the device speaks.
+    /// Lowest version that the device supports.
     pub min_version: u8,
-    /// Highest version the device speaks.
+    /// Highest version that the device supports.
     pub max_version: u8,
     /// The device's name.
     pub name: &'a str,
-    /// The stream it continues.
+    /// The stream that the device continues.
     pub stream: u64,
-    /// Oldest number its queue still holds; `next_seq` where it holds none.
+    /// Oldest number in the device's queue; `next_seq` if the queue is empty.
     pub oldest_seq: u64,
-    /// The number its next frame will get; the first of a stream is 1.
+    /// Number of the device's next new frame; the first of a stream is 1.
     pub next_seq: u64,
-    /// Counts the device's boots, or is random for each.
+    /// Boot counter, or a random number for each boot.
     pub boot: u32,
     /// Microseconds since that boot, at most [`MONO_US_MAX`].
     pub mono_us: u64,
-    /// The device's UTC in microseconds, 0 where it does not know it. Any value is let through: a
-    /// wrong clock must not keep a device out.
+    /// The device's UTC in microseconds, 0 if unknown. Any value is accepted: a wrong clock must
+    /// not lock a device out.
     pub utc_us: i64,
-    /// Longest frame it receives.
+    /// Longest frame that the device receives, in bytes.
     pub rx_bytes_max: u16,
-    /// Firmware version, for people.
+    /// Firmware version, informational.
     pub firmware: &'a str,
-    /// The schema it sends with; 0 where it has none.
+    /// Schema number used for new frames; 0 if none.
     pub schema: u16,
-    /// That schema's hash; zeros where it has none.
+    /// Hash of that schema; zeros if none.
     pub schema_hash: [u8; 8],
     /// Random for each connection.
     pub nonce: [u8; NONCE_BYTES],
     /// Capabilities; no bit is defined in version 1.
     pub caps: u32,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -111,18 +115,18 @@ impl<'a> Message<'a> for Hello<'a> {
     }
 }
 
-/// CHALLENGE: what the gateway chose, and its nonce.
+/// CHALLENGE: version, nonce and limits chosen by the gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Challenge<'a> {
-    /// The version of this connection.
+    /// Version of this connection.
     pub version: u8,
     /// Random for each connection.
     pub nonce: [u8; NONCE_BYTES],
-    /// Longest frame the gateway receives once the device is authenticated.
+    /// Longest frame that the gateway receives after authentication, in bytes.
     pub rx_bytes_max: u16,
     /// Capabilities; no bit is defined in version 1.
     pub caps: u32,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -138,9 +142,10 @@ impl<'a> Message<'a> for Challenge<'a> {
 /// AUTH: proof of the device's key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Auth<'a> {
-    /// Microseconds since boot at sending: with CHALLENGE it makes a round trip of known length.
+    /// Microseconds since boot at sending; together with CHALLENGE it gives the gateway a measured
+    /// round trip.
     pub mono_us: u64,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
     /// See [`crate::auth::Transcript::device_mac`]. Always the payload's last 32 bytes.
@@ -156,25 +161,22 @@ impl<'a> Message<'a> for Auth<'a> {
     }
 }
 
-/// Longest time since boot: 2^53 microseconds, 285 years (R50).
-pub const MONO_US_MAX: u64 = 1 << 53;
-
-/// WELCOME: proof of the gateway's key, and where the stream stands.
+/// WELCOME: proof of the gateway's key, and the position of the stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Welcome<'a> {
-    /// Stored through here: the device may delete that and resumes at the next.
+    /// Highest durable number: the device may delete frames through it and resumes at the next one.
     pub durable_seq: u64,
-    /// Highest number it may send for now.
+    /// Highest number that the device may send for now.
     pub limit_seq: u64,
-    /// The device sends something at least this often.
+    /// Maximum interval between frames of the device, in seconds.
     pub keepalive_s: u16,
-    /// Without progress for this long the device connects anew.
+    /// Time without progress after which the device reconnects, in seconds.
     pub ack_timeout_s: u16,
     /// The gateway's UTC in microseconds.
     pub utc_us: i64,
-    /// 1 if the schema named in HELLO is stored with that hash, else 0.
+    /// 1 if the schema named in HELLO is stored with that hash, otherwise 0.
     pub schema_known: u8,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
     /// See [`crate::auth::Transcript::gateway_mac`]. Always the payload's last 32 bytes.
@@ -197,12 +199,12 @@ impl<'a> Message<'a> for Welcome<'a> {
 /// DECLARE: the channels of a schema. Immutable for a device and number (R40).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Declare<'a> {
-    /// The schema's number, 1 or more.
+    /// Schema number, at least 1.
     pub schema: u16,
-    /// Its channels.
+    /// Channels of the schema.
     #[serde(borrow)]
     pub channels: Vec<Channel<'a>, CHANNELS_MAX>,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -210,15 +212,15 @@ pub struct Declare<'a> {
 /// One channel of a [`Declare`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Channel<'a> {
-    /// Number within the schema.
+    /// Id within the schema.
     pub id: u8,
     /// Name, such as `temperature`.
     pub name: &'a str,
     /// SenML unit (RFC 8428), such as `Cel`; may be empty.
     pub unit: &'a str,
-    /// One of [`Kind`].
+    /// Byte of a [`Kind`].
     pub kind: u8,
-    /// Value = integer * 10^exp10; 0 for the other kinds.
+    /// Value = integer * 10^exp10; 0 for kinds other than integer.
     pub exp10: i8,
 }
 
@@ -257,27 +259,27 @@ impl<'a> Message<'a> for Declare<'a> {
 /// DATA: rows of readings, by column (R50 to R59).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Data<'a> {
-    /// The schema its channels are declared in.
+    /// Number of the schema that declares the channels.
     pub schema: u16,
     /// 0: times count from boot; 1: times are UTC.
     pub clock: u8,
-    /// Of times and steps. 0: microseconds, 1: milliseconds, 2: seconds.
+    /// Unit of times and steps. 0: microseconds, 1: milliseconds, 2: seconds.
     pub time_unit: u8,
-    /// The boot that times count from; with UTC, the boot they were taken in.
+    /// The boot that times count from; with UTC, the boot in which the times were recorded.
     pub boot: u32,
     /// Time of the first row.
     pub t0: i64,
-    /// Rows, 1 to [`crate::column::ROWS_MAX`].
+    /// Number of rows, 1 to [`crate::column::ROWS_MAX`].
     pub rows: u16,
-    /// Time from each row to the next; 0 where `dt` tells it.
+    /// Time between consecutive rows; 0 if `dt` holds the steps.
     pub step: u32,
-    /// Varints, one from each row to the next, each at least 1; empty where `step` tells it.
+    /// Varints, the time from each row to the next, each at least 1; empty if `step` holds it.
     #[serde(with = "serde_bytes")]
     pub dt: &'a [u8],
-    /// The columns.
+    /// Columns with values.
     #[serde(borrow)]
     pub columns: Vec<Column<'a>, CHANNELS_MAX>,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -285,14 +287,15 @@ pub struct Data<'a> {
 /// One column of a [`Data`]; decoded by [`crate::column`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Column<'a> {
-    /// Channel of the schema.
+    /// Channel id in the schema.
     pub channel: u8,
-    /// How `data` is packed.
+    /// Encoding of `data`.
     pub encoding: u8,
-    /// A bit for each row, lowest first, set where there is no valid value; empty where all have one.
+    /// One bit per row, lowest first, set if the row has no valid value; empty if all rows have
+    /// one.
     #[serde(with = "serde_bytes")]
     pub nulls: &'a [u8],
-    /// The valid values.
+    /// Encoded valid values.
     #[serde(with = "serde_bytes")]
     pub data: &'a [u8],
 }
@@ -307,15 +310,15 @@ impl<'a> Message<'a> for Data<'a> {
     }
 }
 
-/// GAP: what `from_seq` to the header's seq held is lost (R45).
+/// GAP: the content of `from_seq` through the header's seq is lost (R45).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gap<'a> {
     /// First lost number.
     pub from_seq: u64,
-    /// 0: overwritten by newer frames; 1: queue damaged; 2: erased on request. Others: as the device
-    /// defines.
+    /// 0: overwritten by newer frames; 1: queue damaged; 2: erased on request. Others are
+    /// device-specific.
     pub reason: u8,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -329,22 +332,22 @@ impl<'a> Message<'a> for Gap<'a> {
     }
 }
 
-/// EVENT: something the device reports about itself (R46).
+/// EVENT: a report by the device about itself (R46).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event<'a> {
-    /// As in [`Data`].
+    /// See [`Data::clock`].
     pub clock: u8,
-    /// As in [`Data`].
+    /// See [`Data::boot`].
     pub boot: u32,
-    /// When, microseconds.
+    /// Time of the event, in microseconds.
     pub time_us: i64,
     /// 0 debug, 1 info, 2 warning, 3 error, 4 critical.
     pub level: u8,
-    /// The device's own code.
+    /// Device-specific code.
     pub code: u16,
-    /// Short text.
+    /// Human-readable text.
     pub text: &'a str,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -361,17 +364,17 @@ impl<'a> Message<'a> for Event<'a> {
     }
 }
 
-/// RESULT: outcome of a command (R48). Specified; not carried out by version 0.1 of the gateway.
+/// RESULT: outcome of a command (R48). Specified, but not supported by version 0.1 of the gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CommandResult<'a> {
-    /// The command's id.
+    /// Id of the command.
     pub id: u64,
     /// 0 done, 1 failed, 2 not supported, 3 expired.
     pub status: u8,
-    /// What the command gave back.
+    /// Output of the command.
     #[serde(with = "serde_bytes")]
     pub body: &'a [u8],
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -385,19 +388,20 @@ impl<'a> Message<'a> for CommandResult<'a> {
     }
 }
 
-/// COMMAND: something to do (R48). Specified; never sent by version 0.1 of the gateway.
+/// COMMAND: an instruction to the device (R48). Specified, but never sent by version 0.1 of the
+/// gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Command<'a> {
-    /// The same for every offer of this command.
+    /// Id, the same in every offer of this command.
     pub id: u64,
-    /// Milliseconds until it must not be carried out any more.
+    /// Milliseconds until the command expires.
     pub ttl_ms: u32,
-    /// What to do; defined between operator and firmware.
+    /// Kind of command, defined between operator and firmware.
     pub kind: u16,
-    /// How; defined between operator and firmware.
+    /// Arguments, defined between operator and firmware.
     #[serde(with = "serde_bytes")]
     pub body: &'a [u8],
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -410,12 +414,12 @@ impl<'a> Message<'a> for Command<'a> {
     }
 }
 
-/// ACK: the header's seq, and all before it, is stored and synced.
+/// ACK: all numbers through the header's seq are stored and synced.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ack<'a> {
-    /// Highest number the device may send for now. Absolute, so nothing drifts.
+    /// Highest number that the device may send for now. Absolute, so that errors do not accumulate.
     pub limit_seq: u64,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -428,18 +432,18 @@ impl<'a> Message<'a> for Ack<'a> {
     }
 }
 
-/// NACK: the header's seq is refused; `seq` 0 stands for an unsequenced frame.
+/// NACK: the frame with the header's seq is refused; `seq` 0 stands for an unsequenced frame.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nack<'a> {
     /// A [`crate::error::Code`] of class 1, 2 or 3.
     pub code: u8,
-    /// The number the gateway takes next.
+    /// The number that the gateway accepts next.
     pub expected_seq: u64,
-    /// For class 1: wait this long.
+    /// For class 1: milliseconds to wait before resending.
     pub retry_after_ms: u32,
-    /// For people.
+    /// Human-readable detail.
     pub detail: &'a str,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -453,16 +457,16 @@ impl<'a> Message<'a> for Nack<'a> {
     }
 }
 
-/// PING: asks for the gateway's time, and gives it what it needs to measure the device's (R70).
+/// PING: requests the gateway's time, and carries the data to measure the device's clock (R70).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ping<'a> {
     /// Microseconds since boot at sending.
     pub mono_us: u64,
-    /// `sent_us` of the latest PONG of this connection, 0 where there was none.
+    /// `sent_us` of the latest PONG on this connection, 0 if there was none.
     pub pong_sent_us: i64,
     /// Microseconds since boot when that PONG arrived.
     pub pong_mono_us: u64,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -478,16 +482,16 @@ impl<'a> Message<'a> for Ping<'a> {
     }
 }
 
-/// PONG: answer to PING.
+/// PONG: reply to PING.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pong<'a> {
-    /// PING's `mono_us`.
+    /// `mono_us` of the PING.
     pub mono_us: u64,
-    /// The gateway's UTC when PING arrived, microseconds.
+    /// The gateway's UTC when PING arrived, in microseconds.
     pub received_us: i64,
-    /// The gateway's UTC when PONG left, microseconds.
+    /// The gateway's UTC when PONG was sent, in microseconds.
     pub sent_us: i64,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -502,20 +506,20 @@ impl<'a> Message<'a> for Pong<'a> {
     }
 }
 
-/// BYE: the connection ends.
+/// BYE: the sender ends the connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bye<'a> {
-    /// A [`crate::error::Code`] of class 4 or 5; a device that simply leaves says 0.
+    /// A [`crate::error::Code`] of class 4 or 5; 0 from a device that disconnects normally.
     pub code: u8,
-    /// Connect again no sooner than this.
+    /// Milliseconds to wait before reconnecting.
     pub retry_after_ms: u32,
-    /// Lowest version the gateway speaks; 0 from a device.
+    /// Lowest version that the gateway supports; 0 from a device.
     pub min_version: u8,
-    /// Highest version the gateway speaks; 0 from a device.
+    /// Highest version that the gateway supports; 0 from a device.
     pub max_version: u8,
-    /// For people.
+    /// Human-readable detail.
     pub detail: &'a str,
-    /// Additions of later versions.
+    /// Extensions for later versions (R25).
     #[serde(with = "serde_bytes")]
     pub ext: &'a [u8],
 }
@@ -529,20 +533,20 @@ impl<'a> Message<'a> for Bye<'a> {
     }
 }
 
-/// The first number a frame covers: differs from its own only for a GAP that is intact and tells it (R45).
+/// Returns the first number that a frame covers: its own, or `from_seq` of an intact GAP (R45).
 pub fn first_seq(frame: &Frame<'_>) -> u64 {
     let seq = frame.header.seq;
     if frame.header.frame_type != types::GAP || !frame.intact {
         return seq;
     }
-    // Whatever is wrong with the rest of it: nothing else will ever come under these numbers.
+    // Valid even if the rest is not: no other frame will ever have these numbers.
     match postcard::take_from_bytes(frame.payload()) {
         Ok((from_seq, _)) if from_seq <= seq => from_seq,
         _ => seq,
     }
 }
 
-/// Whether `name` can be a device's (R31).
+/// Checks that `name` is a valid device name (R31).
 pub fn check_name(name: &str) -> Result<(), Violation> {
     let allowed =
         |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b':' | b'-');
@@ -553,7 +557,7 @@ pub fn check_name(name: &str) -> Result<(), Violation> {
     }
 }
 
-/// A channel's name: any text but an empty one.
+/// Checks a channel name: any valid text that is not empty.
 fn check_label(text: &str) -> Result<(), Violation> {
     if text.is_empty() {
         Err(Violation::Name)
@@ -562,7 +566,7 @@ fn check_label(text: &str) -> Result<(), Violation> {
     }
 }
 
-/// U+0000 is refused because Postgres cannot keep it (R23).
+/// Checks a text. Rejects U+0000, which Postgres cannot store (R23).
 fn check_text(text: &str, bytes_max: usize) -> Result<(), Violation> {
     if text.len() > bytes_max {
         Err(Violation::TextTooLong)
@@ -581,8 +585,8 @@ fn check_range(field: &'static str, within: bool) -> Result<(), Violation> {
     }
 }
 
-/// Tag, length, value, again and again. Odd tags may be passed over, even ones are critical, and
-/// version 1 knows none (R25, R26).
+/// Checks a sequence of tag, length, value. Odd tags may be skipped, even ones are critical, and
+/// version 1 defines none (R25, R26).
 fn check_ext(mut ext: &[u8]) -> Result<(), Violation> {
     while let [tag, len, rest @ ..] = ext {
         if tag % 2 == 0 {

@@ -1,21 +1,22 @@
-//! Frames in any pieces, with any bit wrong, and bytes that are no frames at all.
+//! Tests of frames in arbitrary pieces, with flipped bits, and of bytes that are not frames.
 
 #[allow(dead_code, missing_docs)]
 mod corpus;
 
 use corpus::{Expect, SERVING, data, declare, message_frame, unhex, vectors};
 use fieldgate_protocol::auth::Transcript;
-use fieldgate_protocol::column::{Kind, check_shape, decode_times, decode_values};
+use fieldgate_protocol::column::{check_shape, decode_times, decode_values};
 use fieldgate_protocol::frame::{self, FrameError, Header};
 use fieldgate_protocol::message::{
     Ack, Auth, Bye, Challenge, Command, CommandResult, Data, Declare, Event, Gap, Hello, Nack,
     Ping, Pong, Welcome, decode,
 };
+use fieldgate_protocol::value::Kind;
 use proptest::prelude::*;
 
 const LIMIT: usize = 4096;
 
-/// Every frame that a vector calls whole.
+/// Returns every valid frame among the vectors.
 fn whole_frames() -> Vec<Vec<u8>> {
     vectors()
         .into_iter()
@@ -32,7 +33,7 @@ fn whole_frames() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// What a receiver finds that is given `chunks` one after the other.
+/// Returns the frames that a receiver decodes from successive `chunks`.
 fn received(chunks: &[&[u8]]) -> Vec<(Header, bool, Vec<u8>)> {
     let (mut buffer, mut found) = (Vec::new(), Vec::new());
     for chunk in chunks {
@@ -47,7 +48,7 @@ fn received(chunks: &[&[u8]]) -> Vec<(Header, bool, Vec<u8>)> {
     found
 }
 
-/// Nothing that is called here may panic, whatever the bytes are.
+/// Calls all decoders; none may panic, whatever the bytes are.
 fn decode_as_everything(payload: &[u8]) {
     let _ = decode::<Hello<'_>>(payload);
     let _ = decode::<Challenge<'_>>(payload);
@@ -83,7 +84,7 @@ fn decode_readings(data: &Data<'_>) {
 }
 
 #[test]
-fn a_part_of_a_frame_is_awaited() {
+fn an_incomplete_frame_needs_more_bytes() {
     for bytes in whole_frames() {
         let whole = frame::decode(&bytes, LIMIT).unwrap().unwrap();
         for len in 0..whole.bytes.len() {
@@ -134,10 +135,10 @@ fn a_length_over_the_limit_is_refused_by_the_header_alone() {
     assert!(frame::decode(&bytes, frame_bytes).unwrap().is_some());
 }
 
-/// No second encoding decodes to the same message, wherever a varint may stand: a byte below 0x80 is
-/// made into two that mean the same to a lenient reader.
+/// No other encoding decodes to the same message: each byte below 0x80, where a varint may end, is
+/// replaced by two bytes with the same meaning to a lenient decoder.
 #[test]
-fn no_varint_may_be_longer_than_it_must() {
+fn no_varint_may_be_longer_than_necessary() {
     fn check(bytes: &[u8]) {
         let payload = corpus::payload_of(bytes);
         let decodes = |candidate: &[u8]| match bytes[2] {

@@ -1,15 +1,17 @@
-//! What is encoded decodes to the same, bit for bit, for every message and every column encoding.
+//! Encoding and decoding preserve every message and every column, bit for bit.
 
 use fieldgate_protocol::column::{
-    Kind, decode_times, decode_values, encode_f32, encode_f64, encode_integers, encode_times,
-    encoding, scaled,
+    decode_times, decode_values, encode_f32, encode_f64, encode_integers, encode_times, encoding,
+    scaled,
 };
 use fieldgate_protocol::error::Violation;
 use fieldgate_protocol::frame::{self, SEQ_MAX};
 use fieldgate_protocol::message::{
     Ack, Auth, Bye, Challenge, Channel, Column, Command, CommandResult, Data, Declare, Event, Gap,
-    Hello, MONO_US_MAX, Message, Nack, Ping, Pong, Welcome, decode, encode,
+    Hello, Message, Nack, Ping, Pong, Welcome, decode, encode,
 };
+use fieldgate_protocol::value::Kind;
+use fieldgate_protocol::value::MONO_US_MAX;
 use proptest::prelude::*;
 
 fn same<'a, M: Message<'a> + PartialEq + std::fmt::Debug>(
@@ -136,7 +138,7 @@ proptest! {
     }
 }
 
-/// Compares [`decode`] with the rule as it is written (R22): encoded anew, a message is what it was.
+/// Compares [`decode`] with rule R22: a valid message is encoded to the same bytes again.
 fn is_judged_by_its_form<'a, M: Message<'a>>(payload: &'a [u8]) {
     let is_longer = match postcard::take_from_bytes::<M>(payload) {
         Ok((message, [])) => postcard::to_slice(&message, &mut [0; 512]).unwrap() != payload,
@@ -171,7 +173,8 @@ proptest! {
                 let place = place.index(payload.len());
                 match edit {
                     Some(byte) => payload[place] = *byte,
-                    // Where it ends a varint, this makes it one byte longer than it must be.
+                    // If the byte ends a varint, this makes the varint one byte longer than
+                    // necessary.
                     None => {
                         payload[place] |= 0x80;
                         payload.insert(place + 1, 0);
@@ -184,7 +187,7 @@ proptest! {
     }
 }
 
-/// Values with and without nulls go through a column and come back, bit for bit.
+/// Decodes a column, with or without nulls.
 fn unpacked(encoding: u8, kind: Kind, exp10: i8, nulls: &[bool], data: &[u8]) -> Vec<f64> {
     let mut bitmap = vec![0u8; nulls.len().div_ceil(8)];
     for (row, _) in nulls.iter().enumerate().filter(|(_, null)| **null) {
@@ -228,7 +231,7 @@ fn split<T: Copy>(rows: &[(Option<()>, T)]) -> (Vec<bool>, Vec<T>) {
     (nulls, values.map(|(_, value)| *value).collect())
 }
 
-/// Steps of every size, so that both delta encodings win now and then.
+/// Steps of every size, so that each of the two delta encodings is sometimes shorter.
 fn integers() -> impl Strategy<Value = i64> {
     prop_oneof![
         any::<i64>(),
@@ -310,7 +313,7 @@ proptest! {
 }
 
 #[test]
-fn decimals_become_the_doubles_that_people_write() {
+fn decimals_become_the_nearest_doubles() {
     for raw in -100_000..=100_000i64 {
         for exp10 in 1..=6u32 {
             let sign = if raw < 0 { "-" } else { "" };

@@ -1,4 +1,4 @@
-//! The files in `vectors/` are what the corpus makes, and the decoders do what they say.
+//! Checks that the files in `vectors/` match the corpus, and the decoders match the vectors.
 
 #[allow(dead_code, missing_docs)]
 mod corpus;
@@ -9,7 +9,7 @@ use corpus::judge::judge;
 use corpus::{columns, files, primitives, render, unhex, vectors};
 
 #[test]
-fn files_are_what_the_corpus_makes() {
+fn files_match_the_corpus() {
     for (name, file) in files() {
         let path = format!("{}/vectors/{name}", env!("CARGO_MANIFEST_DIR"));
         let written = std::fs::read_to_string(&path).unwrap_or_default();
@@ -21,7 +21,7 @@ fn files_are_what_the_corpus_makes() {
 }
 
 #[test]
-fn decoders_find_what_each_vector_expects() {
+fn decoders_match_each_vector() {
     for vector in vectors() {
         let found = judge(vector.state, &unhex(&vector.hex));
         assert_eq!(found, vector.expect, "{}: {}", vector.id, vector.note);
@@ -37,7 +37,7 @@ fn ids_are_unique() {
 }
 
 #[test]
-fn primitives_decode_as_told() {
+fn primitives_match_their_vectors() {
     let file = primitives::file();
     for vector in file["vectors"].as_array().unwrap() {
         let bytes = unhex(vector["hex"].as_str().unwrap());
@@ -47,7 +47,7 @@ fn primitives_decode_as_told() {
 }
 
 #[test]
-fn columns_decode_as_told() {
+fn columns_match_their_vectors() {
     let file = columns::file();
     for case in file["columns"].as_array().unwrap() {
         let expected = match case["values"].as_array() {
@@ -59,7 +59,7 @@ fn columns_decode_as_told() {
 }
 
 #[test]
-fn times_decode_as_told() {
+fn times_match_their_vectors() {
     let file = columns::file();
     for case in file["times"].as_array().unwrap() {
         let expected = match case["times_us"].as_array() {

@@ -1,10 +1,11 @@
-//! The command line: what may be said, and what it comes to.
+//! The command line: flags, environment variables, and the plan and options that result from them.
 //!
-//! Every flag can also be given as an environment variable, `FIELDGATE_SIM_` and the flag's name, except those that
-//! say how a file of `--replay` is read. `--data-dir` and `--store` of `run` and `verify` follow the gateway's own
-//! `FIELDGATE_DATA_DIR` and `FIELDGATE_STORE`, too. An empty variable counts as not set. Ranges are checked here, so
-//! that nothing else meets a fleet of no devices. Randomness and the time of day come from the caller, so that tests
-//! can decide them.
+//! Every flag can also be set by an environment variable, `FIELDGATE_SIM_` plus the flag's name, except the flags for
+//! the format of a `--replay` file. `--data-dir` and `--store` of `run` and `verify` also read the gateway's own
+//! `FIELDGATE_DATA_DIR` and `FIELDGATE_STORE`. An empty variable counts as unset.
+//!
+//! Ranges are checked here, so that no other module meets a fleet without devices. The caller supplies randomness and
+//! the time of day, so that tests can choose them.
 
 use crate::catalogue::CHANNELS_MAX;
 use crate::faults::{Fault, Faults};
@@ -21,11 +22,11 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Plays a fleet of field devices to a Fieldgate gateway, and proves what was stored
+/// Simulates a fleet of field devices and verifies what the gateway stored
 #[derive(Debug, Parser)]
 #[command(name = "fieldgate-sim", version, max_term_width = 100)]
 pub struct Cli {
-    /// What to do.
+    /// Subcommand to run.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -33,13 +34,13 @@ pub struct Cli {
 /// Reads the command line and the environment.
 ///
 /// # Errors
-/// What clap says, or shows.
+/// The arguments are invalid, or clap has help or a version to print.
 pub fn parse() -> Result<Cli, clap::Error> {
     let command = with_environment(Cli::command(), |name| std::env::var_os(name));
     Cli::from_arg_matches(&command.try_get_matches()?)
 }
 
-/// Decides from which variables flags are read, if they are set to something.
+/// Selects the environment variables from which flags are read; empty ones are ignored.
 fn with_environment(
     command: clap::Command,
     variable: impl Fn(&str) -> Option<OsString>,
@@ -71,14 +72,14 @@ fn with_environment(
     })
 }
 
-/// What to do.
+/// Subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Send readings as a fleet of devices, and report how the gateway did
+    /// Send readings from a simulated fleet and report the results
     Run(Box<RunArgs>),
-    /// Prove that all readings acked in a run are in the store, once and unchanged; exit 0 only then
+    /// Verify that every acknowledged reading of a run is stored, once and unchanged; exits with 0 only then
     Verify(VerifyArgs),
-    /// Measure the limit of this machine, and how near the gateway comes to it
+    /// Measure this machine's limit and the gateway's share of it
     Bench(BenchArgs),
 }
 
@@ -94,42 +95,42 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", env = "FIELDGATE_SIM_DATA_DIR", default_value_os_t = data_dir())]
     pub data_dir: PathBuf,
 
-    /// File with the fleet key, from which each device derives its own [default: fleet.key in the data directory]
+    /// File with the fleet key, from which the device keys are derived [default: fleet.key in the data directory]
     #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_KEY_FILE")]
     pub key_file: Option<PathBuf>,
 
-    /// Number of devices, 1 to 100000 [default: 10; those that a --replay names]
+    /// Number of devices, 1 to 100000 [default: 10, or the number of devices in the --replay file]
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_DEVICES",
           value_parser = clap::value_parser!(u32).range(1..=i64::from(plan::DEVICES_MAX)))]
     pub devices: Option<u32>,
 
-    /// Channels of each device, 1 to 32
+    /// Number of channels per device, 1 to 32
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_CHANNELS", default_value_t = 4,
           value_parser = clap::value_parser!(u8).range(1..=CHANNELS_MAX as i64))]
     pub channels: u8,
 
-    /// Time from one sample of a channel to the next, such as 100ms or 1s, at most 1 day; with
-    /// --replay, the time from sending one row to the next
+    /// Time between two samples of a channel, such as 100ms or 1s, at most 1 day; with
+    /// --replay, the time between sending two rows
     #[arg(long, value_name = "DUR", env = "FIELDGATE_SIM_INTERVAL", default_value = "100ms",
           value_parser = interval)]
     pub interval: Duration,
 
-    /// Samples of each channel per frame, 1 to 1024
+    /// Number of samples per channel and frame, 1 to 1024
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_BATCH", default_value_t = 15,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(plan::BATCH_MAX)))]
     pub batch: u16,
 
-    /// How long to send, such as 90s or 2h [default: 30s, if neither --frames nor --replay ends the
-    /// run]
+    /// Duration of the run, such as 90s or 2h [default: 30s, unless --frames or --replay ends the run
+    /// earlier]
     #[arg(long, value_name = "DUR", env = "FIELDGATE_SIM_DURATION", value_parser = duration)]
     pub duration: Option<Duration>,
 
-    /// Frames that each device sends, instead of --duration [default: as many as the time allows]
+    /// Number of frames per device, instead of --duration [default: limited only by the duration]
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_FRAMES", conflicts_with = "duration",
           value_parser = clap::value_parser!(u64).range(1..))]
     pub frames: Option<u64>,
 
-    /// How frames are spread over time [default: steady; with --replay burst]
+    /// Load profile [default: steady; with --replay burst]
     #[arg(
         long,
         value_name = "PROFILE",
@@ -138,18 +139,18 @@ pub struct RunArgs {
     )]
     pub profile: Option<Profile>,
 
-    /// Frames that a device may have in flight without an ACK, 1 to 1024
+    /// Maximum number of unacknowledged frames per device, 1 to 1024
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_WINDOW", default_value_t = 16,
           value_parser = clap::value_parser!(u16).range(1..=1_024))]
     pub window: u16,
 
-    /// Number from which all values and faults follow; the same seed sends the same readings
-    /// [default: random, and printed]
+    /// Seed for all values and faults; the same seed sends the same readings
+    /// [default: random, printed at start]
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_SEED")]
     pub seed: Option<u64>,
 
-    /// CSV file to send instead of made-up readings, whole, as each device. How it is written is found
-    /// out, and each guess reported; flags replace the guesses [default: none]
+    /// CSV file whose rows each device sends instead of generated readings. The format is detected and
+    /// each guess printed; flags override the guesses [default: none]
     #[arg(
         long,
         value_name = "FILE.csv",
@@ -158,43 +159,43 @@ pub struct RunArgs {
     )]
     pub replay: Option<PathBuf>,
 
-    /// Move the times of --replay so that the last one is now [default: sent as they are in the file]
+    /// Shift the times of --replay so that the last one is now [default: unchanged]
     #[arg(long, env = "FIELDGATE_SIM_SHIFT_TO_NOW", requires = "replay")]
     pub shift_to_now: bool,
 
-    /// How the file of --replay is read.
+    /// Format of the --replay file.
     #[command(flatten)]
     pub read: ReadOptions,
 
-    /// New file for the record of the run, which verify needs [default: none]
+    /// Journal file to create, required by verify [default: none]
     #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_JOURNAL")]
     pub journal: Option<PathBuf>,
 
-    /// File for the figures of the run as JSON [default: none]
+    /// Write the run's statistics to this file as JSON [default: none]
     #[arg(long, value_name = "FILE.json", env = "FIELDGATE_SIM_REPORT")]
     pub report: Option<PathBuf>,
 
-    /// Faults to make, as name or name=probability per frame, separated by commas, such as
+    /// Faults to inject, as NAME or NAME=PROBABILITY per frame, separated by commas, such as
     /// disconnect=0.01,corrupt=0.1%,malformed; names are disconnect, duplicate, corrupt, malformed,
     /// slow, abandon and all [default: none]
     #[arg(long, value_name = "SPEC", env = "FIELDGATE_SIM_FAULTS")]
     pub faults: Option<Faults>,
 
-    /// What the names of the devices begin with, at most 27 bytes; sim- makes sim-00000, sim-00001
+    /// Prefix of the device names, at most 27 bytes; sim- gives sim-00000, sim-00001
     #[arg(long, value_name = "PREFIX", env = "FIELDGATE_SIM_NAME_PREFIX", default_value = "sim-",
           value_parser = name_prefix)]
     pub name_prefix: String,
 
-    /// Go through TLS; --gateway must be the host and port of its --tls-listen then [default: no]
+    /// Connect through TLS; --gateway must then name the gateway's --tls-listen address [default: no]
     #[arg(long, env = "FIELDGATE_SIM_TLS")]
     pub tls: bool,
 
-    /// PEM file with what the gateway's certificate leads to [default: tls/ca.pem in the data directory]
+    /// PEM file with the CA certificate of the gateway [default: tls/ca.pem in the data directory]
     #[arg(long, value_name = "FILE", env = "FIELDGATE_SIM_CA", requires = "tls")]
     pub ca: Option<PathBuf>,
 
-    /// Directory with NAME.pem and NAME.key for each device, for a gateway that asks for certificates
-    /// [default: no certificate is shown]
+    /// Directory with NAME.pem and NAME.key for each device, for a gateway that requires client
+    /// certificates [default: no client certificates]
     #[arg(
         long,
         value_name = "DIR",
@@ -203,7 +204,7 @@ pub struct RunArgs {
     )]
     pub identities: Option<PathBuf>,
 
-    /// Which time the devices know
+    /// Clock of the devices
     #[arg(long, value_name = "CLOCK", env = "FIELDGATE_SIM_CLOCK", value_enum,
           default_value_t = Clock::Utc)]
     pub clock: Clock,
@@ -212,8 +213,8 @@ pub struct RunArgs {
 /// Flags of `verify`.
 #[derive(Clone, Debug, Args)]
 pub struct VerifyArgs {
-    /// Record of the run, as written by run --journal. For several runs into one store, give each journal with
-    /// a --journal of its own
+    /// Journal of the run, written by run --journal. Repeat the option to verify several runs in one
+    /// store together
     #[arg(
         long,
         value_name = "FILE",
@@ -222,7 +223,7 @@ pub struct VerifyArgs {
     )]
     pub journal: Vec<PathBuf>,
 
-    /// What the store may hold besides the data of these runs
+    /// Other data that the store may contain
     #[arg(
         long,
         value_name = "WHAT",
@@ -236,14 +237,14 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "DIR", env = "FIELDGATE_SIM_DATA_DIR", default_value_os_t = data_dir())]
     pub data_dir: PathBuf,
 
-    /// Store of the gateway, as sqlite://PATH or postgres://USER@HOST/DATABASE; a password is better
-    /// left to PGPASSWORD or ~/.pgpass [default: fieldgate.db in the data directory]
+    /// Store of the gateway: sqlite://PATH or postgres://USER@HOST/DATABASE. Put the password in
+    /// PGPASSWORD or ~/.pgpass instead [default: fieldgate.db in the data directory]
     #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", hide_env_values = true, value_parser = store)]
     pub store: Option<StoreUrl>,
 }
 
 impl VerifyArgs {
-    /// The store of the gateway.
+    /// Returns the URL of the gateway's store.
     pub fn store(&self) -> StoreUrl {
         config::store_url(&self.data_dir, self.store.as_ref())
     }
@@ -252,30 +253,30 @@ impl VerifyArgs {
 /// Flags of `bench`.
 #[derive(Clone, Debug, Args)]
 pub struct BenchArgs {
-    /// Store to measure: sqlite://PATH, in new files beside PATH, for the disk counts; or
-    /// postgres://USER@HOST/DATABASE, in a new database on that server, which USER may create. Both are
-    /// removed afterwards
+    /// Store to measure: sqlite://PATH uses new files next to PATH, because the disk matters;
+    /// postgres://USER@HOST/DATABASE uses a new database, which USER must be allowed to create. The files
+    /// or the database are removed afterwards
     #[arg(long, value_name = "URL", env = "FIELDGATE_SIM_STORE", hide_env_values = true, value_parser = store,
           default_value = "sqlite://bench.db")]
     pub store: StoreUrl,
 
-    /// Measure less, for a few seconds each, and less exactly: two to three minutes instead of 20 in all
+    /// Run shorter, less accurate measurements: two to three minutes in total instead of 20
     /// [default: no]
     #[arg(long, env = "FIELDGATE_SIM_QUICK")]
     pub quick: bool,
 
-    /// Measure one burst of a small fleet for a moment, and nothing else: whether bench works here. The figures
-    /// say nothing [default: no]
+    /// Run one short burst of a small fleet, only to check that bench works on this machine. The results
+    /// are not meaningful [default: no]
     #[arg(long, env = "FIELDGATE_SIM_SMOKE", conflicts_with_all = ["quick", "rounds", "only", "stored"])]
     pub smoke: bool,
 
-    /// Rounds of which the medians are shown; each takes 2 minutes [default: 5, with --quick 1]
+    /// Number of rounds; medians are shown, and each round takes 2 minutes [default: 5, with --quick 1]
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_ROUNDS",
           value_parser = clap::value_parser!(u32).range(1..=100))]
     pub rounds: Option<u32>,
 
-    /// Measure these only, such as tls,hostile; latency is told as a share of throughput, and takes that along
-    /// [default: all]
+    /// Measure only these sections, such as tls,hostile; latency also runs throughput, because it is
+    /// relative to it [default: all]
     #[arg(
         long,
         value_enum,
@@ -285,35 +286,35 @@ pub struct BenchArgs {
     )]
     pub only: Vec<Section>,
 
-    /// Measure also a store that holds so many readings already, such as 100000000, against an empty
-    /// one; filling it takes some 4 minutes and 5 GB of disk for a hundred million, on SQLite
+    /// Also compare a store that already holds this many readings, such as 100000000, with an empty one;
+    /// on SQLite, filling it takes about 4 minutes and 5 GB for a hundred million
     /// [default: not measured]
     #[arg(long, value_name = "ROWS", env = "FIELDGATE_SIM_STORED",
           value_parser = clap::value_parser!(u64).range(1..=100_000_000_000))]
     pub stored: Option<u64>,
 
-    /// File for all figures as JSON [default: none]
+    /// Write all results to this file as JSON [default: none]
     #[arg(long, value_name = "FILE.json", env = "FIELDGATE_SIM_JSON")]
     pub json: Option<PathBuf>,
 }
 
-/// What `bench` measures.
+/// Section of the measurements of `bench`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Section {
-    /// Bursts of several fleets, against a bare loop
+    /// Bursts from several fleets, compared with a baseline loop
     Throughput,
-    /// What frames wait at fixed rates
+    /// ACK latency at fixed rates
     Latency,
-    /// Bursts through TLS, against those in plain text
+    /// Bursts over TLS, compared with plain TCP
     Tls,
-    /// Memory and time that many connections take
+    /// Memory and CPU time of many connections
     Connections,
-    /// What devices feel of peers that misbehave
+    /// Effect of misbehaving peers on healthy devices
     Hostile,
 }
 
 impl Section {
-    /// Those that are measured if these are asked for, in their order: all, if none is.
+    /// Returns the sections to measure, in order: those in `only` and the ones they need, or all if it is empty.
     pub fn wanted(only: &[Section]) -> Vec<Section> {
         let is_wanted = |section: &&Section| {
             let needs = only.contains(&Section::Latency) && **section == Section::Throughput;
@@ -324,39 +325,39 @@ impl Section {
     }
 }
 
-/// How a plan is to be carried out: all that does not alter what the frames hold.
+/// Options for carrying out a plan; none of them alters the content of the frames.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
-    /// Where the gateway listens, as host:port.
+    /// Address of the gateway, as host:port.
     pub gateway: String,
-    /// Data directory of the gateway, where it is not the usual one.
+    /// Data directory of the gateway, if it is not the default one.
     pub data_dir: Option<PathBuf>,
     /// File with the fleet key.
     pub key_file: PathBuf,
-    /// What the gateway's certificate leads to; `None` without TLS.
+    /// CA certificate of the gateway; `None` without TLS.
     pub ca: Option<PathBuf>,
-    /// Where the devices' own certificates are.
+    /// Directory with the devices' own certificates.
     pub identities: Option<PathBuf>,
-    /// When to stop, if the plan itself does not end.
+    /// Time limit, if the plan itself has no end.
     pub duration: Option<Duration>,
-    /// Most frames of a device in flight.
+    /// Maximum number of unacknowledged frames per device.
     pub window: u16,
-    /// Where the journal goes.
+    /// File for the journal.
     pub journal: Option<PathBuf>,
-    /// Where the figures go.
+    /// File for the statistics.
     pub report: Option<PathBuf>,
-    /// What goes wrong on the way. The plan holds the probability of malformed content.
+    /// Faults in transit. The plan holds the probability of malformed content.
     pub faults: Faults,
 }
 
-/// Devices of a fleet, if nothing says how many.
+/// Number of devices if no option sets it.
 const DEVICES_DEFAULT: u32 = 10;
-/// How long a run lasts that nothing else ends.
+/// Duration of a run that nothing else ends.
 pub const DURATION_DEFAULT: Duration = Duration::from_secs(30);
 
 impl RunArgs {
-    /// What is to be sent. `random` gives 64 fresh bits each for the seed, if none was given, and for
-    /// the nonce; `now_us` is the time in microseconds since 1970.
+    /// Returns the script of the run. `random` supplies 64 fresh bits each for the nonce and, if none was given,
+    /// for the seed; `now_us` is the time in microseconds since 1970.
     pub fn script(&self, random: [u64; 2], now_us: i64) -> Result<Script, PlanError> {
         let mut plan = Plan {
             format: plan::FORMAT,
@@ -390,7 +391,7 @@ impl RunArgs {
         }
     }
 
-    /// How it is to be sent.
+    /// Returns the options for carrying out the plan.
     pub fn options(&self) -> RunOptions {
         let within =
             |file: &Option<PathBuf>, name| file.clone().unwrap_or_else(|| self.data_dir.join(name));
@@ -411,7 +412,7 @@ impl RunArgs {
 }
 
 impl RunArgs {
-    /// The data directory that was named, or the one in which the key is.
+    /// Returns the data directory given by --data-dir, or the directory of the key file.
     fn named_data_dir(&self) -> Option<PathBuf> {
         let is_key = |path: &&PathBuf| path.file_name() == Some(OsStr::new("fleet.key"));
         let of_key = self
@@ -452,7 +453,7 @@ fn interval(text: &str) -> Result<Duration, String> {
 fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(duration) if !duration.is_zero() => Ok(duration),
-        Ok(_) => Err("must be longer than nothing".to_owned()),
+        Ok(_) => Err("must be greater than zero".to_owned()),
         Err(error) => Err(format!("{error}; expected a time such as 500ms, 30s or 2h")),
     }
 }

@@ -1,4 +1,4 @@
-//! Tests of the command line, beside it in a file of their own for their length.
+//! Tests of the command line, in a separate file because of their length.
 
 use super::*;
 use crate::pace::CUT_OFF_US;
@@ -32,8 +32,8 @@ fn the_definition_is_sound_and_every_flag_has_help_and_a_variable() {
             .filter(|arg| arg.get_long() != Some("help"))
         {
             let long = arg.get_long().unwrap();
-            // How a file is read is said with the file.
-            if arg.get_help_heading() != Some("How the CSV file is read") {
+            // The options for reading a file are documented with the file.
+            if arg.get_help_heading() != Some("CSV format") {
                 let variable = format!("FIELDGATE_SIM_{}", long.replace('-', "_").to_uppercase());
                 assert_eq!(arg.get_env().unwrap().to_str(), Some(variable.as_str()));
             }
@@ -41,14 +41,14 @@ fn the_definition_is_sound_and_every_flag_has_help_and_a_variable() {
             let default = !arg.get_default_values().is_empty() || help.contains("[default: ");
             assert!(
                 default || subcommand.get_name() == "verify",
-                "--{long} tells no default"
+                "--{long} shows no default"
             );
         }
     }
 }
 
 #[test]
-fn without_flags_the_first_experience_works() {
+fn defaults_work_without_flags() {
     let args = run("");
     let options = args.options();
     assert_eq!(
@@ -73,7 +73,7 @@ fn without_flags_the_first_experience_works() {
         batch: 15,
         frames: None,
         clock: Clock::Utc,
-        // One frame's worth before now: the first frame is due at once.
+        // One frame's worth before now, so that the first frame is due immediately.
         start_us: 1_000_000_000_000_000 - 1_500_000,
         profile: Profile::Steady,
         malformed_billionths: 0,
@@ -82,7 +82,7 @@ fn without_flags_the_first_experience_works() {
     assert_eq!(script.plan(), &expected);
 }
 
-/// Which environment variable each of these flags would be read from.
+/// Returns the environment variable from which each of these flags would be read.
 fn variables(subcommand: &str, set: &[(&str, &str)]) -> Vec<Option<String>> {
     let variable = |name: &str| {
         let found = set.iter().find(|(known, _)| *known == name);
@@ -108,7 +108,8 @@ fn data_directory_and_store_follow_the_gateways_variables() {
     };
     assert_eq!(found, named(&["FIELDGATE_DATA_DIR", "FIELDGATE_STORE"]));
     assert_eq!(variables("run", &gateways), named(&["FIELDGATE_DATA_DIR"]));
-    // Its own win, an empty one counts as not set, and bench never fills a gateway's store.
+    // The simulator's own variables take precedence, an empty one counts as unset, and bench never fills a gateway's
+    // store.
     let own = [
         ("FIELDGATE_SIM_DATA_DIR", "/c"),
         ("FIELDGATE_SIM_STORE", ""),
@@ -124,7 +125,7 @@ fn data_directory_and_store_follow_the_gateways_variables() {
 }
 
 #[test]
-fn what_is_not_named_is_in_the_data_directory() {
+fn files_default_to_the_data_directory() {
     let options = run("--data-dir /a --tls").options();
     assert_eq!(options.key_file, PathBuf::from("/a/fleet.key"));
     assert_eq!(options.ca, Some(PathBuf::from("/a/tls/ca.pem")));
@@ -177,7 +178,7 @@ fn a_replay_ends_by_itself() {
 }
 
 #[test]
-fn wrong_values_are_refused_with_what_would_be_right() {
+fn wrong_values_are_rejected_with_the_valid_ones() {
     let cases = [
         ("run --devices 0", "0 is not in 1..=100000"),
         ("run --devices 100001", "100001 is not in 1..=100000"),
@@ -186,7 +187,7 @@ fn wrong_values_are_refused_with_what_would_be_right() {
         ("run --batch 1025", "1025 is not in 1..=1024"),
         ("run --window 0", "0 is not in 1..=1024"),
         ("run --frames 0", "0 is not in 1.."),
-        ("run --interval 0s", "must be longer than nothing"),
+        ("run --interval 0s", "must be greater than zero"),
         (
             "run --interval 100ns",
             "expected whole microseconds, 1us to 1day",
@@ -206,7 +207,7 @@ fn wrong_values_are_refused_with_what_would_be_right() {
         ("run --gateway 127.0.0.1", "expected host:port"),
         ("run --gateway :7300", "expected host:port"),
         ("run --gateway ::1:7300", "expected host:port"),
-        ("run --faults drop", "no fault is called \"drop\""),
+        ("run --faults drop", "unknown fault \"drop\""),
         (
             "run --profile slow",
             "possible values: steady, burst, ramp, storm",
@@ -218,7 +219,7 @@ fn wrong_values_are_refused_with_what_would_be_right() {
         ("verify", "--journal <FILE>"),
         ("verify --journal a --store b.db", "write sqlite://b.db"),
         ("verify --journal a --store mysql://b", "is not supported"),
-        ("bench --store sqlite://", "names no file"),
+        ("bench --store sqlite://", "has no file"),
     ];
     for (line, expected) in cases {
         let error = parse(line).unwrap_err();
@@ -239,7 +240,7 @@ fn verify_and_bench_take_their_flags() {
 }
 
 #[test]
-fn a_benchmark_is_long_unless_told_otherwise() {
+fn a_benchmark_is_long_by_default() {
     let bench = |line: &str| match parse(&format!("bench {line}")) {
         Ok(Command::Bench(args)) => args,
         other => panic!("{other:?}"),

@@ -1,17 +1,17 @@
-//! The quantities a simulated device can measure, and how each of them behaves.
+//! Quantities that a simulated device can measure, with the parameters of their signals.
 //!
-//! Numbers only; [`signal`](crate::signal) makes values of them.
+//! This module contains only numbers; [`signal`](crate::signal) generates values from them.
 //!
-//! Invariants: the first channels are the same however many there are; names are distinct. A change
-//! of any number here changes what a plan means, and so asks for a new plan format.
+//! Invariants: the first channels are the same for any number of channels; names are distinct. A change
+//! of any number here changes the meaning of a plan and requires a new plan format.
 
 use crate::readings::Channel;
-use fieldgate_protocol::column::Kind;
+use fieldgate_protocol::value::Kind;
 
-/// Most channels a device can have; the protocol's limit.
+/// Maximum number of channels of a device, which is the protocol's limit.
 pub const CHANNELS_MAX: usize = 32;
 
-/// The first `count` channels of the catalogue, which every device of a fleet has.
+/// Returns the first `count` channels of the catalogue, which every device of a fleet has.
 pub fn channels(count: usize) -> Vec<Channel> {
     (0..count)
         .map(|number| {
@@ -44,10 +44,10 @@ pub(crate) struct Model {
     pub(crate) exp10: i8,
     pub(crate) center: (i64, i64),
     pub(crate) day: (i64, i64),
-    /// For the energy meter, its mean power in watts, which its `day` is made to follow.
+    /// Range of the drift. For the energy meter, its mean power in watts, from which its `day` is derived.
     pub(crate) drift: (i64, i64),
     pub(crate) noise: (i64, i64),
-    /// Largest height of a step; one plateau in eight has one.
+    /// Maximum height of a step; one interval in eight has one.
     pub(crate) step: i64,
     pub(crate) plateau_s: (i64, i64),
 }

@@ -1,15 +1,15 @@
-//! Whether this process may have as many sockets open at once as a fleet needs.
+//! Raises the limit on open files to what a fleet needs.
 
 use fieldgate::sys::open_files::raise;
 
-/// What a process needs besides the sockets of its devices.
+/// Open files that the process needs in addition to the devices' sockets.
 const OTHERS: u64 = 64;
 
-/// The system grants too few.
+/// The limit on open files is too low.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{devices} devices need {needed} open files, and the system lets this user have {limit}: raise the \
-     hard limit (see `ulimit -Hn`), or take fewer devices"
+    "{devices} devices need {needed} open files, but the limit is {limit}; raise the hard limit \
+    (`ulimit -Hn`) or use fewer devices"
 )]
 pub struct TooFew {
     devices: u32,
@@ -17,12 +17,12 @@ pub struct TooFew {
     limit: u64,
 }
 
-/// Asks for as many as there can be, which must suffice for this many devices.
+/// Raises the limit as far as possible and fails if that is too low for this many devices.
 pub fn raise_for(devices: u32) -> Result<(), TooFew> {
     check(devices, raise())
 }
 
-/// `None` is no limit.
+/// Checks a limit; `None` means unlimited.
 fn check(devices: u32, limit: Option<u64>) -> Result<(), TooFew> {
     let needed = u64::from(devices) + OTHERS;
     match limit {
@@ -40,13 +40,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_that_does_not_suffice_is_told_with_its_mend() {
+    fn the_error_for_a_low_limit_says_how_to_raise_it() {
         assert!(check(10, None).is_ok());
         assert!(check(10, Some(10 + OTHERS)).is_ok());
-        let told = check(10, Some(9 + OTHERS)).unwrap_err().to_string();
+        let error = check(10, Some(9 + OTHERS)).unwrap_err().to_string();
         assert!(
-            told.contains("ulimit -Hn") && told.contains("10 devices need 74"),
-            "{told}"
+            error.contains("ulimit -Hn") && error.contains("10 devices need 74"),
+            "{error}"
         );
     }
 }

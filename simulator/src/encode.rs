@@ -1,5 +1,5 @@
-//! DATA frames of the simulator: right ones, and malformed ones, which are made of the same readings,
-//! wrong in one way and right in their checksums.
+//! DATA frames of the simulator: well-formed ones, and malformed ones, which contain the same readings with
+//! one fault and valid checksums.
 
 pub use fieldgate::recording::encode::{DataTerms, Encoder};
 use fieldgate_protocol::column::ROWS_MAX;
@@ -12,13 +12,13 @@ use fieldgate_protocol::message::Data;
 use crate::faults::Malformation;
 use crate::readings::Readings;
 
-/// A type of sequenced frames that does not exist.
+/// A sequenced frame type that does not exist.
 pub const UNKNOWN_TYPE: u8 = 0x1E;
 
-/// Writes the DATA frame with number `seq`, right or `malformed`; returns its length in bytes.
+/// Writes the DATA frame with number `seq`, well-formed or `malformed`; returns its length in bytes.
 ///
 /// # Errors
-/// The frame does not fit.
+/// The buffer is too small for the frame.
 pub fn data_frame(
     encoder: &mut Encoder,
     seq: u64,
@@ -39,8 +39,8 @@ fn spoil_fields(malformation: Malformation, data: &mut Data<'_>) {
     match malformation {
         Malformation::UnknownEncoding => data.columns[0].encoding = 200,
         Malformation::RowCountMismatch => {
-            // Columns may well hold a row more: a packed one's spare bits say that nothing changed. So
-            // the times are told one by one, and there is none for that row.
+            // Columns may decode with one more row: spare bits of a packed column look like unchanged values. So
+            // the times are listed explicitly, without one for that row.
             const ONES: [u8; ROWS_MAX] = [1; ROWS_MAX];
             if data.step != 0 {
                 data.step = 0;
@@ -49,7 +49,7 @@ fn spoil_fields(malformation: Malformation, data: &mut Data<'_>) {
             data.rows += 1;
         }
         Malformation::NonIncreasingTime => {
-            // A step of 0 from each row to the next; with one row, a step to a row that is not there.
+            // A step of 0 between all rows; with one row, a step to a row that does not exist.
             const ZEROS: [u8; ROWS_MAX] = [0; ROWS_MAX];
             data.step = 0;
             data.dt = &ZEROS[..usize::from(data.rows - 1).max(1)];
@@ -62,7 +62,7 @@ fn spoil_fields(malformation: Malformation, data: &mut Data<'_>) {
     }
 }
 
-/// Changes header or payload of a whole frame, and makes its checksums right again.
+/// Changes the header or payload of a complete frame and recalculates its checksums.
 fn spoil_bytes(
     malformation: Malformation,
     payload_bytes: usize,
@@ -84,7 +84,7 @@ fn spoil_bytes(
             header.payload_bytes += 1;
         }
         Malformation::OverlongVarint => {
-            // The schema's number comes first: one byte more, of no bits, at its end.
+            // The schema number comes first: append one byte without bits to it.
             let number = out.get(HEADER_BYTES..end).ok_or(NoRoom)?;
             let last = number.iter().position(|byte| *byte < 0x80).ok_or(NoRoom)?;
             let rest = out.get_mut(HEADER_BYTES + last..=end).ok_or(NoRoom)?;
@@ -102,7 +102,7 @@ fn spoil_bytes(
     frame::seal(header, out)
 }
 
-/// The code with which a gateway refuses such a frame.
+/// Returns the code with which a gateway rejects such a frame.
 pub fn refusal_code(malformation: Malformation) -> Code {
     match malformation {
         Malformation::TruncatedPayload

@@ -1,36 +1,35 @@
-//! Which faults befall which frame.
+//! Selection of the faults for each frame.
 //!
-//! Parses `--faults` and decides by hash; it neither breaks bytes nor closes sockets, which is left to
-//! the fleet.
+//! Parses `--faults` and decides by hash. The fleet damages the bytes and closes the sockets.
 //!
-//! Invariants: whether and how a frame is malformed depends on seed, device and seq alone, for it is
-//! part of the frame's content and must be the same when the frame is sent again. Every other fault
-//! is drawn anew for each attempt, so that no frame can be struck for ever unless its probability
-//! is 1. A run with the same seed meets the same faults.
+//! Invariants: whether and how a frame is malformed depends only on seed, device and seq, because it is
+//! part of the frame's content and must be the same when the frame is resent. Every other fault
+//! is drawn separately for each attempt, so that no frame is hit indefinitely unless its probability
+//! is 1. A run with the same seed has the same faults.
 
 use crate::hash;
 use std::fmt;
 use std::str::FromStr;
 
-/// Something that goes wrong on the way of a frame.
+/// A fault in the transmission of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The device closes the connection right after the frame and does not wait for the ACK.
+    /// The device closes the connection right after the frame, without waiting for the ACK.
     Disconnect,
-    /// After the frame, one that was acked is sent again.
+    /// After the frame, the device resends one that was acknowledged.
     Duplicate,
-    /// One bit of the frame's payload is flipped on the way.
+    /// One bit of the frame's payload is flipped in transit.
     Corrupt,
-    /// The frame is intact by its checksums, but its payload cannot be understood.
+    /// The frame has valid checksums, but its payload cannot be decoded.
     Malformed,
-    /// The frame comes one byte at a time.
+    /// The frame is sent one byte at a time.
     Slow,
-    /// The device vanishes in the middle of the frame and leaves the connection half sent.
+    /// The device disconnects in the middle of the frame.
     Abandon,
 }
 
 impl Fault {
-    /// Every fault, in the order of declaration.
+    /// All faults, in the order of declaration.
     pub const ALL: [Self; 6] = [
         Self::Disconnect,
         Self::Duplicate,
@@ -40,7 +39,7 @@ impl Fault {
         Self::Abandon,
     ];
 
-    /// Its name in `--faults`.
+    /// Returns its name in `--faults`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Disconnect => "disconnect",
@@ -52,40 +51,40 @@ impl Fault {
         }
     }
 
-    /// Its probability per frame where `--faults` names it without one.
+    /// Returns its probability per frame if `--faults` gives none.
     pub const fn default_chance(self) -> Chance {
         Chance(match self {
             Self::Duplicate => 10_000_000,
             Self::Disconnect | Self::Slow | Self::Abandon => 2_000_000,
             Self::Corrupt => 1_000_000,
             // A gateway closes the connection after more than 8 such frames in a minute; a device
-            // would have to send 270 frames a second to get there.
+            // would have to send 270 frames a second to reach that.
             Self::Malformed => 500_000,
         })
     }
 }
 
-/// A probability in billionths. A whole number, so that it comes back from a journal unchanged.
+/// A probability in billionths. An integer, so that the journal preserves it exactly.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Chance(u32);
 
 impl Chance {
-    /// What never happens.
+    /// Probability 0.
     pub const NEVER: Self = Self(0);
-    /// What always happens.
+    /// Probability 1.
     pub const ALWAYS: Self = Self(1_000_000_000);
 
-    /// A probability of that many billionths; `None` if that is more than 1.
+    /// Returns a probability of that many billionths; `None` if that is more than 1.
     pub fn from_billionths(billionths: u32) -> Option<Self> {
         (billionths <= Self::ALWAYS.0).then_some(Self(billionths))
     }
 
-    /// The probability in billionths.
+    /// Returns the probability in billionths.
     pub fn billionths(self) -> u32 {
         self.0
     }
 
-    /// Whether evenly spread `bits` fall within the probability.
+    /// Returns whether uniformly distributed `bits` select this probability.
     fn takes(self, bits: u64) -> bool {
         let drawn = (u128::from(bits) * u128::from(Self::ALWAYS.0)) >> 64;
         drawn < u128::from(self.0)
@@ -106,7 +105,7 @@ impl FromStr for Chance {
             return Err(());
         }
         let billionths = (share * 1e9).round() as u32;
-        // Less than half a billionth would quietly become never.
+        // Less than half a billionth would silently become 0.
         if share > 0.0 && billionths == 0 {
             Err(())
         } else {
@@ -121,37 +120,37 @@ impl fmt::Display for Chance {
     }
 }
 
-/// Probability of every fault, per frame; [`Faults::default`] has none.
+/// Probability of every fault per frame; [`Faults::default`] has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Faults {
     chances: [Chance; Fault::ALL.len()],
 }
 
-/// Why a `--faults` was refused.
+/// A `--faults` value is invalid.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FaultsError {
-    /// No fault has that name.
-    #[error("no fault is called {0:?}; there are {names} and all", names = names())]
+    /// The fault name is unknown.
+    #[error("unknown fault {0:?}; expected one of {names}, all", names = names())]
     UnknownName(String),
-    /// What follows the equals sign is no probability.
+    /// The text after the equals sign is not a valid probability.
     #[error("{name}={value}: expected a probability from 0 to 1, or a percentage such as 1%")]
     NotAProbability {
-        /// The fault.
+        /// Name of the fault.
         name: String,
-        /// What was given.
+        /// The invalid value.
         value: String,
     },
 }
 
 impl Faults {
-    /// Probability of a fault per frame.
+    /// Returns the probability of a fault per frame.
     pub fn chance(&self, fault: Fault) -> Chance {
         self.chances[fault as usize]
     }
 
-    /// Which faults befall one attempt to send a frame. `attempt` counts from 0.
+    /// Returns the faults of one attempt to send a frame. `attempt` counts from 0.
     ///
-    /// Malformed content is not among them; see [`malformation`].
+    /// Malformed content is not included; see [`malformation`].
     pub fn on_attempt(&self, seed: u64, device: u32, seq: u64, attempt: u32) -> Strikes {
         let key = hash::key(&[ATTEMPT, seed, u64::from(device), seq, u64::from(attempt)]);
         let struck = |fault: Fault| self.chance(fault).takes(hash::at(key, fault as u64));
@@ -166,8 +165,8 @@ impl Faults {
     }
 }
 
-/// Parses a comma list of `name` and `name=probability`; a later item overrides an earlier one, so
-/// `all,slow=0` is every fault but one.
+/// Parses a comma-separated list of `name` and `name=probability`. Later items override earlier ones, so
+/// `all,slow=0` enables every fault except one.
 impl FromStr for Faults {
     type Err = FaultsError;
 
@@ -202,7 +201,7 @@ impl FromStr for Faults {
     }
 }
 
-/// The faults of one attempt. Several can come together.
+/// Faults of one attempt. Several can occur together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Strikes {
     /// [`Fault::Disconnect`]
@@ -215,40 +214,40 @@ pub struct Strikes {
     pub slow: bool,
     /// [`Fault::Abandon`]
     pub abandon: bool,
-    /// Evenly spread, for what remains to be chosen: which bit to flip, where to break off.
+    /// Uniformly distributed bits for the remaining choices: which bit to flip, where to stop.
     pub bits: u64,
 }
 
 impl Strikes {
-    /// Whether there are any.
+    /// Returns whether there is any fault.
     pub fn any(&self) -> bool {
         self.disconnect || self.duplicate || self.corrupt || self.slow || self.abandon
     }
 }
 
-/// How the content of a frame is wrong.
+/// Kind of malformed content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Malformation {
     /// The payload ends before its last field.
     TruncatedPayload,
     /// Bytes follow the last field of the payload.
     TrailingBytes,
-    /// A number is coded in more bytes than it needs.
+    /// A number is encoded in more bytes than it needs.
     OverlongVarint,
     /// A column names an encoding that does not exist.
     UnknownEncoding,
-    /// A column has another number of values than the frame has rows.
+    /// The number of values in a column differs from the number of rows in the frame.
     RowCountMismatch,
     /// A row is not later than the row before.
     NonIncreasingTime,
-    /// A sequenced frame of a type that does not exist.
+    /// A sequenced frame has a type that does not exist.
     UnknownType,
     /// A reserved bit of the header's flags is set.
     ReservedFlag,
 }
 
 impl Malformation {
-    /// Every malformation, in the order of declaration.
+    /// All malformations, in the order of declaration.
     pub const ALL: [Self; 8] = [
         Self::TruncatedPayload,
         Self::TrailingBytes,
@@ -261,7 +260,7 @@ impl Malformation {
     ];
 }
 
-/// How frame `seq` of a device is malformed, if it is, where each frame is with probability `chance`.
+/// Returns the malformation of frame `seq` of a device, if any; each frame has one with probability `chance`.
 pub fn malformation(chance: Chance, seed: u64, device: u32, seq: u64) -> Option<Malformation> {
     let key = hash::key(&[CONTENT, seed, u64::from(device), seq]);
     let choice = hash::between(hash::at(key, 1), 0, Malformation::ALL.len() as i64 - 1);
@@ -308,14 +307,14 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_the_item_and_what_would_be_right() {
+    fn errors_name_the_item_and_the_valid_values() {
         let said = |spec: &str| parse(spec).unwrap_err().to_string();
         assert_eq!(
             said("slow,drop"),
-            "no fault is called \"drop\"; there are disconnect, duplicate, corrupt, malformed, slow, \
-             abandon and all"
+            "unknown fault \"drop\"; expected one of disconnect, duplicate, corrupt, malformed, slow, \
+            abandon, all"
         );
-        assert!(said("").starts_with("no fault is called \"\""));
+        assert!(said("").starts_with("unknown fault \"\""));
         for value in ["2", "-0.1", "NaN", "1e-10", "", "often", "101%"] {
             let error = said(&format!("slow={value}"));
             assert!(
@@ -326,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_strike_as_often_as_told_and_the_same_again() {
+    fn faults_are_reproducible_and_as_frequent_as_requested() {
         let faults = parse("disconnect=0.1,corrupt=1").unwrap();
         let strikes = |seq| faults.on_attempt(1, 2, seq, 0);
         let struck = (0..10_000).filter(|&seq| strikes(seq).disconnect).count();
@@ -336,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_struck_frame_gets_through_on_some_later_attempt() {
+    fn a_frame_with_a_fault_gets_through_on_a_later_attempt() {
         let faults = parse("all=0.5").unwrap();
         let clean = |attempt| {
             let strikes = faults.on_attempt(1, 2, 3, attempt);
@@ -346,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_frames_are_of_every_kind_and_as_many_as_told() {
+    fn malformed_frames_are_of_every_kind_and_as_frequent_as_requested() {
         let chance: Chance = "0.01".parse().unwrap();
         let struck: Vec<Malformation> = (1..=100_000)
             .filter_map(|seq| malformation(chance, 1, 2, seq))

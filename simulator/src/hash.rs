@@ -1,11 +1,11 @@
 //! Random numbers that can be looked up by index.
 //!
-//! Everything a simulated device does follows from the seed by way of these functions. They carry no
-//! state from one number to the next, so that frame 1,000,000 costs no more than frame 1, and they
-//! use integers only, so that every machine draws the same. What the numbers mean is left to the
-//! callers. None of this is fit for keys or nonces of the protocol.
+//! These functions derive everything that a simulated device does from the seed. They keep no
+//! state between numbers, so that frame 1,000,000 costs no more than frame 1, and they
+//! use integers only, so that every machine draws the same numbers. They are not suitable for keys or nonces of the
+//! protocol.
 
-/// The odd number nearest to 2^64 divided by the golden ratio: consecutive multiples of it lie
+/// The odd number nearest to 2^64 divided by the golden ratio: its consecutive multiples are
 /// spread over all 64 bits.
 pub const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
@@ -18,21 +18,21 @@ pub const fn mix(bits: u64) -> u64 {
     bits ^ (bits >> 31)
 }
 
-/// A key that depends on every part and on their order. The first part should say what the key is
-/// for, so that no two uses of one seed share numbers.
+/// Returns a key that depends on every part and on their order. The first part should name the purpose of the
+/// key, so that no two uses of one seed share numbers.
 pub fn key(parts: &[u64]) -> u64 {
     parts.iter().fold(GOLDEN, |key, part| {
         mix(key.wrapping_mul(5) ^ mix(part.wrapping_add(GOLDEN)))
     })
 }
 
-/// The `index`-th number of the sequence that `key` begins.
+/// Returns the `index`-th number of the sequence for `key`.
 #[inline]
 pub const fn at(key: u64, index: u64) -> u64 {
     mix(key.wrapping_add(index.wrapping_mul(GOLDEN)))
 }
 
-/// Maps evenly spread `bits` to `low..=high`, evenly.
+/// Maps uniformly distributed `bits` uniformly to `low..=high`.
 ///
 /// `low` must not be above `high`, and their distance must fit an `i64`.
 #[inline]
@@ -81,7 +81,7 @@ mod tests {
 
     #[test]
     fn the_numbers_never_change() {
-        // A journal of last year must still be verified: these values are part of the plan's format.
+        // A journal of last year must still be verifiable: these values are part of the plan's format.
         assert_eq!(mix(1), 0x5692_161D_100B_05E5);
         assert_eq!(at(0, 1), 0xE220_A839_7B1D_CDAF);
     }

@@ -1,16 +1,15 @@
-//! The record of a run: what was planned, and how far each device came.
+//! Journal of a run: its plan, and the progress of each device.
 //!
-//! JSON Lines, appended to and flushed at most once a second. The first line holds the plan, each
-//! following line what changed since the line before, the last line that the run ended in order. A
-//! stopped run leaves a shorter journal that is as true as a whole one. Comparing it with a store is
-//! left to the verifier.
+//! JSON Lines, appended to and flushed at most once a second. The first line holds the plan, each following line the
+//! changes since the line before, and the last line states that the run ended normally. A killed run leaves a shorter
+//! journal that is as correct as a complete one. The verifier compares the journal with a store.
 //!
-//! Invariants: what a journal calls acked was acked (it may call less); acked never exceeds sent and
-//! neither decreases. Lines hold increments, and devices that advanced alike share an entry, so the
-//! size grows with the time that a run takes and hardly with the readings; the totals on each line
-//! show if one is missing. Logins, damaged frames and frames that the gateway lost are listed one by one:
-//! [`verify`](crate::verify) holds the store's times, addresses and quarantined bytes against them. A last line without its line break was torn by a crash and is ignored;
-//! anything else out of order is an error.
+//! Invariants: everything that a journal calls acked was acknowledged (it may lack later ACKs); acked never exceeds
+//! sent, and neither decreases. Lines hold increments, and devices that advanced by the same numbers share an entry, so
+//! the size grows with the duration of a run and hardly with the readings; the totals on each line reveal a missing
+//! one. Logins, damaged frames and frames that the gateway lost are listed individually:
+//! [`verify`](crate::verify) compares the store's times, addresses and quarantined bytes with them. A last line
+//! without its line break was torn by a crash and is ignored; anything else out of order is an error.
 
 use crate::plan::{self, Plan};
 use serde::{Deserialize, Serialize};
@@ -20,55 +19,55 @@ use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-/// Version of the form of the lines.
+/// Version of the line format.
 pub const FORMAT: u32 = 2;
-/// Least time between two lines, in microseconds.
+/// Minimum interval between two lines, in microseconds.
 pub const TICK_US: u64 = 1_000_000;
 
-/// Why a journal cannot be written or believed.
+/// A journal could not be written or is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
-    /// The file exists, and a proof is not to be overwritten.
-    #[error("{path} exists already; remove it or name another journal", path = .0.display())]
+    /// The file exists, and evidence must not be overwritten.
+    #[error("{path} already exists; remove it or choose another journal", path = .0.display())]
     Exists(PathBuf),
-    /// The file cannot be opened or read.
+    /// The file could not be opened or read.
     #[error("{path}: {cause}", path = path.display())]
     Read {
-        /// The file.
+        /// File of the journal.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         cause: io::Error,
     },
-    /// A line cannot be written.
-    #[error("cannot write the journal: {cause}")]
+    /// A line could not be written.
+    #[error("could not write the journal: {cause}")]
     Write {
-        /// What the system said.
+        /// Error of the system.
         cause: io::Error,
     },
-    /// The fleet reports what cannot be.
+    /// The fleet reported an impossible event.
     #[error("device {device}: {reason}")]
     Progress {
         /// Index of the device.
         device: u32,
-        /// What does not fit.
+        /// Description of the event.
         reason: String,
     },
-    /// The first line is not that of a journal this program can read.
-    #[error("{path} is no journal that this program can read: {reason}", path = path.display())]
+    /// The first line does not belong to a journal that this program can read.
+    #[error("could not read journal {path}: {reason}", path = path.display())]
     Foreign {
-        /// The file.
+        /// File of the journal.
         path: PathBuf,
-        /// What does not fit.
+        /// Description of the problem.
         reason: String,
     },
-    /// A later line is not as it should be.
+    /// A line after the first is invalid.
     #[error("{path}, line {line}: {reason}", path = path.display())]
     Line {
-        /// The file.
+        /// File of the journal.
         path: PathBuf,
-        /// Counted from 1.
+        /// Line number, counted from 1.
         line: u64,
-        /// What is wrong with it.
+        /// Description of the problem.
         reason: String,
     },
 }
@@ -86,20 +85,20 @@ pub struct Journal<W> {
     devices: Vec<Progress>,
     /// Devices that advanced since the last line, each once.
     moved: Vec<u32>,
-    /// What else happened since the last line.
+    /// Other events since the last line.
     notes: Notes,
-    /// The gateway's clock less the fleet's; `None` before the first WELCOME.
+    /// Offset of the gateway's clock from the fleet's; `None` before the first WELCOME.
     clock_us: Option<ClockBounds>,
     totals: Totals,
     next_tick_us: u64,
 }
 
-/// By how much one clock is ahead of another, from several measurements, in microseconds.
+/// Offset of one clock from another, from several measurements, in microseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct ClockBounds {
-    /// The least and the most that any measurement allows.
+    /// Union of the measured ranges.
     all: (i64, i64),
-    /// The least and the most that every measurement allows; the wrong way round if one of the clocks stepped.
+    /// Intersection of the measured ranges; reversed if one of the clocks stepped.
     common: (i64, i64),
 }
 
@@ -132,7 +131,7 @@ struct Totals {
 }
 
 impl Journal<BufWriter<File>> {
-    /// Begins a journal in a new file.
+    /// Creates a journal in a new file.
     pub fn create(path: &Path, plan: &Plan) -> Result<Self, JournalError> {
         let file = File::create_new(path).map_err(|cause| match cause.kind() {
             io::ErrorKind::AlreadyExists => JournalError::Exists(path.into()),
@@ -146,7 +145,7 @@ impl Journal<BufWriter<File>> {
 }
 
 impl<W: Write> Journal<W> {
-    /// Begins a journal with the plan.
+    /// Creates a journal and writes the plan to it.
     pub fn begin(mut out: W, plan: &Plan) -> Result<Self, JournalError> {
         let program = format!("fieldgate-sim {}", env!("CARGO_PKG_VERSION"));
         write_line(
@@ -168,19 +167,19 @@ impl<W: Write> Journal<W> {
         })
     }
 
-    /// Notes when the run began, on the fleet's clock in microseconds since 1970.
+    /// Records the start of the run, on the fleet's clock in microseconds since 1970.
     pub fn started(&mut self, utc_us: i64) {
         self.notes.started_us = Some(utc_us);
     }
 
-    /// Notes a connection on which the device proved its key.
+    /// Records a connection on which the device proved its key.
     pub fn login(&mut self, device: u32, login: Login) -> Result<(), JournalError> {
         self.progress(device)?;
         self.notes.logins.push((device, login));
         Ok(())
     }
 
-    /// Notes that the gateway's clock was ahead of the fleet's by `least_us` to `most_us`.
+    /// Records that the gateway's clock was ahead of the fleet's by `least_us` to `most_us`.
     pub fn clock(&mut self, least_us: i64, most_us: i64) {
         let known = self.clock_us;
         let clock = self.clock_us.get_or_insert(ClockBounds {
@@ -193,31 +192,34 @@ impl<W: Write> Journal<W> {
         }
     }
 
-    /// Notes that a frame leaves with one bit of its payload flipped, counted from the payload's first byte.
+    /// Records that a frame is sent with one bit of its payload flipped, counted from the payload's first byte.
     pub fn damaged(&mut self, device: u32, seq: u64, bit: u32) -> Result<(), JournalError> {
         self.progress(device)?;
         self.notes.damaged.push((device, seq, bit));
         Ok(())
     }
 
-    /// Notes that a device has sent frames up to `seq`. A lower `seq`, sent again, changes nothing.
-    /// To be noted before the frame leaves, for an ACK may follow at once.
+    /// Records that a device has sent frames up to `seq`. A lower `seq`, of a resent frame, changes nothing.
+    /// Call this before sending the frame, because its ACK may follow immediately.
     pub fn sent(&mut self, device: u32, seq: u64) -> Result<(), JournalError> {
         let known = self.progress(device)?.sent;
         self.advance(device, |progress| progress.sent = known.max(seq));
         Ok(())
     }
 
-    /// Notes that the frames of a device up to `seq` are durable, by word of the gateway.
+    /// Records that the gateway acknowledged the frames of a device up to `seq`.
     pub fn acked(&mut self, device: u32, seq: u64) -> Result<(), JournalError> {
         let known = self.progress(device)?;
         let reason = if seq > known.sent {
             format!(
-                "frame {seq} was acked, but {} is the last that was sent",
+                "frame {seq} is acknowledged, but the last sent frame is {}",
                 known.sent
             )
         } else if seq < known.acked {
-            format!("frame {seq} was acked after frame {}", known.acked)
+            format!(
+                "frame {seq} is acknowledged out of order, after frame {}",
+                known.acked
+            )
         } else {
             self.advance(device, |progress| progress.acked = seq);
             return Ok(());
@@ -225,22 +227,22 @@ impl<W: Write> Journal<W> {
         Err(JournalError::Progress { device, reason })
     }
 
-    /// Notes that the gateway no longer knows frames that it had acked: `first` to `last`.
+    /// Records that the gateway lost the frames `first` to `last` after acknowledging them.
     pub fn lost(&mut self, device: u32, first: u64, last: u64) -> Result<(), JournalError> {
         self.progress(device)?;
         self.notes.lost.push((device, first, last));
         Ok(())
     }
 
-    /// Notes that the gateway says it stored a frame in quarantine, with its NACK code.
+    /// Records that the gateway quarantined a frame, with the code of its NACK.
     pub fn quarantined(&mut self, device: u32, seq: u64, code: u8) -> Result<(), JournalError> {
         self.progress(device)?;
         self.notes.quarantined.push((device, seq, code));
         Ok(())
     }
 
-    /// Writes and flushes what changed, if a second has passed since the last line; tells whether it
-    /// did. `elapsed_us` is the time since the run began.
+    /// Writes and flushes the changes if a second has passed since the last line; returns whether it did.
+    /// `elapsed_us` is the time since the run began.
     pub fn tick(&mut self, elapsed_us: u64) -> Result<bool, JournalError> {
         if elapsed_us < self.next_tick_us || (self.moved.is_empty() && self.notes.is_empty()) {
             return Ok(false);
@@ -250,7 +252,7 @@ impl<W: Write> Journal<W> {
         Ok(true)
     }
 
-    /// Writes what remains and that the run ended in order.
+    /// Writes the remaining changes and the line that ends the run.
     pub fn complete(mut self, elapsed_us: u64) -> Result<W, JournalError> {
         self.write(elapsed_us, Some(true))?;
         Ok(self.out)
@@ -262,7 +264,7 @@ impl<W: Write> Journal<W> {
             .copied()
             .ok_or_else(|| JournalError::Progress {
                 device,
-                reason: "there is no such device in the plan".to_owned(),
+                reason: "no such device in the plan".to_owned(),
             })
     }
 
@@ -311,43 +313,43 @@ impl Progress {
     }
 }
 
-/// What a journal comes to.
+/// Final state of a journal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ledger {
-    /// What was planned.
+    /// Plan of the run.
     pub plan: Plan,
-    /// The program that wrote it, with its version.
+    /// Program that wrote it, with its version.
     pub program: String,
-    /// How far each device came, in the order of their indices.
+    /// Progress of each device, in the order of their indices.
     pub devices: Vec<DeviceLedger>,
-    /// When the run began, on the fleet's clock in microseconds since 1970; `None` if it never did.
+    /// Start of the run, on the fleet's clock in microseconds since 1970; `None` if it never started.
     pub started_us: Option<i64>,
-    /// By how much the gateway's clock was ahead of the fleet's, at least and at most; `None` if no device was
-    /// ever welcomed.
+    /// Least and most that the gateway's clock was ahead of the fleet's; `None` if no device was ever
+    /// welcomed.
     pub clock_us: Option<(i64, i64)>,
-    /// Whether the run ended in order.
+    /// Whether the run ended normally.
     pub complete: bool,
-    /// When the last line was written, in milliseconds since the run began.
+    /// Time of the last line, in milliseconds since the run began.
     pub elapsed_ms: u64,
     /// Whether the last line was torn and therefore ignored.
     pub torn: bool,
 }
 
-/// How far a device came.
+/// Progress of a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceLedger {
-    /// The last frame that was sent, or 0. After a crash of the simulator a second's worth of frames
-    /// may have been sent beyond it.
+    /// The last frame that was sent, or 0. If the simulator crashed, it may have sent up to a second's worth of
+    /// frames more.
     pub sent: u64,
-    /// The last frame up to which all are durable by word of the gateway, or 0.
+    /// The last frame up to which the gateway acknowledged all, or 0.
     pub acked: u64,
-    /// Frames that the gateway says are in quarantine, with the NACK code.
+    /// Frames that the gateway quarantined, with their NACK codes.
     pub quarantined: Vec<(u64, u8)>,
-    /// Connections on which it proved its key.
+    /// Connections on which the device proved its key.
     pub logins: Vec<Login>,
-    /// Frames sent with one bit of the payload flipped: number and bit.
+    /// Frames sent with one bit of the payload flipped: sequence number and bit.
     pub damaged: Vec<(u64, u32)>,
-    /// First and last of frames that were acked, and not durable any more by a later WELCOME.
+    /// First and last frames of ranges that were acknowledged but not durable at a later WELCOME.
     pub lost: Vec<(u64, u64)>,
 }
 
@@ -355,16 +357,16 @@ pub struct DeviceLedger {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Login {
-    /// From HELLO to WELCOME, or to the end of the connection, in microseconds.
+    /// Time from HELLO to WELCOME, or to the end of the connection, in microseconds.
     pub took_us: u64,
-    /// The device's end of the connection.
+    /// Address of the device's end of the connection.
     pub from: SocketAddr,
-    /// Whether the WELCOME came.
+    /// Whether the gateway sent WELCOME.
     pub welcomed: bool,
 }
 
 impl Ledger {
-    /// Reads and folds a journal, line by line.
+    /// Reads a journal line by line and accumulates its state.
     pub fn read(path: &Path) -> Result<Self, JournalError> {
         let failed = |cause| JournalError::Read {
             path: path.into(),
@@ -407,11 +409,11 @@ impl Ledger {
 
     fn fold(&mut self, bytes: &[u8], totals: &mut Totals) -> Result<(), String> {
         if self.complete {
-            return Err("nothing may follow the line that completes the run".to_owned());
+            return Err("unexpected line after the end of the run".to_owned());
         }
         let line: Line = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
         if line.elapsed_ms < self.elapsed_ms {
-            return Err("the time runs backwards".to_owned());
+            return Err("time goes backwards".to_owned());
         }
         for moved in &line.moved {
             self.fold_moved(moved, totals)?;
@@ -423,8 +425,8 @@ impl Ledger {
         };
         if *totals != written {
             return Err(format!(
-                "the devices add up to {} frames sent and {} acked, not {} and {}: a line is missing or \
-                 was altered",
+                "device totals are {} frames sent and {} acknowledged, expected {} and {}: a line \
+                is missing or was changed",
                 totals.sent, totals.acked, written.sent, written.acked
             ));
         }
@@ -453,22 +455,23 @@ impl Ledger {
 
     fn fold_moved(&mut self, moved: &Moved, totals: &mut Totals) -> Result<(), String> {
         let forward = |by: i64, what: &str| {
-            u64::try_from(by).map_err(|_| format!("what was {what} must not decrease"))
+            u64::try_from(by).map_err(|_| format!("{what} must not decrease"))
         };
         let (sent, acked) = (forward(moved.sent, "sent")?, forward(moved.acked, "acked")?);
         for range in moved.devices.split(',') {
             let (first, last) = range.split_once('-').unwrap_or((range, range));
             let bounds = first.parse::<u32>().ok().zip(last.parse::<u32>().ok());
-            let (first, last) =
-                bounds.ok_or_else(|| format!("{range:?} is no range of devices"))?;
-            // The last device decides first, so that a huge range ends at once.
+            let (first, last) = bounds.ok_or_else(|| format!("invalid device range {range:?}"))?;
+            // Check the last device first, so that a huge range fails immediately.
             self.device(last)?;
             for device in first..=last {
                 let ledger = self.device(device)?;
                 ledger.sent = ledger.sent.checked_add(sent).ok_or("too many frames")?;
                 ledger.acked = ledger.acked.checked_add(acked).ok_or("too many frames")?;
                 if ledger.acked > ledger.sent {
-                    return Err(format!("device {device} has more frames acked than sent"));
+                    return Err(format!(
+                        "device {device} has more frames acknowledged than sent"
+                    ));
                 }
                 totals.sent = totals.sent.checked_add(sent).ok_or("too many frames")?;
                 totals.acked = totals.acked.checked_add(acked).ok_or("too many frames")?;
@@ -485,11 +488,11 @@ impl Ledger {
 
 fn parse_header(bytes: &[u8]) -> Result<Header, String> {
     let Some(line) = bytes.strip_suffix(b"\n") else {
-        return Err("its first line is missing or torn".to_owned());
+        return Err("first line is missing or incomplete".to_owned());
     };
     let header: serde_json::Value = serde_json::from_slice(line)
-        .map_err(|_| "its first line does not hold a plan".to_owned())?;
-    // The formats come first: of another format no field can be expected.
+        .map_err(|_| "first line does not contain a plan".to_owned())?;
+    // Check the format versions first: the fields of another version are unknown.
     for (field, found, known) in [
         ("journal", &header["journal"], FORMAT),
         ("plan", &header["plan"]["format"], plan::FORMAT),
@@ -509,7 +512,7 @@ fn parse_header(bytes: &[u8]) -> Result<Header, String> {
 }
 
 fn write_line(out: &mut impl Write, line: &impl Serialize) -> Result<(), JournalError> {
-    // One write, so that a crash of this process tears no line.
+    // A single write, so that a crash of this process tears no line.
     let mut bytes = serde_json::to_vec(line).map_err(io::Error::from)?;
     bytes.push(b'\n');
     out.write_all(&bytes)?;
@@ -517,7 +520,7 @@ fn write_line(out: &mut impl Write, line: &impl Serialize) -> Result<(), Journal
     Ok(())
 }
 
-/// `[0, 1, 2, 7]` as `0-2,7`. The devices must be sorted.
+/// Formats `[0, 1, 2, 7]` as `0-2,7`. The devices must be sorted.
 fn ranges(devices: &[u32]) -> String {
     let runs = devices.chunk_by(|before, after| before + 1 == *after);
     let texts = runs.map(|run| match run {
@@ -549,7 +552,7 @@ struct Line {
     notes: Notes,
 }
 
-/// What happened besides frames sent and acked; each item with the index of its device.
+/// Events other than frames sent and acknowledged; each item has the index of its device.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Notes {
@@ -573,7 +576,7 @@ impl Notes {
     }
 }
 
-/// By how many frames some devices advanced. Signed, so that a decrease can be told as such.
+/// Number of frames by which some devices advanced. Signed, so that a decrease can be reported.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Moved {

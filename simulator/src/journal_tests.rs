@@ -1,4 +1,4 @@
-//! Tests of the journal, beside it in a file of their own for their length.
+//! Tests of the journal, in a separate file because of their length.
 
 use super::*;
 use crate::hash;
@@ -34,13 +34,13 @@ fn read(bytes: &[u8]) -> Result<Ledger, JournalError> {
     Ledger::read(&path)
 }
 
-/// What is wrong with a journal, from its name on.
+/// Returns the error for a journal, starting with its file name.
 fn fault(bytes: &[u8]) -> String {
     let error = read(bytes).unwrap_err().to_string();
     error[error.find("a.jsonl").unwrap()..].to_owned()
 }
 
-/// A finished run of three devices, in four lines.
+/// Returns the journal of a finished run of three devices, in four lines.
 fn run() -> Vec<u8> {
     let mut journal = journal(3);
     journal.sent(0, 4).unwrap();
@@ -64,7 +64,7 @@ fn lines(bytes: &[u8]) -> Vec<String> {
 }
 
 #[test]
-fn a_journal_folds_to_where_each_device_came() {
+fn a_journal_yields_the_progress_of_each_device() {
     let ledger = read(&run()).unwrap();
     assert_eq!(ledger.plan, plan(3));
     let device = |sent, acked, quarantined| DeviceLedger {
@@ -86,7 +86,7 @@ fn a_journal_folds_to_where_each_device_came() {
 }
 
 #[test]
-fn what_the_store_is_held_against_comes_back() {
+fn the_data_that_the_store_is_compared_with_is_read_back() {
     let mut journal = journal(2);
     let login = Login {
         took_us: 900,
@@ -104,7 +104,7 @@ fn what_the_store_is_held_against_comes_back() {
     journal.lost(1, 4, 9).unwrap();
     assert!(journal.login(2, login).is_err());
     let ledger = read(&journal.complete(1_000_000).unwrap()).unwrap();
-    // What every measurement allows.
+    // The intersection of all measurements.
     assert_eq!(
         (ledger.started_us, ledger.clock_us),
         (Some(5_000), Some((-10, 30)))
@@ -117,7 +117,7 @@ fn what_the_store_is_held_against_comes_back() {
 }
 
 #[test]
-fn a_clock_that_stepped_allows_all_that_was_measured() {
+fn after_a_clock_step_the_range_covers_all_measurements() {
     let mut journal = journal(1);
     journal.clock(-10, 10);
     journal.clock(1_000, 1_020);
@@ -127,7 +127,7 @@ fn a_clock_that_stepped_allows_all_that_was_measured() {
 }
 
 #[test]
-fn wherever_a_crash_cuts_it_the_journal_is_true_up_to_there() {
+fn a_journal_truncated_by_a_crash_is_correct_up_to_there() {
     let whole = run();
     let header = whole.iter().position(|&byte| byte == b'\n').unwrap() + 1;
     let mut acked = 0;
@@ -140,65 +140,61 @@ fn wherever_a_crash_cuts_it_the_journal_is_true_up_to_there() {
     }
     assert_eq!(acked, 4);
     for cut in 0..header {
-        assert!(fault(&whole[..cut]).ends_with("its first line is missing or torn"));
+        assert!(fault(&whole[..cut]).ends_with("first line is missing or incomplete"));
     }
 }
 
 #[test]
-fn a_line_missing_or_altered_is_noticed_and_numbered() {
+fn a_missing_or_changed_line_is_detected_and_numbered() {
     let lines = lines(&run());
     let without = |gone: usize| {
         let kept = lines.iter().enumerate().filter(|(line, _)| *line != gone);
         kept.map(|(_, line)| line.as_str()).collect::<String>()
     };
     assert!(
-        fault(without(1).as_bytes()).starts_with("a.jsonl, line 2: device 0 has more frames acked")
+        fault(without(1).as_bytes())
+            .starts_with("a.jsonl, line 2: device 0 has more frames acknowledged")
     );
-    assert!(
-        fault(without(2).as_bytes()).contains("line 3: the devices add up to 8 frames sent and 1")
-    );
+    assert!(fault(without(2).as_bytes()).contains("line 3: device totals are 8 frames sent and 1"));
     let altered = lines.concat().replace("\"acked\":3", "\"acked\":2");
-    assert!(fault(altered.as_bytes()).starts_with("a.jsonl, line 3: the devices add up to"));
+    assert!(fault(altered.as_bytes()).starts_with("a.jsonl, line 3: device totals are"));
     let garbled = lines.concat().replace("\"moved\":[{", "\"moved\":[!");
     assert!(fault(garbled.as_bytes()).starts_with("a.jsonl, line 2: "));
     let more = lines.concat() + &lines[3];
-    assert!(
-        fault(more.as_bytes())
-            .ends_with("line 5: nothing may follow the line that completes the run")
-    );
+    assert!(fault(more.as_bytes()).ends_with("line 5: unexpected line after the end of the run"));
 }
 
 #[test]
-fn what_was_acked_never_decreases() {
+fn acknowledged_frames_never_decrease() {
     let decreasing = lines(&run())[..2].concat()
         + "{\"elapsed_ms\":9,\"sent_total\":8,\"acked_total\":0,\
            \"moved\":[{\"sent\":0,\"acked\":-1,\"devices\":\"0\"}]}\n";
-    assert!(fault(decreasing.as_bytes()).ends_with("line 3: what was acked must not decrease"));
+    assert!(fault(decreasing.as_bytes()).ends_with("line 3: acked must not decrease"));
     let mut journal = journal(1);
     journal.sent(0, 5).unwrap();
     journal.acked(0, 5).unwrap();
     let said = |result: Result<(), JournalError>| result.unwrap_err().to_string();
     assert_eq!(
         said(journal.acked(0, 4)),
-        "device 0: frame 4 was acked after frame 5"
+        "device 0: frame 4 is acknowledged out of order, after frame 5"
     );
-    let unsent = "device 0: frame 6 was acked, but 5 is the last that was sent";
+    let unsent = "device 0: frame 6 is acknowledged, but the last sent frame is 5";
     assert_eq!(said(journal.acked(0, 6)), unsent);
     assert_eq!(
         said(journal.sent(1, 1)),
-        "device 1: there is no such device in the plan"
+        "device 1: no such device in the plan"
     );
 }
 
 #[test]
-fn a_journal_of_another_program_is_refused_in_one_line() {
+fn a_journal_of_another_program_is_rejected_in_one_line() {
     let whole = String::from_utf8(run()).unwrap();
     let altered = |from: &str, to: &str| {
         assert!(whole.contains(from), "{from}");
         fault(whole.replacen(from, to, 1).as_bytes())
     };
     let version = env!("CARGO_PKG_VERSION");
-    let start = "a.jsonl is no journal that this program can read: ";
+    let start = "a.jsonl: ";
     let cases = [
         (
             "\"journal\":2",
@@ -221,7 +217,7 @@ fn a_journal_of_another_program_is_refused_in_one_line() {
             "\"devices\":4000000000",
             "its plan has 4000000000 devices".into(),
         ),
-        ("{", "[", "its first line does not hold a plan".into()),
+        ("{", "[", "first line does not contain a plan".into()),
     ];
     for (from, to, reason) in cases {
         let said = altered(from, to);
@@ -233,7 +229,7 @@ fn a_journal_of_another_program_is_refused_in_one_line() {
 }
 
 #[test]
-fn devices_beyond_the_plan_are_refused_at_once() {
+fn devices_beyond_the_plan_are_rejected_immediately() {
     for devices in ["3", "0-4294967295", "1-", "a", ""] {
         let bytes = lines(&run())[0].clone()
             + "{\"elapsed_ms\":9,\"sent_total\":1,\"acked_total\":0,\"moved\":[{\"sent\":1,\"acked\":0,\
@@ -254,7 +250,7 @@ fn an_existing_journal_is_not_overwritten() {
     Journal::create(&path, &plan(1)).unwrap();
     let error = Journal::create(&path, &plan(1)).unwrap_err().to_string();
     assert!(
-        error.ends_with("a.jsonl exists already; remove it or name another journal"),
+        error.ends_with("a.jsonl already exists; remove it or choose another journal"),
         "{error}"
     );
     assert_eq!(Ledger::read(&path).unwrap().devices.len(), 1);
@@ -262,8 +258,8 @@ fn an_existing_journal_is_not_overwritten() {
 
 #[test]
 fn a_busy_fleet_of_a_thousand_writes_less_than_three_megabytes_in_five_minutes() {
-    // 1,000 devices that each send about 22 frames of 15 rows of 4 channels a second for 300 s are
-    // 400 M readings. The hard case: each device has a pace of its own that varies all the time.
+    // 1,000 devices that each send about 22 frames of 15 rows of 4 channels a second for 300 s send
+    // 400 M readings. The hard case: each device has its own rate, which varies all the time.
     let mut journal = journal(1_000);
     let mut sent = vec![0; 1_000];
     for tick in 0..300 {
@@ -291,7 +287,7 @@ fn a_busy_fleet_of_a_thousand_writes_less_than_three_megabytes_in_five_minutes()
 }
 
 #[test]
-fn a_still_fleet_writes_nothing() {
+fn an_idle_fleet_writes_nothing() {
     let mut journal = journal(10);
     let header = journal.out.len();
     assert!(!journal.tick(5_000_000).unwrap());

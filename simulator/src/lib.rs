@@ -1,12 +1,12 @@
-//! The fleet simulator of Fieldgate, as a library under a thin `main.rs`.
+//! Fleet simulator of Fieldgate, as a library under a thin `main.rs`.
 //!
 //! ```text
 //! args -> Plan -> Script -> frame(device, seq) -> the fleet -> gateway
 //!                    |                                |
 //!                    +---- the verifier <- journal <--+-> report, progress
 //! ```
-//! The content of every frame is a pure function of the plan, so the journal needs to hold only the
-//! plan and how far each device came, and the verifier can compute what must be stored.
+//! The content of every frame is a pure function of the plan. The journal therefore holds only the plan and the
+//! progress of each device, and the verifier computes what must be stored.
 
 pub mod args;
 pub mod bench;

@@ -1,6 +1,6 @@
-//! The simulator's command line: reads the arguments, does what they say, gives the exit code.
+//! Entry point of the simulator: parses the arguments, runs the subcommand, and returns the exit code.
 //!
-//! 0 done, 1 failed, 2 wrong usage or configuration.
+//! Exit codes: 0 success, 1 failure, 2 invalid usage or configuration.
 
 use std::fs::File;
 use std::io::Write;
@@ -72,7 +72,7 @@ async fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     ));
     let played = fleet::run(script, terms, journal, Arc::clone(&counters), stop).await;
     bar.abort();
-    // Aborted or not, the bar is gone before the report is printed.
+    // The bar is gone before the report is printed, whether the task was aborted or had finished.
     let _ = bar.await;
     counters.notices(Instant::now()).iter().for_each(say::note);
     let Played { summary, error } = played.map_err(|error| match error {
@@ -89,21 +89,21 @@ async fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     if summary.frames_lost > 0 {
         let lost = summary.frames_lost;
         return Err(failure(anyhow!(
-            "the gateway lost {lost} frames that it had acknowledged: was its store put back to an older state?"
+            "the gateway lost {lost} acknowledged frames; was its store restored to an earlier state?"
         )));
     }
     if summary.frames_acked == 0 {
-        return Err(failure(anyhow!("no frame was acked")));
+        return Err(failure(anyhow!("no frame was acknowledged")));
     }
     if leave.is_cancelled() {
-        return Err(failure(anyhow!("left before the last ACKs")));
+        return Err(failure(anyhow!("stopped before the last ACKs")));
     }
     printed?;
     output(next_steps(&options))?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// What to do after a run, in commands to copy.
+/// Returns the commands to run next, ready to copy.
 fn next_steps(options: &RunOptions) -> String {
     let data_dir = match &options.data_dir {
         Some(dir) => format!(" --data-dir {}", quoted(&dir.display().to_string())),
@@ -114,15 +114,15 @@ fn next_steps(options: &RunOptions) -> String {
             let journal = quoted(&journal.display().to_string());
             format!("fieldgate-sim verify{data_dir} --journal {journal}")
         }
-        None => "run it again with --journal FILE, which verify needs".to_owned(),
+        None => "run again with --journal FILE to be able to verify".to_owned(),
     };
     format!(
-        "prove what is stored:  {proof}\n\
-         look at it:            fieldgate query{data_dir} \"SELECT device, channel, value FROM latest LIMIT 10\""
+        "verify what is stored: {proof}\n\
+        query the readings:    fieldgate query{data_dir} \"SELECT device, channel, value FROM latest LIMIT 10\""
     )
 }
 
-/// As a shell takes it.
+/// Quotes an argument for a shell, if needed.
 fn quoted(text: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/._-+:,@".contains(&byte);
     match !text.is_empty() && text.bytes().all(is_plain) {
@@ -131,30 +131,30 @@ fn quoted(text: &str) -> String {
     }
 }
 
-/// Writes what was asked for.
+/// Writes the command's output to stdout.
 fn output(text: impl std::fmt::Display) -> Result<(), Failure> {
     say::out(text).map_err(|error| failure(anyhow!("could not write the output: {error}")))
 }
 
-/// The error and what caused it; some tell their cause in their own words already.
+/// Returns the error with its causes, leaving out causes that its text already contains.
 fn with_causes(error: &anyhow::Error) -> String {
-    let mut told = error.to_string();
+    let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !told.contains(&cause) {
-            told = format!("{told}: {cause}");
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
         }
     }
-    told
+    text
 }
 
-/// Where and with which key.
+/// Returns the terms of the run: the gateway's address, TLS, the fleet key and limits.
 async fn terms(options: &RunOptions, leave: CancellationToken) -> anyhow::Result<Terms> {
     let fleet_key = *FleetKey::load(&options.key_file, SecretReaders::Owner)?.as_bytes();
     let gateway: SocketAddr = tokio::net::lookup_host(&options.gateway)
         .await
-        .with_context(|| format!("cannot look up {}", options.gateway))?
+        .with_context(|| format!("could not resolve {}", options.gateway))?
         .next()
-        .with_context(|| format!("{} has no address", options.gateway))?;
+        .with_context(|| format!("{} does not resolve to any address", options.gateway))?;
     let host = options
         .gateway
         .rsplit_once(':')
@@ -176,7 +176,7 @@ async fn terms(options: &RunOptions, leave: CancellationToken) -> anyhow::Result
     })
 }
 
-/// A file for figures, opened before there are any: whether it can be written is known at once.
+/// A file for results, opened before the run so that an unwritable path is reported immediately.
 struct ReportFile {
     file: File,
     path: PathBuf,
@@ -184,7 +184,7 @@ struct ReportFile {
 
 impl ReportFile {
     fn open(path: &Path) -> anyhow::Result<ReportFile> {
-        // What is in it stays until there is something new.
+        // Keep the old content until there are new results.
         let file = File::options()
             .write(true)
             .create(true)
@@ -199,7 +199,7 @@ impl ReportFile {
 
     fn write(mut self, figures: &impl serde::Serialize) -> anyhow::Result<()> {
         let json = serde_json::to_string_pretty(figures)? + "\n";
-        // A pipe has no length.
+        // A pipe cannot be truncated.
         let is_file = self
             .file
             .metadata()
@@ -214,8 +214,8 @@ impl ReportFile {
     }
 }
 
-/// Ctrl-C or SIGTERM: no new frames, and those in flight are awaited. The second ends that, too, and the third
-/// ends the program.
+/// Handles Ctrl-C and SIGTERM. The first one stops new frames and waits for those in flight, the second stops
+/// waiting, and the third exits the process.
 async fn stop_on_signal(stop: CancellationToken, leave: CancellationToken) {
     let Ok(mut terminate) =
         tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
@@ -234,14 +234,14 @@ async fn stop_on_signal(stop: CancellationToken, leave: CancellationToken) {
         } else {
             let settle_s = fleet::SETTLE.as_secs();
             say::note(format_args!(
-                "stopping: waiting up to {settle_s} s for the last ACKs; once more to leave at once"
+                "stopping: waiting up to {settle_s} s for the last ACKs; press Ctrl-C again to stop now"
             ));
             stop.cancel();
         }
     }
 }
 
-/// Moves the bar twice a second: by frames where their number is known, else by time.
+/// Updates the bar twice a second: by frames if their number is known, otherwise by time.
 async fn show_progress(script: Arc<Script>, duration: Option<Duration>, counters: Arc<Counters>) {
     let started = Instant::now();
     let frames = script.frames();
@@ -264,8 +264,8 @@ async fn show_progress(script: Arc<Script>, duration: Option<Duration>, counters
         let ready = counters.devices_ready.load(Relaxed);
         if let Some(for_s) = stall.look(acked, in_flight, elapsed) {
             progress.say(&format!(
-                "waiting: {in_flight} frames sent and none acknowledged for {for_s} s, {ready} of {devices} \
-                 devices connected"
+                "waiting: no ACK for {for_s} s, {in_flight} frames in flight, {ready} of {devices} \
+                devices connected"
             ));
         }
         let position = match duration {
@@ -280,7 +280,7 @@ async fn show_progress(script: Arc<Script>, duration: Option<Duration>, counters
     }
 }
 
-/// Notices that nothing is acknowledged any more.
+/// Detects that ACKs have stopped arriving.
 #[derive(Default)]
 struct Stall {
     acked: u64,
@@ -289,7 +289,7 @@ struct Stall {
 }
 
 impl Stall {
-    /// Returns for how many seconds nothing was acknowledged, every few seconds while frames are in flight.
+    /// While frames are in flight, returns every few seconds for how long nothing was acknowledged.
     fn look(&mut self, acked: u64, in_flight: u64, elapsed: Duration) -> Option<u64> {
         const PATIENCE: Duration = Duration::from_secs(5);
         if acked != self.acked || in_flight == 0 {
@@ -308,7 +308,7 @@ async fn verify(args: &VerifyArgs) -> Result<ExitCode, Failure> {
         args.journal.iter().map(|path| Ledger::read(path)).collect();
     let ledgers = ledgers.map_err(configuration)?;
     if ledgers.iter().any(|ledger| !ledger.complete) {
-        say::note("a journal has no end: its run was killed; what it says is compared");
+        say::note("a journal is incomplete because its run was killed; verifying what it contains");
     }
     let devices = ledgers
         .iter()
@@ -343,7 +343,7 @@ async fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What is refused is shown: the address of a store may hold a password, and be in the wrong place, too.
+/// Removes passwords from the values that clap shows: a store URL may contain one, even in the wrong argument.
 fn without_password(mut error: clap::Error) -> clap::Error {
     for kind in [ContextKind::InvalidValue, ContextKind::InvalidArg] {
         if let Some(ContextValue::String(value)) = error.get(kind) {
@@ -357,9 +357,9 @@ fn without_password(mut error: clap::Error) -> clap::Error {
 fn random() -> anyhow::Result<[u64; 2]> {
     let mut random = [0; 2];
     for number in &mut random {
-        *number = getrandom::u64().context("the system gives no random numbers")?;
+        *number = getrandom::u64().context("could not get random numbers from the system")?;
     }
-    // 53 bits make a seed that is easier to type, and that any reader of JSON keeps.
+    // A seed of 53 bits is easier to type, and every JSON parser reads it exactly.
     Ok([random[0] >> 11, random[1] >> 11])
 }
 

@@ -1,31 +1,31 @@
-//! When each frame of each device is due, for every profile.
+//! Due time of each frame of each device, for every profile.
 //!
-//! Pure arithmetic in microseconds since the start of the run; waiting, connecting and falling behind
-//! are left to the fleet.
+//! Pure arithmetic in microseconds since the start of the run. The fleet waits, connects, and handles
+//! devices that fall behind.
 //!
-//! Invariants: the frames of a device fall due in the order of their numbers. Except in a burst, every
-//! device sends `batch` rows each `interval * batch`.
+//! Invariants: the frames of a device are due in the order of their numbers. Except in a burst, every
+//! device sends `batch` rows every `interval * batch`.
 
 use crate::plan::{Plan, Profile};
 
-/// How long the devices were cut off before a run in [`Profile::Burst`], in microseconds: 30 days.
+/// Length of the outage before a run in [`Profile::Burst`], in microseconds: 30 days.
 pub const CUT_OFF_US: u64 = 30 * 86_400_000_000;
-/// How often the whole fleet reconnects in [`Profile::Storm`], in microseconds.
+/// Interval at which the whole fleet reconnects in [`Profile::Storm`], in microseconds.
 pub const STORM_US: u64 = 10_000_000;
 
-/// The timetable of a run.
+/// Timetable of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     profile: Profile,
     devices: u64,
-    /// From frame to frame of a device.
+    /// Time between two frames of a device.
     period_us: u64,
-    /// How long devices keep joining in [`Profile::Ramp`].
+    /// Time during which devices join in [`Profile::Ramp`].
     ramp_us: u64,
 }
 
 impl Pace {
-    /// The timetable of a plan for a run of `duration_us`, or of a guess how long it will take.
+    /// Returns the timetable of a plan for a run of `duration_us`, which may be an estimate.
     pub fn new(plan: &Plan, duration_us: u64) -> Self {
         Self {
             profile: plan.profile,
@@ -35,8 +35,8 @@ impl Pace {
         }
     }
 
-    /// When frame `seq`, counted from 1, of a device is due, since the start of the run. Also when a
-    /// device connects: for its frame 1.
+    /// Returns when frame `seq`, counted from 1, of a device is due, since the start of the run. A
+    /// device connects when its frame 1 is due.
     pub fn due_us(&self, device: u32, seq: u64) -> u64 {
         if self.profile == Profile::Burst {
             return 0;
@@ -45,19 +45,19 @@ impl Pace {
             .saturating_add((seq - 1).saturating_mul(self.period_us))
     }
 
-    /// Whether frames fall due at their own time, however long the gateway takes with those before.
+    /// Returns whether frames are due at fixed times, however long the gateway takes for earlier ones.
     pub fn is_open_loop(&self) -> bool {
         self.profile != Profile::Burst
     }
 
-    /// When the fleet drops its connections at once for the `number`-th time, counted from 1; never in
+    /// Returns when the fleet drops its connections for the `number`-th time, counted from 1; `None` in
     /// most profiles.
     pub fn storm_us(&self, number: u64) -> Option<u64> {
         (self.profile == Profile::Storm).then(|| number.saturating_mul(STORM_US))
     }
 
-    /// How long before the start of the run sample 0 was taken, so that no frame is due before its
-    /// last sample: the devices come with as much as they would have kept.
+    /// Returns how long before the start of the run sample 0 was taken, so that no frame is due before its
+    /// last sample: the devices start with a corresponding backlog.
     pub fn backlog_us(&self) -> u64 {
         match self.profile {
             Profile::Burst => CUT_OFF_US,
@@ -71,7 +71,7 @@ impl Pace {
             Profile::Burst => 0,
             Profile::Ramp => self.ramp_us,
         };
-        // In 128 bits, as a day times 1,024 rows times 100,000 devices is more than 64 hold.
+        // In 128 bits, because a day times 1,024 rows times 100,000 devices exceeds 64.
         (u128::from(spread_us) * u128::from(device) / u128::from(self.devices)) as u64
     }
 }

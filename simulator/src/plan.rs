@@ -1,13 +1,12 @@
-//! Everything from which the content of every frame of a run follows.
+//! Plan of a run, which determines the content of every frame.
 //!
-//! A [`Plan`] is small and goes into the journal; [`Plan::open`] makes it a [`Script`], which knows the
-//! channels and has read the recording, if there is one; a [`DeviceScript`] tells what one device
-//! sends. When a frame is sent is left to [`pace`](crate::pace) and the fleet, how it is encoded to
-//! the protocol.
+//! A [`Plan`] is small and is written to the journal. [`Plan::open`] turns it into a [`Script`], which knows the
+//! channels and has read the recording, if any. A [`DeviceScript`] generates the frames of one device.
+//! [`pace`](crate::pace) and the fleet decide when a frame is sent, the protocol how it is encoded.
 //!
 //! Invariants: frame `seq` of a device is a pure function of plan, device and `seq`. Frame 1 holds the
-//! samples `0..batch`, frame 2 those up to `2 * batch`, and so on; no sample is in two frames. Any
-//! frame costs the same, and a warm buffer makes it without allocating.
+//! samples `0..batch`, frame 2 those up to `2 * batch`, and so on; no sample is in two frames. Every
+//! frame costs the same to generate, and a warm buffer generates it without allocating.
 
 use crate::catalogue::{self, CHANNELS_MAX};
 use crate::faults::{self, Chance, Malformation};
@@ -19,123 +18,121 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
 
-/// Version of the meaning of a plan. To be raised whenever the same plan would give other content, be
-/// it only by one noise bit.
+/// Version of the meaning of a plan. Raise it whenever the same plan would give different content, even by
+/// a single noise bit.
 pub const FORMAT: u32 = 2;
-/// Most devices of a fleet.
+/// Maximum number of devices in a fleet.
 pub const DEVICES_MAX: u32 = 100_000;
-/// Most rows of a frame.
+/// Maximum number of rows in a frame.
 pub const BATCH_MAX: u16 = 1_024;
-/// Longest time from sample to sample: a day.
+/// Longest sample interval, in microseconds: one day.
 pub const INTERVAL_US_MAX: u64 = 86_400_000_000;
-/// Longest prefix of device names: a name has at most 32 bytes, 5 of them digits.
+/// Longest prefix of device names, in bytes: a name has at most 32 bytes, 5 of them digits.
 pub const NAME_PREFIX_BYTES_MAX: usize = 27;
-/// Longest prefix before what a recording calls a device, which has at most 24 bytes.
+/// Longest prefix before a device name from a recording, which has at most 24 bytes.
 const RECORDED_NAME_PREFIX_BYTES_MAX: usize = 8;
 
-/// What a fleet sends. See the module.
+/// Everything that determines what a fleet sends. See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    /// [`FORMAT`] of the program that made it.
+    /// [`FORMAT`] of the program that created the plan.
     pub format: u32,
-    /// Decides all values and all faults.
+    /// Determines all values and all faults.
     pub seed: u64,
-    /// Decides stream and boot numbers, and is drawn anew for each run: the same readings sent again
-    /// are another queue.
+    /// Determines stream and boot numbers. It is drawn for each run, so that the same readings sent again
+    /// belong to a new stream.
     pub nonce: u64,
-    /// What the names of the devices begin with.
+    /// Prefix of the device names.
     pub name_prefix: String,
-    /// How many devices.
+    /// Number of devices.
     pub devices: u32,
-    /// How many channels each device has.
+    /// Number of channels per device.
     pub channels: u8,
-    /// From sample to sample of a channel, in microseconds.
+    /// Time between two samples of a channel, in microseconds.
     pub interval_us: u64,
-    /// Rows per frame.
+    /// Number of rows per frame.
     pub batch: u16,
-    /// Frames per device, where that is limited.
+    /// Number of frames per device, if limited.
     #[serde(deserialize_with = "Option::deserialize")]
     pub frames: Option<u64>,
-    /// Which time the devices know.
+    /// Clock of the devices.
     pub clock: Clock,
-    /// When sample 0 was taken, in microseconds since 1970.
+    /// Time of sample 0, in microseconds since 1970.
     pub start_us: i64,
-    /// How frames follow one another.
+    /// Load profile.
     pub profile: Profile,
     /// Probability that a frame is malformed, in billionths.
     pub malformed_billionths: u32,
-    /// Where the readings come from instead of signals.
+    /// Recording to replay instead of generated signals.
     #[serde(deserialize_with = "Option::deserialize")]
     pub replay: Option<Fingerprint>,
 }
 
-/// Which time a device knows.
+/// Clock of a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Clock {
     /// The time of day.
     #[default]
     Utc,
-    /// Only how long ago it was switched on.
+    /// Only the time since boot.
     Boot,
 }
 
-/// How the frames of a fleet are spread over time; [`pace`](crate::pace) says it in numbers.
+/// Distribution of a fleet's frames over time; [`pace`](crate::pace) defines it in numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Profile {
-    /// Evenly: the devices take turns.
+    /// Constant rate: the devices send in turn.
     #[default]
     Steady,
-    /// The devices were cut off for a month and send what they kept as fast as it is taken.
+    /// Maximum rate: devices send a month of backlog as fast as the gateway accepts it.
     Burst,
     /// The devices join one after another during the first half of the run.
     Ramp,
-    /// As steady, but the whole fleet drops its connections at once and returns, every ten seconds.
+    /// Like steady, but every ten seconds the whole fleet disconnects simultaneously and reconnects.
     Storm,
 }
 
-/// Why a plan cannot be carried out.
+/// A plan could not be carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
-    /// Made by a program whose plans mean something else.
-    #[error(
-        "the plan has format {found}, this program knows only {FORMAT}; use the version that made it"
-    )]
+    /// The plan's format is not supported.
+    #[error("plan format {found} is not supported, only {FORMAT}; use the version that created it")]
     Format {
         /// Format of the plan.
         found: u32,
     },
-    /// A value out of range.
-    #[error("{name} is {value}, but must be {range}")]
+    /// A value is out of range.
+    #[error("{name} must be {range}, but is {value}")]
     Range {
-        /// The field.
+        /// Name of the field.
         name: &'static str,
         /// Its value.
         value: String,
-        /// What is allowed.
+        /// Allowed range.
         range: String,
     },
-    /// The recording cannot be read.
+    /// The recording could not be read.
     #[error(transparent)]
     Replay(#[from] ReplayError),
-    /// The recording is not what it was.
+    /// The recording has changed since the plan was made.
     #[error("{path} has changed since the run: its {what} was {then} and is {now}", path = path.display())]
     ReplayChanged {
-        /// The recording.
+        /// File of the recording.
         path: std::path::PathBuf,
-        /// Size or digest.
+        /// Property that changed: size or digest.
         what: &'static str,
-        /// As the plan has it.
+        /// Value in the plan.
         then: String,
-        /// As it is.
+        /// Current value.
         now: String,
     },
 }
 
 impl Plan {
-    /// Checks the values, reads the recording if there is one, and makes ready to tell contents.
+    /// Checks the values and reads the recording, if any.
     pub fn open(self) -> Result<Script, PlanError> {
         let replay = match &self.replay {
             None => None,
@@ -144,9 +141,9 @@ impl Plan {
         Script::new(self, replay)
     }
 
-    /// Makes a plan for a recording: its channels and its fingerprint replace what the plan said, and
-    /// the recording need not be read twice. If the recording names its devices, there are as many,
-    /// unless `devices` was asked for.
+    /// Returns the plan for a recording, whose channels and fingerprint replace the plan's own; the recording is not
+    /// read a second time. If the recording names its devices, it also sets their number, unless `devices` is
+    /// given.
     pub fn replaying(
         mut self,
         path: &Path,
@@ -159,7 +156,7 @@ impl Plan {
         if replay.id(0).is_some() && devices.is_none() {
             self.devices = replay.devices();
         }
-        // Never more than CHANNELS_MAX, which the replay has checked.
+        // At most CHANNELS_MAX, as checked by the replay.
         self.channels = replay.channels().len() as u8;
         Script::new(self, Some(replay))
     }
@@ -188,7 +185,7 @@ impl Plan {
     }
 }
 
-/// Whether names may begin like this; if not, what they may.
+/// Checks a prefix of device names; the error describes the valid ones.
 pub fn check_name_prefix(prefix: &str) -> Result<(), String> {
     let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
     if prefix.len() <= NAME_PREFIX_BYTES_MAX && prefix.bytes().all(fits) {
@@ -228,7 +225,7 @@ fn reopen(then: &Fingerprint, batch: usize) -> Result<Replay, PlanError> {
     Ok(replay)
 }
 
-/// A plan that can tell what is sent.
+/// A plan that can generate the data to be sent.
 #[derive(Debug)]
 pub struct Script {
     plan: Plan,
@@ -257,35 +254,35 @@ impl Script {
         })
     }
 
-    /// The plan, as it goes into the journal.
+    /// Returns the plan, as written to the journal.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }
 
-    /// The channels that every device of the fleet has, in the order of the columns.
+    /// Returns the channels that every device of the fleet has, in column order.
     pub fn channels(&self) -> &[Channel] {
         &self.channels
     }
 
-    /// Returns what was guessed about a recording and what could not be taken of it, a line each.
+    /// Returns one line for each guess about the recording and each part of it that was skipped.
     pub fn notes(&self) -> &[String] {
         self.replay.as_ref().map_or(&[], Replay::notes)
     }
 
-    /// Returns how many frames all devices send, if something limits them.
+    /// Returns the number of frames of all devices, if limited.
     pub fn frames(&self) -> Option<u64> {
         (0..self.plan.devices)
             .map(|device| self.frames_of(device))
             .sum()
     }
 
-    /// Returns how many frames a device sends, if something limits them.
+    /// Returns the number of frames of a device, if limited.
     fn frames_of(&self, device: u32) -> Option<u64> {
         let recorded = self.replay.as_ref().map(|replay| replay.frames(device));
         [self.plan.frames, recorded].into_iter().flatten().min()
     }
 
-    /// Returns the name of a device: its number, or what a recording calls it if that has all of them.
+    /// Returns the name of a device: its number, or its name in the recording if that names all devices.
     fn name_of(&self, device: u32) -> String {
         let prefix = &self.plan.name_prefix;
         match self.naming().and_then(|replay| replay.id(device)) {
@@ -294,7 +291,7 @@ impl Script {
         }
     }
 
-    /// Returns the number of the device of a name, if there is one.
+    /// Returns the index of the device with this name, if it exists.
     pub fn index_of(&self, name: &str) -> Option<u32> {
         let own = name.strip_prefix(&self.plan.name_prefix)?;
         let index = match self.naming() {
@@ -314,7 +311,7 @@ impl Script {
         replay.filter(|replay| fits && replay.id(0).is_some())
     }
 
-    /// What one device sends. `index` counts from 0 and is below the plan's number of devices.
+    /// Returns the script of one device. `index` counts from 0 and is below the plan's number of devices.
     pub fn device(self: &Arc<Self>, index: u32) -> DeviceScript {
         let Plan {
             seed,
@@ -332,7 +329,7 @@ impl Script {
         DeviceScript {
             index,
             name: self.name_of(index),
-            // 63 bits, as SQL has no unsigned integers of 64.
+            // 63 bits, because SQL has no unsigned 64-bit integers.
             stream: (hash::at(drawn, 0) >> 1).max(1),
             boot: (hash::at(drawn, 1) >> 32) as u32,
             uptime_us: hash::between(hash::at(drawn, 2), 60_000_000, 30 * 86_400_000_000),
@@ -344,71 +341,71 @@ impl Script {
 
 const DEVICE: u64 = u64::from_be_bytes(*b"device\0\0");
 
-/// What one device is and sends.
+/// Identity and frames of one device.
 #[derive(Clone, Debug)]
 pub struct DeviceScript {
     index: u32,
     name: String,
     stream: u64,
     boot: u32,
-    /// How long it had been on when sample 0 was taken.
+    /// Uptime when sample 0 was taken.
     uptime_us: i64,
     signals: Vec<Signal>,
     script: Arc<Script>,
 }
 
-/// What a frame holds.
+/// Content of a frame.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum FrameContent<'a> {
     /// Readings to be stored.
     Readings(&'a Readings),
-    /// A frame that must be stored in quarantine.
+    /// A frame that must be quarantined.
     Malformed {
-        /// What is to be broken.
+        /// Fault to apply.
         variant: Malformation,
-        /// What the frame would have held, to be encoded and then broken.
+        /// Readings to encode before the fault is applied.
         readings: &'a Readings,
     },
 }
 
 impl DeviceScript {
-    /// Number of the device in the fleet, from 0.
+    /// Returns the index of the device in the fleet, from 0.
     pub fn index(&self) -> u32 {
         self.index
     }
 
-    /// Returns how many frames it sends, if something limits them.
+    /// Returns the number of frames that it sends, if limited.
     pub fn frames(&self) -> Option<u64> {
         self.script.frames_of(self.index)
     }
 
-    /// Name under which it logs in.
+    /// Returns the name under which it logs in.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Number of its stream, from 1 to 2^63 - 1.
+    /// Returns the number of its stream, from 1 to 2^63 - 1.
     pub fn stream(&self) -> u64 {
         self.stream
     }
 
-    /// Number of its boot.
+    /// Returns the number of its boot.
     pub fn boot(&self) -> u32 {
         self.boot
     }
 
-    /// Which time it knows.
+    /// Returns its clock.
     pub fn clock(&self) -> Clock {
         self.script.plan.clock
     }
 
-    /// How long it has been on at a moment, in microseconds: what its own clock shows, if it does not
-    /// know the time of day.
+    /// Returns its uptime at a moment, in microseconds: the time on its own clock, if it does not know
+    /// the time of day.
     pub fn uptime_us(&self, utc_us: i64) -> i64 {
         utc_us.wrapping_add(self.boot_offset_us())
     }
 
-    /// Makes frame `seq`, counted from 1; `None`, if the device sends no such frame.
+    /// Generates frame `seq`, counted from 1, or returns `None` if the device sends no such frame.
     pub fn frame<'a>(&self, seq: u64, readings: &'a mut Readings) -> Option<FrameContent<'a>> {
         if seq == 0 || self.frames().is_some_and(|frames| seq > frames) {
             return None;
@@ -438,7 +435,7 @@ impl DeviceScript {
             start_us,
             ..
         } = self.script.plan;
-        // No run comes to where this wraps; a journal that claims so must not stop the verifier.
+        // No real run is long enough to wrap here; a journal that claims one must not crash the verifier.
         let first_sample = (seq - 1).wrapping_mul(u64::from(batch));
         let t0_us = start_us.wrapping_add_unsigned(first_sample.wrapping_mul(interval_us));
         let span = Span {
@@ -456,7 +453,7 @@ impl DeviceScript {
         }
     }
 
-    /// From UTC to the clock that the device knows.
+    /// Returns the offset from UTC to the device's clock, in microseconds.
     fn shift_us(&self) -> i64 {
         match self.script.plan.clock {
             Clock::Utc => 0,

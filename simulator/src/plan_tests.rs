@@ -1,4 +1,4 @@
-//! Tests of the plan, beside it in a file of their own for their length.
+//! Tests of the plan, in a separate file because of their length.
 
 use super::*;
 use crate::readings::Values;
@@ -74,7 +74,7 @@ fn frames_hold_each_sample_once() {
 }
 
 #[test]
-fn devices_have_names_streams_and_boots_of_their_own() {
+fn devices_have_individual_names_streams_and_boots() {
     let script = Arc::new(
         Plan {
             devices: 1_000,
@@ -162,7 +162,7 @@ fn a_recording_gives_the_channels_and_ends_with_its_last_row() {
         (script.plan().channels, script.frames()),
         (1, Some(10 * 1_268_u64.div_ceil(15)))
     );
-    // The plan alone leads to the same frames.
+    // The plan alone yields the same frames.
     let again = Arc::new(script.plan().clone().open().unwrap());
     let script = Arc::new(script);
     for seq in 1..=script.device(2).frames().unwrap() {
@@ -198,7 +198,7 @@ fn devices_of_a_recording_have_its_names() {
         (Some(1), None)
     );
     assert_eq!(readings(&both.device(1), 1).rows, 2);
-    // More devices than the recording has send its rows again, under numbers.
+    // Devices beyond those in the recording resend its rows under numbered names.
     let more = script(Some(3));
     assert_eq!(more.device(2).name(), "sim-00002");
     assert_eq!(
@@ -209,7 +209,7 @@ fn devices_of_a_recording_have_its_names() {
 }
 
 #[test]
-fn a_recording_that_changed_is_refused() {
+fn a_changed_recording_is_rejected() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.csv");
     std::fs::write(&path, "Time,a\n2025-06-01T12:00:00Z,1\n").unwrap();
@@ -248,32 +248,32 @@ fn values_out_of_range_are_named() {
             devices: 0,
             ..plan()
         }),
-        "devices is 0, but must be 1 to 100000"
+        "devices must be 1 to 100000, but is 0"
     );
     assert_eq!(
         said(Plan {
             channels: 33,
             ..plan()
         }),
-        "channels is 33, but must be 1 to 32"
+        "channels must be 1 to 32, but is 33"
     );
     assert_eq!(
         said(Plan { batch: 0, ..plan() }),
-        "batch is 0, but must be 1 to 1024"
+        "batch must be 1 to 1024, but is 0"
     );
     assert_eq!(
         said(Plan {
             name_prefix: "a b".into(),
             ..plan()
         }),
-        "name_prefix is \"a b\", but must be at most 27 letters, digits, '.', '_', ':' or '-'"
+        "name_prefix must be at most 27 letters, digits, '.', '_', ':' or '-', but is \"a b\""
     );
     let error = said(Plan {
         format: FORMAT + 1,
         ..plan()
     });
     assert!(
-        error.starts_with("the plan has format 3, this program knows only 2"),
+        error.starts_with("plan format 3 is not supported, only 2"),
         "{error}"
     );
 }
@@ -313,7 +313,7 @@ fn absurd_sequence_numbers_do_not_overflow() {
     }
 }
 
-/// Run by hand, in release: `cargo test -p fieldgate-simulator --release -- --ignored --nocapture`.
+/// Manual measurement, in release: `cargo test -p fieldgate-simulator --release -- --ignored --nocapture`.
 #[test]
 #[ignore = "a measurement, not a test"]
 fn measure_values_per_second() {

@@ -1,4 +1,4 @@
-//! How far a run is, for someone who watches: a bar on a terminal, a line each few seconds in a pipe, on stderr.
+//! Progress of a run on stderr: a bar on a terminal, otherwise a line every few seconds.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use crate::say;
 
-/// When the first line appears where there is no terminal, and how long it is from line to line then.
+/// Time of the first line without a terminal, and interval between further lines.
 const FIRST_LINE: Duration = Duration::from_secs(2);
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
-/// A bar from nothing to the end of a run, or lines.
+/// A progress bar, or progress lines without a terminal.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
@@ -19,7 +19,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// A bar that ends at `length`, which is whatever the caller counts: frames, or milliseconds.
+    /// Creates a progress display that ends at `length`, in the caller's unit: frames or milliseconds.
     pub fn new(length: u64) -> Self {
         let target = match std::io::stderr().is_terminal() {
             true => ProgressDrawTarget::stderr(),
@@ -39,7 +39,7 @@ impl Progress {
         }
     }
 
-    /// Shows how far the run is, and a few words, such as the rate.
+    /// Shows the position and a short text, such as the rate.
     pub fn show(&mut self, position: u64, words: String) {
         let elapsed = self.started.elapsed();
         if self.bar.is_hidden() && elapsed >= self.next_line {
@@ -50,7 +50,7 @@ impl Progress {
         self.bar.set_message(words);
     }
 
-    /// Writes a line of its own.
+    /// Writes a separate line without disturbing the bar.
     pub fn say(&self, line: &str) {
         match self.bar.is_hidden() {
             true => say::note(line),
@@ -59,14 +59,14 @@ impl Progress {
     }
 }
 
-/// Takes the bar away, so that the report stands alone.
+/// Removes the bar, so that only the report remains.
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }
 }
 
-/// `readings acked` within a time, in words for [`Progress::show`].
+/// Returns the rate of `readings acked` within a time, as text for [`Progress::show`].
 pub fn rate(readings_acked: u64, within: Duration) -> String {
     let rate = readings_acked as f64 / within.as_secs_f64().max(0.001);
     format!("{rate:.0} readings/s acked")

@@ -1,9 +1,9 @@
-//! Recorded measurements from a CSV file, cut into frames.
+//! Recorded measurements from a CSV file, split into frames.
 //!
-//! [`Recording`] says how a file is read; here its rows become frames of the plan's size.
+//! [`Recording`] parses the file; this module turns its rows into frames of the plan's size.
 //!
-//! Invariants: each row is in exactly one frame; times strictly increase within a frame. What a frame
-//! holds follows from the file, the options and the shift, which are in the [`Fingerprint`].
+//! Invariants: each row is in exactly one frame; times strictly increase within a frame. The content of the frames
+//! is determined by the file, the options and the shift, which are in the [`Fingerprint`].
 
 use std::fs::File;
 use std::io;
@@ -16,68 +16,68 @@ use serde::{Deserialize, Serialize};
 use crate::catalogue::CHANNELS_MAX;
 use crate::readings::{Channel, Readings};
 
-/// Which file was replayed and how, so that a later program can read the same from it, and notice if
-/// it is another file.
+/// Identity of a replayed file and how it was read, so that a later program can read the same data from it and
+/// detect a different file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fingerprint {
-    /// Where it was, as an absolute path.
+    /// Absolute path of the file.
     pub path: PathBuf,
-    /// Its size.
+    /// Its size, in bytes.
     pub bytes: u64,
     /// SHA-256 of its content, in hexadecimal.
     pub sha256: String,
-    /// How it was read.
+    /// Options with which it was read.
     pub options: ReadOptions,
-    /// By how much all times were moved.
+    /// Offset added to all times, in microseconds.
     pub shift_us: i64,
 }
 
-/// How a file is to be replayed.
+/// Options for replaying a file.
 #[derive(Clone, Debug, Default)]
 pub struct ReplayOptions {
-    /// How it is read.
+    /// Format of the file.
     pub read: ReadOptions,
-    /// Moves all times so that the last one is this, to the second.
+    /// Time to which the last one is shifted, to the second.
     pub last_us: Option<i64>,
 }
 
-/// A recording.
+/// A recording split into frames.
 #[derive(Debug)]
 pub struct Replay {
     fingerprint: Fingerprint,
     recording: Recording,
     notes: Vec<String>,
-    /// For each device, the first row of each frame, and in the end that behind its last row.
+    /// For each device, the first row of each frame, and the end of its last row.
     starts: Vec<Vec<usize>>,
 }
 
-/// Why a file cannot be replayed.
+/// A file could not be replayed.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplayError {
-    /// The file cannot be opened.
+    /// The file could not be opened.
     #[error("{path}: {cause}", path = path.display())]
     Open {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         cause: io::Error,
     },
-    /// The file cannot be understood.
+    /// The file could not be parsed.
     #[error("{path}, {cause}", path = path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Where and why.
+        /// Position and reason.
         cause: ReadError,
     },
 }
 
 impl Replay {
-    /// Reads a whole file and cuts it into frames of at most `batch` rows.
+    /// Reads a whole file and splits it into frames of at most `batch` rows.
     ///
     /// # Errors
-    /// The file cannot be read or understood.
+    /// The file could not be read or parsed.
     pub fn open(path: &Path, batch: usize, options: &ReplayOptions) -> Result<Self, ReplayError> {
         let mut replay = Replay::read(path, batch, options.read.clone())?;
         if let (Some(last_us), Some((_, newest_us))) = (options.last_us, replay.recording.span_us())
@@ -88,10 +88,10 @@ impl Replay {
         Ok(replay)
     }
 
-    /// Reads a file once more, as it was read before.
+    /// Reads a file again with the same options as before.
     ///
     /// # Errors
-    /// The file cannot be read or understood.
+    /// The file could not be read or parsed.
     pub fn reopen(then: &Fingerprint, batch: usize) -> Result<Self, ReplayError> {
         let mut replay = Replay::read(&then.path, batch, then.options.clone())?;
         replay.fingerprint.shift_us = then.shift_us;
@@ -114,8 +114,8 @@ impl Replay {
         if channels > CHANNELS_MAX {
             recording.truncate_channels(CHANNELS_MAX);
             notes.push(format!(
-                "{channels} columns hold numbers, and a simulated device has at most {CHANNELS_MAX} channels: \
-                 the first {CHANNELS_MAX} are taken; choose with --columns"
+                "{channels} numeric columns found, but a simulated device has at most {CHANNELS_MAX} channels: \
+                using the first {CHANNELS_MAX}; select with --columns"
             ));
         }
         let devices = recording.devices.iter();
@@ -134,39 +134,39 @@ impl Replay {
         })
     }
 
-    /// Returns which file this is.
+    /// Returns the identity of the file.
     pub fn fingerprint(&self) -> &Fingerprint {
         &self.fingerprint
     }
 
-    /// Returns what was guessed and what could not be taken, a line each.
+    /// Returns one line for each guess about the file and each part of it that was skipped.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
 
-    /// Returns one channel for each column of numbers.
+    /// Returns one channel for each numeric column.
     pub fn channels(&self) -> &[Channel] {
         &self.recording.channels
     }
 
-    /// Returns how many devices the file has rows of.
+    /// Returns the number of devices with rows in the file.
     pub fn devices(&self) -> u32 {
         self.starts.len() as u32
     }
 
-    /// Returns what the file calls a device; `None` if it has no column of devices. Devices beyond the
-    /// file's send what the first ones do.
+    /// Returns the name of a device in the file; `None` if the file has no device column. Devices beyond the
+    /// file's send the same rows as the first ones.
     pub fn id(&self, device: u32) -> Option<&str> {
         let id = self.recording.devices.get(device as usize)?.id.as_str();
         (!id.is_empty()).then_some(id)
     }
 
-    /// Returns how many frames a device sends.
+    /// Returns the number of frames of a device.
     pub fn frames(&self, device: u32) -> u64 {
         self.starts[self.part(device)].len() as u64 - 1
     }
 
-    /// Returns how many rows the file has.
+    /// Returns the number of rows in the file.
     pub fn rows(&self) -> usize {
         self.recording.rows()
     }

@@ -1,8 +1,8 @@
-//! Tests of the replay, beside it in a file of their own for their length.
+//! Tests of the replay, in a separate file because of their length.
 
 use super::*;
 use crate::readings::Values;
-use fieldgate_protocol::column::Kind;
+use fieldgate_protocol::value::Kind;
 
 fn replay(csv: &str, batch: usize) -> Result<Replay, ReplayError> {
     let dir = tempfile::tempdir().unwrap();
@@ -76,7 +76,7 @@ fn a_fault_names_file_and_line() {
     };
     let error = fault("depth,a\n1,2\n2,3\n");
     assert!(
-        error.starts_with("a.csv, line 2: no column holds a time"),
+        error.starts_with("a.csv, line 2: no column contains a time"),
         "{error}"
     );
 }

@@ -1,10 +1,10 @@
-//! What a run came to, in numbers: a table for people, JSON for programs.
+//! Statistics of a run: a table for people, JSON for programs.
 //!
-//! Each task of the fleet counts into a [`Report`] of its own; they are added up in the end. Measuring
-//! is left to the fleet.
+//! Each task of the fleet counts into its own [`Report`]; the reports are added at the end. The fleet does the
+//! measuring.
 //!
-//! Invariants: the rate counts only what was acked, for what was merely sent may be lost. The keys of
-//! the JSON are part of the command line's interface. A figure that was not measured is null, not 0.
+//! Invariants: the rate counts only acknowledged readings, because unacknowledged ones may be lost. The keys of
+//! the JSON are part of the command-line interface. A value that was not measured is null, not 0.
 
 use comfy_table::{CellAlignment, Table, presets};
 use hdrhistogram::Histogram;
@@ -16,34 +16,34 @@ use std::time::Duration;
 /// Counts of a part of the fleet.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// Devices that took part.
+    /// Number of devices that took part.
     pub devices: u64,
-    /// Frames put on the wire, those sent again included.
+    /// Frames sent, including resent ones.
     pub frames_sent: u64,
-    /// Frames that are durable by word of the gateway, each counted once.
+    /// Frames acknowledged by the gateway, each counted once.
     pub frames_acked: u64,
-    /// Readings put on the wire, those sent again included.
+    /// Readings sent, including resent ones.
     pub readings_sent: u64,
-    /// Readings that are durable by word of the gateway, each counted once.
+    /// Readings acknowledged by the gateway, each counted once.
     pub readings_acked: u64,
-    /// Bytes of data frames put on the wire, headers and those sent again included.
+    /// Bytes of data frames sent, including headers and resent frames.
     pub bytes_sent: u64,
     /// Connections after the first of each device.
     pub reconnects: u64,
-    /// Frames that were acked and that the gateway did not know any more at a later WELCOME.
+    /// Acknowledged frames that the gateway no longer had at a later WELCOME.
     pub frames_lost: u64,
-    /// Frames that were sent and not acked.
+    /// Frames sent but not acknowledged.
     pub frames_unacked: u64,
     /// NACKs received, by code.
     pub nacks: BTreeMap<u8, u64>,
-    /// Connections that ended, or could not be made, against the device's will, by reason.
+    /// Connections that failed or ended unintentionally, by reason.
     pub losses: BTreeMap<String, u64>,
-    /// The reason of the latest of them.
+    /// Reason of the latest of these losses.
     pub latest_loss: String,
     ack_us: Histogram<u64>,
 }
 
-/// Longest time to an ACK that is told apart: an hour.
+/// Longest ACK latency that the histogram distinguishes: an hour.
 const ACK_US_MAX: u64 = 3_600_000_000;
 
 impl Default for Report {
@@ -61,14 +61,15 @@ impl Default for Report {
             nacks: BTreeMap::new(),
             losses: BTreeMap::new(),
             latest_loss: String::new(),
-            // Two digits, so 1% exact. A histogram grows to some 10 KiB; three digits would be 100.
+            // Two significant digits give 1% precision. A histogram then grows to about 10 KiB; with three
+            // digits, to 100.
             ack_us: Histogram::new(2).expect("two digits are within the histogram's limits"),
         }
     }
 }
 
 impl Report {
-    /// No counts yet, of a fleet of this many devices.
+    /// Creates an empty report for a fleet of this many devices.
     pub fn new(devices: u32) -> Self {
         Self {
             devices: u64::from(devices),
@@ -76,7 +77,7 @@ impl Report {
         }
     }
 
-    /// Notes how long a frame waited for its ACK.
+    /// Records the ACK latency of a frame.
     pub fn waited(&mut self, wait: Duration) {
         let wait_us = u64::try_from(wait.as_micros())
             .unwrap_or(ACK_US_MAX)
@@ -86,12 +87,12 @@ impl Report {
             .expect("the histogram grows as needed");
     }
 
-    /// Notes a NACK.
+    /// Counts a NACK.
     pub fn refused(&mut self, code: u8) {
         *self.nacks.entry(code).or_default() += 1;
     }
 
-    /// Notes the loss of a connection.
+    /// Counts the loss of a connection.
     pub fn lost(&mut self, reason: String) {
         self.latest_loss.clone_from(&reason);
         *self.losses.entry(reason).or_default() += 1;
@@ -119,7 +120,7 @@ impl Report {
             .expect("the histogram grows as needed");
     }
 
-    /// The figures of a run that took `duration`.
+    /// Returns the statistics of a run that took `duration`.
     pub fn summary(&self, duration: Duration) -> Summary {
         let duration_s = duration.as_secs_f64();
         let over = |count: u64, by: f64| if by > 0.0 { count as f64 / by } else { 0.0 };
@@ -153,12 +154,12 @@ impl Report {
     }
 }
 
-/// The figures of a run; serialized, they are the `--report`. Displayed, they are a table.
+/// Statistics of a run. Serialized, they are the `--report`; displayed, they are a table.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
     /// See [`Report::devices`].
     pub devices: u64,
-    /// How long the run took, in seconds.
+    /// Duration of the run, in seconds.
     pub duration_s: f64,
     /// See [`Report::frames_sent`].
     pub frames_sent: u64,
@@ -168,13 +169,13 @@ pub struct Summary {
     pub readings_sent: u64,
     /// See [`Report::readings_acked`].
     pub readings_acked: u64,
-    /// Readings acked per second.
+    /// Acknowledged readings per second.
     pub readings_per_s: f64,
     /// See [`Report::bytes_sent`].
     pub bytes_sent: u64,
     /// Bytes sent per reading sent.
     pub bytes_per_reading: f64,
-    /// From sending a frame to its ACK, in milliseconds.
+    /// ACK latency: time from sending a frame to its ACK, in milliseconds.
     pub ack_ms: Percentiles,
     /// See [`Report::reconnects`].
     pub reconnects: u64,
@@ -188,18 +189,18 @@ pub struct Summary {
     pub losses: BTreeMap<String, u64>,
 }
 
-/// Percentiles in milliseconds, 1% exact; null if there was no ACK.
+/// Percentiles in milliseconds, with 1% precision; null if there was no ACK.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Percentiles {
-    /// Half waited no longer.
+    /// Median.
     pub p50: Option<f64>,
-    /// 90% waited no longer.
+    /// 90th percentile.
     pub p90: Option<f64>,
-    /// 99% waited no longer.
+    /// 99th percentile.
     pub p99: Option<f64>,
-    /// 99.9% waited no longer.
+    /// 99.9th percentile.
     pub p999: Option<f64>,
-    /// The longest.
+    /// Maximum.
     pub max: Option<f64>,
 }
 
@@ -243,14 +244,14 @@ impl fmt::Display for Summary {
         let (half, most, nearly_all) = (ms(ack.p50), ms(ack.p90), ms(ack.p99));
         writeln!(
             f,
-            "acked within: p50 {half}, p90 {most}, p99 {nearly_all}, max {}",
+            "ACK latency: p50 {half}, p90 {most}, p99 {nearly_all}, max {}",
             ms(ack.max)
         )?;
         write!(f, "reconnects: {}", grouped(self.reconnects))?;
         if !self.nacks.is_empty() {
             let nacks = self.nacks.iter();
             let nacks: Vec<_> = nacks
-                .map(|(code, n)| format!("{} of code {code}", grouped(*n)))
+                .map(|(code, n)| format!("{} with code {code}", grouped(*n)))
                 .collect();
             write!(f, "; NACKs: {}", nacks.join(", "))?;
         }
@@ -262,7 +263,7 @@ impl fmt::Display for Summary {
             let lost = grouped(self.frames_lost);
             write!(
                 f,
-                "\nLOST: {lost} frames that the gateway had acknowledged and no longer knows"
+                "\nLOST: {lost} acknowledged frames that the gateway no longer has"
             )?;
         }
         for (reason, count) in &self.losses {
@@ -272,7 +273,7 @@ impl fmt::Display for Summary {
     }
 }
 
-/// `1234567` as `1,234,567`.
+/// Formats `1234567` as `1,234,567`.
 pub(crate) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let groups: Vec<&str> = digits
@@ -333,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn the_json_has_exactly_the_keys_promised() {
+    fn the_json_has_exactly_the_documented_keys() {
         let json = serde_json::to_value(report(1, 9).summary(Duration::from_secs(2))).unwrap();
         let keys = |value: &serde_json::Value| -> Vec<String> {
             let mut keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
@@ -363,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_without_acks_claims_nothing() {
+    fn a_run_without_acks_has_no_latency_and_no_rate() {
         let json = serde_json::to_value(Report::default().summary(Duration::ZERO)).unwrap();
         assert_eq!(json["ack_ms"]["p99"], serde_json::Value::Null);
         assert_eq!(
@@ -373,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn people_see_the_figures_in_a_few_lines() {
+    fn the_table_shows_the_statistics_in_a_few_lines() {
         let text = report(10, 10).summary(Duration::from_secs(4)).to_string();
         for figure in [
             "1,100",
@@ -381,7 +382,7 @@ mod tests {
             "5 devices for 4.0 s: 15,000 readings/s acked",
             "2.00 bytes per reading",
             "p99 10.",
-            "reconnects: 1; NACKs: 1 of code 22",
+            "reconnects: 1; NACKs: 1 with code 22",
             "connections lost: 1: closed by the gateway",
         ] {
             assert!(text.contains(figure), "{figure} is not in\n{text}");

@@ -1,12 +1,12 @@
-//! What people read on stdout and stderr: a reader who is gone is never a reason to panic.
+//! Output on stdout and stderr that never panics when the reader has closed its end.
 
 use std::fmt::Display;
 use std::io::{self, Write};
 
-/// Writes a line to stdout. A reader who is gone has seen enough.
+/// Writes a line to stdout. A closed pipe is not an error.
 ///
 /// # Errors
-/// It cannot be written, as on a full disk.
+/// The line could not be written, for example because the disk is full.
 pub fn out(line: impl Display) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     let written = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
@@ -16,7 +16,7 @@ pub fn out(line: impl Display) -> io::Result<()> {
     }
 }
 
-/// Writes a line to stderr, if anything can be written there.
+/// Writes a line to stderr and ignores errors.
 pub fn note(line: impl Display) {
     let _ = writeln!(io::stderr(), "{line}");
 }

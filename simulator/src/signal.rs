@@ -1,34 +1,33 @@
-//! Signals as field sensors give them: a daily cycle, slow drift, noise and the occasional step.
+//! Signals like those of field sensors: a daily cycle, slow drift, noise and the occasional step.
 //!
-//! Each channel of each device draws its own parameters from the seed; what it measured at one moment
-//! is then a function of time and sample number alone. Which frame holds which samples is left to
-//! [`plan`](crate::plan).
+//! Each channel of each device draws its own parameters from the seed. Its value at a moment is then a function of
+//! time and sample number alone. [`plan`](crate::plan) assigns samples to frames.
 //!
-//! Invariants: the same on every machine and in every release of one plan format. Therefore all
-//! arithmetic is on integers, in 65,536ths of the channel's smallest step. Sines of the platform's
-//! mathematics library would not do: libraries differ in the last bit, and where such a bit decides
-//! how a value is rounded, the verifier on one machine would call false what another machine sent.
-//! The daily cycle is made of parabolas instead, which look like a sine and cost one multiplication.
+//! Invariants: the values are the same on every machine and in every release of one plan format. Therefore all
+//! arithmetic is on integers, in 65,536ths of the channel's smallest step. The platform's sine function is
+//! unsuitable: libraries differ in the last bit, and if such a bit decides how a value is rounded, the verifier
+//! on one machine would reject what another machine sent. The daily cycle consists of parabolas instead, which
+//! look like a sine and cost one multiplication.
 
 use crate::catalogue::CATALOGUE;
 use crate::hash;
 use crate::readings::{Column, Nulls, Values};
-use fieldgate_protocol::column::Kind;
+use fieldgate_protocol::value::Kind;
 
 /// Evenly spaced samples of one device.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
-    /// Number of the first sample since the device's queue was created, from 0.
+    /// Number of the first sample since the start of the device's stream, from 0.
     pub first_sample: u64,
-    /// When the first sample was taken, in microseconds since 1970.
+    /// Time of the first sample, in microseconds since 1970.
     pub t0_us: i64,
-    /// From sample to sample, in microseconds, at least 1.
+    /// Time between two samples, in microseconds, at least 1.
     pub step_us: u64,
-    /// How many samples.
+    /// Number of samples.
     pub rows: usize,
 }
 
-/// What one channel of one device measures.
+/// Signal of one channel of one device.
 #[derive(Clone, Debug)]
 pub struct Signal {
     key: u64,
@@ -42,8 +41,8 @@ pub struct Signal {
 }
 
 impl Signal {
-    /// Draws the parameters of one channel. `origin_us` is when the device began to measure, in
-    /// microseconds since 1970; counters count from there.
+    /// Draws the parameters of one channel. `origin_us` is the start of the device's measurements, in
+    /// microseconds since 1970; counters start at 0 there.
     pub fn new(seed: u64, device: u32, channel: usize, origin_us: i64) -> Self {
         let model = &CATALOGUE[channel % CATALOGUE.len()];
         let key = hash::key(&[
@@ -58,7 +57,7 @@ impl Signal {
         let drift_s = hash::between(hash::at(!key, 5), 2 * DAY_S, 20 * DAY_S);
         let (day, drift) = (draw(1, model.day), draw(3, model.drift));
         let day = match model.kind {
-            // The daily swing of a counter follows its power: the drawn number over 500 is hours.
+            // The daily swing of a counter follows its power: the drawn number divided by 500 is in hours.
             Kind::F64 => day / 500 * (drift / ONE),
             _ => day,
         };
@@ -83,8 +82,8 @@ impl Signal {
 
     /// Appends the samples of `span` to a column of this channel's kind.
     ///
-    /// A column of another kind stays as it is; [`Readings::reset`](crate::readings::Readings::reset)
-    /// with [`channels`](crate::catalogue::channels) gives the right ones.
+    /// A column of another kind is left unchanged; [`Readings::reset`](crate::readings::Readings::reset)
+    /// with [`channels`](crate::catalogue::channels) creates the right ones.
     pub fn fill(&self, span: Span, column: &mut Column) {
         let nulls = &mut column.nulls;
         match &mut column.values {
@@ -100,7 +99,7 @@ impl Signal {
         }
     }
 
-    /// An analog value: everything added up.
+    /// Returns an analog value: the sum of all components.
     #[inline]
     fn sample(&self, span: Span, nulls: &mut Nulls, mut take: impl FnMut(i64)) {
         let (mut day, mut drift) = (self.day.at(span), self.drift.at(span));
@@ -118,8 +117,8 @@ impl Signal {
         }
     }
 
-    /// A meter of energy in kWh that counts whole watt-hours and never runs backwards: the swing of
-    /// the day is less than two hours' worth of the mean power, and a wave falls by at most its height
+    /// Fills a column with the count of an energy meter in whole watt-hours, as kWh. It never decreases: the daily
+    /// swing is less than two hours' worth of the mean power, and a wave falls by at most its height
     /// in three hours.
     fn count(&self, span: Span, nulls: &mut Nulls, values: &mut Vec<f64>) {
         let mut day = self.day.at(span);
@@ -133,7 +132,7 @@ impl Signal {
         }
     }
 
-    /// A contact, closed for one in eight of the stretches of time.
+    /// Fills a column with the state of a contact, which is closed during one in eight intervals.
     fn switch(&self, span: Span, nulls: &mut Nulls, values: &mut Vec<bool>) {
         let mut plateau = self.plateaus.at(span.t0_us);
         for row in 0..span.rows {
@@ -153,7 +152,7 @@ impl Signal {
         hash::at(self.key, span.first_sample.wrapping_add(row as u64))
     }
 
-    /// Noise within plus and minus `noise`, smaller values being likelier: the sum of two draws.
+    /// Returns noise within plus and minus `noise`, with smaller values more likely: the sum of two draws.
     #[inline]
     fn noise(&self, bits: u64) -> i64 {
         let two_draws = (bits & 0xFFFF) as i64 + (bits >> 16 & 0xFFFF) as i64 - 0xFFFF;
@@ -174,8 +173,8 @@ const DAY_S: i64 = 86_400;
 const ONE_BITS: u32 = 16;
 const ONE: i64 = 1 << ONE_BITS;
 
-/// One sample in 2,048 has no valid value, as when a sensor does not answer. These bits are not those
-/// that make the noise.
+/// Returns whether a sample is invalid, as when a sensor does not respond: one in 2,048 is. It uses other bits than
+/// the noise.
 #[inline]
 fn is_null(bits: u64) -> bool {
     bits >> 53 == 0
@@ -201,7 +200,7 @@ impl Wave {
 
     #[inline]
     fn at(&self, span: Span) -> Ride {
-        // Wrapping is the point: the phase counts modulo one period.
+        // Wrapping is intended: the phase counts modulo one period.
         let phase = (span.t0_us as u64)
             .wrapping_mul(self.rate)
             .wrapping_add(self.phase);
@@ -213,7 +212,7 @@ impl Wave {
     }
 }
 
-/// A wave on its way through evenly spaced samples.
+/// Iterator over a wave at evenly spaced samples.
 struct Ride {
     height: i64,
     phase: u64,
@@ -235,7 +234,7 @@ impl Ride {
     }
 }
 
-/// Stretches of time of one length, each with random bits of its own.
+/// Intervals of equal length, each with its own random bits.
 #[derive(Clone, Debug)]
 struct Plateaus {
     key: u64,
@@ -245,9 +244,9 @@ struct Plateaus {
 
 struct Plateau {
     end_us: i64,
-    /// Whether it differs from the ordinary; one in eight does.
+    /// Whether the interval differs from the base level; one in eight does.
     raised: bool,
-    /// By how much, if so.
+    /// Height of the step, if it does.
     step: i64,
 }
 
@@ -270,16 +269,16 @@ impl Plateaus {
     }
 }
 
-/// Watt-hours that add up at a constant power.
+/// Watt-hours accumulated at a constant power.
 #[derive(Clone, Debug)]
 struct Counter {
-    /// Watt-hours, in 2^-32, in a millisecond.
+    /// Watt-hours per millisecond, in 2^-32.
     rate: i64,
     origin_us: i64,
 }
 
 impl Counter {
-    /// Watt-hours since the origin, in 65,536ths. Milliseconds keep 30 years of it within an `i64`.
+    /// Returns the watt-hours since the origin, in 65,536ths. With milliseconds, 30 years fit in an `i64`.
     fn at(&self, t_us: i64) -> i64 {
         let elapsed_ms = t_us.wrapping_sub(self.origin_us) / 1_000;
         elapsed_ms.wrapping_mul(self.rate) >> 16
@@ -341,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbouring_samples_differ_little_enough_for_delta_coding() {
+    fn neighbouring_samples_differ_little_enough_for_delta_encoding() {
         for channel in (0..CATALOGUE.len()).filter(|&c| CATALOGUE[c].kind == Kind::Integer) {
             for device in 0..20 {
                 let values = integers(device, channel, span(0, 20_000));
@@ -382,7 +381,11 @@ mod tests {
                 }
                 let values = integers(device, channel, day);
                 let (low, high) = (values.iter().min().unwrap(), values.iter().max().unwrap());
-                assert!(high - low >= 2 * model.day.0, "{} stands still", model.name);
+                assert!(
+                    high - low >= 2 * model.day.0,
+                    "{} does not change",
+                    model.name
+                );
                 assert!(
                     *low >= 0 || model.name == "temperature",
                     "{} is {low}",
@@ -411,13 +414,13 @@ mod tests {
             assert!(values.is_sorted(), "device {device}");
             assert!(
                 values[2_015] - values[0] > 10.0,
-                "device {device} hardly counts"
+                "device {device} counts too little"
             );
         }
     }
 
     #[test]
-    fn few_samples_are_null_and_a_door_opens_now_and_then() {
+    fn few_samples_are_null_and_a_door_opens_sometimes() {
         let door = column(0, 8, span(0, 200_000));
         assert!(
             (60..140).contains(&door.nulls.count()),
@@ -443,7 +446,7 @@ mod tests {
 
     #[test]
     fn values_never_change_within_a_plan_format() {
-        // If this fails, the signals have changed: give the plan a new format number, so that no
+        // If this fails, the signals have changed: increase the plan format number, so that no
         // journal of an older program is verified against other values.
         let mut readings = Readings::default();
         readings.reset(&channels(12));

@@ -1,4 +1,4 @@
-//! The frames that a script comes to on the wire, byte for byte: what a device sends, and what the proof expects
+//! The frames of a script byte for byte: what a device sends, and what the verifier expects
 //! in quarantine.
 
 use fieldgate_protocol::auth::schema_hash;
@@ -9,8 +9,8 @@ use crate::encode::{DataTerms, Encoder, data_frame};
 use crate::plan::{Clock, DeviceScript, FrameContent};
 use crate::readings::{Channel, Readings};
 
-/// Returns the number of the schema with these channels. It follows from them: a device that measured something
-/// else in an earlier run used another number, and schemas are immutable.
+/// Returns the schema number for these channels. The number is derived from the channels: a device with other
+/// channels in an earlier run used another number, because schemas are immutable.
 pub fn schema_number(channels: &[Channel]) -> u16 {
     let hash = hash_of(&declare_frame(channels, 1));
     u16::from_le_bytes([hash[0], hash[1]]).max(1)
@@ -21,7 +21,7 @@ pub fn hash_of(declare: &[u8]) -> [u8; 8] {
     schema_hash(&declare[HEADER_BYTES..declare.len() - TRAILER_BYTES])
 }
 
-/// Returns the DECLARE that every device of the fleet sends.
+/// Returns the DECLARE frame that every device of the fleet sends.
 pub fn declare_frame(channels: &[Channel], schema: u16) -> Vec<u8> {
     let channels = channels.iter().enumerate();
     let channels = channels.map(|(i, channel)| message::Channel {
@@ -43,7 +43,7 @@ pub fn declare_frame(channels: &[Channel], schema: u16) -> Vec<u8> {
     frame
 }
 
-/// Returns what the DATA frames of a device say besides their readings.
+/// Returns the fields of a device's DATA frames other than the readings.
 pub fn terms(device: &DeviceScript, schema: u16) -> DataTerms {
     let clock = match device.clock() {
         Clock::Boot => 0,
@@ -56,7 +56,7 @@ pub fn terms(device: &DeviceScript, schema: u16) -> DataTerms {
     }
 }
 
-/// Buffers for making frames, used again for each.
+/// Reusable buffers for generating frames.
 #[derive(Debug, Default)]
 pub struct Workbench {
     encoder: Encoder,
@@ -64,10 +64,10 @@ pub struct Workbench {
 }
 
 impl Workbench {
-    /// Writes frame `seq` of a device; returns its length, and how many readings are to be stored of it.
+    /// Writes frame `seq` of a device; returns its length and its number of readings to be stored.
     ///
     /// # Errors
-    /// The device sends no such frame, or it does not fit.
+    /// The device sends no such frame, or the buffer is too small.
     pub fn frame(
         &mut self,
         device: &DeviceScript,

@@ -1,35 +1,35 @@
-//! Which fleet key the devices of a store belong to: the store keeps the key's fingerprint, and a gateway with
-//! another key, whom no device could prove anything to, does not start.
+//! Binds a store to its fleet key: the store keeps the key's fingerprint, and a gateway with
+//! another key does not start, because no device could authenticate to it.
 
 use crate::auth::fleet_key::FleetKey;
 use crate::store::editor::Editor;
 use crate::store::reader::{ReadError, Reader};
 
-/// What a store knows of its fleet key.
+/// Fleet key state of a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// The key has this fingerprint.
+    /// The store belongs to the key with this fingerprint.
     Claimed(String),
-    /// No gateway has started yet with a key.
+    /// No gateway has started with a key yet.
     Unclaimed {
-        /// Whether there are devices all the same.
+        /// Whether the store has devices anyway.
         has_devices: bool,
     },
 }
 
-/// Why a gateway must not serve with the key that it has.
+/// Reason why a gateway must not use its key with a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Mismatch {
-    /// The store's devices belong to another key, with this fingerprint.
+    /// The store belongs to another key, with this fingerprint.
     Other(String),
-    /// There is no key, and the store has one or has devices.
+    /// The gateway has no key, but the store has a fingerprint or devices.
     Lost,
 }
 
-/// Reads what the store knows of its key.
+/// Reads the store's fleet key state.
 ///
 /// # Errors
-/// The store does not answer.
+/// The store is unavailable.
 pub async fn standing(reader: &mut Reader) -> Result<Standing, ReadError> {
     let rows = reader
         .rows("SELECT fingerprint FROM fleet_key", &[])
@@ -44,7 +44,7 @@ pub async fn standing(reader: &mut Reader) -> Result<Standing, ReadError> {
 }
 
 impl Standing {
-    /// Compares it with the key that a gateway has, or has not.
+    /// Compares the state with the gateway's key, if it has one.
     pub fn mismatch(&self, key: Option<&FleetKey>) -> Option<Mismatch> {
         match (self, key) {
             (Standing::Claimed(store), Some(key)) if *store != key.fingerprint() => {
@@ -58,10 +58,10 @@ impl Standing {
     }
 }
 
-/// Makes a key the store's unless it has one; returns what the store has then.
+/// Stores the fingerprint of `key` unless the store has one; returns the resulting state.
 ///
 /// # Errors
-/// The store does not answer or takes nothing.
+/// The store is unavailable or cannot be written.
 pub async fn claim(editor: &mut Editor, key: &FleetKey) -> Result<Standing, ReadError> {
     if let claimed @ Standing::Claimed(_) = standing(editor).await? {
         return Ok(claimed);
@@ -75,10 +75,10 @@ pub async fn claim(editor: &mut Editor, key: &FleetKey) -> Result<Standing, Read
     standing(editor).await
 }
 
-/// Makes a key the store's, whichever it had.
+/// Stores the fingerprint of `key`, replacing any other.
 ///
 /// # Errors
-/// The store does not answer or takes nothing.
+/// The store is unavailable or cannot be written.
 pub async fn adopt(editor: &mut Editor, key: &FleetKey) -> Result<(), ReadError> {
     let fingerprint = key.fingerprint();
     let upsert = "INSERT INTO fleet_key (is_only, fingerprint) VALUES (true, $1)

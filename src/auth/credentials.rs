@@ -1,34 +1,34 @@
-//! Which key a device has to prove.
+//! The key that each device must prove.
 //!
-//! Most devices have the first key that derives from the fleet's, and need no memory here. What has changed and is
-//! not seen here yet is found by the store, when the device logs in.
+//! Most devices have the first key derived from the fleet key, and use no memory here. Changes that
+//! have not been read yet are checked by the store when the device logs in.
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
 
 use crate::auth::device_key::DeviceKey;
 use crate::auth::fleet_key::FleetKey;
-use crate::store::lifecycle::{Changes, DeviceState};
+use crate::store::device_admin::{Changes, DeviceState};
 
-/// What devices have to prove.
+/// Credentials of all devices.
 #[derive(Debug)]
 pub struct Credentials {
     fleet: FleetKey,
-    /// By name; of devices whose key is not the first one.
+    /// By name: devices whose key is not the first one.
     replaced: RwLock<HashMap<String, Credential>>,
 }
 
-/// What a device has to prove.
+/// Credential of one device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Credential {
-    /// Its key.
+    /// The device's key.
     pub key: DeviceKey,
-    /// The change that gave it; 0 for the first key.
+    /// Number of the change that set the key; 0 for the first key.
     pub revision: i64,
 }
 
 impl Credentials {
-    /// Those of a fleet in which nobody has changed anything.
+    /// Creates credentials for a fleet without changes by operators.
     pub fn new(fleet: FleetKey) -> Credentials {
         Credentials {
             fleet,
@@ -36,7 +36,7 @@ impl Credentials {
         }
     }
 
-    /// What whoever has this name must prove.
+    /// Returns the credential of the device with this name.
     pub fn of(&self, device: &str) -> Credential {
         let replaced = self.replaced.read().unwrap_or_else(PoisonError::into_inner);
         replaced.get(device).copied().unwrap_or_else(|| Credential {
@@ -45,7 +45,7 @@ impl Credentials {
         })
     }
 
-    /// Takes changes by operators into account.
+    /// Applies changes by operators.
     pub fn take_in(&self, changes: &Changes) {
         let mut replaced = { &self.replaced }
             .write()
@@ -55,7 +55,7 @@ impl Credentials {
         }
         for device in &changes.devices {
             if let Some(former) = device.former_name() {
-                // The next device of that name begins with the first key.
+                // A new device with the former name starts with the first key.
                 replaced.remove(former);
                 continue;
             }
@@ -76,8 +76,12 @@ impl Credentials {
             return DeviceKey::derive(&self.fleet, &device.name, device.key.version);
         };
         DeviceKey::unseal(&self.fleet, &device.name, sealed).unwrap_or_else(|error| {
-            tracing::error!(device = device.device.0, %error, "a device cannot connect; rotate its key");
-            // No device has an empty name (SPEC R31), so nobody has this key.
+            tracing::error!(
+                device = device.device.0,
+                %error,
+                "could not decrypt individual device key; rotate it with `fieldgate device rotate-key`"
+            );
+            // No device has an empty name (SPEC R31), so no device has this key.
             DeviceKey::derive(&self.fleet, "", device.key.version)
         })
     }
@@ -87,7 +91,7 @@ impl Credentials {
 mod tests {
     use super::*;
     use crate::store::DeviceId;
-    use crate::store::lifecycle::StoredKey;
+    use crate::store::device_admin::StoredKey;
 
     fn fleet() -> FleetKey {
         FleetKey::from_bytes([7; 32])
@@ -109,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn the_key_is_the_one_that_operators_gave_last() {
+    fn the_key_set_last_is_used() {
         let credentials = Credentials::new(fleet());
         let first = credentials.of("pump");
         assert_eq!(first.key, DeviceKey::derive(&fleet(), "pump", 0));
@@ -133,13 +137,13 @@ mod tests {
         credentials.take_in(&changes(false, vec![state("pump", sealed, 5)]));
         assert_eq!(credentials.of("pump").key, own);
 
-        // Another store: what was known of the first does not hold.
+        // Another store: the changes of the first one do not apply.
         credentials.take_in(&changes(true, vec![]));
         assert_eq!(credentials.of("pump"), first);
     }
 
     #[test]
-    fn a_key_that_cannot_be_opened_is_nobodys() {
+    fn no_device_has_a_key_that_cannot_be_decrypted() {
         let credentials = Credentials::new(fleet());
         let elsewhere = FleetKey::from_bytes([8; 32]);
         let own = DeviceKey::random().unwrap();

@@ -1,11 +1,12 @@
-//! The key of a single device: derived from the fleet's, or the device's own; and how its own is kept
-//! where everybody reads who may read the store.
+//! The key of a single device, derived from the fleet key or individual; and encryption of
+//! individual keys for the store, which others may be able to read.
 //!
-//! A sealed key is a random nonce of 12 bytes and what ChaCha20-Poly1305 (RFC 8439) makes of the key's 32
-//! bytes: 60 bytes in all. The key that seals derives from the fleet's (HKDF-SHA256) with the device's name
-//! in the info, so what is sealed for one device opens for no other.
+//! A sealed key is a random nonce of 12 bytes followed by the ChaCha20-Poly1305 (RFC 8439)
+//! ciphertext of the key's 32 bytes: 60 bytes in all. The sealing key is derived from the fleet key
+//! (HKDF-SHA256) with the device's name in the info, so a key sealed for one device cannot be
+//! decrypted for another.
 //!
-//! Invariant: a key is in no message of this module, nor in anything's `Debug`.
+//! Invariant: no key appears in a message of this module or in `Debug` output.
 
 use std::fmt;
 
@@ -17,53 +18,54 @@ use crate::auth::fleet_key::{DigitsError, FleetKey, key_of_digits};
 
 const SEAL_LABEL: &[u8] = b"fieldgate sealed device key v1";
 
-/// The key of a device.
+/// The key of one device.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct DeviceKey([u8; KEY_BYTES]);
 
-/// A sealed key was sealed under another fleet key or for another device, or is damaged.
+/// A sealed key belongs to another fleet key or device, or is damaged.
 #[derive(Debug, thiserror::Error)]
-#[error("the device's own key was sealed under another fleet key, or is damaged")]
+#[error("could not decrypt the device's individual key: wrong fleet key or damaged")]
 pub struct UnsealError;
 
 impl DeviceKey {
-    /// The key that derives from the fleet's; `version` is 0 until it is replaced (SPEC R32).
+    /// Derives the device's key from the fleet key; `version` is 0 until the key is replaced (SPEC
+    /// R32).
     pub fn derive(fleet: &FleetKey, device: &str, version: u32) -> DeviceKey {
         DeviceKey(derive_device_key(fleet.as_bytes(), device, version))
     }
 
-    /// A key of the system's randomness.
+    /// Generates a random key.
     ///
     /// # Errors
-    /// The system gives none.
+    /// The system provides no random numbers.
     pub fn random() -> Result<DeviceKey, getrandom::Error> {
         let mut key = [0; KEY_BYTES];
         getrandom::fill(&mut key)?;
         Ok(DeviceKey(key))
     }
 
-    /// The key that 64 hexadecimal digits stand for.
+    /// Parses a key of 64 hexadecimal digits.
     ///
     /// # Errors
-    /// They are something else.
+    /// The text is not a key.
     pub fn parse(digits: &str) -> Result<DeviceKey, DigitsError> {
         key_of_digits(digits.trim().as_bytes()).map(DeviceKey)
     }
 
-    /// The key itself.
+    /// Returns the key's bytes.
     pub fn as_bytes(&self) -> &[u8; KEY_BYTES] {
         &self.0
     }
 
-    /// The key as 64 hexadecimal digits, for whoever puts it into the device.
+    /// Returns the key as 64 hexadecimal digits, to configure the device.
     pub fn to_digits(&self) -> String {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// The key, encrypted for the store.
+    /// Encrypts the key for the store.
     ///
     /// # Errors
-    /// The system gives no randomness.
+    /// The system provides no random numbers.
     pub fn seal(&self, fleet: &FleetKey, device: &str) -> Result<Vec<u8>, getrandom::Error> {
         let mut nonce = [0; NONCE_LEN];
         getrandom::fill(&mut nonce)?;
@@ -71,16 +73,16 @@ impl DeviceKey {
         let mut key = self.0;
         let tag = sealing_key(fleet, device)
             .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::empty(), &mut key)
-            .expect("32 bytes are within what the cipher can take");
+            .expect("32 bytes are within the limit of the cipher");
         sealed.extend_from_slice(&key);
         sealed.extend_from_slice(tag.as_ref());
         Ok(sealed)
     }
 
-    /// The key that [`DeviceKey::seal`] made `sealed` of.
+    /// Decrypts a key encrypted by [`DeviceKey::seal`].
     ///
     /// # Errors
-    /// It was another fleet's or device's, or is damaged.
+    /// The key belongs to another fleet or device, or is damaged.
     pub fn unseal(fleet: &FleetKey, device: &str, sealed: &[u8]) -> Result<DeviceKey, UnsealError> {
         let (nonce, key) = sealed.split_first_chunk::<NONCE_LEN>().ok_or(UnsealError)?;
         let mut key = key.to_vec();
@@ -97,7 +99,7 @@ fn sealing_key(fleet: &FleetKey, device: &str) -> LessSafeKey {
     let okm = Salt::new(HKDF_SHA256, &[]).extract(fleet.as_bytes());
     let okm = okm.expand(&info, &CHACHA20_POLY1305);
     let key: UnboundKey = okm
-        .expect("a key of the cipher is within what HKDF-SHA256 can give")
+        .expect("the cipher's key size is within the limit of HKDF-SHA256")
         .into();
     LessSafeKey::new(key)
 }
@@ -117,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sealed_opens_for_its_device_and_fleet_alone() {
+    fn a_sealed_key_opens_only_for_its_device_and_fleet() {
         let key = DeviceKey::random().unwrap();
         let sealed = key.seal(&fleet(1), "pump").unwrap();
         assert_eq!(sealed.len(), 60);

@@ -1,4 +1,4 @@
-//! Keys: the fleet's, each device's, and which of them a device has to prove.
+//! Keys: the fleet key, device keys, and the key that each device must prove.
 
 pub mod claim;
 pub mod credentials;

@@ -1,17 +1,18 @@
-//! Addresses and host names, as people type them.
+//! Parses addresses and host names.
 //!
-//! Reading one looks up nothing; a name is resolved when it is used.
+//! Parsing does no lookup; a name is resolved when it is used.
 
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::str::FromStr;
 
-/// Longest host name, and longest part of one (RFC 1035, section 2.3.4).
+/// Longest host name (RFC 1035, section 2.3.4).
 const NAME_BYTES_MAX: usize = 253;
+/// Longest label of a host name (RFC 1035, section 2.3.4).
 const LABEL_BYTES_MAX: usize = 63;
 
-/// Where to listen: `IP:PORT`, `HOST:PORT`, or `:PORT` for every address of this machine.
+/// Address of a listener: `IP:PORT`, `HOST:PORT`, or `:PORT` for all addresses of this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListenAddress {
     host: Host,
@@ -41,24 +42,24 @@ impl FromStr for ListenAddress {
         if let Ok(address) = text.parse::<SocketAddr>() {
             return Ok(address.into());
         }
-        let expected = "give IP:PORT, HOST:PORT, or :PORT for every address of this machine";
+        let expected = "use IP:PORT, HOST:PORT, or :PORT for all addresses of this machine";
         if text.contains("://") {
-            return Err(format!("this is a URL; {expected}"));
+            return Err(format!("not an address but a URL; {expected}"));
         }
         if let Ok(port) = text.parse::<u16>() {
             return Err(format!(
-                "the host is missing; give 127.0.0.1:{port} for this machine alone, or :{port}"
+                "host is missing; use 127.0.0.1:{port} for local connections only, or :{port} for all addresses"
             ));
         }
         if text.parse::<IpAddr>().is_ok() || text.contains(':') && text.matches(':').count() > 1 {
             return Err(format!(
-                "{expected}; an IPv6 address stands in brackets, [::1]:7300"
+                "{expected}; put an IPv6 address in brackets, such as [::1]:7300"
             ));
         }
         let (host, port) = text.rsplit_once(':').ok_or(expected)?;
         let port = port
             .parse()
-            .map_err(|_| format!("the port must be a number up to 65535; {expected}"))?;
+            .map_err(|_| format!("port must be a number up to 65535; {expected}"))?;
         let host = match host {
             "" => Host::Every,
             name => Host::Name(host_name(name)?),
@@ -79,13 +80,13 @@ impl fmt::Display for ListenAddress {
 }
 
 impl ListenAddress {
-    /// Returns the address to bind. Of several that a name has, the first IPv4 address is taken.
+    /// Returns the address to bind. For a name with several addresses, this is the first IPv4 address.
     ///
     /// # Errors
     /// The name cannot be resolved.
     pub fn resolve(&self) -> io::Result<SocketAddr> {
         match &self.host {
-            // A socket of IPv6 takes IPv4 as well, where the machine has IPv6.
+            // An IPv6 socket also accepts IPv4, if the machine has IPv6.
             Host::Every if UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok() => {
                 Ok(SocketAddr::from((Ipv6Addr::UNSPECIFIED, self.port)))
             }
@@ -94,47 +95,49 @@ impl ListenAddress {
             Host::Name(name) => {
                 let found: Vec<SocketAddr> =
                     (name.as_str(), self.port).to_socket_addrs()?.collect();
-                preferred(&found).ok_or_else(|| io::Error::other("the name has no address"))
+                preferred(&found).ok_or_else(|| io::Error::other("name does not resolve"))
             }
         }
     }
 }
 
-/// Returns the first IPv4 address, or else the first of all.
+/// Returns the first IPv4 address, or the first address if there is no IPv4 address.
 fn preferred(found: &[SocketAddr]) -> Option<SocketAddr> {
     let v4 = found.iter().find(|address| address.is_ipv4());
     v4.or(found.first()).copied()
 }
 
-/// Reads a host as a certificate names it: a DNS name, which may begin with `*.`, or an IP address. Returns it in
-/// lower case.
+/// Parses a host of a certificate: a DNS name, which may begin with `*.`, or an IP address. Returns it in lower
+/// case.
 ///
 /// # Errors
-/// One line that says what is wrong and, where it can be known, what to give instead.
+/// Returns one line with the fault and, if known, the correct form.
 pub fn host_name(text: &str) -> Result<String, String> {
     if text.is_empty() {
-        return Err("the name is empty".to_owned());
+        return Err("host name is empty".to_owned());
     }
-    let bare = text.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
-    if let Some(address) = bare.filter(|it| it.parse::<Ipv6Addr>().is_ok()) {
-        return Err(format!("leave the brackets out: {address}"));
+    let unbracketed = text.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
+    if let Some(address) = unbracketed.filter(|it| it.parse::<Ipv6Addr>().is_ok()) {
+        return Err(format!("omit the brackets: {address}"));
     }
     if let Some((_, rest)) = text.split_once("://") {
         let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
         let host = without_port(host);
-        return Err(format!("this is a URL; give the host alone: {host}"));
+        return Err(format!(
+            "not a host name but a URL; use only the host: {host}"
+        ));
     }
     if let Ok(address) = text.parse::<IpAddr>() {
         return match address.is_unspecified() {
-            true => {
-                Err("devices cannot connect to this address; give one that they use".to_owned())
-            }
+            true => Err(
+                "devices cannot connect to this address; use one that they can reach".to_owned(),
+            ),
             false => Ok(address.to_string()),
         };
     }
     if text.contains([':', '/']) {
         let host = without_port(text.split('/').next().unwrap_or_default());
-        return Err(format!("give the host alone, without port or path: {host}"));
+        return Err(format!("use only the host, without port or path: {host}"));
     }
     dns_name(text)
 }
@@ -150,7 +153,7 @@ fn without_port(host: &str) -> &str {
 
 fn dns_name(text: &str) -> Result<String, String> {
     if !text.is_ascii() {
-        return Err("a DNS name is ASCII; give its form that begins with xn--".to_owned());
+        return Err("DNS names must be ASCII; use the punycode form (xn--…)".to_owned());
     }
     let name = text.strip_suffix('.').unwrap_or(text);
     let labels = name.strip_prefix("*.").unwrap_or(name);
@@ -160,14 +163,11 @@ fn dns_name(text: &str) -> Result<String, String> {
         !edges && (1..=LABEL_BYTES_MAX).contains(&label.len()) && label.bytes().all(is_part)
     };
     if name.len() > NAME_BYTES_MAX || !labels.split('.').all(is_label) {
-        return Err(
-            "this is no host name: its parts are letters, digits and -, with dots between"
-                .to_owned(),
-        );
+        return Err("not a host name: use letters, digits and -, separated by dots".to_owned());
     }
     let last = labels.rsplit('.').next().unwrap_or_default();
     if last.bytes().all(|c| c.is_ascii_digit()) {
-        return Err("this is neither an IP address nor a host name".to_owned());
+        return Err("neither an IP address nor a host name".to_owned());
     }
     Ok(name.to_ascii_lowercase())
 }
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_to_listen_on() {
+    fn listen_addresses_resolve() {
         for (text, resolved) in [
             ("127.0.0.1:7300", "127.0.0.1:7300"),
             ("[::1]:7300", "[::1]:7300"),
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_stands_for_its_first_ipv4_address() {
+    fn a_name_resolves_to_its_first_ipv4_address() {
         let found = ["[::1]:1", "127.0.0.1:1", "127.0.0.2:1"];
         let found = found.map(|address| address.parse::<SocketAddr>().unwrap());
         assert_eq!(preferred(&found), Some(found[1]));
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_says_what_to_give() {
+    fn address_errors_name_the_correct_form() {
         for (text, says) in [
             ("", ":PORT"),
             ("somewhere", "HOST:PORT"),
@@ -219,7 +219,7 @@ mod tests {
             ("tcp://localhost:7300", "a URL"),
             ("localhost:70000", "65535"),
             ("localhost:", "65535"),
-            ("my host:7300", "no host name"),
+            ("my host:7300", "not a host name"),
             ("10.0.0.300:7300", "neither an IP address"),
         ] {
             let refused = read(text).unwrap_err();
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn hosts_of_certificates() {
+    fn certificate_hosts_are_parsed() {
         for (text, name) in [
             ("gate.example.com", "gate.example.com"),
             ("Gate.Example.COM.", "gate.example.com"),
@@ -242,26 +242,32 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_host_says_what_to_give() {
+    fn host_errors_name_the_correct_form() {
         let long = "a".repeat(64);
         for (text, says) in [
             ("", "empty"),
-            ("https://gate.example.com/x", "alone: gate.example.com"),
-            ("https://gate.example.com:7301", "alone: gate.example.com"),
+            (
+                "https://gate.example.com/x",
+                "only the host: gate.example.com",
+            ),
+            (
+                "https://gate.example.com:7301",
+                "only the host: gate.example.com",
+            ),
             ("gate.example.com:7301", "path: gate.example.com"),
             ("gate.example.com/x", "path: gate.example.com"),
-            ("[::1]", "brackets out: ::1"),
+            ("[::1]", "omit the brackets: ::1"),
             ("[::1]:7301", "path: ::1"),
             ("0.0.0.0", "cannot connect"),
             ("::", "cannot connect"),
             ("10.0.0.300", "neither"),
-            ("-a.b", "no host name"),
-            ("a..b", "no host name"),
-            ("a b", "no host name"),
-            ("*", "no host name"),
-            ("a.*.b", "no host name"),
+            ("-a.b", "not a host name"),
+            ("a..b", "not a host name"),
+            ("a b", "not a host name"),
+            ("*", "not a host name"),
+            ("a.*.b", "not a host name"),
             ("straße.example", "xn--"),
-            (&long, "no host name"),
+            (&long, "not a host name"),
         ] {
             let refused = host_name(text).unwrap_err();
             assert!(refused.contains(says), "{text}: {refused}");

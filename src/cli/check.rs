@@ -1,5 +1,5 @@
-//! `fieldgate serve --check`: what would keep the gateway from serving, found without listening and without
-//! writing anything but the files that SQLite keeps beside a database that is read.
+//! `fieldgate serve --check`: finds problems that would keep the gateway from serving, without opening ports or
+//! writing anything except the files that SQLite keeps next to a database that is read.
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
@@ -16,8 +16,8 @@ use tokio::net::TcpSocket;
 use super::serve::load_tls;
 use super::{Error, LogFormat, fleet_key, output};
 
-/// Prints a line for each problem; the exit code is that of the first. While settings are wrong, these are the first
-/// problem of each kind, and nothing else is looked at.
+/// Prints a line for each problem. The exit code is that of the first problem. While settings are invalid, reports the
+/// first problem of each kind and checks nothing else.
 pub async fn check(settings: Settings, format: LogFormat) -> Result<(), Error> {
     let faults = Config::faults(&settings);
     let problems = if faults.is_empty() {
@@ -27,7 +27,7 @@ pub async fn check(settings: Settings, format: LogFormat) -> Result<(), Error> {
     };
     let Some(first) = problems.first() else {
         let mut out = output::stdout();
-        writeln!(out, "settings, files and store are fit to serve")?;
+        writeln!(out, "configuration and store are ready for serve")?;
         return out.flush().map_err(Error::Output);
     };
     for line in problems.iter().filter_map(|problem| problem.line(format)) {
@@ -47,7 +47,7 @@ async fn problems(config: &Config) -> Vec<Error> {
     note(tls(config));
     note(waiting_frames(config).await);
     match store(config).await {
-        // Without a store there is none to compare the key with.
+        // Without a store, the key cannot be compared.
         Err(error) => {
             note(fleet_key::find(config).await.map(drop));
             note(Err(error));
@@ -57,7 +57,7 @@ async fn problems(config: &Config) -> Vec<Error> {
     problems
 }
 
-/// Whether the directory is there and can be written, or can be made.
+/// Checks that the directory is writable or can be created.
 fn data_dir(dir: &Path) -> Result<(), Error> {
     let mut nearest = dir;
     while !nearest.exists() {
@@ -73,12 +73,13 @@ fn data_dir(dir: &Path) -> Result<(), Error> {
     writable.map_err(|error| {
         let (dir, nearest) = (dir.display(), nearest.display());
         Error::Failed(format!(
-            "could not write the data directory {dir}: {nearest}: {error}; give this user access, or another --data-dir"
+            "could not write the data directory {dir}: {nearest}: {error}; give this user access to it, or choose \
+             another --data-dir"
         ))
     })
 }
 
-/// Whether the address is this machine's. Its port may be in use by the gateway that this one replaces.
+/// Checks that the address belongs to this machine. Does not check the port, which a running gateway may use.
 fn listen(flag: &str, address: SocketAddr) -> Result<(), Error> {
     let socket = match address {
         SocketAddr::V4(_) => TcpSocket::new_v4(),
@@ -88,7 +89,7 @@ fn listen(flag: &str, address: SocketAddr) -> Result<(), Error> {
     let bound = socket.and_then(|socket| socket.bind(any_port));
     bound.map_err(|error| {
         Error::Failed(format!(
-            "could not listen on {address}: {error}; give an address of this machine as {flag}"
+            "could not listen on {address}: {error}; use an address of this machine as {flag}"
         ))
     })
 }
@@ -100,7 +101,7 @@ fn tls(config: &Config) -> Result<(), Error> {
     match tls.expired() {
         None => Ok(()),
         Some(expires) => Err(Error::Failed(format!(
-            "the certificate has expired, on {expires}, and devices would not connect; renew it"
+            "certificate expired on {expires}, devices cannot connect; renew it"
         ))),
     }
 }
@@ -113,7 +114,7 @@ async fn waiting_frames(config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
-/// Whether the store can be opened as it is, or made.
+/// Checks that the store can be opened or created.
 async fn store(config: &Config) -> Result<(), Error> {
     match config.store() {
         StoreUrl::Sqlite(path) => match Reader::open(config.store()).await {
@@ -125,7 +126,7 @@ async fn store(config: &Config) -> Result<(), Error> {
                     false => Err(sqlite::OpenError::NoDirectory(dir.to_owned()).into()),
                 }
             }
-            // The start brings it up to date.
+            // `serve` upgrades it at startup.
             Err(OpenError::Sqlite(sqlite::OpenError::Older(_))) => Ok(()),
             opened => opened.map(drop).map_err(Error::Open),
         },

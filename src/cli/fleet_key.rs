@@ -1,5 +1,4 @@
-//! `fieldgate fleet-key`, and the fleet key of every other command: it has to be the one that the store's devices
-//! belong to.
+//! `fieldgate fleet-key`, and loading of the fleet key for all commands. The key must be the store's fleet key.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -10,8 +9,8 @@ use fieldgate::auth::claim::{Mismatch, Standing, adopt, claim, standing};
 use fieldgate::auth::device_key::DeviceKey;
 use fieldgate::auth::fleet_key::{FleetKey, KEY_FILE, Origin, create_data_dir};
 use fieldgate::config::{Config, SPOOL_FILE};
+use fieldgate::store::device_admin;
 use fieldgate::store::editor::Editor;
-use fieldgate::store::lifecycle;
 use fieldgate::store::reader::Reader;
 use fieldgate::store::url::StoreUrl;
 use fieldgate::sys::secret_file::SecretReaders;
@@ -19,32 +18,31 @@ use tokio::time::timeout;
 
 use super::{Error, output};
 
-/// How long the start of a gateway with a spool waits for the database to say which key is its.
+/// Maximum wait at startup of a gateway with a spool for the database's fleet key.
 const DATABASE_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Subcommand)]
 pub enum FleetKeyCommand {
-    /// Show the fingerprints of the fleet key in the data directory and of the one that the store's devices
-    /// belong to. They are no secret
+    /// Show the fingerprints of the local fleet key and of the store's fleet key. Fingerprints are not secret
     Show,
-    /// Make the fleet key in the data directory the store's, in the place of the one it had. Devices need keys that
-    /// derive from it before they can connect again. Restart gateways afterwards
+    /// Make the fleet key in the data directory the store's fleet key, replacing the previous one. Devices must
+    /// then get keys derived from it before they can connect again. Restart gateways afterwards
     Adopt(AdoptArgs),
 }
 
 #[derive(Args, Debug)]
 pub struct AdoptArgs {
-    /// Make a new fleet key, where there is none
+    /// Create a new fleet key if there is none
     #[arg(long)]
     create: bool,
 }
 
-/// Where the fleet key is, and who may read it.
+/// Location of the fleet key, and who may read it.
 #[derive(Clone, Copy, Debug)]
 pub struct FleetKeyFile<'a> {
-    /// The directory it is in.
+    /// Directory of the key file.
     pub data_dir: &'a Path,
-    /// Who may read it besides its owner.
+    /// Who may read the key file.
     pub readers: SecretReaders,
 }
 
@@ -53,20 +51,20 @@ impl FleetKeyFile<'_> {
         self.data_dir.join(KEY_FILE)
     }
 
-    /// Loads the key; `None` if there is none.
+    /// Loads the key; `None` if the file does not exist.
     pub fn find(self) -> Result<Option<FleetKey>, Error> {
         Ok(FleetKey::find(self.data_dir, self.readers)?)
     }
 
-    /// Loads the key for a command that works on `store`, whose key it has to be.
+    /// Loads the key for a command on `store`. Fails if it is not the store's fleet key.
     pub async fn load(self, store: &StoreUrl) -> Result<FleetKey, Error> {
         let Some(key) = self.find()? else {
             return Err(Error::Failed(format!(
-                "there is no fleet key {}: start `fieldgate serve` first, which makes it, or give --data-dir",
+                "could not find fleet key {}; run `fieldgate serve` once to create it, or set --data-dir",
                 self.path().display()
             )));
         };
-        // What is wrong with the store is said by the command, if it needs one.
+        // A command that needs the store reports its errors itself.
         if let Ok(mut reader) = Reader::open(store).await {
             let standing = standing(&mut reader).await?;
             self.compare(&standing, Some(&key), store)?;
@@ -87,21 +85,21 @@ impl FleetKeyFile<'_> {
             Some(Mismatch::Other(theirs)) => {
                 let ours = key.map(FleetKey::fingerprint).unwrap_or_default();
                 format!(
-                    "the fleet key {path} (fingerprint {ours}) is not the one of {store} ({theirs}), and none of \
-                     its devices could connect; put the right key there, or run `fieldgate fleet-key adopt` if \
-                     devices are to get keys that derive from this one"
+                    "fleet key {path} (fingerprint {ours}) does not belong to {store} ({theirs}), so its devices \
+                     could not connect; restore the right key, or run `fieldgate fleet-key adopt` and install new \
+                     keys on all devices"
                 )
             }
             Some(Mismatch::Lost) => format!(
-                "there is no fleet key {path}, and the devices of {store} need theirs; put it back from a backup, \
-                 or run `fieldgate fleet-key adopt --create` if all devices are to get new keys"
+                "could not find fleet key {path}, which the devices of {store} need; restore it from a backup, or \
+                 run `fieldgate fleet-key adopt --create` and install new keys on all devices"
             ),
         };
         Err(Error::Failed(message))
     }
 }
 
-/// Where the fleet key of a gateway is.
+/// Returns the location of a gateway's fleet key.
 fn file_of(config: &Config) -> FleetKeyFile<'_> {
     FleetKeyFile {
         data_dir: &config.data_dir,
@@ -109,8 +107,8 @@ fn file_of(config: &Config) -> FleetKeyFile<'_> {
     }
 }
 
-/// Loads a gateway's key before its store is opened. Where a spool would be registered with the database, it must be
-/// the database's key, if the database answers.
+/// Loads a gateway's key before its store is opened. With a spool, fails if it is not the database's fleet key,
+/// provided that the database is available.
 pub async fn find(config: &Config) -> Result<Option<FleetKey>, Error> {
     let file = file_of(config);
     let key = file.find()?;
@@ -119,7 +117,7 @@ pub async fn find(config: &Config) -> Result<Option<FleetKey>, Error> {
         return Ok(key);
     }
     let reader = timeout(DATABASE_TIMEOUT, Reader::open(url)).await;
-    // A database that does not answer is for those who store.
+    // The store reports an unavailable database itself.
     if let Ok(Ok(mut reader)) = reader
         && let Ok(standing) = standing(&mut reader).await
     {
@@ -128,8 +126,7 @@ pub async fn find(config: &Config) -> Result<Option<FleetKey>, Error> {
     Ok(key)
 }
 
-/// Makes sure that the open store's devices belong to the gateway's key `found`, and makes one for a store without
-/// devices.
+/// Checks that `found` is the fleet key of the open store, and creates a key for a store without devices.
 pub async fn settle(config: &Config, found: Option<FleetKey>) -> Result<(FleetKey, Origin), Error> {
     let file = file_of(config);
     let spool = config.spool.then(|| config.spool_path());
@@ -155,7 +152,7 @@ pub async fn settle(config: &Config, found: Option<FleetKey>) -> Result<(FleetKe
     Ok((key, origin))
 }
 
-/// Compares a gateway's key with what its store and its spool know, and changes nothing.
+/// Compares a gateway's key with the keys of its store and its spool. Changes nothing.
 pub async fn compare_all(config: &Config) -> Result<(), Error> {
     let file = file_of(config);
     let key = file.find()?;
@@ -171,7 +168,7 @@ pub async fn compare_all(config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
-/// Makes the key of a gateway with a spool the database's, if the database answers.
+/// Records the key of a gateway with a spool in the database, if the database is available.
 async fn claim_database(config: &Config, key: &FleetKey) -> Result<(), Error> {
     let url = config.store();
     let Ok(Ok(mut editor)) = timeout(DATABASE_TIMEOUT, Editor::open(url)).await else {
@@ -180,13 +177,13 @@ async fn claim_database(config: &Config, key: &FleetKey) -> Result<(), Error> {
     match claim(&mut editor, key).await {
         Ok(standing) => file_of(config).compare(&standing, Some(key), url),
         Err(error) => {
-            tracing::warn!(%error, "the database does not know the fleet key yet");
+            tracing::warn!(%error, "could not record fleet key fingerprint in database");
             Ok(())
         }
     }
 }
 
-/// Does what was asked for.
+/// Runs the subcommand.
 pub async fn fleet_key(
     file: FleetKeyFile<'_>,
     store: &StoreUrl,
@@ -227,12 +224,12 @@ async fn adopt_key(
         (Some(key), false) => key,
         (Some(_), true) => {
             return Err(Error::Failed(format!(
-                "there is a fleet key {path}; leave out --create to adopt it, or move it away first"
+                "fleet key {path} already exists; omit --create to adopt it, or move it away"
             )));
         }
         (None, false) => {
             return Err(Error::Failed(format!(
-                "there is no fleet key {path}; put one there, or give --create to make a new one"
+                "could not find fleet key {path}; restore it, or use --create to create a new one"
             )));
         }
         (None, true) => {
@@ -246,7 +243,7 @@ async fn adopt_key(
     }
     adopt(&mut editor, &key).await?;
     let mut sealed = 0;
-    lifecycle::each(&mut editor, |device| {
+    device_admin::each(&mut editor, |device| {
         let own = device.key.sealed.as_ref();
         let is_lost = |own: &Vec<u8>| DeviceKey::unseal(&key, &device.name, own).is_err();
         sealed += u64::from(own.is_some_and(is_lost));
@@ -256,18 +253,18 @@ async fn adopt_key(
     let mut out = output::stdout();
     writeln!(
         out,
-        "{store} belongs to the fleet key {path} now, fingerprint {}",
+        "{store} now uses fleet key {path}, fingerprint {}",
         key.fingerprint()
     )?;
     writeln!(
         out,
-        "devices need keys that derive from it: `fieldgate device key NAME` prints them"
+        "devices need new keys derived from it; print them with `fieldgate device key NAME`"
     )?;
     if sealed > 0 {
         let keys = output::count(sealed, "device");
         writeln!(
             out,
-            "{keys} had keys of their own, which only the former fleet key opens: `fieldgate device rotate-key`"
+            "{keys} had individual keys that only the previous fleet key can decrypt; run `fieldgate device rotate-key`"
         )?;
     }
     out.flush().map_err(Error::Output)

@@ -1,4 +1,4 @@
-//! `fieldgate import`: readings of a CSV file into the gateway, exactly once.
+//! `fieldgate import`: sends the readings of a CSV file to the gateway, stored exactly once.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
@@ -16,15 +16,15 @@ use super::device::{device_name, keys_of, read_key};
 use super::fleet_key::FleetKeyFile;
 use super::output::{self, count, utc_text};
 
-/// Longest name of a device, in bytes.
+/// Longest device name, in bytes.
 const NAME_BYTES_MAX: usize = 32;
-/// Lines of progress, where stderr is no terminal.
+/// Interval between progress lines if stderr is not a terminal.
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
 #[derive(Args, Debug)]
 #[command(
-    after_help = "An import can be interrupted at any time: the same command goes on where the store \
-    stands, and stores nothing twice. A file that has grown is another file, whose rows are all stored.\n\n\
+    after_help = "An import can be interrupted at any time: run the same command again to resume; nothing is \
+    stored twice. If the file has grown, it counts as a new file, and all of its rows are stored.\n\n\
     Examples:\n  fieldgate import weather.csv --dry-run\n  fieldgate import weather.csv --device roof-1 \
     --time-zone Europe/Berlin\n  fieldgate import stations.csv --device-column station --columns temp,hum"
 )]
@@ -32,17 +32,17 @@ pub struct ImportArgs {
     /// CSV file; - for standard input
     file: PathBuf,
 
-    /// Device whose readings these are; with several devices in the file, what their names begin with
-    /// [default: the file's name]. A device of that name must not be connected meanwhile
+    /// Name of the device; with several devices in the file, a prefix of their names [default: the file name].
+    /// These devices must not be connected during the import
     #[arg(long, value_name = "NAME", value_parser = device_name)]
     device: Option<String>,
 
-    /// Gateway to send to, which must run, as host:port of its listener without TLS
+    /// Running gateway to send to, as host:port of its plain TCP listener
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7300")]
     gateway: String,
 
-    /// File with the device's key, 64 hexadecimal digits, for a gateway whose fleet key is not here
-    /// [default: the key that `fieldgate device key` prints]
+    /// File with the device's key (64 hexadecimal digits), if the fleet key is not on this machine [default: the
+    /// key that `fieldgate device key` prints]
     #[arg(long, value_name = "FILE")]
     device_key_file: Option<PathBuf>,
 
@@ -50,12 +50,12 @@ pub struct ImportArgs {
     #[arg(long)]
     dry_run: bool,
 
-    /// How the file is read.
+    /// Format of the file.
     #[command(flatten)]
     read: ReadOptions,
 }
 
-/// Reads the file and sends what the gateway does not have yet.
+/// Reads the file and sends the frames that are not stored yet.
 pub async fn import(
     key_file: FleetKeyFile<'_>,
     store: &StoreUrl,
@@ -71,7 +71,7 @@ pub async fn import(
     }
     let keys = match &args.device_key_file {
         Some(_) if names.len() > 1 => {
-            let what = "--device-key-file holds the key of one device, and the file has several";
+            let what = "--device-key-file holds one device's key, but the file has several devices";
             return Err(Error::Usage(what.to_owned()));
         }
         Some(path) => vec![read_key(path)?],
@@ -103,7 +103,7 @@ fn read(args: &ImportArgs) -> Result<Recording, Error> {
     Recording::read(input, &args.read).map_err(|error| failed(&error))
 }
 
-/// Frames of a device: all, and those that were stored before.
+/// Number of a device's frames: all, and those stored before this import.
 struct Frames {
     all: u64,
     before: u64,
@@ -140,13 +140,13 @@ fn summary(recording: &Recording, device: &DeviceRows, name: &str, frames: &Fram
     let channels = count(recording.channels.len() as u64, "channel");
     let now = frames.all - frames.before;
     match (now, frames.before) {
-        (0, _) => format!("{name}: {rows} of {channels} were stored before, nothing new"),
+        (0, _) => format!("{name}: all {rows} of {channels} already stored, nothing to do"),
         (_, 0) => format!(
             "{name}: {rows} of {channels} stored in {}",
             count(now, "frame")
         ),
         (_, before) => format!(
-            "{name}: {rows} of {channels} stored in {}, {before} of them before",
+            "{name}: {rows} of {channels} stored in {}; {before} of them were already stored",
             count(frames.all, "frame")
         ),
     }
@@ -199,20 +199,20 @@ fn names(args: &ImportArgs, devices: &[DeviceRows]) -> Result<Vec<String>, Error
     if longest == 0 {
         return Ok(vec![base]);
     }
-    let room = NAME_BYTES_MAX - 1 - longest;
-    if base.len() > room && args.device.is_some() {
+    let base_max = NAME_BYTES_MAX - 1 - longest;
+    if base.len() > base_max && args.device.is_some() {
         return Err(Error::Usage(format!(
-            "--device may have at most {room} characters here, as the longest id in the file has {longest}"
+            "--device may be at most {base_max} characters long, because the longest id in the file has {longest}"
         )));
     }
-    let base = &base[..base.len().min(room)];
+    let base = &base[..base.len().min(base_max)];
     Ok(devices
         .iter()
         .map(|device| format!("{base}-{}", device.id))
         .collect())
 }
 
-/// Makes a device's name of a file's.
+/// Derives a device name from the file name.
 fn name_of_file(file: &Path) -> Result<String, Error> {
     let stem = file.file_stem().unwrap_or_default().to_string_lossy();
     let fits = |char: char| char.is_ascii_alphanumeric() || "._:-".contains(char);
@@ -223,7 +223,7 @@ fn name_of_file(file: &Path) -> Result<String, Error> {
         .collect();
     match stem.as_ref() {
         "" | "-" => Err(Error::Usage(
-            "give --device NAME for a file without a name".to_owned(),
+            "the input has no file name; use --device NAME".to_owned(),
         )),
         _ => Ok(name),
     }
@@ -232,7 +232,7 @@ fn name_of_file(file: &Path) -> Result<String, Error> {
 async fn resolve(gateway: &str) -> Result<SocketAddr, Error> {
     let failed = |reason: String| {
         Error::Failed(format!(
-            "could not look up {gateway}: {reason}; expected host:port"
+            "could not resolve {gateway}: {reason}; expected host:port"
         ))
     };
     let mut found = tokio::net::lookup_host(gateway)
@@ -240,17 +240,17 @@ async fn resolve(gateway: &str) -> Result<SocketAddr, Error> {
         .map_err(|error| failed(error.to_string()))?;
     found
         .next()
-        .ok_or_else(|| failed("it has no address".to_owned()))
+        .ok_or_else(|| failed("it does not resolve to any address".to_owned()))
 }
 
-/// How far an import is, on stderr: one line that changes on a terminal, else a line now and then.
+/// Shows the progress of an import on stderr: one updating line on a terminal, otherwise an occasional line.
 struct ProgressLine<'n> {
     name: &'n str,
     frames: u64,
     is_terminal: bool,
     shown_at: Option<Instant>,
     waiting: Option<String>,
-    /// Frames that were stored when the gateway let the import in.
+    /// Number of frames stored at login.
     before: Option<u64>,
 }
 
@@ -303,7 +303,7 @@ impl<'n> ProgressLine<'n> {
         };
     }
 
-    /// Takes the line away, and returns how many frames were stored before this import.
+    /// Clears the line. Returns the number of frames stored before this import.
     fn end(self) -> u64 {
         if self.is_terminal {
             let _ = write!(io::stderr(), "\r\x1b[K");
@@ -317,7 +317,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_gives_its_device_a_name() {
+    fn device_names_derive_from_file_names() {
         let name = |file: &str| name_of_file(Path::new(file)).ok();
         assert_eq!(
             name("data/Water flow (2022).csv").as_deref(),

@@ -1,4 +1,4 @@
-//! `fieldgate migrate`: the store's tables, made or brought up to date.
+//! `fieldgate migrate`: creates or upgrades the store's schema.
 
 use std::io::Write;
 use std::path::Path;
@@ -9,7 +9,7 @@ use fieldgate::store::{postgres, url::StoreUrl};
 
 use super::{Error, output};
 
-/// Brings the store up to date, and says what it was before.
+/// Upgrades the store's schema, and prints the versions before and after.
 pub async fn migrate(data_dir: &Path, store: &StoreUrl) -> Result<(), Error> {
     let (name, (before, after)) = match store {
         StoreUrl::Sqlite(path) => {
@@ -23,11 +23,11 @@ pub async fn migrate(data_dir: &Path, store: &StoreUrl) -> Result<(), Error> {
     };
     let mut out = output::stdout();
     match before {
-        0 => writeln!(out, "{name}: created, its schema is at step {after}"),
-        _ if before == after => writeln!(out, "{name}: up to date, its schema is at step {after}"),
+        0 => writeln!(out, "{name}: created, schema version {after}"),
+        _ if before == after => writeln!(out, "{name}: up to date, schema version {after}"),
         _ => writeln!(
             out,
-            "{name}: its schema was at step {before} and is at step {after} now"
+            "{name}: migrated from schema version {before} to {after}"
         ),
     }?;
     out.flush()?;

@@ -1,13 +1,13 @@
-//! The command line: what can be asked for, and a file for each subcommand that does it.
+//! The command line: its definition, and one file per subcommand.
 //!
-//! A setting is a flag of `serve` or one that all subcommands have. It has one name, the long name of its flag:
-//! `--listen`, `FIELDGATE_LISTEN`, and the key `listen` of the file given by `--config`. A flag wins over the
-//! environment, which wins over the file (see [`settings_file`]). What the other subcommands act on, and that
-//! they may do so, is said on the command line alone: a variable that is left in a shell must not delete data.
+//! A setting is a flag of `serve` or a global flag. It has one name, the long name of its flag: `--listen`,
+//! `FIELDGATE_LISTEN`, and the key `listen` in the `--config` file. A flag overrides the environment, which
+//! overrides the file (see [`settings_file`]). Arguments of the other subcommands can only be given on the
+//! command line: a variable left over in a shell must not delete data.
 //!
 //! Invariants
-//! - What was asked for goes to stdout, everything else to stderr.
-//! - An error is one line, two at most, and says what failed, on what, and what to do.
+//! - Results go to stdout, everything else to stderr.
+//! - An error is one line, at most two, and names the operation, its object and the remedy.
 
 mod address;
 mod check;
@@ -51,7 +51,7 @@ use self::fleet_key::FleetKeyFile;
 use self::nearest::near;
 use self::settings_file::FileError;
 
-/// Takes sensor readings from field devices and puts them into SQL, each exactly once.
+/// Stores sensor readings from field devices in a SQL database, each exactly once.
 #[derive(Debug, Parser)]
 #[command(name = "fieldgate", version, after_help = PRECEDENCE)]
 pub struct Cli {
@@ -59,52 +59,52 @@ pub struct Cli {
     global: GlobalArgs,
     #[command(subcommand)]
     command: Command,
-    /// Settings that differ from their defaults, as they may be shown.
+    /// Settings that differ from their defaults, without passwords.
     #[arg(skip)]
     changed: String,
 }
 
-/// What the environment variables of settings begin with.
+/// Prefix of the settings' environment variables.
 const ENV_PREFIX: &str = "FIELDGATE_";
 
 /// The subcommand whose flags are settings.
 const SETTINGS_COMMAND: &str = "serve";
-/// Its one flag that says what to do, and so is no setting.
+/// The one flag of `serve` that selects an action and is therefore not a setting.
 const CHECK_FLAG: &str = "check";
 
-const PRECEDENCE: &str = "Every option --some-name of all subcommands and of serve is also the environment \
-    variable FIELDGATE_SOME_NAME and the key some-name of the file given by --config. A flag wins over the \
-    environment, which wins over the file; an empty variable counts as not set. Sizes and durations may have \
+const PRECEDENCE: &str = "Every global option and every option of serve, --some-name, can also be set with the \
+    environment variable FIELDGATE_SOME_NAME or the key some-name in the --config file. Flags override the \
+    environment, which overrides the file; an empty variable counts as unset. Sizes and durations accept \
     units (64MiB, 2GB; 500ms, 30s, 5min). RUST_LOG sets log levels (default: info).";
 
 #[derive(Args, Debug)]
-#[command(next_help_heading = "Options of all subcommands")]
+#[command(next_help_heading = "Global options")]
 struct GlobalArgs {
-    /// TOML file with settings; its keys are the long names of the flags. Paths in it are relative
-    /// to the working directory
+    /// TOML file with settings. Its keys are the long names of the flags; its paths are relative to the
+    /// working directory
     #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Directory of the fleet key and the database. Change it to where a service keeps its data,
-    /// such as /var/lib/fieldgate
+    /// Directory of the fleet key and the database. Set it to the service's data directory, such as
+    /// /var/lib/fieldgate
     #[arg(long, global = true, value_name = "DIR", default_value_os_t = Settings::default().data_dir)]
     data_dir: PathBuf,
 
-    /// The database, as sqlite://PATH or postgres://USER@HOST/DATABASE [default: fieldgate.db in the
-    /// data directory]. A password is better left to PGPASSWORD or ~/.pgpass
+    /// Database URL: sqlite://PATH or postgres://USER@HOST/DATABASE [default: fieldgate.db in the data
+    /// directory]. Put the password in PGPASSWORD or ~/.pgpass instead
     #[arg(long, global = true, value_name = "URL")]
     store: Option<StoreUrl>,
 
-    /// Take a fleet key and a TLS key that the group of their file may read (mode 0640), if this process
-    /// belongs to that group: Kubernetes' fsGroup, Debian's ssl-cert
+    /// Accept a fleet key and a TLS key that the file's group may read (mode 0640), if this process belongs to
+    /// that group, as with Kubernetes' fsGroup or Debian's ssl-cert
     #[arg(long, global = true)]
     allow_group_read: bool,
 
-    /// How log lines on stderr are written. Take json if a program reads them
+    /// Format of the log lines on stderr. Use json for log collectors
     #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Text)]
     log_format: LogFormat,
 
-    /// Log events of this level and above. RUST_LOG, if set, decides instead and may name single parts
+    /// Minimum level of logged events. RUST_LOG overrides it and can set levels per module
     #[arg(long, global = true, value_enum, value_name = "LEVEL", default_value_t = LogLevel::Info)]
     log_level: LogLevel,
 }
@@ -129,32 +129,33 @@ impl GlobalArgs {
     }
 }
 
-/// How log lines are written.
+/// Format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Human-readable lines.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// The lowest level that is logged.
+/// Minimum level of logged events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum LogLevel {
-    /// What ends the gateway or loses readings.
+    /// Events that stop the gateway or lose readings.
     Error,
-    /// What an operator should look at.
+    /// Events that need an operator's attention.
     Warn,
-    /// What happens to the gateway as a whole.
+    /// Events that concern the whole gateway.
     Info,
-    /// What happens to single connections.
+    /// Events of single connections.
     Debug,
-    /// All there is.
+    /// All events.
     Trace,
 }
 
 impl LogLevel {
-    /// The same as directives of RUST_LOG. What Postgres says as it goes down, the store says better.
+    /// Returns the level as RUST_LOG directives. Postgres notices are limited to errors, because the store
+    /// reports a Postgres shutdown itself.
     fn directives(self) -> &'static str {
         match self {
             LogLevel::Error => "error",
@@ -168,64 +169,64 @@ impl LogLevel {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the gateway; the first run makes the data directory, the database and the fleet key
+    /// Run the gateway. The first run creates the data directory, the database and the fleet key
     Serve(Box<serve::ServeArgs>),
-    /// Run one SQL statement that reads, also beside a running gateway
+    /// Run one read-only SQL statement, also while the gateway runs
     Query(query::QueryArgs),
-    /// Look at devices, and say which may connect and with which keys
+    /// List and manage devices and their keys
     #[command(subcommand)]
     Device(device::DeviceCommand),
-    /// Look at the fleet key that the store's devices belong to, or give the store another one
+    /// Show or replace the fleet key of the store
     #[command(subcommand)]
     FleetKey(fleet_key::FleetKeyCommand),
-    /// Look at frames that arrived whole and could not be understood, and get rid of them
+    /// List, show, replay or delete quarantined frames
     #[command(subcommand)]
     Quarantine(quarantine::QuarantineCommand),
-    /// Make certificates of your own, to try TLS with or for a closed network
+    /// Create a private CA and certificates, for tests or closed networks
     #[command(subcommand)]
     Tls(tls::TlsCommand),
-    /// Store the readings of a CSV file as a device's, exactly once, through a running gateway
+    /// Import a CSV file as a device's readings, exactly once, through a running gateway
     Import(Box<import::ImportArgs>),
-    /// Create the store's tables or bring them up to date, then exit; the gateway must not run
+    /// Create or upgrade the store's schema, then exit. Stop the gateway first
     Migrate,
-    /// Show what is stored, in one screen
+    /// Show a one-screen summary of the store
     Status,
 }
 
-/// Why the program ends other than well.
+/// Reason why the program does not end with success.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Wrong arguments or environment.
     #[error("{0}")]
     Usage(String),
-    /// Something was shown instead of done, help mostly; `0` is the exit code.
+    /// Output was already printed, such as help or the problems of `--check`. Holds the exit code.
     #[error("")]
     Shown(u8),
-    /// Wrong settings file.
+    /// Invalid settings file.
     #[error(transparent)]
     File(#[from] FileError),
-    /// Wrong settings.
+    /// Invalid settings.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// No fleet key.
+    /// The fleet key could not be loaded or created.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// No TLS.
+    /// The TLS files could not be loaded.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// The store cannot be opened.
+    /// The store could not be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The spool cannot be opened.
+    /// The spool could not be opened.
     #[error(transparent)]
     Spool(#[from] SpoolError),
-    /// The store did not answer.
-    #[error("the store does not answer: {0}")]
+    /// A query to the store failed.
+    #[error("could not query the store: {0}")]
     Store(#[from] ReadError),
-    /// Whoever read the output is gone, or there is no room for it.
-    #[error("cannot write the output: {0}")]
+    /// The output's reader is gone, or the disk is full.
+    #[error("could not write the output: {0}")]
     Output(#[from] io::Error),
-    /// Anything else.
+    /// Any other failure.
     #[error("{0}")]
     Failed(String),
 }
@@ -243,12 +244,12 @@ impl From<postgres::OpenError> for Error {
 }
 
 impl Error {
-    /// Returns what stderr gets at the end of the program, without the line end; `None` if there is nothing to say.
+    /// Returns the final line for stderr, without a line end; `None` if there is nothing to report.
     pub fn line(&self, format: LogFormat) -> Option<String> {
         let message = self.message()?;
         Some(match format {
             LogFormat::Text => format!("error: {message}"),
-            // As the log's events are written, whatever levels are logged.
+            // The format of the log's events, written whatever the log level.
             LogFormat::Json => serde_json::json!({
                 "timestamp": Timestamp::now().to_string(),
                 "level": "ERROR",
@@ -263,17 +264,17 @@ impl Error {
         })
     }
 
-    /// What to tell; `None` if there is nobody to be told, or nothing to tell.
+    /// Returns the message to print; `None` if there is none, or if the reader of the output has gone.
     fn message(&self) -> Option<String> {
         match self {
             Error::Shown(_) => None,
-            // `| head` has seen enough.
+            // `| head` closes the pipe early; that is not an error.
             Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => None,
             error => Some(error.to_string()),
         }
     }
 
-    /// 0 done, 1 the run failed, 2 wrong usage or configuration.
+    /// Returns 0 for success, 1 for a failed run, 2 for wrong usage or configuration.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Shown(code) => *code,
@@ -284,7 +285,8 @@ impl Error {
     }
 }
 
-/// Returns the log's format as far as it is known before the arguments are understood: for what is wrong with them.
+/// Returns the log format as far as it can be found before the arguments are parsed. Errors in the arguments are
+/// reported in it.
 pub fn log_format(args: &[OsString]) -> LogFormat {
     let flag = args.iter().enumerate().rev().find_map(|(at, arg)| {
         let value = arg.to_str()?.strip_prefix("--log-format")?;
@@ -299,10 +301,10 @@ pub fn log_format(args: &[OsString]) -> LogFormat {
     format.and_then(Result::ok).unwrap_or(LogFormat::Text)
 }
 
-/// Reads the arguments, the environment and the settings file. Help is shown here.
+/// Reads the arguments, the environment and the settings file. Prints help if it is requested.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Error> {
     let args: Vec<OsString> = args.into_iter().collect();
-    // Once to find the file, and again with what is in it as defaults.
+    // Parse once to find the settings file, then again with its values as defaults.
     let matches = match_args(command(), &args)?;
     let matches = match matches.get_one::<PathBuf>("config") {
         None => matches,
@@ -313,7 +315,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Error> {
     Ok(cli)
 }
 
-/// Returns the flags that differ from the program's defaults, wherever their values come from, without passwords.
+/// Returns the flags that differ from their defaults, from any source, without passwords.
 fn changed_settings(matches: &clap::ArgMatches) -> String {
     let mut command = command();
     command.build();
@@ -347,7 +349,7 @@ fn command() -> clap::Command {
     with_environment(Cli::command())
 }
 
-/// Gives each setting its environment variable, and lets it take units.
+/// Adds an environment variable to each setting, and units to those that are sizes or durations.
 fn with_environment(command: clap::Command) -> clap::Command {
     command
         .mut_args(as_setting)
@@ -364,19 +366,19 @@ fn as_setting(arg: Arg) -> Arg {
         None => arg,
     };
     let variable = env_name(&long);
-    // An empty variable is how compose files and unit files leave a setting out.
+    // Compose files and unit files leave a setting out by setting its variable to an empty string.
     if std::env::var_os(&variable).is_some_and(|value| value.is_empty()) {
         return arg;
     }
     let arg = arg.env(variable).hide_env_values(true);
     match arg.get_action() {
-        // Variables are set to 1 as often as to true.
+        // People set such variables to 1 as often as to true.
         ArgAction::SetTrue => arg.value_parser(BoolishValueParser::new()),
         _ => arg,
     }
 }
 
-/// Replaces the parser of a number by one that takes units, too.
+/// Replaces a numeric parser with one that also accepts units.
 fn with_unit(arg: Arg, unit: Unit) -> Arg {
     let number = arg.get_value_parser().type_id();
     if number == TypeId::of::<u16>() {
@@ -388,7 +390,7 @@ fn with_unit(arg: Arg, unit: Unit) -> Arg {
     }
 }
 
-/// Returns a line for each environment variable that looks like a setting and is none.
+/// Returns a line for each environment variable that has the prefix of settings but is not a setting.
 fn unknown_variables(names: impl Iterator<Item = OsString>) -> Vec<String> {
     let command = command();
     let settings: Vec<String> = settings_file::settings(&command)
@@ -403,12 +405,12 @@ fn unknown_variables(names: impl Iterator<Item = OsString>) -> Vec<String> {
         is_ours && !settings.contains(name)
     };
     let with_hint = |name: String| {
-        let bare = |name: &'_ str| name.trim_start_matches(ENV_PREFIX).to_owned();
-        let settings: Vec<String> = settings.iter().map(|name| bare(name)).collect();
-        // A longer name that begins alike is another setting, not a misspelt one.
-        let is_alike = |setting: &&str| setting.len().abs_diff(bare(&name).len()) <= 2;
+        let stripped = |name: &'_ str| name.trim_start_matches(ENV_PREFIX).to_owned();
+        let settings: Vec<String> = settings.iter().map(|name| stripped(name)).collect();
+        // A longer name with the same beginning is a different setting, not a misspelling.
+        let is_alike = |setting: &&str| setting.len().abs_diff(stripped(&name).len()) <= 2;
         let settings = settings.iter().map(String::as_str).filter(is_alike);
-        match near(&bare(&name), settings).first() {
+        match near(&stripped(&name), settings).first() {
             Some(setting) => format!("{name}; did you mean {ENV_PREFIX}{setting}?"),
             None => name,
         }
@@ -421,7 +423,7 @@ fn env_name(flag: &str) -> String {
     format!("{ENV_PREFIX}{}", flag.to_uppercase().replace('-', "_"))
 }
 
-/// Clap's message in two lines at most, without its repetition of the usage.
+/// Reduces clap's message to at most two lines, without the usage.
 fn usage_error(error: &clap::Error, args: &[OsString]) -> Error {
     if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return match error.print() {
@@ -447,8 +449,8 @@ fn usage_error(error: &clap::Error, args: &[OsString]) -> Error {
     Error::Usage(message)
 }
 
-/// Clap's message, which shows what was given: the address of a store may hold a password, and be in the wrong
-/// place, too.
+/// Returns clap's message without passwords. The message quotes the arguments, and a store URL may hold a
+/// password even where no store URL belongs.
 fn rendered(error: &clap::Error) -> String {
     let mut rendered = error.render().to_string();
     for (_, given) in error.context() {
@@ -459,7 +461,7 @@ fn rendered(error: &clap::Error) -> String {
     rendered
 }
 
-/// The environment variable that a refused value came from, if it was no argument.
+/// Returns the environment variable that holds the rejected value, unless the value is an argument.
 fn environment_of(error: &clap::Error, args: &[OsString]) -> Option<String> {
     let Some(ContextValue::String(arg)) = error.get(ContextKind::InvalidArg) else {
         return None;
@@ -475,12 +477,12 @@ fn environment_of(error: &clap::Error, args: &[OsString]) -> Option<String> {
 }
 
 impl Cli {
-    /// How to write the log.
+    /// Returns the format of the log.
     pub fn log_format(&self) -> LogFormat {
         self.global.log_format
     }
 
-    /// What to log, as directives of RUST_LOG.
+    /// Returns the log levels as RUST_LOG directives.
     pub fn log_levels(&self) -> String {
         match std::env::var("RUST_LOG") {
             Ok(levels) if !levels.is_empty() => levels,
@@ -488,10 +490,10 @@ impl Cli {
         }
     }
 
-    /// Does what was asked for.
+    /// Runs the subcommand.
     pub async fn carry_out(self) -> Result<(), Error> {
         for variable in unknown_variables(std::env::vars_os().map(|(name, _)| name)) {
-            tracing::warn!(%variable, "environment variable ignored: it is no setting");
+            tracing::warn!(%variable, "unknown environment variable ignored");
         }
         let (store, format) = (self.global.store(), self.global.log_format);
         match self.command {
@@ -553,7 +555,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_that_are_no_settings_are_found() {
+    fn unknown_variables_are_found() {
         let names = [
             "FIELDGATE_LISTEN",
             "FIELDGATE_CONFIG",

@@ -1,6 +1,10 @@
-//! Names that somebody may have meant.
+//! Suggests similar names for unknown ones.
 
-/// Up to three of `names` that resemble `wanted`, the most similar first.
+use fieldgate::store::reader::Reader;
+
+use super::Error;
+
+/// Returns up to three of `names` that resemble `wanted`, the most similar first.
 pub fn near<'a>(wanted: &str, names: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
     let tolerated = (wanted.chars().count() / 3).max(2);
     let mut near: Vec<(usize, &str)> = names
@@ -12,15 +16,14 @@ pub fn near<'a>(wanted: &str, names: impl IntoIterator<Item = &'a str>) -> Vec<&
     near.into_iter().take(3).map(|(_, name)| name).collect()
 }
 
-/// The most similar of `names`, however little that is.
+/// Returns the most similar of `names`, even if the similarity is low.
 pub fn nearest<'a>(wanted: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     names
         .into_iter()
         .min_by_key(|name| (difference(wanted, name), *name))
 }
 
-/// How many characters to insert, remove or replace to make one text of the other, upper and lower
-/// case being alike (Levenshtein's distance, by the row). A text that begins with the other is near.
+/// Returns the Levenshtein distance, ignoring case. If `b` begins with `a`, returns at most 1.
 fn difference(a: &str, b: &str) -> usize {
     let a: Vec<char> = a.to_lowercase().chars().collect();
     let b: Vec<char> = b.to_lowercase().chars().collect();
@@ -40,12 +43,30 @@ fn difference(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
+/// Returns the error for an unknown device, with similar names.
+pub async fn unknown_device(reader: &mut Reader, name: &str) -> Result<Error, Error> {
+    let rows = reader.rows("SELECT name FROM devices", &[]).await?;
+    let mut names = Vec::with_capacity(rows.len());
+    for row in &rows {
+        names.extend(row.text_or_null(0)?);
+    }
+    let near = near(name, names);
+    Ok(Error::Failed(if near.is_empty() {
+        format!("unknown device {name:?}; `fieldgate device list` shows all devices")
+    } else {
+        format!(
+            "unknown device {name:?}; did you mean {}?",
+            near.join(" or ")
+        )
+    }))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn counts_what_differs() {
+    fn differences_are_counted() {
         for (a, b, n) in [
             ("kitten", "sitting", 3),
             ("", "abc", 3),
@@ -59,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn offers_what_is_meant() {
+    fn similar_names_are_suggested() {
         let names = ["pump-1", "pump-12", "valve-1", "meter"];
         assert_eq!(near("pmup-1", names), ["pump-1"]);
         assert_eq!(near("pump", names), ["pump-1", "pump-12"]);

@@ -1,23 +1,24 @@
-//! What people read: tables that fit their terminal, times, sizes.
+//! Formats output: tables that fit the terminal, times, sizes.
 //!
-//! In a pipe nothing is wrapped or cut, so that `grep` and `awk` find whole lines.
+//! Output to a pipe is not wrapped or truncated, so that `grep` and `awk` find whole lines.
 
 use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
 
 use comfy_table::{Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
+use fieldgate_protocol::error::Code;
 use jiff::Timestamp;
 
 use super::value::{Value, Written};
 
-/// Below this, columns of a table are too narrow to be read, and each row becomes a block of lines.
+/// Minimum average column width, in characters. In a narrower terminal, each row becomes a block of lines.
 const COLUMN_WIDTH_MIN: usize = 10;
 
-/// Standard output, buffered: flush it at the end to learn of errors.
+/// Returns buffered standard output. Flush it at the end to see write errors.
 pub fn stdout() -> BufWriter<StdoutLock<'static>> {
     BufWriter::new(io::stdout().lock())
 }
 
-/// Rows under headers, to be shown at once.
+/// A table with headers, held in memory.
 #[derive(Debug)]
 pub struct Grid {
     headers: Vec<String>,
@@ -25,7 +26,7 @@ pub struct Grid {
 }
 
 impl Grid {
-    /// Without rows.
+    /// Creates a table without rows.
     pub fn new<H: Into<String>>(headers: impl IntoIterator<Item = H>) -> Grid {
         Grid {
             headers: headers.into_iter().map(Into::into).collect(),
@@ -33,22 +34,22 @@ impl Grid {
         }
     }
 
-    /// With a value for each header.
+    /// Adds a row, with one value per header.
     pub fn push(&mut self, row: Vec<Value>) {
         self.rows.push(row);
     }
 
-    /// How many rows there are.
+    /// Returns the number of rows.
     pub fn len(&self) -> usize {
         self.rows.len()
     }
 
-    /// Writes it so that it fits where stdout goes.
+    /// Writes the table, arranged to fit the terminal if stdout is one.
     pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
         self.write_within(terminal_width(), out)
     }
 
-    /// `width` is the terminal's, in characters; `None` for a pipe.
+    /// Writes the table for a terminal of `width` characters; `None` for a pipe.
     fn write_within(&self, width: Option<u16>, out: &mut impl Write) -> io::Result<()> {
         let table = self.table();
         let text = match width {
@@ -105,7 +106,7 @@ impl Grid {
     }
 }
 
-/// Names and values, a line each.
+/// Writes names and values, one line each.
 pub fn write_facts(facts: &[(&str, String)], out: &mut impl Write) -> io::Result<()> {
     let mut table = blank_table(false);
     for (name, value) in facts {
@@ -154,7 +155,7 @@ fn terminal_width() -> Option<u16> {
     }
 }
 
-/// `1 frame`, `2 frames`.
+/// Formats a count with its noun: `1 frame`, `2 frames`.
 pub fn count(n: u64, noun: &str) -> String {
     if n == 1 {
         format!("1 {noun}")
@@ -163,27 +164,27 @@ pub fn count(n: u64, noun: &str) -> String {
     }
 }
 
-/// Makes a time in a row readable, in UTC to the second; what is no time stays as it is.
+/// Replaces a time in a row by its text, in UTC to the second. Other values are unchanged.
 pub fn show_utc(row: &mut [Value], column: usize) {
     if let Value::Integer(us) = row[column] {
         row[column] = Value::Text(utc_text(us));
     }
 }
 
-/// Microseconds UTC as text, to the second.
+/// Formats a time in microseconds UTC, to the second.
 pub fn utc_text(us: i64) -> String {
     match Timestamp::from_microsecond(us) {
-        // Rounded down, so that nothing seems to have happened in the future.
+        // Round down, so that no event appears to be in the future.
         Ok(time) => {
             let time = Timestamp::from_second(time.as_microsecond().div_euclid(1_000_000));
             time.map_or_else(|_| us.to_string(), |time| time.to_string())
         }
-        // Beyond the year 9999: the number is still true.
+        // Beyond the year 9999, show the number.
         Err(_) => us.to_string(),
     }
 }
 
-/// How long ago something was, by its largest unit.
+/// Formats the age of a time, in its largest unit.
 pub fn age(us: i64, now_us: i64) -> String {
     let ago_s = now_us.saturating_sub(us).div_euclid(1_000_000);
     match ago_s {
@@ -195,7 +196,7 @@ pub fn age(us: i64, now_us: i64) -> String {
     }
 }
 
-/// Bytes by the largest unit that leaves a digit before the point.
+/// Formats a size in the largest unit with a value of at least 1.
 pub fn bytes_text(bytes: u64) -> String {
     let mut size = bytes as f64;
     for unit in ["B", "KiB", "MiB", "GiB"] {
@@ -209,6 +210,15 @@ pub fn bytes_text(bytes: u64) -> String {
         size /= 1024.0;
     }
     format!("{size:.1} TiB")
+}
+
+/// Formats a protocol code with its name, if this version knows it.
+pub fn code_text(code: i64) -> String {
+    let known = u8::try_from(code).ok().and_then(Code::from_wire);
+    match known {
+        Some(known) => format!("{code} {}", known.name()),
+        None => code.to_string(),
+    }
 }
 
 #[cfg(test)]
@@ -241,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_stand_to_the_right() {
+    fn numbers_are_right_aligned() {
         let text = written(&grid(), None);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 4);
@@ -253,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_phone_sees_every_word_of_every_row() {
+    fn tables_fit_narrow_terminals() {
         for width in [20, 30, 40, 60, 80] {
             let text = written(&grid(), Some(width));
             let widest = text.lines().map(|line| line.chars().count()).max().unwrap();
@@ -264,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_gets_one_line_a_row() {
+    fn a_pipe_gets_one_line_per_row() {
         let mut grid = Grid::new(["text"]);
         grid.push(vec!["word ".repeat(200).trim().into()]);
         assert_eq!(written(&grid, None).lines().count(), 3);
@@ -292,5 +302,12 @@ mod tests {
         ] {
             assert_eq!(bytes_text(bytes), text);
         }
+    }
+
+    #[test]
+    fn codes_have_names() {
+        assert_eq!(code_text(30), "30 malformed");
+        assert_eq!(code_text(99), "99");
+        assert_eq!(code_text(30 + 256), "286");
     }
 }

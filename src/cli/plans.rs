@@ -1,7 +1,7 @@
-//! Holds each query of the commands to its plan: large tables are read by their indexes, in a store with statistics
-//! and in one without.
+//! Checks the query plan of each command: large tables are read through their indexes, in stores with and without
+//! statistics.
 
-use fieldgate::store::lifecycle;
+use fieldgate::store::device_admin;
 use fieldgate::store::postgres;
 use fieldgate::store::reader::{Argument, Reader, Value};
 use fieldgate::store::replay::kept_frames_sql;
@@ -11,10 +11,10 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
 
 use super::{device, quarantine, status};
 
-/// Tables that grow with what devices send.
+/// Tables that grow with the data from devices.
 const LARGE: [&str; 4] = ["readings", "frames", "device_events", "quarantine"];
 
-/// Each query, and whether it is of one device.
+/// Returns each query with its arguments. Only queries for one device have arguments.
 fn queries() -> Vec<(String, Vec<Argument<'static>>)> {
     let of_devices = device::queries("d7").into_iter();
     let mut queries: Vec<_> = of_devices
@@ -26,8 +26,8 @@ fn queries() -> Vec<(String, Vec<Argument<'static>>)> {
     queries
 }
 
-/// Queries of all frames in quarantine a few at a time, and of the few devices that were changed: with the key that
-/// each must begin with, in SQLite and in Postgres.
+/// Returns the queries for steps through all quarantined frames, and the query for changed devices, each with the
+/// index that its plan must use in SQLite and in Postgres.
 fn queries_in_steps() -> [(String, &'static str, &'static str); 3] {
     [
         (
@@ -41,7 +41,7 @@ fn queries_in_steps() -> [(String, &'static str, &'static str); 3] {
             "Index Scan using quarantine_pkey",
         ),
         (
-            lifecycle::changes_sql(),
+            device_admin::changes_sql(),
             "SEARCH devices USING INDEX devices_by_revision (revision>?)",
             "devices_by_revision",
         ),
@@ -60,7 +60,7 @@ async fn plan(reader: &mut Reader, explain: &str, sql: &str, arguments: &[Argume
     lines.collect()
 }
 
-/// 30 devices; what a gateway would have sorted in, and what it would not have yet.
+/// Fills the tables with 30 devices and their compacted and recent readings.
 const FILL_SQLITE: &str = "
     WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 30)
         INSERT INTO devices (id, name) SELECT x, 'd' || x FROM n;
@@ -79,7 +79,7 @@ const FILL_SQLITE: &str = "
         SELECT stream_id, stream_id, seq, 5, '', 30, '', x'00' FROM frames;";
 
 #[tokio::test]
-async fn queries_of_commands_read_sqlite_by_its_indexes() {
+async fn command_queries_use_sqlite_indexes() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.db");
     sqlite::migrate(&path, &SqliteSettings::default())
@@ -106,7 +106,7 @@ async fn queries_of_commands_read_sqlite_by_its_indexes() {
         }
         for (sql, arguments) in queries() {
             let plan = plan(&mut reader, "EXPLAIN QUERY PLAN", &sql, &arguments).await;
-            // Readings that are not sorted in are few; so are devices, series, streams and gaps.
+            // Recent readings are few, and so are devices, series, streams and gaps.
             let large = [
                 "r",
                 "c",
@@ -136,11 +136,11 @@ async fn queries_of_commands_read_sqlite_by_its_indexes() {
     }
 }
 
-/// A database that goes when the test ends well.
+/// Creates a database. The test drops it if it succeeds.
 async fn database() -> (PostgresUrl, PostgresUrl, String) {
     let server = std::env::var("FIELDGATE_TEST_POSTGRES_URL").expect("a server for tests");
     let Ok(StoreUrl::Postgres(server)) = server.parse() else {
-        panic!("FIELDGATE_TEST_POSTGRES_URL is no address of a Postgres server");
+        panic!("FIELDGATE_TEST_POSTGRES_URL is not a URL of a Postgres server");
     };
     let name = format!("fieldgate_plans_{:016x}", rand::random::<u64>());
     let mut admin = server.options().connect().await.unwrap();
@@ -165,7 +165,7 @@ const FILL_POSTGRES: &str = "
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn queries_of_commands_read_postgres_by_its_indexes() {
+async fn command_queries_use_postgres_indexes() {
     let (url, server, name) = database().await;
     postgres::migrate(&url).await.unwrap();
     let mut conn = url.options().connect().await.unwrap();
@@ -177,7 +177,8 @@ async fn queries_of_commands_read_postgres_by_its_indexes() {
         let mut reader = Reader::open(&StoreUrl::Postgres(url.clone()))
             .await
             .unwrap();
-        // Where a table is as small as here, reading all of it is right. Where no index serves, nothing else is left.
+        // The planner rightly scans tables as small as these. Without sequential scans, it scans a table only if no
+        // index fits.
         reader
             .rows("SELECT set_config('enable_seqscan', 'off', false)", &[])
             .await
@@ -196,7 +197,7 @@ async fn queries_of_commands_read_postgres_by_its_indexes() {
                 assert!(!is_read || counts_all, "{sql}\n{plan}");
             }
         }
-        // `latest` looks into no partition, nor does what `device show` takes from it.
+        // `latest`, also used by `device show`, reads no partition.
         let latest = "SELECT * FROM latest WHERE device = $1";
         let plan = plan(&mut reader, "EXPLAIN", latest, &["d7".into()]).await;
         assert!(!plan.contains("readings"), "{plan}");

@@ -1,7 +1,7 @@
-//! `fieldgate query`: one statement that reads, as a table, CSV or JSON.
+//! `fieldgate query`: runs one read-only statement and writes a table, CSV or JSON.
 //!
-//! CSV and JSON are written as the rows come, so the size of a result does not matter. No signal is
-//! caught: Ctrl-C ends the process at once.
+//! CSV and JSON are streamed, so results can have any size. No signal is handled: Ctrl-C ends the process
+//! immediately.
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -19,38 +19,39 @@ use super::output::{self, Grid};
 use super::statement::{self, Dialect};
 use super::value::{Value, Written, csv_text, json_text};
 
-/// A gateway cannot shorten its write-ahead log past a statement that still reads, and stores nothing more when the log
-/// is full (1 GiB by default). So a statement ends when the log has grown by this much under it, ...
+/// Growth of the write-ahead log during a query, in bytes, at which the query is aborted. A running query keeps the
+/// gateway from checkpointing the log, and the gateway stores nothing when the log is full (1 GiB by default).
 const LOG_GROWTH_MAX: u64 = 256 << 20;
-/// ... when it has grown at all and is as long as this ...
+/// Size of the log, in bytes, at which a query is aborted if the log has grown at all.
 const LOG_BYTES_MAX: u64 = 512 << 20;
+/// Interval between polls of the log.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
-/// ... or when the gateway has asked its readers to end at so many looks in a row.
+/// Number of consecutive polls with a request of the gateway to stop, at which a query is aborted.
 const ASKED_MAX: u32 = 4;
 
-/// A table is laid out as a whole, so it has to be held in memory.
+/// Maximum number of rows in a table. The layout needs all rows in memory.
 const TABLE_ROWS_MAX: usize = 10_000;
 
 #[derive(Args, Clone, Debug)]
 pub struct QueryArgs {
-    /// One statement that reads. Start from the views: telemetry, latest, telemetry_hourly, channels,
+    /// One read-only statement. Start with the views: telemetry, latest, telemetry_hourly, channels,
     /// device_status, silent_devices, events, missing_frames
     #[arg(value_name = "SQL")]
     sql: String,
 
-    /// How rows are written; csv and json stream results of any size, a table holds 10000 rows. A
-    /// statement that reads from SQLite for so long that it would stop the gateway from storing ends with an error,
-    /// also while a reader of its output pauses (`| less`)
+    /// Output format. csv and json stream results of any size; a table shows up to 10000 rows. A query on SQLite
+    /// is aborted before it blocks the gateway's commits, even if it only waits for a reader of its output
+    /// (`| less`)
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Table)]
     format: Format,
 }
 
-/// How rows are written.
+/// Output format of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// For people; NULL is written NULL.
+    /// Human-readable; NULL is shown as NULL.
     Table,
-    /// Comma-separated, with a line of headers; NULL is an empty field, an empty text is "".
+    /// Comma-separated with a header line; NULL is an empty field, an empty text is "".
     Csv,
     /// An array of objects.
     Json,
@@ -68,16 +69,16 @@ pub async fn query(store: &StoreUrl, args: &QueryArgs) -> Result<(), Error> {
     };
     tokio::select! {
         ended = ended => ended,
-        // It may wait for a reader of its output, and then ends with the process.
+        // The task may be blocked on its output; it then ends with the process.
         () = log_grows(store) => Err(Error::Failed(
-            "query ended: the gateway stores on into a write-ahead log that it cannot shorten while the query reads; \
-             ask for less at once, or write the output to a file"
+            "query aborted: it kept the gateway from checkpointing its write-ahead log; query less data at a time, \
+             or write the output to a file"
                 .to_owned(),
         )),
     }
 }
 
-/// Waits until the write-ahead log has grown so far that the gateway would soon stop storing.
+/// Waits until the write-ahead log has grown so much that the gateway would soon stop storing.
 async fn log_grows(store: &StoreUrl) {
     let StoreUrl::Sqlite(path) = store else {
         return std::future::pending().await;
@@ -101,7 +102,7 @@ async fn log_grows(store: &StoreUrl) {
 async fn write_rows(store: StoreUrl, args: QueryArgs) -> Result<(), Error> {
     let mut reader = Reader::open(&store).await?;
     let headers = reader.columns(&args.sql).await.map_err(query_error)?;
-    // Not locked, for it may be held for as long as a reader pauses.
+    // Stdout is not locked, because a lock could be held for as long as the output's reader pauses.
     let mut out = io::BufWriter::with_capacity(1 << 16, io::stdout());
     match args.format {
         Format::Table => {
@@ -124,7 +125,7 @@ async fn write_rows(store: StoreUrl, args: QueryArgs) -> Result<(), Error> {
     Ok(())
 }
 
-/// Writes rows that are at hand.
+/// Writes rows that are already in memory, with their number below a table.
 pub fn write_at_hand(
     format: Format,
     headers: &[&str],
@@ -167,7 +168,7 @@ async fn run(reader: &mut Reader, sql: &str, sink: &mut impl Sink) -> Result<(),
 
 fn query_error(error: ReadError) -> Error {
     if error.is_write() {
-        return Error::Failed("query only reads the store, this statement would write".to_owned());
+        return Error::Failed("query is read-only; this statement would write".to_owned());
     }
     let hint = error
         .hint()
@@ -176,7 +177,7 @@ fn query_error(error: ReadError) -> Error {
     Error::Failed(format!("query failed: {error}{hint}"))
 }
 
-/// Writes rows that are in memory already.
+/// Writes rows that are already in memory.
 pub fn write_all(
     format: Format,
     headers: &[&str],
@@ -206,9 +207,9 @@ pub fn write_all(
     }
 }
 
-/// Where rows go, one at a time.
+/// Destination of rows.
 trait Sink {
-    /// Whether more rows are wanted.
+    /// Writes or collects one row. Returns whether more rows are accepted.
     fn row(&mut self, row: Vec<Value>) -> io::Result<bool>;
 }
 
@@ -229,7 +230,10 @@ impl Sheet {
         self.grid.write(out)?;
         let rows = output::count(self.grid.len() as u64, "row");
         if self.is_cut {
-            writeln!(out, "({rows}, and more: --format csv or json gives all)")
+            writeln!(
+                out,
+                "({rows}, more omitted: use --format csv or json for all)"
+            )
         } else {
             writeln!(out, "({rows})")
         }
@@ -304,7 +308,7 @@ impl<W: Write> Sink for Json<W> {
     }
 }
 
-/// Readers of JSON keep one value of a key, so the second `id` becomes `id_2`.
+/// Makes keys unique: the second `id` becomes `id_2`. JSON parsers keep only one value per key.
 fn unique(headers: &[String]) -> Vec<String> {
     let mut keys: Vec<String> = Vec::with_capacity(headers.len());
     for header in headers {
@@ -335,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_says_when_it_is_cut() {
+    fn a_truncated_table_has_a_note() {
         let mut sheet = Sheet::new(strings(&["a"]));
         for n in 0..TABLE_ROWS_MAX {
             assert!(sheet.row(vec![(n as i64).into()]).unwrap());
@@ -346,6 +350,6 @@ mod tests {
         assert!(!sheet.row(vec![0.into()]).unwrap());
         out.clear();
         sheet.write(&mut out).unwrap();
-        assert!(out.ends_with(b"(10000 rows, and more: --format csv or json gives all)\n"));
+        assert!(out.ends_with(b"(10000 rows, more omitted: use --format csv or json for all)\n"));
     }
 }

@@ -16,20 +16,20 @@ use fieldgate::ingest::QueueLimits;
 use fieldgate::ingest::batcher::BatchLimits;
 use fieldgate::ingest::registry::Registry;
 use fieldgate::net::tls::Tls;
-use fieldgate::quota::device::Allowances;
+use fieldgate::quota::device::DeviceQuotas;
 use fieldgate::quota::quarantine::{self, Gauge};
 use fieldgate::quota::rate::Rate;
-use fieldgate::server::admission::EntranceLimits;
+use fieldgate::server::admission::AdmissionLimits;
 use fieldgate::server::device_watch;
 use fieldgate::server::supervisor::Supervisor;
 use fieldgate::server::{self, Listeners, ServerSettings, TlsListener};
 use fieldgate::session::SessionSettings;
 use fieldgate::store::Store;
 use fieldgate::store::bounds::DeviceBounds;
-use fieldgate::store::kept::KeptFrames;
-use fieldgate::store::lifecycle::ChangeReader;
+use fieldgate::store::device_admin::ChangeReader;
 use fieldgate::store::postgres::{PostgresSettings, PostgresStore};
 use fieldgate::store::prune::{Pruner, Retention};
+use fieldgate::store::quarantine_usage::UsageReader;
 use fieldgate::store::spool::mirror::Mirror;
 use fieldgate::store::spool::{self, SpoolError, SpoolStore};
 use fieldgate::store::sqlite::files::HeldFiles;
@@ -46,263 +46,265 @@ use tokio_util::sync::CancellationToken;
 use super::address::ListenAddress;
 use super::{Error, GlobalArgs, LogFormat, fleet_key, output};
 
-/// A file would grow beyond what the process may write.
+/// Signal for a write beyond the file size limit (RLIMIT_FSIZE).
 #[cfg(target_os = "linux")]
 const SIGXFSZ: i32 = 25;
 const SECOND_US: u64 = 1_000_000;
-/// Open files besides those of connections: listeners, the store, the log.
+/// Open files reserved for other uses than connections: listeners, the store, the log.
 const OTHER_FILES: u64 = 64;
-/// How long the start waits for Postgres to say what operators have changed, where there is a spool.
+/// Maximum wait at startup for the device list from Postgres, if there is a spool.
 const MIRROR_TIMEOUT: Duration = Duration::from_secs(5);
-/// From one try to reach Postgres to the next at the start, and from one line of the log to the next.
+/// Interval between attempts to connect to Postgres at startup.
 const UP_INTERVAL: Duration = Duration::from_millis(500);
+/// Interval between log lines about these attempts.
 const UP_LOG_INTERVAL: Duration = Duration::from_secs(30);
-/// This part of the time to leave may go by until Postgres has what is in the spool.
+/// Divisor of the drain timeout: this part of it is for draining the spool into Postgres.
 const SPOOL_DRAIN_SHARE: u32 = 2;
-/// How long the start waits for a stdout that takes nothing.
+/// Maximum wait at startup for a blocked stdout.
 const PRINT_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long an end without a drain waits for a stderr that takes nothing.
+/// Maximum wait for a blocked stderr at an exit without a drain.
 const LAST_FLUSH: Duration = Duration::from_millis(200);
 
 #[derive(Args, Debug)]
 pub struct ServeArgs {
-    /// Look at settings, files, certificates and the store, print a line for each problem, and end; of wrong settings
-    /// the first of each kind, and then nothing else. Nothing is written but what SQLite keeps beside a database that
-    /// is read, and nothing listens
+    /// Check settings, files, certificates and the store, print one line per problem, and exit. While settings are
+    /// invalid, reports the first problem of each kind and checks nothing else. Opens no port, and writes nothing
+    /// except the files that SQLite keeps next to a database that is read
     #[arg(long)]
     pub check: bool,
 
-    /// Where devices connect in plain text: IP:PORT, HOST:PORT, or :PORT for every address of this machine.
-    /// Change it to be reached from other machines, which takes --allow-plaintext, too
+    /// Address of the plain TCP listener: IP:PORT, HOST:PORT, or :PORT for all addresses of this machine. An
+    /// address that other machines can reach also requires --allow-plaintext
     #[arg(long, value_name = "ADDRESS", default_value_t = Settings::default().listen.into())]
     listen: ListenAddress,
 
-    /// Let other machines connect although nothing is encrypted. Only for a network that you trust,
-    /// such as a VPN
+    /// Allow unencrypted connections from other machines. Only for a trusted network, such as a VPN
     #[arg(long)]
     allow_plaintext: bool,
 
-    /// Where devices connect through TLS, also from other machines, written as for --listen [default: none].
-    /// `fieldgate tls init` makes a certificate to try it with
+    /// Address of the TLS listener, in the format of --listen; other machines may reach it [default: none].
+    /// Create a test certificate with `fieldgate tls init`
     #[arg(long, value_name = "ADDRESS")]
     tls_listen: Option<ListenAddress>,
 
-    /// PEM file with the gateway's certificate and those that lead to one that devices know [default:
-    /// tls/server.pem in the data directory]. It is loaded again when it changes, and on SIGHUP
+    /// PEM file with the gateway's certificate chain, up to a CA that devices trust [default: tls/server.pem in
+    /// the data directory]. Reloaded when it changes and on SIGHUP
     #[arg(long, value_name = "FILE")]
     tls_cert: Option<PathBuf>,
 
-    /// PEM file with the certificate's key, of mode 0600 [default: tls/server.key in the data directory]
+    /// PEM file with the certificate's private key, mode 0600 [default: tls/server.key in the data directory]
     #[arg(long, value_name = "FILE")]
     tls_key: Option<PathBuf>,
 
-    /// PEM file with the certificates of those who sign the devices'. With it a device must show a
-    /// certificate with its own name, besides knowing its key [default: no certificate is asked for]
+    /// PEM file with the CA certificates that sign device certificates. If set, a device must present a
+    /// certificate with its own name in addition to proving its key [default: no client certificates]
     #[arg(long, value_name = "FILE")]
     tls_client_ca: Option<PathBuf>,
 
-    /// Bytes that a TLS record from the gateway holds at most, 64 to 16384. Lower it for devices with
-    /// less room to receive; few of the gateway's frames are longer than 100 bytes
+    /// Maximum size of a TLS record from the gateway in bytes, 64 to 16384. Lower it for devices with small
+    /// receive buffers; few of the gateway's frames are longer than 100 bytes
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().tls_record_bytes_max)]
     tls_record_bytes_max: usize,
 
-    /// Which devices may connect: `open`, every one that proves a key derived from the fleet's; `closed`,
-    /// only those that `fieldgate device add` or `import` made known before
+    /// Which devices may connect: `open`, any device with a key derived from the fleet key; `closed`, only
+    /// devices registered with `fieldgate device add` or `import`
     #[arg(long, value_enum, value_name = "WHICH", default_value_t = Settings::default().registration)]
     registration: Registration,
 
-    /// Connections at once; further ones wait, or the oldest that has not proved its key ends. Raise it for a
-    /// larger fleet, together with the limit of open files (ulimit -n)
+    /// Maximum number of connections. Beyond it, new ones wait, or the oldest unauthenticated one is closed.
+    /// Raise it for a larger fleet, together with the open file limit (ulimit -n)
     #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().connections_max)]
     connections_max: usize,
 
-    /// Of those, from one IPv4 address or IPv6 network (/64); further ones are closed. Raise it if more
-    /// devices share one, such as behind NAT or a proxy
+    /// Maximum number of connections from one IPv4 address or IPv6 network (/64); further ones are closed. Raise
+    /// it if more devices share an address, for example behind NAT or a proxy
     #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().connections_per_address_max)]
     connections_per_address_max: usize,
 
-    /// Connections at once that have not proved a key yet. When there are more, new ones wait for a second
-    /// at most, and then the oldest is closed
+    /// Maximum number of unauthenticated connections. Beyond it, new ones wait for up to a second, then the
+    /// oldest is closed
     #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().handshakes_max)]
     handshakes_max: usize,
 
-    /// Connections accepted in a second; further ones wait. Lower it on a slow machine, where a whole
-    /// fleet that comes back would take all of it
+    /// Maximum number of connections accepted per second; further ones wait. Lower it on slow machines, where
+    /// the reconnect of a whole fleet would saturate the CPU
     #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().accepts_per_s_max)]
     accepts_per_s_max: u64,
 
-    /// Milliseconds that the answer to a failed authentication may wait. It waits longer with each failure
-    /// from one address; whoever proves a key waits for nothing
+    /// Maximum delay of the reply to a failed authentication, in milliseconds. The delay grows with each failure
+    /// from one address; successful logins are not delayed
     #[arg(long, value_name = "MS", default_value_t = Settings::default().failure_delay_max_ms)]
     failure_delay_max_ms: u64,
 
-    /// Bytes that a peer may send before it has proved its key, at least 1024; not counted is what TLS adds,
-    /// which may be 64 KiB
-    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().stranger_bytes_max)]
-    stranger_bytes_max: usize,
+    /// Maximum number of bytes that a peer may send before authentication, at least 1024. TLS overhead (up to
+    /// 64 KiB) is not counted
+    #[arg(long, value_name = "BYTES", default_value_t = Settings::default().preauth_bytes_max)]
+    preauth_bytes_max: usize,
 
-    /// Bytes that may wait for a peer that does not read them; beyond that it is cut off
+    /// Maximum number of unsent bytes for a peer that does not read; beyond it, the connection is closed
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().outbound_bytes_max)]
     outbound_bytes_max: usize,
 
-    /// Lines of the log that tell of refused connections from one address in a minute
+    /// Maximum number of log lines per minute about refused connections from one address
     #[arg(long, value_name = "LINES", default_value_t = Settings::default().log_lines_per_address_max)]
     log_lines_per_address_max: u32,
 
-    /// Frames of any kind that a device may send in a second, in the long run. More are not refused: they
-    /// are read later. Lower it so that a single device cannot take the time that others need
+    /// Maximum sustained rate of frames of any type per device, per second. Frames above it are not rejected but
+    /// read later. Lower it so that one device cannot starve the others
     #[arg(long, value_name = "FRAMES", default_value_t = Settings::default().device_frames_per_s)]
     device_frames_per_s: u64,
 
-    /// Frames that a device may send at once after a pause, beyond that rate
+    /// Maximum number of frames that a device may send in one burst after a pause, above --device-frames-per-s
     #[arg(long, value_name = "FRAMES", default_value_t = Settings::default().device_frames_burst)]
     device_frames_burst: u64,
 
-    /// Readings that a device may send in a second, in the long run. More are not refused: they are read
-    /// later. Lower it so that a single device cannot take what others need
+    /// Maximum sustained rate of readings per device, per second. Readings above it are not rejected but read
+    /// later. Lower it so that one device cannot starve the others
     #[arg(long, value_name = "READINGS", default_value_t = Settings::default().device_readings_per_s)]
     device_readings_per_s: u64,
 
-    /// Readings that a device may send at once after a pause, beyond that rate. Raise it for devices that
-    /// bring a large backlog
+    /// Maximum number of readings that a device may send in one burst after a pause, above
+    /// --device-readings-per-s. Raise it for devices with large backlogs
     #[arg(long, value_name = "READINGS", default_value_t = Settings::default().device_readings_burst)]
     device_readings_burst: u64,
 
-    /// Series that a device may have, over all its schemas. A schema that would bring more is refused; the
-    /// device goes on with those it has
+    /// Maximum number of series per device, over all its schemas. A schema that would exceed it is rejected; the
+    /// device continues with its existing series
     #[arg(long, value_name = "SERIES", default_value_t = Settings::default().device_series_max)]
     device_series_max: u32,
 
-    /// Schemas that a device may have. One more is refused; the device goes on with those it has
+    /// Maximum number of schemas per device. A further one is rejected; the device continues with its existing
+    /// schemas
     #[arg(long, value_name = "SCHEMAS", default_value_t = Settings::default().device_schemas_max)]
     device_schemas_max: u32,
 
-    /// Streams that a device may have. One more is refused; streams it has go on. Raise it for devices that
-    /// draw a new stream at each boot and boot often
+    /// Maximum number of streams per device. A further one is rejected; existing streams continue. Raise it for
+    /// devices that start a new stream at each boot and boot often
     #[arg(long, value_name = "STREAMS", default_value_t = Settings::default().device_streams_max)]
     device_streams_max: u32,
 
-    /// Lines about a device's sessions that device_events keeps at most: connects, disconnects and refusals. What
-    /// devices reported and what operators did stays
-    #[arg(long, value_name = "LINES", default_value_t = Settings::default().device_events_max)]
+    /// Maximum number of session events per device in device_events: connects, disconnects and refusals. Events
+    /// reported by devices and operator actions are always kept
+    #[arg(long, value_name = "EVENTS", default_value_t = Settings::default().device_events_max)]
     device_events_max: u32,
 
-    /// Days after which such a line goes as well, and the clock of a boot, but for the newest 100 lines
-    /// and 8 clocks of each device
+    /// Days after which session events and boot clocks are deleted as well, except the newest 100 events and 8
+    /// clocks of each device
     #[arg(long, value_name = "DAYS", default_value_t = Settings::default().device_events_days)]
     device_events_days: u32,
 
-    /// Seconds from a connection's beginning to the end of its handshake. Raise it for links of many
-    /// seconds' delay
+    /// Maximum duration of a handshake in seconds, from the accept of the connection. Raise it for links with
+    /// several seconds of latency
     #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().handshake_timeout_s)]
     handshake_timeout_s: u64,
 
-    /// Seconds within which a frame that began must end. Raise it for links below 1 kbit/s
+    /// Maximum time to receive a frame in seconds, from its first byte. Raise it for links below 1 kbit/s
     #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().frame_timeout_s)]
     frame_timeout_s: u64,
 
-    /// Seconds without a whole frame after which a silent peer is cut off; more than --keepalive-s.
-    /// Lower it to notice sooner that a device is gone
+    /// Idle timeout: seconds without a complete frame before the connection is closed; must exceed
+    /// --keepalive-s. Lower it to detect dead devices sooner
     #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().idle_timeout_s)]
     idle_timeout_s: u64,
 
-    /// Seconds after which a device with nothing to send says that it is there. Raise it to save
-    /// traffic, as far as NAT on the way lets you
+    /// Keepalive interval announced to devices, in seconds. Raise it to save traffic, within the NAT timeouts
+    /// on the path
     #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().keepalive_s)]
     keepalive_s: u16,
 
-    /// Seconds that a device waits for an acknowledgement before it connects anew. Raise it if the
-    /// store may be away or slow for longer
+    /// Seconds that a device waits for an acknowledgement before it reconnects, announced to devices. Raise it
+    /// if the store may be unavailable or slow for longer
     #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().ack_timeout_s)]
     ack_timeout_s: u16,
 
-    /// Frames that a device may have in flight without an acknowledgement. Raise it for fast links of
-    /// long delay, lower it to hold each device to less
+    /// Maximum number of unacknowledged frames per device. Raise it for fast links with high latency; lower it
+    /// to limit each device's share
     #[arg(long, value_name = "FRAMES", default_value_t = Settings::default().window_frames)]
     window_frames: u64,
 
-    /// Bytes of the longest frame, 4096 to 16384. Raise it for devices that send large batches; each
-    /// connection may hold a frame in memory
+    /// Maximum size of a frame in bytes, 4096 to 16384. Raise it for devices that send large frames; every
+    /// connection may buffer one frame
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().frame_bytes_max)]
     frame_bytes_max: u16,
 
-    /// Readings of a full batch, which is one transaction. Lower it for shorter commits, raise it for
-    /// more readings a second
+    /// Maximum number of readings in a batch, which is one transaction. Lower it for shorter commits, raise it
+    /// for higher throughput
     #[arg(long, value_name = "READINGS", default_value_t = Settings::default().batch_readings_max)]
     batch_readings_max: usize,
 
-    /// Milliseconds from one commit to the next, at least. Raise it to spare flash storage: fewer and
-    /// larger writes, later acknowledgements
+    /// Minimum interval between commits, in milliseconds. Raise it to reduce flash wear: writes become fewer and
+    /// larger, acknowledgements later
     #[arg(long, value_name = "MS", default_value_t = Settings::default().commit_interval_min_ms)]
     commit_interval_min_ms: u64,
 
-    /// The same while fewer than 200 frames come in a second, to each of the --postgres-writers on Postgres, so that
-    /// devices share commits. A device that waits for an acknowledgement before it sends on is not made to wait.
-    /// Raise it to spare flash storage, 0 for the soonest acknowledgements
+    /// Minimum interval between commits at less than 200 frames per second (on Postgres, for each of the
+    /// --postgres-writers), in milliseconds, so that devices share commits. It does not delay a device that waits
+    /// for an acknowledgement before it sends more. Raise it to reduce flash wear; 0 gives the fastest
+    /// acknowledgements
     #[arg(long, value_name = "MS", default_value_t = Settings::default().commit_interval_quiet_ms)]
     commit_interval_quiet_ms: u64,
 
-    /// Readings that may wait for the store, at least a full batch; each of the `--postgres-writers` has an equal
-    /// part. Raise it to absorb longer bursts
+    /// Maximum number of readings queued for the store, at least a full batch; each of the --postgres-writers
+    /// has an equal part. Raise it to absorb longer bursts
     #[arg(long, value_name = "READINGS", default_value_t = Settings::default().queue_readings_max)]
     queue_readings_max: usize,
 
-    /// Bytes of memory that may wait for the store. Lower it on small machines, raise it to absorb
-    /// longer bursts
+    /// Maximum memory for readings queued for the store, in bytes. Lower it on small machines, raise it to
+    /// absorb longer bursts
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().queue_bytes_max)]
     queue_bytes_max: usize,
 
-    /// Seconds to answer what was taken in before leaving on Ctrl-C or SIGTERM. Keep it below what
-    /// your service manager waits before it kills
+    /// Maximum time to store and acknowledge accepted frames on Ctrl-C or SIGTERM, in seconds. Keep it below
+    /// your service manager's kill timeout
     #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().drain_timeout_s)]
     drain_timeout_s: u64,
 
-    /// Connections that write to Postgres, each with its own share of the devices. Raise it if the
-    /// server has more cores than two and is not busy otherwise
+    /// Number of connections that write to Postgres; each serves a share of the devices. Raise it if the server
+    /// has more than two cores and little other load
     #[arg(long, value_name = "CONNECTIONS", default_value_t = Settings::default().postgres_writers)]
     postgres_writers: usize,
 
-    /// Seconds that the start waits for a Postgres that is not up yet, such as one that boots with this
-    /// machine; 0 ends at once. A wrong password or name of a database always ends at once
+    /// Seconds to wait at startup for a Postgres that is not up yet, for example while the machine boots; 0
+    /// fails immediately. A wrong password or database name always fails immediately
     #[arg(long, value_name = "SECONDS", default_value_t = Settings::default().postgres_wait_s)]
     postgres_wait_s: u64,
 
-    /// Take a Postgres that runs with fsync or full_page_writes off, and may lose acknowledged readings
-    /// when it crashes, and leave synchronous_commit as it is configured. For tests
+    /// Accept a Postgres with fsync or full_page_writes off, which may lose acknowledged readings in a crash, and
+    /// leave synchronous_commit as configured. For tests
     #[arg(long)]
     allow_postgres_data_loss: bool,
 
-    /// Acknowledge readings when they are in spool.db in the data directory, and bring them to Postgres
-    /// from there: devices go on while Postgres is away. No other gateway may write to that database
+    /// Acknowledge readings once they are in spool.db in the data directory, and drain them into Postgres from
+    /// there: devices continue while Postgres is down. No other gateway may write to that database
     #[arg(long)]
     spool: bool,
 
-    /// Bytes of the spool at which nothing more is taken until Postgres is back. Raise it to bridge
-    /// longer outages; a reading takes about 30 bytes
+    /// Maximum size of the spool in bytes; when it is full, the gateway accepts no frames until Postgres is back.
+    /// Raise it to bridge longer outages; a reading takes about 30 bytes
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().spool_bytes_max)]
     spool_bytes_max: u64,
 
-    /// Bytes of frames in quarantine, beyond which devices keep such frames and wait; each may use an
-    /// eighth. Raise it if there is no time to look after quarantine
+    /// Maximum size of quarantined frames in bytes, an eighth of it per device; beyond it, devices keep such
+    /// frames and wait. Raise it if quarantine is checked only rarely
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().quarantine_bytes_max)]
     quarantine_bytes_max: u64,
 
-    /// Bytes of SQLite's page cache. Raise it for many series on a machine with memory to spare, lower
-    /// it on small machines
+    /// Size of SQLite's page cache in bytes. Raise it for many series if memory is free, lower it on small
+    /// machines
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().cache_bytes)]
     cache_bytes: u64,
 
-    /// Bytes of SQLite's write-ahead log at which commits wait for readers that hold it. Lower it on
-    /// small disks
+    /// Size of SQLite's write-ahead log, in bytes, at which commits wait for readers that keep it from being
+    /// checkpointed. Lower it on small disks
     #[arg(long, value_name = "BYTES", default_value_t = Settings::default().wal_bytes_max)]
     wal_bytes_max: u64,
 }
 
 impl ServeArgs {
-    /// Returns all settings of the gateway, not checked yet.
+    /// Returns all settings of the gateway, not yet validated.
     ///
     /// # Errors
-    /// The name of a host to listen on cannot be resolved.
+    /// The host name of a listener cannot be resolved.
     pub fn into_settings(self, global: GlobalArgs) -> Result<Settings, Error> {
         let listen = resolve("--listen", &self.listen)?;
         let tls_listen = self.tls_listen.as_ref();
@@ -324,7 +326,7 @@ impl ServeArgs {
             handshakes_max: self.handshakes_max,
             accepts_per_s_max: self.accepts_per_s_max,
             failure_delay_max_ms: self.failure_delay_max_ms,
-            stranger_bytes_max: self.stranger_bytes_max,
+            preauth_bytes_max: self.preauth_bytes_max,
             outbound_bytes_max: self.outbound_bytes_max,
             log_lines_per_address_max: self.log_lines_per_address_max,
             device_frames_per_s: self.device_frames_per_s,
@@ -364,16 +366,17 @@ impl ServeArgs {
 fn resolve(flag: &str, address: &ListenAddress) -> Result<SocketAddr, Error> {
     address.resolve().map_err(|error| {
         Error::Failed(format!(
-            "could not resolve {flag} {address}: {error}; give an IP address, or check the name"
+            "could not resolve {flag} {address}: {error}; use an IP address, or check the name"
         ))
     })
 }
 
-/// Runs the gateway until it is told to leave. `changed` shows the settings that differ from their defaults.
+/// Runs the gateway until it receives a signal to stop. `changed` shows the settings that differ from their
+/// defaults.
 pub async fn serve(settings: Settings, changed: &str, format: LogFormat) -> Result<(), Error> {
-    // Unheard it would end the process. Until there are certificates to load again it waits.
+    // Without a handler, SIGHUP ends the process. It stays pending until the certificates are loaded.
     let hangup = listen_to(SignalKind::hangup())?;
-    // Nor shall a limit on the size of files end it: a write that meets one fails as on a full disk.
+    // With a handler, a write beyond the file size limit fails as on a full disk and does not end the process.
     #[cfg(target_os = "linux")]
     let _file_size = listen_to(SignalKind::from_raw(SIGXFSZ))?;
     let config = Config::new(settings)?;
@@ -426,7 +429,7 @@ async fn run(config: &Config, hangup: Signal, format: LogFormat) -> Result<(), E
     }
 }
 
-/// Opens a store in Postgres, and waits for a server that is not up yet.
+/// Opens a store in Postgres, retrying while the server is not up yet.
 async fn once_up<T>(
     config: &Config,
     mut open: impl AsyncFnMut() -> Result<T, SpoolError>,
@@ -442,19 +445,19 @@ async fn once_up<T>(
         };
         if Instant::now() >= log_at {
             let left_s = wait.saturating_sub(began.elapsed()).as_secs();
-            tracing::warn!(%error, left_s, "Postgres is not up yet, waiting");
+            tracing::warn!(%error, left_s, "waiting for Postgres");
             log_at = Instant::now() + UP_LOG_INTERVAL;
         }
         tokio::time::sleep(UP_INTERVAL).await;
     }
 }
 
-/// Loads what TLS needs, if there is to be any.
+/// Loads the TLS files; `None` if TLS is off.
 pub fn load_tls(config: &Config) -> Result<Option<Tls>, Error> {
     match config.tls_files() {
         Some(files) if config.tls_cert.is_none() && !files.cert.exists() => {
             Err(Error::Failed(format!(
-                "there is no certificate {}; make one to try TLS with by `fieldgate tls init`, or give \
+                "could not find certificate {}; create a test certificate with `fieldgate tls init`, or set \
                  --tls-cert and --tls-key",
                 files.cert.display()
             )))
@@ -489,9 +492,9 @@ async fn serve_into<S: Store>(
     });
     let credentials = Arc::new(Credentials::new(key));
     let loaded = device_watch::load(&credentials, &mut changes).await;
-    loaded.map_err(|error| Error::Failed(format!("cannot read who may connect: {error}")))?;
+    loaded.map_err(|error| Error::Failed(format!("could not read devices: {error}")))?;
     let listeners = bind(config, tls.as_ref())?;
-    // Before anybody is told that the gateway is there, and may tell it to leave.
+    // Created before the gateway is announced, since it may be stopped from then on.
     let drain = CancellationToken::new();
     let mut tasks = Supervisor::default();
     tasks.spawn("signals", leave_when_told(drain.clone())?);
@@ -504,7 +507,7 @@ async fn serve_into<S: Store>(
     announce(config, origin, &listeners).await?;
     if config.allow_plaintext {
         let listen = config.listen;
-        tracing::warn!(%listen, "what devices send to this address is not encrypted");
+        tracing::warn!(%listen, "listener accepts unencrypted connections");
     }
     let gauge = Arc::new(Gauge::new(config.quarantine_bytes_max));
     let pruner = Pruner::new(
@@ -515,10 +518,10 @@ async fn serve_into<S: Store>(
             days: config.device_events_days,
         },
     );
-    let mut kept = KeptFrames::new(config.store().clone(), spool);
+    let mut kept = UsageReader::new(config.store().clone(), spool);
     quarantine::read(&gauge, &mut kept).await;
     let mut settings = server_settings(config, Arc::clone(&credentials), Arc::clone(&gauge));
-    settings.entrance.connections_max = connections_within_limit(config.connections_max);
+    settings.admission.connections_max = connections_within_limit(config.connections_max);
     let registry = Arc::new(Registry::default());
     tasks.spawn("quarantine", quarantine::watch(gauge, kept));
     let watch_credentials = device_watch::watch(credentials, Arc::clone(&registry), changes);
@@ -539,9 +542,9 @@ async fn serve_into<S: Store>(
     tokio::select! {
         served = &mut serving => served.map_err(|error| failed(&error)),
         ended = tasks.ended() => {
-            tracing::info!("shutting down: a task has ended; draining the queue");
+            tracing::info!("shutting down: a task ended unexpectedly; draining the queue");
             drain.cancel();
-            // What ended comes first: it is why there is anything to say.
+            // The task comes first in the error: it is the cause.
             let drained = serving.await.err().map(|error| format!("; {error}"));
             Err(failed(&format_args!("{ended}{}", drained.unwrap_or_default())))
         }
@@ -549,7 +552,7 @@ async fn serve_into<S: Store>(
     }
 }
 
-/// Ends the process as it is: to close a database that is not where it was would write to whatever is there.
+/// Exits without closing the database: closing it would write to whatever file now has its path.
 fn end_without_closing(reason: &str, format: LogFormat) -> Result<(), Error> {
     let error = Error::Failed(format!("the store failed: {reason}"));
     if let Some(line) = error.line(format) {
@@ -559,22 +562,22 @@ fn end_without_closing(reason: &str, format: LogFormat) -> Result<(), Error> {
     std::process::exit(1);
 }
 
-/// What brings to the spool what operators change in the database, with all that they have changed so far, if
-/// the database answers.
+/// Returns the mirror that copies operator changes from the database to the spool. Copies all changes so far, if
+/// the database is available.
 async fn filled_mirror(database: &StoreUrl, spool: &Path) -> Mirror {
     let mut mirror = Mirror::new(database.clone(), spool.to_owned());
     match timeout(MIRROR_TIMEOUT, mirror.copy()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
-            tracing::warn!(%error, "who may connect is as it was when Postgres was last there");
+            tracing::warn!(%error, "Postgres unavailable, using last known device list");
         }
-        Err(_) => tracing::warn!("Postgres is slow; who may connect is as it was last"),
+        Err(_) => tracing::warn!("Postgres slow, using last known device list"),
     }
     mirror
 }
 
-/// As many connections as there can be open files: one too many would be refused at random, and the store
-/// might be the one.
+/// Limits the number of connections to the number of files that can be open. Beyond the open file limit, any
+/// open can fail, also one of the store.
 fn connections_within_limit(wanted: usize) -> usize {
     let Some(open_files) = open_files::raise() else {
         return wanted;
@@ -585,7 +588,7 @@ fn connections_within_limit(wanted: usize) -> usize {
             connections = fitting,
             connections_max = wanted,
             open_files,
-            "fewer connections at once than --connections-max, because of the limit of open files; see ulimit -n"
+            "connection limit lowered to fit the open file limit; raise ulimit -n"
         );
     }
     wanted.min(fitting)
@@ -663,8 +666,8 @@ fn server_settings(
             idle_timeout_us: config.idle_timeout_s * SECOND_US,
             keepalive_s: config.keepalive_s,
             ack_timeout_s: config.ack_timeout_s,
-            stranger_bytes_max: config.stranger_bytes_max,
-            allowances: Arc::new(Allowances::new(
+            preauth_bytes_max: config.preauth_bytes_max,
+            quotas: Arc::new(DeviceQuotas::new(
                 Rate {
                     per_s: config.device_frames_per_s,
                     burst: config.device_frames_burst,
@@ -687,7 +690,7 @@ fn server_settings(
             readings_max: config.queue_readings_max,
             bytes_max: config.queue_bytes_max,
         },
-        entrance: EntranceLimits {
+        admission: AdmissionLimits {
             connections_max: config.connections_max,
             connections_per_address_max: config.connections_per_address_max,
             handshakes_max: config.handshakes_max,
@@ -700,17 +703,17 @@ fn server_settings(
 }
 
 fn cannot_listen(flag: &str, listen: SocketAddr, error: &io::Error) -> Error {
-    let mend = match error.kind() {
-        io::ErrorKind::AddrInUse => format!("stop what uses that port, or give another {flag}"),
+    let fix = match error.kind() {
+        io::ErrorKind::AddrInUse => format!("stop what uses that port, or choose another {flag}"),
         io::ErrorKind::PermissionDenied => {
-            format!("ports below 1024 take privileges; give another {flag}")
+            format!("ports below 1024 need privileges; choose another {flag}")
         }
-        _ => format!("give an address of this machine as {flag}"),
+        _ => format!("use an address of this machine as {flag}"),
     };
-    Error::Failed(format!("cannot listen on {listen}: {error}; {mend}"))
+    Error::Failed(format!("could not listen on {listen}: {error}; {fix}"))
 }
 
-/// Says where the gateway is to be found, on stdout and in the log.
+/// Prints the gateway's files and addresses on stdout and in the log.
 async fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io::Result<()> {
     let is_new = origin == Origin::Created;
     let key_file = config.data_dir.join(KEY_FILE);
@@ -738,7 +741,7 @@ async fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io:
         "serving"
     );
     let made = match is_new {
-        true => " (made now; devices need it, or keys derived from it)",
+        true => " (newly created; install keys derived from it on the devices)",
         false => "",
     };
     let mut lines = format!("data directory  {}\n", config.data_dir.display());
@@ -748,13 +751,13 @@ async fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io:
     }
     lines += &format!("fleet key       {}{made}\n", key_file.display());
     if is_closed {
-        lines += "registration    closed: only devices that were added may connect\n";
+        lines += "registration    closed: only registered devices may connect\n";
     }
     lines += &format!("listening on    {listen}\n");
     if let Some(tls_listen) = tls_listen {
         lines += &format!("TLS on          {tls_listen}\n");
     }
-    // A service may have closed its output, or nothing reads it; that is no reason not to serve.
+    // A closed or unread stdout, as a service may have, must not keep the gateway from serving.
     let printed = tokio::task::spawn_blocking(move || {
         let mut out = output::stdout();
         out.write_all(lines.as_bytes())?;
@@ -764,7 +767,7 @@ async fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io:
     Ok(())
 }
 
-/// Starts the drain at the first Ctrl-C or SIGTERM, and ends the process at the second.
+/// Starts the drain at the first Ctrl-C or SIGTERM, and exits at the second.
 fn leave_when_told(drain: CancellationToken) -> Result<impl Future<Output = ()>, Error> {
     let mut interrupt = listen_to(SignalKind::interrupt())?;
     let mut terminate = listen_to(SignalKind::terminate())?;
@@ -773,19 +776,19 @@ fn leave_when_told(drain: CancellationToken) -> Result<impl Future<Output = ()>,
         tracing::info!("shutting down: draining the queue; send the signal again to exit now");
         drain.cancel();
         tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-        tracing::warn!("exiting without draining; devices send again what was not acknowledged");
+        tracing::warn!("exiting without draining; devices will resend unacknowledged frames");
         log::flush(LAST_FLUSH);
         std::process::exit(1);
     })
 }
 
-/// Without TLS there is nothing that SIGHUP could mean.
+/// Logs and ignores SIGHUP: without TLS there is nothing to reload.
 async fn load_nothing(mut hangup: Signal) {
     while hangup.recv().await.is_some() {
-        tracing::info!("SIGHUP: there are no certificates to load again");
+        tracing::info!("SIGHUP ignored: no TLS certificates to reload");
     }
 }
 
 fn listen_to(kind: SignalKind) -> Result<Signal, Error> {
-    signal(kind).map_err(|error| Error::Failed(format!("cannot listen to signals: {error}")))
+    signal(kind).map_err(|error| Error::Failed(format!("could not listen for signals: {error}")))
 }

@@ -1,8 +1,8 @@
-//! The settings file: its values become defaults of the flags, so that reading, checking and
-//! precedence are the command line's for all sources alike.
+//! The settings file: its values become the defaults of the flags, so that all sources share the parsing, checks and
+//! precedence of the command line.
 //!
-//! Invariant: nothing in the file is passed over. A key that is no flag, and a value that its flag
-//! would not take, end the program before it does anything, also if the subcommand has no such flag.
+//! Invariant: nothing in the file is ignored. A key that is not a flag, or a value that its flag rejects, ends the
+//! program before it does anything, even if the subcommand does not have the flag.
 
 use std::any::TypeId;
 use std::fs;
@@ -16,64 +16,64 @@ use toml::{Table, Value};
 use super::nearest::nearest;
 use super::{CHECK_FLAG, SETTINGS_COMMAND, rendered};
 
-/// What is wrong with a settings file.
+/// Reason why a settings file could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    /// Not there, or not readable.
-    #[error("cannot read the settings file {}: {source}", path.display())]
+    /// The file does not exist or is not readable.
+    #[error("could not read settings file {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The system's word.
+        /// Error of the system.
         source: std::io::Error,
     },
-    /// Not TOML.
+    /// The file is not TOML.
     #[error("settings file {}, line {line}: {message}", path.display())]
     Syntax {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Counted from 1.
+        /// Line number, from 1.
         line: usize,
-        /// What the parser says.
+        /// Message of the parser.
         message: String,
     },
-    /// Not a flag's name.
-    #[error("settings file {}: no setting is named {key:?}; the nearest is {nearest:?}", path.display())]
+    /// A key is not the name of a flag.
+    #[error("settings file {}: unknown setting {key:?}; did you mean {nearest:?}?", path.display())]
     UnknownKey {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is there.
+        /// The unknown key.
         key: String,
-        /// What may be meant.
+        /// Name of the most similar setting.
         nearest: String,
     },
-    /// The flag of a command that acts on what it is given.
-    #[error("settings file {}: {key:?} cannot be set in a file; give it on the command line as --{key}", path.display())]
+    /// A key names a flag that is not a setting.
+    #[error("settings file {}: {key:?} cannot be set in a file; use --{key} on the command line", path.display())]
     NotASetting {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is there.
+        /// The key.
         key: String,
     },
-    /// Not what the flag takes.
+    /// The flag rejects the value.
     #[error("settings file {}: {key} = {value}: {fault}", path.display())]
     Value {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The setting.
+        /// Name of the setting.
         key: String,
-        /// As it may be shown.
+        /// The value, without passwords.
         value: String,
-        /// What is wrong with it.
+        /// Reason of the rejection.
         fault: String,
     },
 }
 
-/// The content of a settings file.
+/// Content of a settings file.
 #[derive(Debug)]
 pub struct SettingsFile(Table);
 
-/// Reads a file, without looking at what its keys mean.
+/// Reads a file without interpreting its keys.
 pub fn read(path: &Path) -> Result<SettingsFile, FileError> {
     let text = fs::read_to_string(path).map_err(|source| FileError::Read {
         path: path.to_owned(),
@@ -92,7 +92,7 @@ pub fn read(path: &Path) -> Result<SettingsFile, FileError> {
 }
 
 impl SettingsFile {
-    /// Makes the file's values the defaults of the settings of `command`; `path` is for errors.
+    /// Uses the file's values as defaults for the settings of `command`; `path` appears in errors.
     pub fn apply(&self, mut command: Command, path: &Path) -> Result<Command, FileError> {
         let flags: Vec<Arg> = setting_flags(&command).cloned().collect();
         for (key, value) in &self.0 {
@@ -120,12 +120,12 @@ impl SettingsFile {
     }
 }
 
-/// Returns the names of all settings that a file may have.
+/// Returns the names of all settings that a file may contain.
 pub fn settings(command: &Command) -> impl Iterator<Item = &str> {
     setting_flags(command).filter_map(Arg::get_long)
 }
 
-/// The flags that are settings, but for the one that names the file.
+/// Returns the flags that are settings, except `--config`.
 fn setting_flags(command: &Command) -> impl Iterator<Item = &Arg> {
     let serve = command.find_subcommand(SETTINGS_COMMAND);
     let serve = serve.into_iter().flat_map(Command::get_arguments);
@@ -140,7 +140,7 @@ fn is_flag(command: &Command, name: &str) -> bool {
     flags.any(|long| long == name) || command.get_subcommands().any(|it| is_flag(it, name))
 }
 
-/// The value as it would be written on the command line, if it has the flag's type.
+/// Converts a value to its command-line form. Fails if its type does not match the flag.
 fn text_of(flag: &Arg, value: &Value) -> Result<String, &'static str> {
     let parser = flag.get_value_parser().type_id();
     let is_number = [
@@ -159,22 +159,22 @@ fn text_of(flag: &Arg, value: &Value) -> Result<String, &'static str> {
         (_, Value::String(value)) if is_number && unit.is_some() => Ok(value.clone()),
         (_, _) if is_number => Err("must be a whole number"),
         (_, Value::String(value)) => Ok(value.clone()),
-        (_, _) => Err("must be a text in quotes"),
+        (_, _) => Err("must be a quoted string"),
     }
 }
 
-/// A value that is refused: the address of a store may hold a password.
+/// Formats a rejected value without passwords, which a store URL may contain.
 fn shown(value: &Value) -> String {
     match value {
         Value::String(text) => Value::from(without_password(text)).to_string(),
-        // No flag takes these, whatever is in them.
+        // No flag accepts these types.
         Value::Array(_) => "[…]".to_owned(),
         Value::Table(_) => "{…}".to_owned(),
         value => value.to_string(),
     }
 }
 
-/// Has the flag itself judge the value: as a default it would be taken for the program's own.
+/// Checks a value with the flag's own parser. Errors in a default value would be reported as errors of the program.
 fn try_out(flag: &Arg, text: &str) -> Result<(), String> {
     let name = flag.get_long().unwrap_or_default();
     let flag = flag
@@ -192,7 +192,7 @@ fn try_out(flag: &Arg, text: &str) -> Result<(), String> {
     let rendered = rendered(&error);
     let paragraph = rendered.split("\n\n").next().unwrap_or_default();
     let paragraph = paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
-    // "error: invalid value '0' for '--some-flag <N>': why", of which "why" is new here.
+    // Keep only "why" of "error: invalid value '0' for '--some-flag <N>': why".
     let why = match paragraph.split_once(">': ").or(paragraph.split_once(">' ")) {
         Some((_, why)) => why.trim_matches(['[', ']']),
         None => paragraph.trim_start_matches("error: "),

@@ -1,12 +1,11 @@
-//! Tells a statement that reads from everything else, before the store sees it.
+//! Checks that a text is a single read-only statement, before it is sent to the store.
 //!
-//! A read-only connection alone is not enough: `VACUUM INTO` writes a file through one, `ATTACH`
-//! opens other databases, `SET` makes a session of Postgres write after all, and several statements in
-//! one text would give rows of different shapes.
+//! A read-only connection is not enough: `VACUUM INTO` writes a file, `ATTACH` opens other databases, `SET` makes a
+//! Postgres session writable, and several statements in one text would return rows of different shapes.
 
 use fieldgate::store::url::StoreUrl;
 
-/// Whose SQL it is.
+/// SQL dialect of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dialect {
     Sqlite,
@@ -14,7 +13,7 @@ pub enum Dialect {
 }
 
 impl Dialect {
-    /// The SQL of a store.
+    /// Returns the dialect of a store.
     pub fn of(store: &StoreUrl) -> Dialect {
         match store {
             StoreUrl::Sqlite(_) => Dialect::Sqlite,
@@ -22,8 +21,8 @@ impl Dialect {
         }
     }
 
-    /// How statements begin that can only read, on a connection that is read-only. PRAGMA is none of
-    /// them: many change or do something. SQLite offers those that only read as functions,
+    /// Returns the first words of statements that can only read, on a read-only connection. PRAGMA is not one of
+    /// them, because many pragmas have effects. SQLite offers the read-only ones as functions, such as
     /// `pragma_table_info(…)`.
     fn reading(self) -> &'static [&'static str] {
         match self {
@@ -42,26 +41,26 @@ impl Dialect {
     }
 }
 
-/// Why a text is not run.
+/// Reason why a text is not run.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// Nothing, or only comments.
-    #[error("there is no SQL statement in {0:?}")]
+    /// The text is empty or contains only comments.
+    #[error("no SQL statement in {0:?}")]
     Empty(String),
-    /// More than one.
-    #[error("query runs one statement at a time; there is another one after the first `;`")]
+    /// The text contains more than one statement.
+    #[error("query runs one statement at a time; remove the text after the first `;`")]
     Several,
-    /// It does something else.
-    #[error("query only reads the store, it does not run {word}; it runs {}", .dialect.runs())]
+    /// The statement may not be read-only.
+    #[error("query is read-only and does not run {word}; it accepts {}", .dialect.runs())]
     Writes {
-        /// What it begins with.
+        /// First word of the statement.
         word: String,
-        /// Says what could be run.
+        /// Dialect, for the list of accepted statements.
         dialect: Dialect,
     },
 }
 
-/// Checks that `sql` is one statement, and of those that read.
+/// Checks that `sql` is a single read-only statement.
 pub fn check(sql: &str, dialect: Dialect) -> Result<(), Refusal> {
     let mut tokens = Tokens { rest: sql, dialect };
     let first = loop {
@@ -82,7 +81,7 @@ pub fn check(sql: &str, dialect: Dialect) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Words, quoted texts and single characters of an SQL text, without white space and comments.
+/// Iterator over the words, quoted texts and single characters of a SQL text, without white space and comments.
 struct Tokens<'a> {
     rest: &'a str,
     dialect: Dialect,
@@ -123,7 +122,7 @@ impl<'a> Tokens<'a> {
         token
     }
 
-    /// Bytes of a comment, up to the end of the text if nothing closes it. In Postgres comments hold
+    /// Returns the length of a comment in bytes. An unclosed comment extends to the end of the text. Postgres nests
     /// comments.
     fn comment(&self) -> usize {
         let mut depth = 1;
@@ -152,16 +151,16 @@ impl<'a> Tokens<'a> {
         end.unwrap_or(self.rest.len())
     }
 
-    /// Bytes up to and with the closing quote. A doubled quote makes two quoted texts in a row, which
-    /// ends at the same place.
+    /// Returns the length of a quoted text in bytes, including the quotes. A text with a doubled quote counts as two
+    /// adjacent quoted texts, which end at the same position.
     fn quoted(&self, end: char) -> usize {
         self.rest[1..]
             .find(end)
             .map_or(self.rest.len(), |at| at + 2)
     }
 
-    /// Bytes of `E'…'`, in which a backslash makes the next character a plain one. Nor does a doubled
-    /// quote end it: backslashes after one still count.
+    /// Returns the length of `E'…'` in bytes. A backslash escapes the next character. A doubled quote does not end
+    /// the text: backslashes after it still escape.
     fn quoted_with_escapes(&self) -> usize {
         let mut chars = self.rest.char_indices().skip(2).peekable();
         while let Some((at, c)) = chars.next() {
@@ -175,7 +174,7 @@ impl<'a> Tokens<'a> {
         self.rest.len()
     }
 
-    /// Bytes of `$tag$…$tag$`; `None` if that is not what begins here.
+    /// Returns the length of `$tag$…$tag$` in bytes; `None` if the text does not start with a dollar quote.
     fn dollar_quoted(&self) -> Option<usize> {
         let tag = &self.rest[1..];
         let tag = &tag[..tag.find('$')?];
@@ -199,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_statement_that_reads_passes() {
+    fn single_read_only_statements_pass() {
         for sql in [
             "SELECT 1",
             " select 1 ; ",
@@ -227,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn postgres_has_ways_to_quote_of_its_own() {
+    fn postgres_quoting_is_understood() {
         for sql in [
             "TABLE devices;",
             "SHOW server_version",
@@ -261,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_else_is_refused() {
+    fn all_other_texts_are_rejected() {
         for dialect in [Sqlite, Postgres] {
             for sql in ["", "  ", ";", "-- SELECT 1", "/* SELECT 1 */"] {
                 assert_eq!(check(sql, dialect), Err(Refusal::Empty(sql.to_owned())));
@@ -293,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn only_sqlite_is_told_about_pragmas() {
+    fn only_the_sqlite_error_mentions_pragmas() {
         let refusal = |dialect| check("PRAGMA x", dialect).unwrap_err().to_string();
         assert!(refusal(Sqlite).contains("pragma_x"));
         assert!(refusal(Postgres).ends_with("TABLE, SHOW and EXPLAIN"));

@@ -1,5 +1,7 @@
-//! `fieldgate status`: what is stored, in one screen. It looks at the store alone, so it works beside
-//! a running gateway and without one. Beside a store in Postgres there may be a spool in the data directory.
+//! `fieldgate status`: shows a one-screen summary of the store.
+//!
+//! It reads only the store, and the spool in the data directory if the store is in Postgres. It works with and
+//! without a running gateway.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -16,7 +18,7 @@ use super::output::{self, age, bytes_text, count, utc_text, write_facts};
 
 type Fact = (&'static str, String);
 
-/// What both stores count.
+/// Counts for SQLite and Postgres.
 pub(super) const COUNTS: &str = "SELECT (SELECT count(*) FROM devices), count(*),
         CAST(coalesce(sum(st.frames), 0) AS BIGINT), CAST(coalesce(sum(st.readings), 0) AS BIGINT),
         max((SELECT f.received_at FROM frames AS f
@@ -26,7 +28,7 @@ pub(super) const COUNTS: &str = "SELECT (SELECT count(*) FROM devices), count(*)
         (SELECT count(*) FROM quarantine)
     FROM streams AS st";
 
-/// Shows it. What waits in a spool is shown also while the database is away.
+/// Shows the summary. Shows the spool even if the database is unavailable.
 pub async fn status(store: &StoreUrl, data_dir: &Path) -> Result<(), Error> {
     let mut out = output::stdout();
     let now_us = SystemClock::start().now().utc_us;
@@ -62,7 +64,7 @@ async fn spooled(path: &Path, now_us: i64) -> Result<Vec<Fact>, Error> {
     let waits = match waiting.oldest_received_us {
         None => "empty".to_owned(),
         Some(us) => format!(
-            "{} with {} wait for Postgres, the oldest came {}",
+            "{} with {} waiting for Postgres, oldest received {}",
             count(waiting.frames, "frame"),
             count(waiting.readings, "reading"),
             age(us, now_us)
@@ -84,8 +86,8 @@ fn file(path: &Path) -> Vec<Fact> {
 }
 
 async fn database(reader: &mut Reader, url: &PostgresUrl) -> Result<Vec<Fact>, Error> {
-    // Of the default partition the planner's estimate (-1 before the first) and the size: counting
-    // would read the whole of it.
+    // For the default partition, read the planner's estimate (-1 before the first ANALYZE) and the size: counting
+    // would scan the partition.
     let rows = reader
         .rows(
             "SELECT pg_database_size(current_database()),
@@ -103,16 +105,16 @@ async fn database(reader: &mut Reader, url: &PostgresUrl) -> Result<Vec<Fact>, E
         facts.push(("size", bytes_text(row.integer(0)?.unsigned_abs())));
         let partitions = count(row.integer(1)?.unsigned_abs(), "partition");
         let others = match (row.integer_or_null(2)?, row.integer_or_null(3)?) {
-            // Partitioned otherwise, or not at all.
+            // No default partition: the table is partitioned differently, or not at all.
             (None, _) | (_, None) => continue,
             (_, Some(0)) => String::new(),
             (Some(0..), Some(_)) => {
                 let readings = count(row.integer(2)?.unsigned_abs(), "reading");
-                format!(", and about {readings} of other times")
+                format!(", plus about {readings} in readings_default")
             }
             (Some(_), Some(bytes)) => {
                 let size = bytes_text(bytes.unsigned_abs());
-                format!(", and {size} of readings of other times")
+                format!(", plus {size} in readings_default")
             }
         };
         facts.push(("partitions", format!("{partitions}{others}")));
@@ -121,9 +123,9 @@ async fn database(reader: &mut Reader, url: &PostgresUrl) -> Result<Vec<Fact>, E
 }
 
 async fn counted(reader: &mut Reader, now_us: i64) -> Result<Vec<Fact>, Error> {
-    // Streams keep running totals: nothing here counts a large table. The newest frame need not have
-    // the highest id where several connections write. Frames in gaps are summed as doubles: a device
-    // may claim a gap so long that whole numbers would overflow.
+    // Streams keep running totals, so no large table is counted. The newest frame may not have the highest id if
+    // several connections write. Frames in gaps are summed as doubles: a device may report a gap so long that
+    // integers would overflow.
     let rows = reader.rows(COUNTS, &[]).await?;
     let mut facts = Vec::new();
     for row in &rows {
@@ -133,7 +135,7 @@ async fn counted(reader: &mut Reader, now_us: i64) -> Result<Vec<Fact>, Error> {
             None => "none yet".to_owned(),
         };
         let gaps = match (row.integer(5)?, row.real_or_null(6)?) {
-            (gaps, Some(frames)) => format!("{gaps}, of {frames} frames in all"),
+            (gaps, Some(frames)) => format!("{gaps}, {frames} frames in total"),
             (gaps, None) => gaps.to_string(),
         };
         facts.extend([

@@ -1,4 +1,4 @@
-//! `fieldgate tls`: certificates of one's own making, to try TLS with, or for a closed network.
+//! `fieldgate tls`: creates a private CA and certificates, for tests or closed networks.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs::{self, File, OpenOptions};
@@ -31,31 +31,30 @@ use super::{Error, output};
 const CA_CERT_FILE: &str = "ca.pem";
 const CA_KEY_FILE: &str = "ca.key";
 const LOCK_FILE: &str = ".lock";
-/// Whom the first certificate names if nobody says it.
+/// Default hosts of the first certificate.
 const FIRST_HOSTS: [&str; 3] = ["localhost", "127.0.0.1", "::1"];
-/// The authority's certificate is in devices, where it is not easily changed.
+/// Validity of the CA certificate, in days. It is long because devices store the certificate and are hard to update.
 const CA_DAYS: u32 = 20 * 365;
 
 #[derive(Debug, Subcommand)]
 pub enum TlsCommand {
-    /// Make a certificate for the gateway, and an authority that signs it, into tls/ in the data
-    /// directory. Again later, a new certificate by the same authority for the same hosts; a gateway that
-    /// runs takes it
+    /// Create a CA and a server certificate in tls/ in the data directory. Run again, it renews the certificate
+    /// for the same hosts with the same CA; a running gateway reloads it
     Init(InitArgs),
-    /// Make certificates for devices, for a gateway that asks for them (serve --tls-client-ca). Files that are
-    /// there stay, unless --replace is given
+    /// Create device certificates, for a gateway that requires them (serve --tls-client-ca). Existing files are
+    /// kept unless --replace is given
     Device(DeviceArgs),
 }
 
 #[derive(Args, Debug)]
 pub struct InitArgs {
-    /// Names and addresses by which devices reach the gateway [default: those of the certificate that is
-    /// there, or else localhost, 127.0.0.1 and ::1]
+    /// Host names and addresses of the gateway [default: those of the existing certificate, otherwise localhost,
+    /// 127.0.0.1 and ::1]
     #[arg(value_name = "HOST", value_parser = host_name)]
     hosts: Vec<String>,
 
-    /// Replace the certificate that is there although it is for other hosts. Without it, a running gateway keeps
-    /// the names by which devices reach it
+    /// Replace an existing certificate for other hosts. Without it, the command keeps the hosts that devices may
+    /// be using
     #[arg(long)]
     replace: bool,
 
@@ -71,11 +70,11 @@ pub struct DeviceArgs {
     #[arg(value_name = "NAME", required = true, value_parser = device_name)]
     names: Vec<String>,
 
-    /// Directory for NAME.pem and NAME.key; it is made if it is missing, and must not be the data directory
+    /// Directory for NAME.pem and NAME.key; created if missing; must not be the data directory
     #[arg(long, value_name = "DIR", default_value = ".")]
     out_dir: PathBuf,
 
-    /// Make new keys and certificates also where there are some; those devices need both new files
+    /// Replace existing keys and certificates; the devices then need both new files
     #[arg(long)]
     replace: bool,
 
@@ -85,7 +84,7 @@ pub struct DeviceArgs {
     days: u32,
 }
 
-/// Does what was asked for.
+/// Runs the subcommand.
 pub fn tls(data_dir: &Path, command: &TlsCommand) -> Result<(), Error> {
     match command {
         TlsCommand::Init(args) => init(data_dir, args),
@@ -122,15 +121,20 @@ fn init(data_dir: &Path, args: &InitArgs) -> Result<(), Error> {
     };
     let (params, valid_until) = params(hosts.clone(), "fieldgate", args.days)?;
     let issued = authority.issue(params, ExtendedKeyUsagePurpose::ServerAuth)?;
-    // The key first: a gateway that looks in between keeps what it has, and looks again.
+    // Write the key first: a gateway that reads both files in between sees a mismatch, keeps the old pair and
+    // retries.
     replace(&key, &issued.key)?;
     replace(&cert, &issued.certificate)?;
 
     let mut out = output::stdout();
-    writeln!(out, "authority    {} (devices need it)", ca_cert.display())?;
     writeln!(
         out,
-        "its key      {} (signs all others: keep it safe)",
+        "CA           {} (install it on the devices)",
+        ca_cert.display()
+    )?;
+    writeln!(
+        out,
+        "CA key       {} (signs all certificates: keep it safe)",
         ca_key.display()
     )?;
     let hosts = hosts.join(", ");
@@ -139,10 +143,10 @@ fn init(data_dir: &Path, args: &InitArgs) -> Result<(), Error> {
         "certificate  {} for {hosts}, until {valid_until}",
         cert.display()
     )?;
-    writeln!(out, "its key      {}", key.display())?;
+    writeln!(out, "private key  {}", key.display())?;
     writeln!(
         out,
-        "try it by    fieldgate serve --tls-listen 127.0.0.1:7301"
+        "try it with  fieldgate serve --tls-listen 127.0.0.1:7301"
     )?;
     writeln!(
         out,
@@ -152,7 +156,7 @@ fn init(data_dir: &Path, args: &InitArgs) -> Result<(), Error> {
     out.flush().map_err(Error::Output)
 }
 
-/// Devices that reach a running gateway by a name that its certificate loses are cut off.
+/// Fails if the certificate is for other hosts: devices that connect by a removed name could not reconnect.
 fn refuse_other_hosts(present: &[String], wanted: &[String], cert: &Path) -> Result<(), Error> {
     let set = |hosts: &[String]| -> BTreeSet<String> {
         hosts.iter().map(|host| host.to_ascii_lowercase()).collect()
@@ -161,27 +165,27 @@ fn refuse_other_hosts(present: &[String], wanted: &[String], cert: &Path) -> Res
         return Ok(());
     }
     Err(Error::Failed(format!(
-        "{} is for {}, not for {}; give --replace to make a new one for the hosts named, or name none to renew it",
+        "{} is for {}, not for {}; use --replace for a certificate with the given hosts, or name no hosts to renew it",
         cert.display(),
         present.join(", "),
         wanted.join(", ")
     )))
 }
 
-/// Keeps others out who want to make certificates here, as long as the file is open.
+/// Locks the directory against concurrent `fieldgate tls` commands, while the returned file is open.
 fn lock(dir: &Path) -> Result<File, Error> {
     let path = dir.join(LOCK_FILE);
     let mut options = OpenOptions::new();
     let opened = options.append(true).create(true).mode(0o600).open(&path);
     let file = opened
-        .map_err(|error| Error::Failed(format!("cannot lock {}: {error}", path.display())))?;
-    // Some file systems have no locks, and two commands at once are rare.
+        .map_err(|error| Error::Failed(format!("could not lock {}: {error}", path.display())))?;
+    // Some file systems do not support locks. Concurrent commands are rare, so continue without one.
     let _ = file.lock();
     Ok(file)
 }
 
-/// The certificate that is there, if there is one. It and its key are about to be replaced: so what is not this
-/// authority's is refused.
+/// Returns the existing certificate, if there is one. Fails if it was not signed by this CA or if its key does not
+/// match, because both files are about to be replaced.
 fn present_certificate(
     authority: &Authority,
     cert: &Path,
@@ -194,7 +198,7 @@ fn present_certificate(
             _ => {
                 return Err(foreign_file(
                     cert,
-                    "was not signed by the authority beside it",
+                    "was not signed by the CA in the same directory",
                 ));
             }
         },
@@ -203,7 +207,7 @@ fn present_certificate(
     if key.exists() && !KeyPair::from_pem(&read(key)?).is_ok_and(fits) {
         return Err(foreign_file(
             key,
-            "is not the key of the certificate beside it",
+            "does not match the certificate in the same directory",
         ));
     }
     Ok(present)
@@ -212,7 +216,7 @@ fn present_certificate(
 fn hosts_of(path: &Path, certificate: &CertificateDer<'_>) -> Result<Vec<String>, Error> {
     let unknown = || {
         Error::Failed(format!(
-            "cannot tell the hosts that {} is for; name them behind `tls init`",
+            "could not read the hosts of {}; name them: `fieldgate tls init HOST…`",
             path.display()
         ))
     };
@@ -238,35 +242,35 @@ fn device(data_dir: &Path, args: &DeviceArgs) -> Result<(), Error> {
     let [ca_cert, ca_key] = [CA_CERT_FILE, CA_KEY_FILE].map(|file| dir.join(file));
     if !ca_key.exists() {
         return Err(Error::Failed(format!(
-            "there is no {}, which signs certificates; `fieldgate tls init` makes one",
+            "could not find CA key {}; run `fieldgate tls init` first",
             ca_key.display()
         )));
     }
-    // A device may be named like the gateway's own files.
+    // A device may have the name of one of the gateway's own files.
     if [data_dir, &dir]
         .iter()
         .any(|own| is_same(own, &args.out_dir))
     {
         return Err(Error::Failed(format!(
-            "{} is where the gateway keeps its own keys; give another --out-dir",
+            "{} holds the gateway's own keys; choose another --out-dir",
             args.out_dir.display()
         )));
     }
     let authority = Authority::load(&ca_cert, &ca_key)?;
     create_private_dir(&args.out_dir).map_err(|error| {
         Error::Failed(format!(
-            "cannot write the directory {}: {error}; give another --out-dir",
+            "could not write the directory {}: {error}; choose another --out-dir",
             args.out_dir.display()
         ))
     })?;
-    // Whoever stops reading ends no more than the output.
-    let said = make_pairs(&authority, args)?;
+    // Write all files before the output, so that a closed stdout does not leave some of them out.
+    let lines = make_pairs(&authority, args)?;
     let mut out = output::stdout();
-    out.write_all(said.as_bytes())?;
+    out.write_all(lines.as_bytes())?;
     out.flush().map_err(Error::Output)
 }
 
-/// Makes the files, and a line for each device.
+/// Creates the files. Returns a line for each device.
 fn make_pairs(authority: &Authority, args: &DeviceArgs) -> Result<String, Error> {
     let mut named = HashSet::new();
     let names = args.names.iter().filter(|name| named.insert(*name));
@@ -275,25 +279,25 @@ fn make_pairs(authority: &Authority, args: &DeviceArgs) -> Result<String, Error>
         (name, file("pem"), file("key"))
     };
     let pairs: Vec<(&String, PathBuf, PathBuf)> = names.map(with_files).collect();
-    // All or none, where that can be known.
+    // Create all files or none, as far as that can be checked before.
     let mut files = pairs.iter().flat_map(|(_, cert, key)| [cert, key]);
-    if let Some(there) = files.find(|path| !args.replace && fs::symlink_metadata(path).is_ok()) {
-        return Err(is_there(there));
+    if let Some(existing) = files.find(|path| !args.replace && fs::symlink_metadata(path).is_ok()) {
+        return Err(is_there(existing));
     }
     let put = if args.replace { replace } else { create };
-    let mut said = String::new();
+    let mut lines = String::new();
     for (name, cert, key) in &pairs {
         let (params, until) = params(Vec::new(), name, args.days)?;
         let issued = authority.issue(params, ExtendedKeyUsagePurpose::ClientAuth)?;
         put(key, &issued.key)?;
         put(cert, &issued.certificate)?;
         let (cert, key) = (cert.display(), key.display());
-        said.push_str(&format!("{cert} and {key}, until {until}\n"));
+        lines.push_str(&format!("{cert} and {key}, until {until}\n"));
     }
-    Ok(said)
+    Ok(lines)
 }
 
-/// Whether two paths lead to one directory; what is not there is no other's.
+/// Returns whether two paths lead to the same directory; `false` if one does not exist.
 fn is_same(one: &Path, other: &Path) -> bool {
     let id = |path| {
         let meta = fs::metadata(path).ok()?;
@@ -302,12 +306,12 @@ fn is_same(one: &Path, other: &Path) -> bool {
     id(one).is_some_and(|one| id(other) == Some(one))
 }
 
-/// What is signed, and its last day.
+/// Returns the parameters of a certificate and its last valid day.
 fn params(hosts: Vec<String>, name: &str, days: u32) -> Result<(CertificateParams, Date), Error> {
     let mut params = CertificateParams::new(hosts).map_err(cannot_make)?;
     params.distinguished_name.push(DnType::CommonName, name);
     let today = utc_now().to_zoned(jiff::tz::TimeZone::UTC).date();
-    // A clock that is a little behind shall take it, too.
+    // Valid from two days ago, for devices with slow clocks.
     let (from, until) = (today - 2.days(), today + i64::from(days).days());
     let moment = |date: Date| {
         let (month, day) = (date.month().unsigned_abs(), date.day().unsigned_abs());
@@ -323,20 +327,20 @@ fn make_authority(cert: &Path, key: &Path) -> Result<(), Error> {
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let signing = KeyPair::generate().map_err(cannot_make)?;
     let certificate = params.self_signed(&signing).map_err(cannot_make)?;
-    // Never over another's; and the key last, which tells that all is there.
+    // Never overwrite files. Write the key last: its existence shows that both files are complete.
     for (path, text) in [(cert, certificate.pem()), (key, signing.serialize_pem())] {
         create_secret(path, &text).map_err(|error| cannot_write(path, &error))?;
     }
     Ok(())
 }
 
-/// As PEM.
+/// A certificate and its private key, as PEM.
 struct Issued {
     certificate: String,
     key: String,
 }
 
-/// Who signs.
+/// The private CA.
 struct Authority {
     certificate: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
@@ -347,11 +351,11 @@ impl Authority {
         let signing = KeyPair::from_pem(&read(key)?).map_err(cannot_make)?;
         let text = read(cert)?;
         let certificate = CertificateDer::from_pem_slice(text.as_bytes());
-        // What another key signs, nobody would take.
+        // Devices would reject certificates signed with another key.
         let certificate = certificate.ok().filter(|it| is_of(&signing, it));
         let certificate = certificate.ok_or_else(|| {
             Error::Failed(format!(
-                "{} is not the key of {}; bring back the file that belongs to the other",
+                "{} does not match {}; restore the matching file",
                 key.display(),
                 cert.display()
             ))
@@ -396,11 +400,11 @@ fn is_of(key: &KeyPair, certificate: &CertificateDer<'_>) -> bool {
 }
 
 fn read(path: &Path) -> Result<String, Error> {
-    let unreadable = |error| Error::Failed(format!("cannot read {}: {error}", path.display()));
+    let unreadable = |error| Error::Failed(format!("could not read {}: {error}", path.display()));
     fs::read_to_string(path).map_err(unreadable)
 }
 
-/// Makes a file that nobody else may touch, where there is none.
+/// Creates a private file (mode 0600); fails if it exists.
 fn create(path: &Path, text: &str) -> Result<(), Error> {
     create_secret(path, text).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => is_there(path),
@@ -408,29 +412,29 @@ fn create(path: &Path, text: &str) -> Result<(), Error> {
     })
 }
 
-/// Puts a file there whole, in the place of one that may be there; nobody else may touch it.
+/// Creates or replaces a private file (mode 0600) atomically.
 fn replace(path: &Path, text: &str) -> Result<(), Error> {
     replace_secret(path, text).map_err(|error| cannot_write(path, &error))
 }
 
 fn foreign_file(path: &Path, why: &str) -> Error {
     Error::Failed(format!(
-        "{} is there and {why}, so it is left alone; move it away, or give another --data-dir",
+        "{} exists and {why}, not replaced; move it away, or choose another --data-dir",
         path.display()
     ))
 }
 
 fn is_there(path: &Path) -> Error {
     Error::Failed(format!(
-        "{} is there already and is left alone; --replace makes another in its place",
+        "{} already exists; use --replace to replace it",
         path.display()
     ))
 }
 
 fn cannot_write(path: &Path, error: &io::Error) -> Error {
-    Error::Failed(format!("cannot write {}: {error}", path.display()))
+    Error::Failed(format!("could not write {}: {error}", path.display()))
 }
 
 fn cannot_make(error: rcgen::Error) -> Error {
-    Error::Failed(format!("cannot make a certificate: {error}"))
+    Error::Failed(format!("could not create certificate: {error}"))
 }

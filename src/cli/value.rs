@@ -1,19 +1,19 @@
-//! How a value is written.
+//! Formats values for tables, CSV and JSON.
 
 use std::fmt::Write;
 
 pub use fieldgate::store::reader::Value;
 
-/// The ways to write a value.
+/// Output formats of a value.
 pub trait Written {
-    /// Whether it belongs to the right of its column.
+    /// Returns whether the value is a number, which tables align to the right.
     fn is_number(&self) -> bool;
-    /// For people. What devices sent must not steer a terminal, so control characters are spelled
-    /// out.
+    /// Formats the value for people. Control characters are escaped, because text from devices must not control the
+    /// terminal.
     fn shown(&self) -> String;
-    /// A field of CSV. NULL is nothing at all, and an empty text is `""`.
+    /// Formats the value as a CSV field. NULL is an empty field, and an empty text is `""`.
     fn csv(&self) -> String;
-    /// A JSON value. What JSON has no number for is a string.
+    /// Formats the value as JSON. A number that JSON cannot represent becomes a string.
     fn json(&self) -> String;
 }
 
@@ -53,7 +53,7 @@ impl Written for Value {
     }
 }
 
-/// A field of CSV that holds `text`.
+/// Formats `text` as a CSV field.
 pub fn csv_text(text: &str) -> String {
     if text.is_empty() || text.contains([',', '"', '\n', '\r']) {
         format!("\"{}\"", text.replace('"', "\"\""))
@@ -62,12 +62,12 @@ pub fn csv_text(text: &str) -> String {
     }
 }
 
-/// A JSON string that holds `text`.
+/// Formats `text` as a JSON string.
 pub fn json_text(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
-/// Lower-case digits, two for each byte.
+/// Formats bytes as lower-case hexadecimal digits, two per byte.
 pub fn hex(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(2 * bytes.len());
     for byte in bytes {
@@ -77,7 +77,7 @@ pub fn hex(bytes: &[u8]) -> String {
     text
 }
 
-/// The shortest digits that give the same number again, and always recognizable as REAL.
+/// Formats a number with the fewest digits that parse to the same number, in a form that is always a REAL.
 fn real(value: f64) -> String {
     match value {
         f64::INFINITY => "Infinity".to_owned(),
@@ -99,7 +99,7 @@ fn escape_controls(text: &str) -> String {
         .collect()
 }
 
-/// Whether a terminal would show what follows in another order (Unicode's property Bidi_Control).
+/// Returns whether a character changes the display order of the following text (Unicode property Bidi_Control).
 fn is_bidi_control(c: char) -> bool {
     matches!(
         c,
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reals_come_back_as_they_were() {
+    fn reals_round_trip() {
         for value in [
             0.0,
             -0.0,
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_postgres_has_is_json_too() {
+    fn postgres_types_are_written_as_json() {
         assert_eq!(Value::Bool(true).json(), "true");
         let digits = "123456789012345678901234567890.5";
         assert_eq!(Value::Decimal(digits.to_owned()).json(), digits);
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn csv_tells_null_from_empty() {
+    fn csv_distinguishes_null_from_empty() {
         assert_eq!(Value::Null.csv(), "");
         assert_eq!(Value::from("").csv(), "\"\"");
         assert_eq!(Value::from("a,\"b\"\n").csv(), "\"a,\"\"b\"\"\n\"");
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn terminals_see_no_control_characters() {
+    fn control_characters_are_escaped() {
         let value = Value::from("a\u{1b}[2Jb\nc\u{9b}é\u{202e}d");
         assert_eq!(value.shown(), "a\\u{1b}[2Jb\\nc\\u{9b}é\\u{202e}d");
         assert_eq!(Value::from("\u{1b}\"").json(), "\"\\u001b\\\"\"".to_owned());

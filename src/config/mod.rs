@@ -1,10 +1,8 @@
 //! Every setting and limit of the gateway, with its unit in its name, validated once.
 //!
-//! Where the values come from (flags, environment, a file) is the command line's business, and so is
-//! every file: nothing here touches the system.
+//! The command line reads the values from flags, environment and settings file. This module does no I/O.
 //!
-//! Invariant: a [`Config`] can be had only from [`Config::new`], so whoever holds one need not check
-//! anything again.
+//! Invariant: only [`Config::new`] creates a [`Config`], so its values need no further checks.
 
 use std::net::SocketAddr;
 use std::ops::Deref;
@@ -22,15 +20,15 @@ use crate::sys::secret_file::SecretReaders;
 
 pub mod units;
 
-/// Name of the database within the data directory, where `store` does not say otherwise.
+/// Name of the database in the data directory, unless `store` is set.
 pub const DATABASE_FILE: &str = "fieldgate.db";
-/// Name of the spool within the data directory.
+/// Name of the spool in the data directory.
 pub const SPOOL_FILE: &str = "spool.db";
-/// Directory of what TLS needs within the data directory.
+/// Directory of the TLS files in the data directory.
 pub const TLS_DIR: &str = "tls";
-/// The gateway's certificate within [`TLS_DIR`].
+/// Name of the gateway's certificate in [`TLS_DIR`].
 pub const TLS_CERT_FILE: &str = "server.pem";
-/// Its key within [`TLS_DIR`].
+/// Name of the certificate's private key in [`TLS_DIR`].
 pub const TLS_KEY_FILE: &str = "server.key";
 
 const DAY_S: u64 = 86_400;
@@ -43,115 +41,116 @@ const READINGS_PER_S: u64 = 1_000_000_000;
 /// Which devices may connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Registration {
-    /// Every one that proves its key; those that were not known are from then on.
+    /// Any device that proves its key; unknown devices are registered at their first login.
     Open,
-    /// Those that were added beforehand.
+    /// Only devices that were registered before.
     Closed,
 }
 
-/// What the gateway is asked to run with; [`Config::new`] says whether it can.
+/// Settings of the gateway, not yet validated; see [`Config::new`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Holds the fleet key, and the database unless `store` names another.
+    /// Directory of the fleet key, and of the database unless `store` is set.
     pub data_dir: PathBuf,
-    /// The database; `None` for [`DATABASE_FILE`] in `data_dir`.
+    /// URL of the database; `None` for [`DATABASE_FILE`] in `data_dir`.
     pub store: Option<StoreUrl>,
-    /// Who may read the fleet key and the TLS key besides their owner.
+    /// Who may read the files of the fleet key and the TLS key.
     pub secret_readers: SecretReaders,
-    /// Where devices connect, in plain text.
+    /// Address of the plain TCP listener.
     pub listen: SocketAddr,
     /// Whether `listen` may be reachable from other machines.
     pub allow_plaintext: bool,
-    /// Where devices connect through TLS; `None` for nowhere.
+    /// Address of the TLS listener; `None` for no TLS.
     pub tls_listen: Option<SocketAddr>,
-    /// The certificate for it; `None` for [`TLS_CERT_FILE`] in the data directory.
+    /// File of the gateway's certificate; `None` for [`TLS_CERT_FILE`] in the data directory.
     pub tls_cert: Option<PathBuf>,
-    /// The certificate's key; `None` for [`TLS_KEY_FILE`] in the data directory.
+    /// File of the certificate's private key; `None` for [`TLS_KEY_FILE`] in the data directory.
     pub tls_key: Option<PathBuf>,
-    /// Who signs the certificates that devices must show; `None` if they need none.
+    /// File of the CA certificates that sign device certificates; `None` if devices need no certificates.
     pub tls_client_ca: Option<PathBuf>,
-    /// Bytes that a TLS record from the gateway holds at most.
+    /// Maximum size of a TLS record from the gateway, in bytes.
     pub tls_record_bytes_max: usize,
     /// Which devices may connect.
     pub registration: Registration,
-    /// Connections at once; further ones wait to be accepted.
+    /// Maximum number of connections; further ones wait to be accepted.
     pub connections_max: usize,
-    /// Of those, from one address; further ones are closed.
+    /// Maximum number of connections from one address; further ones are closed.
     pub connections_per_address_max: usize,
-    /// Connections at once that have not proved a key yet; further ones wait, or the oldest ends.
+    /// Maximum number of unauthenticated connections; further ones wait, or the oldest is closed.
     pub handshakes_max: usize,
-    /// Connections that are accepted in a second.
+    /// Maximum number of connections accepted per second.
     pub accepts_per_s_max: u64,
-    /// Longest wait for the answer to a failed authentication.
+    /// Maximum delay of the reply to a failed authentication, in milliseconds.
     pub failure_delay_max_ms: u64,
-    /// Bytes that a peer may send before it has proved its key.
-    pub stranger_bytes_max: usize,
-    /// Bytes that may wait for a peer to read them.
+    /// Maximum number of bytes that a peer may send before authentication.
+    pub preauth_bytes_max: usize,
+    /// Maximum number of unsent bytes for one peer.
     pub outbound_bytes_max: usize,
-    /// Lines of the log that tell of one address in a minute.
+    /// Maximum number of log lines per minute about one address.
     pub log_lines_per_address_max: u32,
-    /// Frames that a device may send in a second; more wait.
+    /// Sustained rate of frames per device and second; frames above it are read later.
     pub device_frames_per_s: u64,
-    /// Frames that a device may send at once, after a pause.
+    /// Frames that a device may send in one burst, after a pause.
     pub device_frames_burst: u64,
-    /// Readings that a device may send in a second; more wait.
+    /// Sustained rate of readings per device and second; readings above it are read later.
     pub device_readings_per_s: u64,
-    /// Readings that a device may send at once, after a pause.
+    /// Readings that a device may send in one burst, after a pause.
     pub device_readings_burst: u64,
-    /// Series that a device may have.
+    /// Maximum number of series per device.
     pub device_series_max: u32,
-    /// Schemas that a device may have.
+    /// Maximum number of schemas per device.
     pub device_schemas_max: u32,
-    /// Streams that a device may have.
+    /// Maximum number of streams per device.
     pub device_streams_max: u32,
-    /// Lines about a device's sessions that the audit trail keeps.
+    /// Maximum number of session events per device in the audit trail.
     pub device_events_max: u32,
-    /// Days after which such a line goes, and the clock of a boot, but for the newest.
+    /// Days after which session events and boot clocks are deleted, except the newest of each device.
     pub device_events_days: u32,
-    /// From the first byte of a connection to the end of its handshake.
+    /// Maximum time from the accept of a connection to the end of its handshake, in seconds.
     pub handshake_timeout_s: u64,
-    /// From a frame's first byte to its last.
+    /// Maximum time from a frame's first byte to its last, in seconds.
     pub frame_timeout_s: u64,
-    /// Without a whole frame: the peer is gone.
+    /// Seconds without a complete frame before the connection is closed.
     pub idle_timeout_s: u64,
-    /// How often a device that has nothing to send says so; told to devices.
+    /// Keepalive interval announced to devices, in seconds.
     pub keepalive_s: u16,
-    /// How long a device waits for an ACK before it connects anew; told to devices.
+    /// Seconds that a device waits for an ACK before it reconnects, announced to devices.
     pub ack_timeout_s: u16,
-    /// Frames that a device may have sent and not yet seen acknowledged.
+    /// Maximum number of unacknowledged frames per device.
     pub window_frames: u64,
-    /// Longest frame after the handshake.
+    /// Maximum size of a frame after the handshake, in bytes.
     pub frame_bytes_max: u16,
-    /// Readings of a full batch, which is one transaction.
+    /// Maximum number of readings in a batch, which is one transaction.
     pub batch_readings_max: usize,
-    /// Least time from the begin of one commit to that of the next, unless a batch is full. Without it
-    /// 15,000 devices that send a frame now and then cost half as much CPU again, for small commits one
-    /// after the other, and ACKs under load come no sooner.
+    /// Minimum interval between the starts of two commits, in milliseconds, unless a batch is full. Without it,
+    /// 15,000 devices that send frames at long intervals cost half as much CPU again in small successive commits,
+    /// and ACKs under load are no faster.
     pub commit_interval_min_ms: u64,
-    /// The same while few frames come, so that devices share commits; no device is made to wait with its next
-    /// frame.
+    /// The same interval at a low frame rate, so that devices share commits. It does not delay a device that waits
+    /// for an ACK before it sends more.
     pub commit_interval_quiet_ms: u64,
-    /// Readings that may wait for the store.
+    /// Maximum number of readings queued for the store.
     pub queue_readings_max: usize,
-    /// Bytes of memory that may wait for the store.
+    /// Maximum memory for readings queued for the store, in bytes.
     pub queue_bytes_max: usize,
-    /// How long the gateway takes to leave after it was asked to.
+    /// Maximum duration of a shutdown, in seconds.
     pub drain_timeout_s: u64,
-    /// Connections that write to Postgres.
+    /// Number of connections that write to Postgres.
     pub postgres_writers: usize,
-    /// How long a start waits for a Postgres that is not up yet.
+    /// Seconds to wait at startup for a Postgres that is not up yet.
     pub postgres_wait_s: u64,
-    /// Whether a Postgres that may lose what it says is committed will do.
+    /// Whether to accept a Postgres that may lose committed data in a crash.
     pub allow_postgres_data_loss: bool,
     /// Whether to acknowledge from a local spool, which is drained into Postgres.
     pub spool: bool,
-    /// Bytes of the spool's file at which nothing more is taken.
+    /// Size of the spool's file, in bytes, at which the gateway accepts no more frames.
     pub spool_bytes_max: u64,
-    /// Bytes of frames in quarantine, beyond which none is taken.
+    /// Maximum size of all quarantined frames, in bytes.
     pub quarantine_bytes_max: u64,
-    /// Bytes of SQLite's page cache.
+    /// Size of SQLite's page cache, in bytes.
     pub cache_bytes: u64,
-    /// Bytes of write-ahead log at which commits wait for readers to let go of it.
+    /// Size of the write-ahead log, in bytes, at which commits wait for readers that keep it from being
+    /// checkpointed.
     pub wal_bytes_max: u64,
 }
 
@@ -175,7 +174,7 @@ impl Default for Settings {
             handshakes_max: 2_048,
             accepts_per_s_max: 5_000,
             failure_delay_max_ms: 5_000,
-            stranger_bytes_max: 4_096,
+            preauth_bytes_max: 4_096,
             outbound_bytes_max: 16 * 1024,
             log_lines_per_address_max: 20,
             device_frames_per_s: 20_000,
@@ -212,59 +211,58 @@ impl Default for Settings {
     }
 }
 
-/// Why the gateway cannot run with some [`Settings`]; names them as the command line does.
+/// Reason why [`Settings`] are invalid. Names settings as on the command line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// Outside of what the setting can be.
-    #[error("{name} must be from {min} to {max}, and is {value}")]
+    /// A value is outside the setting's range.
+    #[error("{name} must be from {min} to {max}, but is {value}")]
     OutOfRange {
-        /// The setting.
+        /// Name of the setting.
         name: &'static str,
-        /// What it is.
+        /// Value of the setting.
         value: u64,
-        /// The least it may be.
+        /// Smallest valid value.
         min: u64,
-        /// The most it may be.
+        /// Largest valid value.
         max: u64,
     },
-    /// Two settings that contradict each other.
+    /// Two settings contradict each other.
     #[error("{larger} ({larger_value}) must be {relation} {smaller} ({smaller_value}): {why}")]
     Relation {
-        /// The setting that must be larger.
+        /// Name of the setting that must be larger.
         larger: &'static str,
-        /// What it is.
+        /// Its value.
         larger_value: u64,
-        /// How much larger.
+        /// Required relation: `more than` or `at least`.
         relation: &'static str,
-        /// The setting that must be smaller.
+        /// Name of the setting that must be smaller.
         smaller: &'static str,
-        /// What it is.
+        /// Its value.
         smaller_value: u64,
-        /// What would go wrong.
+        /// Consequence of the contradiction.
         why: &'static str,
     },
-    /// A certificate that nobody would be served with, and whoever gave it thinks that all is encrypted.
-    #[error("{0} is for TLS: give --tls-listen, or leave {0} out")]
+    /// A TLS file without a TLS listener: the operator may believe that connections are encrypted.
+    #[error("{0} requires TLS: set --tls-listen, or omit {0}")]
     TlsWithoutListener(&'static str),
-    /// A certificate without the key that belongs to it, or the other way round.
-    #[error("--tls-cert and --tls-key belong together: give both, or neither")]
+    /// A certificate without its key, or a key without its certificate.
+    #[error("--tls-cert and --tls-key belong together: set both or neither")]
     HalfATlsPair,
-    /// A spool in front of a file that is as local as itself.
-    #[error("--spool is for a store in Postgres: give --store postgres://…, or leave --spool out")]
+    /// A spool in front of SQLite, which is a local file itself.
+    #[error("--spool requires Postgres: set --store postgres://…, or omit --spool")]
     SpoolWithoutPostgres,
-    /// Readings and names of devices would cross a network for anybody to see.
+    /// Readings and device names would cross a network unencrypted.
     #[error(
-        "listen {listen} can be reached from other machines, and what devices send there is not \
-         encrypted; listen on 127.0.0.1 and give --tls-listen, or give --allow-plaintext if the network is \
-         trusted"
+        "listen {listen} is reachable from other machines without encryption; use 127.0.0.1 and \
+         --tls-listen, or set --allow-plaintext if the network is trusted"
     )]
     PlaintextBeyondLoopback {
-        /// The address.
+        /// Address of the plain TCP listener.
         listen: SocketAddr,
     },
 }
 
-/// [`Settings`] that the gateway can run with.
+/// Valid [`Settings`].
 #[derive(Clone, Debug)]
 pub struct Config {
     settings: Settings,
@@ -280,10 +278,10 @@ impl Deref for Config {
 }
 
 impl Config {
-    /// Checks every setting by itself and against the others.
+    /// Validates every setting by itself and against the others.
     ///
     /// # Errors
-    /// The first setting that is wrong.
+    /// Returns the first fault.
     pub fn new(settings: Settings) -> Result<Config, ConfigError> {
         match Config::faults(&settings).into_iter().next() {
             Some(fault) => Err(fault),
@@ -294,7 +292,7 @@ impl Config {
         }
     }
 
-    /// Returns what is wrong with settings: the first fault of each kind.
+    /// Returns the faults of `settings`: the first of each kind.
     pub fn faults(settings: &Settings) -> Vec<ConfigError> {
         let store = store_url(&settings.data_dir, settings.store.as_ref());
         let spool = match settings.spool && !matches!(store, StoreUrl::Postgres(_)) {
@@ -311,12 +309,12 @@ impl Config {
         checks.into_iter().filter_map(Result::err).collect()
     }
 
-    /// The database.
+    /// Returns the store's URL.
     pub fn store(&self) -> &StoreUrl {
         &self.store
     }
 
-    /// The files that TLS needs, if there is to be any.
+    /// Returns the TLS files, or `None` if TLS is off.
     pub fn tls_files(&self) -> Option<TlsFiles> {
         let within = |file| self.settings.data_dir.join(TLS_DIR).join(file);
         let (cert, key) = (
@@ -331,13 +329,13 @@ impl Config {
         })
     }
 
-    /// The file of the spool, whether it is used or not.
+    /// Returns the path of the spool, even if the spool is off.
     pub fn spool_path(&self) -> PathBuf {
         self.settings.data_dir.join(SPOOL_FILE)
     }
 }
 
-/// The database: what `store` says, or the usual file in the data directory.
+/// Returns the URL of the database: `store`, or the default file in the data directory.
 pub fn store_url(data_dir: &Path, store: Option<&StoreUrl>) -> StoreUrl {
     match store {
         Some(url) => url.clone(),
@@ -346,7 +344,7 @@ pub fn store_url(data_dir: &Path, store: Option<&StoreUrl>) -> StoreUrl {
 }
 
 fn check_listen(settings: &Settings) -> Result<(), ConfigError> {
-    // 127.0.0.1 may be written as an IPv6 address, too.
+    // 127.0.0.1 can also be written as an IPv6 address.
     let is_loopback = settings.listen.ip().to_canonical().is_loopback();
     if is_loopback || settings.allow_plaintext {
         return Ok(());
@@ -375,7 +373,7 @@ fn check_tls(settings: &Settings) -> Result<(), ConfigError> {
 fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
     // Devices may rely on the default (SPEC R8).
     let frame_bytes = (DEFAULT_FRAME_BYTES_MAX as u64, FRAME_BYTES_MAX as u64);
-    // The largest frame must fit into an empty queue, or its device would wait for ever.
+    // The largest frame must fit into an empty queue, or its device would wait indefinitely.
     let frame_readings = READINGS_MAX as u64;
     let u16_max = u64::from(u16::MAX);
     let u32_max = u64::from(u32::MAX);
@@ -390,10 +388,10 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
         ("handshakes-max", s.handshakes_max as u64, 1, CONNECTIONS),
         ("accepts-per-s-max", s.accepts_per_s_max, 1, CONNECTIONS),
         ("failure-delay-max-ms", s.failure_delay_max_ms, 0, 600_000),
-        // HELLO and AUTH may take as much.
+        // HELLO and AUTH together may have this size.
         (
-            "stranger-bytes-max",
-            s.stranger_bytes_max as u64,
+            "preauth-bytes-max",
+            s.preauth_bytes_max as u64,
             2 * HANDSHAKE_FRAME_BYTES_MAX as u64,
             MIB,
         ),
@@ -429,7 +427,7 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
             1000 * READINGS_PER_S,
         ),
         ("device-series-max", s.device_series_max.into(), 1, u32_max),
-        // SPEC has no more numbers.
+        // Schema numbers in SPEC have 16 bits.
         (
             "device-schemas-max",
             s.device_schemas_max.into(),
@@ -444,7 +442,7 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
         ),
         ("device-events-max", s.device_events_max.into(), 10, u32_max),
         ("device-events-days", s.device_events_days.into(), 1, 36_500),
-        // What rustls can, and TLS allows.
+        // The minimum of rustls and the maximum of TLS.
         (
             "tls-record-bytes-max",
             s.tls_record_bytes_max as u64,
@@ -492,7 +490,7 @@ fn check_ranges(s: &Settings) -> Result<(), ConfigError> {
         ("postgres-writers", s.postgres_writers as u64, 1, 64),
         ("postgres-wait-s", s.postgres_wait_s, 0, DAY_S),
         ("spool-bytes-max", s.spool_bytes_max, 16 * MIB, TIB),
-        // An eighth, which is what a device may use, holds several of the longest frames.
+        // A device's share, an eighth, holds several of the longest frames.
         ("quarantine-bytes-max", s.quarantine_bytes_max, MIB, TIB),
         ("cache-bytes", s.cache_bytes, MIB, TIB),
         ("wal-bytes-max", s.wal_bytes_max, 16 * MIB, TIB),
@@ -514,25 +512,25 @@ fn check_relations(s: &Settings) -> Result<(), ConfigError> {
     more_than(
         ("idle-timeout-s", s.idle_timeout_s),
         ("keepalive-s", s.keepalive_s.into()),
-        "a device with nothing to send would be cut off again and again",
+        "idle devices would be disconnected repeatedly",
     )?;
     at_least(
         ("queue-readings-max", s.queue_readings_max as u64),
         ("batch-readings-max", s.batch_readings_max as u64),
-        "a full batch would never come together",
+        "a batch could never fill up",
     )?;
     let writers = s.postgres_writers as u64;
     at_least(
         ("queue-readings-max", s.queue_readings_max as u64),
         ("postgres-writers times 8192", writers * READINGS_MAX as u64),
-        "each writer has its part of the queue, and the largest frame must fit into it",
+        "each writer has an equal part of the queue, which must hold the largest frame",
     )?;
     at_least(
         ("queue-bytes-max", s.queue_bytes_max as u64),
         ("postgres-writers times 512 KiB", writers * (MIB / 2)),
-        "each writer has its part of the queue, and the largest frame must fit into it",
+        "each writer has an equal part of the queue, which must hold the largest frame",
     )?;
-    // In milliseconds, since that is how the smaller is given.
+    // Compared in milliseconds, the unit of the smaller setting.
     more_than(
         (
             "ack-timeout-s in ms",

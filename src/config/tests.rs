@@ -17,8 +17,8 @@ fn defaults_are_valid() {
 }
 
 #[test]
-fn plain_text_stays_at_home_unless_allowed() {
-    for (listen, is_home) in [
+fn plaintext_is_limited_to_loopback_unless_allowed() {
+    for (listen, is_loopback) in [
         ("127.0.0.1:7300", true),
         ("127.9.9.9:1", true),
         ("[::1]:7300", true),
@@ -28,7 +28,7 @@ fn plain_text_stays_at_home_unless_allowed() {
         ("192.168.1.2:7300", false),
     ] {
         let refused = refusal(|s| s.listen = listen.parse().unwrap());
-        assert_eq!(refused.is_none(), is_home, "{listen}: {refused:?}");
+        assert_eq!(refused.is_none(), is_loopback, "{listen}: {refused:?}");
         let refused = refusal(|s| {
             s.listen = listen.parse().unwrap();
             s.allow_plaintext = true;
@@ -78,7 +78,7 @@ fn each_limit_has_bounds() {
 }
 
 #[test]
-fn a_certificate_is_for_a_tls_listener() {
+fn a_certificate_requires_a_tls_listener() {
     let path = || Some(PathBuf::from("x.pem"));
     let listen = Some(SocketAddr::from(([0, 0, 0, 0], 7301)));
     let files = |change: fn(&mut Settings)| {
@@ -91,11 +91,11 @@ fn a_certificate_is_for_a_tls_listener() {
     };
     let refused = refusal(|s| s.tls_client_ca = path()).unwrap();
     assert!(
-        refused.starts_with("--tls-client-ca is for TLS"),
+        refused.starts_with("--tls-client-ca requires TLS"),
         "{refused}"
     );
     let refused = refusal(|s| (s.tls_cert, s.tls_key) = (path(), path())).unwrap();
-    assert!(refused.starts_with("--tls-cert is for TLS"), "{refused}");
+    assert!(refused.starts_with("--tls-cert requires TLS"), "{refused}");
     let refused = refusal(|s| (s.tls_listen, s.tls_cert) = (listen, path())).unwrap();
     assert!(refused.contains("belong together"), "{refused}");
     let usual = files(|_| {}).unwrap();

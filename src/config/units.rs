@@ -1,12 +1,12 @@
-//! Sizes and durations with units, as people type them: `64MiB`, `1.5GB`, `500ms`, `2h 30m`.
+//! Parses sizes and durations with units: `64MiB`, `1.5GB`, `500ms`, `2h 30m`.
 //!
-//! A number without a unit is in the setting's own unit, which its name ends with.
+//! A number without a unit is in the setting's own unit, the suffix of its name.
 
 use std::time::Duration;
 
 use bytesize::ByteSize;
 
-/// What a setting is counted in.
+/// Unit of a setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
     /// Bytes.
@@ -31,10 +31,10 @@ impl Unit {
         }
     }
 
-    /// Reads a whole number of this unit, written with or without a unit.
+    /// Parses a whole number of this unit, written with or without a unit.
     ///
     /// # Errors
-    /// One line that says what is expected.
+    /// Returns one line with the expected format.
     pub fn parse<N: TryFrom<u64>>(self, text: &str) -> Result<N, String> {
         let number = match text.trim().parse::<u64>() {
             Ok(number) => number,
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_says_its_unit() {
+    fn a_name_ends_with_its_unit() {
         for (name, unit) in [
             ("queue-bytes-max", Some(Unit::Bytes)),
             ("cache-bytes", Some(Unit::Bytes)),
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn units_are_read_exactly() {
+    fn units_are_parsed_exactly() {
         for (unit, text, number) in [
             (Unit::Bytes, "65536", 65_536),
             (Unit::Bytes, "64KiB", 65_536),
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_such_number_says_what_is_expected() {
+    fn errors_name_the_expected_format() {
         for (unit, text, says) in [
             (Unit::Bytes, "a lot", "64MiB"),
             (Unit::Bytes, "", "64MiB"),

@@ -1,7 +1,7 @@
-//! What an intact sequenced frame says: its payload decoded, its readings by series, its times in UTC.
+//! Decodes an intact sequenced frame: its payload, its readings by series, and its times in UTC.
 //!
-//! A session asks when the frame arrives, and `fieldgate quarantine` again when it was kept; both get the
-//! same answer as long as this program knows the same protocol.
+//! A session decodes a frame when it arrives, and `fieldgate quarantine` decodes it again from
+//! quarantine. Both get the same result with the same protocol version of this program.
 
 use fieldgate_protocol::column::{check_shape, decode_times, decode_values};
 use fieldgate_protocol::error::Violation;
@@ -13,25 +13,25 @@ use crate::time::{BootClocks, Origin, Stamp, resolve_utc};
 
 pub mod explain;
 
-/// What it takes to understand a frame.
+/// Information needed to decode a frame.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
     /// The clocks of the device's boots.
     pub clocks: &'a BootClocks,
-    /// When the frame came, microseconds UTC.
+    /// Time of receipt, microseconds UTC.
     pub received_at_us: i64,
-    /// The gateway's clock then.
+    /// The gateway's clock at receipt.
     pub origin: Origin,
 }
 
-/// What a frame holds, and where its time comes from, if it has one.
+/// Content of a frame, and the origin of its time, if it has one.
 pub type Read = (Content, Option<Stamp>);
 
 impl Context<'_> {
-    /// What an intact frame holds; `None` where its schema is not known to `find_schema`.
+    /// Decodes an intact frame; returns `None` if `find_schema` does not know its schema.
     ///
     /// # Errors
-    /// The first rule that it breaks, in the order of R44.
+    /// The first rule that the frame violates, in the order of R44.
     pub fn read<'s>(
         &self,
         frame: &Frame<'_>,

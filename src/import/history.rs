@@ -1,4 +1,4 @@
-//! The frames of one device's history, made again from the recording whenever they are asked for.
+//! The frames of one device's history, regenerated from the recording on each use.
 
 use std::ops::Range;
 
@@ -12,18 +12,18 @@ use crate::recording::encode::{DataTerms, Encoder};
 use crate::recording::readings::{Channel, Readings, Values};
 use crate::recording::{DeviceRows, Recording};
 
-/// Version of how rows become frames. It is part of the stream's number.
+/// Version of the conversion from rows to frames. It is part of the stream number.
 pub const FORMAT: u32 = 1;
-/// Longest frame. Every gateway takes that much (R9).
+/// Longest frame, in bytes. Every gateway accepts this length (R9).
 const FRAME_BYTES: usize = 4_096;
-/// Most rows of a frame.
+/// Maximum number of rows in a frame.
 const ROWS_MAX: usize = 1_024;
-/// Bytes of a frame besides its rows.
+/// Length of a frame without its rows, in bytes.
 const FRAME_FIXED_BYTES: usize = 400;
-/// Numbers of schemas; 0 is none.
+/// Number of valid schema numbers; 0 is not valid.
 const SCHEMAS: u32 = 0xFFFF;
 
-/// Why a recording cannot be sent.
+/// Reason why a recording cannot be sent.
 #[derive(Debug, thiserror::Error)]
 pub enum HistoryError {
     /// A channel does not fit the protocol.
@@ -31,33 +31,33 @@ pub enum HistoryError {
     Channel,
 }
 
-/// What one device sends.
+/// Frames of one device.
 #[derive(Debug)]
 pub struct History<'r> {
     recording: &'r Recording,
     stream: u64,
     boot: u32,
     groups: Vec<Group>,
-    /// Added to the numbers of schemas, where a device has given them to others.
+    /// Added to schema numbers if the device already uses these for other schemas.
     schema_shift: u32,
     durable_seq: u64,
     encoder: Encoder,
     readings: Readings,
 }
 
-/// Up to 32 channels, which are one schema, and the frames that hold them.
+/// Up to 32 channels, which form one schema, and the frames with their readings.
 #[derive(Debug)]
 struct Group {
     channels: Range<usize>,
     /// First row of each frame, and the end of the last one.
     starts: Vec<usize>,
-    /// Number of its first frame.
+    /// Number of the first frame.
     first_seq: u64,
     schema: u32,
 }
 
 impl<'r> History<'r> {
-    /// Cuts the rows of a device into frames.
+    /// Divides the rows of a device into frames.
     ///
     /// # Errors
     /// A channel does not fit the protocol.
@@ -71,7 +71,7 @@ impl<'r> History<'r> {
         let all = recording.channels.len();
         for start in (0..all).step_by(CHANNELS_MAX) {
             let channels = start..(start + CHANNELS_MAX).min(all);
-            // Times and values take 10 bytes at most, and nulls a bit.
+            // Times and values take at most 10 bytes, and nulls one bit.
             let row_bytes = 10 + 11 * channels.len();
             let rows_max = ((FRAME_BYTES - FRAME_FIXED_BYTES) / row_bytes).clamp(1, ROWS_MAX);
             let starts = recording.frame_starts(device.rows.clone(), rows_max);
@@ -89,7 +89,7 @@ impl<'r> History<'r> {
         let number = |at: usize| u64::from_le_bytes(std::array::from_fn(|byte| digest[at + byte]));
         let history = History {
             recording,
-            // 63 bits, and not 0.
+            // 63 bits, but not 0.
             stream: (number(0) >> 1).max(1),
             boot: number(8) as u32,
             groups,
@@ -106,32 +106,32 @@ impl<'r> History<'r> {
         Ok(history)
     }
 
-    /// Returns the number of its stream.
+    /// Returns the stream number.
     pub fn stream(&self) -> u64 {
         self.stream
     }
 
-    /// Returns the number of its boot.
+    /// Returns the boot number.
     pub fn boot(&self) -> u32 {
         self.boot
     }
 
-    /// Returns how many frames there are.
+    /// Returns the number of frames.
     pub fn frames(&self) -> u64 {
         self.groups.iter().map(Group::frames).sum()
     }
 
-    /// Returns through which number the gateway has stored them, as far as it said.
+    /// Returns the highest durable number that the gateway has reported.
     pub fn durable_seq(&self) -> u64 {
         self.durable_seq
     }
 
-    /// Returns whether all are stored.
+    /// Returns whether all frames are stored.
     pub fn is_done(&self) -> bool {
         self.durable_seq >= self.frames()
     }
 
-    /// Returns the number and the hash of the schema of the first frames.
+    /// Returns the number and the hash of the first frames' schema.
     pub fn schema(&self) -> (u16, [u8; 8]) {
         let mut declare = [0; FRAME_BYTES];
         let frame_bytes = self
@@ -141,7 +141,7 @@ impl<'r> History<'r> {
         (self.schema_of(0), schema_hash(payload))
     }
 
-    /// Takes other numbers for the schemas: the device has given these to others.
+    /// Uses other schema numbers, because the device already uses these for other schemas.
     pub fn renumber_schemas(&mut self) {
         self.schema_shift += 1;
     }
@@ -220,7 +220,7 @@ impl Queue for History<'_> {
     }
 }
 
-/// Returns a hash of all that the frames hold, which does not depend on how they are encoded.
+/// Returns a hash of the frames' whole content, independent of its encoding.
 fn digest(recording: &Recording, device: &DeviceRows, name: &str) -> [u8; 32] {
     let mut context = Context::new(&SHA256);
     let mut text = |text: &str| {
@@ -267,7 +267,7 @@ fn digest(recording: &Recording, device: &DeviceRows, name: &str) -> [u8; 32] {
     std::array::from_fn(|byte| digest.as_ref()[byte])
 }
 
-/// Returns a number that follows from the channels, so that the same ones share a schema.
+/// Returns a number derived from the channels, so that equal channels share a schema.
 fn number_of(channels: &[Channel]) -> u32 {
     let mut context = Context::new(&SHA256);
     for channel in channels {
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn the_stream_follows_from_the_content_and_the_name() {
+    fn the_stream_depends_on_content_and_name() {
         let first = recording(500, 2, "");
         let stream = |recording: &Recording, name: &str| history(recording, name).stream();
         assert_eq!(stream(&first, "a"), stream(&recording(500, 2, ""), "a"));

@@ -1,11 +1,12 @@
-//! Recordings into a gateway: history becomes streams of devices, each exactly once.
+//! Imports recordings into a gateway: a history becomes streams of devices, each stored exactly
+//! once.
 //!
-//! A recording is sent as a device sends its queue. Its frames are numbered from 1, and the stream's
-//! number is a hash of all that they hold. So the gateway itself knows how far an import has come: an
-//! interrupted one goes on there, and a second one of the same content has nothing left to send.
+//! A recording is sent like a device's queue. Its frames are numbered from 1, and the stream number
+//! is a hash of their whole content. So the gateway itself knows the progress of an import: an
+//! interrupted import resumes, and a second import of the same content has nothing left to send.
 //!
-//! Invariant: [`History`] is a pure function of the recording and the device's name. A change of how
-//! rows are cut into frames has to raise [`FORMAT`].
+//! Invariant: [`History`] is a pure function of the recording and the device's name. A change in
+//! the division of rows into frames must increase [`FORMAT`].
 
 mod history;
 mod send;

@@ -1,5 +1,5 @@
-//! A history on its way: the device's side of a connection to the gateway, again and again until all of
-//! it is stored.
+//! Sends a history: the device side of connections to the gateway, reconnecting until everything is
+//! stored.
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,92 +21,95 @@ use crate::net::codec::FrameCodec;
 use crate::net::socket::Socket;
 use crate::time::SystemClock;
 
-/// Frames on their way. Few, so that devices with new readings wait for none of the history.
+/// Maximum number of frames in flight. Kept small, so that live readings do not wait behind the
+/// history.
 const WINDOW_FRAMES: u64 = 8;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const HANDSHAKE_TIMEOUT_MS: u32 = 10_000;
 const RECONNECT_MIN_MS: u32 = 200;
 const RECONNECT_MAX_MS: u32 = 5_000;
-/// How long to go on without any progress.
+/// Longest time without progress.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(120);
-/// What is read at once.
+/// Maximum bytes per read.
 const READ_BYTES: usize = 4 * 1024;
-/// Numbers of schemas that are tried.
+/// Maximum number of schema numbers to try.
 const SCHEMA_ATTEMPTS: u32 = 16;
 
-/// Where a history goes, and as whose.
+/// Destination and device of a history.
 #[derive(Clone)]
 pub struct Target {
-    /// The gateway.
+    /// Address of the gateway.
     pub gateway: SocketAddr,
-    /// The device.
+    /// Name of the device.
     pub name: String,
     /// The device's key.
     pub key: [u8; KEY_BYTES],
 }
 
-/// How far an import has come.
+/// Progress of an import.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// Frames through this number are stored; the first time, those that an earlier import stored.
+    /// Frames through this number are stored; the first report includes those of earlier imports.
     Stored(u64),
-    /// The gateway is not to be had, or takes nothing, for a reason.
+    /// The gateway is unavailable or accepts nothing, with the reason.
     Waiting(String),
 }
 
-/// Why an import ended early. What was stored stays, and the next import goes on there.
+/// Reason why an import failed. Stored readings remain, and the next import resumes after them.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// Nothing listens.
+    /// No gateway accepts connections.
     #[error(
-        "could not connect to a gateway at {gateway}: {cause}; start `fieldgate serve`, or give --gateway"
+        "could not connect to a gateway at {gateway}: {cause}; start `fieldgate serve`, or set --gateway"
     )]
     Connect {
-        /// Where.
+        /// Address of the gateway.
         gateway: SocketAddr,
-        /// Why not.
+        /// The I/O error from the system.
         cause: io::Error,
     },
     /// Another connection uses the device's name.
     #[error(
-        "another connection of device {0} took over: it is connected itself; give the history another name by \
-         --device, or import while the device is off"
+        "device {0} is connected itself and took over the connection; import under another --device, or while \
+         the device is off"
     )]
     TakenOver(String),
-    /// The gateway does not let the device in.
-    #[error("the gateway does not let device {device} in ({reason}); {advice}")]
+    /// The gateway rejected the device.
+    #[error("gateway rejected device {device} ({reason}); {advice}")]
     Refused {
-        /// Which.
+        /// Name of the device.
         device: String,
-        /// The name of the code.
+        /// Name of the code.
         reason: &'static str,
-        /// What to do.
+        /// Advice to the operator.
         advice: &'static str,
     },
-    /// The gateway proved another key.
-    #[error("the gateway holds another key of device {0}: is --data-dir this gateway's?")]
+    /// The gateway proved a different key.
+    #[error(
+        "the gateway has a different key for device {0}; check that --data-dir belongs to this gateway"
+    )]
     OtherKey(String),
-    /// Each number that was tried is another schema's.
-    #[error("device {0} has no free number for a schema near the ones that were tried")]
+    /// All schema numbers that were tried are in use.
+    #[error("could not find a free schema number for device {0}")]
     Schemas(String),
-    /// Frames were refused for good.
-    #[error("the gateway put {0} frames into quarantine; see `fieldgate quarantine list`")]
+    /// The gateway quarantined frames.
+    #[error("gateway quarantined {0} frames; see `fieldgate quarantine list`")]
     Quarantined(u64),
     /// No progress for a long time.
-    #[error("gave up after two minutes without progress: {0}; import again to go on")]
+    #[error("no progress for two minutes: {0}; run the import again to resume")]
     GaveUp(String),
 }
 
-/// Why a connection ended.
+/// Reason why a connection ended.
 enum Loss {
     Connection(io::Error),
     Fault(Fault),
 }
 
-/// Sends what the gateway does not have yet, and returns when all of it is stored.
+/// Sends the frames that the gateway does not have yet; returns when everything is stored.
 ///
 /// # Errors
-/// See [`ImportError`]; nothing is stored twice by an import that follows.
+/// See [`ImportError`]. A later import stores nothing twice.
 pub async fn send(
     target: &Target,
     history: &mut History<'_>,
@@ -124,7 +127,7 @@ pub async fn send(
     Err(ImportError::Schemas(target.name.clone()))
 }
 
-/// Why a sender cannot go on.
+/// Reason why a sender stopped.
 enum Stop {
     OtherSchema,
     Error(ImportError),
@@ -135,7 +138,7 @@ struct Sender<'t> {
     started: Instant,
     progress_at: Instant,
     was_welcomed: bool,
-    /// Frames that went into quarantine.
+    /// Number of quarantined frames.
     refused: u64,
     room: Box<[u8]>,
 }
@@ -191,7 +194,7 @@ impl<'t> Sender<'t> {
         }
     }
 
-    /// Returns what a loss is called, or ends the import if waiting does not help.
+    /// Returns a description of a loss, or ends the import if waiting does not help.
     fn check(&self, loss: Loss) -> Result<String, Stop> {
         let device = || self.target.name.clone();
         let refused = |reason, advice| {
@@ -214,35 +217,35 @@ impl<'t> Sender<'t> {
             Fault::NotOurGateway => Err(Stop::Error(ImportError::OtherKey(device()))),
             Fault::SchemaBound => Err(refused(
                 Code::SchemaBound.name(),
-                "raise `--device-series-max` or `--device-schemas-max` of serve, or take fewer --columns",
+                "raise `--device-series-max` or `--device-schemas-max` of serve, or select fewer --columns",
             )),
-            Fault::Timeout => Ok("no answer in time".to_owned()),
+            Fault::Timeout => Ok("no reply in time".to_owned()),
             Fault::Protocol(what) => Ok(format!(
-                "against the protocol: {what}; is it another service's port?"
+                "protocol violation: {what}; is another service using this port?"
             )),
-            Fault::FrameTooLong => Ok("the gateway takes shorter frames only".to_owned()),
+            Fault::FrameTooLong => Ok("the gateway's frame limit is too small".to_owned()),
             Fault::Bye { code, .. } => match Code::from_wire(code) {
                 Some(Code::TakenOver) => Err(Stop::Error(ImportError::TakenOver(device()))),
                 Some(Code::Authentication) => Err(refused(
                     "authentication",
-                    "is its key another one? With `serve --registration closed`, run `fieldgate device add` first",
+                    "has its key been replaced? With `serve --registration closed`, run `fieldgate device add` first",
                 )),
                 Some(Code::Disabled) => {
                     Err(refused("disabled", "run `fieldgate device enable` first"))
                 }
                 Some(code @ Code::StreamBound) => Err(refused(
                     code.name(),
-                    "raise `--device-streams-max` of serve, or give another --device",
+                    "raise `--device-streams-max` of serve, or use another --device",
                 )),
                 Some(Code::StreamConflict) => Err(refused(
                     "stream conflict",
-                    "an import of another version of this program was interrupted; see `fieldgate device show`",
+                    "an import by another version of this program was interrupted; see `fieldgate device show`",
                 )),
                 Some(code) if Class::of(code as u8) == Class::Operator => {
                     Err(refused(code.name(), "see the gateway's log"))
                 }
                 code => Ok(format!(
-                    "the gateway said {}",
+                    "gateway replied: {}",
                     code.map_or("BYE", Code::name)
                 )),
             },
@@ -258,7 +261,7 @@ impl<'t> Sender<'t> {
         let connecting = timeout(CONNECT_TIMEOUT, TcpStream::connect(self.target.gateway)).await;
         let tcp = connecting.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         let tcp = tcp.map_err(Loss::Connection)?;
-        // Fails only where the connection is gone already, which the first read shows.
+        // Fails only if the connection is already closed, which the first read reports.
         let _ = tcp.set_nodelay(true);
         let mut socket = Socket::plain(tcp);
         let mut nonce = [0; NONCE_BYTES];
@@ -332,7 +335,7 @@ impl<'t> Sender<'t> {
                     Class::Refused => self.refused += 1,
                     Class::RetryLater => {
                         let name = Code::from_wire(code).map_or("busy", Code::name);
-                        progress(Progress::Waiting(format!("the gateway said {name}")));
+                        progress(Progress::Waiting(format!("gateway replied: {name}")));
                     }
                     _ => {}
                 },
@@ -355,7 +358,7 @@ fn read(socket: &mut Socket, input: &mut BytesMut) -> io::Result<()> {
     }
 }
 
-/// Says goodbye; all is stored, so that it does not matter if the gateway is gone.
+/// Sends BYE. Everything is stored, so a lost gateway does not matter.
 async fn leave(socket: &mut Socket) {
     let bye = Bye {
         code: 0,

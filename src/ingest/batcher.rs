@@ -1,10 +1,10 @@
-//! Gathers submissions into the batch that is committed next.
+//! Collects submissions into the next batch.
 //!
-//! It knows no queue and no clock: `ingest` pushes what has arrived and asks whether the batch may go.
-//! A batch goes when it is full or when its writer is idle and some time has passed since the last commit.
-//! That time is short when it is busy, for batches grow by themselves then. When it is quiet it is longer, so
-//! that devices that send now and then share commits and storage lasts longer, except where a device waits:
-//! for its login or DECLARE, or for the ACK that lets it send the next frame.
+//! It knows no queue and no clock: `ingest` adds submissions and asks whether the batch is due. A
+//! batch is due when it is full, or when its writer is idle and an interval has passed since the
+//! last commit. At high load the interval is short, because batches grow anyway. At low load it is
+//! longer, so that devices that send rarely share commits and storage lasts longer, unless a device
+//! is waiting: for its login or DECLARE, or for the ACK that lets it send the next frame.
 
 use std::collections::HashSet;
 
@@ -12,34 +12,35 @@ use crate::quota::quarantine::Reservation;
 use crate::session::Submission;
 use crate::store::{Batch, Content, StreamId};
 
-/// When a batch may go.
+/// Limits of a batch.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchLimits {
-    /// Readings of a full batch.
+    /// Number of readings in a full batch.
     pub readings_max: usize,
-    /// Bytes of memory of a full batch.
+    /// Memory of a full batch, in bytes.
     pub bytes_max: usize,
-    /// Least time from one commit to the next, microseconds.
+    /// Minimum interval between commits, in microseconds.
     pub interval_min_us: u64,
-    /// The same when nothing comes; it shrinks to the former with the number of frames in a second.
+    /// Interval without load, in microseconds; it shrinks to the minimum as the number of frames
+    /// per second grows.
     pub interval_quiet_us: u64,
 }
 
-/// Frames in a second from which on it is busy.
+/// Frames per second at which the load is high.
 const BUSY_FRAMES: u64 = 200;
 const SECOND_US: u64 = 1_000_000;
 
-/// What a submission takes up until it is committed.
+/// Resources that a submission uses until it is committed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Size {
-    /// Readings.
+    /// Number of readings.
     pub readings: usize,
-    /// Bytes of memory, roughly.
+    /// Memory in bytes, approximate.
     pub bytes: usize,
 }
 
 impl Size {
-    /// The size of a submission.
+    /// Returns the size of a submission.
     pub fn of(submission: &Submission) -> Size {
         let (Submission::Entry(entry) | Submission::Quarantine(entry, _)) = submission else {
             return Size {
@@ -70,23 +71,23 @@ impl std::ops::AddAssign for Size {
     }
 }
 
-/// What a submission takes up besides its readings or bytes.
+/// Overhead of a submission in addition to its readings or bytes.
 const SUBMISSION_BYTES: usize = 256;
 
-/// A batch, and for each of its parts that is answered the tag it came with.
+/// A batch, with the tag of each part that is answered.
 #[derive(Debug)]
 pub struct Tagged<T> {
-    /// What to commit.
+    /// Data to commit.
     pub batch: Batch,
-    /// One for each login.
+    /// One tag for each login.
     pub logins: Vec<T>,
-    /// One for each declare.
+    /// One tag for each DECLARE.
     pub declares: Vec<T>,
-    /// One for each entry.
+    /// One tag for each entry.
     pub entries: Vec<T>,
-    /// Room in quarantine, held until the batch is done with.
+    /// Reserved quarantine space, held until the batch is finished.
     pub reservations: Vec<Reservation>,
-    /// What it takes up.
+    /// Total size.
     pub size: Size,
 }
 
@@ -104,7 +105,7 @@ impl<T> Default for Tagged<T> {
 }
 
 impl<T> Tagged<T> {
-    /// Drops what carries ids of a store that is not there any more; its room stays taken until the rest is
+    /// Drops all parts with ids of a replaced store. Their capacity stays in use until the rest is
     /// committed.
     pub fn forget_ids(&mut self) {
         self.batch.declares.clear();
@@ -118,27 +119,27 @@ impl<T> Tagged<T> {
     }
 }
 
-/// The batch being gathered. `T` tells whom to answer.
+/// Collects the next batch. `T` identifies the receiver of an answer.
 #[derive(Debug)]
 pub struct Batcher<T> {
     limits: BatchLimits,
     open: Tagged<T>,
     committed_at_us: Option<u64>,
-    /// Streams of the last batch.
+    /// Streams in the last batch.
     committed_streams: HashSet<StreamId>,
-    /// Streams of the open batch, if it may wait.
+    /// Streams in the open batch, if it may wait.
     open_streams: HashSet<StreamId>,
-    /// A device waits for the open batch.
+    /// Whether a device waits for the open batch.
     is_awaited: bool,
     load: Load,
 }
 
-/// How many frames come in a second.
+/// Number of frames per second.
 #[derive(Debug, Default)]
 struct Load {
     since_us: u64,
     frames: u64,
-    /// In the second before.
+    /// Number in the previous second.
     before: u64,
 }
 
@@ -158,7 +159,7 @@ impl Load {
 }
 
 impl<T> Batcher<T> {
-    /// An empty one.
+    /// Creates an empty batcher.
     pub fn new(limits: BatchLimits) -> Batcher<T> {
         Batcher {
             limits,
@@ -171,7 +172,7 @@ impl<T> Batcher<T> {
         }
     }
 
-    /// Adds a submission. One that exceeds the limits by itself makes a batch of its own.
+    /// Adds a submission. One that exceeds the limits on its own forms its own batch.
     pub fn push(&mut self, submission: Submission, tag: T) {
         self.open.size += Size::of(&submission);
         self.is_awaited |= self.awaits(&submission);
@@ -199,10 +200,10 @@ impl<T> Batcher<T> {
                 batch.entries.push(entry);
                 entries.push(tag);
             }
-            Submission::Quarantine(entry, room) => {
+            Submission::Quarantine(entry, reservation) => {
                 batch.entries.push(entry);
                 entries.push(tag);
-                reservations.push(room);
+                reservations.push(reservation);
             }
             Submission::Repeat(repeat) => batch.repeats.push(repeat),
             Submission::Clock(device, clock) => batch.clocks.push((device, clock)),
@@ -212,19 +213,19 @@ impl<T> Batcher<T> {
         }
     }
 
-    /// As [`Tagged::forget_ids`].
+    /// See [`Tagged::forget_ids`].
     pub fn forget_ids(&mut self) {
         self.open.forget_ids();
         self.open_streams.clear();
         self.committed_streams.clear();
     }
 
-    /// Whether a device waits for what it submitted: it sends again as soon as it has an answer, or several
-    /// frames at once.
+    /// Returns whether a device waits for this submission: it sends more as soon as it has an
+    /// answer, or sends several frames in a row.
     fn awaits(&mut self, submission: &Submission) -> bool {
         match submission {
             Submission::Login(_) | Submission::Declare(_) => true,
-            // When it is busy nobody waits anyway.
+            // At high load no device waits for long.
             _ if self.interval_us() == self.limits.interval_min_us => false,
             Submission::Entry(entry) | Submission::Quarantine(entry, _) => {
                 let is_first = self.is_awaited || self.open_streams.insert(entry.stream);
@@ -238,19 +239,19 @@ impl<T> Batcher<T> {
         }
     }
 
-    /// Whether nothing is gathered.
+    /// Returns whether the batch is empty.
     pub fn is_empty(&self) -> bool {
         self.open.size == Size::default()
     }
 
-    /// Whether nothing more should be gathered.
+    /// Returns whether the batch is full.
     pub fn is_full(&self) -> bool {
         self.open.size.readings >= self.limits.readings_max
             || self.open.size.bytes >= self.limits.bytes_max
     }
 
-    /// The batch, if it may go now that the writer is idle; else `None`, and it may go at
-    /// [`Batcher::poll_deadline`].
+    /// Returns the batch if it is due now that the writer is idle. If it returns `None`, the batch
+    /// is due at [`Batcher::poll_deadline`].
     pub fn poll_batch(&mut self, now_us: u64) -> Option<Tagged<T>> {
         let may_go = !self.is_empty()
             && (self.is_full() || self.poll_deadline().is_none_or(|due_us| now_us >= due_us));
@@ -260,7 +261,7 @@ impl<T> Batcher<T> {
             self.open_streams.clear();
             self.committed_streams.clear();
             self.is_awaited = false;
-            // Only when it is quiet does it matter who is among them.
+            // The streams matter only at low load.
             if self.interval_us() > self.limits.interval_min_us {
                 let entries = self.open.batch.entries.iter();
                 self.committed_streams
@@ -270,7 +271,7 @@ impl<T> Batcher<T> {
         })
     }
 
-    /// The moment before which only a full batch goes; `None` where there was no commit yet.
+    /// Returns the time before which only a full batch is due; `None` before the first commit.
     pub fn poll_deadline(&self) -> Option<u64> {
         let interval_us = match self.is_awaited {
             true => self.limits.interval_min_us,
@@ -321,7 +322,7 @@ mod tests {
         })
     }
 
-    /// What happens to a batcher.
+    /// An operation on a batcher.
     #[derive(Clone, Debug)]
     enum Input {
         Push(usize),
@@ -335,8 +336,9 @@ mod tests {
     }
 
     proptest! {
-        /// Against a plain list: what goes in comes out once, in order, with its own tag; a batch is no
-        /// larger than its bound and its last entry; the least time between commits holds unless full.
+        /// Compares a batcher with a plain list: every submission comes out once, in order and with
+        /// its own tag; a batch is no larger than its limit plus its last entry; the minimum
+        /// interval holds unless the batch is full.
         #[test]
         fn agrees_with_a_list(inputs in inputs(), interval_min_us in 0u64..40) {
             let limits = BatchLimits {
@@ -387,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_writer_gets_what_there_is_at_once() {
+    fn an_idle_writer_gets_the_batch_immediately() {
         let limits = BatchLimits {
             readings_max: 100,
             bytes_max: 1 << 20,
@@ -416,7 +418,7 @@ mod tests {
         Submission::Entry(first)
     }
 
-    /// How long a batch with these streams waits after a batch with `before`.
+    /// Returns how long a batch with these streams waits after a batch with `before`.
     fn waits(before: &[i64], streams: &[i64]) -> u64 {
         let mut batcher = Batcher::new(QUIET);
         let now_us = 10_000_000;
@@ -431,9 +433,9 @@ mod tests {
     }
 
     #[test]
-    fn devices_that_send_now_and_then_share_commits() {
+    fn devices_that_send_rarely_share_commits() {
         assert_eq!(waits(&[1], &[2, 3, 4]), 199_000);
-        // Nobody waits where nothing was committed lately.
+        // No wait without a recent commit.
         let mut batcher = Batcher::new(QUIET);
         batcher.push(of_stream(1), ());
         assert!(batcher.poll_batch(0).is_some());
@@ -443,7 +445,7 @@ mod tests {
 
     #[test]
     fn a_device_that_waits_for_its_ack_gets_it_soon() {
-        // It sent the next frame when it had the ACK; it sends a backlog.
+        // It sent the next frame when it received the ACK; it is sending a backlog.
         assert_eq!(waits(&[1, 2], &[3, 2]), 3_000);
         assert_eq!(waits(&[1], &[2, 3, 2]), 3_000);
         let mut batcher = Batcher::new(QUIET);
@@ -459,18 +461,18 @@ mod tests {
             (),
         );
         assert_eq!(batcher.poll_deadline(), Some(4_000));
-        // What is awaited goes with it; the next batch is another matter.
+        // The awaited submission leaves with this batch and does not affect the next one.
         batcher.poll_batch(4_000).unwrap();
         batcher.push(of_stream(7), ());
         assert!(batcher.poll_deadline().unwrap() > 100_000);
     }
 
     #[test]
-    fn it_does_not_wait_when_it_is_busy() {
+    fn commits_do_not_wait_at_high_load() {
         let mut batcher = Batcher::new(QUIET);
         let mut now_us = 1_000_000;
         let mut stream = 0;
-        // A frame each millisecond, of ever other devices.
+        // One frame per millisecond, each from another device.
         for _ in 0..3_000 {
             now_us += 1_000;
             stream += 1;
@@ -480,7 +482,7 @@ mod tests {
         batcher.push(of_stream(0), ());
         let began_us = batcher.committed_at_us.unwrap();
         assert_eq!(batcher.poll_deadline(), Some(began_us + 3_000));
-        // Once it is quiet, it waits again.
+        // At low load, commits wait again.
         for _ in 0..3 {
             now_us += 1_000_000;
             stream += 1;
@@ -492,7 +494,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_fill_a_batch_too() {
+    fn a_batch_is_full_by_bytes() {
         let limits = BatchLimits {
             readings_max: 1000,
             bytes_max: 600,

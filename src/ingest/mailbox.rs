@@ -1,6 +1,8 @@
-//! What reaches a session from outside its connection: receipts, the store's answers, orders to close.
+//! Messages to a session from outside its connection: receipts, outcomes from the store, requests
+//! to close.
 //!
-//! Invariant: bounded however slow its reader is, for the newest of a kind stands for all before it.
+//! Invariant: bounded however slow its reader is, because the newest message of a kind replaces all
+//! earlier ones.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -19,52 +21,53 @@ pub struct Mailbox {
     epoch: AtomicUsize,
 }
 
-/// What has arrived since the mailbox was last emptied.
+/// Messages since the mailbox was last emptied.
 #[derive(Debug, Default)]
 pub struct Mail {
-    /// Answer to the session's login.
+    /// Outcome of the session's login.
     pub login: Option<LoginOutcome>,
-    /// Answer to the session's DECLARE.
+    /// Outcome of the session's DECLARE.
     pub declare: Option<DeclareOutcome>,
-    /// The latest commit, and the last number of this session's that it covered.
+    /// The latest commit, and the last number of this session that it covered.
     pub receipt: Option<(Receipt, u64)>,
-    /// Whether the store went down or came up.
+    /// Change of the store's availability.
     pub store_is_down: Option<bool>,
-    /// Whether the store that admitted the session is not there any more.
+    /// Whether the store that the session logged in to was replaced.
     pub store_is_replaced: bool,
-    /// An order to end.
+    /// Request to end the session.
     pub close: Option<Close>,
 }
 
 impl Mailbox {
-    /// Puts something in and wakes the session.
+    /// Updates the mail and wakes the session.
     pub fn put(&self, write: impl FnOnce(&mut Mail)) {
         write(&mut self.lock());
         self.arrived.notify_one();
     }
 
-    /// Records which store admitted the session, counted from 0 by its lane. Ids of one mean nothing to another.
+    /// Records which store the session logged in to, counted from 0 by its shard. Ids of one store
+    /// mean nothing to another.
     pub fn set_epoch(&self, epoch: usize) {
         self.epoch.store(epoch, Ordering::Release);
     }
 
-    /// Returns what [`Mailbox::set_epoch`] recorded, 0 before the login is answered.
+    /// Returns the number set by [`Mailbox::set_epoch`], 0 before the login is answered.
     pub fn epoch(&self) -> usize {
         self.epoch.load(Ordering::Acquire)
     }
 
-    /// Waits until something is in, and takes it all out.
+    /// Waits for mail, and takes all of it.
     ///
     /// # Cancel safety
-    /// Nothing is taken out unless it is returned; a wake-up that was consumed by a cancelled call is
-    /// kept by [`Notify`].
+    /// Mail is removed only if it is returned; a wake-up consumed by a cancelled call is kept by
+    /// [`Notify`].
     pub async fn take(&self) -> Mail {
         self.arrived.notified().await;
         std::mem::take(&mut self.lock())
     }
 
     fn lock(&self) -> MutexGuard<'_, Mail> {
-        // A writer that panicked left whole fields behind: each is set in one assignment.
+        // A writer that panicked left complete fields behind: each is set in one assignment.
         self.mail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

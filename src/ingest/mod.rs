@@ -1,19 +1,19 @@
-//! The queue between sessions and store, and the tasks that empty it.
+//! The queue between sessions and the store, and the tasks that empty it.
 //!
-//! A connection finds room for a submission before it takes in the next frame, so a slow store is felt
-//! by the devices as back pressure. A store that takes several transactions at once has several lanes,
-//! each with a task that commits one batch after the other and answers sessions only from what a
-//! commit returned. A device always has the same lane, whatever its connection, so what it submits is
-//! committed in the order in which it came.
+//! A connection waits for queue capacity for a submission before it accepts the next frame, so
+//! devices experience a slow store as back pressure. A store that runs several transactions
+//! concurrently has several shards, each with a task that commits one batch after another and
+//! answers sessions only from the result of a commit. A device always uses the same shard, whatever
+//! its connection, so its submissions are committed in order.
 //!
 //! Invariants
-//! - What waits in all lanes is bounded in readings and in bytes (plus at most one submission for each
-//!   connection, held by its task). Each lane has an equal part of that: when one cannot commit, devices of
-//!   another find room.
-//! - After a transient failure the same batch is tried again; nothing is answered meanwhile.
-//! - After a fatal one the task ends without answering.
-//! - When the store turns out to be another one, every session of the lane ends, and nothing that carries an
-//!   id of the former store is stored or answered.
+//! - The submissions waiting in all shards are bounded in readings and in bytes (plus at most one
+//!   submission per connection, held by its task). Each shard has an equal part, so that devices of
+//!   other shards can continue when one cannot commit.
+//! - After a transient failure the same batch is retried; nothing is answered meanwhile.
+//! - After a fatal failure the task ends without answering.
+//! - When the store was replaced, every session of the shard ends, and nothing with an id of the
+//!   former store is stored or answered.
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -36,40 +36,40 @@ pub mod batcher;
 pub mod mailbox;
 pub mod registry;
 
-/// First and longest wait before a batch is tried again.
+/// First and longest delay before a batch is retried.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(1);
-/// A commit that takes longer is taken for an outage: devices are told to wait, and not left to guess.
+/// A commit that takes longer counts as an outage: devices are asked to wait.
 const STALLED_AFTER: Duration = Duration::from_secs(5);
 
-/// Room that a connection gets at once, beyond its submission, when it had to wait for it: what it has
-/// received meanwhile then goes into the same batch, and a store that clusters readings by series finds
-/// many of one series together.
-const TURN: Size = Size {
+/// Extra capacity granted to a connection that had to wait for its submission. Frames that it has
+/// received meanwhile then go into the same batch, and a store that clusters readings by series
+/// finds many of one series together.
+const BURST_GRANT: Size = Size {
     readings: 4096,
     bytes: 128 << 10,
 };
 
-/// Bounds of the queue. For each lane they must come to what the largest frame takes up.
+/// Limits of the queue. Each shard's part must be large enough for the largest frame.
 #[derive(Clone, Copy, Debug)]
 pub struct QueueLimits {
-    /// Readings that may wait.
+    /// Maximum number of readings waiting.
     pub readings_max: usize,
-    /// Bytes of memory that may wait.
+    /// Maximum memory of waiting submissions, in bytes.
     pub bytes_max: usize,
 }
 
-/// The way into the queue. Clones share one queue; it closes when the last is gone.
+/// Sender of the queue. Clones share one queue; it closes when the last is dropped.
 #[derive(Clone, Debug)]
 pub struct IngestQueue {
-    lanes: Arc<[LaneEnd]>,
-    /// Where this clone's submissions go.
-    lane: usize,
+    shards: Arc<[ShardEnd]>,
+    /// The shard that this clone submits to.
+    shard: usize,
 }
 
-/// The end of a lane at which submissions go in.
+/// The sending end of a shard.
 #[derive(Debug)]
-struct LaneEnd {
+struct ShardEnd {
     jobs: mpsc::UnboundedSender<Job>,
     room: Arc<Room>,
 }
@@ -80,7 +80,7 @@ struct Job {
     mailbox: Arc<Mailbox>,
 }
 
-/// What is left of a lane's bounds. Permits are taken when a job enters and given back when its
+/// Remaining capacity of a shard. Permits are acquired when a job enters and released when its
 /// batch is durable; they bound the channel, which has no bound of its own.
 #[derive(Debug)]
 struct Room {
@@ -89,66 +89,67 @@ struct Room {
     bytes: Semaphore,
 }
 
-/// What lanes know of each other, so that the log says once what concerns several.
+/// State shared by all shards, so that an event that affects several is logged once.
 #[derive(Debug, Default)]
 struct Neighbours {
-    /// How many lanes cannot commit.
-    lanes_down: AtomicUsize,
-    /// How often the lane that saw it most often has seen the store replaced.
+    /// Number of shards that cannot commit.
+    shards_down: AtomicUsize,
+    /// Highest number of store replacements that any shard has seen.
     replacements: AtomicUsize,
 }
 
-/// A queue and its tasks' ends, one for each lane.
-pub fn queue(limits: QueueLimits, lanes: usize) -> (IngestQueue, Vec<IngestReceiver>) {
+/// Creates a queue and the receivers of its shards.
+pub fn queue(limits: QueueLimits, shards: usize) -> (IngestQueue, Vec<IngestReceiver>) {
     let limits = QueueLimits {
-        readings_max: limits.readings_max / lanes,
-        bytes_max: limits.bytes_max / lanes,
+        readings_max: limits.readings_max / shards,
+        bytes_max: limits.bytes_max / shards,
     };
     let neighbours = Arc::new(Neighbours::default());
-    let lane = |lane| {
+    let shard = |shard| {
         let room = Arc::new(Room {
             limits,
             readings: Semaphore::new(limits.readings_max),
             bytes: Semaphore::new(limits.bytes_max),
         });
         let (sender, jobs) = mpsc::unbounded_channel();
-        let end = LaneEnd {
+        let end = ShardEnd {
             jobs: sender,
             room: Arc::clone(&room),
         };
         let receiver = IngestReceiver {
-            lane,
+            shard,
             jobs,
             room,
             neighbours: Arc::clone(&neighbours),
         };
         (end, receiver)
     };
-    let (lanes, receivers): (Vec<_>, Vec<_>) = (0..lanes).map(lane).unzip();
+    let (shards, receivers): (Vec<_>, Vec<_>) = (0..shards).map(shard).unzip();
     let queue = IngestQueue {
-        lanes: lanes.into(),
-        lane: 0,
+        shards: shards.into(),
+        shard: 0,
     };
     (queue, receivers)
 }
 
 impl IngestQueue {
-    /// Chooses the lane of `device` for all that is submitted through this clone from now on.
-    pub fn take_lane_of(&mut self, device: &str) {
+    /// Selects the shard of `device` for all further submissions through this clone.
+    pub fn pin_to_shard_of(&mut self, device: &str) {
         let mut hasher = DefaultHasher::new();
         device.hash(&mut hasher);
-        self.lane = (hasher.finish() % self.lanes.len() as u64) as usize;
+        self.shard = (hasher.finish() % self.shards.len() as u64) as usize;
     }
 
-    /// Queues a submission if there is room now, in `turn` or else in the queue; gives it back if not.
+    /// Queues a submission if there is capacity now, in `grant` or in the queue; otherwise returns
+    /// it.
     pub fn try_submit(
         &self,
         submission: Submission,
         mailbox: &Arc<Mailbox>,
-        turn: Option<&mut Turn>,
+        grant: Option<&mut BurstGrant>,
     ) -> Option<Submission> {
         let size = Size::of(&submission);
-        if !turn.is_some_and(|turn| turn.take(size)) {
+        if !grant.is_some_and(|grant| grant.take(size)) {
             let room = self.room();
             let Ok(readings) = room.readings.try_acquire_many(size.readings as u32) else {
                 return Some(submission);
@@ -163,58 +164,58 @@ impl IngestQueue {
         None
     }
 
-    /// Queues a submission as soon as there is room; those who wait are served in order. Gives room for
-    /// what comes next, too.
+    /// Queues a submission as soon as there is capacity; waiting callers are served in order. Also
+    /// returns capacity for further submissions.
     ///
     /// # Cancel safety
     /// A cancelled call queues nothing and drops the submission.
-    pub async fn submit(self, submission: Submission, mailbox: Arc<Mailbox>) -> Turn {
+    pub async fn submit(self, submission: Submission, mailbox: Arc<Mailbox>) -> BurstGrant {
         let size = Size::of(&submission);
         let QueueLimits {
             readings_max,
             bytes_max,
         } = self.room().limits;
-        let mut turn = Turn {
+        let mut grant = BurstGrant {
             left: Size::default(),
             room: Arc::clone(self.room()),
         };
-        let readings = (size.readings + TURN.readings).min(readings_max);
-        let bytes = (size.bytes + TURN.bytes).min(bytes_max);
+        let readings = (size.readings + BURST_GRANT.readings).min(readings_max);
+        let bytes = (size.bytes + BURST_GRANT.bytes).min(bytes_max);
         let readings_room = self.room().readings.acquire_many(readings as u32).await;
         let bytes_room = self.room().bytes.acquire_many(bytes as u32).await;
         if let (Ok(readings_room), Ok(bytes_room)) = (readings_room, bytes_room) {
             readings_room.forget();
             bytes_room.forget();
-            turn.left = Size { readings, bytes };
-            // It asked for at least that much.
-            turn.take(size);
+            grant.left = Size { readings, bytes };
+            // The grant is at least that large.
+            grant.take(size);
             self.send(submission, &mailbox);
         }
-        turn
+        grant
     }
 
     fn room(&self) -> &Arc<Room> {
-        &self.lanes[self.lane].room
+        &self.shards[self.shard].room
     }
 
     fn send(&self, submission: Submission, mailbox: &Arc<Mailbox>) {
-        // Fails only when the store has failed for good: the whole gateway is ending.
-        let _ = self.lanes[self.lane].jobs.send(Job {
+        // Fails only after a fatal failure of the store: the whole gateway is ending.
+        let _ = self.shards[self.shard].jobs.send(Job {
             submission,
             mailbox: Arc::clone(mailbox),
         });
     }
 }
 
-/// Room for a connection that it has not used yet; given back when dropped.
+/// Unused capacity of a connection; released on drop.
 #[derive(Debug)]
-pub struct Turn {
+pub struct BurstGrant {
     left: Size,
     room: Arc<Room>,
 }
 
-impl Turn {
-    /// Uses so much of it, if there is so much.
+impl BurstGrant {
+    /// Consumes this much of the grant if it is large enough.
     fn take(&mut self, size: Size) -> bool {
         let readings = self.left.readings.checked_sub(size.readings);
         let bytes = self.left.bytes.checked_sub(size.bytes);
@@ -226,7 +227,7 @@ impl Turn {
     }
 }
 
-impl Drop for Turn {
+impl Drop for BurstGrant {
     fn drop(&mut self) {
         self.room.give_back(self.left);
     }
@@ -239,19 +240,19 @@ impl Room {
     }
 }
 
-/// A lane's end of the queue.
+/// Receiver of a shard.
 #[derive(Debug)]
 pub struct IngestReceiver {
-    lane: usize,
+    shard: usize,
     jobs: mpsc::UnboundedReceiver<Job>,
     room: Arc<Room>,
     neighbours: Arc<Neighbours>,
 }
 
 impl IngestReceiver {
-    /// Commits what comes into this lane until every [`IngestQueue`] is gone and all is durable, then
-    /// closes the store. Answers what was committed in a task of its own, so that the store has the next
-    /// batch meanwhile.
+    /// Commits the submissions of this shard until every [`IngestQueue`] is dropped and everything
+    /// is durable, then closes the store. A separate task answers each commit, so that the store
+    /// receives the next batch meanwhile.
     pub async fn run<S: Store>(
         self,
         store: S,
@@ -262,14 +263,14 @@ impl IngestReceiver {
         let room = self.room.limits;
         let limits = BatchLimits {
             readings_max: limits.readings_max.min(room.readings_max),
-            // One batch is committed while the next comes together, both within the bound.
+            // One batch is committed while the next is collected, both within the limit.
             bytes_max: limits.bytes_max.min(room.bytes_max / 2),
             ..limits
         };
         let (committed, to_answer) = mpsc::unbounded_channel();
-        let (lane, room) = (self.lane, Arc::clone(&self.room));
-        let mut answering = tokio::spawn(answer_all(lane, to_answer, room, Arc::clone(&registry)));
-        let lane = Lane {
+        let (shard, room) = (self.shard, Arc::clone(&self.room));
+        let mut answering = tokio::spawn(answer_all(shard, to_answer, room, Arc::clone(&registry)));
+        let shard = Shard {
             queued: self,
             batcher: Batcher::new(limits),
             committed,
@@ -278,8 +279,8 @@ impl IngestReceiver {
         };
         let interval_min = Duration::from_micros(limits.interval_min_us);
         let result = tokio::select! {
-            result = lane.run(store, interval_min, clock) => result,
-            // It ends after the lane, unless it fails: then nothing would be answered any more.
+            result = shard.run(store, interval_min, clock) => result,
+            // It ends after the shard, unless it fails: then nothing would be answered any more.
             ended = &mut answering => return Err(answering_ended(ended)),
         };
         answering
@@ -289,17 +290,17 @@ impl IngestReceiver {
     }
 }
 
-/// A task's work.
-struct Lane {
+/// State of a shard's task.
+struct Shard {
     queued: IngestReceiver,
     batcher: Batcher<Arc<Mailbox>>,
     committed: mpsc::UnboundedSender<ToAnswer>,
     registry: Arc<Registry>,
-    /// How often this lane has seen the store replaced.
+    /// Number of store replacements that this shard has seen.
     replacements: usize,
 }
 
-/// Work for the task that answers.
+/// A request to the task that answers commits.
 enum ToAnswer {
     Commit {
         tagged: Box<Tagged<Arc<Mailbox>>>,
@@ -307,11 +308,11 @@ enum ToAnswer {
         /// See [`Mailbox::set_epoch`].
         epoch: usize,
     },
-    /// Answered when all before it is.
+    /// Answered after all earlier requests.
     Flush(oneshot::Sender<()>),
 }
 
-impl Lane {
+impl Shard {
     async fn run<S: Store>(
         mut self,
         mut store: S,
@@ -344,7 +345,7 @@ impl Lane {
                 }
             }
         }
-        // The queue is closed: what is left goes at once, whatever the least time between commits.
+        // The queue is closed: commit the rest immediately, ignoring the minimum interval.
         if let Some(tagged) = self.batcher.poll_batch(u64::MAX) {
             self.commit(&mut store, tagged).await?;
         }
@@ -356,11 +357,11 @@ impl Lane {
         store: &mut S,
         mut tagged: Tagged<Arc<Mailbox>>,
     ) -> Result<(), StoreError> {
-        let lane = self.queued.lane;
+        let shard = self.queued.shard;
         let neighbours = Arc::clone(&self.queued.neighbours);
         let registry = Arc::clone(&self.registry);
         let mut retry_after = RETRY_MIN;
-        let mut outage = Outage::new(lane, &neighbours.lanes_down, &registry);
+        let mut outage = Outage::new(shard, &neighbours.shards_down, &registry);
         let committed = loop {
             let result = self.attempt(store, &tagged, &mut outage).await;
             match result {
@@ -375,7 +376,7 @@ impl Lane {
             }
         };
         outage.is_over = true;
-        // Fails only when the other task has panicked, which is told at the end.
+        // Fails only if the other task has panicked, which is reported at the end.
         let _ = self.committed.send(ToAnswer::Commit {
             tagged: Box::new(tagged),
             committed,
@@ -384,7 +385,7 @@ impl Lane {
         Ok(())
     }
 
-    /// Adds a submission to the next batch, unless it carries ids of a store that is not there any more.
+    /// Adds a submission to the next batch, unless it has ids of a replaced store.
     fn gather(&mut self, job: Job) {
         let has_ids = !matches!(
             job.submission,
@@ -397,7 +398,7 @@ impl Lane {
         self.batcher.push(job.submission, job.mailbox);
     }
 
-    /// Ends all sessions of the lane, and leaves of what was gathered only what carries no ids.
+    /// Ends all sessions of the shard, and keeps only collected submissions without ids.
     async fn forget_ids(&mut self, tagged: &mut Tagged<Arc<Mailbox>>, reason: &str) {
         self.replacements += 1;
         let replacements = &self.queued.neighbours.replacements;
@@ -405,20 +406,19 @@ impl Lane {
         if seen < self.replacements {
             tracing::error!(
                 %reason,
-                "the store lacks what this gateway has put into it, as after a restore or the removal of a device; \
-                 devices log in again, and acknowledged frames that it has lost are recorded as gaps of reason 254"
+                "store was restored to an earlier state or a device was removed; ending sessions"
             );
         }
-        // Sessions that the former store admitted are in the registry once they are answered.
+        // Sessions of the former store are in the registry once they are answered.
         let (flushed, until_flushed) = oneshot::channel();
         let _ = self.committed.send(ToAnswer::Flush(flushed));
         let _ = until_flushed.await;
-        self.registry.expire(self.queued.lane);
+        self.registry.expire(self.queued.shard);
         tagged.forget_ids();
         self.batcher.forget_ids();
     }
 
-    /// Meanwhile the next batch is gathered.
+    /// Commits a batch, collecting the next one meanwhile.
     async fn attempt<S: Store>(
         &mut self,
         store: &mut S,
@@ -434,7 +434,7 @@ impl Lane {
                 result = &mut attempt => return result,
                 () = &mut stalled, if !is_stalled => {
                     is_stalled = true;
-                    outage.go_on("it does not answer");
+                    outage.go_on("not responding");
                 }
                 Some(job) = self.queued.jobs.recv(), if !self.batcher.is_full() => self.gather(job),
             }
@@ -444,13 +444,13 @@ impl Lane {
 
 fn answering_ended(ended: Result<(), JoinError>) -> StoreError {
     let reason = ended.err().map(|error| error.to_string());
-    let reason = reason.unwrap_or_else(|| "it ended".to_owned());
-    StoreError::Fatal(format!("the task that answers commits: {reason}"))
+    let reason = reason.unwrap_or_else(|| "task ended".to_owned());
+    StoreError::Fatal(format!("receipt task: {reason}"))
 }
 
-/// Answers each commit in turn, and gives its room back.
+/// Answers commits in order, and releases their capacity.
 async fn answer_all(
-    lane: usize,
+    shard: usize,
     mut to_answer: mpsc::UnboundedReceiver<ToAnswer>,
     room: Arc<Room>,
     registry: Arc<Registry>,
@@ -466,7 +466,7 @@ async fn answer_all(
                     .logins
                     .iter()
                     .for_each(|mailbox| mailbox.set_epoch(epoch));
-                answer(lane, &tagged, committed, &registry);
+                answer(shard, &tagged, committed, &registry);
                 room.give_back(tagged.size);
             }
             ToAnswer::Flush(flushed) => drop(flushed.send(())),
@@ -474,39 +474,39 @@ async fn answer_all(
     }
 }
 
-/// A time in which a lane cannot commit: begins with the first failure, ends when it is dropped.
-/// Several lanes that fail together are told in the log as one.
+/// A period in which a shard cannot commit: begins with the first failure and ends on drop. Several
+/// shards that fail together are logged as one outage.
 struct Outage<'a> {
-    lane: usize,
-    lanes_down: &'a AtomicUsize,
+    shard: usize,
+    shards_down: &'a AtomicUsize,
     registry: &'a Registry,
     /// `None` before the first failure.
     reason: Option<String>,
-    /// Whether the lane has committed, and was not given up.
+    /// Whether the shard has committed instead of being given up.
     is_over: bool,
 }
 
 impl<'a> Outage<'a> {
-    fn new(lane: usize, lanes_down: &'a AtomicUsize, registry: &'a Registry) -> Self {
+    fn new(shard: usize, shards_down: &'a AtomicUsize, registry: &'a Registry) -> Self {
         Self {
-            lane,
-            lanes_down,
+            shard,
+            shards_down,
             registry,
             reason: None,
             is_over: false,
         }
     }
 
-    /// It begins, or is found to have another reason.
+    /// Records the start of an outage, or a new reason for it.
     fn go_on(&mut self, reason: &str) {
         let begins = self.reason.is_none();
         if begins {
-            self.registry.announce_store(self.lane, true);
+            self.registry.announce_store(self.shard, true);
         }
-        let is_first = begins && self.lanes_down.fetch_add(1, Ordering::Relaxed) == 0;
+        let is_first = begins && self.shards_down.fetch_add(1, Ordering::Relaxed) == 0;
         let is_news = self.reason.as_deref().is_some_and(|known| known != reason);
-        if is_first || (is_news && self.lane == 0) {
-            tracing::warn!(%reason, "the store does not take data; trying again");
+        if is_first || (is_news && self.shard == 0) {
+            tracing::warn!(%reason, "store unavailable, retrying");
         }
         self.reason = Some(reason.to_owned());
     }
@@ -517,9 +517,9 @@ impl Drop for Outage<'_> {
         if self.reason.is_none() {
             return;
         }
-        self.registry.announce_store(self.lane, false);
-        if self.lanes_down.fetch_sub(1, Ordering::Relaxed) == 1 && self.is_over {
-            tracing::info!("the store takes data again");
+        self.registry.announce_store(self.shard, false);
+        if self.shards_down.fetch_sub(1, Ordering::Relaxed) == 1 && self.is_over {
+            tracing::info!("store available again");
         }
     }
 }
@@ -531,9 +531,9 @@ async fn sleep_until(due_us: Option<u64>, clock: &SystemClock) {
     }
 }
 
-/// Tells every session what became of its submissions; each hears once of a commit.
+/// Sends each session the outcomes of its submissions, one message per commit.
 pub(crate) fn answer(
-    lane: usize,
+    shard: usize,
     tagged: &Tagged<Arc<Mailbox>>,
     committed: Committed,
     registry: &Registry,
@@ -556,7 +556,7 @@ pub(crate) fn answer(
     }
     for (mailbox, outcome) in tagged.logins.iter().zip(committed.logins) {
         if let LoginOutcome::Admitted(admission) = &outcome {
-            registry.admit(admission.device, lane, mailbox, admission.revision);
+            registry.admit(admission.device, shard, mailbox, admission.revision);
         }
         mailbox.put(|mail| mail.login = Some(outcome));
     }

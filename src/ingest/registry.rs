@@ -1,9 +1,9 @@
-//! Which sessions are live: at most one for each device, the newest, and none of a device that an operator
-//! has disabled or given another key since it was admitted.
+//! Live sessions: at most one per device, the newest, and none of a device that an operator has
+//! disabled or rekeyed since login.
 //!
-//! It is told of admissions in the order of their commits, so "newest" means what the store saw last.
-//! Changes by operators come from elsewhere, and may be known here before an admission that was committed
-//! before them: so they are remembered, and both have the numbers that the store gives to changes.
+//! Logins arrive in the order of their commits, so "newest" means the last one committed. Changes
+//! by operators arrive separately, possibly before a login that was committed earlier. So the
+//! registry remembers changes, and compares the numbers that the store assigns to changes.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,9 +13,9 @@ use fieldgate_protocol::error::Code;
 use crate::ingest::mailbox::Mailbox;
 use crate::session::Close;
 use crate::store::DeviceId;
-use crate::store::lifecycle::Changes;
+use crate::store::device_admin::Changes;
 
-/// The live sessions by device.
+/// Live sessions by device.
 #[derive(Debug, Default)]
 pub struct Registry {
     sessions: Mutex<Sessions>,
@@ -24,17 +24,17 @@ pub struct Registry {
 #[derive(Debug, Default)]
 struct Sessions {
     live: HashMap<DeviceId, Live>,
-    /// Of devices that operators have changed while this gateway runs.
+    /// Devices that operators have changed while this gateway runs.
     changed: HashMap<DeviceId, Changed>,
 }
 
-/// A session that was admitted.
+/// A session after login.
 #[derive(Debug)]
 struct Live {
-    /// Lane of the ingest queue that answers it.
-    lane: usize,
+    /// Shard of the ingest queue that serves the session.
+    shard: usize,
     mailbox: Arc<Mailbox>,
-    /// The latest change to its device that was known when it was admitted.
+    /// The latest change to its device known at login.
     revision: i64,
 }
 
@@ -46,7 +46,7 @@ struct Changed {
 }
 
 impl Changed {
-    /// What it means for a session of the device, if that is to end.
+    /// Returns the close reason if this change ends `session`.
     fn verdict(self, session: &Live) -> Option<Close> {
         if self.revision <= session.revision {
             return None;
@@ -67,11 +67,11 @@ impl Changed {
 }
 
 impl Registry {
-    /// A session was admitted: an older one of the same device is told to end. `revision` is the latest
-    /// change to the device that the store knew.
-    pub fn admit(&self, device: DeviceId, lane: usize, mailbox: &Arc<Mailbox>, revision: i64) {
+    /// Registers a session after login and ends an older one of the same device. `revision` is the
+    /// number of the latest change to the device that the store knew.
+    pub fn admit(&self, device: DeviceId, shard: usize, mailbox: &Arc<Mailbox>, revision: i64) {
         let live = Live {
-            lane,
+            shard,
             mailbox: Arc::clone(mailbox),
             revision,
         };
@@ -90,7 +90,7 @@ impl Registry {
         }
     }
 
-    /// Operators have changed devices: their sessions are told to end, if they may not go on.
+    /// Handles changes of devices by operators: ends the affected sessions.
     pub fn change(&self, changes: &Changes) {
         let mut sessions = self.lock();
         if changes.is_all {
@@ -109,7 +109,7 @@ impl Registry {
         }
     }
 
-    /// A session ended; a newer one of the same device stays.
+    /// Removes a session that has ended; a newer one of the same device stays.
     pub fn leave(&self, device: DeviceId, mailbox: &Arc<Mailbox>) {
         let live = &mut self.lock().live;
         if live
@@ -120,13 +120,13 @@ impl Registry {
         }
     }
 
-    /// Ends every live session of a lane, without acknowledging anything more: the store that admitted them
-    /// is not there any more. What it said of operators' changes does not hold either.
-    pub fn expire(&self, lane: usize) {
+    /// Ends every live session of a shard without further acknowledgements, because its store was
+    /// replaced. Changes read from that store no longer apply either.
+    pub fn expire(&self, shard: usize) {
         let mut sessions = self.lock();
         sessions.changed.clear();
         sessions.live.retain(|_, session| {
-            let is_expired = session.lane == lane;
+            let is_expired = session.shard == shard;
             if is_expired {
                 session.mailbox.put(|mail| mail.store_is_replaced = true);
             }
@@ -134,13 +134,13 @@ impl Registry {
         });
     }
 
-    /// Tells every live session of a lane whether the store answers.
-    pub fn announce_store(&self, lane: usize, is_down: bool) {
+    /// Notifies every live session of a shard whether the store is available.
+    pub fn announce_store(&self, shard: usize, is_down: bool) {
         let sessions = self.lock();
         for session in sessions
             .live
             .values()
-            .filter(|session| session.lane == lane)
+            .filter(|session| session.shard == shard)
         {
             session
                 .mailbox
@@ -154,16 +154,17 @@ impl Registry {
 }
 
 impl Sessions {
-    /// The store is another one than before, and its numbers have nothing to do with those that are known.
+    /// Resets the known changes: the store was replaced, and its numbers are unrelated to the known
+    /// ones.
     fn begin_anew(&mut self) {
         self.changed.clear();
-        // A device that nobody had changed was admitted with 0, which is below all. With a higher number a
-        // session would outlive changes to come, so its device has to log in anew.
+        // A device without changes logged in with revision 0, which is below all others. With a
+        // higher number a session would outlive future changes, so its device has to log in again.
         for live in self.live.values().filter(|live| live.revision > 0) {
             live.end(Some(Close {
                 code: None,
                 retry_after_ms: 0,
-                detail: "the store was put back to an earlier state".into(),
+                detail: "the store was restored to an earlier state".into(),
             }));
         }
     }
@@ -180,7 +181,7 @@ impl Live {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::lifecycle::{DeviceState, StoredKey};
+    use crate::store::device_admin::{DeviceState, StoredKey};
 
     const PUMP: DeviceId = DeviceId(1);
 
@@ -204,12 +205,12 @@ mod tests {
         mailbox.take().await.close
     }
 
-    async fn told(mailbox: &Mailbox) -> Option<Code> {
+    async fn close_code(mailbox: &Mailbox) -> Option<Code> {
         closed(mailbox).await?.code
     }
 
     #[tokio::test]
-    async fn a_change_ends_sessions_that_were_admitted_before_it() {
+    async fn a_change_ends_sessions_of_earlier_logins() {
         for (device, expected) in [
             (change(false, 5, 0), Some(Code::Disabled)),
             (change(false, 4, 0), None),
@@ -227,12 +228,12 @@ mod tests {
                 if !is_known_first {
                     registry.change(&device);
                 }
-                assert_eq!(told(&mailbox).await, expected, "{device:?}");
+                assert_eq!(close_code(&mailbox).await, expected, "{device:?}");
             }
         }
     }
     #[tokio::test]
-    async fn what_was_known_of_another_store_does_not_hold() {
+    async fn changes_of_a_replaced_store_do_not_apply() {
         let registry = Registry::default();
         registry.change(&change(false, 7, 0));
         let other_store = Changes {
@@ -242,17 +243,17 @@ mod tests {
         registry.change(&other_store);
         let mailbox = Arc::default();
         registry.admit(PUMP, 0, &mailbox, 0);
-        assert_eq!(told(&mailbox).await, None);
-        // It has its first key, and nobody has changed that.
+        assert_eq!(close_code(&mailbox).await, None);
+        // The device has its first key, which was never replaced.
         registry.change(&other_store);
-        assert_eq!(told(&mailbox).await, None);
+        assert_eq!(close_code(&mailbox).await, None);
         registry.change(&change(false, 1, 0));
-        assert_eq!(told(&mailbox).await, Some(Code::Disabled));
+        assert_eq!(close_code(&mailbox).await, Some(Code::Disabled));
     }
 
-    /// By its number it would outlive whatever is changed next.
+    /// Its number would let it outlive the next change.
     #[tokio::test]
-    async fn a_session_that_another_store_admitted_with_a_changed_device_ends() {
+    async fn a_session_of_a_replaced_store_with_a_changed_device_ends() {
         let registry = Registry::default();
         let mailbox = Arc::<Mailbox>::default();
         registry.admit(PUMP, 0, &mailbox, 7);

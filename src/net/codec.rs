@@ -1,14 +1,14 @@
-//! Frames out of a connection's bytes, by tokio-util's `Decoder`: whole frames come out, the beginning
-//! of the next one stays in.
+//! A tokio-util `Decoder` that extracts whole frames from a connection's bytes and keeps an
+//! incomplete one.
 
 use bytes::BytesMut;
 use fieldgate_protocol::frame::{self, Frame, FrameError, HEADER_BYTES, Header};
 use tokio_util::codec::Decoder;
 
-/// Cuts a connection's bytes into frames.
+/// Decoder for the frames of a connection.
 #[derive(Clone, Copy, Debug)]
 pub struct FrameCodec {
-    /// Longest frame; a longer one is refused by its header alone.
+    /// Longest frame, in bytes; a longer one is rejected by its header.
     pub frame_bytes_max: usize,
 }
 
@@ -21,7 +21,7 @@ pub struct OwnedFrame {
 }
 
 impl OwnedFrame {
-    /// The frame, borrowed.
+    /// Returns the frame, borrowed.
     pub fn frame(&self) -> Frame<'_> {
         Frame {
             header: self.header,
@@ -31,10 +31,10 @@ impl OwnedFrame {
     }
 }
 
-/// Why a connection gives no more frames.
+/// Reason why a connection yields no more frames.
 #[derive(Debug, thiserror::Error)]
 pub enum CodecError {
-    /// Its bytes are not frames, or not allowed ones.
+    /// The bytes are not valid frames.
     #[error("{0}")]
     Frame(FrameError),
     /// The connection failed.
@@ -56,7 +56,7 @@ impl Decoder for FrameCodec {
                 bytes,
             }));
         }
-        // The header is right and within the limit, so its length can be believed.
+        // The header checksum is correct and the length within the limit, so it can be used.
         let wanted = match frame::decode_header(input, self.frame_bytes_max) {
             Ok(Some(header)) => header.frame_bytes(),
             _ => HEADER_BYTES,

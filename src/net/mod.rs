@@ -1,4 +1,4 @@
-//! Sockets, TLS, and frames on them.
+//! Sockets, TLS and the frame codec.
 
 pub mod codec;
 pub mod socket;

@@ -1,10 +1,10 @@
-//! A connection's bytes, plain or through TLS, for loops that wait until a socket is ready.
+//! A TCP connection with optional TLS, for loops that wait until a socket is ready.
 //!
-//! TLS itself is rustls's business: this carries its records to the TCP socket and back, without ever
-//! waiting. Gateway and simulator use the same, from either end.
+//! rustls implements TLS; this module moves its records to and from the TCP socket without ever
+//! blocking. Gateway and simulator use it, from either end.
 //!
-//! Invariant: after [`Socket::try_read`] nothing that the TCP socket gave is left unseen within TLS, so a
-//! reader that waits for readiness misses nothing.
+//! Invariant: after [`Socket::try_read`] no received data is left unread within TLS, so a reader
+//! that waits for readiness misses nothing.
 
 use std::io::{self, Read, Write};
 
@@ -14,46 +14,46 @@ use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncWriteExt, Interest, Ready};
 use tokio::net::TcpStream;
 
-/// What names the exporter of a connection's channel binding (RFC 9266).
+/// Label of the channel binding exporter (RFC 9266).
 const BINDING_LABEL: &[u8] = b"EXPORTER-Channel-Binding";
-/// Plaintext that is asked for at once.
+/// Maximum plaintext requested per read, in bytes.
 const CHUNK_BYTES: usize = 4 * 1024;
 
-/// A TCP connection, with or without TLS on it.
+/// A TCP connection with optional TLS.
 #[derive(Debug)]
 pub struct Socket {
     tcp: TcpStream,
-    /// In a box, since most connections may be without.
+    /// Boxed, since most connections may not use TLS.
     tls: Option<Box<Tls>>,
 }
 
 #[derive(Debug)]
 struct Tls {
     conn: rustls::Connection,
-    /// Whether [`Socket::take_channel`] has told of the handshake's end.
+    /// Whether [`Socket::take_channel`] has reported the end of the handshake.
     is_told: bool,
-    /// The peer has said that it sends no more.
+    /// Whether the peer has announced the end of its data.
     has_ended: bool,
-    /// What has come through the TCP socket, whatever it held.
+    /// Number of bytes received from the TCP socket.
     received_bytes: usize,
 }
 
-/// What the two ends of a TLS connection agree upon.
+/// Result of a TLS handshake.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Channel {
-    /// The same at both ends of this connection, and different for every other.
+    /// Channel binding: the same at both ends of this connection, and unique to it.
     pub binding: [u8; KEY_BYTES],
-    /// The peer's certificate, if it showed one.
+    /// The peer's certificate, if it sent one.
     pub certificate: Option<CertificateDer<'static>>,
 }
 
 impl Socket {
-    /// Without TLS.
+    /// Creates a connection without TLS.
     pub fn plain(tcp: TcpStream) -> Socket {
         Socket { tcp, tls: None }
     }
 
-    /// With TLS, whose handshake is done as the socket is read and written.
+    /// Creates a connection with TLS; reading and writing perform the handshake.
     pub fn tls(tcp: TcpStream, conn: impl Into<rustls::Connection>) -> Socket {
         let tls = Tls {
             conn: conn.into(),
@@ -67,21 +67,21 @@ impl Socket {
         }
     }
 
-    /// Whether the handshake is still under way; never without TLS.
+    /// Returns whether the handshake is in progress; always false without TLS.
     pub fn is_handshaking(&self) -> bool {
         self.tls
             .as_ref()
             .is_some_and(|tls| tls.conn.is_handshaking())
     }
 
-    /// What the handshake came to, once, as soon as it has ended.
+    /// Returns the result of the handshake, once, as soon as it has ended.
     pub fn take_channel(&mut self) -> Option<Channel> {
         let tls = self.tls.as_mut()?;
         if tls.is_told || tls.conn.is_handshaking() {
             return None;
         }
         let binding = [0; KEY_BYTES];
-        // Fails if what came right behind the handshake broke the rules; whoever reads hears of that.
+        // Fails if data after the handshake violated the protocol; the next read reports that.
         let exported = tls
             .conn
             .export_keying_material(binding, BINDING_LABEL, Some(&[]));
@@ -96,29 +96,30 @@ impl Socket {
         })
     }
 
-    /// How many bytes of TLS have come, whatever they held; 0 without TLS.
+    /// Returns the number of TLS bytes received, including overhead; 0 without TLS.
     pub fn tls_bytes(&self) -> usize {
         self.tls.as_ref().map_or(0, |tls| tls.received_bytes)
     }
 
-    /// Whether records wait for the TCP socket to take them.
+    /// Returns whether records are waiting to be written to the TCP socket.
     pub fn wants_write(&self) -> bool {
         self.tls.as_ref().is_some_and(|tls| tls.conn.wants_write())
     }
 
-    /// Waits until the TCP socket can be read or written.
+    /// Waits until the TCP socket is readable or writable.
     ///
     /// # Cancel safety
-    /// Nothing is lost.
+    /// A cancelled call loses nothing.
     pub async fn ready(&self, interest: Interest) -> io::Result<Ready> {
         self.tcp.ready(interest).await
     }
 
-    /// Appends what has come to `input`, `bytes_max` bytes at most, or through TLS until at least so many came
-    /// with its records, of which not all need to hold something; 0 says that the peer sends no more.
+    /// Appends received data to `input`: at most `bytes_max` bytes without TLS. With TLS, reads
+    /// until at least that many bytes of records were received, which may contain less data.
+    /// Returns 0 at the end of the peer's data.
     ///
     /// # Errors
-    /// `WouldBlock` if there is nothing to append; `InvalidData` if it is not TLS, or breaks its rules.
+    /// `WouldBlock` if there is nothing to append; `InvalidData` if the data is not valid TLS.
     pub fn try_read(&mut self, input: &mut BytesMut, bytes_max: usize) -> io::Result<usize> {
         match &mut self.tls {
             None => {
@@ -129,15 +130,15 @@ impl Socket {
         }
     }
 
-    /// Takes as much of `bytes` as there is room for.
+    /// Writes as many of `bytes` as the buffers accept; returns their number.
     ///
     /// # Errors
-    /// `WouldBlock` if there is none.
+    /// `WouldBlock` if the buffers are full.
     pub fn try_write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let Some(tls) = &mut self.tls else {
             return self.tcp.try_write(bytes);
         };
-        // What was taken before goes first, so that a peer that does not read makes nothing pile up here.
+        // Earlier records go first, so that nothing accumulates here if the peer does not read.
         tls.flush(&self.tcp)?;
         if tls.conn.wants_write() {
             return Err(io::ErrorKind::WouldBlock.into());
@@ -147,7 +148,7 @@ impl Socket {
         Ok(taken)
     }
 
-    /// Brings records that wait to the TCP socket, as far as it takes them.
+    /// Writes waiting records to the TCP socket, as far as it accepts them.
     pub fn try_flush(&mut self) -> io::Result<()> {
         match &mut self.tls {
             None => Ok(()),
@@ -155,7 +156,7 @@ impl Socket {
         }
     }
 
-    /// Waits until all of `bytes` is on its way.
+    /// Waits until all of `bytes` is written to the TCP socket.
     pub async fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() || self.wants_write() {
             let written = match bytes.is_empty() {
@@ -174,8 +175,8 @@ impl Socket {
         Ok(())
     }
 
-    /// Says that nothing more will be sent, if that can be said at once. Without that word a peer takes the
-    /// end of a TLS connection for an attack.
+    /// Announces the end of the data, if that is possible without waiting. Without this notice, a
+    /// peer treats the end of a TLS connection as an attack.
     pub fn try_end(&mut self) {
         if let Some(tls) = &mut self.tls
             && !tls.conn.is_handshaking()
@@ -185,14 +186,14 @@ impl Socket {
         }
     }
 
-    /// Says that nothing more will be sent, after what was written before.
+    /// Announces the end of the data, after everything written before.
     pub async fn shutdown(&mut self) -> io::Result<()> {
         self.try_end();
         self.write_all(&[]).await?;
         self.tcp.shutdown().await
     }
 
-    /// Waits until the peer closes, and passes over what it still sends.
+    /// Waits until the peer closes, discarding any further data.
     pub async fn wait_for_end(&mut self) -> io::Result<()> {
         let mut rest = BytesMut::new();
         loop {
@@ -215,7 +216,8 @@ impl Tls {
         bytes_max: usize,
     ) -> io::Result<usize> {
         let before = input.len();
-        // Records can be empty without end, so it is they that are counted, or a peer could keep this loop busy.
+        // Counts record bytes, because records can be empty: otherwise a peer could keep this loop
+        // busy.
         let mut received = 0;
         while !self.has_ended && received < bytes_max {
             match self.conn.read_tls(&mut TryIo(tcp)) {
@@ -229,7 +231,7 @@ impl Tls {
                 Err(error) => return Err(error),
             }
         }
-        // The handshake's next words.
+        // Continues the handshake.
         self.flush(tcp)?;
         match input.len() - before {
             0 if !self.has_ended => Err(io::ErrorKind::WouldBlock.into()),
@@ -241,7 +243,7 @@ impl Tls {
         let state = match self.conn.process_new_packets() {
             Ok(state) => state,
             Err(error) => {
-                // The alert that says what was wrong; the connection is lost in any case.
+                // Sends the alert with the reason; the connection is lost in any case.
                 let _ = self.flush(tcp);
                 return Err(io::Error::new(io::ErrorKind::InvalidData, error));
             }
@@ -265,7 +267,7 @@ impl Tls {
     }
 }
 
-/// A TCP socket that never waits, as rustls reads and writes it.
+/// A non-blocking TCP socket in the form that rustls requires.
 struct TryIo<'a>(&'a TcpStream);
 
 impl Read for TryIo<'_> {
@@ -300,7 +302,7 @@ mod tests {
 
     use super::*;
 
-    /// The two ends of a connection through TLS, whose handshake is over.
+    /// Returns both ends of a TLS connection after the handshake.
     async fn pair() -> (Socket, Socket) {
         let CertifiedKey { cert, signing_key } =
             rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
@@ -341,9 +343,9 @@ mod tests {
         (near, far)
     }
 
-    /// Nearly nothing but records that say nothing.
+    /// The peer sends almost only empty records.
     #[tokio::test]
-    async fn a_peer_that_says_little_in_many_records_keeps_nobody_busy() {
+    async fn many_nearly_empty_records_do_not_block_a_read() {
         let (mut peer, mut socket) = pair().await;
         let said: Vec<u8> = (0..50).collect();
         for byte in &said {
@@ -363,7 +365,7 @@ mod tests {
             }
         }
         assert_eq!(input, said);
-        // 4 KiB of some 900 bytes each.
+        // 4 KiB in records of some 900 bytes.
         assert!(most <= 10, "{most}");
     }
 }

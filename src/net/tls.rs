@@ -1,10 +1,10 @@
-//! What the TLS listener serves with: certificate, key, and whose client certificates count; loaded from
-//! files, and again when they change.
+//! Configuration of the TLS listener: certificate, key and client CA; loaded from files, and
+//! reloaded when they change.
 //!
 //! Invariants
-//! - A gateway never serves with files that do not fit each other, nor with an expired certificate while it has
-//!   one that is not: what cannot be used is told and tried again, and what was loaded before stays.
-//! - A session keeps what it began with, whatever is loaded later.
+//! - A gateway never uses mismatched files, nor an expired certificate while it has a valid one.
+//!   Unusable files are logged and retried, and the loaded ones stay in use.
+//! - A connection keeps the certificate it started with, whatever is loaded later.
 
 use std::fs;
 use std::io::{self, Read};
@@ -31,86 +31,87 @@ use crate::time::utc_now;
 #[cfg(test)]
 mod tests;
 
-/// How often the files are looked at.
+/// Poll interval of the files.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const DAY: SignedDuration = SignedDuration::from_hours(24);
-/// Where `fieldgate tls init` puts its authority's certificate, beside the gateway's.
+/// Name of the CA certificate that `fieldgate tls init` creates next to the gateway's.
 const TLS_CA_FILE: &str = "ca.pem";
-/// A certificate that expires sooner is warned of, each day.
+/// A certificate that expires sooner causes a warning each day.
 const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
 
-/// The files.
+/// Paths of the files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsFiles {
-    /// The gateway's certificate, and those that lead to one that devices know.
+    /// The gateway's certificate, followed by intermediate certificates up to a CA known to
+    /// devices.
     pub cert: PathBuf,
-    /// The certificate's key.
+    /// The certificate's private key.
     pub key: PathBuf,
-    /// Who signs the certificates that devices must show; `None` if they need none.
+    /// CA certificates that sign client certificates; `None` if devices need none.
     pub client_ca: Option<PathBuf>,
-    /// Who may read the key besides its owner.
+    /// Users other than the owner who may read the key.
     pub key_readers: SecretReaders,
 }
 
-/// Why there is no TLS.
+/// Reason why TLS cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file of certificates.
-    #[error("cannot take certificates from {}: {reason}", path.display())]
+    /// A certificate file cannot be loaded.
+    #[error("could not load certificates from {}: {reason}", path.display())]
     Certificates {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
-    /// The key's file.
-    #[error("cannot take a private key from {}: {reason}", path.display())]
+    /// The key file cannot be loaded.
+    #[error("could not load private key from {}: {reason}", path.display())]
     Key {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong; nothing of its content.
+        /// The reason, without file content.
         reason: String,
     },
-    /// Whoever could read the key may have it.
+    /// Other users could have read the key.
     #[error(transparent)]
     Secret(#[from] SecretError),
-    /// Certificate and key are not fit for use.
-    #[error("{} and {} do not serve: {reason}", cert.display(), key.display())]
+    /// Certificate and key cannot be used together.
+    #[error("cannot use certificate {} with key {}: {reason}", cert.display(), key.display())]
     Pair {
-        /// The certificate.
+        /// Path of the certificate.
         cert: PathBuf,
-        /// The key.
+        /// Path of the key.
         key: PathBuf,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
-    /// The certificate is of no use any more.
-    #[error("the certificate in {} has expired, on {expires}", path.display())]
+    /// The certificate has expired.
+    #[error("the certificate in {} expired on {expires}", path.display())]
     Expired {
-        /// Which.
+        /// Path of the certificate.
         path: PathBuf,
-        /// Since when.
+        /// Time of expiry.
         expires: Timestamp,
     },
 }
 
-/// What new TLS connections begin with.
+/// TLS configuration for new connections.
 #[derive(Debug)]
 pub struct Tls {
     files: TlsFiles,
     record_bytes_max: usize,
     current: RwLock<Loaded>,
-    /// How the files were before they were loaded for the first time.
+    /// State of the files before they were first loaded.
     first: Stamps,
 }
 
-/// What the files said.
+/// Contents of the files.
 #[derive(Debug)]
 struct Loaded {
     config: Arc<ServerConfig>,
-    /// When the gateway's certificate does; `None` if nobody can tell.
+    /// Expiry of the gateway's certificate; `None` if it cannot be parsed.
     expires: Option<Timestamp>,
-    /// What will keep devices from connecting, as far as the files show.
+    /// Faults in the files that will keep devices from connecting.
     faults: Vec<String>,
 }
 
@@ -121,10 +122,10 @@ impl Loaded {
 }
 
 impl Tls {
-    /// Loads the files. Records that are sent hold at most `record_bytes_max` bytes.
+    /// Loads the files. Sent records contain at most `record_bytes_max` bytes.
     ///
     /// # Errors
-    /// One of them cannot be used.
+    /// One of the files cannot be used.
     pub fn load(files: TlsFiles, record_bytes_max: usize) -> Result<Tls, TlsError> {
         let first = stamps(&files);
         let tls = Tls {
@@ -138,23 +139,23 @@ impl Tls {
         Ok(tls)
     }
 
-    /// Returns when the certificate in use expired, if it has.
+    /// Returns the time at which the certificate in use expired, if it has expired.
     pub fn expired(&self) -> Option<Timestamp> {
         let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
         current.expires.filter(|_| current.has_expired(utc_now()))
     }
 
-    /// The server's side of a new connection.
+    /// Creates the server side of a new connection.
     ///
     /// # Errors
-    /// The system gives no random numbers.
+    /// The system provides no random numbers.
     pub fn connection(&self) -> io::Result<ServerConnection> {
         let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
         ServerConnection::new(Arc::clone(&current.config)).map_err(io::Error::other)
     }
 
-    /// Loads the files again whenever they changed or `hangup` came, and now and then if that failed; warns each
-    /// day of a certificate that expires. For ever.
+    /// Reloads the files whenever they change or `hangup` fires, and retries after a failure. Warns
+    /// each day if the certificate expires soon. Never returns.
     pub async fn keep_current(&self, mut hangup: Signal) {
         let mut watch = Watch::new(self, utc_now());
         let mut look = interval(LOOK_EVERY);
@@ -187,7 +188,7 @@ impl Tls {
         let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
         let path = self.files.cert.display();
         for fault in &current.faults {
-            tracing::warn!(%path, %fault, "devices may not take the certificate");
+            tracing::warn!(%path, %fault, "devices may reject the certificate");
         }
     }
 
@@ -198,20 +199,20 @@ impl Tls {
         };
         let path = self.files.cert.display();
         if current.has_expired(now) {
-            tracing::warn!(%path, %expires, "the certificate has expired: devices will not connect");
+            tracing::warn!(%path, %expires, "the certificate has expired; devices will not connect");
         } else if expires.duration_since(now) < EXPIRES_SOON {
             tracing::warn!(%path, %expires, "the certificate expires soon");
         }
     }
 }
 
-/// Looks at the files again and again.
+/// Polls the files for changes.
 struct Watch<'a> {
     tls: &'a Tls,
     seen: Stamps,
-    /// Why what was seen is not in use.
+    /// Reason why the current files are not in use.
     failure: Option<String>,
-    /// When the certificate's expiry was looked at.
+    /// When the certificate's expiry was last checked.
     reminded: Timestamp,
 }
 
@@ -225,16 +226,16 @@ impl Watch<'_> {
         }
     }
 
-    /// `is_asked`: whether an operator wants the files to be loaded, changed or not.
+    /// Checks the files. `is_asked`: whether an operator requested a reload, even without a change.
     fn look(&mut self, is_asked: bool, now: Timestamp) {
         let stamps = stamps(&self.tls.files);
         if is_asked || stamps != self.seen {
             self.seen = stamps;
-            // Whoever did something about it is told what came of it.
+            // After an operator's request, the result is logged in any case.
             self.failure = None;
             self.load(now);
         } else if self.failure.is_some() {
-            // What was in the way need not be in the files.
+            // The cause need not be in the files.
             self.load(now);
         }
         // In both directions, because clocks are set.
@@ -247,16 +248,16 @@ impl Watch<'_> {
         match self.tls.reload(now) {
             Ok(()) => {
                 self.failure = None;
-                tracing::info!("new connections are served with the certificate that is there now");
+                tracing::info!("certificate reloaded");
                 self.tls.warn_of_faults();
                 self.remind(now);
             }
             Err(error) => {
                 let failure = Some(error.to_string());
                 if self.failure == failure {
-                    tracing::debug!(%error, "the certificate still cannot be loaded");
+                    tracing::debug!(%error, "could not reload certificate");
                 } else {
-                    tracing::warn!(%error, "the certificate that was loaded before stays in use");
+                    tracing::warn!(%error, "could not load new certificate, keeping the old one");
                 }
                 self.failure = failure;
             }
@@ -269,11 +270,11 @@ impl Watch<'_> {
     }
 }
 
-/// Of each file that there is.
+/// One for each configured file.
 type Stamps = Vec<Option<Stamp>>;
 
-/// What tells a file from the one that was there before, whichever way it was replaced, and from itself before its
-/// mode changed.
+/// Identifies a version of a file: changes if the file is replaced by any method, or its mode
+/// changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Stamp {
     dev: u64,
@@ -324,14 +325,15 @@ fn load(files: &TlsFiles, record_bytes_max: usize) -> Result<Loaded, TlsError> {
         .with_single_cert(chain, private_key(&files.key, files.key_readers)?)
         .map_err(|error| match is_authoritys {
             true => pair(format!(
-                "{error}; the first certificate in the file is an authority's: put the gateway's own first"
+                "{error}; the first certificate in the file is a CA certificate: put the gateway's own \
+                 certificate first"
             )),
             false => pair(error.to_string()),
         })?;
     config.max_fragment_size = Some(record_bytes_max);
-    // A device that comes back need not go through the whole handshake again.
+    // A returning device can resume without a full handshake.
     config.ticketer = ring::Ticketer::new().map_err(|error| pair(error.to_string()))?;
-    // Without it the exporter of TLS 1.2 is not bound to this connection alone (RFC 9266).
+    // Without it, the TLS 1.2 exporter is not bound to this connection alone (RFC 9266).
     config.require_ems = true;
     let config = Arc::new(config);
     Ok(Loaded {
@@ -359,7 +361,7 @@ fn client_verifier(
         .map_err(|error| refused(error.to_string()))
 }
 
-/// At least one.
+/// Loads at least one certificate.
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let refused = |reason: String| TlsError::Certificates {
         path: path.to_owned(),
@@ -385,13 +387,13 @@ fn private_key(path: &Path, readers: SecretReaders) -> Result<PrivateKeyDer<'sta
     PrivateKeyDer::from_pem_slice(&text).map_err(|error| refused(pem_fault(&error)))
 }
 
-/// What is wrong, without anything of what is there: it may be a key.
+/// Describes a PEM fault without any file content, which may be a key.
 fn pem_fault(error: &pem::Error) -> String {
     match error {
-        pem::Error::MissingSectionEnd { .. } => "a section in it has no end".to_owned(),
-        pem::Error::IllegalSectionStart { .. } => "a section in it begins wrongly".to_owned(),
-        pem::Error::Base64Decode(_) => "a section in it is not base64".to_owned(),
-        pem::Error::NoItemsFound => "there is none in it".to_owned(),
+        pem::Error::MissingSectionEnd { .. } => "unterminated PEM section".to_owned(),
+        pem::Error::IllegalSectionStart { .. } => "PEM section has an invalid header".to_owned(),
+        pem::Error::Base64Decode(_) => "PEM section is not valid base64".to_owned(),
+        pem::Error::NoItemsFound => "file contains none".to_owned(),
         error => error.to_string(),
     }
 }
@@ -401,8 +403,8 @@ fn expiry(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
     Timestamp::from_second(certificate.validity().not_after.timestamp()).ok()
 }
 
-/// Certificates beside the gateway's that devices may know: the authority that `fieldgate tls init` made, and
-/// those who sign the devices'.
+/// Returns further certificates that devices may know: the CA that `fieldgate tls init` created,
+/// and the CAs of client certificates.
 fn authorities(files: &TlsFiles) -> Vec<CertificateDer<'static>> {
     let made = files.cert.with_file_name(TLS_CA_FILE);
     let paths = [Some(&made), files.client_ca.as_ref()];
@@ -410,7 +412,7 @@ fn authorities(files: &TlsFiles) -> Vec<CertificateDer<'static>> {
     paths.into_iter().flatten().flat_map(read).collect()
 }
 
-/// What in a chain will keep devices from connecting.
+/// Returns the faults of a chain that will keep devices from connecting.
 fn faults(
     chain: &[CertificateDer<'_>],
     authorities: &[CertificateDer<'_>],
@@ -429,9 +431,9 @@ fn faults(
         let validity = certificate.validity();
         if validity.not_before.timestamp() > now.as_second() {
             let from = validity.not_before;
-            faults.push(format!("certificate {n} is not valid yet, from {from} on"));
+            faults.push(format!("certificate {n} is not valid before {from}"));
         }
-        // That of the first is told with those that expire soon.
+        // The first certificate's expiry is reported with the certificates that expire soon.
         if n > 1 && validity.not_after.timestamp() <= now.as_second() {
             let expired = validity.not_after;
             faults.push(format!("certificate {n} expired on {expired}"));
@@ -440,8 +442,8 @@ fn faults(
     for (n, pair) in (1..).zip(parsed.windows(2)) {
         if pair[0].issuer() != pair[1].subject() {
             faults.push(format!(
-                "certificate {n} was issued by {:?} and the next one in the file is {:?}: put each behind \
-                 the one that it issued, the gateway's own first",
+                "certificate {n} was issued by {:?}, but the next one in the file is {:?}; \
+                 order the chain from the gateway's certificate to the CA",
                 pair[0].issuer().to_string(),
                 pair[1].subject().to_string()
             ));
@@ -456,15 +458,15 @@ fn faults(
         && !is_known(own.issuer())
     {
         faults.push(format!(
-            "the certificate of its issuer {:?} is not in the file: devices that do not have it themselves will \
-             not connect; append the intermediate certificates",
+            "the intermediate certificate {:?} is missing; append it to the file, or devices without it cannot \
+             connect",
             own.issuer().to_string()
         ));
     }
     faults
 }
 
-/// Why TLS failed, if that is what `error` is about.
+/// Returns why TLS failed, if `error` is a TLS error.
 pub fn failure(error: &io::Error) -> Option<String> {
     let error = error.get_ref()?.downcast_ref::<rustls::Error>()?;
     Some(match error {
@@ -475,18 +477,18 @@ pub fn failure(error: &io::Error) -> Option<String> {
             | AlertDescription::CertificateRevoked
             | AlertDescription::CertificateExpired
             | AlertDescription::CertificateUnknown
-            // Its issuer has the name of one that the peer knows, and another key.
+            // The issuer has the name of one that the peer knows, but another key.
             | AlertDescription::DecryptError => {
-                format!("the peer refuses the gateway's certificate ({alert:?})")
+                format!("the peer rejected the gateway's certificate ({alert:?})")
             }
-            alert => format!("the peer gave up ({alert:?})"),
+            alert => format!("the peer aborted the handshake ({alert:?})"),
         },
-        rustls::Error::NoCertificatesPresented => "the peer showed no certificate".to_owned(),
+        rustls::Error::NoCertificatesPresented => "the peer sent no certificate".to_owned(),
         rustls::Error::InvalidCertificate(error) => {
             format!("the peer's certificate is not valid ({error})")
         }
         rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType) => {
-            "what came is not TLS: plain text at the TLS port?".to_owned()
+            "not TLS: plain text on the TLS port?".to_owned()
         }
         rustls::Error::PeerIncompatible(error) => {
             format!("no version or cipher in common ({error:?})")
@@ -495,7 +497,7 @@ pub fn failure(error: &io::Error) -> Option<String> {
     })
 }
 
-/// Whom a certificate that was verified names: its common name and its DNS names.
+/// Returns the names in a verified certificate: its common name and its DNS names.
 pub fn names(certificate: &CertificateDer<'_>) -> Vec<String> {
     let Ok((_, certificate)) = X509Certificate::from_der(certificate) else {
         return Vec::new();

@@ -1,28 +1,29 @@
-//! How much a device may send in a while, in whichever of its sessions: one that connects again owes what it
-//! has sent before.
+//! Device quotas: limits what a device may send across all of its sessions; a reconnecting device
+//! keeps its debt.
 //!
-//! Invariant: those are remembered that are connected or owe something, and at most as many again, or 1,024 in
-//! all. Whoever owes nothing is as good as new.
+//! Invariant: state is kept for devices that are connected or in debt, and for at most as many
+//! others, or for up to 1,024 devices in total. A device without debt has the same state as a new
+//! one.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::quota::rate::{Meter, Rate};
+use crate::quota::rate::{Gcra, Rate};
 use crate::store::DeviceId;
 
-/// Fewer are not worth looking through.
+/// Below this number of devices, cleaning up is not worthwhile.
 const TIDY_AT_MIN: usize = 1024;
 
-/// Of each device: one notice a minute, ten at once.
+/// Notices per device: one per minute, with a burst of ten.
 const NOTICES: Rate = Rate {
     per_s: 1,
     burst: 10 * NOTICE,
 };
 const NOTICE: u64 = 60;
 
-/// What each device may send.
+/// Quotas of all devices.
 #[derive(Debug)]
-pub struct Allowances {
+pub struct DeviceQuotas {
     frames: Rate,
     readings: Rate,
     devices: Mutex<Devices>,
@@ -30,14 +31,14 @@ pub struct Allowances {
 
 #[derive(Debug)]
 struct Devices {
-    known: HashMap<DeviceId, Arc<Allowance>>,
-    /// When there are so many, those that need not be remembered are forgotten.
+    known: HashMap<DeviceId, Arc<DeviceQuota>>,
+    /// Number of devices at which those without debt or connection are removed.
     tidy_at: usize,
 }
 
-/// What one device may send.
+/// Quota of one device.
 #[derive(Debug)]
-pub struct Allowance {
+pub struct DeviceQuota {
     frames: Rate,
     readings: Rate,
     used: Mutex<Used>,
@@ -45,13 +46,13 @@ pub struct Allowance {
 
 #[derive(Debug, Default)]
 struct Used {
-    frames: Meter,
-    readings: Meter,
-    notices: Meter,
+    frames: Gcra,
+    readings: Gcra,
+    notices: Gcra,
 }
 
-impl Default for Allowances {
-    fn default() -> Allowances {
+impl Default for DeviceQuotas {
+    fn default() -> DeviceQuotas {
         let frames = Rate {
             per_s: 20_000,
             burst: 200_000,
@@ -60,14 +61,14 @@ impl Default for Allowances {
             per_s: 250_000,
             burst: 2_000_000,
         };
-        Allowances::new(frames, readings)
+        DeviceQuotas::new(frames, readings)
     }
 }
 
-impl Allowances {
-    /// So many frames of any kind, and so many readings, for each.
-    pub fn new(frames: Rate, readings: Rate) -> Allowances {
-        Allowances {
+impl DeviceQuotas {
+    /// Creates quotas with these rates for each device; `frames` counts frames of any type.
+    pub fn new(frames: Rate, readings: Rate) -> DeviceQuotas {
+        DeviceQuotas {
             frames,
             readings,
             devices: Mutex::new(Devices {
@@ -77,51 +78,51 @@ impl Allowances {
         }
     }
 
-    /// That of a device which has just been admitted.
-    pub fn of(&self, device: DeviceId, now_us: u64) -> Arc<Allowance> {
+    /// Returns the device's limiter, creating it if needed.
+    pub fn of(&self, device: DeviceId, now_us: u64) -> Arc<DeviceQuota> {
         let mut devices = lock(&self.devices);
         if devices.known.len() >= devices.tidy_at {
             devices
                 .known
-                .retain(|_, allowance| Arc::strong_count(allowance) > 1 || allowance.owes(now_us));
+                .retain(|_, quota| Arc::strong_count(quota) > 1 || quota.is_in_debt(now_us));
             devices.tidy_at = TIDY_AT_MIN.max(2 * devices.known.len());
         }
-        let allowance = devices.known.entry(device).or_insert_with(|| {
-            Arc::new(Allowance {
+        let quota = devices.known.entry(device).or_insert_with(|| {
+            Arc::new(DeviceQuota {
                 frames: self.frames,
                 readings: self.readings,
                 used: Mutex::default(),
             })
         });
-        Arc::clone(allowance)
+        Arc::clone(quota)
     }
 }
 
-impl Allowance {
-    /// Counts frames and readings that have come; gives the moment from which on more may come.
-    pub fn spend(&self, frames: u64, readings: u64, now_us: u64) -> u64 {
+impl DeviceQuota {
+    /// Counts received frames and readings; returns the time from which more may be received.
+    pub fn consume(&self, frames: u64, readings: u64, now_us: u64) -> u64 {
         let mut used = lock(&self.used);
-        let next_us = used.frames.spend(self.frames, frames, now_us);
-        next_us.max(used.readings.spend(self.readings, readings, now_us))
+        let next_us = used.frames.consume(self.frames, frames, now_us);
+        next_us.max(used.readings.consume(self.readings, readings, now_us))
     }
 
-    /// Whether the operator is to hear of something that the device did wrong: a few times at once, and then
-    /// once a minute, in whichever session.
+    /// Returns whether the operator is notified of another fault of the device: a few immediately,
+    /// then one per minute, across all sessions.
     pub fn may_tell(&self, now_us: u64) -> bool {
         let used = &mut *lock(&self.used);
         let mut notices = used.notices;
-        let has_room = notices.spend(NOTICES, NOTICE, now_us) <= now_us;
+        let has_room = notices.consume(NOTICES, NOTICE, now_us) <= now_us;
         if has_room {
             used.notices = notices;
         }
         has_room
     }
 
-    fn owes(&self, now_us: u64) -> bool {
+    fn is_in_debt(&self, now_us: u64) -> bool {
         let used = lock(&self.used);
         [used.frames, used.readings, used.notices]
             .iter()
-            .any(|meter| meter.owes(now_us))
+            .any(|meter| meter.is_in_debt(now_us))
     }
 }
 
@@ -133,44 +134,44 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
 
-    fn allowances() -> Allowances {
+    fn quotas() -> DeviceQuotas {
         let rate = |per_s, burst| Rate { per_s, burst };
-        Allowances::new(rate(10, 20), rate(100, 200))
+        DeviceQuotas::new(rate(10, 20), rate(100, 200))
     }
 
     #[test]
     fn the_scarcer_of_both_counts() {
-        let pump = allowances().of(DeviceId(1), 0);
-        assert_eq!(pump.spend(1, 200, 0), 0);
-        assert_eq!(pump.spend(1, 50, 0), 500_000);
-        assert_eq!(pump.spend(28, 0, 0), 1_000_000);
+        let pump = quotas().of(DeviceId(1), 0);
+        assert_eq!(pump.consume(1, 200, 0), 0);
+        assert_eq!(pump.consume(1, 50, 0), 500_000);
+        assert_eq!(pump.consume(28, 0, 0), 1_000_000);
     }
 
     #[test]
-    fn a_device_that_comes_back_owes_what_it_has_sent() {
-        let allowances = allowances();
+    fn a_reconnecting_device_keeps_its_debt() {
+        let quotas = quotas();
         let pump = DeviceId(1);
-        assert_eq!(allowances.of(pump, 0).spend(20, 250, 0), 500_000);
-        assert_eq!(allowances.of(pump, 0).spend(0, 0, 0), 500_000);
-        assert_eq!(allowances.of(DeviceId(2), 0).spend(0, 0, 0), 0);
+        assert_eq!(quotas.of(pump, 0).consume(20, 250, 0), 500_000);
+        assert_eq!(quotas.of(pump, 0).consume(0, 0, 0), 500_000);
+        assert_eq!(quotas.of(DeviceId(2), 0).consume(0, 0, 0), 0);
     }
 
     #[test]
-    fn those_that_are_gone_and_owe_nothing_are_forgotten() {
-        let allowances = allowances();
-        let connected = allowances.of(DeviceId(-1), 0);
-        allowances.of(DeviceId(-2), 0).spend(1, 0, 0);
+    fn disconnected_devices_without_debt_are_forgotten() {
+        let quotas = quotas();
+        let connected = quotas.of(DeviceId(-1), 0);
+        quotas.of(DeviceId(-2), 0).consume(1, 0, 0);
         for second in 0..100_000_u64 {
             let now_us = second * 1_000_000;
             let device = DeviceId(second as i64);
-            allowances.of(device, now_us).spend(15, 0, now_us);
-            let known = lock(&allowances.devices).known.len();
+            quotas.of(device, now_us).consume(15, 0, now_us);
+            let known = lock(&quotas.devices).known.len();
             assert!(known <= TIDY_AT_MIN, "{known}");
         }
         let last_us = 99_999_000_000;
-        let last = allowances.of(DeviceId(99_999), last_us);
-        assert_eq!(last.spend(10, 0, last_us), last_us + 500_000);
-        let known = &lock(&allowances.devices).known;
+        let last = quotas.of(DeviceId(99_999), last_us);
+        assert_eq!(last.consume(10, 0, last_us), last_us + 500_000);
+        let known = &lock(&quotas.devices).known;
         assert!(Arc::ptr_eq(&known[&DeviceId(-1)], &connected));
         assert!(!known.contains_key(&DeviceId(-2)));
     }

@@ -1,4 +1,4 @@
-//! What a device may use: frames and readings a second, and room in quarantine.
+//! Limits per device: frames and readings per second, and space in quarantine.
 
 pub mod device;
 pub mod quarantine;

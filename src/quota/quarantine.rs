@@ -1,15 +1,17 @@
-//! How much quarantine holds, and whether another frame has room in it.
+//! Usage of quarantine, and reservations for further frames.
 //!
-//! What is in quarantine stays until an operator replays or purges it, for its device has forgotten it.
-//! So it is bounded where it fills: a frame for which there is no room is not taken, and stays on its
-//! device. One device may use a part of the room only, so that it cannot make all others wait.
+//! Frames stay in quarantine until an operator replays or purges them, because the device has
+//! deleted them. So its size is limited when it fills: a frame without space is not accepted, and
+//! stays on its device. One device can use only a part of the space, so that it cannot block all
+//! others.
 //!
-//! The store knows what quarantine holds, and a task reads it there every now and then: what operators
-//! purge and what other gateways add is noticed so. In between, the gauge counts what this gateway adds.
+//! A task reads the usage from the store periodically, to include purges by operators and additions
+//! by other gateways. In between, the gauge counts the additions of this gateway.
 //!
-//! Invariant: what sessions of this gateway add never takes quarantine beyond its bound, for room is reserved before
-//! a frame is submitted, and counts until a reading that began after its commit. It holds once the store was read for
-//! the first time; until then what is stored already counts as nothing.
+//! Invariant: sessions of this gateway never exceed the limit of quarantine, because space is
+//! reserved before a frame is submitted, and counts until a usage query that began after its
+//! commit. It holds after the first usage query; before that, frames already in quarantine count
+//! as zero.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,19 +20,20 @@ use std::time::{Duration, Instant};
 use fieldgate_protocol::frame::FRAME_BYTES_MAX;
 
 use crate::store::DeviceId;
-use crate::store::kept::{KeptBytes, KeptFrames};
+use crate::store::quarantine_usage::{QuarantineUsage, UsageReader};
 
-/// A device may use the room of quarantine divided by this.
+/// Divisor for the share of quarantine that one device may use.
 pub const DEVICE_SHARE: u64 = 8;
 
-/// From one reading of the store to the next, at least.
+/// Minimum interval between usage queries.
 const READ_INTERVAL: Duration = Duration::from_secs(1);
-/// Readings take one part in this of the time, so that a large quarantine costs no more than a small one.
+/// Usage queries take at most one part in this of the time, so that a large quarantine costs no
+/// more than a small one.
 const READ_SHARE: u32 = 20;
-/// A reading that takes longer is given up, and what was known before holds.
+/// A usage query that takes longer is abandoned, and the previous usage remains.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How full quarantine is.
+/// Usage of quarantine.
 #[derive(Debug)]
 pub struct Gauge {
     bytes_max: u64,
@@ -40,21 +43,21 @@ pub struct Gauge {
 
 #[derive(Debug, Default)]
 struct Levels {
-    /// As the store was last read.
+    /// Usage at the last query.
     stored: HashMap<DeviceId, u64>,
-    /// Submitted, and not known to be committed.
+    /// Submitted, but not known to be committed.
     in_flight: HashMap<DeviceId, u64>,
-    /// Committed before the reading that is under way began: it will have them.
+    /// Committed before the current usage query began, which includes them.
     settled: HashMap<DeviceId, u64>,
-    /// Committed since.
+    /// Committed since then.
     settled_since: HashMap<DeviceId, u64>,
-    /// Devices that were told to wait, as far as it was their own share that was used up.
+    /// Devices that were asked to wait because their own share of quarantine is used up.
     full_devices: HashSet<DeviceId>,
-    /// Whether somebody was told to wait because there was no room at all.
+    /// Whether a device was asked to wait because quarantine is full.
     is_full: bool,
 }
 
-/// Room for a frame; given back when dropped, which is after its commit.
+/// Reserved space for a frame; released on drop, after its commit.
 #[derive(Debug)]
 pub struct Reservation {
     gauge: Arc<Gauge>,
@@ -63,7 +66,7 @@ pub struct Reservation {
 }
 
 impl Gauge {
-    /// An empty one, for so many bytes of frames.
+    /// Creates an empty gauge with this limit.
     pub fn new(bytes_max: u64) -> Gauge {
         Gauge {
             bytes_max,
@@ -72,7 +75,7 @@ impl Gauge {
         }
     }
 
-    /// Room for a frame of `bytes`, if there is so much.
+    /// Reserves space for a frame of `bytes`, if available.
     pub fn reserve(self: &Arc<Self>, device: DeviceId, bytes: usize) -> Option<Reservation> {
         let bytes = bytes as u64;
         let mut levels = self.lock();
@@ -81,7 +84,7 @@ impl Gauge {
                 let bytes_max = self.bytes_max;
                 tracing::warn!(
                     bytes_max,
-                    "quarantine is full: devices keep what belongs there and wait; replay or purge it"
+                    "quarantine full, devices are waiting; replay or purge frames"
                 );
             }
             return None;
@@ -92,7 +95,7 @@ impl Gauge {
                 tracing::warn!(
                     device = device.0,
                     bytes_max,
-                    "a device has used up its share of quarantine and waits; replay or purge it"
+                    "device quarantine quota used up, device is waiting; replay or purge its frames"
                 );
             }
             return None;
@@ -106,7 +109,7 @@ impl Gauge {
         })
     }
 
-    /// A reading of the store begins: it will have all that is committed by now.
+    /// Marks the start of a usage query: it includes everything committed so far.
     pub(crate) fn begin_reading(&self) {
         let mut levels = self.lock();
         for (device, bytes) in std::mem::take(&mut levels.settled_since) {
@@ -114,16 +117,16 @@ impl Gauge {
         }
     }
 
-    /// The reading that began last found this. What was committed meanwhile may be in it and is counted
-    /// twice until the next one: too much rather than too little.
-    pub(crate) fn end_reading(&self, stored: KeptBytes) {
+    /// Stores the result of the current usage query. Frames committed meanwhile may be included and
+    /// are counted twice until the next query, so usage is never underestimated.
+    pub(crate) fn end_reading(&self, stored: QuarantineUsage) {
         let mut levels = self.lock();
         levels.settled.clear();
         levels.stored = stored;
         let frame_bytes = FRAME_BYTES_MAX as u64;
         if levels.is_full && levels.total() + frame_bytes <= self.bytes_max {
             levels.is_full = false;
-            tracing::info!("quarantine has room again");
+            tracing::info!("quarantine has space again");
         }
         let has_room =
             |device: &DeviceId| levels.of(*device) + frame_bytes <= self.device_bytes_max;
@@ -132,17 +135,18 @@ impl Gauge {
             .collect();
         for device in relieved {
             levels.full_devices.remove(&device);
-            tracing::info!(device = device.0, "a device has room in quarantine again");
+            tracing::info!(device = device.0, "device has space in quarantine again");
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Levels> {
-        // Each change is a few additions: whoever panicked left numbers that the next reading mends.
+        // Each change is a few additions: a thread that panicked left numbers that the next query
+        // corrects.
         self.levels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Without bounds, for what is not the gateway itself.
+/// Unlimited, for programs other than the gateway.
 impl Default for Gauge {
     fn default() -> Self {
         Gauge::new(u64::MAX / 2)
@@ -183,19 +187,19 @@ impl Drop for Reservation {
     }
 }
 
-/// Reads what quarantine holds, once.
-pub async fn read(gauge: &Gauge, kept: &mut KeptFrames) {
+/// Queries the usage of quarantine once.
+pub async fn read(gauge: &Gauge, kept: &mut UsageReader) {
     gauge.begin_reading();
     match tokio::time::timeout(READ_TIMEOUT, kept.bytes()).await {
         Ok(Ok(bytes)) => gauge.end_reading(bytes),
-        // What was known holds; that the store does not answer is told by those who commit.
-        Ok(Err(error)) => tracing::debug!(%error, "quarantine cannot be read"),
-        Err(_) => tracing::debug!("quarantine is not read in time"),
+        // The previous usage remains; the writers report that the store is unavailable.
+        Ok(Err(error)) => tracing::debug!(%error, "could not read quarantine usage"),
+        Err(_) => tracing::debug!("reading quarantine usage timed out"),
     }
 }
 
-/// Reads what quarantine holds again and again, for as long as it is polled.
-pub async fn watch<T>(gauge: Arc<Gauge>, mut kept: KeptFrames) -> T {
+/// Queries the usage of quarantine repeatedly, for as long as the future is polled.
+pub async fn watch<T>(gauge: Arc<Gauge>, mut kept: UsageReader) -> T {
     loop {
         let began = Instant::now();
         read(&gauge, &mut kept).await;
@@ -216,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_has_an_eighth_and_all_together_have_the_whole() {
+    fn a_device_may_use_an_eighth_and_all_devices_the_whole() {
         let gauge = gauge(800);
         let held: Vec<_> = (0..10).filter_map(|_| gauge.reserve(A, 10)).collect();
         assert_eq!(held.len(), 10);
@@ -227,12 +231,12 @@ mod tests {
         assert!(gauge.reserve(DeviceId(99), 1).is_none(), "more than all");
         assert!(gauge.lock().is_full);
         drop((held, others));
-        // What was submitted is committed, as far as anybody knows.
+        // The submitted frames may be committed.
         assert!(gauge.reserve(DeviceId(99), 1).is_none());
     }
 
     #[test]
-    fn what_is_committed_counts_until_a_reading_has_it() {
+    fn committed_frames_count_until_a_usage_query_includes_them() {
         let gauge = gauge(800);
         let before = gauge.reserve(A, 40).unwrap();
         drop(before);
@@ -240,7 +244,7 @@ mod tests {
         let during = gauge.reserve(A, 30).unwrap();
         drop(during);
         let in_flight = gauge.reserve(A, 20).unwrap();
-        // The reading has the first, and happens to have the second as well.
+        // The query includes the first frame, and possibly the second.
         gauge.end_reading(HashMap::from([(A, 70)]));
         assert_eq!(gauge.lock().of(A), 70 + 30 + 20);
         gauge.begin_reading();
@@ -251,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reading_that_fails_forgets_nothing() {
+    fn a_failed_usage_query_changes_nothing() {
         let gauge = gauge(800);
         drop(gauge.reserve(A, 60).unwrap());
         gauge.begin_reading();
@@ -261,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_take_and_give_back_is_noticed() {
+    fn changes_by_others_are_noticed() {
         let bytes_max = 16 * FRAME_BYTES_MAX as u64;
         let gauge = gauge(bytes_max);
         gauge.begin_reading();

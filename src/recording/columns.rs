@@ -1,4 +1,4 @@
-//! Names and units of columns, as channels can have them.
+//! Names and units of columns in the form that channels require.
 
 use std::collections::HashSet;
 
@@ -14,7 +14,7 @@ const UNIT_BYTES_MAX: usize = 16;
 const ID_BYTES_MAX: usize = 24;
 
 impl Layout {
-    /// Returns how a column is called in messages.
+    /// Returns the name of a column in messages.
     pub fn title(&self, column: usize) -> String {
         match self.header.get(column).map(String::as_str) {
             None | Some("") => format!("column {}", column + 1),
@@ -23,10 +23,10 @@ impl Layout {
     }
 }
 
-/// Returns the column that a flag names, by its header, its name without a unit, or its number.
+/// Returns the column that a flag specifies, by its header, its name without a unit, or its number.
 ///
 /// # Errors
-/// There is no such column.
+/// The column does not exist.
 pub fn index_of(given: &str, header: &[String], flag: &str) -> Result<usize, ReadError> {
     let given = given.trim();
     let position = |is: &dyn Fn(&str) -> bool| header.iter().position(|header| is(header));
@@ -47,7 +47,7 @@ pub fn index_of(given: &str, header: &[String], flag: &str) -> Result<usize, Rea
             ""
         };
         ReadError::file(format!(
-            "{flag}: there is no column {given:?}; there are {}{more}",
+            "{flag}: no column {given:?}; columns are {}{more}",
             names.join(", ")
         ))
     })
@@ -71,7 +71,7 @@ pub fn split(header: &str) -> (&str, &str) {
     }
 }
 
-/// Makes names and units of the columns `taken` that fit the protocol and differ from each other.
+/// Returns names and units of the columns `taken` that fit the protocol and are unique.
 pub fn labels(layout: &Layout, taken: &[usize], notes: &mut Notes) -> Vec<(String, String)> {
     let mut labels: Vec<(String, String)> = taken
         .iter()
@@ -102,7 +102,7 @@ pub fn labels(layout: &Layout, taken: &[usize], notes: &mut Notes) -> Vec<(Strin
             *name = unique;
         }
         if unit.len() > UNIT_BYTES_MAX {
-            changed.push(format!("the unit {unit:?} is left out"));
+            changed.push(format!("the unit {unit:?} is omitted"));
             unit.clear();
         }
     }
@@ -114,12 +114,12 @@ pub fn labels(layout: &Layout, taken: &[usize], notes: &mut Notes) -> Vec<(Strin
             String::new()
         };
         let shown = changed[..changed.len().min(5)].join(", ");
-        notes.say(format!("names were changed to fit: {shown}{more}"));
+        notes.say(format!("names shortened or changed: {shown}{more}"));
     }
     labels
 }
 
-/// Where names without their units are the same, the whole headers are the names.
+/// Uses whole headers as names if names without units are the same.
 fn keep_units_that_differ(layout: &Layout, taken: &[usize], labels: &mut [(String, String)]) {
     let clash = |name: &str, labels: &[(String, String)]| {
         labels.iter().filter(|(other, _)| other == name).count() > 1
@@ -132,7 +132,7 @@ fn keep_units_that_differ(layout: &Layout, taken: &[usize], labels: &mut [(Strin
     }
 }
 
-/// Returns the text, cut to a number of bytes and with a number behind it if it was there before.
+/// Returns the text, cut to `bytes_max` bytes, with a number appended if it occurred before.
 fn unique(text: &str, bytes_max: usize, seen: &mut HashSet<String>) -> String {
     let cut = |bytes: usize| {
         let end = (0..=bytes.min(text.len()))
@@ -151,7 +151,7 @@ fn unique(text: &str, bytes_max: usize, seen: &mut HashSet<String>) -> String {
     name
 }
 
-/// Makes a part of a device's name of each cell of a column.
+/// Converts each cell of a column to a part of a device name.
 pub fn device_ids(cells: &[String]) -> Vec<String> {
     let mut seen = HashSet::new();
     cells

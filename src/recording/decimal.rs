@@ -1,19 +1,19 @@
-//! Decimal numbers as people write them, kept exactly where a scaled integer can.
+//! Decimal numbers as people write them, kept exactly if a scaled integer can hold them.
 //!
-//! Knows nothing of files; the [reader](super) feeds it cells and reports where a fault was.
+//! Knows nothing of files: the [reader](super) passes in cells and reports the location of faults.
 //!
-//! Invariants: a column becomes integers only if every value is then exactly what was written, and
-//! the division a gateway does (`raw / 10^places`) gives the double nearest to it.
+//! Invariants: a column becomes integers only if every value is then exactly as written, and the
+//! division in a gateway (`raw / 10^places`) yields the nearest double.
 
-use fieldgate_protocol::column::Kind;
+use fieldgate_protocol::value::Kind;
 
 use super::readings::{Nulls, Values};
 
-/// Most places behind the point of a scaled integer.
+/// Maximum number of decimal places of a scaled integer.
 pub const PLACES_MAX: u8 = 9;
-/// Scaled integers stay below this size, so that a double holds each of them exactly.
+/// Scaled integers stay below this limit, so that a double holds each of them exactly.
 pub const RAW_END: i64 = 1 << 53;
-/// Marks a cell of [`ColumnBuilder`] that holds the bits of a double.
+/// Marks a cell of [`ColumnBuilder`] that contains the bits of a double.
 const DOUBLE: u8 = u8::MAX;
 
 /// One number as written.
@@ -21,26 +21,26 @@ const DOUBLE: u8 = u8::MAX;
 pub struct Decimal {
     /// The nearest double.
     nearest: f64,
-    /// `(digits, places)` for `digits / 10^places` without trailing zeros, where that fits.
+    /// `(digits, places)` for `digits / 10^places` without trailing zeros, if that fits.
     exact: Option<(i64, u8)>,
 }
 
-/// What a stored number differs in from the text it was read from.
+/// Difference between a stored number and its text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
     /// A negative zero, stored as 0.
     MinusZero,
-    /// A whole number beyond 2^53 that no double holds, stored as the nearest one.
+    /// A whole number beyond 2^53 that is not exact as a double, stored as the nearest one.
     Rounded,
-    /// Too large for a double; it has no valid value.
+    /// Too large for a double; stored without a valid value.
     TooLarge,
     /// Too small for a double, stored as 0.
     TooSmall,
 }
 
 impl Decimal {
-    /// Parses digits with an optional sign, point and exponent, or an infinity. Anything else is
-    /// `None`, not-a-number included: the caller knows that as "no valid value".
+    /// Parses digits with an optional sign, point and exponent, or an infinity. Returns `None` for
+    /// anything else, including not-a-number, which the caller recognizes as a missing value.
     pub fn parse(text: &str) -> Option<Self> {
         let nearest: f64 = text.parse().ok()?;
         (!nearest.is_nan()).then(|| Self {
@@ -54,7 +54,7 @@ impl Decimal {
         self.nearest
     }
 
-    /// Returns what the number loses when it is stored; `text` is what it was parsed from.
+    /// Returns the loss when the number is stored; `text` is its original text.
     pub fn loss(self, text: &str) -> Option<Loss> {
         if self.nearest.is_infinite() {
             let is_written = text.bytes().any(|byte| byte.is_ascii_digit());
@@ -78,7 +78,7 @@ impl Decimal {
     }
 }
 
-/// Collects a column, in 9 bytes for each cell, and decides at the end what it is made of.
+/// Collects a column, using 9 bytes per cell, and chooses its kind at the end.
 #[derive(Debug, Default)]
 pub struct ColumnBuilder {
     /// Digits, or the bits of a double.
@@ -88,7 +88,7 @@ pub struct ColumnBuilder {
 }
 
 impl ColumnBuilder {
-    /// Appends a number, or that there is no valid value.
+    /// Appends a number, or `None` for a missing value.
     pub fn push(&mut self, cell: Option<Decimal>) {
         let (digits, places) = match cell {
             None => {
@@ -104,14 +104,14 @@ impl ColumnBuilder {
         self.places.push(places);
     }
 
-    /// Returns the double nearest to each value, without those that are not valid.
+    /// Returns the double nearest to each valid value.
     pub fn values(&self) -> impl Iterator<Item = f64> {
         (0..self.cells.len())
             .filter(|row| !self.nulls.contains(*row))
             .map(|row| self.nearest(row))
     }
 
-    /// Takes the value away from every cell that is equal to `mark`; returns how many.
+    /// Makes every cell that is equal to `mark` a missing value; returns their number.
     pub fn clear(&mut self, mark: f64) -> u64 {
         let mut cleared = 0;
         for row in 0..self.cells.len() {
@@ -124,8 +124,8 @@ impl ColumnBuilder {
         cleared
     }
 
-    /// Returns the kind, the power of ten and the values: integers if all of them are exact that way,
-    /// with no more places than needed; else doubles.
+    /// Returns the kind, the power of ten and the values: integers if all of them are exact that
+    /// way, with no more places than needed; otherwise doubles.
     pub fn finish(self) -> (Kind, i8, Values, Nulls) {
         let exact = self.places.iter().filter(|places| **places != DOUBLE);
         let places = exact.max().copied().unwrap_or(0);
@@ -144,7 +144,7 @@ impl ColumnBuilder {
         }
     }
 
-    /// Returns a cell's number times `10^places`, if that is a whole number below [`RAW_END`].
+    /// Returns a cell's number times `10^places` if that is a whole number below [`RAW_END`].
     fn raw(&self, row: usize, places: u8) -> Option<i64> {
         if self.places[row] == DOUBLE {
             return None;
@@ -162,8 +162,8 @@ impl ColumnBuilder {
     }
 }
 
-/// Returns `(digits, places)` of a decimal number, both as small as can be, if the digits are below
-/// [`RAW_END`].
+/// Returns `(digits, places)` of a decimal number, both as small as possible, if the digits are
+/// below [`RAW_END`].
 fn exact(text: &str) -> Option<(i64, u8)> {
     let (mantissa, exponent) = match text.split_once(['e', 'E']) {
         Some((mantissa, exponent)) => (mantissa, exponent.parse::<i32>().ok()?),
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_column_takes_as_many_places_as_its_finest_value() {
+    fn a_column_uses_as_many_places_as_its_finest_value() {
         let integers =
             |exp10, values: &[i64]| (Kind::Integer, exp10, Values::Integer(values.into()));
         assert_eq!(
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_scaled_integer_holds_becomes_doubles() {
+    fn numbers_beyond_scaled_integers_become_doubles() {
         let inexact = [
             "9007199254740992",
             "0.0000000001",
@@ -248,12 +248,12 @@ mod tests {
                 "{cell}"
             );
         }
-        // Each fits alone, but not both with the same number of places.
+        // Each fits on its own, but not both with the same number of places.
         assert_eq!(column(&["9007199254740991", "0.1"]).0, Kind::F64);
     }
 
     #[test]
-    fn what_is_no_number_is_refused() {
+    fn text_other_than_numbers_is_refused() {
         for text in ["", "abc", "1,5", "1.2.3", "0x10", "--1", "1e", "NaN", "1 "] {
             assert_eq!(Decimal::parse(text), None, "{text}");
         }
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_number_loses_is_known() {
+    fn losses_of_numbers_are_reported() {
         let loss = |text: &str| Decimal::parse(text).unwrap().loss(text);
         for text in [
             "0",

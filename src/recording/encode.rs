@@ -1,5 +1,5 @@
-//! Readings into the bytes of a DATA frame, as firmware would pack them: the coarsest time unit that is
-//! exact, and for integers whichever delta encoding is shorter.
+//! Encodes readings into DATA frames as firmware would: with the coarsest exact time unit, and the
+//! shorter delta encoding for integers.
 
 use fieldgate_protocol::column::{encode_f32, encode_f64, encode_integers, encode_times, encoding};
 use fieldgate_protocol::frame::{FRAME_BYTES_MAX, NoRoom};
@@ -7,18 +7,18 @@ use fieldgate_protocol::message::{self, CHANNELS_MAX, Data};
 
 use super::readings::{Column, Readings, Values};
 
-/// What a DATA says besides its readings.
+/// Contents of a DATA apart from its readings.
 #[derive(Clone, Copy, Debug)]
 pub struct DataTerms {
-    /// Schema of the columns; channel ids are 1, 2, … in its order.
+    /// Schema of the columns; channel ids are 1, 2, … in column order.
     pub schema: u16,
     /// 0: times count from boot; 1: times are UTC.
     pub clock: u8,
-    /// The boot.
+    /// The boot that times count from.
     pub boot: u32,
 }
 
-/// Buffers that are used again for each frame.
+/// Buffers that are reused for each frame.
 #[derive(Debug)]
 pub struct Encoder {
     bytes: Vec<u8>,
@@ -36,7 +36,7 @@ impl Default for Encoder {
     }
 }
 
-/// Where a column's parts lie in [`Encoder::bytes`].
+/// Positions of a column's parts in [`Encoder::bytes`].
 #[derive(Clone, Copy, Default)]
 struct Packed {
     encoding: u8,
@@ -45,8 +45,8 @@ struct Packed {
 }
 
 impl Encoder {
-    /// Writes the DATA frame with number `seq`, after `edit` has changed its message; returns its length
-    /// in bytes.
+    /// Writes the DATA frame with number `seq`, after `edit` has changed its message. Returns its
+    /// length in bytes.
     ///
     /// # Errors
     /// The frame does not fit.
@@ -160,8 +160,8 @@ fn pack_each(
     Ok(used)
 }
 
-/// The coarsest unit in which every time of the frame is a whole number: its number on the wire, and
-/// its length in microseconds.
+/// Returns the coarsest unit in which every time of the frame is a whole number: its protocol
+/// number, and its length in microseconds.
 fn time_unit(readings: &Readings) -> (u8, i64) {
     let is_exact = |unit_us: i64| {
         readings.t0_us % unit_us == 0

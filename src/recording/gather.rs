@@ -1,4 +1,5 @@
-//! What is gathered of each row: columns of numbers, names of devices, and numbers that change.
+//! Data collected from each row: columns of numbers, device names, and numbers that change when
+//! stored.
 
 use std::collections::HashMap;
 
@@ -7,22 +8,22 @@ use super::notes::Tally;
 use super::number::SENTINELS;
 use super::readings::{Nulls, Values};
 
-/// Most devices that a column is taken for without being given.
+/// Maximum number of devices in a column that is used as device column without being specified.
 const DEVICES_GUESSED_MAX: usize = 100;
 
-/// A column while it is read.
+/// A column during reading.
 #[derive(Debug, Default)]
 pub struct Column {
     pub builder: ColumnBuilder,
     pub numbers: u64,
     pub texts: Tally,
-    /// Whether each value is one more than the one before it.
+    /// Whether each value is one more than the previous one.
     is_count: bool,
     first: Option<f64>,
     last: Option<f64>,
 }
 
-/// Which device a row may be of, by some column.
+/// Device of each row according to one column.
 #[derive(Debug)]
 pub struct Ids {
     pub column: usize,
@@ -40,7 +41,7 @@ pub struct Losses {
     pub too_small: Tally,
 }
 
-/// Returns the lowest value of a column, if it is known as a mark, occurs twice or more, and is far
+/// Returns the lowest value of a column if it is a known mark, occurs at least twice, and is far
 /// below the next one.
 pub fn sentinel(column: &ColumnBuilder) -> Option<f64> {
     let (mut lowest, mut next, mut count) = (f64::INFINITY, f64::INFINITY, 0);
@@ -61,7 +62,7 @@ pub fn permuted(values: &Values, nulls: &Nulls, order: &[usize]) -> (Values, Nul
     let values = match values {
         Values::Integer(values) => Values::Integer(order.iter().map(|row| values[*row]).collect()),
         Values::F64(values) => Values::F64(order.iter().map(|row| values[*row]).collect()),
-        _ => unreachable!("a column of a file is made of integers or doubles"),
+        _ => unreachable!("a column of a file has integers or doubles"),
     };
     let mut moved = Nulls::default();
     for (row, place) in order.iter().enumerate() {
@@ -73,7 +74,7 @@ pub fn permuted(values: &Values, nulls: &Nulls, order: &[usize]) -> (Values, Nul
 }
 
 impl Column {
-    /// Makes an empty column.
+    /// Creates an empty column.
     pub fn new() -> Column {
         Column {
             is_count: true,
@@ -81,7 +82,7 @@ impl Column {
         }
     }
 
-    /// Appends that there is no value.
+    /// Appends a missing value.
     pub fn missing(&mut self) {
         self.is_count = false;
         self.builder.push(None);
@@ -137,7 +138,7 @@ impl Ids {
         }
     }
 
-    /// Notes a row's cell; returns false if there are more names than devices.
+    /// Adds the cell of a row; returns false if there are more names than devices.
     pub fn push(&mut self, cell: &str, is_given: bool) -> bool {
         let number = match self.numbers.get(cell) {
             Some(number) => *number,

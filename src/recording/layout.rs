@@ -1,8 +1,8 @@
-//! Where the table is in a text: its separator, its header and units, and its first row.
+//! Finds the table in a text: its separator, its header and units, and its first row.
 //!
-//! Each separator is tried on the first rows. The one wins whose rows agree in their number of fields
-//! and whose fields are numbers and times. Rows are those that look like most of them do; the header is
-//! what stands above.
+//! Tries each separator on the first rows. The best separator gives rows with the same number of
+//! fields, containing numbers and times. Rows are records that look like most others; the header is
+//! above them.
 
 use csv::StringRecord;
 
@@ -13,27 +13,27 @@ use super::records::{BLANKS, Records};
 use super::text::{line_at, line_of, next_line};
 use super::time::cell;
 
-/// Records that are looked at.
+/// Number of records examined.
 const SAMPLE: usize = 400;
 const SEPARATORS: [char; 5] = [',', ';', '\t', '|', BLANKS];
 const COMMENTS: [&str; 5] = ["#", "//", "%", "!", "*"];
 
-/// A table's place in its text.
+/// Position and shape of a table in its text.
 #[derive(Clone, Debug)]
 pub struct Layout {
-    /// Between fields.
+    /// Separator between fields.
     pub separator: char,
-    /// Byte at which the first row begins.
+    /// Byte offset of the first row.
     pub data_at: usize,
-    /// Fields of a row.
+    /// Number of fields in a row.
     pub width: usize,
-    /// A name for each column; empty where the header has none.
+    /// Name of each column; empty if the header has none.
     pub header: Vec<String>,
     /// A unit for each column, if a line of units follows the header.
     pub units: Option<Vec<String>>,
-    /// Line of the header; `None` without one.
+    /// Line of the header; `None` without a header.
     pub header_line: Option<u64>,
-    /// Some of the rows.
+    /// The first rows.
     pub sample: Vec<Vec<String>>,
 }
 
@@ -44,7 +44,7 @@ struct Row {
     fields: Vec<String>,
 }
 
-/// What the cells of a column are, mostly.
+/// Kind of most cells in a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Number,
@@ -58,7 +58,7 @@ impl Layout {
     /// Finds the table in a text.
     ///
     /// # Errors
-    /// There is none, for the likely reason that the message gives.
+    /// There is no table; the message states the likely reason.
     pub fn find(text: &str, options: &ReadOptions) -> Result<Layout, ReadError> {
         if text.trim().is_empty() {
             return Err(ReadError::file("the file is empty".to_owned()));
@@ -75,7 +75,7 @@ impl Layout {
             let Some((score, layout)) = candidate.layout(text) else {
                 continue;
             };
-            // Blanks stand in dates and texts, too.
+            // Blanks also occur in dates and texts.
             let score = if separator == BLANKS {
                 score * 0.5
             } else {
@@ -90,7 +90,7 @@ impl Layout {
     }
 }
 
-/// Says why there is no table.
+/// Returns an error that explains why there is no table.
 fn nothing_found(text: &str, options: &ReadOptions) -> ReadError {
     if let Some(given) = options.separator {
         let mut seen = SEPARATORS
@@ -110,7 +110,7 @@ fn nothing_found(text: &str, options: &ReadOptions) -> ReadError {
             return ReadError::line(
                 1,
                 format!(
-                    "no rows of fields separated by {given}; {seen} seen: try --separator {seen}"
+                    "no rows of fields separated by {given}, but some by {seen}; try --separator {seen}"
                 ),
             );
         }
@@ -125,13 +125,13 @@ fn nothing_found(text: &str, options: &ReadOptions) -> ReadError {
     }
 }
 
-/// The sample as one separator cuts it.
+/// The sample split by one separator.
 struct Candidate {
     separator: char,
     rows: Vec<Row>,
     comments: Vec<usize>,
     header_line: Option<u64>,
-    /// Why the sample ends early.
+    /// Reason why the sample ends early.
     fault: Option<ReadError>,
 }
 
@@ -146,7 +146,7 @@ impl Candidate {
         };
         let mut record = StringRecord::new();
         let mut start = 0;
-        // Comments may hold quotes that do not end: each is passed over as a line.
+        // Comments may contain unterminated quotes: skip each as a whole line.
         while start < text.len() && candidate.rows.is_empty() {
             let line = line_at(text, start);
             let is_comment = is_comment(line);
@@ -186,7 +186,7 @@ impl Candidate {
         candidate
     }
 
-    /// Returns the layout and how well it fits, from 0 on.
+    /// Returns the layout and its score, from 0 up.
     fn layout(self, text: &str) -> Option<(f64, Layout)> {
         let width = self.width()?;
         let kinds = self.kinds(width);
@@ -228,7 +228,7 @@ impl Candidate {
         (score > 0.0).then_some((score, layout))
     }
 
-    /// The number of fields that most rows have, at the end of the sample.
+    /// Returns the number of fields in most rows at the end of the sample.
     fn width(&self) -> Option<usize> {
         let from = self.rows.len() / 2;
         let mut widths: Vec<usize> = self.rows[from..]
@@ -243,7 +243,7 @@ impl Candidate {
     }
 
     fn kinds(&self, width: usize) -> Vec<Kind> {
-        // The first rows may be a header; with few rows, the last one decides.
+        // The first rows may be a header; if there are few rows, the last one decides.
         let from = (self.rows.len() / 2).min(self.rows.len().saturating_sub(1));
         let rows: Vec<&Row> = self.rows[from..]
             .iter()
@@ -269,7 +269,7 @@ impl Candidate {
             .take(4)
             .take_while(is_header)
             .collect();
-        // From the last line up: units, kinds of means and the like stand below the names.
+        // Search from the last line up: units and aggregation types are below the names.
         let names = above.iter().position(|row| !is_units(row));
         let Some(names) = names.or(above.len().checked_sub(1)) else {
             return self.commented_header(text, first, width);
@@ -284,7 +284,8 @@ impl Candidate {
         }
     }
 
-    /// Takes the last comments above the rows for header and units if they have as many fields as rows.
+    /// Uses the last comments above the rows as header and units if they have as many fields as
+    /// rows.
     fn commented_header(&self, text: &str, first: usize, width: usize) -> Above {
         let data_at = self.rows.get(first).map_or(0, |row| row.at);
         let above = self.comments.iter().rev().filter(|at| **at < data_at);
@@ -320,14 +321,14 @@ impl Candidate {
     }
 }
 
-/// What stands above the rows.
+/// The lines above the rows.
 struct Above {
     header: Vec<String>,
     units: Option<Vec<String>>,
     line: Option<u64>,
 }
 
-/// R writes no name above the names of rows.
+/// Adds an empty name for the row names, for which R writes no header.
 fn padded(mut fields: Vec<String>, width: usize) -> Vec<String> {
     if fields.len() + 1 == width {
         fields.insert(0, String::new());
@@ -360,7 +361,7 @@ fn kind_of<'a>(cells: impl Iterator<Item = &'a str>) -> Kind {
     }
 }
 
-/// A number in any style.
+/// Returns whether a cell is a number in any style.
 fn is_number(cell: &str) -> bool {
     let comma = Style {
         decimal: ',',
@@ -376,7 +377,7 @@ fn is_number(cell: &str) -> bool {
         .any(|style| matches!(style.read(cell, &marks), Value::Number(_)))
 }
 
-/// Returns whether a record is a row: at least half of what should be numbers and times are.
+/// Returns whether a record is a row: at least half of its cells have the kind of their column.
 fn is_like(row: &Row, kinds: &[Kind]) -> bool {
     if row.fields.len() != kinds.len() {
         return false;
@@ -395,7 +396,7 @@ fn is_like(row: &Row, kinds: &[Kind]) -> bool {
     like > 0 && like >= unlike
 }
 
-/// Returns whether a line below the header holds units, or what loggers write there.
+/// Returns whether a line below the header contains units or similar descriptions by loggers.
 fn is_units(row: &Row) -> bool {
     let fields: Vec<&str> = row.fields.iter().map(String::as_str).collect();
     let filled: Vec<&&str> = fields.iter().filter(|field| !field.is_empty()).collect();
@@ -416,7 +417,7 @@ fn is_unit(field: &str) -> bool {
     let field = field.trim();
     let is_bracketed = (field.starts_with('[') && field.ends_with(']'))
         || (field.starts_with('(') && field.ends_with(')'));
-    // Widths of fields, as hydrological services write them: 5s, 20d, 14n.
+    // Field widths, as hydrological services write them: 5s, 20d, 14n.
     let is_width = field.len() >= 2
         && field.ends_with(['s', 'd', 'n'])
         && field[..field.len() - 1]

@@ -1,14 +1,14 @@
-//! Recordings: readings of sensors in CSV files, as they are found in public.
+//! Recordings: sensor readings from CSV files of any common style.
 //!
-//! [`Recording::read`] finds out how a file is written, reports each guess in a line, and gives times in
-//! UTC and columns of numbers. `fieldgate import` and the simulator's `--replay` read by it.
+//! [`Recording::read`] detects the file's format, reports each guess in a line, and returns UTC
+//! times and columns of numbers. `fieldgate import` and the simulator's `--replay` use it.
 //!
-//! Nothing is dropped silently: rows that cannot be read, cells that are no numbers and numbers that
-//! change when they are stored are counted and reported with their lines.
+//! Nothing is dropped silently: rows that cannot be read, cells that are not numbers, and numbers
+//! that change when stored are counted and reported with their lines.
 //!
 //! Invariants: the same bytes with the same options give the same recording. Rows of a device are
-//! sorted by time; rows of the same time come one after another in the order of the file, in runs of
-//! strictly increasing times. The whole file is held in memory: its text, and 9 bytes for a value.
+//! sorted by time. Rows with the same time stay in file order, split into runs of strictly
+//! increasing times. The whole file is held in memory: its text, and 9 bytes per value.
 
 mod columns;
 pub mod decimal;
@@ -36,30 +36,30 @@ use self::readings::{Channel, Nulls, Readings, Values};
 /// Readings of one or more devices with the same channels.
 #[derive(Debug)]
 pub struct Recording {
-    /// Size of the file.
+    /// Size of the file in bytes.
     pub bytes: u64,
     /// SHA-256 of the file, in hexadecimal.
     pub sha256: String,
-    /// Each column that was taken.
+    /// Columns that were read.
     pub channels: Vec<Channel>,
-    /// The devices, each with its rows.
+    /// Devices with their rows.
     pub devices: Vec<DeviceRows>,
-    /// Guesses and losses, a line each.
+    /// Guesses and reported losses, one line each.
     pub notes: Vec<String>,
     times_us: Vec<i64>,
     columns: Vec<(Values, Nulls)>,
 }
 
-/// Which rows are a device's.
+/// Rows of one device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceRows {
-    /// What the column of devices calls it, as a part of a name; empty without such a column.
+    /// Device id from the device column, as a part of a name; empty without such a column.
     pub id: String,
-    /// Its rows.
+    /// Range of its rows.
     pub rows: Range<usize>,
 }
 
-/// Why a file cannot be read.
+/// Reason why a file cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub struct ReadError {
     line: Option<u64>,
@@ -68,7 +68,7 @@ pub struct ReadError {
 }
 
 impl ReadError {
-    /// Makes an error about the whole file.
+    /// Creates an error about the whole file.
     pub(crate) fn file(reason: String) -> ReadError {
         ReadError {
             line: None,
@@ -77,7 +77,7 @@ impl ReadError {
         }
     }
 
-    /// Makes an error about a line, counted from 1.
+    /// Creates an error about a line, counted from 1.
     pub(crate) fn line(line: u64, reason: String) -> ReadError {
         ReadError {
             line: Some(line),
@@ -111,7 +111,7 @@ impl Recording {
     /// Reads a whole file.
     ///
     /// # Errors
-    /// It cannot be read, or not be understood; the message names the line and the likely cause.
+    /// The file cannot be read or understood; the message names the line and the likely cause.
     pub fn read(mut input: impl Read, options: &ReadOptions) -> Result<Recording, ReadError> {
         let mut bytes = Vec::new();
         input.read_to_end(&mut bytes)?;
@@ -124,12 +124,12 @@ impl Recording {
         Ok(recording)
     }
 
-    /// Returns how many rows there are.
+    /// Returns the number of rows.
     pub fn rows(&self) -> usize {
         self.times_us.len()
     }
 
-    /// Returns how many readings have a value.
+    /// Returns the number of readings with a value.
     pub fn readings(&self) -> u64 {
         let nulls: u64 = self.columns.iter().map(|(_, nulls)| nulls.count()).sum();
         (self.rows() * self.columns.len()) as u64 - nulls
@@ -140,14 +140,14 @@ impl Recording {
         Some((*self.times_us.iter().min()?, *self.times_us.iter().max()?))
     }
 
-    /// Leaves out all channels but the first `count`.
+    /// Removes all channels but the first `count`.
     pub fn truncate_channels(&mut self, count: usize) {
         self.channels.truncate(count);
         self.columns.truncate(count);
     }
 
-    /// Returns where frames begin among `rows`: after `rows_max` rows, and before a time that does not
-    /// increase. The last number is the end of the rows.
+    /// Returns where frames begin among `rows`: after `rows_max` rows, and before a time that does
+    /// not increase. The last element is the end of the rows.
     pub fn frame_starts(&self, rows: Range<usize>, rows_max: usize) -> Vec<usize> {
         let mut starts = vec![rows.start];
         for row in rows.start + 1..rows.end {
@@ -162,8 +162,8 @@ impl Recording {
         starts
     }
 
-    /// Fills the buffer with some rows and channels, and moves the times by `shift_us`. The rows' times
-    /// must increase.
+    /// Fills the buffer with the given rows and channels, shifting times by `shift_us`. The rows'
+    /// times must increase.
     pub fn fill(
         &self,
         rows: Range<usize>,
@@ -184,7 +184,9 @@ impl Recording {
             match (&mut column.values, values) {
                 (Values::Integer(to), Values::Integer(from)) => to.extend(&from[rows.clone()]),
                 (Values::F64(to), Values::F64(from)) => to.extend(&from[rows.clone()]),
-                _ => unreachable!("a file gives integers or doubles, and reset made the same kind"),
+                _ => unreachable!(
+                    "columns of a file are integers or doubles, and reset created the same kind"
+                ),
             }
             let missing = rows.clone().filter(|&row| nulls.contains(row));
             missing.for_each(|row| column.nulls.insert(row - rows.start));
@@ -192,8 +194,8 @@ impl Recording {
     }
 }
 
-/// Returns the distance between rows if it is the same for all of them, else 0. A lone row gets 1, as
-/// any distance would do.
+/// Returns the step between rows if it is constant, otherwise 0. Returns 1 for a single row, where
+/// any step is valid.
 fn even_step_us(times_us: &[i64]) -> u64 {
     let mut steps = times_us.windows(2).map(|pair| pair[1].abs_diff(pair[0]));
     let first = steps.next().unwrap_or(1);

@@ -1,16 +1,16 @@
-//! What a reader reports beside the readings: guesses, and what it could not take, a line each.
+//! Notes from a reader: its guesses and what it could not read, one line each.
 
 use super::text::line_of;
 
-/// Places of which the lines are named.
+/// Maximum number of lines listed in a note.
 const NAMED: usize = 3;
 
-/// Lines for people.
+/// Notes as human-readable lines.
 #[derive(Clone, Debug, Default)]
 pub struct Notes(Vec<String>);
 
 impl Notes {
-    /// Adds a guess, and the flags that replace it.
+    /// Adds a guess, and the flags that override it.
     pub fn guess(&mut self, what: String, flags: &str) {
         self.0.push(format!("guess: {what} ({flags})"));
     }
@@ -20,7 +20,7 @@ impl Notes {
         self.0.push(line);
     }
 
-    /// Adds what was counted, if anything was: `3 rows ... (lines 5, 7, 9)`.
+    /// Adds a count, if it is not zero: `3 rows ... (lines 5, 7, 9)`.
     pub fn tally(&mut self, text: &str, noun: &str, what: &str, tally: &Tally) {
         if tally.count > 0 {
             let plural = if tally.count == 1 { "" } else { "s" };
@@ -36,18 +36,18 @@ impl Notes {
     }
 }
 
-/// Counts something, and keeps where it was first.
+/// Counts occurrences, and keeps the first positions.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
-    /// How often it was.
+    /// Number of occurrences.
     pub count: u64,
     at: Vec<usize>,
-    /// The first of them.
+    /// The first occurrence.
     pub example: String,
 }
 
 impl Tally {
-    /// Counts one more, at a byte of the text.
+    /// Counts an occurrence at a byte offset of the text.
     pub fn add(&mut self, at: usize, example: &str) {
         if self.count == 0 {
             self.example = example.chars().take(40).collect();
@@ -58,7 +58,7 @@ impl Tally {
         self.count += 1;
     }
 
-    /// Returns the line of the first.
+    /// Returns the line of the first occurrence.
     pub fn line(&self, text: &str) -> u64 {
         line_of(text, self.at.first().copied().unwrap_or(0))
     }

@@ -1,27 +1,28 @@
-//! What a cell says as a value: a number in the file's style, true or false, nothing, or text.
+//! Value of a cell: a number in the file's style, true or false, a missing value, or text.
 
 use std::borrow::Cow;
 
 use super::decimal::Decimal;
 
-/// Marks of a missing value that are known without being given, in lower case.
+/// Marks of a missing value that are recognized by default, in lower case.
 const MISSING: [&str; 25] = [
     "", "na", "n/a", "nan", "null", "none", "nil", "?", "-", "--", "---", "-nan", ".", "..", "*",
     "#n/a", "#na", "#value!", "#div/0!", "<na>", "\\n", "missing", "nodata", "no data", "mm",
 ];
 
-/// Numbers that stand for a missing value in many files. [`Marks::guess`] says when.
+/// Numbers that stand for a missing value in many files. [`Marks::guess`] says whether they are
+/// used.
 pub const SENTINELS: [f64; 14] = [
     -99_999.0, -9_999.99, -9_999.9, -9_999.0, -9_900.0, -999.99, -999.9, -999.0, -200.0, -99.99,
     -99.9, -99.0, -32_768.0, -6_999.0,
 ];
 
-/// How numbers are written in a file.
+/// Number format of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Style {
-    /// Between whole and fraction.
+    /// Decimal separator.
     pub decimal: char,
-    /// Between groups of three digits.
+    /// Thousands separator.
     pub thousands: Option<char>,
 }
 
@@ -31,10 +32,10 @@ pub const POINT: Style = Style {
     thousands: None,
 };
 
-/// What a cell says.
+/// Value of a cell.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Value {
-    /// No valid value.
+    /// Missing value.
     Missing,
     /// A number.
     Number(Decimal),
@@ -42,26 +43,26 @@ pub enum Value {
     Text,
 }
 
-/// What a missing value looks like.
+/// Marks of a missing value.
 #[derive(Clone, Debug, Default)]
 pub struct Marks {
     given: Vec<String>,
 }
 
 impl Marks {
-    /// Takes the marks that were given; none stands for those that are known.
+    /// Uses the given marks, or the default ones if none are given.
     pub fn new(given: &[String]) -> Marks {
         Marks {
             given: given.iter().map(|mark| mark.trim().to_owned()).collect(),
         }
     }
 
-    /// Returns whether numbers such as -999 may be taken for marks.
+    /// Returns whether numbers such as -999 may be treated as marks.
     pub fn guess(&self) -> bool {
         self.given.is_empty()
     }
 
-    /// Returns whether a cell has no value.
+    /// Returns whether a cell is a missing value.
     pub fn contain(&self, cell: &str) -> bool {
         if !self.given.is_empty() {
             return cell.is_empty() || self.given.iter().any(|mark| mark == cell);
@@ -86,8 +87,8 @@ impl Style {
         }
     }
 
-    /// Returns a number's text with a decimal point, without separators of thousands and without a sign
-    /// of percent; `None` for what is no number of this style.
+    /// Returns a number's text with a decimal point, without thousands separators and without a
+    /// percent sign. Returns `None` if the cell is not a number in this style.
     pub fn number(self, cell: &str) -> Option<Cow<'_, str>> {
         let cell = cell.strip_suffix('%').map_or(cell, str::trim_end);
         let first = cell.chars().next()?;
@@ -117,7 +118,8 @@ impl Style {
         is_number.then_some(Cow::Owned(text))
     }
 
-    /// Takes the separators out of the whole part, which must be between groups of three digits.
+    /// Removes the thousands separators from the whole part; they must separate groups of three
+    /// digits.
     fn ungroup(self, whole: &str) -> Option<String> {
         let whole = whole.replace('−', "-");
         let Some(separator) = self.thousands else {
@@ -147,19 +149,19 @@ fn one(is_true: bool) -> Decimal {
     Decimal::parse(if is_true { "1" } else { "0" }).expect("digits")
 }
 
-/// What the commas and points in some cells can be.
+/// Possible meanings of the commas and points in the examined cells.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Census {
     decimal_point: u32,
     decimal_comma: u32,
     grouped_by_comma: u32,
     grouped_by_point: u32,
-    /// As `1,234`: a decimal comma or a separator of thousands.
+    /// Such as `1,234`: a decimal comma or a thousands separator.
     unclear: u32,
 }
 
 impl Census {
-    /// Looks at a cell.
+    /// Examines a cell.
     pub fn add(&mut self, cell: &str) {
         let is_digit = |byte: u8| byte.is_ascii_digit() || b"+-.,eE".contains(&byte);
         if cell.is_empty() || !cell.bytes().all(is_digit) || cell.parse::<u64>().is_ok() {
@@ -187,7 +189,7 @@ impl Census {
     /// Returns the style in which the cells are numbers.
     ///
     /// # Errors
-    /// The commas can be either.
+    /// The commas are ambiguous.
     pub fn style(self) -> Result<Style, String> {
         let style = |decimal, thousands| Ok(Style { decimal, thousands });
         match self {
@@ -198,7 +200,7 @@ impl Census {
             _ if self.decimal_comma > 0 => style(',', None),
             _ if self.unclear > 0 && self.decimal_point > 0 => style('.', Some(',')),
             _ if self.unclear > 0 => Err(
-                "numbers such as 1,234 can be 1.234 or 1234: give --decimal , or --thousands ,"
+                "ambiguous numbers such as 1,234 (1.234 or 1234); use --decimal , or --thousands ,"
                     .to_owned(),
             ),
             _ => Ok(POINT),
@@ -255,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_values_are_known_or_given() {
+    fn missing_values_are_default_or_given() {
         let known = Marks::default();
         for cell in ["", "NA", "n/a", "NaN", "NULL", "?", "-", "--", "<NA>"] {
             assert_eq!(POINT.read(cell, &known), Value::Missing, "{cell}");

@@ -1,21 +1,21 @@
-//! What a device measures, in the shape of one frame: a time axis and one column per channel.
+//! Readings of a device in the shape of one frame: a time axis and one column per channel.
 //!
 //! Filled by a [`Recording`](super::Recording) or by the simulator's signals; read by the
-//! [encoder](super::encode) and by the simulator's verifier. Knows neither bytes nor SQL.
+//! [encoder](super::encode) and by the simulator's verifier. Independent of wire format and SQL.
 //!
 //! Invariants: every column has exactly `rows` values; times strictly increase from row to row. All
-//! buffers keep their capacity from frame to frame, so a warm buffer allocates nothing.
+//! buffers keep their capacity between frames, so a warm buffer allocates nothing.
 
-use fieldgate_protocol::column::Kind;
+use fieldgate_protocol::value::Kind;
 
 /// One measured quantity of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Channel {
     /// Name, unique within the device, at most 32 bytes.
     pub name: String,
-    /// SenML unit, at most 16 bytes; empty where the quantity has none.
+    /// SenML unit, at most 16 bytes; may be empty.
     pub unit: String,
-    /// Type of the values.
+    /// Kind of the values.
     pub kind: Kind,
     /// For [`Kind::Integer`], the value is `raw * 10^exp10`; 0 for other kinds.
     pub exp10: i8,
@@ -26,9 +26,9 @@ pub struct Channel {
 pub struct Readings {
     /// Time of the first row on the device's own clock, in microseconds since 1970 or since boot.
     pub t0_us: i64,
-    /// Distance from row to row in microseconds; 0 if it varies, and `offsets_us` tells.
+    /// Step between rows in microseconds; 0 if it varies, and `offsets_us` is used.
     pub step_us: u64,
-    /// Where `step_us` is 0: distance of each row from the first, in microseconds. Else empty.
+    /// If `step_us` is 0: offset of each row from the first, in microseconds. Otherwise empty.
     pub offsets_us: Vec<u64>,
     /// Number of rows.
     pub rows: usize,
@@ -37,12 +37,12 @@ pub struct Readings {
 }
 
 impl Readings {
-    /// Number of readings, those without a valid value included.
+    /// Returns the number of readings, including those without a valid value.
     pub fn count(&self) -> u64 {
         self.rows as u64 * self.columns.len() as u64
     }
 
-    /// Time of a row on the device's own clock, in microseconds.
+    /// Returns the time of a row on the device's own clock, in microseconds.
     pub fn time_us(&self, row: usize) -> i64 {
         let offset_us = match self.step_us {
             0 => self.offsets_us[row],
@@ -51,7 +51,7 @@ impl Readings {
         self.t0_us.wrapping_add_unsigned(offset_us)
     }
 
-    /// Empties the buffer and gives it one column of the right kind per channel.
+    /// Empties the buffer and creates one column of the right kind per channel.
     pub fn reset(&mut self, channels: &[Channel]) {
         self.rows = 0;
         self.offsets_us.clear();
@@ -68,14 +68,14 @@ impl Readings {
 /// The values of one channel.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Column {
-    /// One value per row. Under a null the value stands for nothing and must not be looked at.
+    /// One value per row. The value of a null row is meaningless and must not be used.
     pub values: Values,
-    /// Which rows have no valid value.
+    /// Rows without a valid value.
     pub nulls: Nulls,
 }
 
 impl Column {
-    /// An empty column.
+    /// Creates an empty column.
     pub fn new(kind: Kind) -> Self {
         Self {
             values: Values::new(kind),
@@ -98,7 +98,7 @@ impl Column {
 /// Values of one kind.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Values {
-    /// Raw integers, to be scaled by the channel's `exp10`.
+    /// Raw integers, scaled by the channel's `exp10`.
     Integer(Vec<i64>),
     /// IEEE 754 binary32.
     F32(Vec<f32>),
@@ -109,7 +109,7 @@ pub enum Values {
 }
 
 impl Values {
-    /// No values of a kind.
+    /// Creates an empty list of a kind.
     pub fn new(kind: Kind) -> Self {
         match kind {
             Kind::Integer => Self::Integer(Vec::new()),
@@ -119,7 +119,7 @@ impl Values {
         }
     }
 
-    /// Number of values.
+    /// Returns the number of values.
     pub fn len(&self) -> usize {
         match self {
             Self::Integer(values) => values.len(),
@@ -129,7 +129,7 @@ impl Values {
         }
     }
 
-    /// Whether there are none.
+    /// Returns whether there are no values.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -140,20 +140,19 @@ impl Values {
 pub struct Nulls(Vec<u8>);
 
 impl Nulls {
-    /// One bit per row, lowest bit first, 1 for null; empty, or shorter than the rows, where no null
-    /// follows.
+    /// Returns one bit per row, lowest bit first, 1 for null. Rows beyond the end are not null.
     pub fn bits(&self) -> &[u8] {
         &self.0
     }
 
-    /// Whether a row has no valid value.
+    /// Returns whether a row has no valid value.
     pub fn contains(&self, row: usize) -> bool {
         self.0
             .get(row / 8)
             .is_some_and(|byte| byte >> (row % 8) & 1 == 1)
     }
 
-    /// Notes that a row has no valid value.
+    /// Marks a row as having no valid value.
     pub fn insert(&mut self, row: usize) {
         if self.0.len() <= row / 8 {
             self.0.resize(row / 8 + 1, 0);
@@ -161,7 +160,7 @@ impl Nulls {
         self.0[row / 8] |= 1 << (row % 8);
     }
 
-    /// Number of rows without a valid value.
+    /// Returns the number of rows without a valid value.
     pub fn count(&self) -> u64 {
         self.0.iter().map(|byte| u64::from(byte.count_ones())).sum()
     }
@@ -191,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_buffer_has_the_columns_asked_for_and_no_remains() {
+    fn a_reset_buffer_has_the_requested_columns_and_no_values() {
         let mut readings = Readings::default();
         readings.reset(&[channel(Kind::Integer), channel(Kind::Bool)]);
         readings.columns[0].values = Values::Integer(vec![1, 2]);

@@ -1,4 +1,4 @@
-//! A text cut into records of fields, by one separator.
+//! Splits a text into records of fields with one separator.
 
 use csv::{ReaderBuilder, StringRecord, Trim};
 
@@ -7,20 +7,20 @@ use super::text::{line_of, next_line};
 
 /// Stands for runs of blanks and tabs between fields.
 pub const BLANKS: char = ' ';
-/// A field with more line ends than this comes from a quote that is not closed.
+/// A field with more line ends than this comes from an unterminated quote.
 const LINE_ENDS_MAX: usize = 50;
 
-/// Records of a text from some byte on; blank lines are passed over.
+/// Records of a text from a byte offset; blank lines are skipped.
 pub struct Records<'t> {
     text: &'t str,
     start: usize,
-    /// Of fields that are separated by blanks: where the next line begins.
+    /// Byte offset of the next line, for fields separated by blanks.
     at: usize,
     csv: Option<csv::Reader<&'t [u8]>>,
 }
 
 impl<'t> Records<'t> {
-    /// Begins at the byte `start`, which is the beginning of a line.
+    /// Starts at the byte `start`, which must be the start of a line.
     pub fn new(text: &'t str, start: usize, separator: char) -> Records<'t> {
         let csv = (separator != BLANKS).then(|| {
             ReaderBuilder::new()
@@ -41,7 +41,7 @@ impl<'t> Records<'t> {
     /// Reads the next record; returns the byte at which it begins, or `None` at the end.
     ///
     /// # Errors
-    /// A quoted field does not end.
+    /// A quoted field is unterminated.
     pub fn read(&mut self, record: &mut StringRecord) -> Result<Option<usize>, ReadError> {
         let Some(csv) = &mut self.csv else {
             return Ok(self.read_blanks(record));
@@ -55,14 +55,14 @@ impl<'t> Records<'t> {
             .position()
             .map_or(0, |position| position.byte() as usize);
         let at = self.start + byte;
-        // The reader stands before blank lines and the second half of a CRLF.
+        // The position may be before blank lines and the second half of a CRLF.
         let blank = self.text.as_bytes()[at..]
             .iter()
             .take_while(|byte| matches!(byte, b'\r' | b'\n'));
         let at = at + blank.count();
         let ends = |field: &str| field.bytes().filter(|byte| *byte == b'\n').count();
         if record.iter().any(|field| ends(field) > LINE_ENDS_MAX) {
-            let reason = "a quoted field that begins here does not end; is a quote missing?";
+            let reason = "unterminated quoted field; is a quote missing?";
             return Err(ReadError::line(line_of(self.text, at), reason.to_owned()));
         }
         Ok(Some(at))
@@ -82,7 +82,7 @@ impl<'t> Records<'t> {
     }
 }
 
-/// Splits by runs of blanks; a field in double quotes may hold blanks.
+/// Splits at runs of blanks; a field in double quotes may contain blanks.
 fn split_blanks(line: &str, record: &mut StringRecord) {
     record.clear();
     let mut rest = line;
@@ -129,13 +129,16 @@ mod tests {
     }
 
     #[test]
-    fn a_quote_that_does_not_end_is_an_error() {
+    fn an_unterminated_quote_is_an_error() {
         let text = format!("a,b\n1,\"2\n{}", "3,4\n".repeat(100));
         let mut records = Records::new(&text, 0, ',');
         let mut record = StringRecord::new();
         let mut read = || records.read(&mut record);
         assert!(read().is_ok());
         let error = read().unwrap_err().to_string();
-        assert!(error.starts_with("line 2: a quoted field"), "{error}");
+        assert!(
+            error.starts_with("line 2: unterminated quoted field"),
+            "{error}"
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! The rows of a text into times, devices and columns of numbers.
+//! Converts the rows of a text to times, devices and columns of numbers.
 
 use std::collections::HashMap;
 
@@ -18,7 +18,7 @@ use super::time::zone::{Certainty, Zone};
 use super::time::{self, Moment, TimePlan, utc_us};
 use super::{DeviceRows, ReadError, Recording};
 
-/// Names of columns that may name devices though they hold numbers.
+/// Names of columns that may be device columns although they contain numbers.
 const ID_WORDS: [&str; 14] = [
     "id", "station", "device", "sensor", "node", "mote", "site", "code", "store", "meter", "unit",
     "serial", "location", "dept",
@@ -32,7 +32,7 @@ pub fn read(
 ) -> Result<Recording, ReadError> {
     let mut notes = Notes::default();
     if let Some(encoding) = encoding {
-        notes.say(format!("the file is not UTF-8, and read as {encoding}"));
+        notes.say(format!("not UTF-8; reading as {encoding}"));
     }
     let layout = Layout::find(text, options)?;
     report_layout(&layout, options, &mut notes);
@@ -55,13 +55,14 @@ fn report_layout(layout: &Layout, options: &ReadOptions, notes: &mut Notes) {
             Some(1) => {}
             Some(line) => notes.guess(format!("header in line {line}"), "--header-line"),
             None => notes.guess(
-                "no header, as the first line holds readings; columns are called column_1, column_2, …".to_owned(),
+                "no header: the first line holds readings; columns are named column_1, column_2, …"
+                    .to_owned(),
                 "--header-line",
             ),
         }
     }
     if layout.units.is_some() {
-        notes.say("the line below the header is taken for units".to_owned());
+        notes.say("the line after the header is read as units".to_owned());
     }
 }
 
@@ -106,7 +107,7 @@ fn style(
     }
 }
 
-/// A table while it is read.
+/// State of the table during reading.
 struct Table<'t> {
     text: &'t str,
     layout: &'t Layout,
@@ -115,13 +116,13 @@ struct Table<'t> {
     style: Style,
     marks: Marks,
     zone: Zone,
-    /// Columns that may hold values, by their place in the file.
+    /// Columns that may contain values, by their position in the file.
     taken: Vec<usize>,
     columns: Vec<Column>,
     ids: Vec<Ids>,
     moments: Vec<Moment>,
     at: Vec<usize>,
-    /// Why rows could not be read.
+    /// Rows skipped for a wrong number of fields.
     widths: Tally,
     times: Tally,
     losses: Losses,
@@ -241,7 +242,7 @@ impl<'t> Table<'t> {
         }
     }
 
-    /// Says why most rows cannot be read.
+    /// Returns an error that explains why most rows cannot be read.
     fn unreadable(&self) -> ReadError {
         let line = |tally: &Tally| tally.line(self.text);
         if self.widths.count >= self.times.count && self.widths.count > 0 {
@@ -250,7 +251,7 @@ impl<'t> Table<'t> {
             return ReadError::line(
                 line(&self.widths),
                 format!(
-                    "{count} where most rows have {width}; is {separator} the separator? try --separator"
+                    "{count}, but most rows have {width}; is {separator} the wrong separator? try --separator"
                 ),
             );
         }
@@ -262,7 +263,7 @@ impl<'t> Table<'t> {
         };
         ReadError::line(
             line(&self.times),
-            format!("{cell:?} in {title} is no time as the others are; {cause}"),
+            format!("{cell:?} in {title} is not in the same time format as the others; {cause}"),
         )
     }
 
@@ -318,14 +319,14 @@ impl<'t> Table<'t> {
         notes.tally(
             text,
             "row",
-            &format!("left out, not of {width} fields"),
+            &format!("skipped: not {width} fields"),
             &self.widths,
         );
         let title = self.layout.title(self.plan.column());
         notes.tally(
             text,
             "row",
-            &format!("left out, without a time in {title}"),
+            &format!("skipped: no time in {title}"),
             &self.times,
         );
         let losses = &self.losses;
@@ -339,18 +340,18 @@ impl<'t> Table<'t> {
         notes.tally(
             text,
             "number",
-            "too large for a double stored without a value",
+            "too large for a double, stored as NULL",
             &losses.too_large,
         );
         notes.tally(
             text,
             "number",
-            "too small for a double stored as 0",
+            "too small for a double, stored as 0",
             &losses.too_small,
         );
     }
 
-    /// Returns the column that names devices: the one given, or one without which many times repeat.
+    /// Returns the device column: the one given, or one without which many times repeat.
     fn device_column(&mut self, notes: &mut Notes) -> Option<Ids> {
         let rows = self.moments.len();
         if self.options.device_column.is_some() {
@@ -367,7 +368,11 @@ impl<'t> Table<'t> {
         match &found {
             Some(ids) => {
                 let title = self.layout.title(ids.column);
-                let what = format!("{title} names {} devices, as {repeats} rows have a time that occurred before", ids.names.len());
+                let what = format!(
+                    "using {title} as device column ({} devices), because {repeats} rows repeat an \
+                     earlier time",
+                    ids.names.len()
+                );
                 notes.guess(what, "--device-column");
                 let at = self.taken.iter().position(|column| *column == ids.column);
                 if let Some(at) = at {
@@ -376,13 +381,13 @@ impl<'t> Table<'t> {
                 }
             }
             None => notes.say(format!(
-                "{repeats} of {rows} rows have a time that occurred before: an id column? try --device-column"
+                "{repeats} of {rows} rows repeat an earlier time; if the file has an id column, use --device-column"
             )),
         }
         found
     }
 
-    /// Returns how many rows have the same time and device as an earlier one.
+    /// Returns the number of rows with the same time and device as an earlier one.
     fn repeats(&self, ids: &[u32]) -> usize {
         let keys = self
             .moments
@@ -434,19 +439,19 @@ impl<'t> Table<'t> {
         notes.tally(
             text,
             "time",
-            "in the hour that occurs twice: the first pass is summer time",
+            "in the repeated hour: the first pass is summer time",
             &twice,
         );
         notes.tally(
             text,
             "time",
-            "in the hour that does not exist: read with the offset before it",
+            "in the skipped hour: read with the earlier offset",
             &never,
         );
         Ok(times_us)
     }
 
-    /// Takes columns of text, without values and of row numbers away.
+    /// Removes columns of text, columns without values, and row numbers.
     fn leave_out(&mut self, notes: &mut Notes) -> Result<(), ReadError> {
         let (mut texts, mut empty, mut counts) = (Vec::new(), Vec::new(), Vec::new());
         let mut kept = Vec::new();
@@ -461,7 +466,7 @@ impl<'t> Table<'t> {
                     let (line, cell) = (column.texts.line(self.text), &column.texts.example);
                     return Err(ReadError::line(
                         line,
-                        format!("{title} holds no numbers: {cell:?}"),
+                        format!("{title} is not numeric: {cell:?}"),
                     ));
                 }
                 () if column.texts.count > column.numbers => texts.push(title),
@@ -470,7 +475,7 @@ impl<'t> Table<'t> {
                     counts.push(title)
                 }
                 () => {
-                    let what = format!("of {title} stored without a value, not numbers");
+                    let what = format!("of {title} stored as NULL: not a number");
                     notes.tally(self.text, "cell", &what, &column.texts);
                     kept.push((column, place));
                 }
@@ -478,7 +483,7 @@ impl<'t> Table<'t> {
         }
         let mut say = |what: &str, titles: Vec<String>| {
             if !titles.is_empty() {
-                notes.say(format!("left out {what}: {}", shortened(&titles)));
+                notes.say(format!("skipped {what}: {}", shortened(&titles)));
             }
         };
         say("columns of text", texts);
@@ -486,14 +491,16 @@ impl<'t> Table<'t> {
         say("row numbers", counts);
         if kept.is_empty() {
             let line = line_of(self.text, self.layout.data_at);
-            let reason = "no column holds numbers besides the time; is the decimal comma not seen? try --decimal and --separator";
+            let reason = "no numeric column in addition to the time; is the decimal separator wrong? \
+                 try --decimal and --separator";
             return Err(ReadError::line(line, reason.to_owned()));
         }
         (self.columns, self.taken) = kept.into_iter().unzip();
         Ok(())
     }
 
-    /// Takes numbers that stand for missing values away: those far below all others of their column.
+    /// Replaces numbers that mean "missing" by missing values: those far below all others in their
+    /// column.
     fn clear_sentinels(&mut self, notes: &mut Notes) {
         if !self.marks.guess() {
             return;
@@ -512,7 +519,7 @@ impl<'t> Table<'t> {
             let plural = if columns == 1 { "" } else { "s" };
             notes.guess(
                 format!(
-                    "{mark} stands for a missing value ({cells} cells in {columns} column{plural})"
+                    "treating {mark} as missing value ({cells} cells in {columns} column{plural})"
                 ),
                 "--missing",
             );
@@ -554,19 +561,19 @@ impl<'t> Table<'t> {
         order.sort_by_key(|&row| (ids[row], occurrence[row], times_us[row]));
         let of = if has_devices { " of the device" } else { "" };
         if late.count as usize + 1 == times_us.len() {
-            notes.say("rows go back in time; they are sorted".to_owned());
+            notes.say("time goes backwards between rows; sorting them".to_owned());
         } else {
             notes.tally(
                 self.text,
                 "row",
-                &format!("out of order of time{of}, sorted"),
+                &format!("out of time order{of}, sorted"),
                 &late,
             );
         }
         notes.tally(
             self.text,
             "row",
-            &format!("with the time of an earlier row{of}, kept"),
+            &format!("with a repeated time{of}, kept"),
             &repeated,
         );
         order
@@ -585,7 +592,8 @@ fn shortened(titles: &[String]) -> String {
     }
 }
 
-/// Columns of text, and of numbers with such a name.
+/// Returns whether a column may be the device column: it has text, or numbers and a name from
+/// [`ID_WORDS`].
 fn may_be_id(layout: &Layout, column: usize, style: Style) -> bool {
     let marks = Marks::default();
     let cells = layout.sample.iter().filter_map(|row| row.get(column));

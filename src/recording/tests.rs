@@ -1,4 +1,4 @@
-//! Tests of the reader: a small sample of each way in which public files are written.
+//! Tests of the reader: a small sample of each style of public CSV files.
 
 use super::*;
 
@@ -26,13 +26,13 @@ fn fault(csv: &str) -> String {
     fault_with(csv, &ReadOptions::default())
 }
 
-/// Times as text, to the second or finer.
+/// Returns times as text, with fractions of a second if present.
 fn times(recording: &Recording) -> Vec<String> {
     let text = |us: &i64| jiff::Timestamp::from_microsecond(*us).unwrap().to_string();
     recording.times_us.iter().map(text).collect()
 }
 
-/// Channels as `name [unit]`, with their values; NaN where there is none.
+/// Returns channels as `name [unit]` with their values; NaN if there is none.
 fn values(recording: &Recording) -> Vec<(String, Vec<Option<f64>>)> {
     let columns = recording.channels.iter().zip(&recording.columns);
     columns
@@ -62,7 +62,7 @@ fn names(recording: &Recording) -> Vec<String> {
         .collect()
 }
 
-/// Whether a line of the notes holds the words.
+/// Returns whether a note contains the text.
 fn has_note(recording: &Recording, words: &str) -> bool {
     recording.notes.iter().any(|note| note.contains(words))
 }
@@ -123,7 +123,7 @@ fn a_decimal_comma_is_found() {
     let unclear = "d;T\n2024-03-05;1,234\n2024-03-06;2,345\n";
     assert_eq!(
         fault(unclear),
-        "line 2: numbers such as 1,234 can be 1.234 or 1234: give --decimal , or --thousands ,"
+        "line 2: ambiguous numbers such as 1,234 (1.234 or 1234); use --decimal , or --thousands ,"
     );
     let comma = options(|options| options.decimal = Some(','));
     assert_eq!(values(&read_with(unclear, &comma))[0].1[0], Some(1.234));
@@ -132,7 +132,7 @@ fn a_decimal_comma_is_found() {
 }
 
 #[test]
-fn times_stand_in_one_column_or_in_several() {
+fn times_are_in_one_column_or_in_several() {
     for csv in [
         "Date,Time,v\n05/03/2024,00:00:00,1\n06/03/2024,00:00:00,2\n25/03/2024,0:00,3\n",
         "Date;Time;v\n05/03/2024;00.00.00;1\n06/03/2024;00.00.00;2\n25/03/2024;00.00.00;3\n",
@@ -189,7 +189,7 @@ fn times_stand_in_one_column_or_in_several() {
 #[test]
 fn years_are_known_by_their_range_and_order() {
     for (csv, expected) in [
-        // Names of rows that skip years, and fractions of years.
+        // Row names that skip years, and fractional years.
         (
             "\"\",\"N.Amer\"\n\"1951\",45939\n\"1956\",60423\n\"1957\",64721\n",
             ["1951-01-01T00:00:00Z", "1956-01-01T00:00:00Z"],
@@ -198,7 +198,7 @@ fn years_are_known_by_their_range_and_order() {
             "t,air\n1871,87.3\n1871.25,75.7\n1871.5,1.5\n",
             ["1871-01-01T00:00:00Z", "1871-04-02T06:00:00Z"],
         ),
-        // The header of the month is written twice.
+        // The month column has two names.
         (
             "YEAR,MON/MMM,ONI\n1871,1,-0.4\n1871,2,-0.5\n1871,3,-0.5\n",
             ["1871-01-01T00:00:00Z", "1871-02-01T00:00:00Z"],
@@ -206,25 +206,25 @@ fn years_are_known_by_their_range_and_order() {
     ] {
         assert_eq!(times(&read(csv))[..2], expected, "{csv}");
     }
-    // Hours and minutes are no years.
+    // Hours and minutes are not years.
     let clock =
         "day,time,temp\n307,930,36.5\n307,2350,36.7\n308,1210,36.9\n308,1220,37.0\n308,1240,36.9\n";
-    assert!(fault(clock).contains("no column holds a time"));
-    assert!(fault("no,x\n1951,1\n1956,2\n1957,3\n").contains("no column holds a time"));
+    assert!(fault(clock).contains("no column contains a time"));
+    assert!(fault("no,x\n1951,1\n1956,2\n1957,3\n").contains("no column contains a time"));
 }
 
 #[test]
-fn day_and_month_are_told_apart_by_all_rows() {
+fn the_order_of_day_and_month_follows_from_all_rows() {
     let month_first = "t,v\n1/2/2024,1\n1/3/2024,2\n1/13/2024,3\n";
     assert_eq!(times(&read(month_first))[1], "2024-01-03T00:00:00Z");
     let day_first = "t,v\n1/2/2024,1\n3/2/2024,2\n13/2/2024,3\n";
     assert_eq!(times(&read(day_first))[1], "2024-02-03T00:00:00Z");
-    // Half an hour around midnight: with the month first, the rows follow one another.
+    // Half an hour around midnight: with the month first, the rows are consecutive.
     let inferred = read("t,v\n2/1/2024 23:30,1\n2/2/2024 0:00,2\n");
     assert_eq!(times(&inferred)[1], "2024-02-02T00:00:00Z");
     assert!(has_note(
         &inferred,
-        "month first, as rows then follow one another"
+        "month first, inferred from the order of rows"
     ));
     let unclear = "t,v\n2/1/2024 10:00,1\n2/1/2024 10:01,2\n";
     assert!(
@@ -239,7 +239,7 @@ fn day_and_month_are_told_apart_by_all_rows() {
     );
     let mixed = "t,v\n13/1/2024,1\n1/14/2024,2\n";
     assert!(
-        fault(mixed).starts_with("line 3: dates are both DD/MM"),
+        fault(mixed).starts_with("line 3: dates use both DD/MM"),
         "{}",
         fault(mixed)
     );
@@ -257,17 +257,17 @@ fn local_times_follow_the_zone() {
             "2024-03-31T01:30:00Z",
             "2024-10-27T00:30:00Z",
             "2024-10-27T01:30:00Z",
-            // The hour that does not exist falls on the one after it.
+            // The skipped hour is read as the one after it.
             "2024-03-31T01:30:00Z",
         ]
     );
     assert!(has_note(
         &recording,
-        "2 times in the hour that occurs twice: the first pass is summer time (lines 5, 6)"
+        "2 times in the repeated hour: the first pass is summer time (lines 5, 6)"
     ));
     assert!(has_note(
         &recording,
-        "1 time in the hour that does not exist: read with the offset before it (line 3)"
+        "1 time in the skipped hour: read with the earlier offset (line 3)"
     ));
     assert!(has_note(
         &read(csv),
@@ -278,7 +278,7 @@ fn local_times_follow_the_zone() {
     let offset = options(|options| options.time_zone = Some("-01:30".to_owned()));
     assert_eq!(times(&read_with(csv, &offset))[0], "2024-03-31T03:00:00Z");
     let wrong = options(|options| options.time_zone = Some("Berlin".to_owned()));
-    assert!(fault_with(csv, &wrong).starts_with("--time-zone: no time zone"));
+    assert!(fault_with(csv, &wrong).starts_with("--time-zone: unknown time zone"));
 }
 
 #[test]
@@ -294,7 +294,7 @@ fn missing_values_are_known() {
     assert_eq!(c.1, [None, None, Some(3.0), Some(-4.0)]);
     assert!(has_note(
         &recording,
-        "-200 stands for a missing value (2 cells in 1 column) (--missing)"
+        "treating -200 as missing value (2 cells in 1 column) (--missing)"
     ));
     let given =
         options(|options| options.missing = vec!["NA".into(), "-".into(), "?".into(), "-4".into()]);
@@ -304,13 +304,13 @@ fn missing_values_are_known() {
     };
     assert_eq!(b.1[0], Some(-200.0));
     assert_eq!(c.1[3], None);
-    // A value near others is a value.
+    // A value near others is a valid value.
     let cold = read("t,v\n2024-03-05,-99\n2024-03-06,-99\n2024-03-07,-80\n");
     assert_eq!(values(&cold)[0].1[0], Some(-99.0));
 }
 
 #[test]
-fn what_stands_above_the_rows_is_understood() {
+fn lines_above_the_rows_are_recognized() {
     for (csv, line) in [
         (
             "# a comment, with \"a quote\ntime,v [m]\n2024-03-05,1\n2024-03-06,2\n",
@@ -346,13 +346,13 @@ fn what_stands_above_the_rows_is_understood() {
 }
 
 #[test]
-fn a_reading_is_no_header() {
+fn readings_are_not_a_header() {
     let recording = read("2024-03-05,1.5,2\n2024-03-06,2.5,3\n");
     assert_eq!(times(&recording), DAY);
     assert_eq!(names(&recording), ["column_2", "column_3"]);
     assert!(has_note(
         &recording,
-        "no header, as the first line holds readings"
+        "no header: the first line holds readings"
     ));
 }
 
@@ -377,31 +377,29 @@ fn encodings_and_line_ends_do_not_matter() {
 }
 
 #[test]
-fn columns_that_are_no_values_are_left_out_with_a_line() {
+fn columns_without_readings_are_skipped_with_a_note() {
     let csv = ",time,place,v,empty,on\n0,2024-03-05,a,1,,True\n1,2024-03-06,b,x,,False\n2,2024-03-07,c,3,,True\n";
     let recording = read(csv);
     assert_eq!(names(&recording), ["v", "on"]);
     assert_eq!(values(&recording)[0].1, [Some(1.0), None, Some(3.0)]);
     assert_eq!(values(&recording)[1].1[0], Some(1.0));
     for note in [
-        "left out columns of text: \"place\"",
-        "left out columns without values: \"empty\"",
-        "left out row numbers: column 1",
-        "1 cell of \"v\" stored without a value, not numbers (line 3: \"x\")",
+        "skipped columns of text: \"place\"",
+        "skipped columns without values: \"empty\"",
+        "skipped row numbers: column 1",
+        "1 cell of \"v\" stored as NULL: not a number (line 3: \"x\")",
     ] {
         assert!(has_note(&recording, note), "{note}: {:?}", recording.notes);
     }
     let asked = options(|options| options.columns = vec!["place".to_owned()]);
     assert_eq!(
         fault_with(csv, &asked),
-        "line 2: \"place\" holds no numbers: \"a\""
+        "line 2: \"place\" is not numeric: \"a\""
     );
     let asked = options(|options| options.columns = vec!["on".to_owned(), "4".to_owned()]);
     assert_eq!(names(&read_with(csv, &asked)), ["on", "v"]);
     let asked = options(|options| options.columns = vec!["speed".to_owned()]);
-    assert!(
-        fault_with(csv, &asked).starts_with("--columns: there is no column \"speed\"; there are ")
-    );
+    assert!(fault_with(csv, &asked).starts_with("--columns: no column \"speed\"; columns are "));
 }
 
 #[test]
@@ -419,7 +417,7 @@ fn names_fit_the_protocol() {
             "a_2"
         ]
     );
-    assert!(has_note(&recording, "names were changed to fit"));
+    assert!(has_note(&recording, "names shortened or changed"));
 }
 
 #[test]
@@ -431,10 +429,10 @@ fn rows_are_sorted_and_none_is_dropped_silently() {
         [1.0, 2.0, 3.0, 8.0, 9.0, 10.0, 4.0].map(Some)
     );
     for note in [
-        "2 rows left out, not of 2 fields (lines 6, 8: \"1 fields\")",
-        "1 row left out, without a time in \"t\" (line 7: \"later\")",
-        "3 rows out of order of time, sorted (lines 3, 4, 5)",
-        "1 row with the time of an earlier row, kept (line 5)",
+        "2 rows skipped: not 2 fields (lines 6, 8: \"1 fields\")",
+        "1 row skipped: no time in \"t\" (line 7: \"later\")",
+        "3 rows out of time order, sorted (lines 3, 4, 5)",
+        "1 row with a repeated time, kept (line 5)",
     ] {
         assert!(has_note(&recording, note), "{note}: {:?}", recording.notes);
     }
@@ -443,19 +441,19 @@ fn rows_are_sorted_and_none_is_dropped_silently() {
     let backwards = read("t,v\n2024-03-07,3\n2024-03-06,2\n2024-03-05,1\n");
     assert!(has_note(
         &backwards,
-        "rows go back in time; they are sorted"
+        "time goes backwards between rows; sorting them"
     ));
 }
 
 #[test]
-fn what_numbers_lose_is_said() {
+fn losses_of_numbers_are_reported() {
     let csv = "t,v,n\n2024-03-05,-0.0,9007199254740993\n2024-03-06,1e400,1\n2024-03-07,1e-400,2\n";
     let recording = read(csv);
     for note in [
         "1 value of -0 stored as 0 (line 2: \"-0.0\")",
         "1 whole number beyond 2^53 rounded to the nearest double (line 2: \"9007199254740993\")",
-        "1 number too large for a double stored without a value (line 3: \"1e400\")",
-        "1 number too small for a double stored as 0 (line 4: \"1e-400\")",
+        "1 number too large for a double, stored as NULL (line 3: \"1e400\")",
+        "1 number too small for a double, stored as 0 (line 4: \"1e-400\")",
     ] {
         assert!(has_note(&recording, note), "{note}: {:?}", recording.notes);
     }
@@ -475,7 +473,7 @@ fn a_column_of_devices_is_given_or_found() {
     assert!(
         has_note(
             &found,
-            "\"site\" names 2 devices, as 19 rows have a time that occurred before (--device-column)"
+            "using \"site\" as device column (2 devices), because 19 rows repeat an earlier time (--device-column)"
         ),
         "{:?}",
         found.notes
@@ -486,7 +484,7 @@ fn a_column_of_devices_is_given_or_found() {
         .map(|device| (device.id.as_str(), device.rows.len()))
         .collect();
     assert_eq!(devices, [("a-b", 19), ("c", 19)]);
-    assert!(!has_note(&found, "out of order"));
+    assert!(!has_note(&found, "out of time order"));
     let one = options(|options| options.device_column = Some("none".to_owned()));
     assert_eq!(read_with(&csv, &one).devices.len(), 1);
     let anonymous = read(
@@ -496,7 +494,7 @@ fn a_column_of_devices_is_given_or_found() {
     );
     assert!(has_note(
         &anonymous,
-        "19 of 38 rows have a time that occurred before: an id column? try --device-column"
+        "19 of 38 rows repeat an earlier time; if the file has an id column, use --device-column"
     ));
     let given = options(|options| options.device_column = Some("v".to_owned()));
     let given_csv = "t,v,w\n2024-03-05,7,1\n2024-03-06,8,2\n";
@@ -513,12 +511,12 @@ fn faults_name_the_line_and_the_likely_cause() {
         ),
         (
             "depth,a\n1,2\n2,3\n",
-            "line 2: no column holds a time (1,2); does \"depth\" count from a start? try \
+            "line 2: no column contains a time (1,2); if \"depth\" is elapsed time, try \
          --time-column 1 --time-format elapsed-s --start 2024-01-01T00:00:00Z",
         ),
         (
             "time,a\n2024-03-05,x\n2024-03-06,y\n",
-            "line 2: no column holds numbers",
+            "line 2: no numeric column",
         ),
         (
             "name,place\na,b\nc,d\n",
@@ -531,17 +529,17 @@ fn faults_name_the_line_and_the_likely_cause() {
     let comma = options(|options| options.separator = Some(','));
     assert!(
         fault_with("time;a\n2024-03-05;1\n2024-03-06;2\n", &comma)
-            .ends_with("';' seen: try --separator ';'")
+            .ends_with("but some by ';'; try --separator ';'")
     );
     let epoch = options(|options| options.time_format = Some("DD/MM/YYYY".to_owned()));
     assert!(fault_with("t,v\n1709596800,1\n1709596801,2\n", &epoch).contains("--time-format"));
-    // Lines are counted as an editor does, behind blank lines and quoted line ends as well.
+    // Lines are counted as in an editor, including blank lines and line ends within quotes.
     let csv =
         "\u{feff}t,v\r\n2024-03-05,1\r\n\r\n2024-03-06,\"1\n\"\r\n2024-03-07,x\r\n2024-03-08,2\r\n";
     assert!(has_note(&read(csv), "(line 6: \"x\")"));
     let open = format!("t,v\n2024-03-05,\"1\n{}", "2024-03-06,2\n".repeat(100));
     assert!(
-        fault(&open).contains("a quoted field that begins here does not end"),
+        fault(&open).contains("unterminated quoted field"),
         "{}",
         fault(&open)
     );

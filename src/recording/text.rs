@@ -1,14 +1,14 @@
-//! The text of a file: its encoding, and in which line a byte is.
+//! Text of a file: its encoding, and the line of a byte offset.
 
 use super::ReadError;
 
 const BYTE_ORDER_MARK: char = '\u{FEFF}';
 
-/// Decodes a file: UTF-8 or UTF-16 by their byte order marks, UTF-8 where it is valid, else
-/// Windows-1252, which holds Latin-1. The second value names an encoding that was guessed.
+/// Decodes a file: UTF-8 or UTF-16 with a byte order mark, valid UTF-8, otherwise Windows-1252,
+/// which includes Latin-1. The second value names a guessed encoding.
 ///
 /// # Errors
-/// The bytes are not text, such as a compressed file.
+/// The bytes are not text, for example a compressed file.
 pub fn decode(bytes: Vec<u8>) -> Result<(String, Option<&'static str>), ReadError> {
     if let Some(kind) = not_text(&bytes) {
         return Err(ReadError::file(kind.to_owned()));
@@ -29,7 +29,7 @@ pub fn decode(bytes: Vec<u8>) -> Result<(String, Option<&'static str>), ReadErro
             let bytes = error.as_bytes();
             if bytes.contains(&0) {
                 return Err(ReadError::file(
-                    "the file holds NUL bytes: it is no text file".to_owned(),
+                    "file contains NUL bytes and is not a text file".to_owned(),
                 ));
             }
             let text = bytes.iter().map(|byte| windows_1252(*byte)).collect();
@@ -38,20 +38,20 @@ pub fn decode(bytes: Vec<u8>) -> Result<(String, Option<&'static str>), ReadErro
     }
 }
 
-/// Returns what a file that is no table seems to be.
+/// Returns the probable type of a file that is not a table.
 fn not_text(bytes: &[u8]) -> Option<&'static str> {
     let start = bytes.trim_ascii_start();
     let is = |magic: &[u8]| start.starts_with(magic);
     match () {
-        () if is(&[0x1F, 0x8B]) => Some("the file is compressed by gzip: unpack it first"),
+        () if is(&[0x1F, 0x8B]) => Some("the file is compressed with gzip; unpack it first"),
         () if is(b"PK\x03\x04") => {
-            Some("the file is a ZIP archive or a spreadsheet: save it as CSV first")
+            Some("the file is a ZIP archive or a spreadsheet; save it as CSV first")
         }
         () if is(b"BZh") || is(b"\xFD7zXZ") || is(b"\x28\xB5\x2F\xFD") => {
-            Some("the file is compressed: unpack it first")
+            Some("the file is compressed; unpack it first")
         }
         () if is(b"<!") || is(b"<html") || is(b"<?xml") => {
-            Some("the file is HTML or XML, not CSV: was an error page saved?")
+            Some("the file is HTML or XML, not CSV; was an error page saved?")
         }
         () if is(b"{") || is(b"[{") => Some("the file is JSON, not CSV"),
         () if is(b"version https://git-lfs") => Some("the file is a Git LFS pointer, not the data"),
@@ -66,7 +66,7 @@ fn utf16(bytes: &[u8], unit: fn([u8; 2]) -> u16) -> String {
         .collect()
 }
 
-/// Characters of the bytes 0x80 to 0x9F; the others are those of Latin-1.
+/// Characters of the bytes 0x80 to 0x9F; all others are the same as in Latin-1.
 const WINDOWS_1252: [char; 32] = [
     '€', '\u{81}', '‚', 'ƒ', '„', '…', '†', '‡', 'ˆ', '‰', 'Š', '‹', 'Œ', '\u{8D}', 'Ž', '\u{8F}',
     '\u{90}', '‘', '’', '“', '”', '•', '–', '—', '˜', '™', 'š', '›', 'œ', '\u{9D}', 'ž', 'Ÿ',
@@ -79,7 +79,7 @@ fn windows_1252(byte: u8) -> char {
     }
 }
 
-/// Returns the line, counted from 1, in which the byte `at` is. Lines end with LF, CRLF or CR.
+/// Returns the line of the byte `at`, counted from 1. Lines end with LF, CRLF or CR.
 pub fn line_of(text: &str, at: usize) -> u64 {
     let bytes = text.as_bytes();
     let ends = (0..at.min(bytes.len())).filter(|&at| match bytes[at] {
@@ -90,7 +90,7 @@ pub fn line_of(text: &str, at: usize) -> u64 {
     1 + ends.count() as u64
 }
 
-/// Returns where the next line after the one with the byte `at` begins.
+/// Returns the start of the line after the one with the byte `at`.
 pub fn next_line(text: &str, at: usize) -> usize {
     let bytes = text.as_bytes();
     let end = bytes[at.min(bytes.len())..]
@@ -103,7 +103,7 @@ pub fn next_line(text: &str, at: usize) -> usize {
     }
 }
 
-/// Returns the whole line that begins at `at`, without its end.
+/// Returns the line that begins at `at`, without its line end.
 pub fn line_at(text: &str, at: usize) -> &str {
     text[at..next_line(text, at)].trim_end_matches(['\r', '\n'])
 }
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_no_tables_are_named() {
+    fn other_file_types_are_recognized() {
         let cases: [(&[u8], &str); 5] = [
             (&[0x1F, 0x8B, 8, 0], "gzip"),
             (b"PK\x03\x04rest", "spreadsheet"),

@@ -1,11 +1,12 @@
-//! What strangers may do before they have proved that they are devices: how many may connect, how fast,
-//! from where; how long they wait after a failure; how much of it is logged.
+//! Admission control for connections: limits how many peers connect, how fast and from where,
+//! before they have authenticated. Also delays replies after failed authentication, and limits
+//! logging.
 //!
 //! Invariants
-//! - The tables of addresses and refusals are bounded, whatever the number of those who come.
-//! - Whoever proves a key is neither refused nor delayed for what others at its address did, but for the
-//!   number of connections there.
-//! - A place is given back when its [`Visit`] is dropped, however the connection ended.
+//! - The tables of addresses and refusals are bounded, however many peers connect.
+//! - A peer that proves a key is neither rejected nor delayed because of other peers at its
+//!   address, except by the limit of connections per address.
+//! - A slot is released when its [`ConnectionPermit`] is dropped, however the connection ended.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -16,73 +17,76 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::{sleep, timeout};
 
 use crate::ingest::mailbox::Mailbox;
-use crate::quota::rate::{Meter, Rate};
+use crate::quota::rate::{Gcra, Rate};
 use crate::session::Close;
 use crate::store::Refusal;
 use crate::time::SystemClock;
 
-/// A handshake of this age gives way to new ones when there are too many; a younger one may be a device's
-/// over a slow link.
+/// A handshake of this age is evicted for a new one when there are too many. A younger one may
+/// belong to a device on a slow link.
 const GIVES_WAY_AFTER_US: u64 = 1_000_000;
-/// First wait for the answer to a failed authentication.
+/// Delay before the reply to a first failed authentication.
 const FAILURE_DELAY_MIN: Duration = Duration::from_millis(100);
-/// After so long nothing of an address is remembered.
+/// An address without failures for this long is forgotten.
 const FORGET_AFTER_US: u64 = 60_000_000;
 const MINUTE_US: u64 = 60_000_000;
-/// Lines of the log in a minute for all addresses, whatever their number.
+/// Maximum number of log lines per minute, over all addresses.
 const LINES_MAX: u32 = 1000;
-/// Refusals that wait to be written down.
+/// Maximum number of refusals waiting to be stored.
 const REFUSALS_MAX: usize = 1024;
-/// Addresses without a connection that are remembered.
+/// Maximum number of addresses remembered without a connection.
 const REMEMBERED_MAX: usize = 4096;
 
-/// Bounds on strangers.
+/// Limits for peers.
 #[derive(Clone, Copy, Debug)]
-pub struct EntranceLimits {
-    /// Connections at once; further ones wait, or the oldest that has not proved a key yet ends.
+pub struct AdmissionLimits {
+    /// Maximum number of open connections. At the limit, a new connection waits or evicts the
+    /// oldest handshake.
     pub connections_max: usize,
-    /// Of those, from one address; further ones are closed.
+    /// Maximum number of open connections per address. Further ones are closed.
     pub connections_per_address_max: usize,
-    /// Connections at once that have not proved a key yet; further ones wait, or the oldest ends.
+    /// Maximum number of unauthenticated connections. At the limit, a new connection waits or
+    /// evicts the oldest handshake.
     pub handshakes_max: usize,
-    /// Connections that are accepted in a second.
+    /// Maximum number of connections accepted per second.
     pub accepts_per_s_max: u64,
-    /// Longest wait for the answer to a failed authentication.
+    /// Longest delay before the reply to a failed authentication.
     pub failure_delay_max: Duration,
-    /// Lines of the log that tell of one address in a minute.
+    /// Maximum number of log lines per minute about one address.
     pub log_lines_per_address_max: u32,
 }
 
-/// The entrance that all connections come through.
+/// Admission control shared by all connections.
 #[derive(Debug)]
-pub struct Entrance {
-    limits: EntranceLimits,
+pub struct AdmissionControl {
+    limits: AdmissionLimits,
     places: Semaphore,
-    /// A handshake has ended.
+    /// Signals that a handshake has ended.
     handshake_ended: Notify,
     tables: Mutex<Tables>,
     refusals: Mutex<Refusals>,
 }
 
-/// Refusals to be written down.
+/// Refusals waiting to be stored.
 #[derive(Debug, Default)]
 struct Refusals {
     logged: Vec<Refusal>,
-    /// By address, claimed name and code.
+    /// Refusals that were not logged individually, by address, claimed name and code.
     others: HashMap<(IpAddr, String, u8), Refusal>,
 }
 
 #[derive(Debug, Default)]
 struct Tables {
-    accepts: Meter,
+    accepts: Gcra,
     addresses: HashMap<Address, Known>,
-    /// The first is the first to give way.
+    /// Unauthenticated connections in the order of eviction.
     handshakes: BTreeMap<Rank, Handshake>,
     next_number: u64,
     lines: Lines,
 }
 
-/// Who counts as one: an IPv4 address, or an IPv6 network of the size that one customer gets.
+/// The unit that limits apply to: an IPv4 address, or an IPv6 network of the size assigned to one
+/// customer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Address {
     V4([u8; 4]),
@@ -101,18 +105,18 @@ impl From<IpAddr> for Address {
     }
 }
 
-/// What is known of an address.
+/// State of an address.
 #[derive(Debug, Default)]
 struct Known {
     connections: usize,
-    /// Authentications that failed, the latest less than [`FORGET_AFTER_US`] after the one before it.
+    /// Number of failed authentications, each within [`FORGET_AFTER_US`] of the previous one.
     failures: u32,
     lines: Lines,
     lines_not_logged: u32,
     seen_at_us: u64,
 }
 
-/// Lines of the log in a minute.
+/// Number of log lines in the current minute.
 #[derive(Debug, Default)]
 struct Lines {
     count: u32,
@@ -128,7 +132,7 @@ impl Lines {
     }
 }
 
-/// Those who have failed to prove a key come before those who still may, and then the oldest first.
+/// Order of eviction: peers that failed authentication first, then the oldest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
     is_open: bool,
@@ -141,19 +145,19 @@ struct Handshake {
     mailbox: Arc<Mailbox>,
 }
 
-/// A connection's place.
+/// Permission for one connection. Holds its slot until it is dropped.
 #[derive(Debug)]
-pub struct Visit {
-    entrance: Arc<Entrance>,
+pub struct ConnectionPermit {
+    admission: Arc<AdmissionControl>,
     address: Address,
-    /// The handshake's; `None` once a key was proved.
+    /// Rank of the handshake; `None` once the peer has proved a key.
     handshake: Option<Rank>,
 }
 
-impl Entrance {
-    /// Nobody has come yet.
-    pub fn new(limits: EntranceLimits) -> Entrance {
-        Entrance {
+impl AdmissionControl {
+    /// Creates admission control without connections.
+    pub fn new(limits: AdmissionLimits) -> AdmissionControl {
+        AdmissionControl {
             limits,
             places: Semaphore::new(limits.connections_max),
             handshake_ended: Notify::new(),
@@ -162,10 +166,10 @@ impl Entrance {
         }
     }
 
-    /// Waits until one more may be accepted.
+    /// Waits until another connection may be accepted.
     ///
     /// # Cancel safety
-    /// A cancelled call takes no place.
+    /// A cancelled call takes no slot.
     pub async fn has_room(&self, clock: &SystemClock) {
         while let Some(wait) = self.handshakes_full(clock.now().mono_us) {
             let _ = timeout(wait, self.handshake_ended.notified()).await;
@@ -175,13 +179,14 @@ impl Entrance {
             burst: self.limits.accepts_per_s_max,
         };
         let now_us = clock.now().mono_us;
-        let next_us = self.lock().accepts.spend(rate, 1, now_us);
+        let next_us = self.lock().accepts.consume(rate, 1, now_us);
         if next_us > now_us {
             sleep(Duration::from_micros(next_us - now_us)).await;
         }
     }
 
-    /// How long until the oldest handshake may be ended, if there are too many.
+    /// Returns how long until the oldest handshake may be evicted, if there are too many
+    /// handshakes.
     fn handshakes_full(&self, now_us: u64) -> Option<Duration> {
         let tables = self.lock();
         let is_full = tables.handshakes.len() >= self.limits.handshakes_max;
@@ -189,33 +194,34 @@ impl Entrance {
         (is_full && wait > Duration::ZERO).then_some(wait)
     }
 
-    /// Gives a connection that was accepted its place, as soon as there is one; `None` if there are too many
-    /// from its address. Where places or handshakes have run out, the `mailbox` of the oldest handshake is told
-    /// to end, if that has taken a while.
+    /// Waits for a slot for an accepted connection, or returns `None` if its address has too many.
+    /// If no slot is free, the `mailbox` of the oldest handshake receives a request to end, once
+    /// that handshake has lasted a while.
     ///
-    /// One connection more than there are places is open meanwhile. So nobody is told to end as long as nobody
-    /// waits.
+    /// Meanwhile one connection more than there are slots is open. A handshake is evicted only
+    /// while a connection waits.
     ///
     /// # Cancel safety
-    /// A cancelled call takes no place.
+    /// A cancelled call takes no slot.
     pub async fn enter(
         self: &Arc<Self>,
         peer: IpAddr,
         mailbox: &Arc<Mailbox>,
         clock: &SystemClock,
-    ) -> Option<Visit> {
+    ) -> Option<ConnectionPermit> {
         if self.has_many_from(peer.into()) {
             return None;
         }
         while self.places.available_permits() == 0 {
             let wait = self.make_place(clock.now().mono_us);
-            // A place is given back at once: it is taken by `admit`, and nobody else takes one in between.
+            // Returned immediately: `accept` has taken the slot, and no other caller takes one in
+            // between.
             match wait {
                 Some(wait) => drop(timeout(wait, self.places.acquire()).await),
                 None => drop(self.places.acquire().await),
             }
         }
-        self.admit(peer, mailbox, clock.now().mono_us)
+        self.accept(peer, mailbox, clock.now().mono_us)
     }
 
     fn has_many_from(&self, address: Address) -> bool {
@@ -225,8 +231,8 @@ impl Entrance {
         known.is_some_and(|known| known.connections >= max)
     }
 
-    /// Ends the oldest handshake if it has taken a while; gives the time after which it is worth another try,
-    /// if there are handshakes.
+    /// Evicts the oldest handshake if it has lasted a while. Returns the time until the next
+    /// attempt makes sense, if there are handshakes.
     fn make_place(&self, now_us: u64) -> Option<Duration> {
         let mut tables = self.lock();
         let wait = tables.until_oldest_gives_way(now_us)?;
@@ -237,7 +243,12 @@ impl Entrance {
         Some(Duration::from_micros(GIVES_WAY_AFTER_US))
     }
 
-    fn admit(self: &Arc<Self>, peer: IpAddr, mailbox: &Arc<Mailbox>, now_us: u64) -> Option<Visit> {
+    fn accept(
+        self: &Arc<Self>,
+        peer: IpAddr,
+        mailbox: &Arc<Mailbox>,
+        now_us: u64,
+    ) -> Option<ConnectionPermit> {
         let address = Address::from(peer);
         let mut tables = self.lock();
         let known = tables.known(address, now_us, self.limits.connections_max);
@@ -259,14 +270,15 @@ impl Entrance {
         if tables.handshakes.len() > self.limits.handshakes_max {
             tables.end_oldest();
         }
-        Some(Visit {
-            entrance: Arc::clone(self),
+        Some(ConnectionPermit {
+            admission: Arc::clone(self),
             address,
             handshake: Some(rank),
         })
     }
 
-    /// Whether a line on `peer` may be logged, and how many were not since the latest one that was.
+    /// Returns whether a line about `peer` may be logged: if so, the number of lines suppressed
+    /// since the last one.
     pub fn may_log(&self, peer: IpAddr, now_us: u64) -> Option<u32> {
         let mut tables = self.lock();
         let all_have_room = tables.lines.have_room(LINES_MAX, now_us);
@@ -282,8 +294,8 @@ impl Entrance {
         Some(not_logged)
     }
 
-    /// Keeps a refusal until it is written down: one that was logged as it is, others together with those that
-    /// are like them. When there are too many it is not kept.
+    /// Keeps a refusal until it is stored. A logged one is kept as it is; others are merged with
+    /// similar ones. It is dropped if there are too many.
     pub fn note(&self, refusal: Refusal) {
         let mut refusals = { &self.refusals }
             .lock()
@@ -305,7 +317,7 @@ impl Entrance {
         noted.detail = refusal.detail;
     }
 
-    /// The refusals that are to be written down.
+    /// Removes and returns the refusals to be stored.
     pub fn take_refusals(&self) -> Vec<Refusal> {
         let mut refusals = { &self.refusals }
             .lock()
@@ -317,29 +329,30 @@ impl Entrance {
     }
 
     fn lock(&self) -> MutexGuard<'_, Tables> {
-        // Whoever panicked left whole entries behind.
+        // A thread that panicked left complete entries behind.
         self.tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Visit {
-    /// The peer has proved a key: it is no stranger any more.
+impl ConnectionPermit {
+    /// Marks the peer as authenticated.
     pub fn prove(&mut self) {
         if let Some(rank) = self.handshake.take() {
-            self.entrance.lock().handshakes.remove(&rank);
-            self.entrance.handshake_ended.notify_one();
+            self.admission.lock().handshakes.remove(&rank);
+            self.admission.handshake_ended.notify_one();
         }
     }
 
-    /// Whether the peer has not proved a key.
-    pub fn is_stranger(&self) -> bool {
+    /// Returns whether the peer is unauthenticated.
+    pub fn is_preauth(&self) -> bool {
         self.handshake.is_some()
     }
 
-    /// The peer has failed to prove a key: how long it is to wait for the answer. It waits longer with each
-    /// failure at its address; one that proves its key waits for nothing. Meanwhile it gives way to all others.
+    /// Records a failed authentication; returns the delay before the reply. The delay grows with
+    /// each failure at the address; a peer that proves its key has no delay. Until then the peer is
+    /// the first to be evicted.
     pub fn fail(&mut self, now_us: u64) -> Duration {
-        let mut tables = self.entrance.lock();
+        let mut tables = self.admission.lock();
         if let Some(rank) = &mut self.handshake
             && let Some(failed) = tables.handshakes.remove(rank)
         {
@@ -353,22 +366,22 @@ impl Visit {
                 },
             );
         }
-        let known = tables.known(self.address, now_us, self.entrance.limits.connections_max);
+        let known = tables.known(self.address, now_us, self.admission.limits.connections_max);
         known.failures = known.failures.saturating_add(1);
         let doublings = (known.failures - 1).min(16);
-        (FAILURE_DELAY_MIN * (1 << doublings)).min(self.entrance.limits.failure_delay_max)
+        (FAILURE_DELAY_MIN * (1 << doublings)).min(self.admission.limits.failure_delay_max)
     }
 
-    /// The entrance that it came by.
-    pub fn entrance(&self) -> &Entrance {
-        &self.entrance
+    /// Returns the admission control that issued the permit.
+    pub fn admission(&self) -> &AdmissionControl {
+        &self.admission
     }
 }
 
-impl Drop for Visit {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         self.prove();
-        let mut tables = self.entrance.lock();
+        let mut tables = self.admission.lock();
         if let Some(known) = tables.addresses.get_mut(&self.address) {
             known.connections -= 1;
             if known.connections == 0 && known.failures == 0 && known.lines.count == 0 {
@@ -376,7 +389,7 @@ impl Drop for Visit {
             }
         }
         drop(tables);
-        self.entrance.places.add_permits(1);
+        self.admission.places.add_permits(1);
     }
 }
 
@@ -393,7 +406,7 @@ impl Tables {
         known
     }
 
-    /// How long the oldest handshake has before it must give way, if there is one.
+    /// Returns the time until the oldest handshake may be evicted, if there is one.
     fn until_oldest_gives_way(&self, now_us: u64) -> Option<Duration> {
         let (_, oldest) = self.handshakes.first_key_value()?;
         let gives_way_us = oldest.begun_at_us + GIVES_WAY_AFTER_US;
@@ -406,13 +419,14 @@ impl Tables {
                 mail.close = Some(Close {
                     code: None,
                     retry_after_ms: 0,
-                    detail: "its handshake took long, and others waited".into(),
+                    detail: "handshake too slow while others waited".into(),
                 });
             });
         }
     }
 
-    /// Those who were not seen lately, or all without a connection if that is not enough.
+    /// Removes addresses without recent activity; if that is not enough, all addresses without a
+    /// connection.
     fn forget(&mut self, now_us: u64) {
         let full = self.addresses.len();
         self.addresses.retain(|_, known| {
@@ -428,7 +442,7 @@ impl Tables {
 mod tests {
     use super::*;
 
-    const LIMITS: EntranceLimits = EntranceLimits {
+    const LIMITS: AdmissionLimits = AdmissionLimits {
         connections_max: 100,
         connections_per_address_max: 3,
         handshakes_max: 5,
@@ -439,122 +453,130 @@ mod tests {
 
     const NOW_US: u64 = 100_000_000;
 
-    fn entrance(limits: EntranceLimits) -> Arc<Entrance> {
-        Arc::new(Entrance::new(limits))
+    fn admission(limits: AdmissionLimits) -> Arc<AdmissionControl> {
+        Arc::new(AdmissionControl::new(limits))
     }
 
-    fn from(entrance: &Arc<Entrance>, address: &str) -> Option<Visit> {
-        entrance.admit(address.parse().unwrap(), &Arc::default(), NOW_US)
+    fn from(admission: &Arc<AdmissionControl>, address: &str) -> Option<ConnectionPermit> {
+        admission.accept(address.parse().unwrap(), &Arc::default(), NOW_US)
     }
 
     #[test]
-    fn an_address_has_so_many_places_and_others_have_theirs() {
-        let entrance = entrance(LIMITS);
+    fn an_address_has_its_own_number_of_slots() {
+        let admission = admission(LIMITS);
         let mut visits: Vec<_> = (0..3)
-            .map(|_| from(&entrance, "10.0.0.1").unwrap())
+            .map(|_| from(&admission, "10.0.0.1").unwrap())
             .collect();
-        assert!(from(&entrance, "10.0.0.1").is_none());
-        // The same machine, written otherwise.
-        assert!(from(&entrance, "::ffff:10.0.0.1").is_none());
-        let other = from(&entrance, "10.0.0.2").unwrap();
+        assert!(from(&admission, "10.0.0.1").is_none());
+        // The same address in IPv4-mapped form.
+        assert!(from(&admission, "::ffff:10.0.0.1").is_none());
+        let other = from(&admission, "10.0.0.2").unwrap();
         visits.pop();
-        visits.push(from(&entrance, "10.0.0.1").unwrap());
-        assert!(from(&entrance, "10.0.0.1").is_none());
+        visits.push(from(&admission, "10.0.0.1").unwrap());
+        assert!(from(&admission, "10.0.0.1").is_none());
         drop((visits, other));
-        assert!(entrance.lock().addresses.is_empty());
-        assert_eq!(entrance.places.available_permits(), 100);
+        assert!(admission.lock().addresses.is_empty());
+        assert_eq!(admission.places.available_permits(), 100);
     }
 
     #[test]
     fn one_customers_ipv6_network_is_one_address() {
-        let entrance = entrance(LIMITS);
+        let admission = admission(LIMITS);
         let _visits: Vec<_> = ["2001:db8:1:2::1", "2001:db8:1:2::2", "2001:db8:1:2:ffff::3"]
-            .map(|address| from(&entrance, address).unwrap())
+            .map(|address| from(&admission, address).unwrap())
             .into();
-        assert!(from(&entrance, "2001:db8:1:2::4").is_none());
-        assert!(from(&entrance, "2001:db8:1:3::1").is_some());
+        assert!(from(&admission, "2001:db8:1:2::4").is_none());
+        assert!(from(&admission, "2001:db8:1:3::1").is_some());
     }
 
     #[tokio::test]
-    async fn the_oldest_handshake_gives_way_and_those_who_proved_a_key_do_not() {
-        let entrance = entrance(LIMITS);
+    async fn the_oldest_handshake_is_evicted_but_no_authenticated_connection() {
+        let admission = admission(LIMITS);
         let mut visits = Vec::new();
         let mut mailboxes = Vec::new();
         for host in 1..=6_u8 {
             let mailbox: Arc<Mailbox> = Arc::default();
             let peer = IpAddr::from([10, 0, 0, host]);
-            let mut visit = entrance.admit(peer, &mailbox, NOW_US).unwrap();
+            let mut permit = admission.accept(peer, &mailbox, NOW_US).unwrap();
             if host == 1 {
-                visit.prove();
+                permit.prove();
             }
-            visits.push(visit);
+            visits.push(permit);
             mailboxes.push(mailbox);
         }
-        let wait = entrance.handshakes_full(NOW_US + 400_000);
-        assert_eq!(wait, Some(Duration::from_millis(600)), "all are young");
+        let wait = admission.handshakes_full(NOW_US + 400_000);
+        assert_eq!(wait, Some(Duration::from_millis(600)), "all are recent");
         let later_us = NOW_US + GIVES_WAY_AFTER_US;
-        assert_eq!(entrance.handshakes_full(later_us), None);
+        assert_eq!(admission.handshakes_full(later_us), None);
         let peer = IpAddr::from([10, 0, 0, 7]);
-        let _late = entrance.admit(peer, &Arc::default(), NOW_US).unwrap();
-        let told = tokio::time::timeout(Duration::ZERO, mailboxes[0].take()).await;
-        assert!(told.is_err(), "the first has proved its key");
+        let _late = admission.accept(peer, &Arc::default(), NOW_US).unwrap();
+        let mail = tokio::time::timeout(Duration::ZERO, mailboxes[0].take()).await;
+        assert!(mail.is_err(), "the first has proved its key");
         assert!(mailboxes[1].take().await.close.is_some());
-        let told = tokio::time::timeout(Duration::ZERO, mailboxes[2].take()).await;
-        assert!(told.is_err(), "one is enough");
+        let mail = tokio::time::timeout(Duration::ZERO, mailboxes[2].take()).await;
+        assert!(mail.is_err(), "one eviction is enough");
         drop(visits);
-        assert!(entrance.handshakes_full(NOW_US).is_none());
-        assert_eq!(entrance.lock().handshakes.len(), 1);
+        assert!(admission.handshakes_full(NOW_US).is_none());
+        assert_eq!(admission.lock().handshakes.len(), 1);
     }
 
     #[tokio::test]
-    async fn those_who_failed_give_way_before_those_who_are_slow() {
-        let entrance = entrance(LIMITS);
-        let admit = |host: u8, mailbox: &Arc<Mailbox>| {
+    async fn failed_handshakes_are_evicted_before_slow_ones() {
+        let admission = admission(LIMITS);
+        let accept = |host: u8, mailbox: &Arc<Mailbox>| {
             let peer = IpAddr::from([10, 0, 0, host]);
-            entrance.admit(peer, mailbox, NOW_US).unwrap()
+            admission.accept(peer, mailbox, NOW_US).unwrap()
         };
-        let _slow: Vec<Visit> = (1..5).map(|host| admit(host, &Arc::default())).collect();
+        let _slow: Vec<ConnectionPermit> =
+            (1..5).map(|host| accept(host, &Arc::default())).collect();
         let mailbox = Arc::default();
-        let mut failed = admit(5, &mailbox);
-        assert!(entrance.handshakes_full(NOW_US).is_some(), "all are young");
+        let mut failed = accept(5, &mailbox);
+        assert!(
+            admission.handshakes_full(NOW_US).is_some(),
+            "all are recent"
+        );
         failed.fail(NOW_US);
-        assert_eq!(entrance.handshakes_full(NOW_US), None);
-        let _next = admit(6, &Arc::default());
+        assert_eq!(admission.handshakes_full(NOW_US), None);
+        let _next = accept(6, &Arc::default());
         assert!(mailbox.take().await.close.is_some());
         drop(failed);
-        assert_eq!(entrance.lock().handshakes.len(), 5);
+        assert_eq!(admission.lock().handshakes.len(), 5);
     }
 
     #[test]
-    fn failures_wait_longer_and_longer() {
-        let entrance = entrance(LIMITS);
-        let mut visit = from(&entrance, "10.0.0.1").unwrap();
-        let mut other = from(&entrance, "10.0.0.2").unwrap();
-        let waits: Vec<u128> = (0..8).map(|_| visit.fail(NOW_US).as_millis()).collect();
+    fn each_failure_waits_longer() {
+        let admission = admission(LIMITS);
+        let mut permit = from(&admission, "10.0.0.1").unwrap();
+        let mut other = from(&admission, "10.0.0.2").unwrap();
+        let waits: Vec<u128> = (0..8).map(|_| permit.fail(NOW_US).as_millis()).collect();
         assert_eq!(waits, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
         assert_eq!(other.fail(NOW_US).as_millis(), 100);
-        assert_eq!(visit.fail(NOW_US + FORGET_AFTER_US).as_millis(), 100);
+        assert_eq!(permit.fail(NOW_US + FORGET_AFTER_US).as_millis(), 100);
     }
 
     #[test]
     fn lines_of_an_address_are_counted() {
-        let entrance = entrance(LIMITS);
+        let admission = admission(LIMITS);
         let (one, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
-        let may = |_| entrance.may_log(one, NOW_US);
+        let may = |_| admission.may_log(one, NOW_US);
         assert_eq!(
             (0..4).map(may).collect::<Vec<_>>(),
             [Some(0), Some(0), None, None]
         );
-        assert_eq!(entrance.may_log(other, NOW_US), Some(0));
-        let told = entrance.may_log(one, NOW_US + FORGET_AFTER_US);
-        assert_eq!(told, Some(2), "it is told how many were left out");
+        assert_eq!(admission.may_log(other, NOW_US), Some(0));
+        let suppressed = admission.may_log(one, NOW_US + FORGET_AFTER_US);
+        assert_eq!(
+            suppressed,
+            Some(2),
+            "the number of suppressed lines is reported"
+        );
     }
 
     #[test]
     fn many_addresses_together_cannot_fill_the_log() {
-        let entrance = entrance(LIMITS);
+        let admission = admission(LIMITS);
         let may = |now_us| {
-            let from = |number: u32| entrance.may_log(IpAddr::from(number.to_be_bytes()), now_us);
+            let from = |number: u32| admission.may_log(IpAddr::from(number.to_be_bytes()), now_us);
             (0..5000).filter_map(from).count()
         };
         assert_eq!(may(NOW_US), LINES_MAX as usize);
@@ -562,15 +584,15 @@ mod tests {
     }
 
     #[test]
-    fn the_table_is_bounded_whoever_comes() {
-        let entrance = entrance(LIMITS);
-        let stays = from(&entrance, "192.0.2.1").unwrap();
+    fn the_table_is_bounded_for_any_number_of_addresses() {
+        let admission = admission(LIMITS);
+        let stays = from(&admission, "192.0.2.1").unwrap();
         for number in 0..20_000_u32 {
             let address = IpAddr::from(number.to_be_bytes());
-            entrance.may_log(address, NOW_US);
-            let count = entrance.lock().addresses.len();
+            admission.may_log(address, NOW_US);
+            let count = admission.lock().addresses.len();
             assert!(count <= LIMITS.connections_max + REMEMBERED_MAX, "{count}");
         }
-        assert_eq!(entrance.lock().addresses[&stays.address].connections, 1);
+        assert_eq!(admission.lock().addresses[&stays.address].connections, 1);
     }
 }

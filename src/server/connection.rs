@@ -1,8 +1,8 @@
-//! The only place where sockets meet sessions: one task for each connection, one select in it.
+//! Connects sockets to sessions: one task with one select loop for each connection.
 //!
-//! It carries bytes to the session and from it, finds room in the ingest queue for what the session
-//! submits before it reads on, and empties the session's mailbox. What any of it means is the
-//! session's business.
+//! The task carries bytes to and from the session, waits for space in the ingest queue for each
+//! submission before it reads on, and empties the session's mailbox. Only the session interprets
+//! them.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -20,63 +20,64 @@ use tokio_util::sync::CancellationToken;
 
 use crate::ingest::mailbox::{Mail, Mailbox};
 use crate::ingest::registry::Registry;
-use crate::ingest::{IngestQueue, Turn};
+use crate::ingest::{BurstGrant, IngestQueue};
 use crate::net::codec::{CodecError, FrameCodec};
 use crate::net::socket::Socket;
 use crate::net::tls;
-use crate::server::admission::Visit;
+use crate::server::admission::ConnectionPermit;
 use crate::session::handshake::Secured;
 use crate::session::{Close, Session, SessionSettings, Submission};
 use crate::time::SystemClock;
 
-/// What is read at once from a device.
+/// Maximum bytes per read from a device.
 const READ_BYTES: usize = 16 * 1024;
-/// What is read at once from a peer that has not proved yet that it is one.
-const STRANGER_READ_BYTES: usize = 1024;
-/// Of TLS from such a peer: its handshake, with a chain of certificates, and what carries two short frames.
-const STRANGER_TLS_BYTES_MAX: usize = 64 * 1024;
-/// How long a peer may take to read the last words and close.
-const FAREWELL: Duration = Duration::from_secs(1);
-/// When there is no deadline: far enough to never matter.
+/// Maximum bytes per read from an unauthenticated peer.
+const PREAUTH_READ_BYTES: usize = 1024;
+/// Maximum TLS bytes from an unauthenticated peer: its handshake with a certificate chain, and the
+/// records of two short frames.
+const PREAUTH_TLS_BYTES_MAX: usize = 64 * 1024;
+/// How long a peer may take to read the last reply and close.
+const LINGER: Duration = Duration::from_secs(1);
+/// Timer interval without a deadline: long enough to never matter.
 const NO_DEADLINE: Duration = Duration::from_secs(3600);
 
-/// What all connections of a gateway share.
+/// State shared by all connections of a gateway.
 pub struct Shared {
-    /// For sessions.
+    /// Settings of sessions.
     pub settings: Arc<SessionSettings>,
-    /// Which sessions are live.
+    /// Live sessions.
     pub registry: Arc<Registry>,
     /// The gateway's clocks.
     pub clock: SystemClock,
-    /// Cancelled when the gateway goes down.
+    /// Cancelled when the gateway shuts down.
     pub drain: CancellationToken,
 }
 
-/// A connection.
+/// One connection: its socket, session and buffers.
 pub struct Connection {
     socket: Socket,
-    visit: Visit,
+    permit: ConnectionPermit,
     session: Session,
     mailbox: Arc<Mailbox>,
-    /// Received and not taken in yet; holds no memory while the peer is idle.
+    /// Bytes received but not processed; holds no memory while the peer is idle.
     input: BytesMut,
-    /// Whether anything came from the peer: those who look whether somebody listens say nothing.
+    /// Whether the peer has sent anything. Port probes send nothing.
     has_spoken: bool,
-    /// A submission for which there was no room at once.
-    waiting: Option<Pin<Box<dyn Future<Output = Turn> + Send>>>,
+    /// A submission waiting for space in the ingest queue.
+    waiting: Option<Pin<Box<dyn Future<Output = BurstGrant> + Send>>>,
     queue: IngestQueue,
     shared: Arc<Shared>,
 }
 
 impl Connection {
-    /// One that has just been accepted.
+    /// Creates a connection for an accepted socket.
     ///
     /// # Errors
-    /// The system gives no random numbers.
+    /// The system provides no random numbers.
     pub fn new(
         socket: Socket,
         peer: SocketAddr,
-        visit: Visit,
+        permit: ConnectionPermit,
         mailbox: Arc<Mailbox>,
         shared: Arc<Shared>,
         queue: IngestQueue,
@@ -86,7 +87,7 @@ impl Connection {
         let settings = Arc::clone(&shared.settings);
         Ok(Connection {
             socket,
-            visit,
+            permit,
             session: Session::new(settings, peer, nonce, shared.clock.now()),
             mailbox,
             input: BytesMut::new(),
@@ -97,10 +98,10 @@ impl Connection {
         })
     }
 
-    /// Serves it until it ends.
+    /// Serves the connection until it ends.
     ///
-    /// The future is what a connection costs while nothing happens. It holds the connection once, and
-    /// what is needed only at the end gets a box of its own.
+    /// The size of the future is the memory cost of an idle connection. It therefore contains the
+    /// connection only once, and boxes what is needed only at the end.
     #[expect(
         clippy::manual_async_fn,
         reason = "an async fn would hold `self` twice"
@@ -120,20 +121,20 @@ impl Connection {
             self.rearm(timer.as_mut());
             let interest = self.interest();
             tokio::select! {
-                // What the gateway has decided comes before what the peer says next: a session that was told
-                // to end takes nothing more in.
+                // Mail has priority over peer input, so that a session that is being ended accepts
+                // no more frames.
                 biased;
                 mail = self.mailbox.take() => self.handle_mail(mail),
                 () = drain.cancelled(), if !self.session.is_leaving() => self.session.handle_drain(),
                 () = timer.as_mut() => {
                     self.session.handle_timeout(self.shared.clock.now());
-                    // It may have had to wait for its rate.
+                    // Frames may have waited for the rate limit.
                     self.take_frames(None);
                 }
-                turn = async { self.waiting.as_mut().expect("checked").await },
+                grant = async { self.waiting.as_mut().expect("checked").await },
                     if self.waiting.is_some() => {
                     self.waiting = None;
-                    self.take_frames(Some(turn));
+                    self.take_frames(Some(grant));
                 }
                 ready = self.socket.ready(interest.unwrap_or(Interest::READABLE)),
                     if interest.is_some() => match ready {
@@ -148,13 +149,13 @@ impl Connection {
         }
     }
 
-    /// Whether it is closed to a stranger who did not prove a key, and who is to wait for the answer.
+    /// Returns whether the peer failed authentication and its reply is delayed.
     fn has_failed(&self) -> bool {
         let code = self.session.closed().and_then(|close| close.code);
         code == Some(Code::Authentication) && self.session.device().is_none()
     }
 
-    /// What of the socket is waited for.
+    /// Returns the socket events to wait for.
     fn interest(&mut self) -> Option<Interest> {
         let reads = self.waiting.is_none() && self.session.wants_input();
         let writes = self.socket.wants_write() || !self.session.outbound().bytes().is_empty();
@@ -166,7 +167,7 @@ impl Connection {
         }
     }
 
-    /// When the session wants to hear of the time.
+    /// Returns the session's deadline.
     fn deadline(&self) -> Instant {
         match self.session.poll_deadline() {
             Some(deadline_us) => self.shared.clock.instant(deadline_us).into(),
@@ -174,8 +175,8 @@ impl Connection {
         }
     }
 
-    /// Moves the timer only where it would go off too late or has gone off: frames push the deadline
-    /// back all the time.
+    /// Moves the timer only if it would fire too late or has fired: frames postpone the deadline
+    /// all the time.
     fn rearm(&self, timer: Pin<&mut Sleep>) {
         let deadline = self.deadline();
         if timer.is_elapsed() || deadline < timer.deadline() {
@@ -186,7 +187,7 @@ impl Connection {
     fn read(&mut self) {
         let bytes_max = match self.session.device() {
             Some(_) => READ_BYTES,
-            None => STRANGER_READ_BYTES,
+            None => PREAUTH_READ_BYTES,
         };
         let result = self.socket.try_read(&mut self.input, bytes_max);
         self.has_spoken |= !self.input.is_empty() || self.socket.tls_bytes() > 0;
@@ -206,16 +207,16 @@ impl Connection {
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => self.lose(&error),
         }
-        if self.session.device().is_none() && self.socket.tls_bytes() > STRANGER_TLS_BYTES_MAX {
-            self.session.handle_loss("too much of TLS before AUTH");
+        if self.session.device().is_none() && self.socket.tls_bytes() > PREAUTH_TLS_BYTES_MAX {
+            self.session.handle_loss("too many TLS bytes before AUTH");
         }
         if self.input.is_empty() {
             self.input = BytesMut::new();
         }
     }
 
-    /// Hands frames to the session, until they are used up or one must wait for room.
-    fn take_frames(&mut self, mut turn: Option<Turn>) {
+    /// Passes frames to the session until none are left or a submission must wait for space.
+    fn take_frames(&mut self, mut grant: Option<BurstGrant>) {
         while self.waiting.is_none() && self.session.wants_input() {
             let mut codec = FrameCodec {
                 frame_bytes_max: self.session.frame_bytes_max(),
@@ -224,7 +225,7 @@ impl Connection {
                 Ok(Some(frame)) => {
                     let now = self.shared.clock.now();
                     if let Some(submission) = self.session.handle_frame(&frame.frame(), now) {
-                        self.submit(submission, turn.as_mut());
+                        self.submit(submission, grant.as_mut());
                     }
                 }
                 Ok(None) => {
@@ -239,12 +240,12 @@ impl Connection {
         }
     }
 
-    fn submit(&mut self, submission: Submission, turn: Option<&mut Turn>) {
+    fn submit(&mut self, submission: Submission, grant: Option<&mut BurstGrant>) {
         if let Submission::Login(login) = &submission {
-            self.visit.prove();
-            self.queue.take_lane_of(&login.device);
+            self.permit.prove();
+            self.queue.pin_to_shard_of(&login.device);
         }
-        if let Some(submission) = self.queue.try_submit(submission, &self.mailbox, turn) {
+        if let Some(submission) = self.queue.try_submit(submission, &self.mailbox, grant) {
             let queue = self.queue.clone();
             let mailbox = Arc::clone(&self.mailbox);
             self.waiting = Some(Box::pin(queue.submit(submission, mailbox)));
@@ -275,11 +276,11 @@ impl Connection {
         if let Some(close) = mail.close {
             self.session.close(close);
         }
-        // Frames that came in while an answer was awaited.
+        // Processes frames received while a reply was pending.
         self.take_frames(None);
     }
 
-    /// Sends what the socket takes now.
+    /// Writes as much output as the socket accepts now.
     fn write(&mut self) {
         let outbound = self.session.outbound();
         while !outbound.bytes().is_empty() {
@@ -293,8 +294,7 @@ impl Connection {
             return self.lose(&error);
         }
         if outbound.bytes().len() > self.shared.settings.outbound_bytes_max {
-            self.session
-                .handle_loss("peer does not read what it is told");
+            self.session.handle_loss("peer does not read replies");
         }
     }
 
@@ -306,10 +306,9 @@ impl Connection {
         self.session.handle_loss(detail);
     }
 
-    /// Says the last words, leaves the device's place to the next session, and writes the last line of
-    /// the audit trail.
+    /// Sends the last reply, frees the device's session, and completes the audit record.
     async fn finish(mut self) {
-        // A submission that found no room was not answered, so the device sends it again.
+        // A waiting submission has no acknowledgement, so the device resends it.
         self.waiting = None;
         if let Some(device) = self.session.device() {
             self.shared.registry.leave(device, &self.mailbox);
@@ -320,31 +319,32 @@ impl Connection {
         if self.has_failed() {
             let now = self.shared.clock.now();
             tokio::select! {
-                () = sleep(self.visit.fail(now.mono_us)) => {}
-                // Nobody waits for a failure: neither those for whom there is no room, nor the end.
+                () = sleep(self.permit.fail(now.mono_us)) => {}
+                // Nothing waits for a failed peer: neither connections waiting for a slot nor the
+                // shutdown.
                 _ = self.mailbox.take() => {}
                 () = self.shared.drain.cancelled() => {}
-                // And nobody hears sooner by leaving.
+                // A peer that leaves early does not shorten the delay.
                 _ = self.socket.wait_for_end() => is_gone = true,
             }
         }
         match self.session.closed().and_then(|close| close.code) {
             Some(_) if is_gone => {}
-            Some(_) => drop(timeout(FAREWELL, self.say_farewell()).await),
+            Some(_) => drop(timeout(LINGER, self.linger()).await),
             None => self.socket.try_end(),
         }
         drop(self.socket);
         let now = self.shared.clock.now();
         match self.session.handle_disconnect(is_refused, is_told, now) {
-            Some(Submission::Refusal(refusal)) => self.visit.entrance().note(refusal),
+            Some(Submission::Refusal(refusal)) => self.permit.admission().note(refusal),
             Some(event) => drop(self.queue.submit(event, self.mailbox).await),
             None => {}
         }
     }
 
-    /// Sends what is left, then waits for the peer to close: closing over unread input would reset the
-    /// connection, and the last words could be lost with it.
-    async fn say_farewell(&mut self) -> std::io::Result<()> {
+    /// Sends the remaining output, then waits for the peer to close. Closing with unread input
+    /// would reset the connection, and the last reply could be lost.
+    async fn linger(&mut self) -> std::io::Result<()> {
         self.socket
             .write_all(self.session.outbound().bytes())
             .await?;
@@ -352,21 +352,22 @@ impl Connection {
         self.socket.wait_for_end().await
     }
 
-    /// Whether the operator should know how it ended: it was refused, or it spoke and ended before it had proved
-    /// a key, with or without a word.
+    /// Returns whether the end of the connection is logged for the operator: it was refused, or the
+    /// peer sent data and ended before it proved a key.
     fn is_refused(&self) -> bool {
         let Some(close) = self.session.closed() else {
             return false;
         };
         match close.code {
             Some(code) if code >= Code::Protocol => true,
-            None | Some(Code::Idle) => self.has_spoken && self.visit.is_stranger(),
+            None | Some(Code::Idle) => self.has_spoken && self.permit.is_preauth(),
             Some(_) => false,
         }
     }
 
-    /// A client that vanishes is nothing to worry about; one that is refused is for the operator to see,
-    /// but not as often as it likes. Tells whether it was written.
+    /// Logs the end of the connection; returns whether it was logged as a refusal. A vanished
+    /// client is logged at debug level, a refused one at info level within the limits of admission
+    /// control.
     fn log(&self, close: &Close) -> bool {
         let (peer, detail) = (self.session.peer(), &close.detail);
         let code = close.code.map_or(0, |code| code as u8);
@@ -375,7 +376,7 @@ impl Connection {
             return false;
         }
         let now = self.shared.clock.now();
-        let Some(not_logged) = self.visit.entrance().may_log(peer.ip(), now.mono_us) else {
+        let Some(not_logged) = self.permit.admission().may_log(peer.ip(), now.mono_us) else {
             return false;
         };
         match self.session.claimed() {

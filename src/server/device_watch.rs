@@ -1,23 +1,23 @@
-//! Changes of devices by operators, looked for several times a second: a session ends when its device was
-//! disabled or given another key after it was admitted.
+//! Polls device changes made by operators several times a second. Ends a session if its device was
+//! disabled or its key was replaced after login.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::auth::credentials::Credentials;
 use crate::ingest::registry::Registry;
-use crate::store::lifecycle::ChangeReader;
+use crate::store::device_admin::ChangeReader;
 use crate::store::steady::SteadyError;
 
-/// From one look for changes to the next: a session shall be over within a second.
+/// Poll interval: a session must end within a second.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
-/// A look that takes longer is given up.
+/// Timeout of one poll.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Looks for changes once, before anybody connects.
+/// Loads device changes once, before any device connects.
 ///
 /// # Errors
-/// The store does not answer: who may connect is not known.
+/// The store is unavailable, so the device list is unknown.
 pub async fn load(
     credentials: &Credentials,
     changes: &mut ChangeReader,
@@ -28,8 +28,8 @@ pub async fn load(
     Ok(())
 }
 
-/// Looks for changes again and again, and ends the sessions of devices that may not go on, for as long as
-/// it is polled.
+/// Polls for changes and ends the sessions of affected devices, for as long as the future is
+/// polled.
 pub async fn watch<T>(
     credentials: Arc<Credentials>,
     registry: Arc<Registry>,
@@ -40,13 +40,13 @@ pub async fn watch<T>(
         match tokio::time::timeout(LOOK_TIMEOUT, changes.changes()).await {
             Ok(Ok(None)) => {}
             Ok(Ok(Some(changes))) => {
-                // In this order: whoever is cut off shall not come back by the old key.
+                // Credentials first: a session that is ended must not reconnect with the old key.
                 credentials.take_in(&changes);
                 registry.change(&changes);
             }
-            // That the store does not answer is told by those who commit.
-            Ok(Err(error)) => tracing::debug!(%error, "changes of devices cannot be read"),
-            Err(_) => tracing::debug!("changes of devices are not read in time"),
+            // The writers report that the store is unavailable.
+            Ok(Err(error)) => tracing::debug!(%error, "could not read device changes"),
+            Err(_) => tracing::debug!("reading device changes timed out"),
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The running gateway: its listeners, a task for each connection, the ingest task, and the drain.
+//! The running gateway: its listeners, a task for each connection, the ingest task, and draining at
+//! shutdown.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,7 +17,7 @@ use crate::ingest::registry::Registry;
 use crate::ingest::{self, IngestQueue, QueueLimits};
 use crate::net::socket::Socket;
 use crate::net::tls::Tls;
-use crate::server::admission::{Entrance, EntranceLimits};
+use crate::server::admission::{AdmissionControl, AdmissionLimits};
 use crate::server::connection::{Connection, Shared};
 use crate::session::{SessionSettings, Submission};
 use crate::store::{Refusal, Store, StoreError};
@@ -27,84 +28,84 @@ mod connection;
 pub mod device_watch;
 pub mod supervisor;
 
-/// What the system keeps of what a peer has not taken yet; it counts twice as much, for its own needs.
+/// Kernel send buffer per connection, in bytes. The kernel doubles it for its own overhead.
 const SEND_BUFFER_BYTES: u32 = 32 * 1024;
-/// Connections that wait to be accepted, as far as the system allows so many.
+/// Maximum number of connections waiting for `accept`, as far as the system allows it.
 const BACKLOG: u32 = 1024;
-/// From one time that refusals are written down to the next.
+/// Interval at which refusals are stored.
 const REFUSALS_INTERVAL: Duration = Duration::from_secs(1);
-/// After accept failed (descriptors run out, mostly): long enough for some to come free.
+/// Delay after a failed accept, usually for lack of file descriptors: long enough for some to be
+/// closed.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
-/// What the gateway runs with.
+/// Settings of the gateway.
 #[derive(Clone)]
 pub struct ServerSettings {
-    /// For sessions.
+    /// Settings of sessions.
     pub session: SessionSettings,
-    /// For batches.
+    /// Limits of batches.
     pub batch: BatchLimits,
-    /// For the queue.
+    /// Limits of the ingest queue.
     pub queue: QueueLimits,
-    /// For those who connect.
-    pub entrance: EntranceLimits,
-    /// How long a drain may take.
+    /// Limits for peers that connect.
+    pub admission: AdmissionLimits,
+    /// Longest duration of a drain.
     pub drain_timeout: Duration,
 }
 
-/// Why the gateway ended other than by being told to.
+/// Why the gateway stopped without being asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The store cannot be trusted any more. Nothing after the last ACK is promised to anybody.
+    /// The store cannot be trusted any more. Frames after the last ACK may be lost.
     #[error("the store failed: {0}")]
     Store(#[from] StoreError),
     /// A bug: the ingest task panicked.
     #[error("the ingest task failed: {0}")]
     Ingest(#[from] JoinError),
-    /// Frames that nobody was told are stored; devices send them again.
-    #[error(
-        "the store did not take the last frames within the drain time; devices will resend them"
-    )]
+    /// Frames that were not acknowledged; devices resend them.
+    #[error("could not store the last frames within the drain timeout; devices will resend them")]
     DrainTimeout,
 }
 
-/// Where devices connect.
+/// The sockets that devices connect to.
 #[derive(Debug)]
 pub struct Listeners {
-    /// In plain text.
+    /// Plain TCP.
     pub plain: TcpListener,
-    /// Through TLS.
+    /// TLS.
     pub tls: Option<TlsListener>,
 }
 
-/// Listens, on connections of whose outgoing bytes the system keeps little: devices are told a few hundred
-/// bytes at a time, and one that does not read would have megabytes of the system's memory otherwise.
+/// Listens on `addr`, with a small kernel send buffer for each connection. Replies are a few
+/// hundred bytes, and a peer that does not read could otherwise hold megabytes of kernel memory.
 ///
 /// # Errors
-/// The address is not this machine's, or taken.
+/// The address does not belong to this machine, or is in use.
 pub fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
     let socket = match addr {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
-    // A gateway may start again while connections of its predecessor time out.
+    // A gateway may restart while connections of its predecessor time out.
     socket.set_reuseaddr(true)?;
-    // Connections have it from their listener.
+    // Accepted connections inherit the buffer size from their listener.
     socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
     socket.bind(addr)?;
     socket.listen(BACKLOG)
 }
 
-/// Where devices connect through TLS.
+/// A listener for TLS connections.
 #[derive(Debug)]
 pub struct TlsListener {
-    /// The socket.
+    /// Listening socket.
     pub listener: TcpListener,
-    /// What each connection begins with.
+    /// Certificate and TLS configuration for new connections.
     pub tls: Arc<Tls>,
 }
 
-/// Serves `listeners` until `drain` is cancelled, then answers what was taken in and ends. `stores` are
-/// the ways into one store that can be used at once; `registry` comes to know who is connected.
+/// Serves `listeners` until `drain` is cancelled, then finishes the accepted frames and ends.
+/// `stores` are handles to one store that can be used concurrently; `registry` keeps track of live
+/// sessions.
 pub async fn serve<S: Store>(
     listeners: Listeners,
     stores: Vec<S>,
@@ -118,7 +119,7 @@ pub async fn serve<S: Store>(
     for (receiver, store) in receivers.into_iter().zip(stores) {
         ingest.spawn(receiver.run(store, settings.batch, Arc::clone(&registry), clock));
     }
-    // With the queue it holds the lanes open, so it ends with the listeners.
+    // The task holds the queue, which keeps the shards running, so it ends with the listeners.
     let watching = watch_clock(clock, queue.clone());
     let shared = Arc::new(Shared {
         settings: Arc::new(settings.session),
@@ -127,21 +128,21 @@ pub async fn serve<S: Store>(
         drain: drain.clone(),
     });
     let connections = TaskTracker::new();
-    let entrance = Arc::new(Entrance::new(settings.entrance));
+    let admission = Arc::new(AdmissionControl::new(settings.admission));
     tokio::select! {
-        () = accept(&listeners, &entrance, &connections, &shared, &queue) => {}
-        never = write_refusals(&entrance, &queue) => never,
+        () = accept(&listeners, &admission, &connections, &shared, &queue) => {}
+        never = write_refusals(&admission, &queue) => never,
         () = watching => {}
         () = drain.cancelled() => {}
-        // While there is a queue, a lane ends only by failing.
+        // While the queue exists, a shard ends only by failing.
         ended = all_ended(&mut ingest) => return ended,
     }
     drop(listeners);
     connections.close();
     let drained = async {
         connections.wait().await;
-        submit_refusals(&entrance, &queue).await;
-        // With it the queue closes, and then the store.
+        submit_refusals(&admission, &queue).await;
+        // Closes the queue, and then the store.
         drop(queue);
         all_ended(&mut ingest).await
     };
@@ -162,7 +163,7 @@ async fn watch_clock(clock: SystemClock, queue: IngestQueue) {
     .await
 }
 
-/// Waits until all lanes have ended, or one has failed.
+/// Waits until all shards have ended or one has failed.
 async fn all_ended(ingest: &mut JoinSet<Result<(), StoreError>>) -> Result<(), ServeError> {
     while let Some(ended) = ingest.join_next().await {
         ended??;
@@ -170,43 +171,43 @@ async fn all_ended(ingest: &mut JoinSet<Result<(), StoreError>>) -> Result<(), S
     Ok(())
 }
 
-/// Brings refusals to the store, those of a while together.
-async fn write_refusals<T>(entrance: &Entrance, queue: &IngestQueue) -> T {
+/// Stores the collected refusals at each interval.
+async fn write_refusals<T>(admission: &AdmissionControl, queue: &IngestQueue) -> T {
     loop {
         sleep(REFUSALS_INTERVAL).await;
-        submit_refusals(entrance, queue).await;
+        submit_refusals(admission, queue).await;
     }
 }
 
-async fn submit_refusals(entrance: &Entrance, queue: &IngestQueue) {
-    for refusal in entrance.take_refusals() {
+async fn submit_refusals(admission: &AdmissionControl, queue: &IngestQueue) {
+    for refusal in admission.take_refusals() {
         let submission = Submission::Refusal(refusal);
         queue.clone().submit(submission, Arc::default()).await;
     }
 }
 
-/// Takes connections in for ever, each when there is room for it.
+/// Accepts connections indefinitely, as admission control permits.
 async fn accept(
     listeners: &Listeners,
-    entrance: &Arc<Entrance>,
+    admission: &Arc<AdmissionControl>,
     connections: &TaskTracker,
     shared: &Arc<Shared>,
     queue: &IngestQueue,
 ) {
     loop {
-        entrance.has_room(&shared.clock).await;
+        admission.has_room(&shared.clock).await;
         let (tcp, peer, tls) = accept_one(listeners).await;
         let mailbox = Arc::default();
-        let Some(visit) = entrance.enter(peer.ip(), &mailbox, &shared.clock).await else {
+        let Some(permit) = admission.enter(peer.ip(), &mailbox, &shared.clock).await else {
             let now = shared.clock.now();
-            if let Some(not_logged) = entrance.may_log(peer.ip(), now.mono_us) {
-                tracing::info!(%peer, not_logged, "connection closed: too many from its address");
+            if let Some(not_logged) = admission.may_log(peer.ip(), now.mono_us) {
+                tracing::info!(%peer, not_logged, "connection closed: too many from this address");
             }
-            entrance.note(Refusal {
+            admission.note(Refusal {
                 peer: peer.ip().to_canonical(),
                 device: String::new(),
                 code: 0,
-                detail: "too many connections from its address".to_owned(),
+                detail: "too many connections from this address".to_owned(),
                 count: 1,
                 first_at_us: now.utc_us,
                 at_us: now.utc_us,
@@ -218,7 +219,7 @@ async fn accept(
             Connection::new(
                 socket,
                 peer,
-                visit,
+                permit,
                 mailbox,
                 Arc::clone(shared),
                 queue.clone(),
@@ -228,13 +229,13 @@ async fn accept(
             Ok(connection) => {
                 connections.spawn(connection.serve());
             }
-            Err(error) => tracing::debug!(%peer, %error, "connection not served"),
+            Err(error) => tracing::debug!(%peer, %error, "could not set up connection"),
         }
     }
 }
 
 fn socket(tcp: TcpStream, tls: Option<&Tls>) -> io::Result<Socket> {
-    // ACKs are small and must not wait for each other.
+    // ACKs are small and must not be delayed.
     tcp.set_nodelay(true)?;
     Ok(match tls {
         Some(tls) => Socket::tls(tcp, tls.connection()?),
@@ -242,7 +243,8 @@ fn socket(tcp: TcpStream, tls: Option<&Tls>) -> io::Result<Socket> {
     })
 }
 
-/// The next connection of any listener, and what it is to be served with if it is not in plain text.
+/// Accepts the next connection from any listener; returns its TLS configuration unless it is plain
+/// TCP.
 async fn accept_one(listeners: &Listeners) -> (TcpStream, SocketAddr, Option<&Tls>) {
     let mut is_failing = false;
     loop {
@@ -252,13 +254,13 @@ async fn accept_one(listeners: &Listeners) -> (TcpStream, SocketAddr, Option<&Tl
         };
         match accepted {
             Ok((tcp, mut peer)) => {
-                // A socket of IPv6 that listens on every address shows IPv4 peers as IPv6 addresses.
+                // An IPv6 socket bound to all addresses reports IPv4 peers as IPv6 addresses.
                 peer.set_ip(peer.ip().to_canonical());
                 return (tcp, peer, tls);
             }
             Err(error) => {
                 if !is_failing {
-                    tracing::warn!(%error, "cannot accept connections; trying again");
+                    tracing::warn!(%error, "could not accept connection, retrying");
                     is_failing = true;
                 }
                 sleep(ACCEPT_RETRY).await;
@@ -267,7 +269,7 @@ async fn accept_one(listeners: &Listeners) -> (TcpStream, SocketAddr, Option<&Tl
     }
 }
 
-/// Waits for ever if there is no such listener.
+/// Accepts the next TLS connection; pending forever without a TLS listener.
 async fn accept_tls(listener: Option<&TlsListener>) -> (io::Result<(TcpStream, SocketAddr)>, &Tls) {
     match listener {
         Some(TlsListener { listener, tls }) => (listener.accept().await, tls),

@@ -1,35 +1,36 @@
-//! Tasks that must run for as long as the gateway does. None is left on its own: what ends is noticed and named.
+//! Tasks that run as long as the gateway does. The supervisor reports the name of any task that
+//! ends.
 
 use std::collections::HashMap;
 use std::future::Future;
 
 use tokio::task::{Id, JoinSet};
 
-/// Tasks with names; they end when this is dropped.
+/// Named tasks, aborted when this is dropped.
 #[derive(Debug, Default)]
 pub struct Supervisor {
     tasks: JoinSet<()>,
     names: HashMap<Id, &'static str>,
 }
 
-/// A task that should not have ended has ended.
+/// A task ended that must keep running.
 #[derive(Debug, thiserror::Error)]
 #[error("the task {name:?} ended unexpectedly: {reason}")]
 pub struct TaskEnded {
-    /// Which.
+    /// Name of the task.
     pub name: &'static str,
-    /// Why, as far as it can be known.
+    /// Reason, as far as it is known.
     pub reason: String,
 }
 
 impl Supervisor {
-    /// Starts a task that should not end by itself.
+    /// Starts a task that must not end by itself.
     pub fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let id = self.tasks.spawn(task).id();
         self.names.insert(id, name);
     }
 
-    /// Waits until a task has ended or panicked; never returns where there are none.
+    /// Waits until a task has ended or panicked; never returns if there are no tasks.
     ///
     /// # Cancel safety
     /// A cancelled call loses nothing.

@@ -1,7 +1,7 @@
-//! The states before WELCOME (SPEC R30 to R39): one struct for each thing that is awaited.
+//! The states before WELCOME (SPEC R30 to R39): one struct for each expected message.
 //!
-//! Whatever the peer gets wrong about its identity looks the same from outside: BYE 50, and no sooner
-//! for an unknown device than for a wrong key.
+//! All faults in a peer's identity look the same to the peer: BYE 50, at the same time for an
+//! unknown device as for a wrong key.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,22 +19,22 @@ use crate::auth::device_key::DeviceKey;
 use crate::store::{Login, LoginOutcome};
 use crate::time::{BootClock, Now};
 
-/// Of a name that no device can have.
+/// Longest invalid name that is recorded, in bytes.
 const CLAIMED_BYTES_MAX: usize = 64;
 
-/// What TLS says of a connection.
+/// Properties of a TLS connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Secured {
     /// The channel binding (R34).
     pub binding: [u8; KEY_BYTES],
-    /// The names in the certificate that the peer has shown; `None` if it was not asked for one.
+    /// Names in the peer's certificate; `None` if none was requested.
     pub names: Option<Vec<String>>,
 }
 
-/// Nothing is known of the peer.
+/// State before HELLO.
 pub(super) struct AwaitHello {
     pub nonce: [u8; NONCE_BYTES],
-    /// Who it says that it is, once it has.
+    /// Name that the peer claims; empty before HELLO.
     pub device: String,
 }
 
@@ -49,14 +49,14 @@ impl AwaitHello {
         let hello: Hello<'_> = match expect(frame) {
             Ok(hello) => hello,
             Err(close) => {
-                // Whoever it is, the operator should be able to find it.
+                // Recorded so that the operator can find the peer.
                 self.device = claimed_name(frame);
                 return Err(close);
             }
         };
         self.device = hello.name.to_owned();
         if !(hello.min_version..=hello.max_version).contains(&VERSION) {
-            return Err(Close::bye(Code::Version, "this gateway speaks version 1"));
+            return Err(Close::bye(Code::Version, "this gateway supports version 1"));
         }
         let mut transcript = Transcript::default();
         transcript.add(frame.payload());
@@ -84,7 +84,7 @@ impl AwaitHello {
     }
 }
 
-/// The peer has said who it is and must prove it.
+/// State after HELLO: the peer has identified itself and must authenticate.
 pub(super) struct AwaitAuth {
     credential: Credential,
     may_register: bool,
@@ -142,16 +142,16 @@ impl AwaitAuth {
         Ok((next, login))
     }
 
-    /// CHALLENGE to AUTH is a round trip that the gateway times itself; the device answered when it
-    /// sent AUTH.
+    /// Returns the device's clock as measured by the gateway over the round trip from CHALLENGE to
+    /// AUTH; the device read its clock when it sent AUTH.
     fn clock(&self, mono_us: u64, now: Now) -> BootClock {
         let elapsed_us = now.mono_us.saturating_sub(self.challenged_at_us) as i64;
         BootClock::measure(self.boot, elapsed_us, mono_us, mono_us, now)
-            .expect("a trip that ends no sooner than it begins is possible")
+            .expect("a round trip that does not end before it begins is valid")
     }
 }
 
-/// The device is who it says; the store is asked where its stream stands.
+/// State after AUTH: the device has authenticated, and the store is looking up its stream.
 pub(super) struct AwaitAdmission {
     key: DeviceKey,
     transcript: Transcript,
@@ -183,7 +183,8 @@ impl AwaitAdmission {
                 return Err(Close::bye(Code::Authentication, detail));
             }
             LoginOutcome::StreamConflict => {
-                let detail = "numbers of this stream were given out before: start a new stream";
+                let detail =
+                    "the device lost numbers that this stream had assigned: start a new stream";
                 return Err(Close::bye(Code::StreamConflict, detail));
             }
             LoginOutcome::OverBound(reached) => {
@@ -197,7 +198,7 @@ impl AwaitAdmission {
             utc_us: now.utc_us,
             schema_known: admission.schema.is_some(),
         };
-        let allowance = settings.allowances.of(admission.device, now.mono_us);
+        let quota = settings.quotas.of(admission.device, now.mono_us);
         let transcript = std::mem::take(&mut self.transcript);
         let key = self.key.as_bytes();
         outbound.welcome(admission.receipt, terms, transcript, key, binding);
@@ -207,17 +208,17 @@ impl AwaitAdmission {
             admission,
             settings.window_frames,
             Arc::clone(&settings.quarantine),
-            allowance,
+            quota,
         ))
     }
 }
 
-/// The name in a HELLO that is not valid, escaped and cut to what a name could be with that; empty if there
+/// Returns the name in an invalid HELLO, escaped and cut to [`CLAIMED_BYTES_MAX`]; empty if there
 /// is none.
 fn claimed_name(frame: &Frame<'_>) -> String {
     let payload = frame.payload();
     let name = match payload {
-        // Two versions, and the name's length, which is one byte for any name that is allowed.
+        // Two versions, then the name's length: a single byte for every valid name.
         [_, _, length @ 0..=127, name @ ..] if frame.header.frame_type == Hello::TYPE => {
             &name[..name.len().min(usize::from(*length))]
         }
@@ -227,21 +228,15 @@ fn claimed_name(frame: &Frame<'_>) -> String {
     name[..name.len().min(CLAIMED_BYTES_MAX)].to_owned()
 }
 
-/// The one message that this state allows, whole and right.
+/// Decodes the only message allowed in this state from an intact frame.
 fn expect<'a, M: Message<'a>>(frame: &Frame<'a>) -> Result<M, Close> {
     let header = frame.header;
     if header.version != VERSION {
-        return Err(Close::bye(
-            Code::Version,
-            "the handshake is spoken in version 1",
-        ));
+        return Err(Close::bye(Code::Version, "the handshake uses version 1"));
     }
     let refused = |detail: String| Close::bye(Code::Authentication, detail);
     if header.frame_type != M::TYPE || header.seq != 0 {
-        let detail = format!(
-            "type {:#04x} is not the one expected here",
-            header.frame_type
-        );
+        let detail = format!("unexpected type {:#04x}", header.frame_type);
         return Err(refused(detail));
     }
     if !frame.intact {

@@ -1,14 +1,14 @@
 //! One device's connection as a state machine: frames and receipts in, replies and submissions out.
 //!
-//! It leaves sockets, clocks and the queue to `connection`, and durability to `store`. A session awaits
-//! HELLO, then AUTH, then the store's word on the login, then serves the stream until it is closed:
-//! [`handshake`] holds what comes before WELCOME, [`stream`] what comes after.
+//! `connection` owns the socket, the clocks and the queue, and `store` makes data durable. A
+//! session waits for HELLO, then AUTH, then the store's login outcome, then serves the stream until
+//! it is closed. [`handshake`] contains the states before WELCOME, [`stream`] the state after it.
 //!
 //! Invariants
-//! - At most one [`Submission`] comes out of a call, and `connection` takes in nothing more from the
-//!   peer until it is queued.
-//! - While the store's word on a login or a DECLARE is awaited, no frame is taken in.
-//! - What is acknowledged comes from a `Receipt` (see [`reply`]).
+//! - A call returns at most one [`Submission`], and `connection` reads nothing more from the peer
+//!   until it is queued.
+//! - While the outcome of a login or DECLARE is pending, no frame is accepted.
+//! - Only numbers from a `Receipt` are acknowledged (see [`reply`]).
 
 pub mod handshake;
 pub mod reply;
@@ -31,7 +31,7 @@ use self::reply::Outbound;
 use self::stream::Stream;
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::FleetKey;
-use crate::quota::device::Allowances;
+use crate::quota::device::DeviceQuotas;
 use crate::quota::quarantine::{Gauge, Reservation};
 use crate::store::reuse::Repeat;
 use crate::store::{
@@ -40,34 +40,34 @@ use crate::store::{
 };
 use crate::time::{BootClock, ClockStep, Now};
 
-/// What a session needs to know of the configuration.
+/// Settings of sessions.
 #[derive(Clone)]
 pub struct SessionSettings {
-    /// What devices have to prove.
+    /// Credentials of devices.
     pub credentials: Arc<Credentials>,
-    /// Whether devices may come in that the store does not know yet.
+    /// Whether unknown devices may register.
     pub may_register: bool,
-    /// Longest frame after authentication.
+    /// Longest frame after authentication, in bytes.
     pub frame_bytes_max: u16,
-    /// Frames a device may have in flight.
+    /// Maximum number of frames in flight per device.
     pub window_frames: u64,
-    /// From the first byte to WELCOME.
+    /// Maximum time from the first byte to WELCOME.
     pub handshake_timeout_us: u64,
-    /// From a frame's first byte to its last.
+    /// Maximum time from a frame's first byte to its last.
     pub frame_timeout_us: u64,
-    /// Without a whole frame.
+    /// Maximum time without a whole frame.
     pub idle_timeout_us: u64,
-    /// Told to devices.
+    /// Keepalive interval announced to devices, in seconds.
     pub keepalive_s: u16,
-    /// Told to devices.
+    /// Acknowledgement timeout announced to devices, in seconds.
     pub ack_timeout_s: u16,
-    /// Bytes that a peer may send before it has proved its key.
-    pub stranger_bytes_max: usize,
-    /// What each device may send; more is not refused, but read later.
-    pub allowances: Arc<Allowances>,
-    /// Bytes that may wait for a peer to read them.
+    /// Maximum bytes from a peer before it has proved its key.
+    pub preauth_bytes_max: usize,
+    /// Data quotas of devices; frames over the quota are not refused but read later.
+    pub quotas: Arc<DeviceQuotas>,
+    /// Maximum bytes waiting for a peer to read them.
     pub outbound_bytes_max: usize,
-    /// Whether there is room for frames that cannot be understood.
+    /// Usage of quarantine, which limits what a session may add.
     pub quarantine: Arc<Gauge>,
 }
 
@@ -83,45 +83,46 @@ impl Default for SessionSettings {
             idle_timeout_us: 120_000_000,
             keepalive_s: 40,
             ack_timeout_s: 30,
-            stranger_bytes_max: 4096,
-            allowances: Arc::default(),
+            preauth_bytes_max: 4096,
+            quotas: Arc::default(),
             outbound_bytes_max: 16 * 1024,
             quarantine: Arc::default(),
         }
     }
 }
 
-/// What a session hands to the ingest queue.
+/// A request from a session to the ingest queue.
 #[derive(Debug)]
 pub enum Submission {
-    /// Where does this device's stream stand? Answered by [`Session::handle_login_outcome`].
+    /// Look up the device's stream. Answered by [`Session::handle_login_outcome`].
     Login(Login),
-    /// Keep this schema. Answered by [`Session::handle_declare_outcome`].
+    /// Store this schema. Answered by [`Session::handle_declare_outcome`].
     Declare(Declare),
-    /// Store this. Answered by [`Session::handle_receipt`].
+    /// Store this entry. Answered by [`Session::handle_receipt`].
     Entry(Entry),
-    /// Put this into quarantine, in the room that was reserved for it. Answered as an entry.
+    /// Put this entry into quarantine, using the reserved space. Answered like an entry.
     Quarantine(Entry, Reservation),
-    /// A number came again; not answered.
+    /// Compare a repeated number with its stored content; not answered.
     Repeat(Repeat),
-    /// Keep this measurement; not answered.
+    /// Store this clock measurement; not answered.
     Clock(DeviceId, BootClock),
-    /// Keep this line of the audit trail; not answered.
+    /// Store this audit event; not answered.
     Event(DeviceEvent),
-    /// Keep this line of the audit trail, if there is such a device; not answered.
+    /// Store this audit event if the device exists; not answered.
     Refusal(Refusal),
-    /// Keep that the gateway's clock was set; not answered. Not of a session.
+    /// Record a step of the gateway's clock; not answered. Not from a session.
     Step(ClockStep),
 }
 
-/// Why and how a connection ends.
+/// Reason and details of the end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Close {
-    /// Sent in a BYE; `None` where nothing is said (the peer does not speak FWP, or left).
+    /// Code of the BYE; `None` if no BYE is sent (the peer does not speak FWP, or has
+    /// disconnected).
     pub code: Option<Code>,
-    /// The peer shall not come back sooner.
+    /// Earliest time for the peer to reconnect, in milliseconds from now.
     pub retry_after_ms: u32,
-    /// For the log, the audit trail and the peer.
+    /// Details for the log, the audit trail and the peer.
     pub detail: String,
 }
 
@@ -143,7 +144,7 @@ impl Close {
     }
 }
 
-/// What a state makes of an input: perhaps a submission, or the end.
+/// Result of an input in a state: perhaps a submission, or the end of the session.
 type Step = Result<Option<Submission>, Close>;
 
 enum State {
@@ -159,36 +160,37 @@ struct Closed {
     close: Close,
 }
 
-/// Whose session it was.
+/// Owner of a session, for the audit trail.
 enum Whose {
     Nobodys,
-    /// Of whoever said that this was its name.
+    /// An unauthenticated peer that claimed this name.
     Claimed(String),
     Admitted(DeviceId),
 }
 
-/// The state machine; see the module's documentation.
+/// The session state machine; see the module documentation.
 pub struct Session {
     id: SessionId,
     settings: Arc<SessionSettings>,
     peer: SocketAddr,
-    /// What TLS says; in a box, since it is gone after the handshake.
+    /// Properties of the TLS connection; boxed, because the handshake discards them.
     secured: Option<Box<Secured>>,
     state: State,
     outbound: Outbound,
     opened_at_us: u64,
-    /// What has come before the device proved its key.
-    stranger_bytes: usize,
-    /// When the latest whole frame came.
+    /// Number of bytes received before the device proved its key.
+    preauth_bytes: usize,
+    /// When the latest whole frame arrived.
     heard_at_us: u64,
-    /// When the first byte of a frame came whose last is still missing.
+    /// When the first byte of an incomplete frame arrived.
     frame_begun_at_us: Option<u64>,
-    /// No more input; to be closed so as soon as what was taken in is acknowledged.
+    /// Set when no more input is accepted: the session closes like this once all accepted frames
+    /// are acknowledged.
     leaving: Option<Close>,
 }
 
 impl Session {
-    /// A session for a peer that has just connected. `nonce` is random.
+    /// Creates a session for a new connection. `nonce` is random.
     pub fn new(
         settings: Arc<SessionSettings>,
         peer: SocketAddr,
@@ -197,7 +199,7 @@ impl Session {
     ) -> Session {
         let [a, b, c, d, e, f, g, h, ..] = nonce;
         Session {
-            // SQL's integers are signed.
+            // SQL integers are signed.
             id: SessionId((u64::from_le_bytes([a, b, c, d, e, f, g, h]) >> 1).cast_signed()),
             settings,
             peer,
@@ -208,19 +210,19 @@ impl Session {
             }),
             outbound: Outbound::default(),
             opened_at_us: now.mono_us,
-            stranger_bytes: 0,
+            preauth_bytes: 0,
             heard_at_us: now.mono_us,
             frame_begun_at_us: None,
             leaving: None,
         }
     }
 
-    /// The connection is one through TLS, whose handshake has ended.
+    /// Handles the end of the TLS handshake.
     pub fn handle_secured(&mut self, secured: Secured) {
         self.secured = Some(Box::new(secured));
     }
 
-    /// Longest frame that is taken in now; a longer one is refused by its header alone.
+    /// Returns the longest frame accepted now, in bytes; a longer one is refused by its header.
     pub fn frame_bytes_max(&self) -> usize {
         match self.state {
             State::Serving(_) => usize::from(self.settings.frame_bytes_max),
@@ -228,7 +230,7 @@ impl Session {
         }
     }
 
-    /// Whether frames are taken in now.
+    /// Returns whether frames are accepted now.
     pub fn wants_input(&self) -> bool {
         match &self.state {
             State::AwaitHello(_) | State::AwaitAuth(_) => true,
@@ -240,11 +242,11 @@ impl Session {
         }
     }
 
-    /// Takes in a frame from the device. Called only while [`Session::wants_input`].
+    /// Handles a frame from the device. Called only while [`Session::wants_input`] returns true.
     pub fn handle_frame(&mut self, frame: &Frame<'_>, now: Now) -> Option<Submission> {
         self.heard_at_us = now.mono_us;
         self.frame_begun_at_us = None;
-        let step = self.count_strangers_bytes(frame.bytes.len());
+        let step = self.count_preauth_bytes(frame.bytes.len());
         let step = match step {
             Ok(()) if types::is_skippable(frame.header.frame_type) && frame.intact => Ok(None),
             Ok(()) => self.route(frame, now),
@@ -257,14 +259,17 @@ impl Session {
         self.finish_step(step)
     }
 
-    /// What comes before WELCOME is two frames, and such as may be passed over.
-    fn count_strangers_bytes(&mut self, frame_bytes: usize) -> Result<(), Close> {
+    /// Before WELCOME the peer sends two frames, and possibly types that may be skipped.
+    fn count_preauth_bytes(&mut self, frame_bytes: usize) -> Result<(), Close> {
         if !matches!(self.state, State::AwaitHello(_) | State::AwaitAuth(_)) {
             return Ok(());
         }
-        self.stranger_bytes = self.stranger_bytes.saturating_add(frame_bytes);
-        match self.stranger_bytes > self.settings.stranger_bytes_max {
-            true => Err(Close::bye(Code::Authentication, "too much before AUTH")),
+        self.preauth_bytes = self.preauth_bytes.saturating_add(frame_bytes);
+        match self.preauth_bytes > self.settings.preauth_bytes_max {
+            true => Err(Close::bye(
+                Code::Authentication,
+                "too many bytes before AUTH",
+            )),
             false => Ok(()),
         }
     }
@@ -287,7 +292,7 @@ impl Session {
         }
     }
 
-    /// The bytes from the peer hold no further frame.
+    /// Handles bytes that do not start a valid frame.
     pub fn handle_frame_error(&mut self, error: FrameError) {
         let detail = error.to_string();
         self.close(match error {
@@ -297,7 +302,8 @@ impl Session {
         });
     }
 
-    /// Tells whether bytes of an unfinished frame are left after all whole ones were taken in.
+    /// Updates the frame timeout: `is_partial` says whether an incomplete frame is left after all
+    /// whole ones were handled.
     pub fn handle_partial_frame(&mut self, is_partial: bool, now: Now) {
         if !is_partial {
             self.frame_begun_at_us = None;
@@ -306,7 +312,7 @@ impl Session {
         }
     }
 
-    /// The store's word on this session's login.
+    /// Handles the store's outcome of this session's login.
     pub fn handle_login_outcome(&mut self, outcome: LoginOutcome, now: Now) -> Option<Submission> {
         let State::AwaitAdmission(state) = &mut self.state else {
             return None;
@@ -335,27 +341,27 @@ impl Session {
         self.finish_step(step)
     }
 
-    /// The store's word on this session's DECLARE.
+    /// Handles the store's outcome of this session's DECLARE.
     pub fn handle_declare_outcome(
         &mut self,
         outcome: DeclareOutcome,
         now: Now,
     ) -> Option<Submission> {
-        let mut told = None;
+        let mut event = None;
         if let State::Serving(stream) = &mut self.state {
-            // It was not listened to, so it was not silent.
+            // Input was paused, so the device was not silent.
             self.heard_at_us = now.mono_us;
             let refused = stream.handle_declare_outcome(outcome, now, &mut self.outbound);
             if let Some((code, detail)) = refused {
                 let (device, kind) = (stream.device(), DeviceEventKind::Refused);
-                told = Some(audit(device, None, kind, code as u8, detail, now));
+                event = Some(audit(device, None, kind, code as u8, detail, now));
             }
         }
         self.close_if_settled();
-        told
+        event
     }
 
-    /// A commit covered entries of this session, the last of them `through_seq`.
+    /// Handles a commit of entries of this session, the last of them `through_seq`.
     pub fn handle_receipt(&mut self, receipt: Receipt, through_seq: u64) {
         if let State::Serving(stream) = &mut self.state {
             stream.handle_receipt(receipt, through_seq, &mut self.outbound);
@@ -363,7 +369,7 @@ impl Session {
         self.close_if_settled();
     }
 
-    /// The store does not answer, or does again.
+    /// Handles a change of the store's availability.
     pub fn handle_store_down(&mut self, is_down: bool, now: Now) {
         match &mut self.state {
             State::Serving(stream) if is_down => {
@@ -374,8 +380,9 @@ impl Session {
         }
     }
 
-    /// The store that admitted the session is not there any more: ends it without acknowledging anything,
-    /// not even what was committed, so that the device sends again what it still has.
+    /// Handles the loss of the store that the session logged in to: ends the session without
+    /// acknowledging anything, even if committed, so that the device resends the frames it still
+    /// has.
     pub fn handle_store_replaced(&mut self) {
         if let State::Serving(stream) = &mut self.state {
             stream.forget_due_ack();
@@ -383,12 +390,13 @@ impl Session {
         self.close(store_replaced());
     }
 
-    /// The gateway goes down: no more input; closed as soon as what was taken in is acknowledged.
+    /// Handles shutdown: accepts no more input and closes once all accepted frames are
+    /// acknowledged.
     pub fn handle_drain(&mut self) {
-        self.leave(Close::bye(Code::Shutdown, "gateway shuts down"));
+        self.leave(Close::bye(Code::Shutdown, "gateway is shutting down"));
     }
 
-    /// The peer sends no more; it may still read.
+    /// Handles the end of the peer's output; the peer may still read.
     pub fn handle_end_of_input(&mut self) {
         let detail = match self.state {
             State::AwaitHello(_) => "peer closed the connection before HELLO",
@@ -397,7 +405,7 @@ impl Session {
         self.leave(Close::silent(detail));
     }
 
-    /// Whether only what was taken in is still awaited.
+    /// Returns whether the session accepts no more input and waits for accepted frames.
     pub fn is_leaving(&self) -> bool {
         self.leaving.is_some()
     }
@@ -417,7 +425,7 @@ impl Session {
         }
     }
 
-    /// Ends the session; what is to be said is in [`Session::outbound`].
+    /// Ends the session; [`Session::outbound`] holds the last reply.
     pub fn close(&mut self, close: Close) {
         let whose = match &mut self.state {
             State::Closed(_) => return,
@@ -436,17 +444,17 @@ impl Session {
         self.state = State::Closed(Box::new(Closed { whose, close }));
     }
 
-    /// The connection failed, or is given up without a word.
+    /// Handles a failed or abandoned connection, without a BYE.
     pub fn handle_loss(&mut self, detail: impl Into<String>) {
         self.close(Close::silent(detail));
     }
 
-    /// Time has passed.
+    /// Handles the passing of time.
     pub fn handle_timeout(&mut self, now: Now) {
         if let State::Serving(stream) = &mut self.state
             && stream.end_pace(now)
         {
-            // It was not listened to, so it was not silent.
+            // Input was paused, so the device was not silent.
             self.heard_at_us = now.mono_us;
             return;
         }
@@ -457,20 +465,20 @@ impl Session {
             let detail = match self.state {
                 State::Serving(_) if self.frame_begun_at_us.is_some() => "stalled within a frame",
                 State::Serving(_) => "silent",
-                _ => "handshake not finished in time",
+                _ => "handshake timed out",
             };
             self.close(Close::bye(Code::Idle, detail));
         }
     }
 
-    /// The moment, on the monotonic clock, at which [`Session::handle_timeout`] ends the session if
-    /// nothing happens before.
+    /// Returns the deadline, on the monotonic clock, at which [`Session::handle_timeout`] ends the
+    /// session unless something else happens first.
     pub fn poll_deadline(&self) -> Option<u64> {
         let idle_us = self.heard_at_us + self.settings.idle_timeout_us;
         match &self.state {
             State::Closed(_) => None,
             State::Serving(stream) if stream.paced_until_us().is_some() => stream.paced_until_us(),
-            // Silence is the peer's fault only while it is listened to.
+            // Silence counts against the peer only while input is accepted.
             State::Serving(_) if !self.wants_input() => None,
             State::Serving(_) => Some(match self.frame_begun_at_us {
                 Some(begun_at_us) => idle_us.min(begun_at_us + self.settings.frame_timeout_us),
@@ -480,7 +488,7 @@ impl Session {
         }
     }
 
-    /// What is to be sent now; an ACK that is due is written first.
+    /// Returns the outbound buffer, after writing any due ACK.
     pub fn outbound(&mut self) -> &mut Outbound {
         if let State::Serving(stream) = &mut self.state {
             stream.write_due_ack(&mut self.outbound);
@@ -488,12 +496,12 @@ impl Session {
         &mut self.outbound
     }
 
-    /// Whose connection it is.
+    /// Returns the peer's address.
     pub fn peer(&self) -> SocketAddr {
         self.peer
     }
 
-    /// The device, once it is admitted.
+    /// Returns the device after login.
     pub fn device(&self) -> Option<DeviceId> {
         match &self.state {
             State::Serving(stream) => Some(stream.device()),
@@ -505,7 +513,7 @@ impl Session {
         }
     }
 
-    /// How the session was closed; `None` while it is open.
+    /// Returns how the session was closed; `None` while it is open.
     pub fn closed(&self) -> Option<&Close> {
         match &self.state {
             State::Closed(closed) => Some(&closed.close),
@@ -513,7 +521,7 @@ impl Session {
         }
     }
 
-    /// The name that the peer claimed and the session did not admit; empty if it claimed none.
+    /// Returns the name claimed by a peer that did not log in; empty if it claimed none.
     pub fn claimed(&self) -> &str {
         match &self.state {
             State::AwaitHello(state) => &state.device,
@@ -527,8 +535,8 @@ impl Session {
         }
     }
 
-    /// The connection is gone: a line of the audit trail for a device that was admitted; for another peer a
-    /// refusal if it `is_refused`, which is for the audit trail, too, if it `is_told`.
+    /// Handles the end of the connection. Returns an audit event for a device after login. For another
+    /// peer, returns a refusal if it `is_refused`; if `is_told`, the refusal also goes to the audit trail.
     pub fn handle_disconnect(
         &mut self,
         is_refused: bool,
@@ -577,15 +585,15 @@ impl Session {
     }
 }
 
-/// How a session ends whose store is not there any more; the device connects again.
+/// Returns the close reason for a replaced store; the device reconnects.
 fn store_replaced() -> Close {
-    Close::bye(Code::Shutdown, "the store was put back to an earlier state")
+    Close::bye(Code::Shutdown, "the store was restored to an earlier state")
 }
 
-/// What speaks, by its first byte.
+/// Guesses the peer's protocol from its first byte.
 fn guess(byte: u8) -> &'static str {
     match byte {
-        0x16 => ": TLS at the port for plain text?",
+        0x16 => ": TLS on the plain TCP port?",
         b'G' | b'H' | b'P' | b'O' | b'D' => ": HTTP or a PROXY header?",
         0x0d => ": a PROXY header?",
         0x10 => ": MQTT?",
@@ -593,7 +601,7 @@ fn guess(byte: u8) -> &'static str {
     }
 }
 
-/// A line for the audit trail.
+/// Creates an audit event.
 fn audit(
     device: DeviceId,
     session: Option<SessionId>,

@@ -1,7 +1,6 @@
 //! Frames that the gateway sends, written to a session's outbound bytes.
 //!
-//! Invariant: an ACK, and the durable number in a WELCOME, are made from a [`Receipt`] and from nothing
-//! else.
+//! Invariant: every ACK, and the durable number in a WELCOME, comes from a [`Receipt`].
 
 use fieldgate_protocol::auth::{KEY_BYTES, Transcript};
 use fieldgate_protocol::error::Code;
@@ -12,17 +11,17 @@ use fieldgate_protocol::message::{
 
 use crate::store::Receipt;
 
-/// What the gateway has to say and the socket has not taken yet.
+/// Output that the socket has not accepted yet.
 #[derive(Debug, Default)]
 pub struct Outbound(Vec<u8>);
 
 impl Outbound {
-    /// The bytes to send, oldest first.
+    /// Returns the bytes to send, oldest first.
     pub fn bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// The socket took the first `count` bytes. An empty buffer gives its memory back.
+    /// Removes the first `count` bytes, which were sent. Frees the memory of an empty buffer.
     pub fn consume(&mut self, count: usize) {
         if count == self.0.len() {
             self.0 = Vec::new();
@@ -31,13 +30,13 @@ impl Outbound {
         }
     }
 
-    /// Answers HELLO; the payload goes into the transcript.
+    /// Writes the reply to HELLO and adds its payload to the transcript.
     pub(super) fn challenge(&mut self, challenge: &Challenge<'_>, transcript: &mut Transcript) {
         let frame = self.push(challenge, 0);
         transcript.add(&frame[HEADER_BYTES..frame.len() - TRAILER_BYTES]);
     }
 
-    /// Answers AUTH: where the stream stands, signed with the device's key.
+    /// Writes the reply to AUTH: the position of the stream, authenticated with the device's key.
     pub(super) fn welcome(
         &mut self,
         receipt: Receipt,
@@ -64,7 +63,7 @@ impl Outbound {
         self.push(&welcome, 0);
     }
 
-    /// Everything through the receipt's number is durable.
+    /// Acknowledges everything through the receipt's number.
     pub(super) fn ack(&mut self, receipt: Receipt, window_frames: u64) {
         let durable_seq = receipt.durable_seq();
         self.push(
@@ -76,7 +75,7 @@ impl Outbound {
         );
     }
 
-    /// Frame `seq` is refused.
+    /// Refuses the frame `seq`.
     pub(super) fn nack(
         &mut self,
         code: Code,
@@ -99,12 +98,12 @@ impl Outbound {
         );
     }
 
-    /// Answers PING.
+    /// Writes the reply to PING.
     pub(super) fn pong(&mut self, pong: &Pong<'_>) {
         self.push(pong, 0);
     }
 
-    /// The connection ends.
+    /// Writes the end of the connection.
     pub(super) fn bye(&mut self, code: Code, retry_after_ms: u32, detail: &str) {
         let (code, detail) = (code as u8, cut(detail));
         let (min_version, max_version) = (VERSION, VERSION);
@@ -132,7 +131,7 @@ impl Outbound {
     }
 }
 
-/// What a WELCOME tells besides the stream's state.
+/// Contents of a WELCOME apart from the position of the stream.
 pub(super) struct WelcomeTerms {
     pub window_frames: u64,
     pub keepalive_s: u16,
@@ -141,7 +140,7 @@ pub(super) struct WelcomeTerms {
     pub schema_known: bool,
 }
 
-/// The longest beginning of `detail` that a NACK or BYE can carry.
+/// Returns the longest prefix of `detail` that fits in a NACK or BYE.
 fn cut(detail: &str) -> &str {
     &detail[..detail.floor_char_boundary(DETAIL_BYTES_MAX)]
 }

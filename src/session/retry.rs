@@ -1,12 +1,12 @@
-//! How long a device is asked to wait with a frame that cannot be taken now.
+//! Delays announced to devices whose frames cannot be accepted now.
 
-/// Least and longest wait.
+/// Shortest and longest delay.
 const WAIT_MS: std::ops::RangeInclusive<u64> = 1_000..=60_000;
 
-/// The wait for a device, milliseconds, when what is in the way has lasted since `since_us`: about as long
-/// again. So a device sends a frame in vain a few times in an outage of any length, and comes back at the
-/// latest when it has lasted twice as long. Spread by a quarter either way, so that a fleet does not come
-/// back as one.
+/// Returns the delay for a device, in milliseconds, if the cause has lasted since `since_us`: about
+/// the time it has lasted so far. So a device resends only a few times in an outage of any length,
+/// and waits at most as long as the outage lasted. Spread by a quarter in either direction, so that
+/// a fleet does not reconnect all at the same time.
 pub(crate) fn retry_after_ms(since_us: u64, now_us: u64, device: i64) -> u32 {
     let lasted_ms = now_us.saturating_sub(since_us) / 1000;
     let wait_ms = lasted_ms.clamp(*WAIT_MS.start(), *WAIT_MS.end());
@@ -16,7 +16,7 @@ pub(crate) fn retry_after_ms(since_us: u64, now_us: u64, device: i64) -> u32 {
     spread.clamp(*WAIT_MS.start(), *WAIT_MS.end()) as u32
 }
 
-/// A number that looks like another one for each `seed` (splitmix64).
+/// Returns a pseudorandom number for `seed` (splitmix64).
 fn scatter(seed: u64) -> u64 {
     let mut bits = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -48,12 +48,12 @@ mod tests {
                 "{lasted_s} s: {least}"
             );
             assert!((least_ms..=most_ms).contains(most), "{lasted_s} s: {most}");
-            // Neither end is left empty.
+            // Delays occur near both ends of the range.
             assert!(lasted_s == 0 || most - least > (most_ms - least_ms) / 2);
         }
     }
 
-    /// Each wait begins when the one before is over: a few in any outage.
+    /// Each delay begins when the previous one is over: a few in any outage.
     #[test]
     fn an_outage_of_any_length_takes_few_attempts() {
         let mut attempts = 0;

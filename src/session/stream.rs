@@ -1,32 +1,33 @@
-//! The state after WELCOME: a device's stream, frame by frame (SPEC R44 to R76).
+//! The state after WELCOME: serves a device's stream, frame by frame (SPEC R44 to R76).
 //!
-//! What arrives in order is decoded and submitted; what arrives twice is acknowledged again; what
-//! cannot be understood is submitted to quarantine under its number, so that one bad frame never stops
-//! a stream.
+//! A frame in order is decoded and submitted. A duplicate is acknowledged again. A frame that
+//! cannot be decoded is submitted to quarantine under its number, so that one bad frame never
+//! blocks a stream.
 //!
 //! Invariants
-//! - `expected_seq` is one more than the last number submitted, or durable, whichever is more. When the store goes
-//!   down it falls to one more than durable, behind `taken_through`; when a receipt says that what was submitted was
-//!   not stored, both fall.
-//! - What is taken is submitted once: a frame is not judged anew while its number may still be committed.
-//! - A NACK of class 3 is said only after a receipt covers the number, for the device forgets the
-//!   frame when it hears it.
+//! - `expected_seq` is one more than the last submitted or durable number, whichever is greater.
+//!   When the store becomes unavailable, it falls to one more than the durable number, below
+//!   `taken_through`. When a receipt shows that submitted frames were not stored, both fall.
+//! - An accepted frame is submitted once: a frame is not checked again while its number may still
+//!   be committed.
+//! - A NACK of class 3 is sent only after a receipt covers the number, because the device deletes
+//!   the frame when it receives the NACK.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use fieldgate_protocol::auth::schema_hash;
-use fieldgate_protocol::column::Kind;
 use fieldgate_protocol::error::{Code, Violation};
 use fieldgate_protocol::frame::{Frame, SEQ_MAX, VERSION, types};
 use fieldgate_protocol::message::{Bye, Declare, Ping, Pong, decode, first_seq};
+use fieldgate_protocol::value::Kind;
 
 use super::reply::Outbound;
 use super::retry::retry_after_ms;
 use super::{Close, Step, Submission};
 use crate::decode::{Context, Read};
-use crate::quota::device::Allowance;
+use crate::quota::device::DeviceQuota;
 use crate::quota::quarantine::Gauge;
 use crate::store::reuse::Repeat;
 use crate::store::{
@@ -34,14 +35,15 @@ use crate::store::{
 };
 use crate::time::{BootClock, BootClocks, Now};
 
-/// Schemas kept for a session; DATA that uses an older one is asked to declare it again (R47).
+/// Maximum number of schemas kept per session. For DATA with an older one, the device is asked to
+/// declare it again (R47).
 const SCHEMAS_MAX: usize = 8;
-/// Refusals of class 3 that a connection may cause within [`REFUSALS_WINDOW_US`] (R64).
+/// Maximum number of class 3 NACKs per connection within [`REFUSALS_WINDOW_US`] (R64).
 const REFUSALS_MAX: usize = 8;
 const REFUSALS_WINDOW_US: u64 = 60_000_000;
 const REFUSALS_RETRY_AFTER_MS: u32 = 60_000;
 
-/// A stream that is being served.
+/// State of a stream.
 pub(super) struct Stream {
     boot: u32,
     peer: SocketAddr,
@@ -52,29 +54,29 @@ pub(super) struct Stream {
     expected_seq: u64,
     /// The highest number submitted.
     taken_through: u64,
-    /// After a NACK of class 1 or 2: frames are dropped until `expected_seq` comes (R62).
+    /// After a NACK of class 1 or 2: frames are dropped until `expected_seq` arrives (R62).
     awaits_resend: bool,
     awaits_declare: bool,
     /// Whether a DECLARE was refused in this session.
     had_conflict: bool,
-    /// Since when the store does not answer.
+    /// Since when the store is unavailable.
     store_down_since_us: Option<u64>,
-    /// The device was asked to wait for the store.
+    /// Whether the device was asked to wait for the store.
     waits_for_store: bool,
-    /// Since when there is no room in quarantine for the frame that is expected.
+    /// Since when quarantine is full for the expected frame.
     quarantine_full_since_us: Option<u64>,
     ack_is_due: bool,
-    /// The latest number whose payload checksum was wrong once on this connection.
+    /// The latest number that had one wrong payload checksum on this connection.
     crc_failed_seq: Option<u64>,
-    /// Refusals to be said once their numbers are durable.
+    /// Refusals to be sent once their numbers are durable.
     refusals: VecDeque<Refusal>,
-    /// When the latest refusals were, on the monotonic clock.
+    /// Times of the latest refusals, on the monotonic clock.
     refused_at_us: VecDeque<u64>,
     schemas: VecDeque<Arc<Schema>>,
     clocks: BootClocks,
-    /// The latest PONG: the UTC in it and when it was sent, on the monotonic clock.
+    /// The latest PONG: its UTC, and the time it was sent on the monotonic clock.
     pong: Option<(i64, u64)>,
-    allowance: Arc<Allowance>,
+    quota: Arc<DeviceQuota>,
     paced_until_us: Option<u64>,
 }
 
@@ -85,7 +87,7 @@ impl Stream {
         admission: Admission,
         window_frames: u64,
         quarantine: Arc<Gauge>,
-        allowance: Arc<Allowance>,
+        quota: Arc<DeviceQuota>,
     ) -> Stream {
         Stream {
             boot,
@@ -109,13 +111,13 @@ impl Stream {
             schemas: admission.schema.into_iter().collect(),
             clocks: BootClocks::new(admission.clocks).of_session(boot),
             pong: None,
-            allowance,
+            quota,
             paced_until_us: None,
         }
     }
 
-    /// Counts a login or a frame, and the readings of what was taken in: beyond either rate, nothing more is listened
-    /// to for a while.
+    /// Counts a login or a frame, and the readings of an accepted submission. Over either rate, the
+    /// session pauses input for a while.
     pub(super) fn pace(&mut self, taken: Option<&Submission>, now: Now) {
         let readings = match taken {
             Some(Submission::Entry(Entry {
@@ -124,16 +126,16 @@ impl Stream {
             })) => readings.values.len() as u64,
             _ => 0,
         };
-        let next_us = self.allowance.spend(1, readings, now.mono_us);
+        let next_us = self.quota.consume(1, readings, now.mono_us);
         self.paced_until_us = (next_us > now.mono_us).then_some(next_us);
     }
 
-    /// When it is listened to again, if it has sent more than it may.
+    /// Returns the time when input resumes if the device is over its rate.
     pub(super) fn paced_until_us(&self) -> Option<u64> {
         self.paced_until_us
     }
 
-    /// Listens again if it is time; tells whether it was.
+    /// Resumes input if it is time; returns whether it did.
     pub(super) fn end_pace(&mut self, now: Now) -> bool {
         let is_over = self
             .paced_until_us
@@ -152,7 +154,7 @@ impl Stream {
         self.awaits_declare
     }
 
-    /// Whether everything taken in is durable.
+    /// Returns whether all accepted frames are durable.
     pub(super) fn is_settled(&self) -> bool {
         !self.awaits_declare && self.durable.durable_seq() + 1 >= self.expected_seq
     }
@@ -164,7 +166,7 @@ impl Stream {
         outbound: &mut Outbound,
     ) -> Step {
         let header = frame.header;
-        // An intact one was passed over; of another, no header field counts (R101).
+        // Skip an intact frame. If it is damaged, no header field counts (R101).
         if types::is_skippable(header.frame_type) {
             self.refuse_damaged_unsequenced(outbound);
             return Ok(None);
@@ -172,7 +174,7 @@ impl Stream {
         if !(1..=VERSION).contains(&header.version) {
             return Err(Close::bye(
                 Code::Version,
-                "frame of a version that was not agreed",
+                "frame version was not negotiated",
             ));
         }
         if types::is_sequenced(header.frame_type) {
@@ -181,7 +183,7 @@ impl Stream {
         if header.seq != 0 {
             return Err(Close::bye(
                 Code::Protocol,
-                "a number on an unsequenced frame (R12)",
+                "nonzero seq in an unsequenced frame (R12)",
             ));
         }
         if !frame.intact {
@@ -197,7 +199,7 @@ impl Stream {
             types::BYE => {
                 let bye: Bye<'_> = decode(frame.payload()).map_err(protocol)?;
                 Err(Close::silent(format!(
-                    "device left: {} {}",
+                    "device disconnected: {} {}",
                     bye.code, bye.detail
                 )))
             }
@@ -208,7 +210,7 @@ impl Stream {
         }
     }
 
-    /// Changes nothing else (R108).
+    /// Rejects a damaged unsequenced frame with NACK 22, without other effects (R108).
     fn refuse_damaged_unsequenced(&mut self, outbound: &mut Outbound) {
         self.write_due_ack(outbound);
         let detail = "payload checksum wrong";
@@ -226,8 +228,8 @@ impl Stream {
         })))
     }
 
-    /// Gives what an operator should hear of: the first refusal of a session, unless the device had many
-    /// lately. The device cannot fix it by itself.
+    /// Handles the outcome of a DECLARE. Returns an event for the operator on the first refusal of
+    /// a session, unless the device had many recently: the device cannot fix it by itself.
     pub(super) fn handle_declare_outcome(
         &mut self,
         outcome: DeclareOutcome,
@@ -245,20 +247,19 @@ impl Stream {
                 return None;
             }
             DeclareOutcome::Conflict => {
-                let detail =
-                    "schema number is taken by other content; the firmware must use another";
+                let detail = "schema number is used for different content; the firmware must use another number";
                 (Code::SchemaConflict, detail.to_owned())
             }
             DeclareOutcome::OverBound(reached) => (Code::SchemaBound, reached.to_string()),
         };
         outbound.nack(code, 0, self.expected_seq, 0, &detail);
         let is_first = !std::mem::replace(&mut self.had_conflict, true);
-        let is_told = is_first && self.allowance.may_tell(now.mono_us);
-        if is_told {
+        let is_notified = is_first && self.quota.may_tell(now.mono_us);
+        if is_notified {
             let code = code as u8;
             tracing::info!(device = self.device.0, code, %detail, "DECLARE refused");
         }
-        is_told.then_some((code, detail))
+        is_notified.then_some((code, detail))
     }
 
     fn handle_ping(&mut self, frame: &Frame<'_>, now: Now, outbound: &mut Outbound) -> Step {
@@ -273,7 +274,7 @@ impl Stream {
         if ping.pong_sent_us == 0 {
             return Ok(None);
         }
-        // The wall clock may have been set during the trip.
+        // The wall clock may have been set during the round trip.
         let elapsed_us = match pong {
             Some((utc_us, mono_us)) if utc_us == ping.pong_sent_us => {
                 now.mono_us.saturating_sub(mono_us) as i64
@@ -286,18 +287,18 @@ impl Stream {
         Ok(better.map(|better| Submission::Clock(self.device, better)))
     }
 
-    /// The order of checks is R44's: number, credit, order, then content.
+    /// Checks in the order of R44: number, credit, order, then content.
     fn handle_sequenced(&mut self, frame: &Frame<'_>, now: Now, outbound: &mut Outbound) -> Step {
         let seq = frame.header.seq;
         if !(1..=SEQ_MAX).contains(&seq) {
             return Err(Close::bye(
                 Code::Protocol,
-                "number of a sequenced frame (R12)",
+                "sequence number out of range (R12)",
             ));
         }
         let first_seq = first_seq(frame);
         if first_seq > self.durable.durable_seq() + self.window_frames {
-            return Err(Close::bye(Code::Credit, "sent beyond the limit"));
+            return Err(Close::bye(Code::Credit, "frame beyond limit_seq"));
         }
         if seq < self.expected_seq {
             self.ack_is_due |= seq <= self.durable.durable_seq();
@@ -319,7 +320,7 @@ impl Stream {
             return Ok(None);
         }
         if seq <= self.taken_through {
-            // From before the store went down, and on its way: a duplicate (R65).
+            // A duplicate that was in flight when the store became unavailable (R65).
             self.awaits_resend = false;
             self.expected_seq = seq + 1;
             return Ok(None);
@@ -348,9 +349,10 @@ impl Stream {
         }
     }
 
-    /// What is submitted for a frame whose number was taken or stored before: that it may be compared.
+    /// Returns a submission to compare a frame with the content accepted or stored under its number
+    /// before.
     fn repeat(&self, frame: &Frame<'_>, now: Now) -> Option<Submission> {
-        // A gap is cut to what was not durable.
+        // A gap is reduced to numbers that were not durable.
         if !frame.intact || frame.header.frame_type == types::GAP {
             return None;
         }
@@ -363,7 +365,7 @@ impl Stream {
         }))
     }
 
-    /// Asks for `expected_seq`, once; frames already on their way are dropped until it comes.
+    /// Asks for `expected_seq` once; frames in flight are dropped until it arrives.
     fn ask_for(
         &mut self,
         code: Code,
@@ -374,7 +376,7 @@ impl Stream {
     ) {
         if !self.awaits_resend {
             self.awaits_resend = true;
-            // `expected_seq` may rest on a receipt that the device has not heard of.
+            // `expected_seq` may depend on a receipt that has not been sent to the device yet.
             self.write_due_ack(outbound);
             outbound.nack(code, seq, self.expected_seq, retry_after_ms, detail);
         }
@@ -383,12 +385,11 @@ impl Stream {
     fn wait_for_store(&mut self, seq: u64, since_us: u64, now: Now, outbound: &mut Outbound) {
         self.waits_for_store = true;
         let retry_after_ms = retry_after_ms(since_us, now.mono_us, self.device.0);
-        let detail = "the store does not answer";
+        let detail = "the store is unavailable";
         self.ask_for(Code::StoreDown, seq, retry_after_ms, detail, outbound);
     }
 
-    /// A payload that was damaged on the way is asked for again; damaged twice, the link is not to
-    /// blame (R63).
+    /// Asks for a damaged payload again. If it is damaged twice, the link is not the cause (R63).
     fn handle_damaged(&mut self, frame: &Frame<'_>, now: Now, outbound: &mut Outbound) -> Step {
         let seq = frame.header.seq;
         self.awaits_resend = false;
@@ -401,8 +402,8 @@ impl Stream {
         Ok(None)
     }
 
-    /// Sends the frame to quarantine under its number; the device hears of it once that is durable. A
-    /// frame for which there is no room stays on its device, which comes again with it.
+    /// Submits the frame to quarantine under its number; the device receives a NACK once it is
+    /// durable. If quarantine is full, the frame stays on the device, which resends it later.
     fn refuse(
         &mut self,
         frame: &Frame<'_>,
@@ -421,7 +422,7 @@ impl Stream {
             });
         }
         let seq = frame.header.seq;
-        let Some(room) = self.quarantine.reserve(self.device, frame.bytes.len()) else {
+        let Some(reservation) = self.quarantine.reserve(self.device, frame.bytes.len()) else {
             let since_us = *self.quarantine_full_since_us.get_or_insert(now.mono_us);
             let retry_after_ms = retry_after_ms(since_us, now.mono_us, self.device.0);
             self.ask_for(Code::QuarantineFull, seq, retry_after_ms, &detail, outbound);
@@ -441,10 +442,10 @@ impl Stream {
             peer: self.peer.to_string(),
         };
         let entry = self.entry(frame, self.expected_seq, content, now);
-        Ok(Some(Submission::Quarantine(entry, room)))
+        Ok(Some(Submission::Quarantine(entry, reservation)))
     }
 
-    /// What is submitted for a frame that is taken.
+    /// Returns the submission for an accepted frame.
     fn entry(&mut self, frame: &Frame<'_>, first_seq: u64, content: Content, now: Now) -> Entry {
         self.expected_seq = frame.header.seq + 1;
         self.taken_through = frame.header.seq;
@@ -462,7 +463,7 @@ impl Stream {
         }
     }
 
-    /// What an intact frame holds; `None` where its schema is not known here.
+    /// Decodes an intact frame; returns `None` if its schema is unknown.
     fn read_content(&self, frame: &Frame<'_>, now: Now) -> Result<Option<Read>, Violation> {
         let context = Context {
             clocks: &self.clocks,
@@ -485,7 +486,8 @@ impl Stream {
             self.durable = receipt;
         }
         let durable_seq = self.durable.durable_seq();
-        // Entries of an earlier session of this stream may have moved it further than this one knows.
+        // Entries of an earlier session may have advanced the stream further than this session
+        // knows.
         self.expected_seq = self.expected_seq.max(durable_seq + 1);
         while let Some(refusal) = self
             .refusals
@@ -498,7 +500,7 @@ impl Stream {
         if receipt.durable_seq() < through_seq {
             self.expected_seq = durable_seq + 1;
             self.taken_through = durable_seq;
-            // What may have been asked for before comes after that.
+            // Any earlier request concerned a number after this one.
             self.awaits_resend = false;
             self.ask_for(
                 Code::SeqGap,
@@ -510,7 +512,8 @@ impl Stream {
         }
     }
 
-    /// What was taken in may still be committed; the device sends it again all the same (R65).
+    /// Handles an outage of the store: accepted frames may still be committed, but the device
+    /// resends them anyway (R65).
     pub(super) fn handle_store_down(&mut self, now: Now, outbound: &mut Outbound) {
         let since_us = *self.store_down_since_us.get_or_insert(now.mono_us);
         if !self.is_settled() {
@@ -520,18 +523,19 @@ impl Stream {
         }
     }
 
-    /// An ACK ends the wait of a device that waits for the store, also if it says nothing new (R88).
+    /// Ends the wait of a device that was asked to wait for the store: sends an ACK, even without a
+    /// new number (R88).
     pub(super) fn handle_store_up(&mut self) {
         self.store_down_since_us = None;
         self.ack_is_due |= std::mem::take(&mut self.waits_for_store);
     }
 
-    /// What was found durable may be lost: nothing more is acknowledged.
+    /// Cancels a due ACK: durable frames may be lost, so nothing more is acknowledged.
     pub(super) fn forget_due_ack(&mut self) {
         self.ack_is_due = false;
     }
 
-    /// One ACK for each commit, however many frames it covers.
+    /// Writes one ACK per commit, however many frames it covers.
     pub(super) fn write_due_ack(&mut self, outbound: &mut Outbound) {
         if std::mem::take(&mut self.ack_is_due) {
             outbound.ack(self.durable, self.window_frames);
@@ -539,7 +543,7 @@ impl Stream {
     }
 }
 
-/// A refusal of class 3 that is not durable yet.
+/// A class 3 NACK whose number is not durable yet.
 struct Refusal {
     seq: u64,
     code: Code,

@@ -1,5 +1,5 @@
-//! A session against a model of the order rules (SPEC R44, R60 to R66): whatever a device sends and
-//! whenever commits come, the two say the same.
+//! Compares a session with a model of the order rules (SPEC R44, R60 to R66), for any frames from a
+//! device and any times of commits.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::store::{Batch, Store};
 
 mod vectors;
 
-/// What a device does, and what its numbers are relative to: the next number that is expected.
+/// Input from a device, with numbers relative to the next expected one.
 #[derive(Clone, Copy, Debug)]
 enum Input {
     Good(i64),
@@ -26,7 +26,7 @@ enum Input {
     Commit,
 }
 
-/// What the gateway says.
+/// Reply of the gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reply {
     Ack {
@@ -50,14 +50,14 @@ fn input() -> impl Strategy<Value = Input> {
     ]
 }
 
-/// The rules, as plainly as they can be said.
+/// The rules in their simplest form.
 #[derive(Default)]
 struct Model {
     durable: u64,
     expected: u64,
     awaits: bool,
     damaged: Option<u64>,
-    /// Taken since the last commit, with the code of those that are refused.
+    /// Frames accepted since the last commit, with the code of those that are refused.
     taken: Vec<(u64, Option<Code>)>,
     refusals: usize,
 }
@@ -119,7 +119,7 @@ impl Model {
     }
 }
 
-/// A session that has been welcomed, over a store in memory.
+/// A session after WELCOME, with a store in memory.
 struct Bench {
     session: Session,
     store: MemoryStore,
@@ -204,7 +204,7 @@ impl Bench {
                 self.waiting.entries.push(entry);
             }
             Some(Submission::Repeat(_)) => {}
-            Some(other) => panic!("not expected here: {other:?}"),
+            Some(other) => panic!("unexpected: {other:?}"),
             None => {}
         }
     }
@@ -249,7 +249,7 @@ impl Bench {
                         expected_seq: nack.expected_seq,
                     }
                 }
-                other => panic!("type {other:#04x} is not expected here"),
+                other => panic!("unexpected type {other:#04x}"),
             });
             rest = &rest[frame.bytes.len()..];
         }
@@ -296,9 +296,9 @@ fn frame_for(input: Input, first: u64, seq: u64) -> Vec<u8> {
     out
 }
 
-/// The store took longer over a DECLARE than a device may be silent, and nobody read meanwhile.
+/// A DECLARE takes longer in the store than a device may be silent, and input is paused meanwhile.
 #[tokio::test]
-async fn a_device_that_was_not_listened_to_was_not_silent() {
+async fn a_device_whose_input_is_paused_is_not_silent() {
     let mut bench = Bench::welcomed().await;
     let mut out = [0; 512];
     let declare = message::Declare {
@@ -330,9 +330,9 @@ async fn a_device_that_was_not_listened_to_was_not_silent() {
     assert_eq!(bench.session.poll_deadline(), Some(later.mono_us + idle_us));
 }
 
-/// The second NACK tells that more is missing than the first one said.
+/// The second NACK reports more missing frames than the first one.
 #[tokio::test]
-async fn what_the_store_did_not_take_is_asked_for_though_something_else_was_before() {
+async fn frames_lost_in_an_outage_are_requested_despite_an_earlier_request() {
     let mut bench = Bench::welcomed().await;
     bench.take(&frame_for(Input::Good(0), 1, 1));
     let committed = bench.store.commit(&bench.waiting).await.expect("commits");
@@ -349,9 +349,9 @@ async fn what_the_store_did_not_take_is_asked_for_though_something_else_was_befo
     assert!(bench.replies().contains(&nack));
 }
 
-/// They may come damaged this time, and are stored as they came before.
+/// Copies may arrive damaged; the frames are stored as first received.
 #[tokio::test]
-async fn what_is_on_its_way_to_a_store_that_was_down_is_not_judged_again() {
+async fn frames_in_flight_to_an_unavailable_store_are_not_checked_again() {
     let mut bench = Bench::welcomed().await;
     bench.take(&frame_for(Input::Good(0), 1, 1));
     bench.take(&frame_for(Input::Malformed(0), 2, 2));
@@ -362,7 +362,7 @@ async fn what_is_on_its_way_to_a_store_that_was_down_is_not_judged_again() {
         seq,
         expected_seq,
     };
-    // The ACK says nothing new, but that the store is back.
+    // The ACK has no new number; it signals that the store is back.
     let resume = Reply::Ack { seq: 0 };
     assert_eq!(bench.replies(), [nack(Code::StoreDown, 1, 1), resume]);
     for _ in 0..2 {
@@ -403,7 +403,7 @@ proptest! {
                 bench.take(&frame_for(input, first, first + more));
                 prop_assert_eq!(bench.replies(), model.frame(first, first + more, input));
             }
-            // Nothing was acknowledged that is not stored.
+            // Everything acknowledged is stored.
             let streams = bench.store.streams();
             prop_assert_eq!(bench.store.durable_seq(streams[0].0), model.durable);
             Ok(())

@@ -1,29 +1,29 @@
-//! Cuts a batch into several transactions when the whole is more than a database takes.
+//! Splits a batch into several transactions when the database rejects the whole.
 //!
-//! A limit on time, memory or locks refuses a large batch each time it comes, and lets a smaller one pass.
-//! So after an error that depends on size, half as much goes into one transaction; after many that passed,
-//! twice as much again. A part that was committed does no harm when its batch comes again: the ledger
-//! passes over its frames, as after a COMMIT of which nothing is known.
+//! A limit on time, memory or locks rejects a large batch every time but accepts a smaller one. After an error
+//! that depends on size, the next transaction gets half as much; after a number of successes, twice as much.
+//! Resubmitting a batch whose first parts are committed is safe: the ledger skips their frames, as after a
+//! COMMIT with unknown outcome.
 //!
-//! Invariant: parts keep the order of a batch: declares, entries, logins, and then the rest.
+//! Invariant: parts keep the order of a batch: declares, entries, logins, then the rest.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::{Batch, Committed, Content, Declare, Entry, Receipt, StreamId};
 
-/// Parts that have to pass before more is tried; twice as many each time that it was in vain.
+/// Successful parts before a larger one is tried; doubled after each failed attempt.
 const PASSES_MIN: u32 = 8;
 const PASSES_MAX: u32 = 1024;
 
-/// How much goes into one transaction.
+/// Maximum size of a transaction.
 #[derive(Debug)]
 pub(super) struct Cut {
-    /// `None` for a whole batch.
+    /// Maximum weight of a part; `None` for no limit.
     weight_max: Option<usize>,
     passed: u32,
     passes_needed: u32,
-    /// More was tried since the last cut.
+    /// Whether the limit was raised since the last cut.
     has_grown: bool,
     /// Weight of the largest batch that was cut.
     whole: usize,
@@ -42,8 +42,7 @@ impl Default for Cut {
 }
 
 impl Cut {
-    /// Returns what goes into the next transaction, from the first item on that was not taken; `None` when
-    /// all was.
+    /// Returns the next part, from the first item that no earlier part had; `None` after the last one.
     pub(super) fn next_part<'b>(
         &self,
         batch: &'b Batch,
@@ -63,8 +62,8 @@ impl Cut {
         Some(Cow::Owned(part))
     }
 
-    /// Takes note that a part was refused for its size; returns whether a smaller one may be tried, which
-    /// has not to be smaller than `floor`.
+    /// Records that a part was rejected for its size. Returns whether a smaller part, no smaller than `floor`,
+    /// may be tried.
     pub(super) fn halve(&mut self, part: &Batch, floor: usize, reason: &str) -> bool {
         let weight = weight(part);
         if items(part) < 2 || weight <= floor {
@@ -81,12 +80,12 @@ impl Cut {
             %reason,
             rows = weight,
             rows_max = half,
-            "could not commit the batch at once, committing it in parts"
+            "could not commit the batch in one transaction, committing it in parts"
         );
         true
     }
 
-    /// Takes note that a part was committed.
+    /// Records that a part was committed.
     pub(super) fn pass(&mut self, part: &Batch) {
         let Some(weight_max) = self.weight_max else {
             return;
@@ -102,12 +101,12 @@ impl Cut {
         (self.passed, self.has_grown) = (0, true);
         self.weight_max = Some(weight_max * 2).filter(|weight_max| *weight_max < self.whole);
         if self.weight_max.is_none() {
-            tracing::info!("batches are committed whole again");
+            tracing::info!("batches fit in one transaction again");
         }
     }
 }
 
-/// What the parts of a batch came to, together.
+/// Combined results of the parts of a batch.
 #[derive(Debug, Default)]
 pub(super) struct Sum {
     committed: Committed,
@@ -118,7 +117,7 @@ impl Sum {
     pub(super) fn add(&mut self, part: Committed) {
         self.committed.logins.extend(part.logins);
         self.committed.declares.extend(part.declares);
-        // A stream's later part knows more.
+        // A stream's later part has the higher number.
         let receipts = part.receipts.into_iter();
         self.receipts
             .extend(receipts.map(|receipt| (receipt.stream(), receipt)));
@@ -130,7 +129,7 @@ impl Sum {
     }
 }
 
-/// A part in the making.
+/// A part under construction.
 struct Part {
     part: Batch,
     skip: usize,
@@ -139,7 +138,7 @@ struct Part {
 }
 
 impl Part {
-    /// Takes items behind the first `skip`, and at least one.
+    /// Takes items after the first `skip`, and at least one.
     fn of(batch: &Batch, skip: usize, weight_max: usize) -> Batch {
         let mut it = Part {
             part: Batch::default(),
@@ -154,7 +153,7 @@ impl Part {
             && it.take(&batch.events, |_| 1, |part| &mut part.events)
             && it.take(&batch.refusals, |_| 1, |part| &mut part.refusals);
         if is_whole {
-            // Few, and small. Numbers that came again are compared with frames of all parts.
+            // Few and small. Repeated numbers are compared with the frames of all parts.
             it.part.steps.clone_from(&batch.steps);
             it.part.repeats.clone_from(&batch.repeats);
         }
@@ -162,7 +161,7 @@ impl Part {
         it.part
     }
 
-    /// Takes what has room; returns whether that is all.
+    /// Takes the items that fit; returns whether those are all.
     fn take<T: Clone>(
         &mut self,
         items: &[T],
@@ -183,7 +182,7 @@ impl Part {
     }
 }
 
-/// Rows that a batch makes, roughly.
+/// Returns roughly how many rows a batch writes.
 fn weight(batch: &Batch) -> usize {
     let declares = batch.declares.iter().map(declare_weight);
     let entries = batch.entries.iter().map(entry_weight);
@@ -205,7 +204,7 @@ fn entry_weight(entry: &Entry) -> usize {
     }
 }
 
-/// What cannot be cut further.
+/// Returns the number of indivisible items.
 fn items(batch: &Batch) -> usize {
     batch.declares.len()
         + batch.entries.len()
@@ -263,7 +262,7 @@ mod tests {
             cut.pass(&batch(25));
         }
         assert_eq!(sizes(&cut, &whole), [50, 50]);
-        // What is in vain again is tried half as often.
+        // A size that failed again is tried half as often.
         assert!(cut.halve(&batch(50), 0, "too large"));
         for _ in 0..2 * PASSES_MIN - 1 {
             cut.pass(&batch(25));
@@ -276,9 +275,8 @@ mod tests {
         assert_eq!(sizes(&cut, &whole), [100]);
     }
 
-    /// Whatever a batch has is in one of its parts, once.
     #[test]
-    fn nothing_of_a_batch_is_left_out() {
+    fn every_item_of_a_batch_is_in_a_part() {
         let whole = Batch {
             steps: vec![ClockStep {
                 origin: Origin::NONE,
@@ -307,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_cut_is_not() {
+    fn indivisible_batches_are_not_cut() {
         let mut cut = Cut::default();
         assert_eq!(sizes(&cut, &batch(0)), [0]);
         assert!(!cut.halve(&batch(1), 0, "too large"));

@@ -1,4 +1,4 @@
-//! The hours that hold readings, which `telemetry_hourly` finds its readings by.
+//! Hours that contain readings; `telemetry_hourly` uses them to find its readings.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +6,7 @@ use super::rows::{Frame, Run};
 use super::{Content, Readings};
 
 const HOUR_US: i64 = 3_600_000_000;
-/// Hours kept in memory; a device whose clock runs wild could make any number.
+/// Maximum number of cached hours; a device with a faulty clock could produce any number.
 const KNOWN_MAX: usize = 10_000;
 
 /// Hours that are known to be in the table `reading_hours`, each as its first microsecond.
@@ -14,8 +14,8 @@ const KNOWN_MAX: usize = 10_000;
 pub(super) struct KnownHours(BTreeSet<i64>);
 
 impl KnownHours {
-    /// Returns the hours of the readings of `frames` that may be missing in the table, in their order: two
-    /// transactions that add the same hours then wait for each other in one direction only.
+    /// Returns the hours of `frames` that may be missing in the table, in ascending order, so that two
+    /// transactions that add the same hours cannot deadlock.
     pub(super) fn missing(&self, frames: &[Frame<'_>]) -> Vec<i64> {
         let readings = frames
             .iter()
@@ -28,7 +28,7 @@ impl KnownHours {
 
     fn missing_of<'a>(&self, times_us: impl Iterator<Item = &'a [i64]>) -> BTreeSet<i64> {
         let mut missing = BTreeSet::new();
-        // Most readings are of the hour of the one before.
+        // Most readings belong to the same hour as the previous one.
         let mut latest = 0..0;
         for ts_us in times_us.flatten() {
             if latest.contains(ts_us) {
@@ -43,7 +43,7 @@ impl KnownHours {
         missing
     }
 
-    /// Remembers hours whose transaction is committed.
+    /// Caches hours after their transaction has committed.
     pub(super) fn learn(&mut self, hours: Vec<i64>) {
         if self.0.len() + hours.len() > KNOWN_MAX {
             self.0.clear();
@@ -52,7 +52,7 @@ impl KnownHours {
     }
 }
 
-/// Returns the hours of the readings of `runs`, in their order.
+/// Returns the hours of the readings of `runs`, in ascending order.
 pub(super) fn hours_of(runs: &[Run<'_>]) -> Vec<i64> {
     let times_us = runs.iter().map(|run| run.times_us);
     let hours = KnownHours::default().missing_of(times_us);
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_is_bounded() {
+    fn the_cache_is_bounded() {
         let mut known = KnownHours::default();
         known.learn((0..30_000).collect());
         known.learn((0..9_000).collect());

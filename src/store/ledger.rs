@@ -1,37 +1,37 @@
-//! Which entries of a batch are stored: the rule of "once and in order", shared by every store.
+//! Decides which entries of a batch are stored: the rule "once and in order", shared by every store.
 //!
-//! Pure: it neither reads nor writes anything. A store loads the watermarks of the batch's streams
-//! inside its transaction, asks [`Watermarks::admit`], and stores what comes back together with the
-//! watermarks it moved.
+//! The module does no I/O. Within its transaction, a store loads the watermarks of the batch's streams, calls
+//! [`Watermarks::append`], and stores the returned entries together with the new watermarks.
 //!
 //! Invariants
 //! - A watermark only grows, and only by entries that begin at the number after it.
-//! - What `admit` gives back for a stream is contiguous: each entry's `first_seq` is one more than
-//!   the `seq` of the one before.
+//! - The entries that `append` returns for a stream are contiguous: each entry's `first_seq` is one more than
+//!   the `seq` of the previous entry.
 
 use std::collections::BTreeMap;
 
 use super::reuse::Repeat;
 use super::{Content, Entry, Receipt, StreamId};
 
-/// The highest sequence number a store can keep: SQL integers are signed.
+/// Highest sequence number that a store can keep; SQL integers are signed.
 pub const SEQ_MAX: u64 = i64::MAX as u64;
 
-/// What is to be done with an entry.
+/// Decision on an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Store it, from this number on: a gap may begin within what is durable already.
+    /// Store it, starting at `first_seq`: a gap may overlap durable numbers.
     Store {
         /// First number that is not durable yet.
         first_seq: u64,
     },
-    /// All of it is durable: nothing to store, acknowledge again.
+    /// All of it is durable: store nothing, acknowledge again.
     Duplicate,
-    /// It does not continue the stream: nothing to store, the watermark stays.
+    /// It does not continue the stream: store nothing, keep the watermark.
     OutOfOrder,
 }
 
-/// Judges an entry that covers `first_seq..=seq` of a stream durable up to `durable_seq`.
+/// Decides whether an entry that covers `first_seq..=seq` continues a stream that is durable up to
+/// `durable_seq`.
 pub fn judge(durable_seq: u64, first_seq: u64, seq: u64) -> Verdict {
     if seq <= durable_seq {
         Verdict::Duplicate
@@ -44,20 +44,20 @@ pub fn judge(durable_seq: u64, first_seq: u64, seq: u64) -> Verdict {
     }
 }
 
-/// Reason of a gap that was told by a frame which is in quarantine (SPEC, section 4).
+/// Reason of a gap that was reported by a quarantined frame (SPEC, section 4).
 pub const REASON_REFUSED: u8 = 253;
 
-/// An entry that is to be stored.
+/// An entry to store.
 #[derive(Clone, Copy, Debug)]
-pub struct Admitted<'a> {
-    /// The entry.
+pub struct Appended<'a> {
+    /// The entry as received.
     pub entry: &'a Entry,
-    /// The first number it is stored for, up to and including `entry.seq`.
+    /// First number to store; the last one is `entry.seq`.
     pub first_seq: u64,
 }
 
-impl Admitted<'_> {
-    /// How many readings it brings.
+impl Appended<'_> {
+    /// Returns the number of readings in the entry.
     pub fn readings(&self) -> usize {
         match &self.entry.content {
             Content::Readings(readings) => readings.values.len(),
@@ -65,7 +65,7 @@ impl Admitted<'_> {
         }
     }
 
-    /// Why its numbers are a gap, if they are one.
+    /// Returns the reason code if the entry is a gap.
     pub fn gap_reason(&self) -> Option<u8> {
         match self.entry.content {
             Content::Gap { reason } => Some(reason),
@@ -75,23 +75,23 @@ impl Admitted<'_> {
     }
 }
 
-/// How far a stream has come within a batch.
+/// Progress of a stream within a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// The watermark, with what was admitted so far.
+    /// Watermark including the appended entries.
     pub durable_seq: u64,
-    /// Entries admitted.
+    /// Number of appended entries.
     pub frames: u64,
-    /// Readings admitted.
+    /// Number of appended readings.
     pub readings: u64,
 }
 
-/// An entry names a stream that the store does not have.
+/// An entry names a stream that is not in the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("stream {0:?} is not in the store")]
 pub struct UnknownStream(pub StreamId);
 
-/// The watermarks of the streams of one batch.
+/// Watermarks of the streams of one batch.
 #[derive(Debug, Default)]
 pub struct Watermarks {
     streams: BTreeMap<StreamId, Progress>,
@@ -99,7 +99,7 @@ pub struct Watermarks {
 }
 
 impl Watermarks {
-    /// Takes each stream's `durable_seq` as the store has it.
+    /// Creates the watermarks from each stream's stored `durable_seq`.
     pub fn new(durable: impl IntoIterator<Item = (StreamId, u64)>) -> Self {
         let start = |(stream, durable_seq)| {
             (
@@ -117,12 +117,12 @@ impl Watermarks {
         }
     }
 
-    /// Gives back the entries to store, in their order, and moves the watermarks over them.
+    /// Returns the entries to store, in order, and advances the watermarks.
     ///
     /// # Errors
-    /// A stream was not among those given to [`Watermarks::new`].
-    pub fn admit<'a>(&mut self, entries: &'a [Entry]) -> Result<Vec<Admitted<'a>>, UnknownStream> {
-        let mut admitted = Vec::with_capacity(entries.len());
+    /// A stream was not passed to [`Watermarks::new`].
+    pub fn append<'a>(&mut self, entries: &'a [Entry]) -> Result<Vec<Appended<'a>>, UnknownStream> {
+        let mut appended = Vec::with_capacity(entries.len());
         for entry in entries {
             let progress = self
                 .streams
@@ -130,11 +130,11 @@ impl Watermarks {
                 .ok_or(UnknownStream(entry.stream))?;
             let verdict = judge(progress.durable_seq, entry.first_seq, entry.seq);
             if let Verdict::Store { first_seq } = verdict {
-                let item = Admitted { entry, first_seq };
+                let item = Appended { entry, first_seq };
                 progress.durable_seq = entry.seq;
                 progress.frames += 1;
                 progress.readings += item.readings() as u64;
-                admitted.push(item);
+                appended.push(item);
             } else if let (Verdict::Duplicate, Some(crc)) = (verdict, entry.crc) {
                 self.repeats.push(Repeat {
                     device: entry.device,
@@ -145,15 +145,15 @@ impl Watermarks {
                 });
             }
         }
-        Ok(admitted)
+        Ok(appended)
     }
 
-    /// Returns the entries that were durable already, of those that [`Watermarks::admit`] has seen.
+    /// Returns the entries seen by [`Watermarks::append`] that were already durable.
     pub fn repeats(&self) -> &[Repeat] {
         &self.repeats
     }
 
-    /// The streams whose watermark moved, in the order of their ids.
+    /// Returns the streams whose watermark moved, ordered by id.
     pub fn moved(&self) -> Vec<(StreamId, Progress)> {
         let moved = self
             .streams
@@ -164,7 +164,7 @@ impl Watermarks {
             .collect()
     }
 
-    /// A receipt for each stream, sorted; to be handed out only once the batch is durable.
+    /// Returns one receipt per stream, sorted. Hand them out only after the batch is durable.
     pub(super) fn receipts(&self) -> Vec<Receipt> {
         let receipt = |(stream, progress): (&StreamId, &Progress)| Receipt {
             stream: *stream,
@@ -225,12 +225,12 @@ mod tests {
     fn an_unknown_stream_is_an_error() {
         let entries = [entry(3, 1, 1)];
         let unknown = Watermarks::new([(StreamId(2), 0)])
-            .admit(&entries)
+            .append(&entries)
             .unwrap_err();
         assert_eq!(unknown, UnknownStream(StreamId(3)));
     }
 
-    /// The naive model: which numbers are stored, one by one.
+    /// Naive model: the set of stored numbers of each stream.
     fn model(entries: &[Entry]) -> BTreeMap<StreamId, Vec<u64>> {
         let mut stored: BTreeMap<StreamId, Vec<u64>> = BTreeMap::new();
         for entry in entries {
@@ -247,7 +247,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_arrives_each_number_is_stored_once_in_order(
+        fn each_number_is_stored_once_and_in_order(
             arrivals in prop::collection::vec((0_i64..3, 1_u64..24, 0_u64..5), 0..120),
             batch_len in 1_usize..40,
         ) {
@@ -257,7 +257,7 @@ mod tests {
             let mut stored: BTreeMap<StreamId, Vec<u64>> = BTreeMap::new();
             for batch in entries.chunks(batch_len) {
                 let mut watermarks = Watermarks::new(durable.clone());
-                for item in watermarks.admit(batch).unwrap() {
+                for item in watermarks.append(batch).unwrap() {
                     let numbers = stored.entry(item.entry.stream).or_default();
                     prop_assert_eq!(item.first_seq, numbers.last().copied().unwrap_or(0) + 1);
                     numbers.extend(item.first_seq..=item.entry.seq);

@@ -1,8 +1,8 @@
-//! A store in memory, for deterministic simulation: the semantics of the real ones, in maps.
+//! An in-memory store for deterministic simulation, with the semantics of the real stores.
 //!
-//! Handles are cheap to clone and share one state, so that a test can look at what was stored while
-//! the gateway owns the store. What a restart would forget, it does not model: "durable" means here
-//! "survives the session", and dropping the last handle is the end.
+//! Handles are cheap to clone and share one state, so that a test can inspect the store while the gateway owns
+//! it. It does not model a restart: "durable" means "survives the session", and dropping the last handle
+//! deletes everything.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -25,26 +25,25 @@ pub struct MemoryStore {
     state: Arc<Mutex<State>>,
 }
 
-/// An entry as it was stored.
+/// A stored entry.
 #[derive(Clone, Debug)]
 pub struct StoredEntry {
-    /// The first number it was stored for: that of the entry, or a later one for a gap that
-    /// overlapped what was durable.
+    /// First stored number; greater than the entry's own only for a gap that overlapped durable numbers.
     pub first_seq: u64,
-    /// The entry.
+    /// The entry as submitted.
     pub entry: Entry,
 }
 
-/// What tells one series from another.
+/// Identity of a series.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SeriesKey {
-    /// Whose.
+    /// Device of the series.
     pub device: DeviceId,
-    /// The channel's name.
+    /// Name of the channel.
     pub channel: String,
-    /// The channel's unit.
+    /// Unit of the channel.
     pub unit: String,
-    /// Type of its values.
+    /// Type of the values.
     pub kind: Kind,
 }
 
@@ -52,7 +51,7 @@ pub struct SeriesKey {
 struct State {
     failures_left: u32,
     bounds: DeviceBounds,
-    /// The latest change by an operator.
+    /// Number of an operator's latest change.
     revision: i64,
     devices: Vec<Device>,
     device_ids: HashMap<String, DeviceId>,
@@ -62,11 +61,11 @@ struct State {
     series: Vec<SeriesKey>,
     series_ids: HashMap<SeriesKey, SeriesId>,
     events: Vec<DeviceEvent>,
-    /// Those that are open, with how they began.
+    /// Open sessions, with the events that opened them.
     sessions: BTreeMap<SessionId, DeviceEvent>,
-    /// Where each timeline was set to last.
+    /// Latest origin of each timeline.
     origins: HashMap<i64, i64>,
-    /// By peer, claimed name and code.
+    /// Refusals by peer, claimed name and code.
     refusals: BTreeMap<(IpAddr, String, u8), Refusal>,
 }
 
@@ -87,7 +86,7 @@ struct Stream {
 }
 
 impl MemoryStore {
-    /// An empty store.
+    /// Creates an empty store.
     pub fn new() -> Self {
         Self::default()
     }
@@ -97,8 +96,8 @@ impl MemoryStore {
         self.state().failures_left = n;
     }
 
-    /// Lets a device in or keeps it out, and replaces its key or not; gives the number of the change, or
-    /// `None` if there is no such device.
+    /// Enables or disables a device, and optionally replaces its key. Returns the number of the change, or
+    /// `None` if the device does not exist.
     pub fn change(&self, device: &str, is_enabled: bool, replaces_key: bool) -> Option<i64> {
         let mut state = self.state();
         let id = state.device_ids.get(device).copied()?;
@@ -113,7 +112,7 @@ impl MemoryStore {
         Some(revision)
     }
 
-    /// All streams, with the name of their device.
+    /// Returns all streams with the names of their devices.
     pub fn streams(&self) -> Vec<(StreamId, String)> {
         let state = self.state();
         let name = |stream: &Stream| state.devices[row(stream.device.0)].name.clone();
@@ -123,7 +122,7 @@ impl MemoryStore {
             .collect()
     }
 
-    /// How far a stream is durable; 0 for one that does not exist.
+    /// Returns the durable number of a stream; 0 if it does not exist.
     pub fn durable_seq(&self, stream: StreamId) -> u64 {
         self.state()
             .streams
@@ -131,7 +130,7 @@ impl MemoryStore {
             .map_or(0, |stream| stream.durable_seq)
     }
 
-    /// What is stored of a stream, by sequence number.
+    /// Returns the stored entries of a stream, by sequence number.
     pub fn entries(&self, stream: StreamId) -> BTreeMap<u64, StoredEntry> {
         let state = self.state();
         state
@@ -141,12 +140,12 @@ impl MemoryStore {
             .unwrap_or_default()
     }
 
-    /// What a series stands for.
+    /// Returns the identity of a series.
     pub fn series(&self, series: SeriesId) -> Option<SeriesKey> {
         self.state().series.get(row(series.0)).cloned()
     }
 
-    /// All clocks kept of a device, by boot.
+    /// Returns all stored clocks of a device, by boot.
     pub fn clocks(&self, device: DeviceId) -> Vec<BootClock> {
         let state = self.state();
         let device = state.devices.get(row(device.0));
@@ -155,12 +154,13 @@ impl MemoryStore {
             .unwrap_or_default()
     }
 
-    /// The audit trail of sessions, in order.
+    /// Returns the session events in order.
     pub fn events(&self) -> Vec<DeviceEvent> {
         self.state().events.clone()
     }
 
-    /// A test that panicked with the lock held has failed already; the maps are whole all the same.
+    /// Locks the state. A test that panicked with the lock held has already failed, and the maps are still
+    /// consistent.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -184,8 +184,8 @@ impl State {
                 "a fault injected by the test".to_owned(),
             ));
         }
-        // Entries first: theirs is the only step that can fail, and nothing may be half done then.
-        // Declares do not depend on it.
+        // Entries first: only this step can fail, and it must fail before any change. Declares do not depend on
+        // it.
         let receipts = self.store_entries(&batch.entries)?;
         let declares = batch
             .declares
@@ -256,10 +256,10 @@ impl State {
             Some((entry.stream, stream.durable_seq))
         });
         let mut watermarks = Watermarks::new(durable);
-        let admitted = watermarks
-            .admit(entries)
+        let appended = watermarks
+            .append(entries)
             .map_err(|error| StoreError::Replaced(error.to_string()))?;
-        for item in admitted {
+        for item in appended {
             let stored = StoredEntry {
                 first_seq: item.first_seq,
                 entry: item.entry.clone(),
@@ -299,7 +299,7 @@ impl State {
         DeclareOutcome::Accepted(schema)
     }
 
-    /// The bound that a new schema would exceed.
+    /// Returns the limit that a new schema would exceed.
     fn reached(&self, declare: &Declare) -> Option<Reached> {
         let device = declare.device;
         let schemas = self.schemas.keys().filter(|(of, _)| *of == device);
@@ -413,7 +413,7 @@ impl State {
         kept.into_latest().remove(&device).unwrap_or_default()
     }
 
-    /// Ids come from this store, so there is a row for each.
+    /// Returns a device's row, which exists because this store assigned the id.
     fn device_mut(&mut self, device: DeviceId) -> &mut Device {
         &mut self.devices[row(device.0)]
     }
@@ -432,7 +432,7 @@ fn key(device: DeviceId, declared: &DeclaredChannel) -> SeriesKey {
     }
 }
 
-/// Ids count from 1, as SQL's do; no id below is ever given out.
+/// Converts an id to an index. Ids count from 1, like SQL's; smaller ids are never assigned.
 fn row(id: i64) -> usize {
     usize::try_from(id - 1).unwrap_or(usize::MAX)
 }
@@ -440,14 +440,14 @@ fn row(id: i64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::contract::{Dump, Harness, contract};
+    use crate::store::conformance::{Dump, Harness, conformance};
     use crate::store::{Content, DeviceEventKind, Readings};
     use crate::time::ResolvedTime;
 
-    contract!(MemoryStore);
+    conformance!(MemoryStore);
 
     impl State {
-        /// As the next run of a gateway does.
+        /// Closes open sessions, like the next run of a gateway.
         fn close_sessions(&mut self) {
             for (session, begun) in std::mem::take(&mut self.sessions) {
                 self.events.push(DeviceEvent {
@@ -572,7 +572,7 @@ mod tests {
                 dump.quarantine.push((stream.0, seq, code, detail, bytes));
             }
         }
-        let item = crate::store::ledger::Admitted {
+        let item = crate::store::ledger::Appended {
             entry: &stored.entry,
             first_seq: stored.first_seq,
         };

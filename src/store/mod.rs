@@ -1,21 +1,21 @@
-//! The store: where a batch becomes durable, and the only place a [`Receipt`] can come from.
+//! The store: makes batches durable, and is the only source of [`Receipt`]s.
 //!
-//! It knows readings and SQL, never a frame's bytes on the wire. Everything in a [`Batch`] commits
-//! in one transaction: `declares`, then `entries` in their order, then `logins`, then the rest; so a
-//! login sees the watermark that the entries before it moved. Where a limit of the database refuses the
-//! whole, it commits in several transactions, in the same order (see `cut`).
+//! A store handles readings and SQL, never the bytes of a frame. A [`Batch`] commits in one transaction:
+//! `declares`, then `entries` in order, then `logins`, then the rest. So a login sees the watermark that the
+//! preceding entries moved. A batch that exceeds a limit of the database commits in several transactions, in the
+//! same order (see `cut`).
 //!
 //! Invariants
-//! - A stream's `durable_seq` moves only in the transaction that stores what it covers.
-//! - An entry is stored only if it continues its stream (see [`ledger`]): whatever arrives twice, or
-//!   from a session that was taken over, is stored once and in order.
+//! - A stream's `durable_seq` moves only in the transaction that stores the frames it covers.
+//! - An entry is stored only if it continues its stream (see [`ledger`]): entries that arrive twice, or from a
+//!   session that was taken over, are stored once and in order.
 
 use std::future::Future;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fieldgate_protocol::column::Kind;
+use fieldgate_protocol::value::Kind;
 
 use self::bounds::Reached;
 use self::reuse::Repeat;
@@ -24,21 +24,22 @@ use crate::time::{BootClock, ClockStep, ResolvedTime};
 mod admission;
 pub mod bounds;
 #[cfg(test)]
-mod contract;
+mod conformance;
 mod cut;
+pub mod device_admin;
 pub mod editor;
 mod hours;
-pub mod kept;
 pub mod ledger;
-pub mod lifecycle;
 pub mod memory;
 pub mod postgres;
 pub mod prune;
+pub mod quarantine_usage;
 pub mod reader;
 pub mod removal;
 pub mod replay;
 pub mod reuse;
 pub mod rows;
+mod schemas;
 pub mod spool;
 pub mod sqlite;
 pub mod steady;
@@ -57,29 +58,29 @@ pub struct StreamId(pub i64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SeriesId(pub i64);
 
-/// What is committed in one transaction.
+/// Content of one transaction.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
-    /// Authenticated devices asking where their stream stands.
+    /// Logins of authenticated devices, which need the position of their stream.
     pub logins: Vec<Login>,
-    /// Schemas to keep.
+    /// Schemas to store.
     pub declares: Vec<Declare>,
     /// Numbered entries of streams, in order of arrival.
     pub entries: Vec<Entry>,
-    /// Numbers that came again and were not submitted as entries.
+    /// Repeated sequence numbers that were not submitted as entries.
     pub repeats: Vec<Repeat>,
-    /// Device clocks to keep.
+    /// Device clocks to store.
     pub clocks: Vec<(DeviceId, BootClock)>,
-    /// What happened to devices, for the audit trail.
+    /// Audit events of devices.
     pub events: Vec<DeviceEvent>,
-    /// Who was refused.
+    /// Refused peers.
     pub refusals: Vec<Refusal>,
-    /// When the gateway's clock was set.
+    /// Steps of the gateway's clock.
     pub steps: Vec<ClockStep>,
 }
 
 impl Batch {
-    /// Whether there is nothing in it.
+    /// Returns whether the batch has no content.
     pub fn is_empty(&self) -> bool {
         self.logins.is_empty()
             && self.declares.is_empty()
@@ -95,73 +96,73 @@ impl Batch {
 /// A device that proved its key and wants to continue a stream.
 #[derive(Clone, Debug)]
 pub struct Login {
-    /// The device's name.
+    /// Name of the device.
     pub device: String,
     /// Number of the stream, below 2^63.
     pub stream: u64,
-    /// The oldest number that the device still holds; `next_seq` if it holds none.
+    /// Oldest sequence number that the device still holds; `next_seq` if it holds none.
     pub oldest_seq: u64,
-    /// The next sequence number the device will give out.
+    /// Next sequence number that the device will assign.
     pub next_seq: u64,
-    /// Firmware version as the device tells it.
+    /// Firmware version reported by the device.
     pub firmware: String,
-    /// The schema the device will send with, and its hash.
+    /// Schema that the device will use, and its hash.
     pub schema: Option<(u16, SchemaHash)>,
-    /// The clock of the present boot.
+    /// Clock of the current boot.
     pub clock: BootClock,
-    /// The change by an operator that gave the key which the device proved; 0 for the first one.
+    /// Number of the operator's change that set the proved key; 0 for the first key.
     pub key_revision: i64,
-    /// Whether it may come in although the store does not know it.
+    /// Whether an unknown device may register.
     pub may_register: bool,
-    /// When, microseconds UTC.
+    /// Time of the login, microseconds UTC.
     pub at_us: i64,
 }
 
 /// First 8 bytes of the SHA-256 of a DECLARE's payload.
 pub type SchemaHash = [u8; 8];
 
-/// What became of a [`Login`].
+/// Result of a [`Login`].
 #[derive(Clone, Debug)]
 pub enum LoginOutcome {
-    /// The device may send; boxed because the others are small.
+    /// The device may send; boxed because the other variants are small.
     Admitted(Box<Admission>),
     /// An operator disabled the device.
     Disabled,
-    /// The store does not know the device, and nobody may register.
+    /// The store does not know the device, and it may not register.
     Unregistered,
     /// An operator has replaced the key that the device proved.
     KeyReplaced,
-    /// The device would number frames anew that are stored already: it must start a new stream.
+    /// The device would reuse sequence numbers that are already stored: it must start a new stream.
     StreamConflict,
-    /// It would be one stream more than the device may have.
+    /// The device has reached its limit of streams.
     OverBound(Reached),
 }
 
-/// Where a device's stream stands.
+/// Position of a device's stream.
 #[derive(Clone, Debug)]
 pub struct Admission {
-    /// The device's row.
+    /// Row id of the device.
     pub device: DeviceId,
-    /// The latest change to it by an operator; 0 if there was none.
+    /// Number of an operator's latest change to the device; 0 if there was none.
     pub revision: i64,
-    /// What of its stream is durable.
+    /// Durable part of its stream.
     pub receipt: Receipt,
-    /// The schema named in the login, if it is stored with that hash.
+    /// Schema named in the login, if it is stored with the same hash.
     pub schema: Option<Arc<Schema>>,
-    /// Clocks of the device's latest boots (at most 8), the present one included.
+    /// Clocks of the device's latest boots (at most 8), including the current one.
     pub clocks: Vec<BootClock>,
 }
 
-/// A schema to keep; immutable for a device once stored.
+/// A schema to store; immutable once stored.
 #[derive(Clone, Debug)]
 pub struct Declare {
-    /// Who declares.
+    /// Declaring device.
     pub device: DeviceId,
-    /// The schema's number.
+    /// Number of the schema.
     pub schema: u16,
-    /// Its hash.
+    /// Hash of the schema.
     pub hash: SchemaHash,
-    /// Its channels, in declared order, ids and names unique.
+    /// Channels in declared order, with unique ids and names.
     pub channels: Vec<DeclaredChannel>,
 }
 
@@ -174,29 +175,29 @@ pub struct DeclaredChannel {
     pub name: String,
     /// SenML unit, such as `Cel`; may be empty.
     pub unit: String,
-    /// Type of its values.
+    /// Type of the values.
     pub kind: Kind,
     /// Power of ten for integers.
     pub exp10: i8,
 }
 
-/// What became of a [`Declare`].
+/// Result of a [`Declare`].
 #[derive(Clone, Debug)]
 pub enum DeclareOutcome {
-    /// Stored now, or stored before with the same content.
+    /// Stored now, or earlier with the same content.
     Accepted(Arc<Schema>),
-    /// The number is taken by other content.
+    /// The number is stored with different content.
     Conflict,
-    /// The device would have more than it may; nothing was stored.
+    /// The device would exceed a limit; nothing was stored.
     OverBound(Reached),
 }
 
-/// A stored schema, with the series its channels write to.
+/// A stored schema, with the series of its channels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schema {
-    /// The schema's number.
+    /// Number of the schema.
     pub schema: u16,
-    /// Its channels, in declared order.
+    /// Channels in declared order.
     pub channels: Vec<SchemaChannel>,
 }
 
@@ -205,123 +206,123 @@ pub struct Schema {
 pub struct SchemaChannel {
     /// Number within the schema.
     pub id: u8,
-    /// Type of its values.
+    /// Type of the values.
     pub kind: Kind,
     /// Power of ten for integers.
     pub exp10: i8,
-    /// Where its readings go.
+    /// Series of its readings.
     pub series: SeriesId,
 }
 
-/// One numbered entry of a stream: a sequenced frame, decoded.
+/// A decoded, sequenced frame of a stream.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    /// Whose stream.
+    /// Device that sent it.
     pub device: DeviceId,
-    /// Which stream.
+    /// Stream of the device.
     pub stream: StreamId,
     /// First sequence number it covers; differs from `seq` only for a gap.
     pub first_seq: u64,
-    /// Its sequence number.
+    /// Sequence number of the frame.
     pub seq: u64,
-    /// Type on the wire, kept in the ledger.
+    /// Type on the wire, stored in the ledger.
     pub frame_type: u8,
-    /// CRC-32C of its frame, kept in the ledger; `None` if no frame brought it.
+    /// CRC-32C of its frame, stored in the ledger; `None` if it has no frame.
     pub crc: Option<u32>,
-    /// When it arrived, microseconds UTC.
+    /// Time of arrival, microseconds UTC.
     pub received_at_us: i64,
-    /// What it carries.
+    /// Decoded content.
     pub content: Content,
-    /// The clock that was chosen for its boot, which has no other: to be kept with it.
+    /// Clock chosen for its boot if there is no measured one; stored with the entry.
     pub clock: Option<BootClock>,
 }
 
-/// What an [`Entry`] carries.
+/// Content of an [`Entry`].
 #[derive(Clone, Debug)]
 pub enum Content {
-    /// Readings.
+    /// Readings of one or more series.
     Readings(Readings),
-    /// The device lost what the entry's numbers covered.
+    /// The device lost the frames that the entry's numbers cover.
     Gap {
-        /// The device's reason code.
+        /// Reason code from the device.
         reason: u8,
     },
-    /// Something the device reports about itself.
+    /// An event that the device reports.
     Event {
-        /// How its time became UTC.
+        /// How device time was converted to UTC.
         time: ResolvedTime,
-        /// When, microseconds UTC.
+        /// Time of the event, microseconds UTC.
         at_us: i64,
-        /// Severity, 0 debug to 4 critical.
+        /// Severity, from 0 (debug) to 4 (critical).
         level: u8,
-        /// The device's own code.
+        /// Code defined by the device.
         code: u16,
         /// Short text.
         text: String,
     },
-    /// A frame that was received whole and could not be understood.
+    /// An intact frame that could not be decoded.
     Quarantined {
-        /// The NACK code.
+        /// NACK code.
         code: u8,
-        /// Which rule it broke.
+        /// Rule that the frame violates.
         detail: String,
-        /// The frame as received.
+        /// Frame as received.
         bytes: Vec<u8>,
         /// Address of the peer.
         peer: String,
     },
 }
 
-/// The readings of a frame, by column: reading `r` of column `c` has time `times_us[r]`, series
-/// `series[c]` and value `values[c * times_us.len() + r]`.
+/// Readings of a frame, by column: reading `r` of column `c` has time `times_us[r]`, series `series[c]` and
+/// value `values[c * times_us.len() + r]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Readings {
-    /// How device time became UTC.
+    /// How device time was converted to UTC.
     pub time: ResolvedTime,
     /// Microseconds UTC, strictly increasing.
     pub times_us: Vec<i64>,
-    /// One for each column.
+    /// Series of each column.
     pub series: Vec<SeriesId>,
-    /// Column after column; NaN says "sampled, no valid value" and is stored as NULL.
+    /// Values, column after column; NaN means "sampled, no valid value" and is stored as NULL.
     pub values: Vec<f64>,
 }
 
-/// A session's number: random, so that it is unique over gateways and their runs.
+/// Random number of a session, unique over all gateways and their runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SessionId(pub i64);
 
-/// A line of the audit trail.
+/// An audit event.
 #[derive(Clone, Debug)]
 pub struct DeviceEvent {
-    /// Whom it concerns.
+    /// Device of the event.
     pub device: DeviceId,
-    /// The session that began or ended. What it began is open until it ends.
+    /// Session that began or ended; a session is open between the two.
     pub session: Option<SessionId>,
-    /// When, microseconds UTC.
+    /// Time of the event, microseconds UTC.
     pub at_us: i64,
-    /// What happened.
+    /// Kind of the event.
     pub kind: DeviceEventKind,
-    /// BYE code, 0 where none was said.
+    /// BYE code; 0 if none was sent.
     pub code: u8,
-    /// For people.
+    /// Text for display.
     pub detail: String,
 }
 
-/// What a [`DeviceEvent`] tells.
+/// Kind of a [`DeviceEvent`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceEventKind {
     /// A session began.
     Connected,
     /// A session ended.
     Disconnected,
-    /// Somebody in its name was not let in.
+    /// A peer that claimed the device's name was refused.
     Refused,
-    /// A number came again with other content.
+    /// A sequence number was reused with different content.
     NumberReused,
 }
 
 impl DeviceEventKind {
-    /// The kind that stands so in the store, if it is one of these.
+    /// Returns the kind with this stored name, if there is one.
     fn of_name(name: &str) -> Option<Self> {
         let kinds = [
             Self::Connected,
@@ -332,7 +333,7 @@ impl DeviceEventKind {
         kinds.into_iter().find(|kind| kind.name() == name)
     }
 
-    /// As it stands in the store.
+    /// Returns the name as stored.
     pub fn name(self) -> &'static str {
         match self {
             DeviceEventKind::Connected => "connected",
@@ -343,33 +344,33 @@ impl DeviceEventKind {
     }
 }
 
-/// A peer was not let in, once or several times for one reason. Whether there is a device of the name that it
-/// claimed, the store knows.
+/// A refused peer, with one or more refusals for the same reason. The store determines whether the claimed
+/// device exists.
 #[derive(Clone, Debug)]
 pub struct Refusal {
-    /// The peer's address.
+    /// Address of the peer.
     pub peer: IpAddr,
-    /// The name that it claimed; empty if none.
+    /// Claimed device name; empty if none.
     pub device: String,
-    /// BYE code; 0 where none was said.
+    /// BYE code; 0 if none was sent.
     pub code: u8,
-    /// For people.
+    /// Text for display.
     pub detail: String,
-    /// How often.
+    /// Number of refusals.
     pub count: u64,
-    /// When for the first time, microseconds UTC.
+    /// Time of the first refusal, microseconds UTC.
     pub first_at_us: i64,
-    /// When for the last time, microseconds UTC.
+    /// Time of the latest refusal, microseconds UTC.
     pub at_us: i64,
-    /// Whether it is for the audit trail of the device, too.
+    /// Whether to add it to the device's audit trail also.
     pub is_told: bool,
 }
 
-/// How many refusals a store keeps, those of the latest.
+/// Maximum number of refusals that a store keeps; the oldest are deleted first.
 pub(crate) const REFUSALS_MAX: i64 = 1000;
 
 impl Refusal {
-    /// As a line of the audit trail of `device`.
+    /// Returns the audit event for `device`.
     fn of(&self, device: DeviceId) -> DeviceEvent {
         DeviceEvent {
             device,
@@ -384,7 +385,7 @@ impl Refusal {
 
 /// Proof that a stream is durable up to and including `durable_seq`.
 ///
-/// Only a store can make one, and an ACK can be made only from one:
+/// Only a store can create one, and an ACK can be created only from one:
 ///
 /// ```compile_fail
 /// use fieldgate::store::{Receipt, StreamId};
@@ -397,64 +398,63 @@ pub struct Receipt {
 }
 
 impl Receipt {
-    /// Which stream.
+    /// Returns the stream.
     pub fn stream(&self) -> StreamId {
         self.stream
     }
 
-    /// The highest sequence number that is durable, with all before it.
+    /// Returns the highest sequence number up to which the stream is durable.
     pub fn durable_seq(&self) -> u64 {
         self.durable_seq
     }
 }
 
-/// What a commit did.
+/// Result of a commit.
 #[derive(Debug, Default)]
 pub struct Committed {
-    /// One for each login, in order.
+    /// One result per login, in order.
     pub logins: Vec<LoginOutcome>,
-    /// One for each declare, in order.
+    /// One result per declare, in order.
     pub declares: Vec<DeclareOutcome>,
-    /// One for each stream that has an entry in the batch, sorted by stream.
+    /// One receipt per stream with an entry in the batch, sorted by stream.
     pub receipts: Vec<Receipt>,
 }
 
-/// Why nothing of a batch was committed.
+/// Reason why nothing of a batch was committed.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// May pass (disk full, database locked): try the same batch again.
+    /// May pass (disk full, database locked): retry the same batch.
     #[error("{0}")]
     Transient(String),
-    /// The store is not the one that gave out the ids in the batch (it was restored from a backup, or a
-    /// standby without the latest commits took over). The ids must not be used again; names may be.
+    /// The store is not the one that assigned the ids in the batch (it was restored, or a standby without the
+    /// latest commits took over). The ids are invalid; names remain valid.
     #[error("{0}")]
     Replaced(String),
-    /// The store cannot be trusted any more (I/O or sync error, corruption): stop.
+    /// The store can no longer be trusted (I/O or sync error, corruption): stop.
     #[error("{0}")]
     Fatal(String),
 }
 
-/// A place where batches become durable.
+/// Commits batches durably.
 pub trait Store: Send + 'static {
-    /// Commits a batch, synced. A batch that fails is not stored, or in part where it was too large for one
-    /// transaction; it does no harm when it comes again.
+    /// Commits and syncs a batch. A failed batch is not stored, or stored in part if it was too large for one
+    /// transaction. Committing it again does no harm.
     fn commit(
         &mut self,
         batch: &Batch,
     ) -> impl Future<Output = Result<Committed, StoreError>> + Send;
 
-    /// Returns how long nothing has to come in before the commit of an empty batch carries on what earlier commits
-    /// left over; `None` when nothing is left.
+    /// Returns the idle time after which the commit of an empty batch continues work left from earlier commits;
+    /// `None` if no work is left.
     fn tidy_after(&self) -> Option<Duration> {
         None
     }
 
-    /// Waits until a task of the store has ended that should run as long as the store; that is the error. Most stores
-    /// have none.
+    /// Waits until a background task of the store fails, and returns the error. Most stores have no such task.
     fn failure(&mut self) -> impl Future<Output = StoreError> + Send {
         std::future::pending()
     }
 
-    /// Leaves the store tidy for the next start.
+    /// Finishes the remaining work, so that the next start is fast, and releases the store.
     fn close(self) -> impl Future<Output = Result<(), StoreError>> + Send;
 }

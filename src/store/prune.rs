@@ -1,8 +1,8 @@
-//! Keeps the audit trail of sessions and the clocks of boots to the newest of each device.
+//! Limits session events and boot clocks to the newest of each device.
 //!
-//! A device that sleeps and connects every few minutes writes more of these than readings. Rounds run beside
-//! the commits, on a connection of their own, and delete a few rows at a time. What devices reported (`event`)
-//! and what operators did stays.
+//! A device that sleeps and connects every few minutes writes more of these rows than readings. Pruning runs
+//! concurrently with the commits, on a separate connection, and deletes a few rows at a time. Events that
+//! devices reported (`event`) and changes by operators stay.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,42 +13,43 @@ use super::steady::SteadyError;
 use super::url::StoreUrl;
 use crate::time::SystemClock;
 
-/// From one round to the next.
+/// Interval between rounds.
 const ROUND_INTERVAL: Duration = Duration::from_secs(600);
-/// A round that takes longer is given up; the next one goes on.
+/// Maximum duration of a round; the next one continues.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(300);
-/// Devices that are looked at by one query.
+/// Number of devices per query.
 const DEVICES_AT_ONCE: i64 = 64;
-/// Rows that are deleted by one statement, which is a transaction.
+/// Rows deleted by one statement; each statement is a transaction.
 const ROWS_AT_ONCE: i64 = 500;
-/// Between two of them commits have their turn.
+/// Pause between two statements, in which gateways commit.
 const PAUSE: Duration = Duration::from_millis(50);
-/// The newest lines and clocks of a device stay whatever their age, so that a clock that jumps ahead deletes
-/// little.
+/// Number of newest events and clocks of a device that stay at any age, so that a clock that jumps ahead
+/// deletes little.
 const NEWEST: i64 = 100;
-/// Clocks of boots that stay; a login uses the latest 8.
+/// Number of boot clocks that stay; a login uses the latest 8.
 const CLOCKS: i64 = 64;
 const DAY_US: i64 = 86_400_000_000;
 
-/// What stays of each device.
+/// Limits for each device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retention {
-    /// Lines of sessions: connects, disconnects, refusals.
+    /// Maximum number of session events: connects, disconnects, refusals.
     pub lines_max: u32,
-    /// Older ones go, and clocks measured earlier, but for the newest.
+    /// Maximum age of events and clocks in days, except for the newest.
     pub days: u32,
 }
 
-/// A table that is pruned. Its statements have a device's id; how many rows are newer than the oldest that stays;
-/// the time before which rows go; the same number of those that stay whatever their time; and a limit.
+/// A table to prune. The parameters of its statements: the device's id; the number of rows newer than the
+/// oldest that stays; the time before which rows are deleted; the number of rows that stay at any age; and a
+/// limit.
 struct Table {
-    /// Whether a device has rows to delete.
+    /// Query whether a device has rows to delete.
     excess: &'static str,
     delete: &'static str,
     newest: i64,
 }
 
-/// The condition is that of an index.
+/// The condition matches that of an index.
 const LINES: Table = Table {
     excess: "EXISTS (
             SELECT 1 FROM device_events AS e
@@ -117,7 +118,7 @@ pub struct Pruner {
 }
 
 impl Pruner {
-    /// For a gateway with these.
+    /// Creates a pruner for a gateway's store and spool.
     pub fn new(store: StoreUrl, spool: Option<PathBuf>, retention: Retention) -> Pruner {
         Pruner {
             store,
@@ -126,7 +127,7 @@ impl Pruner {
         }
     }
 
-    /// Prunes again and again, for as long as it is polled.
+    /// Prunes in rounds for as long as it is polled.
     pub async fn watch<T>(self) -> T {
         let mut is_told = false;
         loop {
@@ -143,13 +144,13 @@ impl Pruner {
         }
     }
 
-    /// Looks at each device once; gives the number of rows that went.
+    /// Checks each device once; returns the number of deleted rows.
     ///
     /// # Errors
-    /// A store does not answer, or refuses to delete. The next round goes on.
+    /// A store is unavailable or rejects the deletion. The next round continues.
     ///
     /// # Cancel safety
-    /// As after an error.
+    /// The next round continues.
     pub async fn round(&self, now_us: i64) -> Result<u64, SteadyError> {
         let before_us = now_us.saturating_sub(i64::from(self.retention.days) * DAY_US);
         let mut rows = 0;
@@ -236,7 +237,7 @@ mod tests {
         editor.execute(sql, arguments).await.unwrap();
     }
 
-    /// Makes a device with lines, the oldest first, each so many days ago.
+    /// Creates a device with events, the oldest first, each of the given age in days.
     async fn device(store: &StoreUrl, id: i64, kind: &str, days_ago: impl Iterator<Item = i64>) {
         let mut editor = Editor::open(store).await.unwrap();
         let sql = "INSERT INTO devices (name) VALUES ($1) ON CONFLICT DO NOTHING";
@@ -264,7 +265,7 @@ mod tests {
         }
     }
 
-    /// Number of rows, and time of the oldest.
+    /// Returns the number of rows and the time of the oldest.
     async fn left(store: &StoreUrl, sql: &str) -> (i64, i64) {
         let mut editor = Editor::open(store).await.unwrap();
         let rows = editor.rows(sql, &[]).await.unwrap();
@@ -276,10 +277,10 @@ mod tests {
         for id in 1..=4 {
             device(&store, id, "connected", std::iter::empty()).await;
         }
-        // What devices reported and operators did, older than any line of a session.
+        // Reported events and changes by operators, older than any session event.
         device(&store, 1, "event", (0..400).map(|_| 1000)).await;
         device(&store, 1, "disabled", (0..400).map(|_| 1000)).await;
-        // Too many; too old, but for the newest; few and old; as many as may be.
+        // Too many; too old, except for the newest; few and old; exactly the maximum.
         device(&store, 1, "connected", (0..1600).rev().map(|n| n / 100)).await;
         device(&store, 2, "refused", (0..200).rev().map(|n| 80 + n / 10)).await;
         device(&store, 3, "disconnected", (0..50).map(|_| 1000)).await;
@@ -315,7 +316,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_newest_lines_and_clocks_of_a_device_stay() {
+    async fn the_newest_events_and_clocks_of_a_device_stay() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.db");
         let store = SqliteStore::open(&path, &SqliteSettings::default()).await;
@@ -325,16 +326,16 @@ mod tests {
 
     #[tokio::test]
     #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-    async fn the_newest_lines_and_clocks_of_a_device_stay_in_postgres() {
+    async fn the_newest_events_and_clocks_of_a_device_stay_in_postgres() {
         let database = crate::store::postgres::tests::Database::create().await;
         let store = crate::store::postgres::PostgresStore::open(database.settings()).await;
         the_newest_stay(StoreUrl::Postgres(database.settings().url)).await;
         drop(store.unwrap());
     }
 
-    /// A clock that waits to be told to the database must not be told once it is gone.
+    /// A clock that waits to be drained must not be drained after it was pruned.
     #[tokio::test]
-    async fn a_spool_does_not_tell_what_was_pruned() {
+    async fn a_spool_does_not_drain_pruned_clocks() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("spool.db");
         let spool = SqliteStore::open_spool(&path, &SqliteSettings::default()).await;

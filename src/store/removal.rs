@@ -1,35 +1,36 @@
-//! Takes a device out of the store with all that is stored of it, in steps that hold up nobody, beside live
-//! gateways, and from where it was broken off.
+//! Removes a device and everything stored for it while gateways run. The removal works in small steps that do
+//! not block commits, and it can resume after an interruption.
 //!
-//! First the device's row gives up its name, in one transaction with a change that ends its sessions
-//! ([`super::lifecycle::DeviceEdit::remove`]): from then on the name is free, and whatever was of the device is
-//! found by the row's id. Then rows go, a few at a time; the device's own go last, in one transaction that finds
-//! nothing else left. Ids are not given out again, and `removed_devices` keeps them.
+//! The first transaction renames the device's row and makes a change that ends its sessions
+//! ([`super::device_admin::DeviceEdit::remove`]). From then on the name is free, and the device's rows are
+//! found by its id. Later transactions delete rows, a limited number at a time. The device's own row goes last,
+//! in a transaction that checks that nothing else is left. Ids are never reused, and `removed_devices` keeps
+//! them.
 
 use std::time::Duration;
 
 use super::editor::Editor;
 use super::reader::{Argument, ReadError, Reader};
 
-/// Rows that are deleted by one statement, which is a transaction.
+/// Rows deleted by one statement; each statement is a transaction.
 const ROWS_AT_ONCE: i64 = 5000;
-/// Between two of them commits have their turn.
+/// Pause between two statements, in which gateways commit.
 const PAUSE: Duration = Duration::from_millis(20);
-/// In this time a gateway has looked for changes several times, and has stored what it had from sessions that
-/// ended.
+/// Time in which every gateway polls for changes several times and stores the remaining frames of the sessions
+/// that it ended.
 const QUIET: Duration = Duration::from_secs(3);
-/// How often is looked whether a gateway has sorted in what came last.
+/// Interval between two checks whether a gateway has compacted the device's level-0 readings.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// What is stored of a device.
+/// Rows stored for a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Belongings {
-    /// Names and numbers of rows, for people.
+    /// Labels and row counts, for display.
     pub counts: Vec<(&'static str, u64)>,
 }
 
 impl Belongings {
-    /// Adds those of another device.
+    /// Adds the counts of another device.
     pub fn add(&mut self, other: Belongings) {
         if self.counts.is_empty() {
             *self = other;
@@ -41,10 +42,10 @@ impl Belongings {
     }
 }
 
-/// Counts what is stored of a device; readings and frames by the totals of its streams.
+/// Counts the rows stored for a device. Readings and frames come from the totals of its streams.
 ///
 /// # Errors
-/// The store does not answer.
+/// The store is unavailable.
 pub async fn belongings(reader: &mut Reader, device: i64) -> Result<Belongings, ReadError> {
     let of_device =
         |table: &str| format!("SELECT CAST(count(*) AS BIGINT) FROM {table} WHERE device_id = $1");
@@ -62,9 +63,9 @@ pub async fn belongings(reader: &mut Reader, device: i64) -> Result<Belongings, 
         ("series", of_device("series")),
         ("schemas", of_device("schemas")),
         ("gaps", gaps.to_owned()),
-        ("frames in quarantine", of_device("quarantine")),
-        ("lines of the audit trail", of_device("device_events")),
-        ("clocks of boots", of_device("clocks")),
+        ("quarantined frames", of_device("quarantine")),
+        ("audit events", of_device("device_events")),
+        ("boot clocks", of_device("clocks")),
     ] {
         let rows = reader.rows(&sql, &[device.into()]).await?;
         let count = rows.first().map_or(Ok(0), |row| row.integer(0))?;
@@ -73,7 +74,7 @@ pub async fn belongings(reader: &mut Reader, device: i64) -> Result<Belongings, 
     Ok(Belongings { counts })
 }
 
-/// What is deleted by its device's id, and a limit; what hangs on other rows goes before them.
+/// Deletes rows by device id, up to a limit. Rows that refer to other rows are deleted first.
 const BY_DEVICE: [&str; 5] = [
     "DELETE FROM gaps WHERE (stream_id, from_seq) IN (
          SELECT g.stream_id, g.from_seq FROM gaps AS g JOIN streams AS s ON s.id = g.stream_id
@@ -94,16 +95,16 @@ const BY_DEVICE: [&str; 5] = [
      )",
 ];
 
-/// Takes out a device whose name was given up, which may have begun before.
+/// Removes a device that was renamed, possibly by an earlier, interrupted run.
 ///
-/// `is_alone` returns whether no gateway uses the store, and none begins meanwhile; it is asked again while a gateway
-/// is waited for, which may be killed.
+/// `is_alone` returns whether no gateway uses the store and none can start; it is called again while the
+/// removal waits for a gateway, which may be killed.
 ///
 /// # Errors
-/// The store does not answer; the next call goes on.
+/// The store is unavailable. The next call resumes the removal.
 ///
 /// # Cancel safety
-/// As after an error.
+/// The next call resumes the removal.
 pub async fn take_out(
     editor: &mut Editor,
     device: i64,
@@ -124,12 +125,12 @@ pub async fn take_out(
         if finish(editor, device).await? {
             return Ok(());
         }
-        // Something of it was still on its way.
+        // A gateway may still have been storing the device's last frames.
         tokio::time::sleep(QUIET).await;
     }
 }
 
-/// The table that readings stay in, and whether there is one that they come to first.
+/// Returns the table that holds readings permanently, and whether the store has a level 0 in front of it.
 fn readings_table(reader: &Reader) -> (&'static str, bool) {
     match reader {
         Reader::Sqlite(_) => ("readings_sorted", true),
@@ -137,7 +138,7 @@ fn readings_table(reader: &Reader) -> (&'static str, bool) {
     }
 }
 
-/// Waits until nothing of the device is to be sorted in: a gateway knows that by heart.
+/// Waits until a gateway has compacted the device's level-0 readings, which it caches; deletes them if no gateway runs.
 async fn await_sorting(
     editor: &mut Editor,
     device: i64,
@@ -178,7 +179,7 @@ async fn delete_readings(editor: &mut Editor, device: i64) -> Result<(), ReadErr
     Ok(())
 }
 
-/// Deletes the device itself, unless something of it has come meanwhile.
+/// Deletes the device itself, unless new rows have arrived for it.
 async fn finish(editor: &mut Editor, device: i64) -> Result<bool, ReadError> {
     editor.begin().await?;
     let is_last = is_bare(editor, device).await;
@@ -207,8 +208,8 @@ async fn finish(editor: &mut Editor, device: i64) -> Result<bool, ReadError> {
     Ok(true)
 }
 
-/// Whether nothing is left that grows with what a device sends. In Postgres nobody adds to its streams until
-/// the transaction ends.
+/// Returns whether no rows remain in the tables that grow with a device's data. In Postgres this also locks the
+/// device's streams until the transaction ends.
 async fn is_bare(editor: &mut Editor, device: i64) -> Result<bool, ReadError> {
     let (table, has_recent) = readings_table(editor);
     if !has_recent {
@@ -238,8 +239,8 @@ async fn is_bare(editor: &mut Editor, device: i64) -> Result<bool, ReadError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::contract::{Peer, admitted, login, peer};
-    use crate::store::lifecycle::{DeviceEdit, find};
+    use crate::store::conformance::{Peer, admitted, login, peer};
+    use crate::store::device_admin::{DeviceEdit, find};
     use crate::store::sqlite::{SqliteSettings, SqliteStore};
     use crate::store::url::StoreUrl;
     use crate::store::{Batch, Content, DeviceEvent, DeviceEventKind, Entry, SessionId, Store};
@@ -251,7 +252,7 @@ mod tests {
         }
     }
 
-    /// Something of every kind.
+    /// Stores one row of every kind for a device.
     async fn fill(store: &mut impl Store, name: &str) -> Peer {
         let peer = peer(store, name).await;
         let quarantined = Content::Quarantined {
@@ -260,7 +261,7 @@ mod tests {
             bytes: vec![1],
             peer: String::new(),
         };
-        // In Postgres and SQLite more readings than one step takes.
+        // More readings than one step deletes, in Postgres and in SQLite.
         let rows: Vec<(i64, f64)> = (0..ROWS_AT_ONCE + 10).map(|ts| (ts, 1.0)).collect();
         let mut entries = vec![
             peer.readings(1, &[(-5, 1.0)]),
@@ -287,7 +288,7 @@ mod tests {
         peer
     }
 
-    /// Rows of all tables that name a device, stream or series, but for the note of its removal.
+    /// Returns the row counts of all tables that refer to a device, stream or series, except `removed_devices`.
     async fn left(store: &StoreUrl, peer: &Peer) -> Vec<(String, i64)> {
         let mut editor = Editor::open(store).await.unwrap();
         let columns = match store {
@@ -333,7 +334,7 @@ mod tests {
     async fn is_full(store: &StoreUrl, peer: &Peer) {
         let left = left(store, peer).await;
         assert!(left.len() > 10, "{left:?}");
-        // Readings are in one of their tables; a session is none of what `fill` makes.
+        // Readings are in one of the two tables, and `fill` opens no session.
         let has_rows = |(table, rows): &(String, i64)| {
             *rows > 0 || table.starts_with("readings_") || table == "sessions.device_id"
         };
@@ -346,7 +347,7 @@ mod tests {
         is_full(store, &gone).await;
         let before = left(store, &stays).await;
         let id = give_up_name(store, "gone").await;
-        // The name is free at once, and ids are not given out again.
+        // The name is free immediately, and ids are not reused.
         let again = fill(&mut writer, "gone").await;
         assert!(again.device != gone.device && again.series != gone.series);
         let mut editor = Editor::open(store).await.unwrap();
@@ -356,11 +357,11 @@ mod tests {
         );
         let counts = belongings(&mut editor, id).await.unwrap().counts;
         assert_eq!(counts[0], ("readings", ROWS_AT_ONCE as u64 + 11));
-        // A run that is broken off; and what a session still had to say after it ended.
+        // An interrupted run, and a frame that a session stores after it ended.
         let mut is_alone = || true;
         let broken_off = take_out(&mut editor, id, &mut is_alone);
         drop(tokio::time::timeout(Duration::from_millis(30), broken_off).await);
-        // It may have been in the middle of its turn.
+        // The removal may have been interrupted while it held the write turn.
         drop(editor);
         let mut editor = Editor::open(store).await.unwrap();
         take_out(&mut editor, id, &mut is_alone).await.unwrap();

@@ -1,52 +1,52 @@
-//! Frames in quarantine, read with all that it takes to understand them, and stored as they would have
-//! been when they came.
+//! Reads quarantined frames with everything needed to decode them, and stores them as if they had been decoded
+//! on arrival.
 //!
-//! Invariant: the row in quarantine goes in the transaction that stores what it held, and before
-//! anything else: whoever comes second finds it gone and does nothing.
+//! Invariant: the transaction that stores a frame's content first deletes its row in the quarantine. A
+//! concurrent replay finds the row missing and does nothing.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use super::admission::{parse_declaration, series_key};
 use super::editor::Editor;
 use super::hours::hours_of;
 use super::reader::{Argument, ReadError, Reader};
 use super::rows::Run;
+use super::schemas::{parse_declaration, series_key};
 use super::{Content, DeviceId, Schema, SeriesId, StreamId, postgres, sqlite};
 use crate::time::{BootClock, BootClocks, Origin, ResolvedTime, Stamp};
 
-/// How often a frame is tried again because a gateway made the partition of its readings meanwhile.
+/// Maximum number of retries of a frame because a gateway created the partition of its readings meanwhile.
 const OVERTAKEN_MAX: usize = 10;
 
-/// A frame in quarantine.
+/// A quarantined frame.
 #[derive(Clone, Debug)]
 pub struct KeptFrame {
-    /// Its row.
+    /// Row id in the quarantine.
     pub id: i64,
-    /// Whose it is.
+    /// Device that sent it.
     pub device: DeviceId,
-    /// The device's name.
+    /// Name of the device.
     pub device_name: String,
-    /// Of which stream.
+    /// Stream of the frame.
     pub stream: StreamId,
-    /// Its number.
+    /// Sequence number.
     pub seq: u64,
-    /// When it came, microseconds UTC.
+    /// Time of arrival, microseconds UTC.
     pub received_at_us: i64,
-    /// All of it.
+    /// Whole frame as received.
     pub bytes: Vec<u8>,
 }
 
-/// A frame that is understood now.
+/// A frame that can be decoded now.
 #[derive(Clone, Debug)]
 pub struct Understood {
-    /// Its type on the wire.
+    /// Type on the wire.
     pub frame_type: u8,
-    /// The first number that it covers; less than its own only for a gap.
+    /// First sequence number that it covers; less than its own only for a gap.
     pub first_seq: u64,
-    /// What it says.
+    /// Decoded content.
     pub content: Content,
-    /// Where its time comes from, if it has one.
+    /// Source of its time, if it has one.
     pub stamp: Option<Stamp>,
 }
 
@@ -60,11 +60,11 @@ pub fn kept_frames_sql(condition: &str, after: i64, count: u32) -> String {
 }
 
 impl Reader {
-    /// Up to `count` frames in quarantine, the oldest first, from those whose id is above `after` and for
-    /// which `condition` holds, which speaks of `quarantine AS q`.
+    /// Returns up to `count` quarantined frames, oldest first, with ids above `after` and matching `condition`,
+    /// an SQL expression over `quarantine AS q`.
     ///
     /// # Errors
-    /// The store does not answer, or a row is not what this program writes.
+    /// The store is unavailable, or a row has unexpected content.
     pub async fn kept_frames(
         &mut self,
         condition: &str,
@@ -88,10 +88,10 @@ impl Reader {
         rows.iter().map(frame).collect()
     }
 
-    /// The clocks kept of all boots of a device.
+    /// Returns the stored clocks of all boots of a device.
     ///
     /// # Errors
-    /// As [`Reader::kept_frames`].
+    /// As for [`Reader::kept_frames`].
     pub async fn clocks(&mut self, device: DeviceId) -> Result<Vec<BootClock>, ReadError> {
         let sql = "SELECT c.boot, c.offset_us, c.delay_us, c.measured_at, c.timeline, c.origin_us,
                 c.valid_from_us,
@@ -120,10 +120,10 @@ impl Reader {
         rows.iter().map(clock).collect()
     }
 
-    /// A schema that a device declared; `None` if it did not, or if the store lacks a series of it.
+    /// Returns a schema that a device declared; `None` if it did not, or if a series of the schema is missing.
     ///
     /// # Errors
-    /// As [`Reader::kept_frames`].
+    /// As for [`Reader::kept_frames`].
     pub async fn schema(
         &mut self,
         device: DeviceId,
@@ -154,12 +154,11 @@ impl Reader {
 }
 
 impl Editor {
-    /// Stores what a frame in quarantine says, under the number and with the time of receipt that it has
-    /// in the ledger, and takes it out of quarantine, all in one transaction; `false` if it is not in
-    /// quarantine any more.
+    /// Stores the content of a quarantined frame under its number and with its time of arrival from the ledger,
+    /// and removes it from quarantine, in one transaction. Returns `false` if it is no longer in quarantine.
     ///
     /// # Errors
-    /// The store does not answer, or the ledger lacks the frame. Nothing was done then.
+    /// The store is unavailable, or the ledger lacks the frame; nothing was changed.
     pub async fn replay(
         &mut self,
         frame: &KeptFrame,
@@ -184,7 +183,7 @@ impl Editor {
             Ok(true) => self.commit().await.map(|()| true),
             Ok(false) => self.rollback().await.map(|()| false),
             Err(error) => {
-                // The error tells more than that of a rollback would.
+                // This error is more useful than one from the rollback.
                 let _ = self.rollback().await;
                 Err(error)
             }
@@ -227,7 +226,7 @@ impl Editor {
                 self.execute(sql, &[count.into(), frame.stream.0.into()])
                     .await?;
                 if let Reader::Postgres(conn) = &mut **self {
-                    // Last, as a gateway does.
+                    // Last, like a gateway.
                     postgres::insert_hours(conn, &hours_of(&runs)).await?;
                     postgres::insert_newest(conn, id, frame.received_at_us, readings).await?;
                 }
@@ -259,7 +258,7 @@ impl Editor {
         Ok(true)
     }
 
-    /// Keeps the clock that was chosen for a boot, unless one has come meanwhile.
+    /// Stores the clock chosen for a boot, unless a clock has been stored meanwhile.
     async fn keep_chosen(&mut self, device: DeviceId, clock: &BootClock) -> Result<(), ReadError> {
         let sql = "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at)
             VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING";
@@ -280,8 +279,9 @@ impl Editor {
         self.execute(sql, &values).await.map(drop)
     }
 
-    /// A gap covers what was not durable before it came: from behind the number before it in the ledger. It
-    /// stands there already, without its reason, if it covers more than one number.
+    /// Records a gap. It covers the numbers that were not durable before it arrived, starting after the
+    /// previous number in the ledger. It is already recorded, without its reason, if it covers more than one
+    /// number.
     async fn add_gap(
         &mut self,
         frame: &KeptFrame,
@@ -309,7 +309,7 @@ impl Editor {
     }
 }
 
-/// Clocks and schemas of devices, each read once.
+/// Cached clocks and schemas of devices.
 #[derive(Debug, Default)]
 pub struct Known {
     clocks: HashMap<DeviceId, BootClocks>,
@@ -317,10 +317,10 @@ pub struct Known {
 }
 
 impl Known {
-    /// The clocks of a device's boots.
+    /// Returns the clocks of a device's boots.
     ///
     /// # Errors
-    /// As [`Reader::clocks`].
+    /// As for [`Reader::clocks`].
     pub async fn clocks(
         &mut self,
         reader: &mut Reader,
@@ -334,17 +334,17 @@ impl Known {
         Ok(clocks)
     }
 
-    /// Takes in the time of a frame of a device that was stored.
+    /// Updates a device's clocks with the time of a stored frame.
     pub fn advance(&mut self, device: DeviceId, stamp: &Stamp) {
         if let Some(clocks) = self.clocks.get_mut(&device) {
             clocks.advance(stamp);
         }
     }
 
-    /// A schema of a device.
+    /// Returns a schema of a device.
     ///
     /// # Errors
-    /// As [`Reader::schema`].
+    /// As for [`Reader::schema`].
     pub async fn schema(
         &mut self,
         reader: &mut Reader,

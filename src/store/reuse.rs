@@ -1,49 +1,49 @@
-//! Numbers that come again: a frame is stored once for its number, and what comes again under it is the same
-//! frame, sent once more. If its checksum is another one, the device gave out a number twice: its queue was
-//! copied to another device, or put back to an earlier state.
+//! Detects reused sequence numbers. A frame is stored once per number, and a repetition is normally the same
+//! frame, resent. If its checksum differs, the device assigned the number twice: its queue was copied to
+//! another device or restored to an earlier state.
 //!
-//! A row of the ledger has the checksum of its frame. It is looked up only for what comes again.
+//! A row of the ledger has the checksum of its frame. It is looked up only for repeated numbers.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::{DeviceEvent, DeviceEventKind, DeviceId, StreamId};
 
-/// From one line of a stream to the next, in the log and in the audit trail.
+/// Minimum interval between two reports for a stream, in the log and in the audit trail.
 const QUIET: Duration = Duration::from_secs(60);
-/// Streams of which is remembered when they were reported.
+/// Number of streams whose latest report is remembered.
 const STREAMS_MAX: usize = 10_000;
 
-/// A number that came again.
+/// A repeated sequence number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Repeat {
-    /// Whose.
+    /// Device that sent it.
     pub device: DeviceId,
-    /// Of which stream.
+    /// Stream of the device.
     pub stream: StreamId,
-    /// The number.
+    /// Sequence number.
     pub seq: u64,
-    /// CRC-32C of the frame that came.
+    /// CRC-32C of the repeated frame.
     pub crc: u32,
-    /// When, microseconds UTC.
+    /// Time of arrival, microseconds UTC.
     pub at_us: i64,
 }
 
-/// A row of the ledger as it was looked up.
+/// Converts a row of the ledger.
 pub(super) fn row((stream, seq, crc): (i64, i64, Option<i64>)) -> (StreamId, u64, Option<u32>) {
     let crc = crc.and_then(|crc| u32::try_from(crc).ok());
     (StreamId(stream), seq.cast_unsigned(), crc)
 }
 
-/// Reports numbers that were given out twice, each stream once in a while.
+/// Reports reused numbers, at limited intervals per stream.
 #[derive(Debug, Default)]
 pub(super) struct Reuse {
     reported: HashMap<StreamId, Instant>,
 }
 
 impl Reuse {
-    /// Returns the lines of the audit trail for those of `repeats` that are not what the ledger has of them:
-    /// `stored` gives stream, number and checksum.
+    /// Returns audit events for those of `repeats` that differ from the ledger: `stored` has stream, number and
+    /// checksum.
     pub(super) fn report(
         &mut self,
         repeats: &[Repeat],
@@ -59,11 +59,11 @@ impl Reuse {
             if known.is_none_or(|crc| *crc == repeat.crc) || !self.may_report(repeat.stream, now) {
                 continue;
             }
-            let detail = format!("number {} came again with other content", repeat.seq);
+            let detail = format!("number {} was reused with different content", repeat.seq);
             tracing::warn!(
                 device = repeat.device.0,
                 seq = repeat.seq,
-                "a number came again with other content: is the device's queue a copy, or put back?"
+                "device reused a sequence number with different content; its queue may be a copy or restored"
             );
             events.push(DeviceEvent {
                 device: repeat.device,
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_other_content_is_reported_and_each_stream_once_in_a_while() {
+    fn only_different_content_is_reported_at_limited_intervals() {
         let repeat = |stream, seq, crc| Repeat {
             device: DeviceId(1),
             stream: StreamId(stream),
@@ -125,7 +125,7 @@ mod tests {
         let other = [repeat(1, 7, 71), repeat(1, 8, 81)];
         assert_eq!(
             report(&other, 0),
-            ["number 7 came again with other content"]
+            ["number 7 was reused with different content"]
         );
         assert!(report(&other, 59).is_empty());
         assert_eq!(report(&other, 60).len(), 1);

@@ -1,18 +1,18 @@
-//! What a batch comes to as rows, whatever the database.
+//! The rows of a batch, for every database.
 
-use super::ledger::Admitted;
+use super::ledger::Appended;
 use super::{Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, SessionId};
 use crate::time::ResolvedTime;
 
-/// An admitted entry and the ledger row it gets.
+/// An appended entry and the id of its ledger row.
 pub struct Frame<'a> {
-    /// Of its row in the ledger.
+    /// Id of its row in the ledger.
     pub id: i64,
-    /// The entry.
-    pub item: Admitted<'a>,
+    /// The appended entry.
+    pub item: Appended<'a>,
 }
 
-/// The values of one series in one frame: readings in the order of time.
+/// Values of one series in one frame, in time order.
 pub struct Run<'a> {
     pub(super) series: i64,
     pub(super) frame: i64,
@@ -28,12 +28,12 @@ pub(super) struct EventRow<'a> {
     pub(super) level: Option<u8>,
     pub(super) code: u16,
     pub(super) detail: &'a str,
-    /// The frame that told it.
+    /// Frame that reported it.
     pub(super) frame: Option<i64>,
     pub(super) session: Option<i64>,
 }
 
-/// How the time of an entry's content became UTC; `None` where there is no time in it.
+/// Returns how an entry's time was converted to UTC; `None` if its content has no time.
 pub(super) fn resolved_time(entry: &Entry) -> Option<ResolvedTime> {
     match &entry.content {
         Content::Readings(readings) => Some(readings.time),
@@ -42,9 +42,9 @@ pub(super) fn resolved_time(entry: &Entry) -> Option<ResolvedTime> {
     }
 }
 
-/// The readings of frames by series and time, the order in which they are looked for: an insert then
-/// mostly lands beside the one before it. Runs are sorted, not readings: two runs of a series overlap in
-/// time only when a device's clock stepped back.
+/// Returns the readings of frames by series and time. Queries use the same order, so consecutive inserts mostly
+/// hit adjacent rows. Runs are sorted, not readings: two runs of a series overlap in time only when a device's
+/// clock stepped back.
 pub fn sorted_runs<'a: 'f, 'f>(frames: impl IntoIterator<Item = &'f Frame<'a>>) -> Vec<Run<'a>> {
     let mut runs: Vec<Run<'a>> = frames.into_iter().flat_map(runs).collect();
     runs.sort_unstable_by_key(|run| (run.series, run.times_us.first().copied(), run.frame));
@@ -63,9 +63,9 @@ fn runs<'a>(frame: &Frame<'a>) -> impl Iterator<Item = Run<'a>> + use<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Those of a frame, a series each; none if it has no rows.
+    /// Returns the runs of a frame, one per series; none if the frame has no rows.
     pub(super) fn of(frame: i64, readings: &'a Readings) -> impl Iterator<Item = Run<'a>> {
-        // Chunks of nothing would be endless.
+        // A chunk size of 0 would panic.
         let rows = readings.times_us.len().max(1);
         let columns = readings.values.chunks_exact(rows);
         readings
@@ -82,7 +82,7 @@ impl<'a> Run<'a> {
 }
 
 impl Run<'_> {
-    /// Series, time, frame and value of each reading.
+    /// Returns series, time, frame and value of each reading.
     pub fn readings(&self) -> impl Iterator<Item = (i64, i64, i64, Option<f64>)> {
         let rows = self.times_us.iter().zip(self.values);
         rows.map(|(ts_us, value)| {
@@ -97,7 +97,7 @@ impl Run<'_> {
 }
 
 impl<'a> EventRow<'a> {
-    /// What a device reported in a frame, if it is one of that type.
+    /// Returns the event that a frame reports, if it is an event frame.
     pub(super) fn reported(frame: &Frame<'a>) -> Option<EventRow<'a>> {
         let Content::Event {
             at_us,
@@ -121,7 +121,7 @@ impl<'a> EventRow<'a> {
         })
     }
 
-    /// What happened to a session.
+    /// Returns the row of a session event.
     pub(super) fn of(event: &'a DeviceEvent) -> EventRow<'a> {
         EventRow {
             device: event.device,
@@ -136,10 +136,10 @@ impl<'a> EventRow<'a> {
     }
 }
 
-/// Why a session ended of which the last run of a gateway did not store the end.
-pub(super) const LEFT_OPEN: &str = "the gateway ended without closing the session";
+/// Reason of sessions whose end the gateway's last run did not store.
+pub(super) const LEFT_OPEN: &str = "the gateway stopped without closing the session";
 
-/// The sessions that began and those that ended.
+/// Returns the sessions that began and those that ended.
 pub(super) fn sessions<'a>(
     events: &[&'a DeviceEvent],
 ) -> (Vec<(SessionId, &'a DeviceEvent)>, Vec<SessionId>) {

@@ -1,4 +1,4 @@
-//! The address of a store, as it is given on the command line and in the configuration.
+//! The URL of a store, from the command line or the configuration.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
-/// Where readings are stored.
+/// Location of a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreUrl {
     /// `sqlite://path`, relative to the working directory or absolute (`sqlite:///var/lib/…`).
@@ -15,15 +15,15 @@ pub enum StoreUrl {
     Postgres(PostgresUrl),
 }
 
-/// The address of a Postgres database. What the text leaves out comes from `PGHOST`, `PGUSER`,
-/// `PGPASSWORD` and the like, and from `~/.pgpass`, as for every client of Postgres.
+/// URL of a Postgres database. Missing parts come from `PGHOST`, `PGUSER`, `PGPASSWORD` and similar variables,
+/// and from `~/.pgpass`, as in every Postgres client.
 ///
-/// Shown without its password, also by `Debug`.
+/// `Display` and `Debug` omit the password.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PostgresUrl(String);
 
-/// Parameters that a Postgres address may have after `?`. One that is misspelt must not be passed
-/// over: `sslmode` is among them.
+/// Parameters that a Postgres URL may have after `?`. A misspelt parameter is rejected, because `sslmode` is
+/// one of them.
 const POSTGRES_PARAMETERS: [&str; 14] = [
     "sslmode",
     "ssl-mode",
@@ -41,33 +41,36 @@ const POSTGRES_PARAMETERS: [&str; 14] = [
     "options",
 ];
 
-/// Why a text is no address of a store.
+/// Reason why a text is not a valid store URL.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreUrlError {
-    /// There is no `…://` in it; shown without its password.
-    #[error("`{0}` is not the address of a store: write sqlite://{0} for a file of that name")]
+    /// The text has no `…://`; shown without its password.
+    #[error("`{0}` is not a store URL; write sqlite://{0} for a file")]
     NoScheme(String),
-    /// A store that this program does not know.
+    /// Unsupported scheme.
     #[error(
-        "`{0}://` is not supported: a store is sqlite://PATH, such as \
+        "`{0}://` is not supported; use sqlite://PATH, such as \
          sqlite:///var/lib/fieldgate/fieldgate.db, or postgres://USER@HOST/DATABASE"
     )]
     UnknownScheme(String),
-    /// A scheme and nothing after it.
-    #[error("the store's address names no file: write sqlite://PATH")]
+    /// No path after the scheme.
+    #[error("store URL has no file; use sqlite://PATH")]
     NoPath,
-    /// `:memory:` and the like.
-    #[error("`{0}` is no file: a store has to outlive the process")]
+    /// In-memory database such as `:memory:`.
+    #[error("`{0}` is not a file; an in-memory store is not supported")]
     NotAFile(String),
-    /// Not an address, or a parameter with a wrong value. The address may hold a password, so only
-    /// what is wrong with it is told.
+    /// Invalid Postgres URL, or a parameter with an invalid value. The URL may contain a password, so the
+    /// message has only the reason.
     #[error(
-        "the Postgres address is wrong: {0}; write postgres://USER@HOST:PORT/DATABASE, with special \
+        "invalid Postgres URL: {0}; use postgres://USER@HOST:PORT/DATABASE, with special \
          characters percent-encoded"
     )]
     Postgres(String),
-    /// A parameter that is not known.
-    #[error("the Postgres address has an unknown parameter `{0}`; known are {list}", list = POSTGRES_PARAMETERS.join(", "))]
+    /// Unknown parameter of a Postgres URL.
+    #[error(
+        "unknown parameter `{0}` in Postgres URL; supported are {list}",
+        list = POSTGRES_PARAMETERS.join(", ")
+    )]
     PostgresParameter(String),
 }
 
@@ -85,7 +88,7 @@ impl FromStr for StoreUrl {
     }
 }
 
-/// An address as it may be shown, whether it is a right one or not: without what may be a password.
+/// Returns a URL, valid or not, without the parts that may be a password.
 pub fn without_password(text: &str) -> String {
     let (address, query) = match text.split_once('?') {
         Some((address, query)) => (address, Some(query)),
@@ -95,7 +98,7 @@ pub fn without_password(text: &str) -> String {
         Some(at) => address.split_at(at + 3),
         None => ("", address),
     };
-    // Is it in the query, or is the `?` in a password? Nobody can tell.
+    // The `?` may start the query or be part of a password; the text does not show which.
     if query.is_some_and(|query| query.contains('@')) {
         return format!("{scheme}…");
     }
@@ -103,7 +106,7 @@ pub fn without_password(text: &str) -> String {
         Some((user, host)) if !scheme.is_empty() || user.contains(':') => ("…@", host),
         _ => ("", rest),
     };
-    // Other programs write `host=db password=…`, or have parameters behind a `;`.
+    // Other programs write `host=db password=…`, or put parameters after a `;`.
     if let Some((before, _)) = host.split_once('=') {
         return format!("{scheme}{user}{before}=…");
     }
@@ -111,7 +114,7 @@ pub fn without_password(text: &str) -> String {
     format!("{scheme}{user}{host}{}", query.unwrap_or_default())
 }
 
-/// The parameters of an address up to the first one that is not known: it may be a password.
+/// Returns the query parameters up to the first unknown one, which may be a password.
 fn without_unknown(query: &str) -> String {
     let mut shown = Vec::new();
     for parameter in query.split('&') {
@@ -146,9 +149,9 @@ impl PostgresUrl {
         let path_at = address.find(['/', '?', '#']).unwrap_or(address.len());
         let (path, query) =
             { address[path_at..].split_once('?') }.unwrap_or((&address[path_at..], ""));
-        // A password that is not encoded may end the host early, and its rest would be shown as a name.
+        // An unencoded password may end the host early, and its rest would be shown as a database name.
         let misplaced = || {
-            let what = "there is an `@` or a `=` behind the host, and not in a parameter's value";
+            let what = "`@` or `=` after the host, outside a parameter value";
             StoreUrlError::Postgres(what.to_owned())
         };
         if path.contains(['@', '=']) {
@@ -172,18 +175,18 @@ impl PostgresUrl {
         }
     }
 
-    /// How to connect.
+    /// Returns the connection options.
     pub fn options(&self) -> PgConnectOptions {
-        let options: PgConnectOptions = self.0.parse().expect("checked when it was made");
+        let options: PgConnectOptions = self.0.parse().expect("checked when it was parsed");
         options.application_name("fieldgate")
     }
 
-    /// The whole address: for another process's environment, and not to be shown.
+    /// Returns the whole URL with its password: for another process's environment, never for display.
     pub fn with_password(&self) -> &str {
         &self.0
     }
 
-    /// The same server, another database.
+    /// Returns the URL of another database on the same server.
     pub fn with_database(&self, database: &str) -> PostgresUrl {
         let (address, query) = match self.0.split_once('?') {
             Some((address, query)) => (address, format!("?{query}")),
@@ -233,7 +236,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_come_back_as_they_were_written() {
+    fn paths_round_trip() {
         for (text, path) in [
             ("sqlite://fieldgate.db", "fieldgate.db"),
             ("sqlite://./data/a b.db", "./data/a b.db"),
@@ -250,36 +253,27 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_says_what_to_write() {
+    fn invalid_urls_say_what_to_write() {
         for (text, says) in [
             ("fieldgate.db", "write sqlite://fieldgate.db"),
-            ("sqlite::memory:", "not the address of a store"),
-            ("sqlite://:memory:", "outlive the process"),
-            ("sqlite://", "names no file"),
-            ("sqlite:///var/lib/", "is no file"),
+            ("sqlite::memory:", "not a store URL"),
+            ("sqlite://:memory:", "an in-memory store"),
+            ("sqlite://", "has no file"),
+            ("sqlite:///var/lib/", "is not a file"),
             ("mysql://host/db", "`mysql://` is not supported"),
-            ("ann:s3cret@host/db", "`…@host/db` is not the address"),
+            ("ann:s3cret@host/db", "`…@host/db` is not a store URL"),
             ("ann:s3cret@host://db", "`…@host://` is not supported"),
-            (
-                "host=db password=s3cret",
-                "`host=…` is not the address of a store",
-            ),
-            ("postgres://ann:5/s3cret@host/db", "behind the host"),
-            ("postgres://ann:5#s3cret@host/db", "behind the host"),
-            ("postgres://ann:5?s3cret@host/db", "behind the host"),
-            ("postgres://host/db;password=s3cret", "behind the host"),
-            (
-                "postgres://u:s3cret@host:x/db",
-                "the Postgres address is wrong",
-            ),
+            ("host=db password=s3cret", "`host=…` is not a store URL"),
+            ("postgres://ann:5/s3cret@host/db", "after the host"),
+            ("postgres://ann:5#s3cret@host/db", "after the host"),
+            ("postgres://ann:5?s3cret@host/db", "after the host"),
+            ("postgres://host/db;password=s3cret", "after the host"),
+            ("postgres://u:s3cret@host:x/db", "invalid Postgres URL"),
             (
                 "postgres://host/db?sslmod=require",
                 "unknown parameter `sslmod`",
             ),
-            (
-                "postgres://host/db?sslmode=of",
-                "the Postgres address is wrong",
-            ),
+            ("postgres://host/db?sslmode=of", "invalid Postgres URL"),
         ] {
             let error = text.parse::<StoreUrl>().unwrap_err().to_string();
             assert!(error.contains(says), "{text}: {error}");
@@ -300,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_addresses_can_be_shown_too() {
+    fn invalid_urls_are_shown_without_passwords() {
         for (text, shown) in [
             ("postgres://ann:s3cret@host:x/db", "postgres://…@host:x/db"),
             ("postgres://ann:s3@cret@host", "postgres://…@host"),

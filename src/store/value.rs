@@ -1,4 +1,4 @@
-//! A value of a row, the same for every store.
+//! A value of a result row, the same type for every store.
 
 use sqlx::decode::Decode;
 use sqlx::error::BoxDynError;
@@ -8,20 +8,20 @@ use sqlx::{Postgres, Row, Sqlite, TypeInfo, ValueRef};
 
 use super::postgres::Timestamp;
 
-/// What a column of a row can hold.
+/// Value of one column.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
-    /// Nothing.
+    /// NULL.
     Null,
-    /// Of Postgres only.
+    /// Boolean; Postgres only.
     Bool(bool),
-    /// A whole number; a time is microseconds UTC.
+    /// Integer; a time is microseconds UTC.
     Integer(i64),
-    /// A double.
+    /// Double-precision number.
     Real(f64),
-    /// A finite number of Postgres, of any length, as it is written.
+    /// Finite Postgres number of any precision, as text.
     Decimal(String),
-    /// Text, and what only Postgres has a type for.
+    /// Text, or a Postgres type without a variant of its own.
     Text(String),
     /// Bytes.
     Blob(Vec<u8>),
@@ -45,7 +45,7 @@ impl From<String> for Value {
     }
 }
 
-/// The values of a row, in the order of its columns. Text that is not UTF-8 is mended.
+/// Returns the values of a row in column order. Invalid UTF-8 is replaced by U+FFFD.
 pub(super) fn of_sqlite(row: &SqliteRow) -> Result<Vec<Value>, sqlx::Error> {
     let value = |index| {
         let raw = row.try_get_raw(index)?;
@@ -58,7 +58,7 @@ fn sqlite_value(raw: SqliteValueRef<'_>) -> Result<Value, BoxDynError> {
     if raw.is_null() {
         return Ok(Value::Null);
     }
-    // The value's own type: SQLite's columns do not bind theirs.
+    // Use the value's own type: SQLite does not enforce column types.
     match raw.type_info().name() {
         "INTEGER" => <i64 as Decode<Sqlite>>::decode(raw).map(Value::Integer),
         "REAL" => <f64 as Decode<Sqlite>>::decode(raw).map(Value::Real),
@@ -68,7 +68,7 @@ fn sqlite_value(raw: SqliteValueRef<'_>) -> Result<Value, BoxDynError> {
     }
 }
 
-/// The values of a row, in the order of its columns.
+/// Returns the values of a row in column order.
 pub(super) fn of_postgres(row: &PgRow) -> Result<Vec<Value>, sqlx::Error> {
     let value = |index| {
         let raw = row.try_get_raw(index)?;
@@ -77,8 +77,8 @@ pub(super) fn of_postgres(row: &PgRow) -> Result<Vec<Value>, sqlx::Error> {
     (0..row.len()).map(value).collect()
 }
 
-/// A value comes as text where the statement is a user's, so that there is a text for every type; then
-/// a time stays as Postgres writes it.
+/// Converts a value. A user's statement returns values as text, so that every type has a representation; times
+/// then stay as Postgres writes them.
 fn postgres_value(raw: PgValueRef<'_>) -> Result<Value, BoxDynError> {
     if raw.is_null() {
         return Ok(Value::Null);
@@ -88,7 +88,7 @@ fn postgres_value(raw: PgValueRef<'_>) -> Result<Value, BoxDynError> {
     match type_info.name() {
         "INT2" | "INT4" | "INT8" => <i64 as Decode<Postgres>>::decode(raw).map(Value::Integer),
         "BOOL" => <bool as Decode<Postgres>>::decode(raw).map(Value::Bool),
-        // The shortest digits of either width, which are those of the nearest double, too.
+        // Shortest digits of either width, which are also those of the nearest double.
         "FLOAT4" | "FLOAT8" if is_text => Ok(Value::Real(raw.as_str()?.parse()?)),
         "FLOAT8" => <f64 as Decode<Postgres>>::decode(raw).map(Value::Real),
         "BYTEA" if is_text && !raw.as_str()?.starts_with("\\x") => Ok(escaped(raw.as_str()?)),
@@ -101,8 +101,8 @@ fn postgres_value(raw: PgValueRef<'_>) -> Result<Value, BoxDynError> {
     }
 }
 
-/// Bytes as `bytea_output = escape` writes them, which a statement may set itself: a backslash comes twice, and a
-/// byte that is no printable ASCII as a backslash and three octal digits.
+/// Decodes bytes in the format of `bytea_output = escape`, which a statement may set: a backslash is doubled,
+/// and a byte that is not printable ASCII is a backslash and three octal digits.
 fn escaped(text: &str) -> Value {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -126,7 +126,7 @@ fn escaped(text: &str) -> Value {
     Value::Blob(bytes)
 }
 
-/// NaN and the infinities are numbers of Postgres and of hardly anything else.
+/// Parses a number. Postgres has NaN and infinities, which few other programs accept.
 fn decimal(text: &str) -> Value {
     if text.ends_with(|last: char| last.is_ascii_digit()) {
         Value::Decimal(text.to_owned())

@@ -1,15 +1,15 @@
-//! Which gateway this is, among those that write to one database: a random name in the data directory, which
-//! outlives the process. It is no secret.
+//! Identity of this gateway among all gateways of a database: a random name in the data directory,
+//! which outlives the process. It is not a secret.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 
-/// The file in the data directory.
+/// Name of the file in the data directory.
 pub const ID_FILE: &str = "gateway.id";
 const ID_DIGITS: usize = 32;
 
-/// Returns the gateway's name, drawn and stored at the first call for a data directory.
+/// Returns the gateway's name; the first call for a data directory creates and stores it.
 ///
 /// # Errors
 /// The file cannot be read or written.
@@ -17,7 +17,7 @@ pub fn load_or_create(data_dir: &Path) -> io::Result<String> {
     let path = data_dir.join(ID_FILE);
     match fs::read_to_string(&path) {
         Ok(text) if is_id(text.trim()) => return Ok(text.trim().to_owned()),
-        // A crash may have left it empty.
+        // A crash may have left the file empty.
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),

@@ -1,11 +1,11 @@
-//! The way of log lines to stderr. Lines wait in memory, and a thread writes them: a reader that stalls, a full
-//! disk or a closed terminal holds up nothing else.
+//! Writes log lines to stderr. Lines wait in memory, and a thread writes them: a reader that
+//! stalls, a full disk or a closed terminal blocks nothing else.
 //!
 //! Invariants
-//! - To log never blocks, fails or panics, whatever becomes of stderr.
-//! - At most [`WAITING_BYTES_MAX`] wait, and urgent lines. Further lines are dropped and counted; the count is
-//!   logged in one line when all that waited is written.
-//! - A line that could not be written is tried again until it is written or the process ends.
+//! - Logging never blocks, fails or panics, whatever happens to stderr.
+//! - At most [`WAITING_BYTES_MAX`] and urgent lines wait. Further lines are dropped and counted;
+//!   the count is logged in one line once all waiting lines are written.
+//! - A line that could not be written is retried until it is written or the process ends.
 
 use std::io::{self, ErrorKind, Write};
 use std::panic::PanicHookInfo;
@@ -15,34 +15,34 @@ use std::time::{Duration, Instant};
 
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Bytes of lines that may wait.
+/// Maximum size of waiting lines, in bytes.
 pub const WAITING_BYTES_MAX: usize = 1 << 20;
-/// Bytes of one write, unless a single line is longer: pipes take as much without mixing it with what other
-/// processes write.
+/// Maximum size of one write in bytes, unless a single line is longer: a pipe accepts this much
+/// without mixing it with the output of other processes.
 const WRITE_BYTES_MAX: usize = 4096;
-/// First and longest wait before a failed write is tried again.
+/// First and longest delay before a failed write is retried.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 /// How long a panic waits for its line to be written: the process may be about to abort.
 const PANIC_FLUSH: Duration = Duration::from_millis(100);
 
-/// The process's way to stderr.
+/// The process's log writer.
 static STDERR: OnceLock<LogWriter> = OnceLock::new();
 
 /// Returns the process's log writer; the first call starts its thread.
 ///
 /// # Errors
-/// The system starts no thread.
+/// The system cannot start a thread.
 pub fn stderr() -> io::Result<LogWriter> {
     if let Some(writer) = STDERR.get() {
         return Ok(writer.clone());
     }
-    let report = |lines| tracing::warn!(lines, "log lines lost: stderr did not take them");
+    let report = |lines| tracing::warn!(lines, "log lines dropped: stderr was blocked");
     let writer = LogWriter::start(io::stderr(), report)?;
     Ok(STDERR.get_or_init(|| writer).clone())
 }
 
-/// Writes a line to stderr even if the log has no room left: what ends the program, mostly.
+/// Writes a line to stderr even if the log is full: usually the reason why the program ends.
 pub fn urgent(line: &str) {
     match STDERR.get() {
         Some(writer) => writer.push_urgent(line),
@@ -50,14 +50,14 @@ pub fn urgent(line: &str) {
     }
 }
 
-/// Waits until all lines are written to stderr, but no longer than `patience`, nor for a stderr that takes none.
+/// Waits until all lines are written to stderr, a write fails, or `patience` is over.
 pub fn flush(patience: Duration) {
     if let Some(writer) = STDERR.get() {
         writer.flush(patience);
     }
 }
 
-/// Logs a panic, in place of the standard hook, which writes to stderr itself and waits for its reader.
+/// Logs a panic. Replaces the standard hook, which writes to stderr itself and may block.
 pub fn log_panic(panic: &PanicHookInfo<'_>) {
     let thread = thread::current();
     let thread = thread.name().unwrap_or("unnamed");
@@ -74,16 +74,16 @@ pub fn log_panic(panic: &PanicHookInfo<'_>) {
     flush(PANIC_FLUSH);
 }
 
-/// Takes lines and has a thread write them. Clones share both.
+/// Queues lines that a thread writes. Clones share both.
 #[derive(Clone, Debug)]
 pub struct LogWriter(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
-    /// There is something to do for the thread.
+    /// Signals that the thread has work.
     work: Condvar,
-    /// Lines were written, or could not be.
+    /// Signals that lines were written or a write failed.
     news: Condvar,
 }
 
@@ -91,14 +91,14 @@ struct Shared {
 struct State {
     /// Whole lines that the thread has not taken yet.
     waiting: Vec<u8>,
-    /// Bytes that the thread has taken and not written.
+    /// Number of bytes that the thread has taken but not written.
     writing: usize,
-    /// Lines dropped and not reported.
+    /// Number of lines dropped but not reported.
     lost: u64,
     is_reporting: bool,
-    /// Calls of `flush`: each has a failed write tried again at once.
+    /// Number of calls of `flush`; each one retries a failed write immediately.
     flushes: u64,
-    /// Writes that failed.
+    /// Number of failed writes.
     failures: u64,
 }
 
@@ -109,10 +109,11 @@ impl State {
 }
 
 impl LogWriter {
-    /// Starts a thread that writes to `out`. `report` is called with a number of lines that were lost, and logs it.
+    /// Starts a thread that writes to `out`. `report` is called with the number of lost lines, and
+    /// logs it.
     ///
     /// # Errors
-    /// The system starts no thread.
+    /// The system cannot start a thread.
     pub fn start(
         out: impl Write + Send + 'static,
         report: impl Fn(u64) + Send + 'static,
@@ -125,7 +126,7 @@ impl LogWriter {
         Ok(writer)
     }
 
-    /// Queues whole lines, or drops and counts them if too much waits.
+    /// Queues whole lines, or drops and counts them if too many are waiting.
     fn push(&self, lines: &[u8]) {
         let mut state = self.0.lock();
         if state.waiting.len() + state.writing + lines.len() > WAITING_BYTES_MAX {
@@ -137,7 +138,7 @@ impl LogWriter {
         self.0.work.notify_one();
     }
 
-    /// Queues a line however much waits.
+    /// Queues a line regardless of the limit.
     pub fn push_urgent(&self, line: &str) {
         let mut state = self.0.lock();
         state.waiting.extend_from_slice(line.as_bytes());
@@ -168,7 +169,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The thread.
+    /// Runs the thread.
     fn run(&self, mut out: impl Write, report: impl Fn(u64)) {
         let mut lines = Vec::new();
         loop {
@@ -211,7 +212,7 @@ impl Shared {
         }
     }
 
-    /// Waits after a failed write, until somebody waits for the lines.
+    /// Waits after a failed write, until the delay is over or a caller flushes.
     fn wait_to_retry(&self, retry_after: Duration) {
         let until = Instant::now() + retry_after;
         let mut state = self.lock();
@@ -228,7 +229,7 @@ impl Shared {
         }
     }
 
-    /// Reports what was lost, once nothing waits any more.
+    /// Reports lost lines once no lines are waiting.
     fn report_lost(&self, report: &impl Fn(u64)) {
         let mut state = self.lock();
         if !state.waiting.is_empty() || state.lost == 0 {
@@ -267,7 +268,7 @@ impl<'a> MakeWriter<'a> for LogWriter {
     }
 }
 
-/// Each call is an event's whole text.
+/// Each call is the whole text of an event.
 impl Write for &LogWriter {
     fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
         self.push(lines);
@@ -288,7 +289,7 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(60);
 
-    /// A stderr whose every write waits for a word from the test and does what it says.
+    /// A stderr whose writes each wait for a result from the test.
     struct Scripted {
         script: Receiver<io::Result<()>>,
         written: Arc<Mutex<Vec<u8>>>,
@@ -296,7 +297,7 @@ mod tests {
 
     impl Write for Scripted {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            // When the script has ended, all goes well.
+            // After the script has ended, all writes succeed.
             self.script.recv().unwrap_or(Ok(()))?;
             self.written.lock().unwrap().extend_from_slice(bytes);
             Ok(bytes.len())
@@ -343,7 +344,7 @@ mod tests {
             (&self.writer).write_all(line.as_bytes()).unwrap();
         }
 
-        /// From now on every write goes well.
+        /// Makes all further writes succeed.
         fn recover(&mut self) {
             self.script = None;
         }
@@ -364,11 +365,11 @@ mod tests {
     }
 
     #[test]
-    fn a_stalled_stderr_blocks_nothing_and_loses_no_more_than_it_says() {
+    fn a_stalled_stderr_blocks_nothing_and_all_lost_lines_are_reported() {
         let mut trial = Trial::new();
         let line = format!("{}\n", "x".repeat(1023));
         let pushed = 3 * WAITING_BYTES_MAX / line.len();
-        // Each push would wait for the test itself, if it waited.
+        // If a push waited, it would wait for the test itself.
         (0..pushed).for_each(|_| trial.line(&line));
         trial.writer.push_urgent("the end");
         trial.recover();
@@ -380,7 +381,7 @@ mod tests {
         assert_eq!(
             trial.lost.load(Ordering::SeqCst),
             (pushed - count) as u64,
-            "what was lost is told"
+            "lost lines are reported"
         );
     }
 
@@ -397,7 +398,7 @@ mod tests {
         }
         trial.line("second\n");
         trial.recover();
-        // A flush ends at a failure, which is the point of it where none will go well.
+        // A flush ends at a failure, so that it ends even if no write succeeds.
         while trial.written().lines().count() < 2 {
             trial.writer.flush(PATIENCE);
         }

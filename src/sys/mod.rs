@@ -1,4 +1,4 @@
-//! What the operating system gives: files, descriptors, standard error.
+//! Operating system services: files, file descriptors, standard error.
 
 pub mod gateway_id;
 pub mod log;

@@ -1,11 +1,11 @@
-//! How many files and sockets this process may have open at once.
+//! Limit of open files and sockets of this process.
 //!
-//! A shell usually lets a program have 1,024, and lets it ask for more. Programs that are started
-//! afterwards inherit what was asked for.
+//! A shell usually allows a program 1,024, and lets it raise the limit. Child processes inherit the
+//! raised limit.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Asks for as many as there can be, and tells how many there are; `None` is no limit.
+/// Raises the limit to its maximum and returns it; `None` if there is no limit.
 pub fn raise() -> Option<u64> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let raised = Rlimit {

@@ -1,11 +1,11 @@
-//! Files that only this user may touch, such as keys, and the directories they live in.
+//! Private files, such as keys, and their directories.
 //!
-//! Unix only: the secrecy of a file rests on its mode.
+//! Unix only: the secrecy of a file depends on its mode.
 //!
 //! Invariants
-//! - A file is there whole or not at all, whatever moment the power fails: it is written and synced under
-//!   another name, and gets its own only then, also on file systems without hard links.
-//! - [`create_secret`] writes over no file that is there.
+//! - A file exists completely or not at all, even after a power failure: it is written and synced
+//!   under another name, and renamed afterwards, even on file systems without hard links.
+//! - [`create_secret`] never overwrites a file.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
@@ -16,13 +16,13 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use rustix::process::{getegid, getgroups};
 
-/// Reading and writing, by the group and by others.
+/// Read and write permission for the group and others.
 const FOREIGN_ACCESS: u32 = 0o066;
 
-/// Reading, by the group.
+/// Read permission for the group.
 const GROUP_READ: u32 = 0o040;
 
-/// Who may read a secret besides its owner.
+/// Users other than the owner who may read a secret.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SecretReaders {
     /// No other user.
@@ -32,46 +32,47 @@ pub enum SecretReaders {
     Group,
 }
 
-/// A secret that others than its user can touch.
+/// A secret that other users can access.
 #[derive(Debug, thiserror::Error)]
 #[error("{0} has mode {mode:04o}: {1} can {2} it{way_out}; run chmod 600 {0}", path.display(), whom(*mode), what(*mode))]
 pub struct Exposed {
-    /// Which file.
+    /// Path of the file.
     path: PathBuf,
-    /// Its mode.
+    /// Mode of the file.
     mode: u32,
-    /// What else may be done.
+    /// Further advice, or empty.
     way_out: String,
 }
 
-/// Why a secret cannot be used.
+/// Reason why a secret cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
     /// The file cannot be read.
     #[error("could not read {}: {source}{}", path.display(), user_hint(source))]
     Read {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// The system's word.
+        /// The I/O error from the system.
         source: io::Error,
     },
-    /// Whoever could read it may have it.
+    /// Other users could have read the file.
     #[error(transparent)]
     Exposed(Exposed),
 }
 
-/// Returns what to do about a secret that this user may not read.
+/// Returns advice about a secret that this user may not read.
 pub(crate) fn user_hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::PermissionDenied => "; run this as the user that the gateway runs as",
+        io::ErrorKind::PermissionDenied => "; run this as the gateway's user",
         _ => "",
     }
 }
 
-/// Opens a file for reading that only its user, and `readers`, may read, and only its user may write.
+/// Opens a file for reading. Only its owner and `readers` may read it, and only its owner may write
+/// it.
 ///
 /// # Errors
-/// It cannot be read, or others could, too.
+/// The file cannot be read, or other users can access it.
 pub fn open_secret(path: &Path, readers: SecretReaders) -> Result<File, SecretError> {
     let read = |source| SecretError::Read {
         path: path.to_owned(),
@@ -89,7 +90,7 @@ pub fn open_secret(path: &Path, readers: SecretReaders) -> Result<File, SecretEr
             format!(" and this process is not in that group, {gid}")
         }
         (GROUP_READ, SecretReaders::Owner) => {
-            "; give --allow-group-read if that is this service's group".to_owned()
+            "; use --allow-group-read if that is this service's group".to_owned()
         }
         _ => String::new(),
     };
@@ -101,16 +102,16 @@ pub fn open_secret(path: &Path, readers: SecretReaders) -> Result<File, SecretEr
     }))
 }
 
-/// Whether this process belongs to a group.
+/// Returns whether this process belongs to a group.
 pub(crate) fn is_own_group(gid: u32) -> bool {
     let others = getgroups().unwrap_or_default();
     getegid().as_raw() == gid || others.iter().any(|group| group.as_raw() == gid)
 }
 
-/// Makes a file that nobody but this user may read or write; it is there whole or not at all.
+/// Creates a file with mode 0600 atomically: it exists completely or not at all.
 ///
 /// # Errors
-/// It is there already, or cannot be written.
+/// The file exists already, or cannot be written.
 pub fn create_secret(path: &Path, text: &str) -> io::Result<()> {
     let draft = draft_of(path)?;
     let written = write_secret(&draft, text).and_then(|()| publish(&draft, path, &WAYS));
@@ -121,14 +122,14 @@ pub fn create_secret(path: &Path, text: &str) -> io::Result<()> {
     sync_dir(dir_of(path))
 }
 
-/// A way to give a file its name unless a file has it.
+/// A method to give a file its name unless a file with that name exists.
 type Way = fn(&Path, &Path) -> io::Result<()>;
 
-/// The best first. FAT, exFAT and many mounts of other machines have no hard links; some have no rename that
-/// replaces nothing.
+/// In order of preference. FAT, exFAT and many network mounts have no hard links; some have no
+/// rename that fails if the target exists.
 const WAYS: [Way; 3] = [rename_new, link_new, rename_checked];
 
-/// Renames `draft` to `path` by the first way that the file system has.
+/// Renames `draft` to `path` with the first method that the file system supports.
 fn publish(draft: &Path, path: &Path, ways: &[Way]) -> io::Result<()> {
     let mut refused = io::Error::from(io::ErrorKind::Unsupported);
     for way in ways {
@@ -140,7 +141,8 @@ fn publish(draft: &Path, path: &Path, ways: &[Way]) -> io::Result<()> {
     Err(refused)
 }
 
-/// Whether an error may say that the file system, or the system, cannot do such a thing at all.
+/// Returns whether an error may mean that the file system, or the system, does not support an
+/// operation.
 fn is_unsupported(error: &io::Error) -> bool {
     let unsupported = [
         Errno::INVAL,
@@ -168,10 +170,11 @@ fn link_new(draft: &Path, path: &Path) -> io::Result<()> {
     fs::remove_file(draft)
 }
 
-/// Looks whether there is a file, and renames, while no other process of this program does the same.
+/// Checks whether the file exists, and renames, while no other process of this program does the
+/// same.
 fn rename_checked(draft: &Path, path: &Path) -> io::Result<()> {
     let dir = File::open(dir_of(path))?;
-    // Some file systems have no locks, either.
+    // Some file systems do not support locks either.
     let _ = dir.lock();
     match fs::symlink_metadata(path) {
         Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
@@ -180,7 +183,7 @@ fn rename_checked(draft: &Path, path: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes a name durable, where directories can be synced.
+/// Syncs a directory, if the file system supports it, so that a new name is durable.
 fn sync_dir(dir: &Path) -> io::Result<()> {
     match File::open(dir)?.sync_all() {
         Err(error) if is_unsupported(&error) => Ok(()),
@@ -188,10 +191,10 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// The same, in the place of a file that may be there.
+/// Creates a file like [`create_secret`], replacing an existing one.
 ///
 /// # Errors
-/// It cannot be written; what was there stays.
+/// The file cannot be written; an existing one stays.
 pub fn replace_secret(path: &Path, text: &str) -> io::Result<()> {
     let draft = draft_of(path)?;
     let written = write_secret(&draft, text).and_then(|()| fs::rename(&draft, path));
@@ -202,7 +205,7 @@ pub fn replace_secret(path: &Path, text: &str) -> io::Result<()> {
     sync_dir(dir_of(path))
 }
 
-/// Writes a new file that nobody but this user may read or write, and syncs it.
+/// Writes a new file with mode 0600, and syncs it.
 fn write_secret(path: &Path, text: &str) -> io::Result<()> {
     let mut file = OpenOptions::new()
         .write(true)
@@ -212,8 +215,8 @@ fn write_secret(path: &Path, text: &str) -> io::Result<()> {
     let mode = file.metadata()?.permissions().mode();
     if mode & FOREIGN_ACCESS != 0 {
         return Err(io::Error::other(format!(
-            "this file system does not keep modes (a new file has mode {:04o} instead of 0600), so others can read \
-             secrets in it; mount it with umask=0077 and this user's uid, or give another directory",
+            "this file system does not preserve file modes (a new file has mode {:04o} instead of 0600), so others \
+             could read secrets; mount it with umask=0077 and this user's uid, or choose another directory",
             mode & 0o7777
         )));
     }
@@ -221,10 +224,10 @@ fn write_secret(path: &Path, text: &str) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Makes any directory in the same way.
+/// Creates a directory with mode 0700 if it does not exist; it must be writable.
 ///
 /// # Errors
-/// It cannot be made or written.
+/// The directory cannot be created or written.
 pub fn create_private_dir(dir: &Path) -> io::Result<()> {
     if dir.is_dir() { probe(dir) } else { make(dir) }
 }
@@ -241,13 +244,14 @@ fn dir_of(path: &Path) -> &Path {
     }
 }
 
-/// Where a file is written before it gets its name.
+/// Returns the path at which a file is written before it is renamed.
 fn draft_of(path: &Path) -> io::Result<PathBuf> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     Ok(dir_of(path).join(format!(".{name}.{:08x}", nonce()?)))
 }
 
-/// Modes alone do not tell: the file system may be read-only, or have rules of its own.
+/// Checks that files can be created. Modes are not enough: the file system may be read-only or have
+/// other restrictions.
 fn probe(dir: &Path) -> io::Result<()> {
     let path = dir.join(format!(".probe.{:08x}", nonce()?));
     OpenOptions::new()
@@ -258,7 +262,7 @@ fn probe(dir: &Path) -> io::Result<()> {
     fs::remove_file(path)
 }
 
-/// Keeps the names of files apart that several processes may make at once.
+/// Returns a random number that separates the files of concurrent processes.
 fn nonce() -> io::Result<u32> {
     getrandom::u32().map_err(|error| io::Error::other(error.to_string()))
 }

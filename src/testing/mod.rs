@@ -1,4 +1,4 @@
-//! Rigs that drive sessions and stores in tests: never part of the product.
+//! Test harnesses that drive sessions and stores; never part of the product.
 
 pub mod fuzz;
 #[cfg(test)]

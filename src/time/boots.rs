@@ -1,76 +1,80 @@
-//! How a device's time since boot becomes UTC: the measured clock of each boot, and what is made of a
-//! boot that was never measured.
+//! Converts a device's time since boot to UTC: the measured clock of each boot, and the chosen
+//! clock of a boot that was never measured.
 
 use serde::{Deserialize, Serialize};
 
 use super::{Now, Origin};
 
-/// How a frame's device time became UTC.
+/// Origin of a frame's UTC times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[repr(u8)]
 pub enum Quality {
-    /// The device stamped UTC itself, and the stamp is plausible.
+    /// The device sent plausible UTC times.
     Utc = 0,
-    /// Time since boot, mapped by a measured offset of that boot.
+    /// Time since boot, converted with the measured offset of that boot.
     Anchored = 1,
-    /// Time since a boot whose offset was never measured: one was chosen for the whole boot.
+    /// Time since a boot whose offset was never measured; one offset was chosen for the whole boot.
     Unanchored = 2,
-    /// The device's time is implausible; stored as sent, or by an offset that does not fit it.
+    /// The device's time is implausible; stored as sent, or with an offset that does not match it.
     Suspect = 3,
 }
 
-/// A boot's clock against UTC: `utc = device time since boot + offset`.
+/// A boot's clock relative to UTC: `utc = device time since boot + offset`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BootClock {
     /// The device's boot number.
     pub boot: u32,
     /// Microseconds to add to time since boot.
     pub offset_us: i64,
-    /// Round-trip time of the exchange that measured it: the offset is off by at most half of this.
-    /// [`UNMEASURED`] where there was no exchange.
+    /// Round-trip time of the measurement: the offset error is at most half of this. [`UNMEASURED`]
+    /// if there was no measurement.
     pub delay_us: u64,
-    /// When it was measured, microseconds UTC.
+    /// Time of the measurement, microseconds UTC.
     pub measured_at_us: i64,
-    /// The gateway's clock at that moment.
+    /// The gateway's clock at that time.
     pub origin: Origin,
-    /// The first time since boot that it holds for: above 0 where the device's time went back.
+    /// The first time since boot to which the clock applies; above 0 if the device's time went
+    /// back.
     pub valid_from_us: i64,
 }
 
-/// The delay of a clock that was not measured but chosen (R74).
+/// Delay of a clock that was chosen, not measured (R74).
 pub const UNMEASURED: u64 = i64::MAX as u64;
 
-/// How much worse a measurement is taken to become with age: 50 microseconds of delay each second.
-/// A delay is twice the error, so that stands for a crystal that is off by 25 millionths.
+/// Assumed growth of a measurement's error with age: 50 microseconds of delay per second. As a
+/// delay is twice the error, this corresponds to a crystal error of 25 ppm.
 const DRIFT_DIVISOR: u64 = 20_000;
-/// What no usable crystal exceeds, as a part of the age: two measurements of one boot that differ by
-/// more are not of one clock.
+/// Largest drift of a usable crystal, as a part of the age: two measurements of one boot that
+/// differ by more are not of the same clock.
 const DRIFT_MAX_DIVISOR: u64 = 2_000;
-/// What two measurements may differ by in any case.
+/// Difference of two measurements that is always accepted.
 const AGREEMENT_US: u64 = 10_000;
-/// How far a device's time may go back before it counts as a wrap or a restart. A frame that was filled
-/// slowly is numbered after newer ones, so this is more for frames than for measurements.
+/// How far a device's time may go back before it counts as a wrap or a restart. A frame that was
+/// filled slowly is numbered after newer ones, so this limit is for frames rather than
+/// measurements.
 const BACKWARD_MAX_US: i64 = 10_000_000;
 const BACKWARD_FRAME_MAX_US: i64 = 1_800_000_000;
-/// After how long a counter of 32 bits is at 0 again that counts microseconds. One of milliseconds takes
-/// a thousand times as long.
+/// Period of a 32-bit counter of microseconds. The period of a millisecond counter is a thousand
+/// times as long.
 const WRAP_US: i64 = 1 << 32;
-/// How far ahead of its receipt an anchored row may be before its offset counts as wrong.
+/// How far an anchored row may be ahead of its receipt before its offset is considered wrong.
 const ANCHORED_AHEAD_US: i64 = 60_000_000;
 
-/// A stamp before this is from a clock that was never set: 2020-01-01T00:00:00Z.
+/// UTC before this comes from a clock that was never set: 2020-01-01T00:00:00Z.
 const UTC_PLAUSIBLE_FROM_US: i64 = 1_577_836_800_000_000;
-/// A stamp further ahead of its receipt than a day is from a clock that is wrong.
+/// UTC more than a day ahead of its receipt comes from a wrong clock.
 const UTC_PLAUSIBLE_AHEAD_US: i64 = 86_400_000_000;
 
-/// Boots without a measured clock that a session keeps. Frames come boot by boot.
+/// Maximum number of boots without a measured clock per session. Frames arrive in the order of
+/// boots.
 const CHOSEN_MAX: usize = 8;
 
 impl BootClock {
-    /// Measures a round trip that began at the gateway and ended there at `now`, `elapsed_us` later. The
-    /// device received at `device_received_us` and sent at `device_sent_us`, both its time since boot.
-    /// `None` if such a trip is impossible.
+    /// Measures a round trip that started at the gateway and ended there at `now`, `elapsed_us`
+    /// later. The device received at `device_received_us` and sent at `device_sent_us`, both in its
+    /// time since boot.
+    /// Returns `None` if such a round trip is impossible.
     pub fn measure(
         boot: u32,
         elapsed_us: i64,
@@ -92,7 +96,7 @@ impl BootClock {
         })
     }
 
-    /// The device's time since boot when it was measured.
+    /// Returns the device's time since boot at the measurement.
     fn device_us(&self) -> i64 {
         let half_us = (self.delay_us / 2) as i64;
         (self.measured_at_us.saturating_sub(half_us)).saturating_sub(self.offset_us)
@@ -102,7 +106,8 @@ impl BootClock {
         self.delay_us != UNMEASURED
     }
 
-    /// The same clock by the gateway's clock of `origin`: a step since it was measured is added to it.
+    /// Returns the same clock relative to the gateway's clock of `origin`: adds a step since the
+    /// measurement.
     #[must_use]
     pub fn corrected(self, origin: Origin) -> BootClock {
         let step_us = self.origin.step_to(origin);
@@ -117,7 +122,8 @@ impl BootClock {
         }
     }
 
-    /// What is kept of a boot once `newer` was measured; `None` if that is `self` (R73).
+    /// Returns the clock of a boot after the measurement `newer`; `None` if it stays the same
+    /// (R73).
     pub fn replaced_by(&self, newer: &BootClock) -> Option<BootClock> {
         let kept = self.corrected(newer.origin);
         let went_back = kept.is_measured()
@@ -134,8 +140,8 @@ impl BootClock {
             .then_some(replacement)
     }
 
-    /// Whether the device lost what a counter of 32 bits counts, in microseconds or milliseconds, once or
-    /// several times.
+    /// Returns whether the device's time was reset by one or more wraps of a 32-bit counter of
+    /// microseconds or milliseconds.
     fn has_wrapped_by(&self, newer: &BootClock) -> bool {
         let lost_us = newer.offset_us.saturating_sub(self.offset_us);
         let over_us = lost_us.rem_euclid(WRAP_US);
@@ -143,20 +149,20 @@ impl BootClock {
         lost_us > WRAP_US / 2 && self.is_measured() && apart_us <= self.disagreement_max_us(newer)
     }
 
-    /// Whether `newer` is the better measurement of the same clock.
+    /// Returns whether `newer` is the better measurement of the same clock.
     fn is_beaten_by(&self, newer: &BootClock) -> bool {
         let age_us = newer.measured_at_us.saturating_sub(self.measured_at_us);
         let growth_us = age_us.max(0) as u64 / DRIFT_DIVISOR;
         newer.delay_us <= self.delay_us.saturating_add(growth_us)
     }
 
-    /// Whether the two cannot both be right: the gateway's clock was set between them, or the device's is
-    /// not the one it was.
+    /// Returns whether the two contradict each other: the gateway's clock was set between them, or
+    /// the device's clock is a different one.
     fn is_contradicted_by(&self, newer: &BootClock) -> bool {
         self.offset_us.abs_diff(newer.offset_us) > self.disagreement_max_us(newer)
     }
 
-    /// How far apart two measurements of one clock may be.
+    /// Returns the maximum difference between two measurements of one clock.
     fn disagreement_max_us(&self, newer: &BootClock) -> u64 {
         let age_us = newer.measured_at_us.saturating_sub(self.measured_at_us);
         let errors_us = (self.delay_us / 2).saturating_add(newer.delay_us / 2);
@@ -165,37 +171,37 @@ impl BootClock {
     }
 }
 
-/// How device time became UTC: device time = resolved time - `offset_us`.
+/// Conversion of device time to UTC: device time = resolved time - `offset_us`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ResolvedTime {
-    /// What was added to the device's time, microseconds; 0 where the device sent UTC.
+    /// Microseconds added to the device's time; 0 if the device sent UTC.
     pub offset_us: i64,
-    /// How far it can be trusted.
+    /// Quality of the result.
     pub quality: Quality,
 }
 
-/// Where a frame's time since boot comes from, for [`BootClocks::advance`].
+/// Origin of a frame's time, for [`BootClocks::advance`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp {
-    /// The boot; `None` for a frame in UTC.
+    /// The boot; `None` for a frame with UTC times.
     pub boot: Option<u32>,
-    /// The newest row, in the device's own time.
+    /// Time of the newest row, in the device's own time.
     pub newest_us: i64,
-    /// How it became UTC.
+    /// Conversion to UTC.
     pub time: ResolvedTime,
-    /// The clock that was chosen for a boot without one: to be stored with the frame.
+    /// A clock chosen for a boot without one, to be stored with the frame.
     pub chosen: Option<BootClock>,
 }
 
-/// The clocks of a device's boots, and how far its time has come.
+/// The clocks of a device's boots, and its latest time.
 #[derive(Clone, Debug, Default)]
 pub struct BootClocks {
     clocks: Vec<BootClock>,
-    /// The boot of this session, whose clock is measured again and again.
+    /// The current boot of this session, whose clock is measured repeatedly.
     present: Option<u32>,
-    /// How far the boot of the latest frame has come.
+    /// Latest time in the boot of the latest frame.
     latest: Option<Progress>,
-    /// The newest time that a frame of this session told for certain, microseconds UTC.
+    /// The newest reliable time of a frame in this session, microseconds UTC.
     alive_us: Option<i64>,
 }
 
@@ -203,12 +209,12 @@ pub struct BootClocks {
 struct Progress {
     boot: u32,
     newest_us: i64,
-    /// It went back, and no measurement has come since.
+    /// The time went back, and no measurement has been made since.
     is_back: bool,
 }
 
 impl BootClocks {
-    /// The clocks that a store remembers.
+    /// Creates the clocks from those in a store.
     pub fn new(clocks: Vec<BootClock>) -> BootClocks {
         BootClocks {
             clocks,
@@ -216,7 +222,7 @@ impl BootClocks {
         }
     }
 
-    /// The same for a session of the boot `present`.
+    /// Returns the clocks for a session whose current boot is `present`.
     #[must_use]
     pub fn of_session(self, present: u32) -> BootClocks {
         BootClocks {
@@ -229,9 +235,9 @@ impl BootClocks {
         self.clocks.iter().find(|clock| clock.boot == boot)
     }
 
-    /// Takes in a measurement; returns what is to be stored of its boot, if that changes.
+    /// Applies a measurement; returns the clock to store for its boot if that changes.
     pub fn improve(&mut self, measured: BootClock) -> Option<BootClock> {
-        // Its times are judged from here on.
+        // The check of its times starts again.
         self.latest.take_if(|latest| latest.boot == measured.boot);
         let place = { self.clocks.iter() }.position(|clock| clock.boot == measured.boot);
         let better = match place {
@@ -245,8 +251,8 @@ impl BootClocks {
         Some(better)
     }
 
-    /// How times since `boot` become UTC, for a frame with rows from `oldest_us` to `newest_us`, received at
-    /// `now`. The second value is a clock that was chosen for a boot without one.
+    /// Converts times since `boot` to UTC, for a frame with rows from `oldest_us` to `newest_us`,
+    /// received at `now`. The second value is a clock that was chosen for a boot without one.
     pub fn resolve_boot(
         &self,
         boot: u32,
@@ -284,7 +290,8 @@ impl BootClocks {
         (time, chosen)
     }
 
-    /// Whether a boot's time went back further than the order of frames explains: a counter wrapped.
+    /// Returns whether a boot's time went back further than the order of frames explains: a counter
+    /// wrapped.
     fn went_back(&self, boot: u32, newest_us: i64) -> bool {
         let latest = self.latest.filter(|latest| latest.boot == boot);
         latest.is_some_and(|latest| {
@@ -292,8 +299,9 @@ impl BootClocks {
         })
     }
 
-    /// A clock for a boot that was never measured (R74): it began when the device was last known to be alive,
-    /// or, if that is not known or too late, its newest row was measured at receipt.
+    /// Chooses a clock for a boot that was never measured (R74): the boot began when the device was
+    /// last known to be running. If that is unknown or too late, the newest row was measured at
+    /// receipt.
     fn choose(&self, boot: u32, newest_us: i64, received_at_us: i64, origin: Origin) -> BootClock {
         let latest_start_us = received_at_us.saturating_sub(newest_us);
         let measured = self.clocks.iter().filter(|clock| {
@@ -309,14 +317,14 @@ impl BootClocks {
             boot,
             offset_us,
             delay_us: UNMEASURED,
-            // By its place among the others: it is older than what is measured now.
+            // Ordered by the time of its newest row: it is older than a measurement made now.
             measured_at_us: offset_us.saturating_add(newest_us),
             origin,
             valid_from_us: 0,
         }
     }
 
-    /// Takes in the time of a frame that was taken.
+    /// Records the time of an accepted frame.
     pub fn advance(&mut self, stamp: &Stamp) {
         if let Some(chosen) = stamp.chosen {
             let is_chosen = |clock: &&BootClock| !clock.is_measured();
@@ -347,7 +355,8 @@ impl BootClocks {
     }
 }
 
-/// How far a device's own UTC is trusted, for a frame with rows from `oldest_us` to `newest_us`.
+/// Returns the quality of a device's own UTC, for a frame with rows from `oldest_us` to
+/// `newest_us`.
 pub fn resolve_utc(oldest_us: i64, newest_us: i64, received_at_us: i64) -> ResolvedTime {
     let is_plausible = oldest_us >= UTC_PLAUSIBLE_FROM_US
         && newest_us <= received_at_us.saturating_add(UTC_PLAUSIBLE_AHEAD_US);
@@ -414,7 +423,7 @@ mod tests {
 
     #[test]
     fn a_round_trip_gives_offset_and_delay() {
-        // True offset 1,000,000; 300 us each way; the device holds the exchange for 50 us.
+        // True offset 1,000,000; 300 us in each direction; the device takes 50 us to reply.
         let clock = BootClock::measure(7, 650, 300, 350, now(1_000_650)).unwrap();
         assert_eq!((clock.offset_us, clock.delay_us), (1_000_000, 600));
         assert_eq!(clock.device_us(), 350);
@@ -429,7 +438,7 @@ mod tests {
 
     /// The numbers of R73.
     #[test]
-    fn the_exchange_of_least_delay_holds_until_fifty_millionths_of_its_age_outweigh_it() {
+    fn the_exchange_with_the_least_delay_is_kept_until_50_ppm_of_its_age_exceed_it() {
         let kept = clock(1, 5, 10_000, NOON_US);
         let newer = |delay_us, age_us| clock(1, 5, delay_us, NOON_US + age_us);
         let holds = |newer: BootClock| kept.replaced_by(&newer).is_none();
@@ -438,12 +447,13 @@ mod tests {
         assert!(holds(newer(50_000, 799_000_000)) && !holds(newer(50_000, 800_000_000)));
     }
 
-    /// A step that no gateway saw: between two of its runs, or on another gateway.
+    /// A step that no gateway observed: between two runs, or on another gateway.
     #[test]
-    fn a_measurement_that_contradicts_the_kept_one_replaces_it_however_slow_it_was() {
+    fn a_contradicting_measurement_replaces_the_kept_one_at_any_delay() {
         let kept = clock(1, NOON_US, 1_000, NOON_US + HOUR_US);
         for (newer, replaces) in [
-            // The gateway's clock was 2 h ahead and was set back, or the reverse, or it stood in 1970.
+            // The gateway's clock was 2 h ahead and was set back, or the reverse, or it was at
+            // 1970.
             (
                 clock(
                     1,
@@ -463,7 +473,7 @@ mod tests {
                 true,
             ),
             (clock(1, 60_000_000, 900_000, HOUR_US + 120_000_000), true),
-            // The error of a slow exchange, and a crystal that drifts: no contradiction.
+            // The error of a slow exchange, and a crystal that drifts, are no contradiction.
             (
                 clock(
                     1,
@@ -499,10 +509,10 @@ mod tests {
             (time.offset_us, time.quality, chosen),
             (NOON_US, Quality::Anchored, None)
         );
-        // Noise between two readings of the clocks is no step.
+        // Noise between two readings of the clocks is not a step.
         let (time, _) = clocks.resolve_boot(1, (0, 0), at_us, set_by(2 * HOUR_US + 900));
         assert_eq!(time.offset_us, NOON_US + 2 * HOUR_US);
-        // It agrees with what is measured after the step, so the better of the two holds.
+        // It agrees with the measurement after the step, so the one with the smaller delay is used.
         let worse = BootClock {
             origin: set_by(0),
             ..clock(1, NOON_US + 100_000, 900_000, at_us)
@@ -510,7 +520,7 @@ mod tests {
         assert_eq!(before.replaced_by(&worse), None);
     }
 
-    /// Milliseconds in 32 bits wrap after 49.7 days, microseconds after 71 minutes.
+    /// A 32-bit counter of milliseconds wraps after 49.7 days, of microseconds after 71 minutes.
     #[test]
     fn a_counter_that_wraps_within_a_boot_anchors_nothing_in_the_past() {
         for period_us in [WRAP_US, 1000 * WRAP_US] {
@@ -524,7 +534,7 @@ mod tests {
                 let wrapped = resolve(&mut clocks, 1, after_us, received_at_us);
                 assert_eq!(wrapped.quality, Quality::Suspect, "{after_us}");
             }
-            // The next PING measures it; what is older than that may be of either round.
+            // The next PING measures it; older times may belong to either period.
             let (at_us, offset_us) = (period_us / 4, NOON_US + period_us);
             let measured = clock(1, offset_us, 500_000, offset_us + at_us + 250_000);
             let kept = clocks.improve(measured).expect("replaces");
@@ -540,7 +550,7 @@ mod tests {
         }
     }
 
-    /// A device that was out of reach while its counter wrapped shows a later time than before.
+    /// A device that was unreachable while its counter wrapped shows a later time than before.
     #[test]
     fn a_counter_that_wrapped_unseen_is_found_by_what_it_lost() {
         let kept = clock(1, NOON_US, 1_000, NOON_US + 60_000_000);
@@ -560,7 +570,7 @@ mod tests {
         assert_eq!(quality(HOUR_US + 70_000_000), Quality::Suspect);
     }
 
-    /// A frame that fills slowly gets its number after newer ones.
+    /// A slowly filled frame gets its number after newer ones.
     #[test]
     fn frames_of_other_channels_may_be_older() {
         let mut clocks = BootClocks::new(vec![clock(1, NOON_US, 1_000, NOON_US)]);
@@ -572,14 +582,15 @@ mod tests {
 
     #[test]
     fn a_boot_without_a_clock_has_one_offset() {
-        // Nothing is known of the device: the newest row of the first frame is as old as its receipt.
+        // Nothing is known about the device: the newest row of the first frame has its time of
+        // receipt.
         let mut clocks = BootClocks::new(vec![clock(2, NOON_US, 1_000, NOON_US)]).of_session(2);
         for hour in 1..=6 {
             let time = resolve(&mut clocks, 1, hour * HOUR_US, NOON_US + hour);
             assert_eq!(time.offset_us, NOON_US + 1 - HOUR_US, "{hour}");
             assert_eq!(time.quality, Quality::Unanchored);
         }
-        // What would be more than a day ahead is not to be trusted, and keeps its place all the same.
+        // A time more than a day ahead is suspect, but keeps its offset.
         let time = resolve(&mut clocks, 1, 30 * HOUR_US, NOON_US);
         assert_eq!(
             (time.offset_us, time.quality),
@@ -595,7 +606,7 @@ mod tests {
         ];
         let mut clocks = BootClocks::new(known).of_session(9);
         let received_at_us = NOON_US + HOUR_US;
-        // A frame of the boot before tells more than its measurement does.
+        // A frame of the previous boot gives a later time than its measurement.
         let alive_us = NOON_US - 39 * HOUR_US;
         let time = resolve(&mut clocks, 5, 2 * HOUR_US, received_at_us);
         assert_eq!(
@@ -610,10 +621,10 @@ mod tests {
             resolve(&mut clocks, 6, 2 * HOUR_US, received_at_us).offset_us,
             alive_us
         );
-        // And the next one begins where that one ended.
+        // The next boot begins where the previous one ended.
         let time = resolve(&mut clocks, 7, HOUR_US, received_at_us);
         assert_eq!(time.offset_us, alive_us + 2 * HOUR_US);
-        // One that does not fit between then and now ends now.
+        // A boot that does not fit between then and now ends now.
         let time = resolve(&mut clocks, 8, 100 * HOUR_US, received_at_us);
         assert_eq!(time.offset_us, received_at_us - 100 * HOUR_US);
     }
@@ -628,7 +639,7 @@ mod tests {
         assert!(clocks.find(0).is_some() && clocks.find(999).is_some());
     }
 
-    /// The published vectors.
+    /// The published test vectors.
     #[test]
     fn times_are_resolved_as_the_vectors_say() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/protocol/vectors/times.json");

@@ -1,9 +1,10 @@
-//! Time as the gateway knows it: what "now" is, how a device's clock maps to UTC, and how far that can
-//! be trusted (SPEC R70 to R76).
+//! Time in the gateway: the current time, the conversion of device clocks to UTC, and its quality
+//! (SPEC R70 to R76).
 //!
-//! Times that a gateway stores, or compares with a device's, come from [`SystemClock`] as arguments; waits, deadlines
-//! and commands read the machine's clocks themselves. [`Origin`] makes a step of the machine's wall clock visible,
-//! [`watch`] records it, and [`BootClock::corrected`] undoes it for offsets that were measured before it.
+//! Times that a gateway stores, or compares with a device's times, come from [`SystemClock`] as
+//! arguments; waits, deadlines and commands read the machine's clocks directly. [`Origin`] reveals
+//! a step of the wall clock, [`watch`] records it, and [`BootClock::corrected`] corrects offsets
+//! that were measured before it.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -15,35 +16,36 @@ pub use self::boots::{
 };
 pub use self::watch::{ClockStep, warn_at_start, watch};
 
-/// The least change of the wall clock that counts as a step. Less is noise between the two readings.
+/// Smallest change of the wall clock that counts as a step. A smaller one is noise between the two
+/// readings.
 const STEP_MIN_US: i64 = 100_000;
-/// How far apart two readings of the wall clock around one of the other clock may be.
+/// Maximum difference between two wall clock readings around a reading of the other clock.
 const READING_SPREAD_MAX_US: i64 = 1_000;
 const READINGS_MAX: usize = 5;
-/// The earliest and latest wall-clock time that the gateway works with: the years 1 to 9999, as for
-/// devices (SPEC R50). A clock beyond is taken to show the bound.
+/// Earliest and latest wall clock time in the gateway: the years 1 to 9999, as for devices (SPEC
+/// R50). A clock beyond a limit is read as that limit.
 pub const UTC_MIN_US: i64 = -62_135_596_800_000_000;
 /// See [`UTC_MIN_US`].
 pub const UTC_MAX_US: i64 = 253_402_300_799_999_999;
 
-/// UTC at which a clock that never steps was 0. It moves only when the wall clock is set.
+/// UTC at which the monotonic clock was 0. Changes only when the wall clock is set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Origin {
-    /// Names the clock that never steps: it differs for each start of the machine. 0 stands for none.
+    /// Identifies the monotonic clock; changes at each system boot. 0 if there is none.
     pub timeline: i64,
     /// Microseconds UTC.
     pub at_us: i64,
 }
 
 impl Origin {
-    /// Of a clock whose steps cannot be seen.
+    /// Origin of a clock whose steps cannot be detected.
     pub const NONE: Origin = Origin {
         timeline: 0,
         at_us: 0,
     };
 
-    /// How far the wall clock was set forward from `self` to `later`, microseconds; 0 if the two cannot
-    /// be compared or the difference is noise.
+    /// Returns how far the wall clock was set forward from `self` to `later`, in microseconds; 0 if
+    /// they cannot be compared or the difference is noise.
     pub fn step_to(self, later: Origin) -> i64 {
         let step_us = later.at_us.saturating_sub(self.at_us);
         let is_comparable = self.timeline != 0 && self.timeline == later.timeline;
@@ -55,20 +57,20 @@ impl Origin {
 }
 
 impl Now {
-    /// Whether the wall clock shows a time beyond the bounds: it is taken to stand still there.
+    /// Returns whether the wall clock is beyond the limits, where it is treated as standing still.
     fn is_out_of_bounds(&self) -> bool {
         [UTC_MIN_US, UTC_MAX_US].contains(&self.utc_us)
     }
 }
 
-/// One reading of the gateway's clocks.
+/// A reading of the gateway's clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Now {
-    /// Microseconds on a clock that never steps; only differences mean anything.
+    /// Microseconds on the monotonic clock; only differences are meaningful.
     pub mono_us: u64,
     /// Microseconds since 1970-01-01T00:00:00Z, between [`UTC_MIN_US`] and [`UTC_MAX_US`].
     pub utc_us: i64,
-    /// Shows whether the wall clock was set between two readings.
+    /// Origin, which reveals whether the wall clock was set between two readings.
     pub origin: Origin,
 }
 
@@ -80,7 +82,7 @@ pub struct SystemClock {
 }
 
 impl SystemClock {
-    /// Its monotonic side begins at 0 now.
+    /// Starts a clock; its monotonic part is 0 now.
     pub fn start() -> SystemClock {
         SystemClock {
             started: Instant::now(),
@@ -88,7 +90,7 @@ impl SystemClock {
         }
     }
 
-    /// What the clocks show.
+    /// Reads the clocks.
     pub fn now(&self) -> Now {
         let (utc_us, up_us) = self.read_pair();
         let (utc_us, origin) = within_bounds(utc_us, up_us, self.timeline);
@@ -99,8 +101,8 @@ impl SystemClock {
         }
     }
 
-    /// The wall clock and the time since the machine started, read at one moment: a thread that loses its
-    /// processor between the two reads them again.
+    /// Reads the wall clock and the time since system boot at the same moment: retries if the
+    /// thread was interrupted between the readings.
     fn read_pair(&self) -> (i64, i64) {
         let mut before_us = wall_us();
         for _ in 1..READINGS_MAX {
@@ -115,7 +117,7 @@ impl SystemClock {
         (wall_us(), up_us)
     }
 
-    /// Counts also while the machine is suspended, as the wall clock does.
+    /// Returns the time since system boot, including suspended time, like the wall clock.
     #[cfg(target_os = "linux")]
     fn up_us(&self) -> i64 {
         let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
@@ -127,14 +129,14 @@ impl SystemClock {
         self.started.elapsed().as_micros() as i64
     }
 
-    /// The instant at which `mono_us` is reached.
+    /// Returns the instant at which `mono_us` is reached.
     pub fn instant(&self, mono_us: u64) -> Instant {
         self.started + Duration::from_micros(mono_us)
     }
 }
 
-/// Returns the wall clock within its bounds, and the origin of that: so a step back into the bounds undoes what was
-/// measured beyond them.
+/// Returns the wall clock within its limits, and the matching origin: a step back into the limits
+/// corrects offsets that were measured beyond them.
 fn within_bounds(utc_us: i64, up_us: i64, timeline: i64) -> (i64, Origin) {
     let utc_us = utc_us.clamp(UTC_MIN_US, UTC_MAX_US);
     let at_us = utc_us.saturating_sub(up_us);
@@ -149,7 +151,7 @@ fn wall_us() -> i64 {
     }
 }
 
-/// The wall clock for dates: a time beyond what `jiff` can tell is taken to be its first or last.
+/// Returns the wall clock for dates. A time beyond the range of `jiff` becomes its first or last.
 pub fn utc_now() -> jiff::Timestamp {
     utc_of(wall_us())
 }
@@ -161,7 +163,8 @@ fn utc_of(us: i64) -> jiff::Timestamp {
     })
 }
 
-/// A number for this start of the machine; for this process where the system does not say.
+/// Returns a number that identifies this system boot; this process if the system does not provide
+/// one.
 fn timeline() -> i64 {
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let digits: String = boot_id.chars().filter(char::is_ascii_hexdigit).collect();
@@ -172,7 +175,7 @@ fn timeline() -> i64 {
         Some(Ok(number)) => number,
         _ => getrandom::u64().unwrap_or_default(),
     };
-    // SQL's integers are signed, and 0 means none.
+    // SQL integers are signed, and 0 means none.
     (number >> 1).max(1).cast_signed()
 }
 
@@ -196,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_measured_beyond_the_bounds_is_corrected_within() {
+    fn measurements_beyond_the_limits_are_corrected_within_them() {
         const NOON_US: i64 = 1_700_000_000_000_000;
         for beyond_us in [UTC_MIN_US - 9_000_000, UTC_MAX_US + 9_000_000, i64::MAX] {
             let (measured_us, measured_by) = within_bounds(beyond_us, 5_000_000, 7);
@@ -207,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_date_is_told_for_any_time() {
+    fn any_time_has_a_date() {
         for us in [
             i64::MIN,
             UTC_MIN_US,

@@ -1,36 +1,36 @@
-//! Notices when the machine's wall clock is set, and what is odd about it at the start.
+//! Detects steps of the machine's wall clock, and a wrong wall clock at startup.
 
 use std::time::Duration;
 
 use super::{Now, Origin, SystemClock};
 
-/// From one look at the clocks to the next. Sessions do not depend on it: they compare the clocks with
-/// each frame.
+/// Poll interval. Sessions do not depend on it: they compare the clocks with each frame.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-/// How far stored times may lie ahead of the wall clock at the start: gateways differ by that much.
+/// Maximum distance of stored times ahead of the wall clock at startup, to allow for clock
+/// differences between gateways.
 const STORED_AHEAD_MAX_US: i64 = 60_000_000;
 
-/// The wall clock was set.
+/// A step of the wall clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockStep {
-    /// The clock since the step.
+    /// The clock after the step.
     pub origin: Origin,
-    /// Since when the clock had shown the time before the step, by that time, microseconds UTC: since the
-    /// start of the gateway, or the step before.
+    /// Time of gateway startup or of the previous step, on the clock before this step, microseconds
+    /// UTC.
     pub since_us: i64,
-    /// What the clock would show without the step, microseconds UTC.
+    /// The clock's time without the step, microseconds UTC.
     pub before_us: i64,
-    /// What it shows.
+    /// The clock's time, microseconds UTC.
     pub after_us: i64,
 }
 
 impl ClockStep {
-    /// How far it was set forward, microseconds.
+    /// Returns how far the clock was set forward, in microseconds.
     pub fn size_us(&self) -> i64 {
         self.after_us.saturating_sub(self.before_us)
     }
 
-    /// The step between two readings, if there is one.
+    /// Returns the step between two readings, if there is one.
     fn between(since: Now, now: Now) -> Option<ClockStep> {
         let size_us = since.origin.step_to(now.origin);
         (size_us != 0).then(|| ClockStep {
@@ -42,7 +42,7 @@ impl ClockStep {
     }
 }
 
-/// Hands each step of the wall clock to `record`, for as long as it is polled.
+/// Passes each step of the wall clock to `record`, for as long as the future is polled.
 pub async fn watch<T>(clock: SystemClock, mut record: impl AsyncFnMut(ClockStep)) -> T {
     let mut since = clock.now();
     loop {
@@ -62,13 +62,13 @@ pub async fn watch<T>(clock: SystemClock, mut record: impl AsyncFnMut(ClockStep)
             since_us = step.since_us,
             before_us = step.before_us,
             after_us = step.after_us,
-            "system clock was set; times since boot are corrected from now on, see the table clock_steps"
+            "system clock stepped; correcting device clock offsets, see table clock_steps"
         );
         record(step).await;
     }
 }
 
-/// Warns of a wall clock that is doubtful at the start. `stored_us` is the latest time of receipt in the store.
+/// Warns of a wrong wall clock at startup. `stored_us` is the latest time of receipt in the store.
 pub fn warn_at_start(now_us: i64, stored_us: Option<i64>) {
     let built_s: i64 = env!("FIELDGATE_BUILT_S").parse().unwrap_or_default();
     if let Some(doubt) = doubts_at_start(now_us, built_s.saturating_mul(1_000_000), stored_us) {
@@ -76,20 +76,20 @@ pub fn warn_at_start(now_us: i64, stored_us: Option<i64>) {
             %doubt,
             now_us,
             stored_us,
-            "system clock is doubtful; set it, or times of receipt and since boot will be wrong"
+            "system clock looks wrong, receive times may be wrong; set the clock"
         );
     }
 }
 
-/// What makes the wall clock doubtful at the start: it is before this program was built, or what is stored
-/// is from its future.
+/// Returns why the wall clock is probably wrong: it is before the build time of this program, or
+/// before stored times of receipt.
 fn doubts_at_start(now_us: i64, built_us: i64, stored_us: Option<i64>) -> Option<&'static str> {
     if now_us < built_us {
-        return Some("it is before the time at which this program was built");
+        return Some("earlier than the build time of this program");
     }
     let latest_us = now_us.saturating_add(STORED_AHEAD_MAX_US);
     if stored_us.is_some_and(|stored_us| stored_us > latest_us) {
-        return Some("the store holds times of receipt from its future");
+        return Some("earlier than the newest receive time in the store");
     }
     None
 }

@@ -1,4 +1,5 @@
-//! `serve --check`: a line for each problem, nothing written but what SQLite keeps, nothing listening.
+//! `serve --check`: prints a line for each problem, writes nothing except the files that SQLite keeps, and opens no
+//! port.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,7 +23,7 @@ fn assert_fit(data_dir: &Path, flags: &[&str]) {
     assert!(!ended.stderr.contains("error: "), "{}", ended.stderr);
 }
 
-/// Each problem has a line, with all the words that are asked for.
+/// Asserts that the output has a line with each of the problems.
 #[track_caller]
 fn assert_problems(data_dir: &Path, flags: &[&str], code: i32, problems: &[&str]) {
     let ended = check(data_dir, flags);
@@ -39,7 +40,7 @@ fn assert_problems(data_dir: &Path, flags: &[&str], code: i32, problems: &[&str]
     }
 }
 
-/// Every file below, but for those that SQLite keeps while a database is open.
+/// Returns all files below a directory, except those that SQLite keeps while a database is open.
 fn content(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = fs::read_dir(dir)
         .expect("reads")
@@ -51,14 +52,14 @@ fn content(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 #[test]
-fn a_directory_that_will_do_is_fit_and_stays_as_it_is() {
+fn a_valid_directory_passes_and_stays_unchanged() {
     let dir = TempDir::new().expect("a directory");
     let data_dir = dir.path().join("a/data");
     assert_fit(&data_dir, &[]);
     assert!(!dir.path().join("a").exists(), "made");
     let mut gateway = Gateway::start_in(&data_dir, &[]);
     gateway.connect("pump").0.ping();
-    // Also while the gateway that will be replaced still has the port.
+    // Even while the gateway that will be replaced still has the port.
     assert_fit(&data_dir, &["--listen", &gateway.addr.to_string()]);
     gateway.terminate();
     assert!(gateway.wait().status.success());
@@ -85,13 +86,13 @@ fn each_problem_has_a_line() {
     ];
     let problems = [
         "could not listen on 192.0.2.1",
-        "there is no certificate",
+        "could not find certificate",
         "mode 0644",
     ];
     assert_problems(dir.path(), &flags, 1, &problems);
 
     fs::remove_file(&key).expect("removes");
-    assert_problems(dir.path(), &[], 1, &["there is no fleet key"]);
+    assert_problems(dir.path(), &[], 1, &["could not find fleet key"]);
     let flags = ["--window-frames", "0", "--idle-timeout-s", "1", "--spool"];
     let problems = ["window-frames", "idle-timeout-s", "--spool"];
     assert_problems(dir.path(), &flags, 2, &problems);
@@ -106,7 +107,7 @@ fn each_problem_has_a_line() {
 }
 
 #[test]
-fn a_check_is_no_setting() {
+fn check_is_not_a_setting() {
     let dir = TempDir::new().expect("a directory");
     let config = dir.path().join("fieldgate.toml");
     fs::write(&config, "check = true\n").expect("writes");
@@ -117,7 +118,7 @@ fn a_check_is_no_setting() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_database_is_checked_and_left_as_it_is() {
+fn a_database_is_checked_and_stays_unchanged() {
     let database = PgDatabase::create();
     let dir = TempDir::new().expect("a directory");
     let url = database.url();
@@ -136,7 +137,7 @@ fn a_database_is_checked_and_left_as_it_is() {
         dir.path(),
         &["--store", nowhere],
         1,
-        &["no Postgres answers"],
+        &["could not reach Postgres"],
     );
     assert_eq!(fs::read_dir(dir.path()).expect("reads").count(), 0);
 }

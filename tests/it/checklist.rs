@@ -1,21 +1,21 @@
-//! What is shown of the gateway's security, line by line; a test's name begins with its line's number.
+//! Tests of the security checklist, line by line; a test's name begins with the number of its line.
 //!
 //! | line | tests |
 //! |---|---|
 //! | 1 no default credential | here |
-//! | 2 keys and certificates of devices' own; revocation | `lifecycle`, `tls` |
-//! | 3 secrets are in files of their user alone, and in no log | `start`, `session`, and the last step of `tests/run` |
-//! | 4 an unknown device and a wrong key look the same | `handshake` |
-//! | 5 failures are answered later and later | `limits` |
-//! | 6 TLS 1.2 or later; plain text beyond loopback only on request | `tls`, `start` |
+//! | 2 individual keys and certificates for devices; revocation | `lifecycle`, `tls` |
+//! | 3 secrets are in private files, and not in logs | `start`, `session`, and the last step of `tests/run` |
+//! | 4 an unknown device and a wrong key are indistinguishable | `handshake` |
+//! | 5 replies to failures are delayed more and more | `limits` |
+//! | 6 TLS 1.2 or later; plain TCP beyond loopback only on request | `tls`, `start` |
 //! | 7 certificates are reloaded | `tls`, `tls_reload` |
-//! | 8 half a handshake gives way | `limits`; its figures come from `fieldgate-sim bench --only hostile` |
-//! | 9 lengths are checked first, and strangers take little memory | here, `malformed`, `limits`, `tls` |
+//! | 8 unfinished handshakes are dropped first | `limits`; figures from `fieldgate-sim bench --only hostile` |
+//! | 9 lengths are checked first; unauthenticated peers use little memory | here, `malformed`, `limits`, `tls` |
 //! | 10 deadlines for the first byte, a frame and silence | `malformed` |
-//! | 11 who does not read is cut off | here |
-//! | 12 caps on connections, and few descriptors | `limits` |
+//! | 11 a peer that does not read is disconnected | here |
+//! | 12 limits on connections, also with few file descriptors | `limits` |
 //! | 13 a device's rate | `limits` |
-//! | 14 what is replayed changes nothing | here, `session`, `tls` |
+//! | 14 replayed bytes change nothing | here, `session`, `tls` |
 //! | 15 a device writes only as itself | here |
 //! | 16 hostile names and texts | `stored`, `stored_in_postgres` |
 //! | 20 dependencies | `tests/audit` |
@@ -34,7 +34,7 @@ use crate::handshake::AT_ONCE;
 use crate::logs::keep_of;
 use crate::malformed::assert_serves;
 
-/// What is tried first, in a gateway that was just made: nothing of it is a key.
+/// Tries common credentials on a new gateway: none of them is a key.
 #[test]
 fn c01_no_default_credential() {
     let gateway = Gateway::start(&AT_ONCE);
@@ -72,16 +72,16 @@ fn c01_no_default_credential() {
     assert_eq!(gateway.database().count("SELECT count(*) FROM devices"), 0);
 }
 
-/// A kilobyte of what strangers send is kept, and what their connections are made of.
+/// The gateway keeps a kilobyte of an unauthenticated peer's data, and the state of its connection.
 #[test]
-fn c09_strangers_take_little_memory() {
+fn c09_unauthenticated_peers_use_little_memory() {
     let gateway = Gateway::start(&["--handshake-timeout-s", "600"]);
     assert_serves(&gateway, "good");
     let before = gateway.memory_bytes();
-    let strangers = 1_000;
+    let peers = 1_000;
     let hello = gateway.device("pump").hello();
     let unfinished = sealed(header(0x90, 0), &[0; 480]);
-    let mut links: Vec<Link> = (0..strangers)
+    let mut links: Vec<Link> = (0..peers)
         .map(|_| {
             let mut link = Link::open(gateway.addr);
             link.send(&hello);
@@ -89,19 +89,22 @@ fn c09_strangers_take_little_memory() {
             link
         })
         .collect();
-    // The CHALLENGE tells that a stranger was heard.
+    // CHALLENGE shows that the gateway has read the peer's data.
     for link in &mut links {
         assert!(matches!(link.hear(), Heard::Challenge(_)));
     }
-    let each = (gateway.memory_bytes().saturating_sub(before)) / strangers;
-    assert!(each < 8 * 1024, "{each} bytes for each stranger");
+    let each = (gateway.memory_bytes().saturating_sub(before)) / peers;
+    assert!(
+        each < 8 * 1024,
+        "{each} bytes for each unauthenticated peer"
+    );
     assert_serves(&gateway, "too");
 }
 
-/// A device that asks and never reads the answers, until they fill what the system and the gateway keep for
-/// it. Everybody else is served.
+/// A device sends requests and never reads the answers, until they fill the buffers of the system and the gateway.
+/// All others are served.
 #[test]
-fn c11_who_does_not_read_is_cut_off() {
+fn c11_a_peer_that_does_not_read_is_disconnected() {
     let mut gateway = Gateway::start(&[]);
     let deaf = gateway.device("deaf");
     let (mut link, _) = Link::login(gateway.addr, &deaf);
@@ -115,21 +118,21 @@ fn c11_who_does_not_read_is_cut_off() {
         }
         if asked % 10_000 == 0 {
             assert_serves(&gateway, &format!("good-{asked}"));
-            assert!(asked < 50_000, "{asked} questions, and not cut off");
+            assert!(asked < 50_000, "{asked} requests, and not disconnected");
         }
     };
     let kinds = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
     assert!(kinds.contains(&error.kind()), "{error}");
     let grown = gateway.memory_bytes().saturating_sub(before);
-    assert!(grown < 4 << 20, "{grown} bytes after {asked} questions");
+    assert!(grown < 4 << 20, "{grown} bytes after {asked} requests");
     assert_serves(&gateway, "good");
     assert!(gateway.is_alive());
-    // It may come back.
+    // It may reconnect.
     let (mut link, _) = Link::login(gateway.addr, &deaf);
     link.ping();
 }
 
-/// What the store holds, but for lines that tell of refusals.
+/// Returns the content of the store, except lines about rejected connections.
 fn stored(gateway: &Gateway) -> Vec<String> {
     let tables = [
         "devices",
@@ -158,7 +161,7 @@ fn stored(gateway: &Gateway) -> Vec<String> {
     tables.iter().map(dump).collect()
 }
 
-/// A session with a bit of everything, ended by the device; gives what the device sent.
+/// Runs a session with all kinds of frames, ended by the device; returns the bytes that the device sent.
 fn session(mut link: Link, login: &Login) -> Vec<u8> {
     let transcript = link.challenge(login);
     link.authenticate(login, transcript);
@@ -167,7 +170,7 @@ fn session(mut link: Link, login: &Login) -> Vec<u8> {
     link.send(&readings_at(2, T0_US, &[5, 6, 7]));
     link.send(&gap(3, 5, 0));
     link.send(&event(6, 2, 7, "door open"));
-    // Understood neither the first nor the second time.
+    // Not understood the first nor the second time.
     let unknown = sealed(header(0x1f, 7), &[9; 40]);
     link.send(&unknown);
     link.send(&damaged(readings(8)));
@@ -179,14 +182,14 @@ fn session(mut link: Link, login: &Login) -> Vec<u8> {
     std::mem::take(&mut link.sent)
 }
 
-/// Sends recorded bytes on a new connection, and waits until the gateway has had enough.
+/// Sends recorded bytes on a new connection, and waits until the gateway closes it.
 fn replay(mut link: Link, recorded: &[u8]) {
     link.send_in_vain(recorded);
     link.finish();
     while !matches!(link.try_hear(), Ok(Heard::Closed) | Err(_)) {}
 }
 
-/// Waits until the session's own last line is written, so that nothing is under way any more.
+/// Waits until the session's own last event is written, so that nothing is pending.
 fn settled(gateway: &Gateway) -> Vec<String> {
     let begun = Instant::now();
     let sql = "SELECT (SELECT count(*) FROM device_events WHERE kind = 'connected')
@@ -203,14 +206,14 @@ fn c14_a_session_replayed_byte_for_byte_changes_nothing() {
     let mut gateway = Gateway::start_in(dir.path(), &AT_ONCE);
     let pump = gateway.device("pump");
     let recorded = session(Link::open(gateway.addr), &pump);
-    // So that nobody can mistake it for the end of that session.
+    // So that its end cannot be mistaken for the end of that session.
     assert_serves(&gateway, "other");
     let before = settled(&gateway);
     assert!(before.iter().any(|table| table.contains("door open")));
     let after_handshake = recorded.len() - without_handshake(&recorded).len();
     for part in [
         &recorded[..],
-        // HELLO and AUTH, and nothing else; all but them; from the middle of a frame on.
+        // HELLO and AUTH only; all but them; everything from the middle of a frame.
         &recorded[..after_handshake],
         &recorded[after_handshake..],
         &recorded[recorded.len() / 2..],
@@ -223,7 +226,7 @@ fn c14_a_session_replayed_byte_for_byte_changes_nothing() {
     let gateway = Gateway::start_in(dir.path(), &AT_ONCE);
     replay(Link::open(gateway.addr), &recorded);
     assert_eq!(stored(&gateway), before);
-    // The device itself goes on where it was.
+    // The device itself continues where it was.
     let (_, welcomed) = Link::login(gateway.addr, &pump);
     assert_eq!(welcomed.durable_seq, 8);
 }
@@ -237,7 +240,7 @@ fn without_handshake(recorded: &[u8]) -> &[u8] {
     rest
 }
 
-/// Two devices with the same stream number, and the same numbers and times in it, stay apart.
+/// Two devices with the same stream number, and the same numbers and times in it, stay separate.
 #[test]
 fn c15_a_device_writes_only_as_itself() {
     let gateway = Gateway::start(&AT_ONCE);
@@ -263,7 +266,7 @@ fn c15_a_device_writes_only_as_itself() {
         JOIN frames AS f ON f.id = r.frame_id JOIN streams AS st ON st.id = f.stream_id
         WHERE st.device_id <> s.device_id";
     assert_eq!(gateway.database().count(series), 0);
-    // Nor does a's key open a session in b's name.
+    // A key of `a` opens no session as `b` either.
     let twin = Login {
         key: gateway.device("a").key,
         ..gateway.device("b")

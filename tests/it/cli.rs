@@ -1,4 +1,4 @@
-//! The command line, as whoever types it sees it.
+//! The command line, as its users see it.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -13,7 +13,7 @@ use crate::site::{AT_US, DATABASE, Gateway, Said, Site, readings};
 use crate::tls::until;
 
 #[test]
-fn a_new_site_is_told_what_to_do() {
+fn commands_without_a_database_say_what_to_do() {
     let site = Site::new();
     for args in [
         &["status"][..],
@@ -26,7 +26,7 @@ fn a_new_site_is_told_what_to_do() {
         site.run(args)
             .refused(1, &["/fieldgate.db", "fieldgate serve", "--data-dir"]);
     }
-    // Looking makes nothing.
+    // Read-only commands create nothing.
     assert_eq!(fs::read_dir(site.dir.path()).unwrap().count(), 0);
 }
 
@@ -81,7 +81,7 @@ fn a_flag_wins_over_the_environment_which_wins_over_the_file() {
         let said = site.run_with(args, environment);
         said.refused(1, &["no database at "]);
         let path = said.err.split("no database at ").nth(1).unwrap().to_owned();
-        path.split(": start").next().unwrap().to_owned()
+        path.split("; start").next().unwrap().to_owned()
     };
     let environment = [("FIELDGATE_DATA_DIR", "from-env")];
     assert_eq!(store_of(&["status"], &[]), "./fieldgate-data/fieldgate.db");
@@ -98,10 +98,10 @@ fn a_flag_wins_over_the_environment_which_wins_over_the_file() {
     }
     let store = [("FIELDGATE_STORE", "sqlite://other.db")];
     assert_eq!(store_of(&file, &store), "other.db");
-    // Compose files and unit files leave a setting out by an empty variable.
+    // Compose files and unit files leave a setting out with an empty variable.
     let empty = [("FIELDGATE_STORE", ""), ("FIELDGATE_DATA_DIR", "")];
     assert_eq!(store_of(&file, &empty), "from-file/fieldgate.db");
-    // What the file says counts for `serve`, and is refused as a flag would be.
+    // Values in the file apply to `serve`, and are rejected like those of a flag.
     let refused = site.run(&["--config", "f.toml", "serve"]);
     refused.refused(2, &["0.0.0.0:1", "--allow-plaintext"]);
     let refused = site.run_with(&["serve"], &[("FIELDGATE_LISTEN", "0.0.0.0:2")]);
@@ -113,37 +113,40 @@ fn a_flag_wins_over_the_environment_which_wins_over_the_file() {
 fn a_wrong_file_is_one_line_that_names_it() {
     let site = Site::new();
     let cases: [(&str, &[&str]); 15] = [
-        ("lisen = \"a\"", &["\"lisen\"", "nearest is \"listen\""]),
-        ("[listen]", &["listen = {…}", "text in quotes"]),
-        ("listen = [\"a\"]", &["listen = […]", "text in quotes"]),
+        ("lisen = \"a\"", &["\"lisen\"", "did you mean \"listen\"?"]),
+        ("[listen]", &["listen = {…}", "a quoted string"]),
+        ("listen = [\"a\"]", &["listen = […]", "a quoted string"]),
         ("listen = \"there\"", &["listen = \"there\""]),
         (
             "config = \"f.toml\"",
             &["\"config\"", "on the command line"],
         ),
-        ("connections_max = 5", &["nearest is \"connections-max\""]),
+        (
+            "connections_max = 5",
+            &["did you mean \"connections-max\"?"],
+        ),
         ("connections-max = \"5\"", &["\"5\"", "a whole number"]),
         ("connections-max = -5", &["connections-max = -5"]),
         ("frame-bytes-max = 70000", &["70000", "65535"]),
         ("allow-plaintext = 1", &["true or false"]),
         (
             "format = \"csv\"",
-            &["\"format\"", "on the command line as --format"],
+            &["\"format\"", "use --format on the command line"],
         ),
-        ("all = true", &["\"all\"", "on the command line as --all"]),
+        ("all = true", &["\"all\"", "use --all on the command line"]),
         ("queue-bytes-max = \"a lot\"", &["a lot", "64MiB"]),
         ("keepalive-s = \"1500ms\"", &["1500ms", "whole seconds"]),
         ("a = 1\nb =", &["line 2"]),
     ];
     for (text, words) in cases {
         site.write("f.toml", text);
-        // Also where the subcommand has no such flag.
+        // Even if the subcommand has no such flag.
         let said = site.run(&["--config", "f.toml", "status"]);
         said.refused(2, words);
         said.refused(2, &["settings file f.toml"]);
     }
     site.run(&["--config", "none.toml", "status"])
-        .refused(2, &["cannot read the settings file none.toml"]);
+        .refused(2, &["could not read settings file none.toml"]);
     for keepalive in ["500", "\"500s\"", "\"8min 20s\""] {
         site.write("f.toml", &format!("keepalive-s = {keepalive}"));
         site.run(&["--config", "f.toml", "serve"])
@@ -184,9 +187,9 @@ fn wrong_usage_is_two_lines_at_most() {
     assert!(help.out.contains("[default: 16384]"));
 }
 
-/// Wherever a wrong address comes from, its password is not said, and what is wrong with it is.
+/// Wherever a wrong URL comes from, its password is not printed, but the problem is.
 #[test]
-fn the_password_of_a_store_is_not_said() {
+fn the_password_of_a_store_is_not_printed() {
     let site = Site::new();
     for (address, word) in [
         ("postgres://ann:s3cret@host/db?sslmod=require", "`sslmod`"),
@@ -197,12 +200,9 @@ fn the_password_of_a_store_is_not_said() {
         ),
         ("postgres://host/db?pass%77ord=s3cret", "`pass%77ord`"),
         ("postgres://host/db?sslpassword=s3cret", "`sslpassword`"),
-        ("postgres://ann:5/s3cret@host/db", "behind the host"),
-        ("ann:s3cret@host/db", "not the address of a store"),
-        (
-            "host=db user=ann password=s3cret",
-            "not the address of a store",
-        ),
+        ("postgres://ann:5/s3cret@host/db", "after the host"),
+        ("ann:s3cret@host/db", "not a store URL"),
+        ("host=db user=ann password=s3cret", "not a store URL"),
     ] {
         site.write("f.toml", &format!("store = {address:?}"));
         let mut simulator = simulator("verify");
@@ -246,8 +246,8 @@ fn the_password_of_a_store_is_not_said() {
 fn a_switch_in_the_environment_may_be_a_number() {
     let site = Site::new();
     for (value, word) in [
-        ("1", "--spool is for"),
-        ("yes", "--spool is for"),
+        ("1", "--spool requires"),
+        ("yes", "--spool requires"),
         ("0", "--allow-plaintext"),
         ("perhaps", "perhaps"),
     ] {
@@ -262,9 +262,9 @@ fn a_switch_in_the_environment_may_be_a_number() {
     }
 }
 
-/// A variable or a file that was written for something else must not choose what is deleted.
+/// A variable or a file that was written for something else must not select what is deleted.
 #[tokio::test]
-async fn what_a_command_acts_on_is_said_on_the_command_line_alone() {
+async fn the_target_of_a_command_comes_from_the_command_line_only() {
     let (site, _store) = Site::with_readings().await;
     for variable in ["ALL", "DEVICE", "BEFORE"] {
         let value = match variable {
@@ -277,7 +277,7 @@ async fn what_a_command_acts_on_is_said_on_the_command_line_alone() {
         assert_eq!(said.code, 2, "{said:?}");
         let listed = site.run_with(&["quarantine", "list"], &[(&name, value)]);
         assert!(
-            listed.err.contains("it is no setting") && listed.err.contains(&name),
+            listed.err.contains("unknown environment variable") && listed.err.contains(&name),
             "{listed:?}"
         );
     }
@@ -287,7 +287,7 @@ async fn what_a_command_acts_on_is_said_on_the_command_line_alone() {
     );
 }
 
-/// Without `USER` the account's name comes from the system, as for every client of Postgres.
+/// Without `USER` the account's name comes from the system, as in every Postgres client.
 #[test]
 fn the_user_of_a_store_is_the_account() {
     let site = Site::new();
@@ -305,7 +305,7 @@ fn the_user_of_a_store_is_the_account() {
     assert!(said.err.contains(&url), "{said:?}");
 }
 
-/// A line that lacks fields: any of them may be the password.
+/// A line lacks fields: any of them may be the password.
 #[test]
 fn a_damaged_password_file_is_not_logged() {
     let site = Site::new();
@@ -321,13 +321,13 @@ fn a_damaged_password_file_is_not_logged() {
         ];
         let said = site.run_with(&args, &environment);
         assert_eq!(said.code, 1, "{said:?}");
-        assert!(said.err.contains("no Postgres answers"), "{said:?}");
+        assert!(said.err.contains("could not reach Postgres"), "{said:?}");
         assert!(!said.err.contains("s3cret"), "{said:?}");
     }
 }
 
 #[tokio::test]
-async fn values_are_told_apart_in_every_format() {
+async fn values_are_distinguishable_in_every_format() {
     let (site, _store) = Site::with_readings().await;
     let sql = "SELECT 7 AS n, NULL AS missing, '' AS empty, 0.1 + 0.2 AS real, 9e999 AS big,
                x'00ff' AS bytes, 'a,\"b\"' AS text, 1 AS n";
@@ -362,7 +362,7 @@ async fn values_are_told_apart_in_every_format() {
 }
 
 #[tokio::test]
-async fn readings_are_there_beside_a_running_gateway() {
+async fn readings_can_be_queried_while_the_gateway_runs() {
     let (site, _store) = Site::with_readings().await;
     let csv = site.query(
         "SELECT device, channel, unit, ts, value FROM telemetry",
@@ -382,7 +382,7 @@ async fn readings_are_there_beside_a_running_gateway() {
         ("frames", "3"),
         ("readings", "2"),
         ("quarantined", "1"),
-        ("gaps", "1, of 2 frames in all"),
+        ("gaps", "1, 2 frames in total"),
     ] {
         let line = said.out.lines().find(|line| line.trim().starts_with(name));
         let line = line.unwrap_or_default().trim();
@@ -392,7 +392,7 @@ async fn readings_are_there_beside_a_running_gateway() {
 }
 
 #[tokio::test]
-async fn what_would_write_is_refused() {
+async fn statements_that_write_are_rejected() {
     let (site, _store) = Site::with_readings().await;
     let target = site.path("copy.db");
     let vacuum = format!("VACUUM INTO '{}'", target.display());
@@ -404,7 +404,8 @@ async fn what_would_write_is_refused() {
         "ATTACH 'copy.db' AS copy",
         &vacuum,
     ] {
-        site.run(&["query", sql]).refused(1, &["query only reads"]);
+        site.run(&["query", sql])
+            .refused(1, &["query is read-only"]);
     }
     assert!(!target.exists());
     site.run(&["query", "SELECT 1; DELETE FROM devices"])
@@ -423,7 +424,7 @@ async fn what_would_write_is_refused() {
 fn a_closed_pipe_ends_a_query_quietly() {
     let site = Site::new();
     assert_eq!(site.run(&["migrate"]).code, 0);
-    // Would go on for ever: that it ends shows that rows are streamed and that the pipe is heeded.
+    // An endless query: its end shows that rows are streamed and that the closed pipe is detected.
     let endless = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT n FROM c";
     for (format, first) in [("csv", "n\n"), ("json", "[\n")] {
         let mut child = site
@@ -441,10 +442,10 @@ fn a_closed_pipe_ends_a_query_quietly() {
         assert_eq!((done.status.code(), &*done.stderr), (Some(0), &b""[..]));
     }
     let table = site.query(endless, "table");
-    assert!(table.ends_with("(10000 rows, and more: --format csv or json gives all)\n"));
+    assert!(table.ends_with("(10000 rows, more omitted: use --format csv or json for all)\n"));
 }
 
-/// A gateway that cannot shorten its log stops storing; whatever the query waits for, it ends before.
+/// A gateway that cannot checkpoint its log stops storing; a query ends before that, whatever it waits for.
 #[test]
 fn a_query_ends_before_it_stops_the_gateway() {
     let site = Site::new();
@@ -452,7 +453,7 @@ fn a_query_ends_before_it_stops_the_gateway() {
     let endless = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT n FROM c";
     let silent =
         "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT max(n) FROM c";
-    // One waits for a reader of its output that has stopped, the other has nothing to write yet.
+    // One waits for a stopped reader of its output, the other has nothing to write yet.
     for sql in [endless, silent] {
         let log = site.path(DATABASE).with_extension("db-wal");
         let mut child = site
@@ -464,7 +465,7 @@ fn a_query_ends_before_it_stops_the_gateway() {
         let out = BufReader::new(child.stdout.take().unwrap());
         let log = until(|| fs::OpenOptions::new().append(true).open(&log).ok());
         assert!(child.try_wait().unwrap().is_none());
-        // Long, and empty: nothing in it is a part of the database.
+        // Long and empty: nothing in it belongs to the database.
         let mut bytes = 600 << 20;
         until(|| {
             bytes += 1;
@@ -519,7 +520,7 @@ async fn devices_are_listed_and_shown() {
     ] {
         assert!(said.out.contains(word), "{word}: {}", said.out);
     }
-    // A device's words do not steer the terminal.
+    // Text from a device does not control the terminal.
     assert!(said.out.contains("silent\\u{1b}[2J") && !said.out.contains('\u{1b}'));
 
     let said = site.run(&["device", "show", "pmup-1"]);
@@ -534,7 +535,7 @@ async fn a_device_is_shown_with_its_newest_plausible_reading() {
     let year_9999_us = 253_400_000_000_000_000;
     for (seq, rows) in [
         (5, vec![(year_9999_us, 7.0), (year_9999_us + 1, 8.0)]),
-        // Sorted in at once, where the others wait.
+        // Compacted immediately, while the others are still level 0.
         (6, (2..200).map(|n| (year_9999_us + n, 9.0)).collect()),
     ] {
         let batch = Batch {
@@ -560,7 +561,7 @@ async fn a_device_is_shown_with_its_newest_plausible_reading() {
     ];
     assert_eq!(shown(&said)[..5], newest, "{}", said.out);
     assert_eq!(shown(&said)[5..], ["200"], "{}", said.out);
-    // They are counted to a bound.
+    // They are counted up to a limit.
     let rows: Vec<_> = (200..1500).map(|n| (year_9999_us + n, 9.0)).collect();
     let batch = Batch {
         entries: vec![readings(7, &rows)],
@@ -572,7 +573,7 @@ async fn a_device_is_shown_with_its_newest_plausible_reading() {
 }
 
 #[tokio::test]
-async fn quarantine_tells_what_was_wrong() {
+async fn quarantine_shows_the_fault() {
     let (site, _store) = Site::with_readings().await;
     let said = site.run(&["quarantine", "list"]);
     for word in [
@@ -582,14 +583,14 @@ async fn quarantine_tells_what_was_wrong() {
         "2026-02-25T06:13:20Z",
         " 32 ",
         "a0a1a2a3a4a5a6a7a8a9aaabacadaeaf",
-        "(1 of 1, newest first; 32 B in all)",
+        "(1 of 1, newest first; 32 B in total)",
     ] {
         assert!(said.out.contains(word), "{word}: {}", said.out);
     }
     assert!(!said.out.contains("afb0"), "{}", said.out);
     let said = site.run(&["quarantine", "list", "--limit", "0"]);
     assert!(
-        said.out.contains("(0 of 1, newest first; 32 B in all)"),
+        said.out.contains("(0 of 1, newest first; 32 B in total)"),
         "{said:?}"
     );
 }
@@ -599,14 +600,14 @@ fn mode(path: &Path) -> u32 {
 }
 
 #[test]
-fn the_first_serve_makes_all_it_needs_and_says_where() {
+fn the_first_serve_creates_all_files_and_prints_their_paths() {
     let site = Site::new();
     let gateway = Gateway::start(&site);
     let said = gateway.announced.join("\n");
     for word in [
         "./fieldgate-data",
         "./fieldgate-data/fieldgate.db",
-        "./fieldgate-data/fleet.key (made now",
+        "./fieldgate-data/fleet.key (newly created",
         "127.0.0.1:",
     ] {
         assert!(said.contains(word), "{word}: {said}");
@@ -614,7 +615,7 @@ fn the_first_serve_makes_all_it_needs_and_says_where() {
     assert_eq!(mode(&site.path("fieldgate-data")), 0o700);
     assert_eq!(mode(&site.path("fieldgate-data/fleet.key")), 0o600);
     let key = fs::read_to_string(site.path("fieldgate-data/fleet.key")).unwrap();
-    // Both at once is refused; looking is not.
+    // A second gateway is rejected; read-only commands are not.
     site.run(&["serve", "--listen", "127.0.0.1:0"])
         .refused(1, &["in use by another"]);
     assert!(site.run(&["status"]).out.contains("none yet"));
@@ -623,7 +624,7 @@ fn the_first_serve_makes_all_it_needs_and_says_where() {
     assert!(!log.contains(key.trim()) && !said.contains(key.trim()));
 
     let again = Gateway::start(&site);
-    assert!(!again.announced.join("\n").contains("made now"));
+    assert!(!again.announced.join("\n").contains("newly created"));
     assert_eq!(again.terminate().0, Some(0));
     let kept = fs::read_to_string(site.path("fieldgate-data/fleet.key")).unwrap();
     assert_eq!(kept, key);
@@ -645,5 +646,5 @@ fn a_port_in_use_is_one_line() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = taken.local_addr().unwrap().to_string();
     site.run(&["serve", "--listen", &listen])
-        .refused(1, &["cannot listen on", &listen, "another --listen"]);
+        .refused(1, &["could not listen on", &listen, "another --listen"]);
 }

@@ -1,6 +1,6 @@
-//! A device for tests: blocking, on a plain socket or through TLS, and able to get every step wrong.
+//! A device for tests: blocking, over plain TCP or TLS, and able to violate every rule.
 //!
-//! Whatever it waits for, it waits for with a deadline, and fails the test when that is over.
+//! Every wait has a deadline, after which the test fails.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr};
@@ -23,7 +23,7 @@ use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use crate::logs::{keep_frame, keep_key};
 use crate::wire::{Wire, connect};
 
-/// The schema that [`declare`] declares, and [`readings`] uses.
+/// Number of the schema that [`declare`] declares and [`readings`] uses.
 pub const SCHEMA: u16 = 1;
 /// Channel "temperature": integer, hundredths.
 pub const TEMPERATURE: u8 = 1;
@@ -37,7 +37,7 @@ pub const FLOW: u8 = 4;
 /// 2025-10-09T08:53:20Z.
 pub const T0_US: i64 = 1_760_000_000_000_000;
 
-/// What a HELLO says and who signs the AUTH after it.
+/// Content of a HELLO, and the key for the AUTH after it.
 #[derive(Clone, Debug)]
 pub struct Login {
     pub name: String,
@@ -56,7 +56,7 @@ pub struct Login {
 }
 
 impl Login {
-    /// HELLO as a frame.
+    /// Returns HELLO as a frame.
     pub fn hello(&self) -> Vec<u8> {
         let hello = Hello {
             min_version: self.versions.0,
@@ -79,7 +79,7 @@ impl Login {
         frame(&hello, 0)
     }
 
-    /// AUTH as a frame, and what was exchanged including it.
+    /// Returns AUTH as a frame, and the transcript including it.
     pub fn auth(&self, mut transcript: Transcript) -> (Vec<u8>, Transcript) {
         let mut auth = Auth {
             mono_us: self.mono_us,
@@ -95,7 +95,7 @@ impl Login {
     }
 }
 
-/// A WELCOME whose MAC was found right.
+/// A WELCOME whose MAC was correct.
 #[derive(Clone, Copy, Debug)]
 pub struct Welcomed {
     pub durable_seq: u64,
@@ -105,7 +105,7 @@ pub struct Welcomed {
     pub schema_known: bool,
 }
 
-/// What the gateway said, or did.
+/// A message or action of the gateway.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Heard {
     Challenge(Vec<u8>),
@@ -139,12 +139,12 @@ pub enum Heard {
 pub struct Link {
     socket: Wire,
     input: Vec<u8>,
-    /// All that was sent, before any encryption.
+    /// All bytes sent, before any encryption.
     pub sent: Vec<u8>,
 }
 
 impl Link {
-    /// Connects, and says nothing yet.
+    /// Connects without sending anything.
     pub fn open(addr: SocketAddr) -> Link {
         Link {
             socket: Wire::Plain(connect(addr)),
@@ -153,7 +153,7 @@ impl Link {
         }
     }
 
-    /// Connects and goes through the TLS handshake; gives the channel binding, too.
+    /// Connects and performs the TLS handshake; also returns the channel binding.
     pub fn open_tls(
         addr: SocketAddr,
         config: &Arc<ClientConfig>,
@@ -174,7 +174,7 @@ impl Link {
         Ok((link, binding.expect("a binding")))
     }
 
-    /// The gateway's certificate.
+    /// Returns the gateway's certificate.
     pub fn certificate(&self) -> CertificateDer<'static> {
         match &self.socket {
             Wire::Plain(_) => panic!("not TLS"),
@@ -182,7 +182,7 @@ impl Link {
         }
     }
 
-    /// Connects and goes through the whole handshake.
+    /// Connects and performs the whole handshake.
     pub fn login(addr: SocketAddr, login: &Login) -> (Link, Welcomed) {
         let mut link = Link::open(addr);
         let transcript = link.challenge(login);
@@ -190,7 +190,7 @@ impl Link {
         (link, welcomed)
     }
 
-    /// HELLO, CHALLENGE: what was exchanged.
+    /// Sends HELLO and receives CHALLENGE; returns the transcript.
     pub fn challenge(&mut self, login: &Login) -> Transcript {
         let hello = login.hello();
         self.send(&hello);
@@ -203,7 +203,7 @@ impl Link {
         transcript
     }
 
-    /// AUTH, WELCOME.
+    /// Sends AUTH and receives WELCOME.
     pub fn authenticate(&mut self, login: &Login, transcript: Transcript) -> Welcomed {
         let (auth, mut transcript) = login.auth(transcript);
         keep_key(&login.key);
@@ -233,17 +233,17 @@ impl Link {
         self.socket.write_all(bytes).expect("sends");
     }
 
-    /// Sends, unless the gateway has had enough.
+    /// Sends, unless the gateway has closed the connection.
     pub fn try_send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         self.socket.write_all(bytes)
     }
 
-    /// Sends what the gateway may well not want to hear to the end.
+    /// Sends bytes that the gateway may not read completely.
     pub fn send_in_vain(&mut self, bytes: &[u8]) {
         let _ = self.socket.write_all(bytes);
     }
 
-    /// Says that nothing more will come; listens on.
+    /// Closes the sending half; the receiving half stays open.
     pub fn finish(&mut self) {
         let socket = match &mut self.socket {
             Wire::Plain(socket) => socket,
@@ -253,17 +253,17 @@ impl Link {
                 &mut stream.sock
             }
         };
-        // The gateway may have been faster.
+        // The gateway may have closed first.
         let _ = socket.shutdown(Shutdown::Write);
     }
 
-    /// The next thing the gateway says.
+    /// Receives the gateway's next message.
     pub fn hear(&mut self) -> Heard {
         self.try_hear()
             .unwrap_or_else(|error| panic!("nothing heard: {error}"))
     }
 
-    /// The next thing the gateway says, unless the connection fails.
+    /// Receives the gateway's next message, unless the connection fails.
     pub fn try_hear(&mut self) -> std::io::Result<Heard> {
         loop {
             if let Some(frame) = decode(&self.input, FRAME_BYTES_MAX).expect("a frame") {
@@ -286,7 +286,7 @@ impl Link {
         }
     }
 
-    /// ACK of `seq`; ACKs of less may come before.
+    /// Expects an ACK of `seq`, possibly after lower ones.
     pub fn expect_ack(&mut self, seq: u64) {
         loop {
             match self.hear() {
@@ -297,7 +297,7 @@ impl Link {
         }
     }
 
-    /// NACK of `seq` with `code`.
+    /// Expects a NACK of `seq` with `code`.
     pub fn expect_nack(&mut self, seq: u64, code: Code, expected_seq: u64) {
         match self.hear() {
             Heard::Nack {
@@ -313,7 +313,7 @@ impl Link {
         }
     }
 
-    /// BYE with `code`, which tells of a wait of `retry_after_ms` and of version 1, then the end.
+    /// Expects a BYE with `code`, `retry_after_ms` and version 1, then the end.
     pub fn expect_bye_after(&mut self, code: Code, retry_after_ms: u32) {
         match self.hear() {
             Heard::Bye {
@@ -330,17 +330,17 @@ impl Link {
         self.expect_closed();
     }
 
-    /// BYE with `code`, then the end.
+    /// Expects a BYE with `code`, then the end.
     pub fn expect_bye(&mut self, code: Code) {
         self.expect_bye_after(code, 0);
     }
 
-    /// The end, and nothing before it.
+    /// Expects the end, and no message before it.
     pub fn expect_closed(&mut self) {
         assert_eq!(self.hear(), Heard::Closed);
     }
 
-    /// PING, and whatever ACKs come before its PONG: what was sent before has been taken in. Gives the
+    /// Sends PING and receives any ACKs before its PONG: all bytes sent before have been processed. Returns the
     /// highest number acknowledged meanwhile.
     pub fn take_in(&mut self) -> u64 {
         self.send(&ping(77, 0, 0));
@@ -354,8 +354,8 @@ impl Link {
         }
     }
 
-    /// PING, and its PONG as the next thing heard: what was sent before has been taken in, and none of
-    /// it was answered at once.
+    /// Sends PING and expects its PONG as the next message: all bytes sent before have been processed, and none of
+    /// them was answered immediately.
     pub fn ping(&mut self) {
         self.send(&ping(77, 0, 0));
         match self.hear() {
@@ -414,7 +414,7 @@ fn read(frame: &Frame<'_>) -> Heard {
     }
 }
 
-/// A header for a frame of `frame_type`, right but for its length.
+/// Returns a header for a frame of `frame_type`, complete except for its length.
 pub fn header(frame_type: u8, seq: u64) -> Header {
     Header {
         version: VERSION,
@@ -425,7 +425,7 @@ pub fn header(frame_type: u8, seq: u64) -> Header {
     }
 }
 
-/// Any header around any payload, with right checksums.
+/// Returns a frame of any header and payload, with correct checksums.
 pub fn sealed(header: Header, payload: &[u8]) -> Vec<u8> {
     let mut bytes = vec![0; payload.len() + OVERHEAD_BYTES];
     bytes[HEADER_BYTES..HEADER_BYTES + payload.len()].copy_from_slice(payload);
@@ -438,7 +438,7 @@ pub fn sealed(header: Header, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A message as a frame.
+/// Returns a message as a frame.
 pub fn frame<'m>(message: &impl Message<'m>, seq: u64) -> Vec<u8> {
     let mut bytes = vec![0; FRAME_BYTES_MAX];
     let count = message::encode(message, seq, &mut bytes).expect("fits");
@@ -446,18 +446,18 @@ pub fn frame<'m>(message: &impl Message<'m>, seq: u64) -> Vec<u8> {
     bytes
 }
 
-/// What is between header and trailer.
+/// Returns the bytes between header and trailer.
 pub fn payload(frame: &[u8]) -> &[u8] {
     &frame[HEADER_BYTES..frame.len() - TRAILER_BYTES]
 }
 
-/// `frame` with one bit of its payload turned, under the checksum that it had.
+/// Returns `frame` with one bit of its payload flipped and its checksums unchanged.
 pub fn damaged(mut frame: Vec<u8>) -> Vec<u8> {
     frame[HEADER_BYTES] ^= 0x10;
     frame
 }
 
-/// A message with other header fields, as `change` leaves them.
+/// Returns a message with the header fields changed by `change`.
 pub fn reheaded(frame: &[u8], change: impl FnOnce(&mut Header)) -> Vec<u8> {
     let header = decode(frame, FRAME_BYTES_MAX)
         .expect("a frame")
@@ -484,7 +484,7 @@ fn channel(
     }
 }
 
-/// DECLARE of schema `schema` with any channels.
+/// Returns a DECLARE of schema `schema` with any channels.
 pub fn declare_channels(schema: u16, channels: &[Channel<'_>]) -> Vec<u8> {
     let channels = channels.iter().copied().collect();
     frame(
@@ -497,7 +497,7 @@ pub fn declare_channels(schema: u16, channels: &[Channel<'_>]) -> Vec<u8> {
     )
 }
 
-/// DECLARE of the usual channels.
+/// Returns a DECLARE of the usual channels.
 pub fn declare(schema: u16) -> Vec<u8> {
     let channels = [
         channel(TEMPERATURE, "temperature", "Cel", 0, -2),
@@ -508,12 +508,12 @@ pub fn declare(schema: u16) -> Vec<u8> {
     declare_channels(schema, &channels)
 }
 
-/// Hash of what [`declare`] declares.
+/// Returns the hash of the content that [`declare`] declares.
 pub fn declared_hash(schema: u16) -> [u8; 8] {
     schema_hash(payload(&declare(schema)))
 }
 
-/// A DATA without columns: UTC, microseconds, a row each second.
+/// Returns a DATA without columns: UTC, microseconds, one row per second.
 pub fn no_columns(rows: u16) -> Data<'static> {
     Data {
         schema: SCHEMA,
@@ -529,13 +529,13 @@ pub fn no_columns(rows: u16) -> Data<'static> {
     }
 }
 
-/// `data` with these columns, as a frame.
+/// Returns `data` with these columns, as a frame.
 pub fn with_columns(data: Data<'_>, seq: u64, columns: &[Column<'_>]) -> Vec<u8> {
     let columns = columns.iter().copied().collect();
     frame(&Data { columns, ..data }, seq)
 }
 
-/// A raw column without nulls.
+/// Returns a raw column without nulls.
 pub fn raw(channel: u8, data: &[u8]) -> Column<'_> {
     Column {
         channel,
@@ -545,7 +545,7 @@ pub fn raw(channel: u8, data: &[u8]) -> Column<'_> {
     }
 }
 
-/// DATA `seq`: temperatures in hundredths, the first at `t0_us`.
+/// Returns DATA `seq`: temperatures in hundredths, the first at `t0_us`.
 pub fn readings_at(seq: u64, t0_us: i64, hundredths: &[i64]) -> Vec<u8> {
     let bytes: Vec<u8> = hundredths.iter().flat_map(|h| h.to_le_bytes()).collect();
     let data = Data {
@@ -555,12 +555,12 @@ pub fn readings_at(seq: u64, t0_us: i64, hundredths: &[i64]) -> Vec<u8> {
     with_columns(data, seq, &[raw(TEMPERATURE, &bytes)])
 }
 
-/// DATA `seq` with one reading, of as many hundredths as its number.
+/// Returns DATA `seq` with one reading, whose value in hundredths is its number.
 pub fn readings(seq: u64) -> Vec<u8> {
     readings_at(seq, T0_US + seq as i64 * 60_000_000, &[seq as i64])
 }
 
-/// GAP of `from_seq` to `seq`.
+/// Returns a GAP of `from_seq` to `seq`.
 pub fn gap(from_seq: u64, seq: u64, reason: u8) -> Vec<u8> {
     frame(
         &Gap {
@@ -572,7 +572,7 @@ pub fn gap(from_seq: u64, seq: u64, reason: u8) -> Vec<u8> {
     )
 }
 
-/// EVENT `seq` with a UTC stamp.
+/// Returns EVENT `seq` with a UTC time.
 pub fn event(seq: u64, level: u8, code: u16, text: &str) -> Vec<u8> {
     frame(
         &Event {
@@ -588,7 +588,7 @@ pub fn event(seq: u64, level: u8, code: u16, text: &str) -> Vec<u8> {
     )
 }
 
-/// PING.
+/// Returns a PING.
 pub fn ping(mono_us: u64, pong_sent_us: i64, pong_mono_us: u64) -> Vec<u8> {
     frame(
         &Ping {
@@ -601,7 +601,7 @@ pub fn ping(mono_us: u64, pong_sent_us: i64, pong_mono_us: u64) -> Vec<u8> {
     )
 }
 
-/// BYE of a device that leaves.
+/// Returns the BYE of a device that disconnects.
 pub fn bye() -> Vec<u8> {
     frame(
         &Bye {

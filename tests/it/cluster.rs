@@ -1,6 +1,6 @@
-//! A Postgres cluster of a test's own, to be stopped, frozen and started as the test likes.
+//! A private Postgres cluster for a test, which the test can stop, freeze and start.
 //!
-//! `tests/postgres` says where the server's programs are, and as whom they run.
+//! `tests/postgres` prints the directory of the server programs, and the user to run them.
 
 use std::fs::File;
 use std::net::TcpListener;
@@ -15,13 +15,13 @@ use tempfile::TempDir;
 
 use crate::database::{PgDatabase, Session};
 
-/// Longer than a start takes, recovery after a crash included.
+/// Longer than any start, including recovery after a crash.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The server's programs.
+/// The server programs.
 struct Programs {
     dir: PathBuf,
-    /// Who runs them, where the present user may not.
+    /// User who runs them, if not the current one.
     user: Option<(u32, u32)>,
 }
 
@@ -49,12 +49,12 @@ impl Programs {
 }
 
 fn id(which: &str, user: &str) -> u32 {
-    let told = Command::new("id").args([which, user]).output().expect("id");
-    let number = String::from_utf8(told.stdout).expect("text");
+    let output = Command::new("id").args([which, user]).output().expect("id");
+    let number = String::from_utf8(output.stdout).expect("text");
     number.trim().parse().expect("a number")
 }
 
-/// A cluster; gone without a trace when it is dropped.
+/// A cluster, which is removed on drop.
 pub struct Cluster {
     programs: Programs,
     dir: TempDir,
@@ -62,12 +62,12 @@ pub struct Cluster {
     settings: Vec<String>,
     /// `None` while it is stopped.
     postmaster: Option<Child>,
-    /// All processes but the postmaster, while they are frozen.
+    /// All processes except the postmaster, while they are frozen.
     frozen: Vec<i32>,
 }
 
 impl Cluster {
-    /// A new cluster that runs, with `settings` such as `fsync=off`.
+    /// Starts a new cluster with `settings` such as `fsync=off`.
     pub fn start(settings: &[&str]) -> Cluster {
         let programs = Programs::find();
         let dir = TempDir::new().expect("a directory");
@@ -77,7 +77,7 @@ impl Cluster {
         let made = programs
             .command("initdb")
             .args(["-U", "fieldgate", "-A", "trust", "-E", "UTF8", "--locale=C"])
-            // The cluster is thrown away if the machine crashes now. It syncs when it runs.
+            // The cluster is discarded if the machine crashes now. It syncs while it runs.
             .args(["--no-sync", "-D"])
             .arg(dir.path().join("data"))
             .current_dir(dir.path())
@@ -97,17 +97,17 @@ impl Cluster {
         cluster
     }
 
-    /// Address of its database for administrators.
+    /// Returns the URL of its maintenance database.
     pub fn url(&self) -> String {
         format!("postgres://fieldgate@127.0.0.1:{}/postgres", self.port)
     }
 
-    /// A new database in it.
+    /// Creates a database in it.
     pub fn database(&self) -> PgDatabase {
         PgDatabase::create_on(&self.url())
     }
 
-    /// Lets whoever is `user` in only with a password.
+    /// Requires a password from `user`.
     pub fn ask_for_password(&self, user: &str) {
         let path = self.dir.path().join("data/pg_hba.conf");
         let rules = std::fs::read_to_string(&path).expect("rules");
@@ -116,7 +116,7 @@ impl Cluster {
         Session::open(&self.url()).execute("SELECT pg_reload_conf()");
     }
 
-    /// Starts it again, and waits until it lets clients in.
+    /// Starts it again, and waits until it accepts clients.
     pub fn run(&mut self) {
         let path = self.dir.path().join("log");
         let log = File::options().create(true).append(true).open(&path);
@@ -144,7 +144,7 @@ impl Cluster {
         self.postmaster = Some(postmaster);
     }
 
-    /// As `pg_ctl stop -m immediate`: every process ends on the spot, as in a crash, and the next start
+    /// Stops it like `pg_ctl stop -m immediate`: every process ends immediately, as in a crash, and the next start
     /// recovers.
     pub fn stop_immediately(&mut self) {
         let mut postmaster = self.postmaster.take().expect("it runs");
@@ -152,17 +152,17 @@ impl Cluster {
         postmaster.wait().expect("a child");
     }
 
-    /// Halts all its processes; clients see a server that does not answer.
+    /// Halts all its processes; clients see a server that does not respond.
     pub fn freeze(&mut self) {
         let mut session = Session::open(&self.url());
-        // The postmaster first: it can make no new ones then.
+        // The postmaster first: then it cannot create new ones.
         signal("STOP", &[self.postmaster_id()]);
         let pids: Vec<(i32,)> = session.rows("SELECT pid FROM pg_stat_activity");
         self.frozen = pids.into_iter().map(|(pid,)| pid).collect();
         signal("STOP", &self.frozen);
     }
 
-    /// Lets them go on.
+    /// Resumes its processes.
     pub fn thaw(&mut self) {
         signal("CONT", &std::mem::take(&mut self.frozen));
         signal("CONT", &[self.postmaster_id()]);
@@ -187,7 +187,7 @@ fn signal(name: &str, pids: &[i32]) {
         return;
     }
     let pids = pids.iter().map(i32::to_string);
-    // One of them may have ended by itself; whether the rest hear it shows soon enough.
+    // One of them may have exited on its own; if the others miss the signal, the test fails soon enough.
     let _ = Command::new("kill")
         .arg(format!("-{name}"))
         .args(pids)
@@ -196,8 +196,8 @@ fn signal(name: &str, pids: &[i32]) {
         .expect("kill");
 }
 
-/// A port below those that systems give to clients: while the cluster is stopped, no connection of
-/// another test must take it by chance.
+/// Returns a port below the client ports of common systems: while the cluster is stopped, no connection of
+/// another test may use it by chance.
 fn free_port() -> u16 {
     loop {
         let port = rand::rng().random_range(20_000..32_000);

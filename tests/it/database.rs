@@ -1,4 +1,4 @@
-//! A Postgres database of a test's own, and sessions that look into it.
+//! A private Postgres database for a test, and sessions that query it.
 
 use std::borrow::Cow;
 use std::io::ErrorKind;
@@ -8,9 +8,9 @@ use sqlx::postgres::{PgConnectOptions, PgRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, FromRow, PgConnection};
 use tokio::runtime::{Builder, Runtime};
 
-/// Names the server that tests share; `tests/run` sets it.
+/// Variable with the URL of the server that tests share; `tests/run` sets it.
 const SERVER_VARIABLE: &str = "FIELDGATE_TEST_POSTGRES_URL";
-/// A server that is frozen lets nobody in.
+/// A frozen server accepts no connections.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// Longer than any query of a test takes.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -26,7 +26,7 @@ impl Session {
         Session::connect(url).expect(url)
     }
 
-    /// `None` if nobody is there.
+    /// Connects, or returns `None` if the server is not available.
     pub fn try_open(url: &str) -> Option<Session> {
         Session::connect(url).ok()
     }
@@ -48,13 +48,13 @@ impl Session {
         })
     }
 
-    /// Statements without results.
+    /// Executes statements without results.
     pub fn execute(&mut self, sql: &str) {
         let statements = sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&mut self.connection);
         self.runtime.block_on(statements).expect(sql);
     }
 
-    /// All rows of a query.
+    /// Returns all rows of a query.
     pub fn rows<T>(&mut self, sql: &str) -> Vec<T>
     where
         T: for<'r> FromRow<'r, PgRow> + Send + Unpin,
@@ -71,12 +71,12 @@ impl Session {
         self.runtime.block_on(query).expect("an answer")
     }
 
-    /// The one number that a query gives.
+    /// Returns the one number that a query returns.
     pub fn count(&mut self, sql: &str) -> i64 {
         self.rows::<(i64,)>(sql)[0].0
     }
 
-    /// What Postgres would do for a query, as JSON.
+    /// Returns the plan of a query, as JSON.
     pub fn explain(&mut self, sql: &str) -> serde_json::Value {
         let explain = format!("EXPLAIN (FORMAT JSON) {sql}");
         let row = sqlx::raw_sql(AssertSqlSafe(explain)).fetch_one(&mut self.connection);
@@ -85,7 +85,7 @@ impl Session {
         serde_json::from_str(&plan).expect("JSON")
     }
 
-    /// The plan of a query, with what was done of it.
+    /// Runs a query and returns its plan with the actual numbers.
     pub fn explain_run(&mut self, sql: &str) -> serde_json::Value {
         let explain = format!("EXPLAIN (ANALYZE, FORMAT JSON) {sql}");
         let row = sqlx::raw_sql(AssertSqlSafe(explain)).fetch_one(&mut self.connection);
@@ -94,7 +94,7 @@ impl Session {
         serde_json::from_str(&plan).expect("JSON")
     }
 
-    /// Waits until a query gives true.
+    /// Waits until a query returns true.
     pub fn wait_for(&mut self, sql: &str) {
         let deadline = Instant::now() + PATIENCE;
         while !self.rows::<(bool,)>(sql)[0].0 {
@@ -103,7 +103,7 @@ impl Session {
     }
 }
 
-/// A database that is dropped with this.
+/// A database that is dropped with this value.
 pub struct PgDatabase {
     server: String,
     name: String,
@@ -111,7 +111,7 @@ pub struct PgDatabase {
 }
 
 impl PgDatabase {
-    /// A new database on the server that tests share.
+    /// Creates a database on the server that tests share.
     pub fn create() -> PgDatabase {
         let server = std::env::var(SERVER_VARIABLE);
         PgDatabase::create_on(&server.expect("FIELDGATE_TEST_POSTGRES_URL names a server"))
@@ -121,7 +121,7 @@ impl PgDatabase {
         PgDatabase::create_as(server, "TEMPLATE template0 ENCODING 'UTF8'")
     }
 
-    /// With whatever CREATE DATABASE takes.
+    /// Creates a database with further options of CREATE DATABASE.
     pub fn create_as(server: &str, kind: &str) -> PgDatabase {
         let name = format!("fieldgate_test_{:016x}", rand::random::<u64>());
         Session::open(server).execute(&format!("CREATE DATABASE {name} {kind}"));
@@ -132,7 +132,7 @@ impl PgDatabase {
         }
     }
 
-    /// A database with all that is in this one, to which nothing may be connected.
+    /// Creates a copy of this database, to which no session may be connected.
     pub fn copy(&self) -> PgDatabase {
         PgDatabase::create_as(&self.server, &format!("TEMPLATE {}", self.name))
     }
@@ -141,7 +141,7 @@ impl PgDatabase {
         &self.name
     }
 
-    /// Address of the server's own database.
+    /// Returns the URL of the server's maintenance database.
     pub fn server(&self) -> &str {
         &self.server
     }
@@ -154,7 +154,7 @@ impl PgDatabase {
         self.url_as("")
     }
 
-    /// As another user, with a password if need be: `user:password`.
+    /// Returns the URL for another user, optionally with a password: `user:password`.
     pub fn url_as(&self, user: &str) -> String {
         let (address, query) = match self.server.split_once('?') {
             Some((address, query)) => (address, format!("?{query}")),
@@ -169,13 +169,13 @@ impl PgDatabase {
         format!("{scheme}://{host}/{}{query}", self.name)
     }
 
-    /// A session that stays open.
+    /// Returns a session that stays open.
     pub fn session(&mut self) -> &mut Session {
         let url = self.url();
         self.session.get_or_insert_with(|| Session::open(&url))
     }
 
-    /// The one number that a query gives; `None` while the server is away.
+    /// Returns the one number that a query returns; `None` while the server is down.
     pub fn poll(&mut self, sql: &str) -> Option<i64> {
         let mut session = match self.session.take() {
             Some(session) => session,
@@ -192,7 +192,7 @@ impl PgDatabase {
         Some(rows[0].0)
     }
 
-    /// Numbers of a device's stream that were taken, with their types, in order.
+    /// Returns the stored frames of a device's stream, in order, with their types.
     pub fn frames(&mut self, device: &str) -> Vec<(i64, i16)> {
         self.session().rows(&format!(
             "SELECT f.seq, f.type FROM frames f JOIN streams s ON s.id = f.stream_id \
@@ -200,7 +200,7 @@ impl PgDatabase {
         ))
     }
 
-    /// A device's readings as (time, value), in order of time.
+    /// Returns a device's readings as (time, value), in time order.
     pub fn readings(&mut self, device: &str) -> Vec<(i64, Option<f64>)> {
         self.session().rows(&format!(
             "SELECT (extract(epoch FROM r.ts) * 1000000)::bigint, r.value \
@@ -210,7 +210,7 @@ impl PgDatabase {
         ))
     }
 
-    /// What a device has in quarantine, as (number, code, bytes).
+    /// Returns a device's quarantined frames, as (number, code, bytes).
     pub fn quarantine(&mut self, device: &str) -> Vec<(i64, i16, Vec<u8>)> {
         self.session().rows(&format!(
             "SELECT q.seq, q.code, q.bytes FROM quarantine q JOIN devices d ON d.id = q.device_id \
@@ -227,14 +227,14 @@ impl Drop for PgDatabase {
     fn drop(&mut self) {
         self.session = None;
         let drop = format!("DROP DATABASE {} WITH (FORCE)", self.name);
-        // A test that fails may leave a server behind that does not let anybody in.
+        // A test that fails may leave a server that accepts no connections.
         match Session::try_open(&self.server) {
             Some(mut server) => {
-                // It may have been left waiting for a standby that is gone.
+                // It may have been left waiting for a removed standby.
                 server.execute("SET synchronous_commit = local");
                 server.execute(&drop);
             }
-            None => assert!(std::thread::panicking(), "cannot {drop}"),
+            None => assert!(std::thread::panicking(), "could not {drop}"),
         }
     }
 }

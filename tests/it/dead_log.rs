@@ -1,5 +1,5 @@
-//! A stderr that takes nothing: what reads the log has ended or stalls, or there is no room for it. The gateway
-//! serves on, hears signals, and ends in order.
+//! A stderr that accepts nothing: the reader of the log has exited or stalls, or the disk is full. The gateway
+//! continues to serve, handles signals, and exits normally.
 
 use std::fs::OpenOptions;
 use std::io::{PipeReader, Read, pipe};
@@ -12,7 +12,7 @@ use crate::client::{Link, header, sealed};
 use crate::gateway::{Ended, Gateway, command, run};
 use crate::malformed::assert_serves;
 
-/// They fill more than a pipe with lines about them.
+/// Number of rejected peers whose log lines fill more than a pipe.
 const STRANGERS: usize = 1000;
 
 fn full_disk() -> Stdio {
@@ -24,7 +24,7 @@ fn reader_gone() -> Stdio {
     pipe().expect("a pipe").1.into()
 }
 
-/// Its reader is there and reads nothing.
+/// Returns a pipe whose reader never reads.
 fn stalled() -> (PipeReader, Stdio) {
     let (reader, writer) = pipe().expect("a pipe");
     (reader, writer.into())
@@ -36,7 +36,7 @@ fn be_refused(gateway: &Gateway) {
     link.expect_bye(Code::Authentication);
 }
 
-/// All that makes a gateway log, then an end in order.
+/// Triggers all kinds of log lines, then ends the gateway normally.
 fn assert_survives(mut gateway: Gateway) -> Ended {
     for _ in 0..3 {
         be_refused(&gateway);
@@ -51,7 +51,7 @@ fn assert_survives(mut gateway: Gateway) -> Ended {
 }
 
 #[test]
-fn a_log_that_cannot_be_written_harms_nothing() {
+fn a_log_that_cannot_be_written_does_no_harm() {
     for stderr in [full_disk(), reader_gone()] {
         assert_survives(Gateway::start_logging_to(stderr, &[]));
     }
@@ -73,12 +73,12 @@ fn a_log_whose_reader_stalls_blocks_nothing() {
     assert_survives(gateway);
     let mut log = String::new();
     reader.read_to_string(&mut log).expect("text");
-    // Otherwise nothing has stalled.
+    // Otherwise the reader has not stalled.
     assert!(log.len() >= 48 << 10, "{} bytes", log.len());
 }
 
 #[test]
-fn commands_end_with_an_exit_code_whatever_becomes_of_their_output() {
+fn commands_return_an_exit_code_even_if_their_output_fails() {
     let gateway = Gateway::start(&[]);
     assert_serves(&gateway, "good");
     let data_dir = gateway.data_dir().to_str().expect("UTF-8");

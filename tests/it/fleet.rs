@@ -1,6 +1,6 @@
-//! The simulator at work against a gateway, and the proof of what it did.
+//! Runs the simulator against a gateway and verifies the result.
 //!
-//! Its binary stands beside the gateway's: `cargo build --workspace` makes both.
+//! Its binary is next to the gateway's: `cargo build --workspace` builds both.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -12,16 +12,16 @@ use crate::database::PgDatabase;
 use crate::gateway::{Database, Gateway, clean, command};
 use crate::logs::{Stderr, collect, keep_of};
 
-/// Within this time after a start of whatever was down, something must be acknowledged again.
+/// Maximum time from a restart of the gateway or database to the next acknowledgement.
 const READY_AGAIN: Duration = Duration::from_secs(20);
-/// After the fleet has stopped.
+/// Maximum time to drain the spool after the fleet has stopped.
 const DRAINED_WITHIN: Duration = Duration::from_secs(120);
-/// How far the gateway has come.
+/// Progress of the gateway.
 const DURABLE: &str = "SELECT CAST(coalesce(sum(durable_seq), 0) AS BIGINT) FROM streams";
-/// What is wrong with the ledger: each line counts rows that must not be there.
+/// Inconsistencies of the ledger: each query counts rows that must not exist.
 const FAULTS: [(&str, &str); 4] = [
     (
-        "numbers that do not continue their stream",
+        "numbers that do not follow those before",
         "SELECT count(*) FROM (
              SELECT coalesce(g.from_seq, f.seq) AS first_seq,
                  lag(f.seq, 1, CAST(0 AS BIGINT)) OVER (PARTITION BY f.stream_id ORDER BY f.seq) AS before
@@ -34,13 +34,13 @@ const FAULTS: [(&str, &str); 4] = [
              (SELECT coalesce(max(seq), 0) FROM frames AS f WHERE f.stream_id = s.id)",
     ),
     (
-        "streams whose totals are wrong",
+        "streams with wrong totals",
         "SELECT count(*) FROM streams AS s WHERE (frames, readings) <> (
              SELECT count(*), CAST(coalesce(sum(f.readings), 0) AS BIGINT) FROM frames AS f
              WHERE f.stream_id = s.id)",
     ),
     (
-        "frames that do not have as many readings as they should",
+        "frames with a wrong number of readings",
         "SELECT count(*) FROM frames AS f
          LEFT JOIN (SELECT frame_id, count(*) AS n FROM readings GROUP BY frame_id) AS r
              ON r.frame_id = f.id
@@ -48,23 +48,23 @@ const FAULTS: [(&str, &str); 4] = [
     ),
 ];
 
-/// A store to be filled by a fleet, and looked at.
+/// A store for a fleet.
 pub trait Place {
-    /// Its address.
+    /// Returns its URL.
     fn url(&self) -> String;
-    /// The one number that a query gives; `None` while nobody answers.
+    /// Returns the one number that a query returns; `None` while the store is not available.
     fn poll(&mut self, sql: &str) -> Option<i64>;
-    /// What the gateway is to be started with besides.
+    /// Returns further flags for the gateway.
     fn serve_flags(&self) -> &'static [&'static str] {
         &[]
     }
     /// Waits until everything that was acknowledged can be seen.
     fn settle(&mut self, _data_dir: &Path) {}
-    /// What holds of the database, whatever is in it.
+    /// Checks invariants of the database that hold for any content.
     fn check(&mut self) {}
 }
 
-/// A database file.
+/// An SQLite database file.
 pub struct File(pub PathBuf);
 
 impl Place for File {
@@ -93,7 +93,7 @@ impl Place for PgDatabase {
     }
 }
 
-/// A database on a server, behind the gateway's spool.
+/// A database on a server, with a spool in the gateway.
 pub struct Spooled(pub PgDatabase);
 
 impl Place for Spooled {
@@ -117,7 +117,7 @@ impl Place for Spooled {
     }
 }
 
-/// The line of `fieldgate status` that tells of the spool.
+/// Returns the line of `fieldgate status` about the spool.
 pub fn spool_status(store: &str, data_dir: &Path) -> String {
     let data_dir = data_dir.to_str().expect("UTF-8");
     let output = command(&["status", "--store", store, "--data-dir", data_dir]).output();
@@ -128,7 +128,7 @@ pub fn spool_status(store: &str, data_dir: &Path) -> String {
         .to_owned()
 }
 
-/// A fleet that sends to a gateway for as long as the test lets it.
+/// A fleet that sends to a gateway until the test stops it.
 pub struct Fleet<P> {
     pub place: P,
     dir: TempDir,
@@ -138,7 +138,7 @@ pub struct Fleet<P> {
 }
 
 impl<P: Place> Fleet<P> {
-    /// A fleet with these `flags`, and a gateway that it sends to.
+    /// Starts a fleet with these `flags`, and a gateway for it.
     pub fn start(place: impl FnOnce(&Path) -> P, flags: &[&str]) -> (Fleet<P>, Gateway) {
         let dir = TempDir::new().expect("a directory");
         let place = place(dir.path());
@@ -166,14 +166,14 @@ impl<P: Place> Fleet<P> {
         (fleet, gateway)
     }
 
-    /// The same gateway again.
+    /// Restarts the same gateway.
     pub fn restart(&self, gateway: Gateway) -> Gateway {
         let listen = gateway.addr.to_string();
         gateway.kill();
         self.start_again(&listen)
     }
 
-    /// The same gateway again, with something done to its files in between.
+    /// Restarts the same gateway, with a change to its files in between.
     pub fn restart_after(&self, mut gateway: Gateway, then: impl FnOnce()) -> Gateway {
         let listen = gateway.addr.to_string();
         gateway.terminate();
@@ -182,7 +182,7 @@ impl<P: Place> Fleet<P> {
         self.start_again(&listen)
     }
 
-    /// Where all files are.
+    /// Returns the directory of all files.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
@@ -194,9 +194,9 @@ impl<P: Place> Fleet<P> {
         Gateway::start_in(self.dir.path(), &flags)
     }
 
-    /// What is durable now counts as progress no more.
+    /// Takes the current durable numbers as the baseline for further progress.
     pub fn take_stock(&mut self) {
-        // A session from before a crash is found to be dead by the first try.
+        // A session from before a crash fails on its first use.
         let durable = self.place.poll(DURABLE);
         let durable = durable.or_else(|| self.place.poll(DURABLE));
         self.durable = durable.expect("it runs");
@@ -223,19 +223,19 @@ impl<P: Place> Fleet<P> {
             }
             assert!(
                 Instant::now() < deadline,
-                "round {round}: nothing is stored any more"
+                "round {round}: no further progress"
             );
             std::thread::yield_now();
         }
     }
 
-    /// Ends fleet and gateway, and proves that every frame that was acknowledged is stored, once, with
+    /// Stops fleet and gateway, and verifies that every acknowledged frame is stored, once, with
     /// its values.
     pub fn prove(self, gateway: Gateway) {
         self.prove_with(gateway, &[]);
     }
 
-    /// The same where others stored something, too.
+    /// The same for a store with data of others.
     pub fn prove_among_others(self, gateway: Gateway) {
         self.prove_with(gateway, &["--others", "any"]);
     }
@@ -253,17 +253,17 @@ impl<P: Place> Fleet<P> {
         self.stderr.read_to_end().expect("an end")
     }
 
-    /// As Ctrl-C does: what is in flight is still acknowledged, and the journal completed.
+    /// Stops it like Ctrl-C: frames in flight are still acknowledged, and the journal is completed.
     fn stop(&mut self) {
         let (status, said) = self.interrupt();
         assert!(status.success(), "{status}: {said}");
     }
 
-    /// Stops it; returns its exit status and what it said on stderr.
+    /// Stops it; returns its exit status and its stderr.
     pub fn interrupt(&mut self) -> (ExitStatus, String) {
         let pid = self.process.id().to_string();
-        let told = Command::new("kill").args(["-INT", &pid]).status();
-        assert!(told.expect("kill").success());
+        let status = Command::new("kill").args(["-INT", &pid]).status();
+        assert!(status.expect("kill").success());
         let status = self.process.wait().expect("a child");
         (status, self.said())
     }
@@ -276,14 +276,14 @@ impl<P> Drop for Fleet<P> {
     }
 }
 
-/// Numbers continue each stream, none is missing, none is there twice, and totals are right.
+/// Checks that numbers continue each stream, none is missing or duplicate, and totals are right.
 pub fn check_ledger(place: &mut impl Place) {
     for (what, sql) in FAULTS {
         assert_eq!(place.poll(sql), Some(0), "{what}");
     }
 }
 
-/// A number of rounds, as an environment variable says; without it, enough to see the test work.
+/// Returns the number of rounds from an environment variable; otherwise a small default.
 pub fn rounds(variable: &str, default: u64) -> u64 {
     match std::env::var(variable) {
         Ok(rounds) => rounds.parse().expect("a number of rounds"),

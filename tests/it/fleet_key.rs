@@ -1,5 +1,5 @@
-//! The fleet key is the store's: a gateway with another key, or without one, does not start, commands that use the key
-//! refuse it, and only an operator's word gives a store another key.
+//! The fleet key belongs to the store: a gateway with another key, or without one, does not start, commands that use
+//! the key reject it, and only an operator can give the store another key.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use crate::database::{PgDatabase, Session};
 use crate::gateway::{Ended, Gateway, meddle, run};
 use crate::start::assert_refused;
 
-/// A gateway's data directory and the flags that name its store.
+/// A gateway's data directory and the flags that select its store.
 struct Site {
     dir: TempDir,
     flags: Vec<String>,
@@ -45,7 +45,7 @@ impl Site {
         self.dir.path().join("fleet.key")
     }
 
-    /// A gateway that a device was connected to, and that has ended.
+    /// Starts a gateway, connects a device, and ends the gateway.
     fn use_once(&self) {
         let mut gateway = Gateway::start_in(self.dir.path(), &self.flags());
         gateway.connect("pump").0.ping();
@@ -58,7 +58,7 @@ impl Site {
         assert_refused(self.dir.path(), &self.flags(), 1, words);
     }
 
-    /// A command on the same store.
+    /// Runs a command on the same store.
     fn run(&self, args: &[&str]) -> Ended {
         let data_dir = self.dir.path().to_str().expect("UTF-8");
         let flags = self.flags();
@@ -84,7 +84,7 @@ fn only_the_store_s_key_serves(site: &Site) {
     site.succeeds(&["device", "add", "own", "--own-key"]);
 
     write_other_key(&site.key());
-    let words = ["is not the one of", "fleet-key adopt", "fleet.key"];
+    let words = ["does not belong to", "fleet-key adopt", "fleet.key"];
     site.assert_refused(&words);
     let csv = site.dir.path().join("devices.csv");
     fs::write(&csv, "name\nvalve\n").expect("writes");
@@ -99,9 +99,9 @@ fn only_the_store_s_key_serves(site: &Site) {
         let refused = site.run(args);
         assert_eq!(refused.status.code(), Some(1), "{args:?}: {refused:?}");
         let said = refused.stderr;
-        assert!(said.contains("is not the one of"), "{args:?}: {said}");
+        assert!(said.contains("does not belong to"), "{args:?}: {said}");
     }
-    // What takes no key does not ask for one.
+    // Commands that use no key do not require one.
     site.succeeds(&["device", "disable", "pump"]);
     site.succeeds(&["device", "enable", "pump"]);
 
@@ -109,8 +109,8 @@ fn only_the_store_s_key_serves(site: &Site) {
     site.use_once();
 
     fs::remove_file(site.key()).expect("removes");
-    site.assert_refused(&["there is no fleet key", "fleet-key adopt --create"]);
-    assert!(!site.key().exists(), "made in silence");
+    site.assert_refused(&["could not find fleet key", "fleet-key adopt --create"]);
+    assert!(!site.key().exists(), "created silently");
 
     let refused = site.run(&["fleet-key", "adopt"]);
     assert!(refused.stderr.contains("--create"), "{refused:?}");
@@ -141,44 +141,44 @@ fn only_the_key_of_a_database_serves_with_and_without_a_spool() {
     only_the_store_s_key_serves(&Site::postgres(true));
 }
 
-/// Its data directory is new, and so is the key that it would make.
+/// Its data directory is new, and so is the key that it would create.
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn another_gateway_brings_no_other_key() {
+fn a_second_gateway_brings_no_other_key() {
     let site = Site::postgres(false);
     site.use_once();
     for spool in [&[][..], &["--spool"]] {
         let dir = TempDir::new().expect("a directory");
         let flags = [&site.flags()[..], spool].concat();
-        assert_refused(dir.path(), &flags, 1, &["there is no fleet key"]);
+        assert_refused(dir.path(), &flags, 1, &["could not find fleet key"]);
         write_other_key(&dir.path().join("fleet.key"));
         let key = fs::metadata(dir.path().join("fleet.key")).expect("a key");
         let mut mode = key.permissions();
         std::os::unix::fs::PermissionsExt::set_mode(&mut mode, 0o600);
         fs::set_permissions(dir.path().join("fleet.key"), mode).expect("chmod");
-        assert_refused(dir.path(), &flags, 1, &["is not the one of"]);
+        assert_refused(dir.path(), &flags, 1, &["does not belong to"]);
     }
-    // And the database is as free as before.
+    // The database is unlocked again.
     site.use_once();
 }
 
-/// As a database has it that was made before fingerprints were kept.
+/// As in a database from before fingerprints were stored.
 #[test]
-fn devices_without_a_fingerprint_keep_a_lost_key_from_being_replaced() {
+fn a_store_with_devices_but_no_fingerprint_gets_no_new_key() {
     let site = Site::sqlite();
     site.use_once();
     let path = site.dir.path().join("fieldgate.db");
     meddle(&path, "DELETE FROM fleet_key");
-    // The key that is there becomes the store's.
+    // The existing key becomes the store's.
     let key = fs::read(site.key()).expect("a key");
     fs::remove_file(site.key()).expect("removes");
-    site.assert_refused(&["there is no fleet key"]);
+    site.assert_refused(&["could not find fleet key"]);
     fs::write(site.key(), key).expect("writes");
     let chmod = std::os::unix::fs::PermissionsExt::from_mode(0o600);
     fs::set_permissions(site.key(), chmod).expect("chmod");
     site.use_once();
     write_other_key(&site.key());
-    site.assert_refused(&["is not the one of"]);
+    site.assert_refused(&["does not belong to"]);
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Bytes that nobody meant: random ones, and every single bit of a good frame turned. Whatever comes,
-//! the gateway lives, stores nothing of it, and takes the true frame afterwards.
+//! Invalid bytes: random ones, and valid frames with every single bit flipped. In each case
+//! the gateway survives, stores nothing of them, and accepts the valid frame afterwards.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,7 +14,7 @@ use crate::handshake::AT_ONCE;
 struct Random(u64);
 
 impl Random {
-    /// With a seed of the moment, or FIELDGATE_TEST_SEED; printed where a test fails.
+    /// Seeds from the clock, or from FIELDGATE_TEST_SEED; the seed is printed if a test fails.
     fn new() -> Random {
         let seed = match std::env::var("FIELDGATE_TEST_SEED") {
             Ok(seed) => seed.parse().expect("a number"),
@@ -43,7 +43,7 @@ impl Random {
     }
 }
 
-/// Says nothing more and hears the gateway out.
+/// Closes the sending half and reads the gateway's output to its end.
 fn hear_out(link: &mut Link) {
     link.finish();
     while link.hear() != Heard::Closed {}
@@ -63,7 +63,7 @@ fn assert_nothing_stored(gateway: &mut Gateway) {
 }
 
 #[test]
-fn random_bytes_from_strangers_come_to_nothing() {
+fn random_bytes_from_unauthenticated_peers_store_nothing() {
     let mut gateway = Gateway::start(&AT_ONCE);
     let mut random = Random::new();
     for i in 0..300 {
@@ -87,7 +87,7 @@ fn random_bytes_from_strangers_come_to_nothing() {
 }
 
 #[test]
-fn random_frames_from_a_device_come_to_nothing() {
+fn random_frames_from_a_device_store_nothing() {
     let mut gateway = Gateway::start(&AT_ONCE);
     let mut random = Random::new();
     for i in 0..100 {
@@ -100,7 +100,7 @@ fn random_frames_from_a_device_come_to_nothing() {
                 1 => 0x13 + random.below(13) as u8,
                 _ => random.next() as u8,
             };
-            // A GAP of random bytes can be a good one.
+            // A GAP of random bytes can be valid.
             if frame_type == types::GAP || frame_type == types::DECLARE {
                 continue;
             }
@@ -121,7 +121,7 @@ fn random_frames_from_a_device_come_to_nothing() {
 }
 
 #[test]
-fn any_bit_of_a_header_turned_ends_the_connection() {
+fn any_flipped_bit_in_a_header_ends_the_connection() {
     let mut gateway = Gateway::start(&AT_ONCE);
     let good = readings(1);
     for bit in 0..8 * HEADER_BYTES {
@@ -147,7 +147,7 @@ fn any_bit_of_a_header_turned_ends_the_connection() {
 }
 
 #[test]
-fn any_bit_of_a_payload_turned_is_asked_for_again() {
+fn any_flipped_bit_in_a_payload_is_requested_again() {
     let mut gateway = Gateway::start(&AT_ONCE);
     let (mut link, _) = gateway.connect("pump");
     let bits = 8 * (readings(1).len() - HEADER_BYTES);

@@ -1,4 +1,4 @@
-//! A gateway for tests: the real binary in a directory of its own, on a port of its own.
+//! A gateway for tests: the real binary in a private directory, on a private port.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
@@ -23,14 +23,14 @@ use crate::logs::{Stderr, collect, keep_key};
 /// Longer than a start or an end takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// `fieldgate` with `args`, not started yet, and nothing set by whoever runs the tests.
+/// Returns `fieldgate` with `args`, not started yet, in a clean environment.
 pub fn command(args: &[&str]) -> Command {
     let mut command = clean(env!("CARGO_BIN_EXE_fieldgate"));
     command.args(args);
     command
 }
 
-/// A program with nothing set by whoever runs the tests, that logs all there is to log.
+/// Returns a program in a clean environment that logs at the lowest level.
 pub fn clean(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
@@ -42,14 +42,14 @@ pub fn clean(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// A process that ran to its end.
+/// A process that has exited.
 #[derive(Debug)]
 pub struct Ended {
     pub status: ExitStatus,
     pub stderr: String,
 }
 
-/// A running gateway; dropped, it is killed, and must not have panicked.
+/// A running gateway. On drop it is killed, and must not have panicked.
 #[derive(Debug)]
 pub struct Gateway {
     pub addr: SocketAddr,
@@ -59,12 +59,12 @@ pub struct Gateway {
     stderr: Mutex<Stderr>,
     ended: Option<ExitStatus>,
     data_dir: PathBuf,
-    /// Removed with the gateway that made it.
+    /// Removed with the gateway that created it.
     _dir: Option<TempDir>,
 }
 
 impl Gateway {
-    /// A gateway in a new directory, with further `flags`.
+    /// Starts a gateway in a new directory, with further `flags`.
     pub fn start(flags: &[&str]) -> Gateway {
         let dir = TempDir::new().expect("a directory");
         let mut gateway = Gateway::start_in(dir.path(), flags);
@@ -72,12 +72,12 @@ impl Gateway {
         gateway
     }
 
-    /// A gateway on what another left in `data_dir`.
+    /// Starts a gateway in an existing `data_dir`.
     pub fn start_in(data_dir: &Path, flags: &[&str]) -> Gateway {
         Gateway::start_by(command(&["serve"]), data_dir, flags)
     }
 
-    /// A gateway that may have so many files open.
+    /// Starts a gateway with this limit on open files.
     pub fn start_with_files(open_files: u32, flags: &[&str]) -> Gateway {
         let dir = TempDir::new().expect("a directory");
         let binary = env!("CARGO_BIN_EXE_fieldgate");
@@ -89,7 +89,7 @@ impl Gateway {
         gateway
     }
 
-    /// A gateway in a new directory whose log goes where no test reads it.
+    /// Starts a gateway in a new directory whose log goes to `stderr`.
     pub fn start_logging_to(stderr: Stdio, flags: &[&str]) -> Gateway {
         let dir = TempDir::new().expect("a directory");
         let mut gateway = Gateway::start_with(command(&["serve"]), stderr, dir.path(), flags);
@@ -116,17 +116,17 @@ impl Gateway {
             Some(pipe) => collect(pipe),
             None => collect(std::io::empty()),
         };
-        // It holds the other end of a pipe, too.
+        // It also holds the other end of a pipe.
         drop(serve);
         let stdout = process.stdout.take().expect("piped");
-        let (told, listening) = channel();
+        let (sender, listening) = channel();
         thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
                 let addr = ["listening on    ", "TLS on          "]
                     .into_iter()
                     .find_map(|start| line.strip_prefix(start));
                 if let Some(addr) = addr {
-                    let _ = told.send(addr.parse().expect("an address"));
+                    let _ = sender.send(addr.parse().expect("an address"));
                 }
             }
         });
@@ -155,7 +155,7 @@ impl Gateway {
         gateway
     }
 
-    /// Where it speaks TLS.
+    /// Returns the address of its TLS listener.
     pub fn tls_addr(&self) -> SocketAddr {
         self.tls_addr.expect("started with --tls-listen")
     }
@@ -164,7 +164,7 @@ impl Gateway {
         &self.data_dir
     }
 
-    /// A device of this fleet that has never been here.
+    /// Returns a device of this fleet that has never connected.
     pub fn device(&self, name: &str) -> Login {
         Login {
             name: name.to_owned(),
@@ -182,7 +182,7 @@ impl Gateway {
         }
     }
 
-    /// A device logged in that has declared its schema.
+    /// Logs in as a device and declares its schema.
     pub fn connect(&self, name: &str) -> (Link, Welcomed) {
         let (mut link, welcomed) = Link::login(self.addr, &self.device(name));
         link.send(&declare(crate::client::SCHEMA));
@@ -195,17 +195,17 @@ impl Gateway {
         std::array::from_fn(|i| u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).expect("hex"))
     }
 
-    /// A reader of this gateway's database.
+    /// Opens a reader of this gateway's database.
     pub fn database(&self) -> Database {
         Database::open(&self.data_dir.join("fieldgate.db"))
     }
 
-    /// Whether the process lives.
+    /// Returns whether the process runs.
     pub fn is_alive(&mut self) -> bool {
         self.process.try_wait().expect("a child").is_none()
     }
 
-    /// Memory that the process has in use now, where Linux tells.
+    /// Returns the resident memory of the process; Linux only.
     pub fn memory_bytes(&self) -> u64 {
         let path = format!("/proc/{}/status", self.process.id());
         let status = std::fs::read_to_string(path).expect("Linux");
@@ -215,18 +215,18 @@ impl Gateway {
         kib * 1024
     }
 
-    /// kill -9.
+    /// Kills the process with SIGKILL.
     pub fn kill(mut self) -> Ended {
         self.process.kill().expect("kills");
         self.wait()
     }
 
-    /// SIGTERM.
+    /// Sends SIGTERM.
     pub fn terminate(&self) {
         self.signal("TERM");
     }
 
-    /// Any signal, by its name.
+    /// Sends any signal, by its name.
     pub fn signal(&self, name: &str) {
         let kill = format!("kill -{name} {}", self.process.id());
         let status = Command::new("sh").args(["-c", &kill]).status();
@@ -266,7 +266,7 @@ impl Drop for Gateway {
     }
 }
 
-/// Runs `fieldgate` with `args`, which must end by itself.
+/// Runs `fieldgate` with `args`, which must exit on its own.
 pub fn run(args: &[&str]) -> Ended {
     let mut process = command(args)
         .stdout(Stdio::null())
@@ -281,12 +281,12 @@ pub fn run(args: &[&str]) -> Ended {
         },
         None => {
             let _ = process.kill();
-            panic!("{args:?} does not end");
+            panic!("{args:?} does not exit");
         }
     }
 }
 
-/// What is stored, as another connection sees it.
+/// The stored data, as another connection sees it.
 pub struct Database {
     runtime: Runtime,
     connection: SqliteConnection,
@@ -305,7 +305,7 @@ impl Database {
         }
     }
 
-    /// All rows of a query.
+    /// Returns all rows of a query.
     pub fn rows<T>(&mut self, sql: &str) -> Vec<T>
     where
         T: for<'r> FromRow<'r, SqliteRow> + Send + Unpin,
@@ -314,12 +314,12 @@ impl Database {
         self.runtime.block_on(query).expect(sql)
     }
 
-    /// The one number that a query gives.
+    /// Returns the one number that a query returns.
     pub fn count(&mut self, sql: &str) -> i64 {
         self.rows::<(i64,)>(sql)[0].0
     }
 
-    /// Numbers of a device's stream that were taken, with their types, in order.
+    /// Returns the stored frames of a device's stream, in order, with their types.
     pub fn frames(&mut self, device: &str) -> Vec<(i64, i64)> {
         self.rows(&format!(
             "SELECT f.seq, f.type FROM frames f JOIN streams s ON s.id = f.stream_id \
@@ -327,7 +327,7 @@ impl Database {
         ))
     }
 
-    /// A device's readings as (time, value), in order of time.
+    /// Returns a device's readings as (time, value), in time order.
     pub fn readings(&mut self, device: &str) -> Vec<(i64, Option<f64>)> {
         self.rows(&format!(
             "SELECT r.ts, r.value FROM readings r JOIN series s ON s.id = r.series_id \
@@ -336,7 +336,7 @@ impl Database {
         ))
     }
 
-    /// What a device has in quarantine, as (number, code, bytes).
+    /// Returns a device's quarantined frames, as (number, code, bytes).
     pub fn quarantine(&mut self, device: &str) -> Vec<(i64, i64, Vec<u8>)> {
         self.rows(&format!(
             "SELECT q.seq, q.code, q.bytes FROM quarantine q JOIN devices d ON d.id = q.device_id \
@@ -344,7 +344,7 @@ impl Database {
         ))
     }
 
-    /// The durable number of a device's only stream.
+    /// Returns the durable number of a device's only stream.
     pub fn durable_seq(&mut self, device: &str) -> i64 {
         self.count(&format!(
             "SELECT max(durable_seq) FROM streams s JOIN devices d ON d.id = s.device_id \
@@ -353,7 +353,7 @@ impl Database {
     }
 }
 
-/// Changes a database behind everybody's back.
+/// Changes a database without the gateway's knowledge.
 pub fn meddle(path: &Path, sql: &str) {
     let runtime = Builder::new_current_thread()
         .enable_all()

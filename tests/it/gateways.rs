@@ -1,5 +1,5 @@
-//! Two gateways on one database: whichever a device talks to, and if it talks to both at once, each of
-//! its frames is stored once, in order, with its values.
+//! Two gateways on one database: each frame of a device is stored once, in order, with its values, whichever gateway
+//! the device uses, even both at the same time.
 
 use std::thread;
 use std::time::Duration;
@@ -15,10 +15,10 @@ use crate::fleet::check_ledger;
 use crate::gateway::Gateway;
 
 const DEVICES: u64 = 8;
-/// From one gateway to the other, before one is killed and after.
+/// Number of moves between the gateways, before one is killed and after.
 const HOPS: u64 = 40;
 
-/// Two gateways with one fleet key, and the directories that hold it.
+/// Two gateways with one fleet key, and their directories.
 pub struct Pair {
     pub gateways: [Gateway; 2],
     _dirs: [TempDir; 2],
@@ -28,7 +28,7 @@ impl Pair {
     pub fn start(database: &PgDatabase) -> Pair {
         let dirs = [(); 2].map(|()| TempDir::new().expect("a directory"));
         let url = database.url();
-        // Each has several writers, so that frames of one device meet those of others in transactions.
+        // Each has several writers, so that frames of different devices share transactions.
         let flags = ["--store", &url, "--postgres-writers", "3"];
         let first = Gateway::start_in(dirs[0].path(), &flags);
         let key = |dir: &TempDir| dir.path().join("fleet.key");
@@ -45,9 +45,9 @@ impl Pair {
 struct Nomad {
     name: String,
     dice: SmallRng,
-    /// The highest number it was told is durable.
+    /// The highest number acknowledged.
     acked: u64,
-    /// The connection it had before, if it did not close it.
+    /// The previous connection, if it is still open.
     older: Option<Link>,
 }
 
@@ -61,15 +61,15 @@ impl Nomad {
         }
     }
 
-    /// Connects, sends a few frames from where WELCOME says, and mostly does not stay to hear of them.
-    fn visit(&mut self, gateway: &Gateway) {
+    /// Connects, sends a few frames from the number in WELCOME, and mostly disconnects before their ACKs.
+    fn permit(&mut self, gateway: &Gateway) {
         let (mut link, welcomed) = gateway.connect(&self.name);
         assert!(welcomed.durable_seq >= self.acked, "{}", self.name);
         self.acked = welcomed.durable_seq;
         let last = self.acked + self.dice.random_range(1..=12);
         for seq in self.acked + 1..=last {
             link.send(&readings(seq));
-            // The connection that it had before says the same, at another gateway perhaps.
+            // The previous connection sends the same frames, possibly at another gateway.
             if let Some(older) = &mut self.older {
                 older.send_in_vain(&readings(seq));
             }
@@ -81,7 +81,7 @@ impl Nomad {
         }
     }
 
-    /// Sends as much as may be in flight, and hears nothing of it.
+    /// Sends as much as may be in flight, and reads no answer.
     fn leave_in_flight(&mut self, gateway: &Gateway) -> Link {
         let (mut link, welcomed) = gateway.connect(&self.name);
         for seq in welcomed.durable_seq + 1..=welcomed.limit_seq {
@@ -90,7 +90,7 @@ impl Nomad {
         link
     }
 
-    /// Sends a last frame and stays until it is acknowledged; gives its number.
+    /// Sends a last frame and waits for its ACK; returns its number.
     fn settle(&mut self, gateway: &Gateway) -> u64 {
         let (mut link, welcomed) = gateway.connect(&self.name);
         assert!(welcomed.durable_seq >= self.acked, "{}", self.name);
@@ -101,13 +101,13 @@ impl Nomad {
     }
 }
 
-/// What was acknowledged by the time `last` is, or the gateway has something else to say.
+/// Returns the highest number acknowledged, up to `last` or until the gateway sends something else.
 fn hear_until(link: &mut Link, last: u64) -> u64 {
     let mut acked = 0;
     while acked < last {
         match link.hear() {
             Heard::Ack { seq, .. } => acked = seq,
-            // What an older connection has in the queue came between: the device would begin anew.
+            // Queued frames of an older connection came between: the device would reconnect.
             Heard::Nack { code, .. } if code == Code::SeqGap as u8 => break,
             other => panic!("{other:?} instead of ACK {last}"),
         }
@@ -115,7 +115,7 @@ fn hear_until(link: &mut Link, last: u64) -> u64 {
     acked
 }
 
-/// Numbers 1 to `last` are stored once, in order, each with its one value.
+/// Asserts that numbers 1 to `last` are stored once, in order, each with its value.
 fn assert_stored(database: &mut PgDatabase, name: &str, last: u64) {
     let numbers: Vec<_> = (1..=last as i64).map(|seq| (seq, 17)).collect();
     assert_eq!(database.frames(name), numbers, "{name}");
@@ -133,7 +133,7 @@ fn seed() -> u64 {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn devices_may_move_between_gateways_at_any_moment() {
+fn devices_may_move_between_gateways_at_any_time() {
     let mut database = PgDatabase::create();
     let Pair { gateways, _dirs } = Pair::start(&database);
     let seed = seed();
@@ -143,12 +143,12 @@ fn devices_may_move_between_gateways_at_any_moment() {
             let gateways = &gateways;
             scope.spawn(move || {
                 for hop in 0..HOPS {
-                    nomad.visit(&gateways[(hop as usize + number) % 2]);
+                    nomad.permit(&gateways[(hop as usize + number) % 2]);
                 }
             });
         }
     });
-    // One dies with as much in flight as there can be.
+    // One is killed with as much in flight as possible.
     let [dies, stays] = gateways;
     let in_flight: Vec<Link> = nomads
         .iter_mut()
@@ -161,7 +161,7 @@ fn devices_may_move_between_gateways_at_any_moment() {
     thread::scope(|scope| {
         for nomad in &mut nomads {
             let stays = &stays;
-            scope.spawn(move || (0..HOPS).for_each(|_| nomad.visit(stays)));
+            scope.spawn(move || (0..HOPS).for_each(|_| nomad.permit(stays)));
         }
     });
     for nomad in &mut nomads {
@@ -171,7 +171,7 @@ fn devices_may_move_between_gateways_at_any_moment() {
     check_ledger(&mut database);
 }
 
-/// Sends 1 to `last` as a device does that has this connection alone.
+/// Sends 1 to `last` like a device that has only this connection.
 fn push(mut link: Link, last: u64, mut dice: SmallRng) {
     let mut acked = 0;
     while acked < last {

@@ -1,4 +1,4 @@
-//! What a stranger can say before WELCOME, and what it learns by it: nothing (SPEC R30 to R39, R102).
+//! Messages of an unauthenticated peer: it learns nothing from the answers (SPEC R30 to R39, R102).
 
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
@@ -10,11 +10,11 @@ use crate::client::{
 use crate::gateway::Gateway;
 use crate::malformed::{Cases, assert_only, assert_serves};
 
-/// So that a hundred failures do not wait for each other.
+/// No delay of failures, so that a hundred of them do not wait for each other.
 pub const AT_ONCE: [&str; 2] = ["--failure-delay-max-ms", "0"];
 
 #[test]
-fn c04_before_welcome_all_faults_look_alike() {
+fn c04_before_welcome_all_faults_get_the_same_answer() {
     let gateway = Gateway::start(&AT_ONCE);
     let pump = gateway.device("pump");
     let hello = pump.hello();
@@ -113,7 +113,7 @@ fn c04_before_welcome_all_faults_look_alike() {
 }
 
 #[test]
-fn c04_whoever_cannot_prove_the_key_learns_nothing() {
+fn c04_a_peer_without_the_key_learns_nothing() {
     let gateway = Gateway::start(&AT_ONCE);
     assert_serves(&gateway, "known");
     let mut answers = Vec::new();
@@ -132,7 +132,7 @@ fn c04_whoever_cannot_prove_the_key_learns_nothing() {
     );
     assert_eq!(answers[0], answers[1]);
     let known = gateway.device("known");
-    // Every bit of the MAC counts; an AUTH of another connection is no proof in this one.
+    // Every bit of the MAC counts; an AUTH of another connection proves nothing in this one.
     for bit in [0, 100, 255] {
         let mut link = Link::open(gateway.addr);
         let (auth, _) = known.auth(link.challenge(&known));
@@ -148,7 +148,7 @@ fn c04_whoever_cannot_prove_the_key_learns_nothing() {
     replaying.challenge(&known);
     replaying.send(&auth);
     replaying.expect_bye(Code::Authentication);
-    // A derived key is good for its own name only.
+    // A derived key is valid for its own name only.
     let mut link = Link::open(gateway.addr);
     let twin = Login {
         name: "known".into(),
@@ -157,7 +157,7 @@ fn c04_whoever_cannot_prove_the_key_learns_nothing() {
     let (auth, _) = twin.auth(link.challenge(&twin));
     link.send(&auth);
     link.expect_bye(Code::Authentication);
-    // A right key with faults in AUTH.
+    // A correct key with faults in AUTH.
     let faults: [fn(&mut Vec<u8>); 3] = [
         |auth| *auth = damaged(auth.clone()),
         |auth| *auth = reheaded(auth, |header| header.flags = 1),
@@ -175,7 +175,7 @@ fn c04_whoever_cannot_prove_the_key_learns_nothing() {
 }
 
 #[test]
-fn a_known_device_that_speaks_another_version_is_in_the_audit_trail() {
+fn a_known_device_with_another_version_is_in_the_audit_trail() {
     let mut gateway = Gateway::start(&[]);
     gateway.connect("pump");
     for name in ["pump", "nobody"] {
@@ -187,15 +187,15 @@ fn a_known_device_that_speaks_another_version_is_in_the_audit_trail() {
     }
     gateway.terminate();
     gateway.wait();
-    let told: Vec<(String, i64)> = gateway.database().rows(
+    let events: Vec<(String, i64)> = gateway.database().rows(
         "SELECT d.name, e.code FROM device_events e JOIN devices d ON d.id = e.device_id
          WHERE e.kind = 'refused'",
     );
-    assert_eq!(told, [("pump".to_owned(), 51)]);
+    assert_eq!(events, [("pump".to_owned(), 51)]);
 }
 
 #[test]
-fn versions_that_nobody_agreed_on_are_told_the_range() {
+fn unsupported_versions_get_the_supported_range() {
     let gateway = Gateway::start(&[]);
     for versions in [(2, 2), (2, 9), (0, 0), (255, 255)] {
         let mut link = Link::open(gateway.addr);

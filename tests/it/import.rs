@@ -1,4 +1,4 @@
-//! `fieldgate import` against a real gateway: exactly once, whoever dies in between.
+//! `fieldgate import` against a real gateway: exactly once, even if import or gateway is killed.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -11,12 +11,12 @@ use crate::database::PgDatabase;
 use crate::gateway::{Gateway, PATIENCE, command};
 use crate::logs::keep_of;
 
-/// Rows of the file: enough for an import to take a while, in about 680 frames.
+/// Rows of the file: enough for an import to take some time, in about 680 frames.
 const ROWS: i64 = 120_000;
 /// 2024-01-01T00:00:00Z.
 const START_S: i64 = 1_704_067_200;
 
-/// Where the gateway stores, and what a test asks there.
+/// A gateway's store, with the queries of the tests.
 trait Place {
     fn flags(&self) -> Vec<String>;
     fn durable_seq(&mut self, gateway: &Gateway) -> i64;
@@ -71,7 +71,7 @@ fn value(row: i64) -> f64 {
     (row * 37 % 1_000) as f64 / 10.0
 }
 
-/// Writes the file as a logger in Germany would, and returns its place.
+/// Writes the file like a data logger in Germany, and returns its path.
 fn history(dir: &Path) -> PathBuf {
     let mut csv = "Zeit;Pegel [m]\r\n".to_owned();
     for row in 0..ROWS {
@@ -102,7 +102,7 @@ fn finish(mut import: Command) -> Output {
     keep_of(import.output().expect("starts"))
 }
 
-/// Starts an import and waits until some more of it is stored.
+/// Starts an import and waits until more of it is stored.
 fn begin(place: &mut impl Place, gateway: &Gateway, flags: &[String], file: &Path) -> Child {
     let before = place.durable_seq(gateway);
     let mut import = import(gateway, flags, file).spawn().expect("starts");
@@ -119,7 +119,7 @@ fn kill(mut import: Child) {
     import.wait().expect("a child");
 }
 
-/// Imports with kill -9 of the import, then of the gateway, and then again and again.
+/// Kills the import, then the gateway, and then the import repeatedly.
 fn is_stored_once(mut place: impl Place) {
     let dir = TempDir::new().expect("a directory");
     let file = history(dir.path());
@@ -147,7 +147,10 @@ fn is_stored_once(mut place: impl Place) {
         0 < first && first < second && second < last,
         "{first} {second} {last}"
     );
-    assert!(said.contains(&format!("{second} of them before")), "{said}");
+    assert!(
+        said.contains(&format!("{second} of them were already stored")),
+        "{said}"
+    );
 
     let expected: Vec<(i64, Option<f64>)> = (0..ROWS)
         .map(|row| ((START_S + 60 * row) * 1_000_000, Some(value(row))))
@@ -160,7 +163,7 @@ fn is_stored_once(mut place: impl Place) {
     let again = finish(self::import(&gateway, &flags, &file));
     let said = String::from_utf8_lossy(&again.stdout).into_owned();
     assert!(
-        again.status.success() && said.contains("nothing new"),
+        again.status.success() && said.contains("nothing to do"),
         "{said}"
     );
     assert!(
@@ -171,18 +174,18 @@ fn is_stored_once(mut place: impl Place) {
 }
 
 #[test]
-fn an_import_is_stored_once_whoever_is_killed() {
+fn an_import_is_stored_once_despite_kills() {
     is_stored_once(File);
 }
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn an_import_is_stored_once_in_postgres_whoever_is_killed() {
+fn an_import_is_stored_once_in_postgres_despite_kills() {
     is_stored_once(PgDatabase::create());
 }
 
 #[test]
-fn an_import_reports_its_guesses_and_makes_a_device_of_each_site() {
+fn an_import_reports_its_guesses_and_creates_a_device_per_site() {
     let gateway = Gateway::start(&[]);
     let dir = TempDir::new().expect("a directory");
     let file = dir.path().join("sites.csv");
@@ -204,7 +207,7 @@ fn an_import_reports_its_guesses_and_makes_a_device_of_each_site() {
     assert!(said.contains("device sites-south-1: 20 rows"), "{said}");
     let guesses = String::from_utf8_lossy(&dry.stderr).into_owned();
     assert!(
-        guesses.contains("guess: \"site\" names 2 devices"),
+        guesses.contains("guess: using \"site\" as device column (2 devices)"),
         "{guesses}"
     );
     let mut database = gateway.database();
@@ -216,7 +219,7 @@ fn an_import_reports_its_guesses_and_makes_a_device_of_each_site() {
         "{}",
         String::from_utf8_lossy(&done.stderr)
     );
-    // 40 channels are two schemas.
+    // 40 channels need two schemas.
     let stored: Vec<(String, i64, i64)> = database.rows(
         "SELECT d.name, count(*), count(DISTINCT s.channel) FROM readings r JOIN series s ON s.id = r.series_id \
          JOIN devices d ON d.id = s.device_id GROUP BY 1 ORDER BY 1",
@@ -249,7 +252,7 @@ fn an_import_that_cannot_begin_says_why() {
     std::fs::write(&file, "depth,v\n1,1\n2,2\n").expect("writes");
     let wrong = said(import(&gateway, &[], &file));
     assert!(
-        wrong.contains("a.csv: line 2: no column holds a time"),
+        wrong.contains("a.csv: line 2: no column contains a time"),
         "{wrong}"
     );
 }

@@ -1,4 +1,4 @@
-//! kill -9 of the gateway under load, again and again, while a fleet goes on sending; then the proof.
+//! Kills the gateway with SIGKILL repeatedly while a fleet sends, then verifies the store.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use rand::{RngExt, SeedableRng};
 use crate::database::PgDatabase;
 use crate::fleet::{File, Fleet, Place, rounds};
 
-/// How many times the gateway is killed; `tests/run` says 20, `tests/run --long` 200.
+/// Variable with the number of kills; `tests/run` sets 20, `tests/run --long` 200.
 const ROUNDS_VARIABLE: &str = "FIELDGATE_TEST_KILL_ROUNDS";
 const ROUNDS_DEFAULT: u64 = 3;
 
@@ -26,24 +26,24 @@ const BAD_FIELD: [&str; 8] = [
 ];
 
 #[test]
-fn what_was_acked_survives_kill_9() {
+fn acknowledged_frames_survive_kill_9() {
     survive(file, &BURST, 1);
 }
 
 #[test]
-fn what_was_acked_survives_kill_9_in_a_bad_field() {
+fn acknowledged_frames_survive_kill_9_with_faults() {
     survive(file, &BAD_FIELD, 4);
 }
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn what_was_acked_survives_kill_9_in_postgres() {
+fn acknowledged_frames_survive_kill_9_in_postgres() {
     survive(|_| PgDatabase::create(), &BURST, 2);
 }
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn what_was_acked_survives_kill_9_in_a_bad_field_in_postgres() {
+fn acknowledged_frames_survive_kill_9_with_faults_in_postgres() {
     survive(|_| PgDatabase::create(), &BAD_FIELD, 4);
 }
 
@@ -51,16 +51,16 @@ fn file(dir: &Path) -> File {
     File(dir.join("fieldgate.db"))
 }
 
-/// A part of the rounds: `1 / share` of them.
+/// Runs a part of the rounds: `1 / share` of them.
 fn survive<P: Place>(place: impl FnOnce(&Path) -> P, flags: &[&str], share: u64) {
     let rounds = rounds(ROUNDS_VARIABLE, ROUNDS_DEFAULT).div_ceil(share);
     let seed = rand::random();
-    println!("seed of the moments of death: {seed}");
+    println!("seed of the kill times: {seed}");
     let mut moments = SmallRng::seed_from_u64(seed);
     let (mut fleet, mut gateway) = Fleet::start(place, flags);
     for round in 1..=rounds {
         fleet.await_progress(round);
-        // The moment of death is random: anywhere within some commits.
+        // The time is random: anywhere within some commits.
         std::thread::sleep(Duration::from_micros(moments.random_range(0..300_000)));
         gateway = fleet.restart(gateway);
     }

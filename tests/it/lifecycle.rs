@@ -1,4 +1,4 @@
-//! What operators change about devices reaches gateways that run, and the sessions that are live: line 2 of
+//! Device administration takes effect in running gateways and open sessions: line 2 of
 //! the security checklist, for every kind of store.
 
 use std::io::Write;
@@ -40,12 +40,12 @@ impl Place {
         }
     }
 
-    /// What `fieldgate device` prints, which must succeed.
+    /// Runs `fieldgate device`, which must succeed, and returns its output.
     fn device(&self, args: &[&str]) -> String {
         said(self.run(args, ""))
     }
 
-    /// The one line that it says instead, with this exit code.
+    /// Runs it with an expected failure, and returns its one line of stderr.
     fn device_fails(&self, args: &[&str], code: i32) -> String {
         let output = self.run(args, "");
         assert_eq!(output.status.code(), Some(code), "{args:?}");
@@ -53,7 +53,7 @@ impl Place {
         String::from_utf8(output.stderr).expect("text")
     }
 
-    /// What `fieldgate device import` prints of a file, which must succeed.
+    /// Runs `fieldgate device import` on a file, which must succeed, and returns its output.
     fn import(&self, csv: &str) -> String {
         said(self.run(&["import", "-"], csv))
     }
@@ -63,12 +63,12 @@ impl Place {
         run(self.gateway.data_dir(), url.as_deref(), args, input)
     }
 
-    /// The device with the key that `device key` tells.
+    /// Returns the device with the key that `device key` prints.
     fn login(&self, name: &str) -> Login {
         with_key(self.gateway.device(name), &self.device(&["key", name]))
     }
 
-    /// The kinds and codes of the device's events, oldest first.
+    /// Returns the kinds and codes of the device's events, oldest first.
     fn events(&self, name: &str) -> String {
         self.query(&format!(
             "SELECT kind, code FROM device_events WHERE device_id =
@@ -105,7 +105,7 @@ fn run(data_dir: &Path, store: Option<&str>, args: &[&str], input: &str) -> Outp
         .spawn()
         .expect("starts");
     let mut stdin = process.stdin.take().expect("piped");
-    // One that fails before it reads is told of by its output.
+    // If it fails before it reads, its output shows that.
     let _ = stdin.write_all(input.as_bytes());
     drop(stdin);
     keep_of(process.wait_with_output().expect("ends"))
@@ -132,7 +132,8 @@ fn assert_refused(gateway: &Gateway, login: &Login, expected: Code) {
     }
 }
 
-/// Logs in as soon as the gateway has heard of the change that allows it; until then it is refused so.
+/// Logs in as soon as the gateway has applied the change that allows it; until then it must reject the login with this
+/// code.
 fn get_in(gateway: &Gateway, login: &Login, meanwhile: Code) -> Link {
     let begun = Instant::now();
     loop {
@@ -145,7 +146,7 @@ fn get_in(gateway: &Gateway, login: &Login, meanwhile: Code) -> Link {
     }
 }
 
-/// Two devices that are connected, and that the store knows.
+/// Connects two devices and waits until the store has them.
 fn two_devices(place: &Place) -> [Link; 2] {
     let links = ["pump", "other"].map(|name| {
         let (mut link, _) = place.gateway.connect(name);
@@ -153,7 +154,7 @@ fn two_devices(place: &Place) -> [Link; 2] {
         link.expect_ack(1);
         link
     });
-    // A spool tells the database of them a moment later.
+    // A spool copies them to the database a moment later.
     let begun = Instant::now();
     while place.device(&["list"]).matches("yes").count() < 2 {
         assert!(begun.elapsed() < Duration::from_secs(60), "never listed");
@@ -161,14 +162,14 @@ fn two_devices(place: &Place) -> [Link; 2] {
     links
 }
 
-fn a_disabled_device_is_cut_off(place: &Place) {
+fn a_disabled_device_is_disconnected(place: &Place) {
     let [mut pump, mut other] = two_devices(place);
     let login = place.gateway.device("pump");
     assert_eq!(place.device(&["disable", "pump"]), "pump is disabled\n");
     pump.expect_bye(Code::Disabled);
     assert_refused(&place.gateway, &login, Code::Disabled);
     let already = place.device(&["disable", "pump"]);
-    assert_eq!(already, "pump is disabled already\n");
+    assert_eq!(already, "pump is already disabled\n");
     place.device(&["enable", "pump"]);
     let mut pump = get_in(&place.gateway, &login, Code::Disabled);
     pump.ping();
@@ -176,10 +177,10 @@ fn a_disabled_device_is_cut_off(place: &Place) {
 }
 
 #[test]
-fn c02_a_disabled_device_is_cut_off() {
+fn c02_a_disabled_device_is_disconnected() {
     let place = Place::sqlite(&[]);
-    a_disabled_device_is_cut_off(&place);
-    // The last words of a session are written when its peer has gone, so later than what follows it.
+    a_disabled_device_is_disconnected(&place);
+    // The last event of a session is written after its peer has gone, so later than the events that follow.
     let begun = Instant::now();
     let mut events = place.events("pump");
     while !["disconnected,52", "refused,52"]
@@ -196,13 +197,13 @@ fn c02_a_disabled_device_is_cut_off() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn c02_a_disabled_device_is_cut_off_in_postgres_and_before_it() {
-    a_disabled_device_is_cut_off(&Place::postgres(&[]));
-    a_disabled_device_is_cut_off(&Place::postgres(&["--spool"]));
+fn c02_a_disabled_device_is_disconnected_in_postgres_with_and_without_a_spool() {
+    a_disabled_device_is_disconnected(&Place::postgres(&[]));
+    a_disabled_device_is_disconnected(&Place::postgres(&["--spool"]));
 }
 
-/// The database is put back to what it was before anybody changed anything, as from a backup.
-fn what_a_database_has_lost_holds_no_more(place: &mut Place) {
+/// The database is restored to its state before any change, as from a backup.
+fn changes_lost_by_a_restore_no_longer_apply(place: &mut Place) {
     let [mut pump, mut other] = two_devices(place);
     let login = place.gateway.device("pump");
     place.device(&["disable", "pump"]);
@@ -212,7 +213,7 @@ fn what_a_database_has_lost_holds_no_more(place: &mut Place) {
         UPDATE device_revision SET latest = 0; COMMIT";
     let database = place.database.as_mut().expect("Postgres");
     database.session().execute(put_back);
-    // Until the gateway has heard of it, a session ends as soon as it has begun.
+    // Until the gateway has noticed, a session ends as soon as it has begun.
     let begun = Instant::now();
     let mut pump = loop {
         let mut pump = get_in(&place.gateway, &login, Code::Disabled);
@@ -225,7 +226,7 @@ fn what_a_database_has_lost_holds_no_more(place: &mut Place) {
         assert!(begun.elapsed() < Duration::from_secs(60), "never stays in");
     };
     other.ping();
-    // The number of this change was there before.
+    // The number of this change was used before.
     assert_eq!(place.device(&["disable", "pump"]), "pump is disabled\n");
     pump.expect_bye(Code::Disabled);
     assert_refused(&place.gateway, &login, Code::Disabled);
@@ -234,12 +235,12 @@ fn what_a_database_has_lost_holds_no_more(place: &mut Place) {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn what_postgres_has_lost_holds_no_more_there_and_before_it() {
-    what_a_database_has_lost_holds_no_more(&mut Place::postgres(&[]));
-    what_a_database_has_lost_holds_no_more(&mut Place::postgres(&["--spool"]));
+fn changes_lost_by_a_restore_no_longer_apply_in_postgres_with_and_without_a_spool() {
+    changes_lost_by_a_restore_no_longer_apply(&mut Place::postgres(&[]));
+    changes_lost_by_a_restore_no_longer_apply(&mut Place::postgres(&["--spool"]));
 }
 
-fn a_replaced_key_opens_no_more(place: &Place) {
+fn a_replaced_key_is_rejected(place: &Place) {
     let [mut pump, mut other] = two_devices(place);
     let first = place.gateway.device("pump");
     assert_eq!(place.login("pump").key, first.key);
@@ -260,13 +261,13 @@ fn a_replaced_key_opens_no_more(place: &Place) {
 }
 
 #[test]
-fn c02_a_replaced_key_opens_no_more() {
+fn c02_a_replaced_key_is_rejected() {
     let dir = tempfile::tempdir().expect("a directory");
     let mut place = Place {
         gateway: Gateway::start_in(dir.path(), &AT_ONCE),
         database: None,
     };
-    a_replaced_key_opens_no_more(&place);
+    a_replaced_key_is_rejected(&place);
     let (first, own) = (place.gateway.device("pump"), place.login("pump"));
     // The end of a session is stored a moment after the peer was answered.
     let events = until(|| {
@@ -275,7 +276,7 @@ fn c02_a_replaced_key_opens_no_more() {
     });
     assert_eq!(events.matches("key_changed,0").count(), 2, "{events}");
 
-    // The next gateway knows the keys from its first moment on.
+    // The next gateway knows the keys from its start.
     let restart = |place: &mut Place| {
         place.gateway.terminate();
         assert!(place.gateway.wait().status.success());
@@ -286,7 +287,7 @@ fn c02_a_replaced_key_opens_no_more() {
     let (_, heard) = answer(&place.gateway, &own);
     assert!(matches!(heard, Heard::Welcome(_)), "{heard:?}");
 
-    // Under another fleet key nobody opens what was sealed, and a derived key is a new one.
+    // Under another fleet key, sealed keys cannot be opened, and a derived key is a new one.
     place.gateway.terminate();
     assert!(place.gateway.wait().status.success());
     std::fs::remove_file(dir.path().join("fleet.key")).expect("removes");
@@ -294,12 +295,10 @@ fn c02_a_replaced_key_opens_no_more() {
     let adopted = crate::gateway::run(&["fleet-key", "adopt", "--create", "--data-dir", data_dir]);
     assert!(adopted.status.success(), "{}", adopted.stderr);
     place.gateway = Gateway::start_in(dir.path(), &AT_ONCE);
-    place
-        .gateway
-        .wait_for_line("sealed under another fleet key");
+    place.gateway.wait_for_line("wrong fleet key or damaged");
     assert_refused(&place.gateway, &own, Code::Authentication);
     let says = place.device_fails(&["key", "pump"], 1);
-    assert!(says.contains("another fleet key"), "{says}");
+    assert!(says.contains("wrong fleet key"), "{says}");
     place.device(&["rotate-key", "pump", "--derived-key"]);
     let login = place.login("pump");
     get_in(&place.gateway, &login, Code::Authentication);
@@ -307,9 +306,9 @@ fn c02_a_replaced_key_opens_no_more() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn c02_a_replaced_key_opens_no_more_in_postgres_and_before_it() {
-    a_replaced_key_opens_no_more(&Place::postgres(&[]));
-    a_replaced_key_opens_no_more(&Place::postgres(&["--spool"]));
+fn c02_a_replaced_key_is_rejected_in_postgres_with_and_without_a_spool() {
+    a_replaced_key_is_rejected(&Place::postgres(&[]));
+    a_replaced_key_is_rejected(&Place::postgres(&["--spool"]));
 }
 
 #[test]
@@ -332,13 +331,13 @@ fn c02_a_change_reaches_every_gateway_on_a_database() {
     let digits = said(run(data_dir, Some(&url), &["key", "pump"], ""));
     for gateway in &pair.gateways {
         assert_refused(gateway, &gateway.device("pump"), Code::Authentication);
-        // Both have ended their sessions, so both have heard of the new key.
+        // Both have ended their sessions, so both have the new key.
         let login = with_key(gateway.device("pump"), &digits);
         assert_refused(gateway, &login, Code::Disabled);
     }
 }
 
-/// With registration closed, whoever has the fleet's key is not in it for that.
+/// With closed registration, a key derived from the fleet key is not enough.
 fn only_those_that_were_added_may_connect(place: &Place) {
     let gateway = &place.gateway;
     let pump = gateway.device("pump");
@@ -349,7 +348,7 @@ fn only_those_that_were_added_may_connect(place: &Place) {
     link.ping();
     assert_refused(gateway, &gateway.device("other"), Code::Authentication);
     let says = place.device_fails(&["show", "other"], 1);
-    assert!(says.contains("no device is named"), "{says}");
+    assert!(says.contains("unknown device"), "{says}");
 }
 
 #[test]
@@ -366,9 +365,9 @@ fn only_devices_that_were_added_may_connect_to_postgres() {
     only_those_that_were_added_may_connect(&Place::postgres(&spooled));
 }
 
-/// A stranger's claims fill neither the audit trail nor the list of devices.
+/// Claims of unauthenticated peers fill neither the audit trail nor the device list.
 #[test]
-fn refusals_are_on_record_for_devices_that_there_are() {
+fn rejections_are_recorded_for_existing_devices_only() {
     let place = Place::sqlite(&["--log-lines-per-address-max", "3"]);
     let _links = two_devices(&place);
     let wrong = |name| Login {
@@ -379,7 +378,7 @@ fn refusals_are_on_record_for_devices_that_there_are() {
     for _ in 0..10 {
         assert_refused(&place.gateway, &wrong("pump"), Code::Authentication);
     }
-    // What is committed later comes behind it.
+    // Later commits follow it.
     let (_link, _) = place.gateway.connect("later");
     let begun = Instant::now();
     while place.events("pump").matches("refused,50").count() < 2 {
@@ -391,55 +390,58 @@ fn refusals_are_on_record_for_devices_that_there_are() {
 }
 
 #[test]
-fn devices_move_from_site_to_site_as_csv() {
+fn devices_can_be_moved_to_another_site_as_csv() {
     let here = Place::sqlite(&["--registration", "closed"]);
     here.device(&["add", "derived", "rotated", "off"]);
     here.device(&["add", "own", "--own-key"]);
     here.device(&["rotate-key", "rotated"]);
     here.device(&["disable", "off"]);
     let own = here.login("own");
-    let untold = here.device(&["export"]);
-    let told = here.device(&["export", "--with-keys"]);
+    let without_keys = here.device(&["export"]);
+    let with_keys = here.device(&["export", "--with-keys"]);
     assert_eq!(
-        untold,
+        without_keys,
         "name,enabled,key_version,own_key\nderived,yes,0,\noff,no,0,\nown,yes,0,-\nrotated,yes,1,\n"
     );
     let digits = here.device(&["key", "own"]);
     assert_eq!(
-        told,
-        untold.replace(",-", &format!(",{}", digits.trim_end()))
+        with_keys,
+        without_keys.replace(",-", &format!(",{}", digits.trim_end()))
     );
 
     let there = Place::sqlite(&["--registration", "closed"]);
-    let refused = there.run(&["import", "-"], &untold);
+    let refused = there.run(&["import", "-"], &without_keys);
     let says = String::from_utf8(refused.stderr).expect("text");
     assert!(
         says.contains("line 4") && says.contains("--with-keys"),
         "{says}"
     );
-    assert_eq!(there.import(&told), "4 added, 0 changed, 0 as they were\n");
-    assert_eq!(there.device(&["export", "--with-keys"]), told);
-    for again in [&told, &untold] {
+    assert_eq!(
+        there.import(&with_keys),
+        "4 added, 0 changed, 0 unchanged\n"
+    );
+    assert_eq!(there.device(&["export", "--with-keys"]), with_keys);
+    for again in [&with_keys, &without_keys] {
         let same = there.import(again);
-        assert_eq!(same, "0 added, 0 changed, 4 as they were\n");
+        assert_eq!(same, "0 added, 0 changed, 4 unchanged\n");
     }
     let own_there = Login {
         key: own.key,
         ..there.gateway.device("own")
     };
     let mut link = get_in(&there.gateway, &own_there, Code::Authentication);
-    // Only what differs is touched.
+    // Only differences are changed.
     let disabled = there.import("name,enabled\nderived,no\n");
-    assert_eq!(disabled, "0 added, 1 changed, 0 as they were\n");
+    assert_eq!(disabled, "0 added, 1 changed, 0 unchanged\n");
     link.ping();
     let derived = there.import("name,own_key\nown,\n");
-    assert_eq!(derived, "0 added, 1 changed, 0 as they were\n");
+    assert_eq!(derived, "0 added, 1 changed, 0 unchanged\n");
     link.expect_bye(Code::Authentication);
 }
 
-/// What a file does not speak of stays, above all keys that were replaced and devices that were disabled.
+/// Values without a column in the file stay, above all replaced keys and disabled devices.
 #[test]
-fn columns_that_are_left_out_change_nothing() {
+fn omitted_columns_change_nothing() {
     let place = Place::sqlite(&[]);
     place.device(&["add", "pump", "valve"]);
     place.device(&["add", "own", "--own-key"]);
@@ -447,10 +449,10 @@ fn columns_that_are_left_out_change_nothing() {
     place.device(&["disable", "valve"]);
     let before = place.device(&["export", "--with-keys"]);
     let names = place.import("name\npump\nvalve\nown\n");
-    assert_eq!(names, "0 added, 0 changed, 3 as they were\n");
+    assert_eq!(names, "0 added, 0 changed, 3 unchanged\n");
     assert_eq!(place.device(&["export", "--with-keys"]), before);
 
-    // Each row of the export as it is then.
+    // Each row of the export at that time.
     let row = |name: &str| {
         let export = place.device(&["export"]);
         let row = export.lines().find(|line| line.starts_with(name));
@@ -464,7 +466,7 @@ fn columns_that_are_left_out_change_nothing() {
         ("name,key_version\nvalve,3\n", "valve", "valve,no,3,"),
         ("name,key_version\nown,0\n", "own", "own,no,0,-"),
         ("name,own_key\nvalve,\n", "valve", "valve,no,3,"),
-        // Whatever key comes without a number has one that no key had before.
+        // A key without a number gets a number that no key had before.
         (
             &format!("name,own_key\npump,{digits}\n"),
             "pump",
@@ -482,25 +484,25 @@ fn columns_that_are_left_out_change_nothing() {
         assert_eq!(row(name), expected, "{csv}");
     }
 
-    // A number alone does not say what becomes of an own key.
+    // A number alone does not state what happens to an individual key.
     let refused = place.run(&["import", "-"], "name,key_version\nown,1\n");
     assert_eq!(refused.status.code(), Some(1));
     let says = String::from_utf8(refused.stderr).expect("text");
-    for word in ["line 2", "a key of its own", "own_key"] {
+    for word in ["line 2", "an individual key", "own_key"] {
         assert!(says.contains(word), "{says}");
     }
     assert_eq!(row("own"), "own,no,0,-");
 
-    // The last number is not followed by the first, whose key would be known again.
+    // The last number is not followed by the first, whose key is known.
     place.import("name,key_version\npump,4294967295\n");
     let says = place.device_fails(&["rotate-key", "pump"], 1);
-    assert!(says.contains("as often as can be counted"), "{says}");
+    assert!(says.contains("its version counter is exhausted"), "{says}");
     assert_eq!(row("pump").split(',').nth(2), Some("4294967295"));
 }
 
-/// A file is taken in by so many lines at once.
+/// A file is imported in batches of lines.
 #[test]
-fn an_import_that_fails_says_how_far_it_came() {
+fn a_failed_import_reports_its_progress() {
     let place = Place::sqlite(&[]);
     let mut csv = "name,own_key\n".to_owned();
     for number in 0..650 {
@@ -509,20 +511,24 @@ fn an_import_that_fails_says_how_far_it_came() {
     csv += "valve,-\n";
     let refused = place.run(&["import", "-"], &csv);
     let says = String::from_utf8(refused.stderr).expect("text");
-    for word in ["line 652", "600 devices before line 602", "as they were"] {
+    for word in ["line 652", "600 devices before line 602", "unchanged"] {
         assert!(says.contains(word), "{says}");
     }
     assert_eq!(place.device(&["export"]).lines().count(), 601);
 }
 
 #[test]
-fn what_cannot_be_done_to_devices_is_one_line() {
+fn failed_device_commands_print_one_line() {
     let place = Place::sqlite(&[]);
     place.device(&["add", "pump"]);
     for (args, code, words) in [
         (&["add", "pump"][..], 1, &["pump", "already"][..]),
         (&["add", "p u m p"], 2, &["A-Z a-z 0-9"]),
-        (&["add", "a", "b", "--own-key-file", "x"], 2, &["stand in"]),
+        (
+            &["add", "a", "b", "--own-key-file", "x"],
+            2,
+            &["impersonate"],
+        ),
         (
             &["add", "a", "--own-key-file", "/nowhere"],
             1,
@@ -530,8 +536,12 @@ fn what_cannot_be_done_to_devices_is_one_line() {
         ),
         (&["add"], 2, &["NAME"]),
         (&["disable", "pumq"], 1, &["did you mean pump?"]),
-        (&["enable", "pump", "nobody"], 1, &["no device", "nobody"]),
-        (&["rotate-key", "nobody"], 1, &["no device"]),
+        (
+            &["enable", "pump", "nobody"],
+            1,
+            &["unknown device", "nobody"],
+        ),
+        (&["rotate-key", "nobody"], 1, &["unknown device"]),
         (
             &["rotate-key", "pump", "--own-key", "--derived-key"],
             2,
@@ -564,22 +574,22 @@ fn what_cannot_be_done_to_devices_is_one_line() {
             assert!(says.contains(word), "{csv}: {says}");
         }
     }
-    // Nothing of all that was done.
+    // None of the failed commands changed anything.
     assert_eq!(place.device(&["export"]).lines().count(), 2);
 }
 
-/// Its session ends, nothing of it is left, and whoever comes with its name is a new device.
-fn a_removed_device_begins_again(place: &Place) {
+/// The session of a removed device ends, its data is deleted, and the next device with its name is a new one.
+fn a_removed_device_starts_as_a_new_one(place: &Place) {
     place.device(&["add", "fan", "--own-key"]);
     let fan = place.login("fan");
     get_in(&place.gateway, &fan, Code::Authentication);
     let (mut pump, _) = place.gateway.connect("pump");
-    // So many that none waits to be sorted in, which takes a minute.
+    // Dense enough to be compacted immediately; otherwise that takes a minute.
     let dense = |seq| readings_at(seq, T0_US + seq.cast_signed() * 60_000_000, &[7; 130]);
     pump.send(&dense(1));
     pump.expect_ack(1);
     let shown = place.device(&["remove", "pump"]);
-    for words in ["readings", "130", "nothing was removed", "--yes"] {
+    for words in ["readings", "130", "nothing removed", "--yes"] {
         assert!(shown.contains(words), "{shown}");
     }
     pump.send(&dense(2));
@@ -595,7 +605,7 @@ fn a_removed_device_begins_again(place: &Place) {
     });
     assert!(removed.ends_with("removed pump\n"), "{removed}");
     place.device(&["remove", "fan", "--yes"]);
-    // Its own key went with it.
+    // Its individual key was removed with it.
     get_in(
         &place.gateway,
         &place.gateway.device("fan"),
@@ -609,26 +619,26 @@ fn a_removed_device_begins_again(place: &Place) {
     let sql = "SELECT device, count(*) AS n FROM telemetry GROUP BY device";
     assert_eq!(place.query(sql), "device,n\npump,260\n");
     let says = place.device_fails(&["remove", "nobody", "--yes"], 1);
-    assert!(says.contains("no device is named"), "{says}");
+    assert!(says.contains("unknown device"), "{says}");
 }
 
 #[test]
-fn a_removed_device_begins_again_in_sqlite() {
-    a_removed_device_begins_again(&Place::sqlite(&[]));
+fn a_removed_device_starts_as_a_new_one_in_sqlite() {
+    a_removed_device_starts_as_a_new_one(&Place::sqlite(&[]));
 }
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_removed_device_begins_again_in_postgres() {
-    a_removed_device_begins_again(&Place::postgres(&[]));
-    // A spool would bring it back.
+fn a_removed_device_starts_as_a_new_one_in_postgres() {
+    a_removed_device_starts_as_a_new_one(&Place::postgres(&[]));
+    // A spool would restore it.
     let spooled = Place::postgres(&["--spool"]);
     two_devices(&spooled);
     let says = spooled.device_fails(&["remove", "pump", "--yes"], 1);
     assert!(says.contains("has a spool"), "{says}");
 }
 
-/// A factory needs no gateway and no database to know which key a device will have.
+/// A factory needs no gateway and no database to derive a device's key.
 #[test]
 fn a_factory_derives_keys_without_a_database() {
     let dir = tempfile::tempdir().expect("a directory");
@@ -642,7 +652,7 @@ fn a_factory_derives_keys_without_a_database() {
         key.iter().map(|byte| format!("{byte:02x}")).collect()
     };
     let one = run(dir.path(), None, &["key", "pump"], "");
-    // The database may be elsewhere, and know of another key.
+    // The database may be elsewhere, with another key.
     let remark = String::from_utf8(one.stderr.clone()).expect("text");
     assert!(remark.contains("no database at"), "{remark}");
     assert_eq!(said(one), expected("pump") + "\n");

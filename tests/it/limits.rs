@@ -1,5 +1,5 @@
-//! Bounds on who connects and how much a device sends: what is over them waits or is closed, and nobody else
-//! notices.
+//! Limits on connections and on a device's rate: beyond them, peers are delayed or disconnected, and no other peer
+//! is affected.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use crate::client::{Heard, Link, T0_US, header, ping, readings, readings_at, sea
 use crate::gateway::{Gateway, run};
 use crate::malformed::assert_serves;
 
-/// So many readings of a device in a second.
+/// Maximum rate of 2,000 readings per second and device.
 const READINGS_2000: [&str; 4] = [
     "--device-readings-per-s",
     "2000",
@@ -18,14 +18,14 @@ const READINGS_2000: [&str; 4] = [
     "8192",
 ];
 
-/// A frame with so many.
+/// A frame with 406 readings.
 fn readings_406(seq: u64) -> Vec<u8> {
     readings_at(seq, T0_US + seq as i64 * 2_000_000_000, &[7; 406])
 }
 
-/// SPEC, limits: more of a device is read later, and nothing is refused.
+/// SPEC, limits: excess data of a device is read later, and nothing is rejected.
 #[test]
-fn c13_a_device_over_its_rate_waits_and_the_others_do_not() {
+fn c13_a_device_over_its_rate_is_delayed_and_others_are_not() {
     let gateway = Gateway::start(&READINGS_2000);
     let (mut hot, _) = gateway.connect("hot");
     let begun = Instant::now();
@@ -34,7 +34,7 @@ fn c13_a_device_over_its_rate_waits_and_the_others_do_not() {
     for seq in 1..=frames {
         hot.send(&readings_406(seq));
     }
-    // Meanwhile another device is served as ever.
+    // Meanwhile another device is served as usual.
     let (mut calm, _) = gateway.connect("calm");
     for seq in 1..=50 {
         calm.send(&readings(seq));
@@ -51,9 +51,9 @@ fn c13_a_device_over_its_rate_waits_and_the_others_do_not() {
     );
 }
 
-/// Whoever connects again does not begin anew.
+/// A reconnect does not reset the quota.
 #[test]
-fn c13_a_device_cannot_leave_its_rate_behind() {
+fn c13_a_reconnect_does_not_reset_the_rate() {
     let gateway = Gateway::start(&READINGS_2000);
     let begun = Instant::now();
     // 12,180 readings: the burst, and two seconds' more; but less than the burst on each connection.
@@ -69,9 +69,9 @@ fn c13_a_device_cannot_leave_its_rate_behind() {
     assert!(took >= Duration::from_millis(1_500), "{took:?}");
 }
 
-/// What brings no readings takes time, too.
+/// Frames without readings are limited as well.
 #[test]
-fn c13_a_device_may_not_ask_without_end() {
+fn c13_a_device_may_not_send_requests_without_limit() {
     let rate = [
         "--device-frames-per-s",
         "200",
@@ -99,16 +99,16 @@ fn c13_a_device_may_not_ask_without_end() {
 }
 
 #[test]
-fn c12_an_address_has_so_many_connections_and_no_more() {
+fn c12_connections_per_address_are_limited() {
     let mut gateway = Gateway::start(&["--connections-per-address-max", "3"]);
     let (first, _) = gateway.connect("first");
     let (_second, _) = gateway.connect("second");
     let _idle = Link::open(gateway.addr);
     let mut refused = Link::open(gateway.addr);
     refused.expect_closed();
-    gateway.wait_for_line("too many from its address");
+    gateway.wait_for_line("too many from this address");
     drop(first);
-    // As soon as one is gone there is room again.
+    // As soon as one is closed, a new one is accepted.
     let begun = Instant::now();
     loop {
         let mut link = Link::open(gateway.addr);
@@ -120,19 +120,19 @@ fn c12_an_address_has_so_many_connections_and_no_more() {
     }
 }
 
-/// Whoever begins a handshake and does not end it gives way.
+/// Unfinished handshakes are closed to accept new connections.
 #[test]
-fn c08_half_a_handshake_gives_way_to_devices() {
+fn c08_unfinished_handshakes_are_closed_for_devices() {
     let gateway = Gateway::start(&["--handshakes-max", "20", "--handshake-timeout-s", "600"]);
     let mut idle: Vec<Link> = (0..60).map(|_| Link::open(gateway.addr)).collect();
     assert_serves(&gateway, "good");
-    // The oldest of them were told to go.
+    // The oldest of them were closed.
     idle[0].expect_closed();
 }
 
-/// So it is when not handshakes run out, but places.
+/// The same at the limit on all connections instead of handshakes.
 #[test]
-fn c08_half_a_handshake_gives_way_when_places_run_out() {
+fn c08_unfinished_handshakes_are_closed_when_slots_run_out() {
     let gateway = Gateway::start(&["--connections-max", "20", "--handshake-timeout-s", "600"]);
     let (mut first, _) = gateway.connect("first");
     let mut idle: Vec<Link> = (0..60).map(|_| Link::open(gateway.addr)).collect();
@@ -142,17 +142,17 @@ fn c08_half_a_handshake_gives_way_when_places_run_out() {
     first.expect_ack(1);
 }
 
-/// Two frames, and little else.
+/// An unauthenticated peer may send two frames, and little else.
 #[test]
-fn c09_a_stranger_may_not_send_for_ever() {
-    let gateway = Gateway::start(&["--stranger-bytes-max", "1024"]);
+fn c09_bytes_before_authentication_are_limited() {
+    let gateway = Gateway::start(&["--preauth-bytes-max", "1024"]);
     let skipped = sealed(header(0x90, 0), &[0; 480]);
     let mut link = Link::open(gateway.addr);
     link.send(&skipped);
     link.send(&skipped);
     link.send_in_vain(&skipped);
     link.expect_bye(Code::Authentication);
-    // Once it is a device it may.
+    // After authentication there is no such limit.
     let (mut device, _) = gateway.connect("device");
     for _ in 0..10 {
         device.send(&skipped);
@@ -160,9 +160,9 @@ fn c09_a_stranger_may_not_send_for_ever() {
     device.ping();
 }
 
-/// Failures are answered later and later, a right key at once.
+/// Failures are answered with increasing delays, a correct key immediately.
 #[test]
-fn c05_failures_wait_and_a_right_key_does_not() {
+fn c05_failures_are_delayed_and_a_correct_key_is_not() {
     let gateway = Gateway::start(&["--failure-delay-max-ms", "60000"]);
     let mut waiting = Vec::new();
     let first = Instant::now();
@@ -174,7 +174,7 @@ fn c05_failures_wait_and_a_right_key_does_not() {
         link.send(&login.auth(transcript).0);
         waiting.push(link);
     }
-    // The last ones would wait for a minute by now; the device of that name does not.
+    // The last ones would be delayed by a minute by now; the device with that name is not.
     let begun = Instant::now();
     let (mut pump, _) = gateway.connect("pump");
     pump.send(&readings(1));
@@ -184,8 +184,8 @@ fn c05_failures_wait_and_a_right_key_does_not() {
         "{:?}",
         begun.elapsed()
     );
-    // 100 ms, 200 ms, … in the order in which they failed, which is not quite that of the links: of any
-    // five, one has waited for the fifth time at least. It is the answer that waits, not only the end.
+    // 100 ms, 200 ms, … in the order in which they failed, which is not exactly that of the links: of any
+    // five, one is at least the fifth. The answer is delayed, not only the end.
     for link in &mut waiting[..5] {
         let heard = link.hear();
         assert!(matches!(heard, Heard::Bye { .. }), "{heard:?}");
@@ -197,9 +197,9 @@ fn c05_failures_wait_and_a_right_key_does_not() {
     );
 }
 
-/// Whoever leaves before has no answer, and keeps no place.
+/// A peer that disconnects early gets no answer and occupies no slot.
 #[test]
-fn c05_who_does_not_wait_for_the_answer_has_none() {
+fn c05_a_peer_that_disconnects_early_occupies_no_slot() {
     let gateway = Gateway::start(&["--failure-delay-max-ms", "600000", "--connections-max", "2"]);
     for _ in 0..8 {
         let mut login = gateway.device("pump");
@@ -212,9 +212,9 @@ fn c05_who_does_not_wait_for_the_answer_has_none() {
     }
 }
 
-/// What an operator does is nobody's failure.
+/// An operator's change does not count as a failure.
 #[test]
-fn c05_a_replaced_key_delays_nobody() {
+fn c05_a_replaced_key_causes_no_delay() {
     let gateway = Gateway::start(&["--failure-delay-max-ms", "600000"]);
     let data_dir = gateway.data_dir().to_str().expect("UTF-8");
     for name in ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l"] {
@@ -225,9 +225,9 @@ fn c05_a_replaced_key_delays_nobody() {
     }
 }
 
-/// The end of the gateway waits for nobody who failed.
+/// Delayed answers do not prevent the gateway's shutdown.
 #[test]
-fn failures_do_not_keep_the_gateway_from_leaving() {
+fn delayed_answers_do_not_block_shutdown() {
     let mut gateway = Gateway::start(&[
         "--failure-delay-max-ms",
         "600000",
@@ -272,9 +272,9 @@ fn c05_one_address_cannot_fill_the_log() {
 #[test]
 fn c12_few_open_files_mean_few_connections_and_nothing_fails() {
     let mut gateway = Gateway::start_with_files(128, &[]);
-    gateway.wait_for_line("because of the limit of open files");
+    gateway.wait_for_line("connection limit lowered to fit the open file limit");
     let (mut first, _) = gateway.connect("first");
-    // More than there are places, and fewer than wait in a usual backlog besides.
+    // More than there are slots, and fewer than also wait in a typical backlog.
     let idle: Vec<Link> = (0..150).map(|_| Link::open(gateway.addr)).collect();
     for seq in 1..=20 {
         first.send(&readings(seq));

@@ -1,5 +1,5 @@
-//! What the processes of a test run log, and what they must not: with `FIELDGATE_TEST_LOGS`, a directory,
-//! both are kept there for `tests/quiet_logs`, and without it they are forgotten.
+//! Logs of the processes of a test run, and the secrets that must not occur in them: with `FIELDGATE_TEST_LOGS`, a
+//! directory, both are written there for `tests/quiet_logs`; without it they are discarded.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -10,8 +10,8 @@ use std::thread;
 
 use crate::gateway::PATIENCE;
 
-/// What was logged, and a line of hexadecimal digits for each secret. Both grow by whole lines, because
-/// many tests write to them at once.
+/// Files with the logs, and with a line of hexadecimal digits for each secret. Both grow by whole lines, because
+/// many tests write to them at the same time.
 struct Kept {
     logs: File,
     secrets: File,
@@ -30,39 +30,40 @@ static KEPT: LazyLock<Option<Kept>> = LazyLock::new(|| {
     })
 });
 
-/// Beyond this, a frame is filler by which a test reaches a limit.
+/// Longer frames are filler with which a test reaches a limit.
 const FRAME_BYTES_MAX: usize = 4096;
 
-/// A line or more that a process wrote to stderr.
+/// Keeps lines that a process wrote to stderr.
 pub fn keep(log: &[u8]) {
     if let Some(kept) = &*KEPT {
         (&kept.logs).write_all(log).expect("writes");
     }
 }
 
-/// The same of a process that has ended.
+/// Keeps the stderr of a process that has exited.
 pub fn keep_of(output: Output) -> Output {
     keep(&output.stderr);
     output
 }
 
-/// What of a log is there without `RUST_LOG`, but for what each start and end logs.
+/// Returns the part of a log that is written without `RUST_LOG`, except the lines of each start and end.
 pub fn by_default(log: &str) -> String {
-    let told = log.split_inclusive('\n');
+    let lines = log.split_inclusive('\n');
     let is_usual = |line: &str| {
         let usual = ["cli::serve: ", "schema brought up to date"];
         line.contains("Z  INFO ") && usual.iter().any(|usual| line.contains(usual))
     };
-    told.filter(|line| !line.contains(" DEBUG ") && !is_usual(line))
+    lines
+        .filter(|line| !line.contains(" DEBUG ") && !is_usual(line))
         .collect()
 }
 
-/// A fleet's key, or a device's.
+/// Keeps the key of a fleet or of a device.
 pub fn keep_key(key: &[u8]) {
     keep_secret("key", key);
 }
 
-/// What a device sends.
+/// Keeps a frame that a device sends.
 pub fn keep_frame(frame: &[u8]) {
     if frame.len() <= FRAME_BYTES_MAX {
         keep_secret("frame", frame);
@@ -77,16 +78,16 @@ fn keep_secret(kind: &str, bytes: &[u8]) {
     }
 }
 
-/// What a process writes to stderr.
+/// The stderr of a process.
 #[derive(Debug)]
 pub struct Stderr {
     lines: Receiver<String>,
-    /// All that was received.
+    /// All text received.
     text: String,
 }
 
 impl Stderr {
-    /// All of it, when the process has closed it.
+    /// Returns all of it, once the process has closed it.
     pub fn read_to_end(&mut self) -> Option<String> {
         loop {
             match self.lines.recv_timeout(PATIENCE) {

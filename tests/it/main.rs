@@ -1,4 +1,4 @@
-//! Tests that need the real binary, a file for each subject.
+//! Integration tests with the real binary, one file for each subject.
 
 mod check;
 mod checklist;

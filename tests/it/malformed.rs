@@ -1,6 +1,6 @@
-//! The rows of the table of malformed input (SPEC, section 12) that end a connection or are mended,
-//! against the real gateway: what it answers, whether the connection goes on, what is kept, and that a
-//! good device is served afterwards.
+//! The rows of the table of malformed input (SPEC, section 12) that end a connection or are fixed by resending,
+//! against the real gateway: the answer, whether the connection continues, the stored data, and that a
+//! well-behaved device is served afterwards.
 
 use std::time::Instant;
 
@@ -14,10 +14,10 @@ use crate::client::{
 };
 use crate::gateway::Gateway;
 
-/// Cases of one session, each as what it is called and what is sent.
+/// Cases of one session: name and frame of each.
 pub type Cases = Vec<(&'static str, Vec<u8>)>;
 
-/// A new device logs in, and a reading of it is stored.
+/// Logs in as a new device and stores a reading.
 pub fn assert_serves(gateway: &Gateway, name: &str) {
     let (mut link, _) = gateway.connect(name);
     link.send(&readings(1));
@@ -25,7 +25,7 @@ pub fn assert_serves(gateway: &Gateway, name: &str) {
     assert_eq!(gateway.database().readings(name).len(), 1);
 }
 
-/// No device but the `known` ones left anything at all.
+/// Asserts that only the `known` devices left data.
 pub fn assert_only(gateway: &Gateway, known: i64) {
     let mut database = gateway.database();
     assert_eq!(database.count("SELECT count(*) FROM devices"), known);
@@ -33,9 +33,9 @@ pub fn assert_only(gateway: &Gateway, known: i64) {
 }
 
 #[test]
-fn another_protocol_is_closed_without_a_word() {
+fn another_protocol_is_closed_without_an_answer() {
     let gateway = Gateway::start(&[]);
-    let strangers: [(&str, &[u8]); 6] = [
+    let cases: [(&str, &[u8]); 6] = [
         ("one wrong byte", b"\x00"),
         (
             "TLS",
@@ -49,12 +49,12 @@ fn another_protocol_is_closed_without_a_word() {
         ),
         ("SSH", b"SSH-2.0-OpenSSH_9.7\r\n"),
     ];
-    for (what, bytes) in strangers {
+    for (what, bytes) in cases {
         let mut link = Link::open(gateway.addr);
         link.send(bytes);
         assert_eq!(link.hear(), Heard::Closed, "{what}");
     }
-    // The same within a session: nothing is said, what came before is kept.
+    // The same within a session: no answer, and earlier frames are stored.
     let (mut link, _) = gateway.connect("pump");
     link.send(&readings(1));
     link.expect_ack(1);
@@ -97,7 +97,7 @@ fn c09_a_frame_over_the_limit_is_refused_by_its_header_alone() {
         whole.truncate(HEADER_BYTES);
         whole
     };
-    // 512 bytes are within the limit of the handshake, though not the frame that is awaited.
+    // 512 bytes are within the limit of the handshake, although this is not the expected frame.
     let mut link = Link::open(gateway.addr);
     link.send(&sealed(header(types::DATA, 1), &[0; 512 - 20]));
     link.expect_bye(Code::Authentication);
@@ -115,7 +115,7 @@ fn c09_a_frame_over_the_limit_is_refused_by_its_header_alone() {
         link.send(&header_of(payload_bytes));
         link.expect_bye(Code::TooLarge);
     }
-    // A frame that is just not too long is read whole: its number is used up.
+    // A frame of exactly the maximum length is read completely: its number is used up.
     let (mut link, _) = gateway.connect("full");
     let full = sealed(header(0x1F, 1), &[0xEE; 4096 - 20]);
     link.send(&full);
@@ -130,13 +130,13 @@ fn c09_a_frame_over_the_limit_is_refused_by_its_header_alone() {
 fn c10_a_stall_ends_the_connection() {
     let gateway = Gateway::start(&["--handshake-timeout-s", "2", "--frame-timeout-s", "1"]);
     let pump = gateway.device("pump");
-    // All at once, for each takes its time.
+    // All at the same time, because each takes its time.
     let mut mute = Link::open(gateway.addr);
     let mut slow = Link::open(gateway.addr);
     slow.send(&pump.hello()[..20]);
     let mut shy = Link::open(gateway.addr);
     shy.challenge(&pump);
-    // What may be skipped prolongs no handshake.
+    // Skippable frames do not prolong the handshake.
     let mut skipper = Link::open(gateway.addr);
     skipper.send(&sealed(header(0x90, 0), &[]));
     let (mut stalled, _) = gateway.connect("stalled");
@@ -203,7 +203,7 @@ fn numbers_that_no_frame_can_have_end_the_connection() {
     assert_only(&gateway, 2);
 }
 
-/// An unsequenced frame under number 1.
+/// Returns an unsequenced frame with number 1.
 fn reheaded_damage(frame: &[u8], is_damaged: bool) -> Vec<u8> {
     let numbered = reheaded(frame, |header| header.seq = 1);
     if is_damaged {
@@ -333,7 +333,7 @@ fn a_damaged_unsequenced_frame_is_refused_and_nothing_else_changes() {
         damaged(bye()),
         damaged(sealed(header(0x33, 0), &[1])),
         damaged(sealed(header(0x80, 0), &[1])),
-        // Not known whether it is one of a version that this gateway has not heard of.
+        // It may belong to a version that this gateway does not know.
         damaged(reheaded(&ping(1, 0, 0), |header| header.flags = 1)),
     ] {
         link.send(&damaged);
@@ -389,12 +389,12 @@ fn types_that_may_be_skipped_are_skipped() {
 }
 
 #[test]
-fn a_damaged_payload_is_asked_for_once_and_quarantined_the_second_time() {
+fn a_damaged_payload_is_requested_once_and_quarantined_the_second_time() {
     let gateway = Gateway::start(&[]);
-    let (mut link, _) = gateway.connect("mended");
+    let (mut link, _) = gateway.connect("resent");
     link.send(&damaged(readings(1)));
     link.expect_nack(1, Code::PayloadCrc, 1);
-    // Behind it, frames are dropped without an answer.
+    // Frames after it are dropped without an answer.
     link.send(&readings(2));
     link.send(&damaged(readings(3)));
     link.ping();
@@ -403,8 +403,8 @@ fn a_damaged_payload_is_asked_for_once_and_quarantined_the_second_time() {
     }
     link.expect_ack(3);
     let mut database = gateway.database();
-    assert_eq!(database.frames("mended"), [(1, 17), (2, 17), (3, 17)]);
-    assert_eq!(database.quarantine("mended"), []);
+    assert_eq!(database.frames("resent"), [(1, 17), (2, 17), (3, 17)]);
+    assert_eq!(database.quarantine("resent"), []);
 
     let (mut link, _) = gateway.connect("rotten");
     let rotten = damaged(readings(1));
@@ -418,7 +418,7 @@ fn a_damaged_payload_is_asked_for_once_and_quarantined_the_second_time() {
     assert_eq!(database.quarantine("rotten"), [(1, 35, rotten)]);
     assert_eq!(database.readings("rotten").len(), 1);
 
-    // A number damaged once on each of two connections is not the queue's fault.
+    // A number damaged once on each of two connections is not quarantined.
     for _ in 0..2 {
         let (mut link, _) = gateway.connect("unlucky");
         link.send(&damaged(readings(1)));
@@ -429,7 +429,7 @@ fn a_damaged_payload_is_asked_for_once_and_quarantined_the_second_time() {
 }
 
 #[test]
-fn a_number_damaged_twice_is_quarantined_whatever_came_between() {
+fn a_number_damaged_twice_is_quarantined_whatever_arrives_in_between() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = Link::login(gateway.addr, &gateway.device("pump"));
     let rotten = damaged(readings(1));
@@ -457,7 +457,7 @@ fn beyond_the_limit_ends_the_connection() {
     let (mut link, _) = gateway.connect("pump");
     link.send(&gap(5, 9, 0));
     link.expect_bye(Code::Credit);
-    // A GAP counts by its first number.
+    // The first number of a GAP counts.
     let (mut link, _) = gateway.connect("gap");
     link.send(&gap(1, 9, 0));
     match link.hear() {
@@ -472,7 +472,7 @@ fn beyond_the_limit_ends_the_connection() {
 }
 
 #[test]
-fn missing_numbers_are_asked_for_once() {
+fn missing_numbers_are_requested_once() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = gateway.connect("pump");
     link.send(&readings(3));
@@ -499,7 +499,7 @@ fn missing_numbers_are_asked_for_once() {
 }
 
 #[test]
-fn a_schema_that_is_not_known_is_asked_for() {
+fn an_unknown_schema_is_requested() {
     let gateway = Gateway::start(&[]);
     let mut pump = gateway.device("pump");
     let (mut link, welcomed) = Link::login(gateway.addr, &pump);
@@ -511,7 +511,7 @@ fn a_schema_that_is_not_known_is_asked_for() {
     link.send(&declare(SCHEMA));
     link.send(&readings(1));
     link.expect_ack(1);
-    // The same again changes nothing; other content under this number is refused.
+    // The same again changes nothing; other content under this number is rejected.
     link.send(&declare(SCHEMA));
     let other = Channel {
         id: TEMPERATURE,
@@ -527,10 +527,10 @@ fn a_schema_that_is_not_known_is_asked_for() {
     link.send(&readings(2));
     link.expect_ack(2);
     drop(link);
-    // The device cannot mend that by itself, so an operator hears of it, once.
-    let told = "SELECT count(*) FROM device_events WHERE kind = 'refused' AND code = 23";
-    assert_eq!(gateway.database().count(told), 1);
-    // Stored, but neither named in HELLO nor declared: not known in this session.
+    // The device cannot fix that by itself, so operators get an event, once.
+    let refusals = "SELECT count(*) FROM device_events WHERE kind = 'refused' AND code = 23";
+    assert_eq!(gateway.database().count(refusals), 1);
+    // Stored, but neither named in HELLO nor declared: unknown in this session.
     let (mut link, _) = Link::login(gateway.addr, &pump);
     link.send(&readings(3));
     link.expect_nack(3, Code::UnknownSchema, 3);

@@ -1,5 +1,5 @@
-//! A Postgres that stops, freezes, or throws clients out under load: nothing that was acknowledged is
-//! lost, nothing is stored twice, and acknowledgements flow again as soon as it is back.
+//! A Postgres that stops, freezes, or terminates client sessions under load: no acknowledged frame is
+//! lost, none is stored twice, and acknowledgements resume as soon as it is back.
 
 use std::time::{Duration, Instant};
 
@@ -13,21 +13,21 @@ use crate::fleet::{Fleet, rounds};
 use crate::gateway::Gateway;
 use crate::store_down::{expect_store_down, resend_until_acked};
 
-/// How many times Postgres is stopped; `tests/run` says 10, `tests/run --long` 50.
+/// Variable with the number of stops of Postgres; `tests/run` sets 10, `tests/run --long` 50.
 pub const ROUNDS_VARIABLE: &str = "FIELDGATE_TEST_OUTAGE_ROUNDS";
 pub const ROUNDS_DEFAULT: u64 = 2;
-/// From the moment Postgres lets clients in again to the first ACK.
+/// Maximum time from when Postgres accepts clients again to the first ACK.
 const BACK_WITHIN: Duration = Duration::from_secs(5);
-/// The same for a server that answers nothing until then.
+/// The same for a server that does not respond until then.
 const THAWED_WITHIN: Duration = Duration::from_secs(10);
-/// As many backends are thrown out while they commit.
+/// Number of backends to terminate while they commit.
 const COMMITS_CUT: usize = 8;
 
 const BURST: [&str; 4] = ["--profile", "burst", "--devices", "50"];
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_stopped_server_is_told_to_devices_and_waited_for() {
+fn devices_wait_for_a_stopped_server() {
     let mut cluster = Cluster::start(&[]);
     let mut database = cluster.database();
     let mut gateway = Gateway::start(&["--store", &database.url()]);
@@ -38,7 +38,7 @@ fn a_stopped_server_is_told_to_devices_and_waited_for() {
     let frames: Vec<u8> = (2..=4).flat_map(readings).collect();
     link.send(&frames);
     expect_store_down(&mut link, 1);
-    // Once the gateway knows, each further try is answered at once.
+    // Once the gateway knows, it answers each further attempt immediately.
     link.send(&readings(2));
     expect_store_down(&mut link, 1);
     assert!(gateway.is_alive());
@@ -52,16 +52,16 @@ fn a_stopped_server_is_told_to_devices_and_waited_for() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn what_was_acked_survives_crashes_of_the_server() {
+fn acknowledged_frames_survive_crashes_of_the_server() {
     let rounds = rounds(ROUNDS_VARIABLE, ROUNDS_DEFAULT);
     let seed = rand::random();
-    println!("seed of the moments of the crashes: {seed}");
+    println!("seed of the crash times: {seed}");
     let mut moments = SmallRng::seed_from_u64(seed);
     let mut cluster = Cluster::start(&[]);
     let (mut fleet, mut gateway) = Fleet::start(|_| cluster.database(), &BURST);
     for round in 1..=rounds {
         fleet.await_progress(round);
-        // The moment is random: anywhere within some commits.
+        // The time is random: anywhere within some commits.
         std::thread::sleep(Duration::from_micros(moments.random_range(0..300_000)));
         cluster.stop_immediately();
         cluster.run();
@@ -75,23 +75,26 @@ fn what_was_acked_survives_crashes_of_the_server() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_commit_that_is_cut_off_is_stored_once() {
+fn an_interrupted_commit_is_stored_once() {
     let (mut fleet, gateway) = Fleet::start(|_| PgDatabase::create(), &BURST);
     let mut killer = Session::open(&fleet.place.url());
     let deadline = Instant::now() + THAWED_WITHIN * 6;
     let mut cut = 0;
     while cut < COMMITS_CUT {
         fleet.await_progress(cut as u64);
-        // Who is syncing its COMMIT: the server may have it or not, and the gateway will not hear.
+        // Backends that sync their COMMIT: the server may have stored it or not, and the gateway gets no answer.
         let hit: Vec<(bool,)> = killer.rows(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
              WHERE datname = current_database() AND application_name = 'fieldgate'
                  AND state = 'active' AND query LIKE '%COMMIT'",
         );
         cut += hit.len();
-        assert!(Instant::now() < deadline, "only {cut} COMMITs were met");
+        assert!(
+            Instant::now() < deadline,
+            "only {cut} COMMITs were interrupted"
+        );
     }
-    println!("{cut} backends thrown out while they committed");
+    println!("{cut} backends terminated while they committed");
     fleet.await_progress(cut as u64);
     fleet.prove(gateway);
 }
@@ -99,9 +102,9 @@ fn a_commit_that_is_cut_off_is_stored_once() {
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
 fn a_frozen_server_costs_no_memory_and_no_data() {
-    /// The queue's million readings of 8 bytes and their times, and what a gateway takes up anyway.
+    /// The queue's million readings of 8 bytes with their times, and the gateway's own memory.
     const BYTES_MAX: u64 = 64 << 20;
-    // More in flight than the queue takes.
+    // More in flight than the queue accepts.
     let flags = [
         "--profile",
         "burst",
@@ -122,10 +125,10 @@ fn a_frozen_server_costs_no_memory_and_no_data() {
     link.send(&readings(2));
     let frozen_at = Instant::now();
     expect_store_down(&mut link, 1);
-    let told_after = frozen_at.elapsed();
-    assert!(told_after < THAWED_WITHIN, "told after {told_after:?}");
-    // The freeze itself is the event: the fleet pushes for as long as it lasts.
-    std::thread::sleep(Duration::from_secs(8).saturating_sub(told_after));
+    let nack_after = frozen_at.elapsed();
+    assert!(nack_after < THAWED_WITHIN, "NACK after {nack_after:?}");
+    // The freeze itself is the test: the fleet sends for as long as it lasts.
+    std::thread::sleep(Duration::from_secs(8).saturating_sub(nack_after));
     let taken = gateway.memory_bytes();
     println!("{} MiB while nothing was stored", taken >> 20);
     assert!(taken < BYTES_MAX, "{taken} bytes");

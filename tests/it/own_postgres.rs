@@ -1,5 +1,5 @@
-//! Starts on a Postgres that will not do: one clear line each, with the exit code that says whose fault
-//! it is, no password in it, and a database that is left as it was.
+//! Starts on an unsuitable Postgres: each prints one clear line without a password, returns the exit code for the
+//! cause, and leaves the database unchanged.
 
 use std::net::TcpListener;
 
@@ -10,10 +10,10 @@ use crate::database::{PgDatabase, Session};
 use crate::gateway::{Gateway, run};
 use crate::logs::by_default;
 
-/// Counts what a store would have made.
+/// Counts the tables that a store would have created.
 const TABLES: &str = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'";
 
-/// `serve` into `store` ends with `code`, and stderr is one line that holds all `words`.
+/// Asserts that `serve` into `store` exits with `code` and prints one line that contains all `words`.
 fn assert_refused(store: &str, code: i32, words: &[&str]) {
     let dir = TempDir::new().expect("a directory");
     let data_dir = dir.path().to_str().expect("UTF-8");
@@ -34,22 +34,22 @@ fn assert_refused(store: &str, code: i32, words: &[&str]) {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn who_is_not_let_in_is_told_why() {
+fn a_rejected_login_prints_the_reason() {
     let cluster = Cluster::start(&[]);
     cluster.ask_for_password("guarded");
     Session::open(&cluster.url())
-        .execute("CREATE ROLE guarded LOGIN PASSWORD 'right'; CREATE ROLE stranger LOGIN");
+        .execute("CREATE ROLE guarded LOGIN PASSWORD 'right'; CREATE ROLE limited LOGIN");
     let mut database = cluster.database();
-    let words = ["does not let us in", "guarded@", "password"];
+    let words = ["denied access", "guarded@", "password"];
     assert_refused(&database.url_as("guarded:s3cret"), 1, &words);
-    assert_refused(&database.url_as("nobody_at_all"), 1, &["does not let us"]);
-    // Before 15, everybody could make tables.
+    assert_refused(&database.url_as("nobody_at_all"), 1, &["denied access"]);
+    // Before 15, every user could create tables.
     let session = database.session();
     session.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC");
-    let words = ["stranger@", "lacks rights", "owner"];
-    assert_refused(&database.url_as("stranger"), 1, &words);
+    let words = ["limited@", "lacks privileges", "owner"];
+    assert_refused(&database.url_as("limited"), 1, &words);
     assert_eq!(database.session().count(TABLES), 0);
-    // With the right password and rights it is let in.
+    // With the right password and rights it succeeds.
     let session = database.session();
     session.execute("GRANT CREATE ON SCHEMA public TO guarded");
     Gateway::start(&["--store", &database.url_as("guarded:right")]);
@@ -71,15 +71,15 @@ fn a_server_that_may_lose_data_is_accepted_only_on_demand() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_server_that_is_not_there_is_told() {
+fn an_unavailable_server_is_reported() {
     let free = TcpListener::bind("127.0.0.1:0").expect("binds");
     let addr = free.local_addr().expect("an address").to_string();
     drop(free);
     let url = format!("postgres://ann:s3cret@{addr}/site");
-    assert_refused(&url, 1, &["no Postgres answers", &addr]);
-    let words = ["no Postgres answers", "db.invalid"];
+    assert_refused(&url, 1, &["could not reach Postgres", &addr]);
+    let words = ["could not reach Postgres", "db.invalid"];
     assert_refused("postgres://ann:s3cret@db.invalid/site", 1, &words);
-    // Somebody who listens and never says a word.
+    // A listener that never sends anything.
     let silent = TcpListener::bind("127.0.0.1:0").expect("binds");
     let addr = silent.local_addr().expect("an address").to_string();
     let url = format!("postgres://ann:s3cret@{addr}/site");
@@ -88,10 +88,10 @@ fn a_server_that_is_not_there_is_told() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_database_that_is_not_there_is_told() {
+fn a_missing_database_is_reported() {
     let database = PgDatabase::create();
     let url = database.url().replace(database.name(), "no_such_one");
-    assert_refused(&url, 1, &["no such database", "no_such_one", "createdb"]);
+    assert_refused(&url, 1, &["does not exist", "no_such_one", "createdb"]);
 }
 
 #[test]
@@ -117,7 +117,7 @@ fn a_database_of_a_newer_version_is_refused() {
          (version, description, installed_on, success, checksum, execution_time)
          VALUES (9999, 'of the future', now(), true, '', 1)",
     );
-    assert_refused(&database.url(), 1, &["newer fieldgate", "9999"]);
+    assert_refused(&database.url(), 1, &["newer Fieldgate", "9999"]);
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! What Postgres does for the queries that everybody asks: it looks into the partitions of the time
-//! that is asked for and into no other, by their indexes.
+//! Postgres plans for common queries: they read only the partitions of the requested time,
+//! by their indexes.
 
 use std::collections::BTreeSet;
 
@@ -9,14 +9,14 @@ use crate::client::readings_at;
 use crate::database::{PgDatabase, Session};
 use crate::gateway::Gateway;
 
-/// Steps of readings, so short that no month is left out.
+/// Number of steps of readings; the steps are short enough that no month is empty.
 const STEPS: i64 = 7;
 const STEP_US: i64 = 28 * 86_400_000_000;
 
-/// A partition that is looked into, and how.
+/// A partition that is read, and the kind of scan.
 type Scan = (String, String);
 
-/// Every scan of a part of `readings`, and of other large tables.
+/// Collects every scan of a partition of `readings`, and of other large tables.
 fn scans(plan: &Value, found: &mut BTreeSet<Scan>) {
     match plan {
         Value::Array(parts) => parts.iter().for_each(|part| scans(part, found)),
@@ -24,7 +24,7 @@ fn scans(plan: &Value, found: &mut BTreeSet<Scan>) {
             if let (Some(Value::String(table)), Some(Value::String(kind))) =
                 (node.get("Relation Name"), node.get("Node Type"))
                 && (table.starts_with("readings") || table == "frames")
-                // Where it is known what was done of the plan.
+                // If the plan was run, only its executed parts.
                 && node.get("Actual Loops") != Some(&Value::from(0.0))
                 && node.get("Actual Loops") != Some(&Value::from(0))
             {
@@ -59,7 +59,7 @@ fn assert_plan_reads(plan: &Value, sql: &str, partitions: &[String]) {
     assert!(whole.is_empty(), "{whole:?}: {sql}\n{plan:#}");
 }
 
-/// A store with a reading each five minutes of the last months, in four channels of some devices.
+/// Creates a store with a reading every five minutes of the last months, in four channels of some devices.
 fn filled() -> PgDatabase {
     let mut database = PgDatabase::create();
     let gateway = Gateway::start(&["--store", &database.url()]);
@@ -88,7 +88,7 @@ fn filled() -> PgDatabase {
     database
 }
 
-/// Names of the partitions from `first` to `last` months ago.
+/// Returns the names of the partitions from `first` to `last` months ago.
 fn partitions(session: &mut Session, first: i64, last: i64) -> Vec<String> {
     let names: Vec<(String,)> = session.rows(&format!(
         "SELECT to_char(date_trunc('month', now() AT TIME ZONE 'UTC') - n * interval '1 month',
@@ -113,14 +113,14 @@ fn queries_read_the_partitions_of_their_time_by_index() {
     assert_reads(session, &format!("{of_pump} {range}"), &last);
     let range = format!("AND ts >= {} AND ts < {from} ORDER BY ts", month(4));
     assert_reads(session, &format!("{of_pump} {range}"), &some);
-    // A filter on hours reaches the same ones, by what is done and not by the plan.
+    // A filter on hours reads the same ones, through pruning at run time.
     let hourly = format!(
         "SELECT * FROM telemetry_hourly WHERE device = 'pump-3' AND channel = 'level' \
          AND hour >= {from} AND hour < {from} + interval '5 hours'"
     );
     let plan = session.explain_run(&hourly);
     assert_plan_reads(&plan, &hourly, &last);
-    // With times as they are written, and all that the view tells.
+    // With literal times, and all columns of the view.
     let (from, to): (String, String) = session
         .rows(&format!(
             "SELECT ({from})::date::text, ({from})::date::text || ' 12:00'"

@@ -1,5 +1,5 @@
-//! A Postgres that is slow to come up, loses its durability or its standby, or has a day's table taken
-//! away; and a network to it that goes silent under every command.
+//! A Postgres that starts slowly, loses its durability or its standby, or has a month's table
+//! detached; and a network to it that goes silent during every command.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -15,7 +15,7 @@ use crate::database::{PgDatabase, Session};
 use crate::gateway::{Gateway, PATIENCE, run};
 use crate::store_down::{expect_store_down, resend_until_acked};
 
-/// From the moment that the cause is gone to the first ACK.
+/// Maximum time from when the cause is removed to the first ACK.
 const BACK_WITHIN: Duration = Duration::from_secs(20);
 
 #[test]
@@ -44,7 +44,7 @@ fn a_start_waits_for_a_server_that_is_not_up_yet() {
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
 fn durability_that_is_turned_off_stops_acknowledgements() {
-    // Nothing but a commit that waits for the disk writes the log soon.
+    // Only a commit that waits for the disk writes the log soon.
     let cluster = Cluster::start(&["wal_writer_delay=10000"]);
     let mut database = cluster.database();
     let mut gateway = Gateway::start(&["--store", &database.url()]);
@@ -55,7 +55,7 @@ fn durability_that_is_turned_off_stops_acknowledgements() {
     let mut set = |setting: &str, value: &str| {
         admin.execute(&format!("ALTER SYSTEM SET {setting} = {value}"));
         admin.execute("SELECT pg_reload_conf()");
-        // A session takes it over with its next message.
+        // A session applies it with its next message.
         admin.wait_for(&format!("SELECT current_setting('{setting}') = '{value}'"));
     };
     let mut seq = 1;
@@ -68,7 +68,7 @@ fn durability_that_is_turned_off_stops_acknowledgements() {
         resend_until_acked(&mut link, &readings(seq + 1), seq + 1, BACK_WITHIN);
         seq += 1;
     }
-    // What a session can hold on to itself it does.
+    // The gateway overrides a setting that a session can set itself.
     set("synchronous_commit", "off");
     let mut log: Vec<(String,)> = admin.rows("SELECT pg_current_wal_insert_lsn()::text");
     let before = log.remove(0).0;
@@ -82,7 +82,7 @@ fn durability_that_is_turned_off_stops_acknowledgements() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn commits_without_their_standby_do_not_pile_up() {
+fn commits_without_their_standby_do_not_accumulate() {
     let cluster = Cluster::start(&[]);
     let database = cluster.database();
     let gateway = Gateway::start(&["--store", &database.url()]);
@@ -114,7 +114,7 @@ fn commits_without_their_standby_do_not_pile_up() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_writer_that_waits_for_a_lock_leaves_other_writers_their_room() {
+fn a_writer_that_waits_for_a_lock_does_not_block_others() {
     let mut database = PgDatabase::create();
     let gateway = Gateway::start(&[
         "--store",
@@ -138,12 +138,12 @@ fn a_writer_that_waits_for_a_lock_leaves_other_writers_their_room() {
     lock.execute(
         "SELECT FROM streams JOIN devices ON devices.id = device_id WHERE name = 'held' FOR UPDATE OF streams",
     );
-    // More than the whole queue takes.
+    // More than the whole queue holds.
     let hundredths: Vec<i64> = (0..400).collect();
     for seq in 2..=60 {
         held.send(&readings_at(seq, T0_US, &hundredths));
     }
-    // With this the gateway has taken in as many as it had room for.
+    // At this point the gateway has accepted as many as the queue holds.
     expect_store_down(&mut held, 1);
     let mut acked = 0;
     for link in &mut links {
@@ -160,7 +160,7 @@ fn a_writer_that_waits_for_a_lock_leaves_other_writers_their_room() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_month_whose_table_was_detached_is_warned_of() {
+fn a_detached_partition_causes_a_warning() {
     let mut database = PgDatabase::create();
     let dir = TempDir::new().expect("a directory");
     let url = database.url();
@@ -173,7 +173,7 @@ fn a_month_whose_table_was_detached_is_warned_of() {
     let detach = format!("ALTER TABLE readings DETACH PARTITION {month}");
     database.session().execute(&detach);
     let mut gateway = Gateway::start_in(dir.path(), &flags);
-    gateway.wait_for_line("partition is detached");
+    gateway.wait_for_line("partition detached");
     let (mut link, _) = gateway.connect("pump");
     link.send(&readings(1));
     link.expect_ack(1);
@@ -183,7 +183,7 @@ fn a_month_whose_table_was_detached_is_warned_of() {
     assert!(stderr.contains(month.as_str()), "{stderr}");
 }
 
-/// A server that lets so many bytes through from the real one on each connection, and then is silent.
+/// Starts a server that forwards this many bytes from the real one on each connection, and then stays silent.
 fn silent_after(bytes: usize, server: &str) -> String {
     let server = server.to_owned();
     let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
@@ -211,7 +211,7 @@ fn silent_after(bytes: usize, server: &str) -> String {
     addr
 }
 
-/// Carries so many bytes, and then keeps both ends open without a word.
+/// Forwards this many bytes, and then keeps both ends open and silent.
 fn carry(mut from: TcpStream, mut to: TcpStream, mut bytes: usize) {
     let mut buffer = [0; 4096];
     while let Ok(read @ 1..) = from.read(&mut buffer) {
@@ -263,7 +263,7 @@ fn no_command_waits_for_a_network_that_went_silent() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_spool_leaves_in_time_from_a_server_that_went_silent() {
+fn a_gateway_with_a_spool_exits_in_time_despite_a_silent_server() {
     let mut cluster = Cluster::start(&[]);
     let mut database = cluster.database();
     let dir = TempDir::new().expect("a directory");

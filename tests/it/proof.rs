@@ -1,4 +1,4 @@
-//! The proof put to the proof: it passes a true store, and fails on a copy of it that one statement falsified.
+//! Tests of the verifier: it accepts a correct store, and rejects every copy that one statement falsified.
 
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -10,88 +10,88 @@ use crate::fleet::{File, Fleet, simulator};
 use crate::gateway::{Gateway, meddle};
 use crate::logs::keep_of;
 
-/// What is done to a store, and what the proof must say of it.
+/// A change to a store, and the difference that the verifier must report.
 struct Falsification {
     what: &'static str,
     sql: &'static str,
     said: &'static str,
 }
 
-/// Of the first readable frame with readings, its first series' reading in the middle.
+/// Id of the first readable frame with readings; falsifications of one reading use the middle one of its first series.
 const ONE: &str = "(SELECT min(id) FROM frames WHERE readings > 0)";
 
 const fn of(what: &'static str, sql: &'static str, said: &'static str) -> Falsification {
     Falsification { what, sql, said }
 }
 
-/// For both stores. `{one}` is the id of a frame with readings, `READINGS` the table of readings, `DAY` and `MICROSECOND`
-/// spans of time.
+/// Falsifications for both stores. `{one}` is the id of a frame with readings, `READINGS` the table of readings, `DAY`
+/// and `MICROSECOND` are time spans.
 const FALSIFICATIONS: &[Falsification] = &[
     // Readings.
     of(
         "a reading deleted",
         "DELETE FROM READINGS WHERE frame_id = {one} AND (series_id, ts) =
              (SELECT series_id, ts FROM READINGS WHERE frame_id = {one} ORDER BY series_id, ts LIMIT 1)",
-        "1 of 5 readings sent and not stored",
+        "1 of 5 readings were sent but not stored",
     ),
     of(
         "all readings of a series deleted",
         "DELETE FROM READINGS WHERE series_id = (SELECT min(id) FROM series)",
-        "5 of 5 readings sent and not stored",
+        "5 of 5 readings were sent but not stored",
     ),
     of(
-        "a thousand readings invented, of a frame that is not there",
+        "a thousand readings added, of a frame that does not exist",
         "INSERT INTO READINGS (series_id, ts, frame_id, value)
              WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000)
              SELECT s.series_id, s.ts, 1000000 + i, s.value FROM n
              CROSS JOIN (SELECT * FROM READINGS ORDER BY series_id, ts LIMIT 1) AS s",
-        "stored and not sent: none of the device's frames has id 1000001",
+        "stored but not sent: the device has no frame with id 1000001",
     ),
     of(
-        "a reading invented, of a frame that is there",
+        "a reading added, of a frame that exists",
         "INSERT INTO READINGS (series_id, ts, frame_id, value)
              SELECT series_id, ts + MICROSECOND, frame_id, value FROM READINGS
              WHERE frame_id = {one} ORDER BY series_id, ts LIMIT 1",
-        "no reading of that time is in the frame",
+        "the frame has no reading at that time",
     ),
     of(
-        "a reading invented, of another device's frame",
+        "a reading added, of another device's frame",
         "INSERT INTO READINGS (series_id, ts, frame_id, value)
              SELECT series_id, ts, (SELECT max(id) FROM frames WHERE readings > 0 AND stream_id <>
                  (SELECT stream_id FROM frames WHERE id = {one})), value FROM READINGS
              WHERE frame_id = {one} ORDER BY series_id, ts LIMIT 1",
-        "none of the device's frames has id",
+        "the device has no frame with id",
     ),
     of(
         "a value changed by one bit",
         "UPDATE READINGS SET value = value * 1.0000000000000002 WHERE frame_id = {one}",
-        "was sent",
+        "differs from the value sent",
     ),
     of(
-        "a value without validity",
+        "a value replaced by NULL",
         "UPDATE READINGS SET value = NULL WHERE frame_id = {one}",
-        "no valid value stored and not sent",
+        "no valid value differs from the value sent",
     ),
     of(
         "a time off by a microsecond",
         "UPDATE READINGS SET ts = ts + MICROSECOND WHERE frame_id = {one}",
-        "no reading of that time is in the frame",
+        "the frame has no reading at that time",
     ),
     of(
         "all times a day off",
         "UPDATE READINGS SET ts = ts + DAY",
-        "no reading of that time is in the frame",
+        "the frame has no reading at that time",
     ),
     of(
         "a frame's times and its clock offset a day off",
         "UPDATE READINGS SET ts = ts + DAY WHERE frame_id = {one};
          UPDATE frames SET clock_offset_us = clock_offset_us + 86400000000 WHERE id = {one}",
-        "beyond what its clock can have been off",
+        "more than its clock can be off",
     ),
     of(
         "a series' times a day off",
         "UPDATE READINGS SET ts = ts + DAY WHERE series_id = (SELECT max(id) FROM series)",
-        "no reading of that time is in the frame",
+        "the frame has no reading at that time",
     ),
     of(
         "readings moved to another series",
@@ -101,39 +101,39 @@ const FALSIFICATIONS: &[Falsification] = &[
                  (SELECT device_id FROM series WHERE id = READINGS.series_id))
              WHERE frame_id = {one} AND series_id =
                  (SELECT min(series_id) FROM READINGS WHERE frame_id = {one})",
-        "was sent",
+        "differs from the value sent",
     ),
     of(
         "readings moved to another device",
         "UPDATE READINGS SET series_id = (SELECT max(id) FROM series) WHERE series_id = (SELECT min(id) FROM series)",
-        "readings sent and not stored",
+        "readings were sent but not stored",
     ),
     of(
         "readings moved to another frame of the device",
         "UPDATE READINGS SET frame_id = (SELECT max(id) FROM frames WHERE readings > 0 AND stream_id =
              (SELECT stream_id FROM frames WHERE id = {one})) WHERE frame_id = {one}",
-        "no reading of that time is in the frame",
+        "the frame has no reading at that time",
     ),
     of(
-        "readings moved to a series that is none",
+        "readings moved to a series that does not exist",
         "UPDATE READINGS SET series_id = 1000000 WHERE series_id = (SELECT min(id) FROM series)",
-        "series of readings that are no series",
+        "readings whose series does not exist",
     ),
     // Devices, streams, series, schemas.
     of(
         "a ghost device",
         "INSERT INTO devices (name, firmware) VALUES ('ghost', 'none')",
-        "ghost: a device with 0 streams, 0 series and 0 readings: stored and not sent",
+        "ghost: a device with 0 streams, 0 series and 0 readings: stored but not sent",
     ),
     of(
         "a ghost device from before the run",
         "INSERT INTO devices (name, first_seen_at) SELECT 'ghost', first_seen_at - DAY FROM devices LIMIT 1;
          INSERT INTO streams (device_id, stream, created_at, frames, readings, durable_seq)
              SELECT (SELECT max(id) FROM devices), 77, created_at - DAY, 1, 20, 1 FROM streams LIMIT 1",
-        "ghost: a device with 1 streams, 0 series and 0 readings: stored and not sent",
+        "ghost: a device with 1 streams, 0 series and 0 readings: stored but not sent",
     ),
     of(
-        "a device of the fleet's names, but beyond its number",
+        "a device with the fleet's prefix, but beyond its size",
         "INSERT INTO devices (name) VALUES ('sim-00077')",
         "sim-00077: a device",
     ),
@@ -157,7 +157,7 @@ const FALSIFICATIONS: &[Falsification] = &[
         "UPDATE devices SET name = 'x' WHERE name = 'sim-00000';
          UPDATE devices SET name = 'sim-00000' WHERE name = 'sim-00001';
          UPDATE devices SET name = 'sim-00001' WHERE name = 'x'",
-        "stored and not sent",
+        "stored but not sent",
     ),
     of(
         "another firmware",
@@ -167,18 +167,18 @@ const FALSIFICATIONS: &[Falsification] = &[
     of(
         "a device disabled",
         "UPDATE devices SET enabled = 0 WHERE name = 'sim-00000'",
-        "by no operator's change",
+        "without an operator's change",
     ),
     of(
         "a device's key replaced",
         "UPDATE devices SET key_version = 1 WHERE name = 'sim-00000'",
-        "by no operator's change",
+        "without an operator's change",
     ),
     of(
-        "a step of the clock that no device saw",
+        "a clock step that no device observed",
         "INSERT INTO clock_steps (timeline, origin_us, since_at, before_at, after_at, step_us)
              SELECT 7, 0, first_seen_at, first_seen_at, first_seen_at + DAY, 86400000000 FROM devices LIMIT 1",
-        "the clock set by 86400000000 us",
+        "clock step of 86400000000 us",
     ),
     of(
         "an empty stream",
@@ -204,43 +204,43 @@ const FALSIFICATIONS: &[Falsification] = &[
     of(
         "a stream's total of readings",
         "UPDATE streams SET readings = readings + 1 WHERE id = (SELECT min(id) FROM streams)",
-        "totals of the stream say",
+        "stream totals are",
     ),
     of(
         "an empty series",
         "INSERT INTO series (device_id, channel, unit, kind)
              SELECT min(device_id), 'ghost', '', 'f64' FROM series",
-        "series ghost [] f64 with 0 readings: stored and not sent",
+        "series ghost [] f64 with 0 readings: stored but not sent",
     ),
     of(
-        "a series of another unit",
+        "a series with another unit",
         "UPDATE series SET unit = 'K' WHERE id = (SELECT min(id) FROM series)",
         "[K]",
     ),
     of(
         "a channel renamed",
         "UPDATE series SET channel = channel || 'x' WHERE id IN (SELECT min(id) FROM series)",
-        "no series of that channel, unit and kind",
+        "the series for that channel, unit and kind is missing",
     ),
     of(
         "a schema that was not declared",
         "INSERT INTO schemas (device_id, schema, hash, declaration)
              SELECT device_id, 7, hash, declaration FROM schemas ORDER BY device_id LIMIT 1",
-        "schema 7: stored and not declared",
+        "schema 7: stored but not declared",
     ),
     of(
-        "a schema of another kind",
+        "a schema with another kind",
         "UPDATE schemas SET declaration = replace(declaration, 'integer', 'f64')",
-        "stored and not declared",
+        "stored but not declared",
     ),
     // Frames.
     of(
-        "the last frame deleted, and the number it moved",
+        "the last frame deleted, and the durable number lowered",
         "DELETE FROM READINGS WHERE frame_id = (SELECT max(id) FROM frames WHERE stream_id = (SELECT min(id) FROM streams));
          UPDATE streams SET durable_seq = durable_seq - 1, frames = frames - 1, readings = readings - 20
              WHERE id = (SELECT min(id) FROM streams);
          DELETE FROM frames WHERE stream_id = (SELECT min(id) FROM streams) AND seq = 12",
-        "frames 12 to 12 acked and not stored",
+        "frames 12 to 12 were acknowledged but are not stored",
     ),
     of(
         "a frame deleted, its readings kept",
@@ -252,16 +252,16 @@ const FALSIFICATIONS: &[Falsification] = &[
         "INSERT INTO frames (id, stream_id, seq, type, received_at, readings, quality, clock_offset_us)
              SELECT 1000000, stream_id, 13, type, received_at, 0, quality, clock_offset_us FROM frames
              WHERE stream_id = (SELECT min(id) FROM streams) AND seq = 12",
-        "frame 13 stored and not sent",
+        "frame 13 is stored but was not sent",
     ),
     of(
-        "a frame of no stream",
+        "a frame without a stream",
         "INSERT INTO frames (id, stream_id, seq, type, received_at, readings)
              SELECT 1000000, 1000000, 1, type, received_at, 0 FROM frames WHERE id = {one}",
-        "1 frames of no stream",
+        "1 frames without a stream",
     ),
     of(
-        "a frame of another number",
+        "a frame with another number",
         "UPDATE frames SET seq = 99 WHERE id = {one}",
         "expected",
     ),
@@ -290,95 +290,95 @@ const FALSIFICATIONS: &[Falsification] = &[
     of(
         "a frame's clock offset",
         "UPDATE frames SET clock_offset_us = clock_offset_us + 3600000000 WHERE id = {one}",
-        "beyond what its clock can have been off",
+        "more than its clock can be off",
     ),
     of(
         "a frame received a day ago",
         "UPDATE frames SET received_at = received_at - DAY WHERE id = {one}",
-        "which is not while it was sent",
+        "outside the time it was sent",
     ),
     of(
         "a frame received tomorrow",
         "UPDATE frames SET received_at = received_at + DAY WHERE id = {one}",
-        "which is not while it was sent",
+        "outside the time it was sent",
     ),
     // Gaps and quarantine.
     of(
-        "a gap invented",
+        "a gap added",
         "INSERT INTO gaps (stream_id, from_seq, to_seq, reason, received_at)
              SELECT stream_id, 2, 3, 0, received_at FROM frames WHERE id = {one}",
-        "gap 2 to 3, reason 0: stored and not sent",
+        "gap 2 to 3, reason 0: stored but not sent",
     ),
     of(
-        "a frame taken for a gap",
+        "a frame replaced by a gap",
         "INSERT INTO gaps (stream_id, from_seq, to_seq, reason, received_at)
              SELECT stream_id, seq, seq, 0, received_at FROM frames WHERE id = {one};
          DELETE FROM READINGS WHERE frame_id = {one};
          UPDATE streams SET readings = readings - 20 WHERE id = (SELECT stream_id FROM frames WHERE id = {one});
          UPDATE frames SET type = 18, readings = 0, quality = NULL, clock_offset_us = NULL WHERE id = {one}",
-        "acked and not stored",
+        "were acknowledged but are not stored",
     ),
     of(
-        "bytes in quarantine",
+        "bytes of a quarantined frame",
         "UPDATE quarantine SET bytes = BYTES WHERE id = (SELECT min(id) FROM quarantine WHERE code <> 35)",
-        "its bytes are not those that were sent",
+        "bytes differ from those sent",
     ),
     of(
-        "bytes in quarantine of a frame that was damaged on the way",
+        "bytes of a quarantined frame that was damaged in transit",
         "UPDATE quarantine SET bytes = BYTES WHERE id = (SELECT min(id) FROM quarantine WHERE code = 35)",
-        "its bytes are not those that were sent",
+        "bytes differ from those sent",
     ),
     of(
-        "a frame in quarantine under another code",
+        "a quarantined frame with another code",
         "UPDATE quarantine SET code = 33 WHERE id = (SELECT min(id) FROM quarantine WHERE code <> 35)",
-        "in quarantine as Some(33)",
+        "is quarantined as Some(33)",
     ),
     of(
-        "a readable frame taken for one that was damaged",
+        "a readable frame quarantined as damaged",
         "INSERT INTO quarantine (device_id, stream_id, seq, received_at, peer, code, detail, bytes)
              SELECT q.device_id, f.stream_id, f.seq, f.received_at, q.peer, 35, q.detail, q.bytes
              FROM frames AS f JOIN streams AS s ON s.id = f.stream_id
              JOIN quarantine AS q ON q.device_id = s.device_id
              WHERE f.readings > 0 AND q.code = 35 ORDER BY f.id LIMIT 1",
-        "its bytes are not those that were sent",
+        "bytes differ from those sent",
     ),
     of(
-        "a frame in quarantine deleted",
+        "a quarantined frame deleted",
         "DELETE FROM quarantine WHERE id = (SELECT min(id) FROM quarantine WHERE code <> 35)",
-        "in quarantine as None",
+        "is quarantined as None",
     ),
     of(
-        "a frame in quarantine invented",
+        "a quarantined frame added",
         "INSERT INTO quarantine (device_id, stream_id, seq, received_at, peer, code, detail, bytes)
              SELECT device_id, stream_id, 99, received_at, peer, code, detail, bytes FROM quarantine
              ORDER BY id LIMIT 1",
         "no such frame is stored",
     ),
     of(
-        "a frame in quarantine of another device",
+        "a quarantined frame of another device",
         "UPDATE quarantine SET device_id = (SELECT max(id) FROM devices) WHERE id = (SELECT min(id) FROM quarantine WHERE device_id <> (SELECT max(id) FROM devices))",
-        "under another device than their stream's",
+        "whose device is not their stream's",
     ),
     of(
-        "a frame in quarantine from elsewhere",
+        "a quarantined frame from another address",
         "UPDATE quarantine SET peer = '192.0.2.1:9' WHERE id = (SELECT min(id) FROM quarantine)",
-        "from \"192.0.2.1:9\", where the device never was",
+        "from \"192.0.2.1:9\", an address the device never used",
     ),
     of(
-        "a frame in quarantine of another time",
+        "a quarantined frame with another time",
         "UPDATE quarantine SET received_at = received_at + MICROSECOND WHERE id = (SELECT min(id) FROM quarantine)",
-        "received at another time than the frame",
+        "receive time differs from that of the frame",
     ),
     // Clocks and events.
     of(
         "a clock an hour off",
         "UPDATE clocks SET offset_us = offset_us + 3600000000",
-        "not a clock that the device had",
+        "the device had no such clock",
     ),
     of(
         "a clock of another boot",
         "UPDATE clocks SET boot = boot + 1",
-        "not a clock that the device had",
+        "the device had no such clock",
     ),
     of(
         "an event's text",
@@ -390,14 +390,14 @@ const FALSIFICATIONS: &[Falsification] = &[
         "all events' texts",
         "UPDATE device_events SET detail = 'x' WHERE device_id =
              (SELECT min(device_id) FROM device_events)",
-        "event connected from \"x\", where the device never was",
+        "event connected from \"x\", an address the device never used",
     ),
     of(
-        "a login invented",
+        "a login added",
         "INSERT INTO device_events (device_id, at, kind, code, detail)
              SELECT device_id, at, kind, code, detail FROM device_events WHERE kind = 'connected'
              ORDER BY id LIMIT 1",
-        "where the device never was",
+        "an address the device never used",
     ),
     of(
         "an event of a device that reports none",
@@ -406,7 +406,7 @@ const FALSIFICATIONS: &[Falsification] = &[
         "event event \"valve stuck\"",
     ),
     of(
-        "an operator's change that was none",
+        "an operator's change that never happened",
         "INSERT INTO device_events (device_id, at, kind, code, detail)
              SELECT device_id, at, 'disabled', 0, 'x' FROM device_events ORDER BY id LIMIT 1",
         "event disabled \"x\"",
@@ -418,47 +418,47 @@ const FALSIFICATIONS: &[Falsification] = &[
     ),
 ];
 
-/// Falsifications that only SQLite allows: Postgres keeps to its foreign keys and types.
+/// Falsifications that only SQLite allows: Postgres enforces foreign keys and types.
 const SQLITE_ONLY: &[Falsification] = &[
     of(
         "a device deleted, its data kept",
         "DELETE FROM devices WHERE name = 'sim-00000'",
-        "streams of no device",
+        "streams without a device",
     ),
     of(
-        "a gap of no stream",
+        "a gap without a stream",
         "INSERT INTO gaps (stream_id, from_seq, to_seq, reason, received_at)
              SELECT 1000000, 2, 3, 0, received_at FROM frames WHERE id = {one}",
-        "1 gaps of no stream",
+        "1 gaps without a stream",
     ),
     of(
-        "a value that is no double",
+        "a value that is not a double",
         "UPDATE READINGS SET value = 5 WHERE frame_id = {one}",
-        "which is no double",
+        "not a double",
     ),
     of(
-        "recent readings that nothing sorts in",
+        "recent readings that are never compacted",
         "INSERT INTO readings_recent (series_id, frame_id, ts, samples)
              SELECT 1000000, {one}, 0, '{\"0\": 1.5}'",
-        "series of recent readings that are no series",
+        "recent readings whose series does not exist",
     ),
     of(
         "recent readings of a series",
         "INSERT INTO readings_recent (id, series_id, frame_id, ts, samples)
              SELECT 1000000000, min(series_id), {one}, 0, '{\"0\": 1.5}' FROM READINGS WHERE frame_id = {one}",
-        "no reading of that time is in the frame",
+        "the frame has no reading at that time",
     ),
 ];
 
 /// Falsifications that only Postgres allows: in SQLite a reading has a primary key.
 const POSTGRES_ONLY: &[Falsification] = &[
     of(
-        "a reading twice",
+        "a reading stored twice",
         "INSERT INTO readings SELECT * FROM readings WHERE frame_id = {one} ORDER BY series_id, ts LIMIT 1",
         "stored twice",
     ),
     of(
-        "a reading twice, and another gone",
+        "a reading stored twice, and another deleted",
         "INSERT INTO readings SELECT * FROM readings WHERE frame_id = {one} ORDER BY series_id, ts LIMIT 1;
          DELETE FROM readings WHERE (series_id, ts, frame_id) = (SELECT series_id, ts, frame_id FROM readings
              WHERE frame_id = {one} AND series_id = (SELECT min(series_id) FROM readings WHERE frame_id = {one}) ORDER BY ts DESC LIMIT 1)",
@@ -492,7 +492,7 @@ impl Falsification {
     }
 }
 
-/// What the proof says of a store, and whether it passed.
+/// Returns whether a store passes, and the verifier's output.
 fn verify(store: &str, journals: &[PathBuf], flags: &[&str]) -> (bool, String) {
     let mut command = simulator("verify");
     command.args(["--store", store]).args(flags);
@@ -505,7 +505,7 @@ fn verify(store: &str, journals: &[PathBuf], flags: &[&str]) -> (bool, String) {
     (output.status.success(), said + &errors)
 }
 
-/// A small run with all that a store can hold of a fleet: three devices, damaged and malformed frames.
+/// Runs a small fleet with all kinds of content: three devices, damaged and malformed frames.
 fn run(gateway: &Gateway, journal: &Path, flags: &[&str]) {
     let output = simulator("run")
         .args(["--gateway", &gateway.addr.to_string(), "--journal"])
@@ -529,7 +529,7 @@ const SMALL: [&str; 6] = [
     "malformed=0.1,corrupt=0.4,disconnect=0.1",
 ];
 
-/// Each of `falsified` must be said; panics with all that are not.
+/// Checks that every falsification is reported; panics with all that are not.
 fn check(falsified: impl Iterator<Item = (&'static Falsification, (bool, String))>) {
     let missed: Vec<String> = falsified
         .filter(|(falsification, (passed, said))| *passed || !said.contains(falsification.said))
@@ -543,7 +543,7 @@ fn check(falsified: impl Iterator<Item = (&'static Falsification, (bool, String)
     assert!(missed.is_empty(), "{}", missed.join("\n"));
 }
 
-/// Makes a true run into a store in `dir`, ends the gateway and returns the journal.
+/// Runs a fleet into a store in `dir`, ends the gateway and returns the journal.
 fn true_run(dir: &Path, gateway_flags: &[&str], flags: &[&str]) -> PathBuf {
     let mut gateway = Gateway::start_in(&dir.join("gateway"), gateway_flags);
     let journal = dir.join("journal");
@@ -563,7 +563,7 @@ fn prove_sqlite(flags: &[&str]) {
     let database = dir.path().join("gateway/fieldgate.db");
     let (passed, said) = verify(&sqlite_url(&database), &journal, &[]);
     assert!(
-        passed && said.contains("equal: every acked reading"),
+        passed && said.contains("equal: every acknowledged reading"),
         "{said}"
     );
     let falsifications = FALSIFICATIONS.iter().chain(SQLITE_ONLY);
@@ -604,7 +604,7 @@ fn no_falsified_store_in_postgres_passes() {
     }));
 }
 
-/// A proxy to `gateway`, under another address.
+/// Starts a proxy to `gateway`, at another address.
 fn proxy(gateway: SocketAddr) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("an address");
@@ -638,12 +638,12 @@ fn addresses_behind_a_proxy_are_left_out() {
     gateway.wait();
     let store = sqlite_url(&dir.path().join("fieldgate.db"));
     let (passed, said) = verify(&store, &journal, &[]);
-    let left_out = "not compared: addresses of logins";
+    let left_out = "not compared: login addresses";
     assert!(passed && said.contains(left_out), "{said}");
 }
 
 #[test]
-fn frames_that_the_gateway_no_longer_knows_are_a_loss() {
+fn frames_lost_by_the_gateway_are_reported() {
     let (mut fleet, gateway) = Fleet::start(
         |dir| File(dir.join("fieldgate.db")),
         &["--devices", "2", "--interval", "10ms", "--batch", "2"],
@@ -663,19 +663,22 @@ fn frames_that_the_gateway_no_longer_knows_are_a_loss() {
     fleet.await_progress(3);
     let (status, said) = fleet.interrupt();
     assert_eq!(status.code(), Some(1), "{said}");
-    assert!(said.contains("frames that it had acknowledged"), "{said}");
+    assert!(
+        said.contains("acknowledged frames; was its store"),
+        "{said}"
+    );
     let journal = [fleet.dir().join("journal")];
     drop(gateway);
     let (passed, said) = verify(&sqlite_url(&database), &journal, &[]);
     assert!(
-        !passed && said.contains("acked and not stored: the gateway lost them"),
+        !passed && said.contains("were acknowledged but are not stored: the gateway lost them"),
         "{said}"
     );
-    assert!(!said.contains("reason 0: stored and not sent"), "{said}");
+    assert!(!said.contains("reason 0: stored but not sent"), "{said}");
 }
 
 #[test]
-fn what_other_runs_stored_is_proved_with_them_or_left_out() {
+fn data_of_other_runs_is_verified_with_them_or_left_out() {
     let dir = TempDir::new().expect("a directory");
     let mut gateway = Gateway::start_in(dir.path(), &[]);
     let journals = ["first", "second"].map(|name| dir.path().join(name));
@@ -685,14 +688,14 @@ fn what_other_runs_stored_is_proved_with_them_or_left_out() {
     gateway.wait();
     let database = dir.path().join("fieldgate.db");
     let store = sqlite_url(&database);
-    let hint = "give its journal as well";
+    let hint = "add its journal";
     let left_out = "not compared: 1 devices, streams, series and schemas";
     for (journals, flags, passes, says) in [
         (&journals[..], &["--others", "none"][..], true, "equal"),
-        // The first run's data was there before.
+        // The first run's data was stored before.
         (&journals[1..], &[], true, left_out),
         (&journals[1..], &["--others", "none"], false, hint),
-        // The second run's came later.
+        // The second run's data was stored later.
         (&journals[..1], &[], false, hint),
         (
             &journals[..1],
@@ -711,7 +714,7 @@ fn what_other_runs_stored_is_proved_with_them_or_left_out() {
     for journals in [&journals[1..], &journals[..1]] {
         let (passed, said) = verify(&store, journals, &["--others", "any"]);
         assert!(
-            !passed && said.contains("1 readings of no frame: stored and not sent"),
+            !passed && said.contains("1 readings without a frame: stored but not sent"),
             "{said}"
         );
     }

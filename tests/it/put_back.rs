@@ -1,6 +1,6 @@
-//! The store changes under a live gateway: it is put back to an earlier state, deleted, replaced, moved, or
+//! The store changes under a running gateway: it is restored to an earlier state, deleted, replaced, moved, or
 //! used by a second gateway. Nothing is stored under another device's name, and nothing is acknowledged into
-//! a file that nobody will find.
+//! a file that is out of reach.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -18,10 +18,10 @@ use crate::database::{PgDatabase, Session};
 use crate::fleet::spool_status;
 use crate::gateway::{Ended, Gateway, PATIENCE, clean, command, run};
 
-/// Within this time a gateway ends whose files are gone, on a busy machine.
+/// Maximum time in which a gateway exits when its files are gone, on a busy machine.
 const ENDS_WITHIN: Duration = Duration::from_secs(10);
 
-/// BYE 40, and before it no ACK beyond `acked`.
+/// Expects BYE 40, and before it no ACK beyond `acked`.
 fn expect_replaced(link: &mut Link, acked: u64) {
     loop {
         match link.hear() {
@@ -33,7 +33,7 @@ fn expect_replaced(link: &mut Link, acked: u64) {
     }
 }
 
-/// Connects as a device that has deleted what was acknowledged before `oldest_seq`.
+/// Connects as a device that has deleted the acknowledged frames before `oldest_seq`.
 fn connect_from(gateway: &Gateway, name: &str, oldest_seq: u64) -> (Link, u64) {
     let mut login = gateway.device(name);
     login.oldest_seq = oldest_seq;
@@ -61,7 +61,7 @@ fn series_of_other_devices(database: &mut PgDatabase) -> i64 {
 fn a_live_session_stores_nothing_under_another_device() {
     let mut database = PgDatabase::create();
     let url = database.url();
-    // One writer, so that all devices share what it knows.
+    // One writer, so that all devices share its caches.
     let mut gateway = Gateway::start(&["--store", &url, "--postgres-writers", "1"]);
     let (mut pump, _) = gateway.connect("pump");
     pump.send(&readings(1));
@@ -81,7 +81,7 @@ fn a_live_session_stores_nothing_under_another_device() {
     (1..=3).for_each(|seq| valve.send(&readings(seq)));
     valve.expect_ack(3);
     database.put_back(&backup);
-    // Another gateway gives valve's ids to a device of its own.
+    // Another gateway gives valve's ids to another device.
     let key = gateway.data_dir().join("fleet.key");
     let dir = TempDir::new().expect("a directory");
     fs::copy(key, dir.path().join("fleet.key")).expect("copies");
@@ -89,17 +89,17 @@ fn a_live_session_stores_nothing_under_another_device() {
     let (mut fan, _) = other.connect("fan");
     fan.send(&readings(1));
     fan.expect_ack(1);
-    // 4 was never acknowledged; a session that lives on repeats nothing that was.
+    // 4 was never acknowledged; an open session resends nothing that was.
     valve.send(&readings(4));
     expect_replaced(&mut valve, 3);
     pump.send(&readings(3));
     expect_replaced(&mut pump, 2);
-    gateway.wait_for_line("put back to an earlier state");
+    gateway.wait_for_line("restored to an earlier state");
     let (mut valve, durable_seq) = connect_from(&gateway, "valve", 4);
     assert_eq!(durable_seq, 3);
     valve.send(&readings(4));
     valve.expect_ack(4);
-    // This one had not heard that 2 is durable.
+    // This one has not received the ACK of 2.
     let (mut pump, durable_seq) = connect_from(&gateway, "pump", 2);
     assert_eq!(durable_seq, 1);
     (2..=3).for_each(|seq| pump.send(&readings(seq)));
@@ -113,7 +113,7 @@ fn a_live_session_stores_nothing_under_another_device() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_spool_brings_nothing_to_another_device() {
+fn a_spool_stores_nothing_under_another_device() {
     let mut database = PgDatabase::create();
     let url = database.url();
     let gateway = Gateway::start(&["--store", &url, "--spool"]);
@@ -127,13 +127,13 @@ fn a_spool_brings_nothing_to_another_device() {
     let (mut valve, _) = gateway.connect("valve");
     (1..=3).for_each(|seq| valve.send(&readings(seq)));
     valve.expect_ack(3);
-    // What the gateway does not know to be there, it would bring once more.
+    // Otherwise the gateway would copy it again.
     let deadline = Instant::now() + PATIENCE;
     while !spool_status(&url, gateway.data_dir()).contains("empty") {
         assert!(Instant::now() < deadline, "never drained");
     }
     database.put_back(&backup);
-    // In the database these two get ids the other way round.
+    // In the database these two get their ids in reverse order.
     let (mut fan, _) = gateway.connect("fan");
     fan.send(&readings(1));
     fan.expect_ack(1);
@@ -195,11 +195,11 @@ fn a_gateway_with_a_copied_spool_does_not_start() {
         .wait_for("SELECT count(*) = 2 FROM frames");
 }
 
-/// Waits for a gateway that ends by itself.
+/// Waits for a gateway that exits on its own.
 fn ends(mut gateway: Gateway) -> Ended {
     let deadline = Instant::now() + ENDS_WITHIN;
     while gateway.is_alive() {
-        assert!(Instant::now() < deadline, "it lives on");
+        assert!(Instant::now() < deadline, "it still runs");
         std::thread::yield_now();
     }
     gateway.wait()
@@ -210,7 +210,7 @@ fn remove(path: &Path) {
 }
 
 #[test]
-fn a_gateway_ends_whose_database_is_not_where_it_was() {
+fn a_gateway_exits_if_its_database_was_moved() {
     let dir = TempDir::new().expect("a directory");
     for (how, said) in [
         ("delete", "deleted"),
@@ -218,7 +218,7 @@ fn a_gateway_ends_whose_database_is_not_where_it_was() {
         ("move", "moved"),
         ("log", "-wal"),
         ("index", "-shm"),
-        ("write over", "written over"),
+        ("write over", "overwritten"),
         ("empty the log", "emptied"),
     ] {
         let data = dir.path().join(how);
@@ -236,13 +236,13 @@ fn a_gateway_ends_whose_database_is_not_where_it_was() {
             }
             "move" => fs::rename(&data, dir.path().join("elsewhere")).expect("moves"),
             "index" => remove(&data.join("fieldgate.db-shm")),
-            // As `cp` and a shell do: device and inode stay.
+            // Like `cp` and a shell: device and inode stay.
             "write over" => fs::write(&file, []).expect("writes"),
             "empty the log" => fs::write(&log, []).expect("writes"),
             _ => remove(&log),
         }
         link.send_in_vain(&readings(2));
-        // No acknowledgement, whatever else.
+        // No acknowledgement may follow.
         while let Ok(heard) = link.try_hear() {
             match heard {
                 Heard::Closed => break,
@@ -259,14 +259,14 @@ fn a_gateway_ends_whose_database_is_not_where_it_was() {
             "{how}: {}",
             ended.stderr
         );
-        // What another program has put there is left alone.
+        // A file that another program has put there stays unchanged.
         assert!(how != "replace" || log.exists());
     }
 }
 
-/// The data directory is a link that leads elsewhere now.
+/// The data directory is a symbolic link, whose target changes.
 #[test]
-fn a_gateway_ends_whose_data_directory_leads_elsewhere() {
+fn a_gateway_exits_if_its_data_directory_is_redirected() {
     let dir = TempDir::new().expect("a directory");
     let (data, first, second) = (
         dir.path().join("data"),
@@ -284,7 +284,7 @@ fn a_gateway_ends_whose_data_directory_leads_elsewhere() {
 }
 
 #[test]
-fn an_idle_gateway_ends_whose_database_is_not_where_it_was() {
+fn an_idle_gateway_exits_if_its_database_was_moved() {
     let dir = TempDir::new().expect("a directory");
     let gateway = Gateway::start_in(dir.path(), &[]);
     remove(&dir.path().join("fieldgate.db"));
@@ -297,9 +297,9 @@ fn an_idle_gateway_ends_whose_database_is_not_where_it_was() {
     );
 }
 
-/// By SQLite's own means, under the same name: to a state of long ago, and to one of a moment ago.
+/// By means of SQLite, under the same name: to a state of long ago, and to a recent one.
 #[test]
-fn a_gateway_ends_whose_database_is_put_back() {
+fn a_gateway_exits_if_its_database_is_restored() {
     for statements in [
         "DELETE FROM device_events; DELETE FROM frames; DELETE FROM streams;
          UPDATE store_identity SET transactions = 0",
@@ -316,7 +316,7 @@ fn ends_when_put_back_by(statements: &'static str) {
     pump.send(&readings(1));
     pump.expect_ack(1);
     let file = dir.path().join("fieldgate.db");
-    // As `.restore` does: the content of another file in one transaction. Here, what counts of it.
+    // Like `.restore`: the content of another file in one transaction. Here, only the relevant part.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .expect("a runtime");
@@ -332,14 +332,14 @@ fn ends_when_put_back_by(statements: &'static str) {
     let ended = ends(gateway);
     assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
     assert!(
-        ended.stderr.contains("put back to an earlier state"),
+        ended.stderr.contains("restored to an earlier state"),
         "{}",
         ended.stderr
     );
 }
 
 #[test]
-fn a_database_has_one_gateway_by_whatever_name() {
+fn a_database_has_one_gateway_under_any_name() {
     let dir = TempDir::new().expect("a directory");
     let mut gateway = Gateway::start_in(dir.path(), &[]);
     let (mut pump, _) = gateway.connect("pump");
@@ -359,7 +359,7 @@ fn a_database_has_one_gateway_by_whatever_name() {
         "{}",
         refused.stderr
     );
-    // As one does who takes it for stale.
+    // Like a user who considers it stale.
     remove(&dir.path().join("fieldgate.db.lock"));
     let refused = serve(dir.path());
     assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
@@ -368,7 +368,7 @@ fn a_database_has_one_gateway_by_whatever_name() {
         "{}",
         refused.stderr
     );
-    // Readers and those who change devices are no gateways.
+    // Readers and device commands are not gateways.
     let dir = dir.path().to_str().expect("UTF-8");
     for args in [
         &["query", "--data-dir", dir, "SELECT count(*) FROM devices"][..],
@@ -383,7 +383,7 @@ fn a_database_has_one_gateway_by_whatever_name() {
 }
 
 impl PgDatabase {
-    /// Makes a copy of it, as a backup does; sessions end.
+    /// Copies the database, like a backup; sessions end.
     fn back_up(&mut self) -> String {
         let (name, copy) = (self.name().to_owned(), format!("{}_old", self.name()));
         let mut admin = self.admin();
@@ -397,7 +397,7 @@ impl PgDatabase {
         copy
     }
 
-    /// Puts a copy in its place.
+    /// Replaces the database by a copy.
     fn put_back(&mut self, copy: &str) {
         let name = self.name().to_owned();
         let mut admin = self.admin();
@@ -405,16 +405,16 @@ impl PgDatabase {
         admin.execute(&format!("ALTER DATABASE {copy} RENAME TO {name}"));
     }
 
-    /// A session beside the database; none is open in it any more.
+    /// Opens a session outside the database, after closing the one inside.
     fn admin(&mut self) -> Session {
         self.close_session();
         Session::open(self.server())
     }
 }
 
-/// A limit on the size of files fails as a full disk does: the log that a gateway left behind is as long.
+/// A limit on the file size fails like a full disk: the log that a gateway left behind is as long.
 #[test]
-fn a_gateway_starts_on_a_disk_that_takes_nothing() {
+fn a_gateway_starts_on_a_full_disk() {
     let dir = TempDir::new().expect("a directory");
     let gateway = Gateway::start_in(dir.path(), &[]);
     let (mut pump, _) = gateway.connect("pump");
@@ -440,7 +440,7 @@ fn a_gateway_starts_on_a_disk_that_takes_nothing() {
     assert!(serves, "{says}");
 }
 
-/// As from a backup on a disc. The kernel does not let everybody mount.
+/// As from a backup on a disc. Not every system lets its users mount.
 #[test]
 fn a_backup_on_a_read_only_medium_is_read() {
     let dir = TempDir::new().expect("a directory");
@@ -480,7 +480,7 @@ fn a_backup_on_a_read_only_medium_is_read() {
     let said = String::from_utf8_lossy(&refused.stderr);
     assert_eq!(refused.status.code(), Some(1), "{said}");
     assert!(said.contains("copy it with"), "{said}");
-    // A gateway that ends in order leaves no log.
+    // A gateway that exits normally leaves no log.
     let gateway = Gateway::start_in(dir.path(), &[]);
     gateway.terminate();
     let mut gateway = gateway;
@@ -497,14 +497,14 @@ fn a_backup_on_a_read_only_medium_is_read() {
     }
 }
 
-/// A queue that was copied to another device, or put back, gives out numbers twice.
+/// A queue that was copied to another device, or restored, uses numbers twice.
 #[test]
-fn a_number_that_comes_again_with_other_content_is_on_record() {
+fn a_reused_number_with_other_content_is_recorded() {
     let mut gateway = Gateway::start(&[]);
     let (mut pump, _) = gateway.connect("pump");
     (1..=3).for_each(|seq| pump.send(&readings(seq)));
     pump.expect_ack(3);
-    // The same frame is none, in this session and in the next.
+    // Resending the same frame is none, in this session and in the next.
     pump.send(&readings(2));
     pump.expect_ack(3);
     let (mut pump, _) = gateway.connect("pump");
@@ -523,7 +523,7 @@ fn a_number_that_comes_again_with_other_content_is_on_record() {
     let rows: Vec<(String,)> = gateway.database().rows(recorded);
     assert_eq!(
         rows,
-        [("number 2 came again with other content".to_owned(),)]
+        [("number 2 was reused with different content".to_owned(),)]
     );
-    gateway.wait_for_line("a number came again with other content");
+    gateway.wait_for_line("device reused a sequence number with different content");
 }

@@ -1,5 +1,5 @@
 //! The rows of the table of malformed input (SPEC, section 12) that end in quarantine, against the real
-//! gateway: the frame is kept whole under its number, leaves no other trace, and its stream goes on.
+//! gateway: the frame is stored completely under its number, leaves no other data, and its stream continues.
 
 use fieldgate_protocol::column::encoding;
 use fieldgate_protocol::error::Code;
@@ -13,8 +13,8 @@ use crate::client::{
 use crate::gateway::Gateway;
 use crate::malformed::{Cases, assert_only, assert_serves};
 
-/// Frames of number 2 that are refused for good with `code`: each is put into quarantine whole and
-/// leaves no other trace, and its stream goes on.
+/// Asserts for frames with number 2 that are rejected permanently with `code`: each is quarantined completely and
+/// leaves no other data, and its stream continues.
 fn assert_quarantined(code: Code, cases: Cases) {
     let gateway = Gateway::start(&[]);
     for (i, (what, bytes)) in cases.iter().enumerate() {
@@ -336,7 +336,7 @@ fn times_and_columns_that_do_not_decode_are_quarantined() {
 }
 
 #[test]
-fn sequenced_types_not_known_or_not_carried_out_are_quarantined() {
+fn unknown_or_unsupported_sequenced_types_are_quarantined() {
     let result = CommandResult {
         id: 1,
         status: 0,
@@ -403,7 +403,7 @@ fn flags_and_critical_tags_are_quarantined() {
 }
 
 #[test]
-fn odd_tags_are_passed_over() {
+fn odd_tags_are_ignored() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = gateway.connect("pump");
     let value = 5i64.to_le_bytes();
@@ -418,7 +418,7 @@ fn odd_tags_are_passed_over() {
 }
 
 #[test]
-fn the_ninth_refusal_in_a_minute_ends_the_connection() {
+fn the_ninth_rejection_in_a_minute_ends_the_connection() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = gateway.connect("pump");
     for seq in 1..=8 {
@@ -426,7 +426,7 @@ fn the_ninth_refusal_in_a_minute_ends_the_connection() {
         link.expect_nack(seq, Code::UnknownType, seq + 1);
         link.expect_ack(seq);
     }
-    // Good frames do not count.
+    // Valid frames do not count.
     link.send(&readings(9));
     link.expect_ack(9);
     link.send(&sealed(header(0x1E, 10), &[]));
@@ -434,7 +434,7 @@ fn the_ninth_refusal_in_a_minute_ends_the_connection() {
     let mut database = gateway.database();
     assert_eq!(database.quarantine("pump").len(), 8);
     assert_eq!(database.durable_seq("pump"), 9);
-    // The ninth was not taken: it can come again.
+    // The ninth was not stored: it can be resent.
     let (mut link, welcomed) = gateway.connect("pump");
     assert_eq!(welcomed.durable_seq, 9);
     link.send(&readings(10));

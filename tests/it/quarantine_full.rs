@@ -1,5 +1,5 @@
-//! Quarantine has a bound (SPEC R60, code 12): what has no room stays on its device, only that device
-//! waits, and it goes on when an operator has made room.
+//! Quarantine has a limit (SPEC R60, code 12): frames beyond it stay on their device, only that device
+//! waits, and it continues when an operator has made space.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -22,12 +22,12 @@ const FLAGS: [&str; 4] = [
 ];
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A frame that no gateway understands yet.
+/// Returns a frame that no gateway understands yet.
 fn unheard_of(seq: u64) -> Vec<u8> {
     sealed(header(0x1E, seq), &vec![0; FRAME_BYTES - 20])
 }
 
-/// Fills the share of a device by frames 1 to 8.
+/// Fills the share of a device with frames 1 to 8.
 fn fill(gateway: &Gateway, name: &str) -> Link {
     let (mut link, _) = gateway.connect(name);
     for seq in 1..=8 {
@@ -35,7 +35,7 @@ fn fill(gateway: &Gateway, name: &str) -> Link {
         link.expect_nack(seq, Code::UnknownType, seq + 1);
         link.expect_ack(seq);
     }
-    // Another connection, since one may cause only eight refusals a minute.
+    // Another connection, because one may cause only eight rejections a minute.
     let (link, welcomed) = gateway.connect(name);
     assert_eq!(welcomed.durable_seq, 8);
     link
@@ -56,13 +56,13 @@ fn expect_full(link: &mut Link, seq: u64) {
     }
 }
 
-/// Sends a frame until it is in quarantine, as a device does that is told to wait, but sooner.
+/// Resends a frame until it is quarantined, like a device that has to wait, but at a higher rate.
 fn insist(link: &mut Link, seq: u64) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         link.send(&unheard_of(seq));
         match link.hear() {
-            Heard::Nack { code: 12, .. } => assert!(Instant::now() < deadline, "never taken"),
+            Heard::Nack { code: 12, .. } => assert!(Instant::now() < deadline, "never quarantined"),
             Heard::Nack { code: 32, .. } => return link.expect_ack(seq),
             other => panic!("{other:?} instead of NACK"),
         }
@@ -76,23 +76,23 @@ fn quarantine(data_dir: &Path, args: &[&str]) -> Ended {
 }
 
 #[test]
-fn a_device_that_has_used_up_its_share_waits_alone() {
+fn only_the_device_with_a_full_share_waits() {
     let gateway = Gateway::start(&FLAGS);
     let mut full = fill(&gateway, "full");
     full.send(&unheard_of(9));
     expect_full(&mut full, 9);
-    // Its frame is not taken: neither is what comes behind it, and a frame that is right in its place is.
+    // Its frame is not stored, and neither are those after it; a valid frame under its number is.
     full.send(&readings(10));
     full.ping();
     let mut database = gateway.database();
     assert_eq!(database.durable_seq("full"), 8);
     assert_eq!(database.quarantine("full").len(), 8);
-    // Others go on, also into quarantine.
+    // Other devices continue, and can still use quarantine.
     let (mut other, _) = gateway.connect("other");
     other.send(&unheard_of(1));
     other.expect_nack(1, Code::UnknownType, 2);
     other.expect_ack(1);
-    // Told again for each time that it comes; small frames have no room either.
+    // Each attempt is answered; small frames do not fit either.
     full.send(&unheard_of(9));
     expect_full(&mut full, 9);
     full.send(&sealed(header(0x1E, 9), &[]));
@@ -108,13 +108,13 @@ fn a_device_that_has_used_up_its_share_waits_alone() {
         .map(|row| row.0)
         .collect();
     assert_eq!(numbers, [9]);
-    // The ledger has them all.
+    // The ledger has all of them.
     assert_eq!(database.frames("full").len(), 10);
     assert_eq!(database.quarantine("other").len(), 1);
 }
 
 #[test]
-fn a_full_quarantine_is_full_after_a_restart_too() {
+fn a_full_quarantine_is_still_full_after_a_restart() {
     let dir = tempfile::TempDir::new().expect("a directory");
     let gateway = Gateway::start_in(dir.path(), &FLAGS);
     for device in 0..8 {
@@ -126,7 +126,11 @@ fn a_full_quarantine_is_full_after_a_restart_too() {
     late.send(&readings(1));
     late.expect_ack(1);
     let log = gateway.kill().stderr;
-    assert_eq!(log.matches("quarantine is full").count(), 1, "{log}");
+    assert_eq!(
+        log.matches("quarantine full, devices are waiting").count(),
+        1,
+        "{log}"
+    );
     let mut gateway = Gateway::start_in(dir.path(), &FLAGS);
     let (mut late, _) = gateway.connect("late");
     late.send(&unheard_of(2));
@@ -139,11 +143,11 @@ fn a_full_quarantine_is_full_after_a_restart_too() {
     insist(&mut late, 2);
     gateway.terminate();
     let log = gateway.wait().stderr;
-    assert!(log.contains("quarantine has room again"), "{log}");
+    assert!(log.contains("quarantine has space again"), "{log}");
 }
 
 #[test]
-fn purge_wants_to_be_told_what() {
+fn purge_requires_a_selection() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = gateway.connect("pump");
     link.send(&sealed(header(0x1E, 1), &[]));
@@ -175,7 +179,7 @@ fn purge_wants_to_be_told_what() {
     assert_eq!(gateway.database().frames("pump"), [(1, 0x1E)]);
 }
 
-/// With and without a spool, in which frames wait under ids of its own.
+/// With and without a spool, in which frames have separate ids.
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
 fn a_share_counts_in_postgres_and_in_a_spool_before_it() {
@@ -197,7 +201,7 @@ fn a_share_counts_in_postgres_and_in_a_spool_before_it() {
         let mut full = fill(&gateway, "full");
         full.send(&unheard_of(9));
         expect_full(&mut full, 9);
-        // What another gateway took in counts, too.
+        // Frames from another gateway also count.
         let (mut other, _) = gateway.connect("other");
         other.send(&unheard_of(9));
         expect_full(&mut other, 9);

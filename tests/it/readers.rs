@@ -1,4 +1,4 @@
-//! Commands beside a gateway: they keep it from nothing, and do not wait for one that is gone.
+//! Commands while a gateway runs: they do not block it, and do not wait for one that is gone.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
@@ -8,15 +8,15 @@ use crate::client::{Heard, Link, readings_at};
 use crate::gateway::{Gateway, command};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Reads for as long as it is let, without a row to write.
+/// A query that reads indefinitely, without a row to write.
 const ENDLESS: &str =
     "WITH RECURSIVE c(n) AS (SELECT count(*) FROM frames UNION ALL SELECT n + 1 FROM c)
     SELECT max(n) FROM c";
 
-/// Sends frame `seq` until it is acknowledged, or `child` has ended; returns whether it was acknowledged.
+/// Sends frame `seq` until it is acknowledged, or `child` has exited; returns whether it was acknowledged.
 fn is_stored(link: &mut Link, seq: u64, child: &mut Child) -> bool {
     let deadline = Instant::now() + PATIENCE;
-    // Far apart, so that each one touches pages of its own.
+    // Far apart, so that each one touches separate pages.
     let frame = readings_at(seq, (seq as i64 * 7919 % 5000) * 86_400_000_000, &[1; 300]);
     loop {
         assert!(Instant::now() < deadline, "the gateway stores nothing");
@@ -30,7 +30,7 @@ fn is_stored(link: &mut Link, seq: u64, child: &mut Child) -> bool {
     }
 }
 
-/// Small boxes are advised to keep the log short.
+/// Small machines are advised to keep the log short.
 #[test]
 fn a_query_ends_before_it_stops_a_gateway_with_a_short_log() {
     let gateway = Gateway::start(&["--wal-bytes-max", "16MiB"]);
@@ -50,12 +50,12 @@ fn a_query_ends_before_it_stops_a_gateway_with_a_short_log() {
     let says = String::from_utf8_lossy(&ended.stderr);
     assert_eq!(ended.status.code(), Some(1), "{says}");
     assert!(says.contains("write-ahead log"), "{says}");
-    // Others are asked nothing once the log is short again.
+    // Further queries are unaffected once the log is short again.
     let query = command(&["query", "SELECT count(*) FROM devices", "--data-dir", dir]).output();
     assert!(query.expect("runs").status.success());
 }
 
-/// What came last is sorted in by the gateway alone, so its end must be noticed.
+/// Only the gateway compacts recent readings, so its end must be detected.
 #[test]
 fn a_removal_does_not_wait_for_a_gateway_that_was_killed() {
     let dir = tempfile::tempdir().expect("a directory");
@@ -71,11 +71,11 @@ fn a_removal_does_not_wait_for_a_gateway_that_was_killed() {
     let mut remove = remove.expect("runs");
     let lines = BufReader::new(remove.stderr.take().expect("piped")).lines();
     let says = lines.map_while(Result::ok).next().unwrap_or_default();
-    assert!(says.contains("waiting until the gateway"), "{says}");
+    assert!(says.contains("waiting up to two minutes"), "{says}");
     let _ = gateway.kill();
     let deadline = Instant::now() + PATIENCE;
     while remove.try_wait().expect("waits").is_none() {
-        assert!(Instant::now() < deadline, "it waits on");
+        assert!(Instant::now() < deadline, "it still waits");
         std::thread::yield_now();
     }
     assert!(remove.wait().expect("ends").success());

@@ -1,5 +1,5 @@
-//! `quarantine replay`: what an older gateway could not understand is stored once, as it would have been
-//! when it came, beside a gateway that runs.
+//! `quarantine replay`: frames that an older gateway could not decode are stored once, as if decoded
+//! on receipt, while a gateway runs.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,8 +18,8 @@ use crate::database::PgDatabase;
 use crate::gateway::{Database, Ended, Gateway, command, meddle, run};
 use crate::logs::keep_of;
 
-/// Has the gateway put `bytes`, which it would understand, into quarantine as number `seq`: the number is
-/// used by a frame of a type that it does not know, and then it is these bytes that are kept.
+/// Gets decodable `bytes` into quarantine as number `seq`: sends a frame of an unknown type under this
+/// number, and replaces its quarantined bytes.
 fn quarantined(link: &mut Link, seq: u64, bytes: &[u8], meddle: impl FnOnce(&str)) {
     link.send(&sealed(header(0x1E, seq), &[]));
     link.expect_nack(seq, Code::UnknownType, seq + 1);
@@ -53,14 +53,14 @@ fn since_boot(seq: u64, boot: u32, t0: i64) -> Vec<u8> {
     with_columns(data, seq, &[raw(TEMPERATURE, &[5; 16])])
 }
 
-/// All that a stored frame is, but for what tells the two stores apart.
+/// A stored frame, without the columns that differ between the two stores.
 type Row = (i64, i64, i64, Option<i64>, Option<i64>);
 
 /// Times and values; first and last numbers and reasons.
 type Readings = Vec<(i64, Option<f64>)>;
 type Gaps = Vec<(i64, i64, i64)>;
 
-/// Numbers, types, counts, qualities and offsets of a device, and its readings, events and gaps.
+/// Returns numbers, types, counts, qualities and offsets of a device, and its readings, events and gaps.
 fn all_of(database: &mut Database, device: &str) -> (Vec<Row>, Readings, Gaps) {
     let of_device = format!(
         "JOIN streams s ON s.id = f.stream_id JOIN devices d ON d.id = s.device_id
@@ -75,9 +75,9 @@ fn all_of(database: &mut Database, device: &str) -> (Vec<Row>, Readings, Gaps) {
     (frames, database.readings(device), gaps)
 }
 
-/// It counts as what it says, though it is not understood: nothing else comes under these numbers (R45).
+/// A rejected GAP covers its numbers although it is not decoded: no other frame is stored under them (R45).
 #[test]
-fn a_refused_gap_is_one_and_replay_finds_its_reason() {
+fn a_rejected_gap_counts_and_replay_adds_its_reason() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = gateway.connect("pump");
     link.send(&readings(1));
@@ -112,9 +112,9 @@ fn a_refused_gap_is_one_and_replay_finds_its_reason() {
     assert_eq!(missing(), [(2, 5, "queue damaged".to_owned())]);
 }
 
-/// One device's frames go straight in; another's come by way of quarantine, and end up the same.
+/// One device's frames are stored directly, another's by way of quarantine, with the same result.
 #[test]
-fn what_is_replayed_is_as_if_it_had_been_understood_at_once() {
+fn replayed_frames_equal_directly_stored_ones() {
     let gateway = Gateway::start(&[]);
     let store = format!(
         "sqlite://{}",
@@ -135,7 +135,7 @@ fn what_is_replayed_is_as_if_it_had_been_understood_at_once() {
         gap(3, 3, 2),
         event(4, 3, 77, "valve stuck"),
         frame(&at_boot, 5),
-        // Before 2020, which is suspect.
+        // Before 2020, which is implausible.
         readings_at(6, 1_500_000_000_000_000, &[7]),
         since_boot(7, 7, 400_000),
         with_columns(no_columns(1), 8, &[raw(TEMPERATURE, &5i64.to_le_bytes())]),
@@ -146,7 +146,7 @@ fn what_is_replayed_is_as_if_it_had_been_understood_at_once() {
     }
     straight.expect_ack(8);
     for (bytes, seq) in frames.iter().zip(1..) {
-        // A new connection each time, since one may cause only eight refusals a minute.
+        // A new connection each time, because one may cause only eight rejections a minute.
         let (mut link, _) = gateway.connect("detour");
         quarantined(
             &mut link,
@@ -155,7 +155,7 @@ fn what_is_replayed_is_as_if_it_had_been_understood_at_once() {
             in_sqlite(gateway.data_dir(), "detour", seq),
         );
     }
-    // The measured offset of a boot is each device's own.
+    // The measured offset of a boot differs per device.
     meddle(
         &gateway.data_dir().join("fieldgate.db"),
         "UPDATE clocks SET offset_us = (SELECT f.clock_offset_us FROM frames f JOIN streams s ON s.id = f.stream_id
@@ -180,7 +180,7 @@ fn what_is_replayed_is_as_if_it_had_been_understood_at_once() {
     let events = "SELECT count(*) FROM (SELECT DISTINCT at, level, code, detail FROM device_events
                   WHERE kind = 'event')";
     assert_eq!(database.count(events), 2);
-    // Of another boot nothing is known: its newest row is as old as its receipt, not as the replay.
+    // Another boot has no measurement: its newest row is as old as its receipt, not as the replay.
     let (mut link, _) = gateway.connect("detour");
     let kept = in_sqlite(gateway.data_dir(), "detour", 9);
     quarantined(&mut link, 9, &since_boot(9, 6, 9_000_000), kept);
@@ -189,7 +189,7 @@ fn what_is_replayed_is_as_if_it_had_been_understood_at_once() {
                 WHERE f.seq = 9 AND f.quality = 2";
     assert_eq!(database.count(late), 0);
     let straight = all_of(&mut database, "detour");
-    // Again, and by whatever selection: nothing is left, nothing changes.
+    // Another replay, with any selection, finds and changes nothing.
     for args in [&[][..], &["--device", "detour"]] {
         let done = replay(&store, args);
         assert!(done.status.success(), "{}", done.stderr);
@@ -201,7 +201,7 @@ fn what_is_replayed_is_as_if_it_had_been_understood_at_once() {
 }
 
 #[test]
-fn what_is_still_not_understood_stays() {
+fn frames_that_still_do_not_decode_stay() {
     let gateway = Gateway::start(&[]);
     let store = format!(
         "sqlite://{}",
@@ -235,7 +235,7 @@ fn what_is_still_not_understood_stays() {
     let done = replay(&store, &[]);
     assert_eq!(done.status.code(), Some(1));
     assert!(
-        done.stderr.contains("4 frames not understood"),
+        done.stderr.contains("4 frames could not be decoded"),
         "{}",
         done.stderr
     );
@@ -251,7 +251,7 @@ fn what_is_still_not_understood_stays() {
     assert_eq!(database.readings("pump").len(), 2);
 }
 
-/// Several replays at once, while a gateway takes frames as fast as it can: each frame once.
+/// Runs several replays simultaneously, while a gateway stores frames as fast as it can.
 fn replays_beside_a_gateway(gateway: &Gateway, store: &str, meddle: impl Fn(u64, &str)) -> u64 {
     const KEPT: u64 = 24;
     for seq in 1..=KEPT {
@@ -285,7 +285,7 @@ fn replays_beside_a_gateway(gateway: &Gateway, store: &str, meddle: impl Fn(u64,
     })
 }
 
-/// Each number's one value, once.
+/// Asserts that each number has its one value, once.
 fn assert_once(stored: &[(i64, Option<f64>)], last: u64) {
     let mut values: BTreeMap<u64, u64> = BTreeMap::new();
     for (_, value) in stored {
@@ -296,7 +296,7 @@ fn assert_once(stored: &[(i64, Option<f64>)], last: u64) {
 }
 
 #[test]
-fn replays_at_once_beside_a_busy_gateway_store_each_frame_once() {
+fn concurrent_replays_and_a_busy_gateway_store_each_frame_once() {
     let dir = tempfile::TempDir::new().expect("a directory");
     let mut gateway = Gateway::start_in(dir.path(), &[]);
     let store = format!("sqlite://{}", dir.path().join("fieldgate.db").display());
@@ -312,7 +312,7 @@ fn replays_at_once_beside_a_busy_gateway_store_each_frame_once() {
             database.frames("kept"),
             (1..=24).map(|seq| (seq, 17)).collect::<Vec<_>>()
         );
-        // And after all that came last is sorted in.
+        // And after all recent readings are compacted.
         gateway.terminate();
         assert!(gateway.wait().status.success());
         gateway = Gateway::start_in(dir.path(), &[]);
@@ -339,7 +339,7 @@ fn replays_in_postgres_store_each_frame_once() {
     let received = "SELECT count(*) FROM frames f JOIN readings r ON r.frame_id = f.id
         WHERE f.quality = 0 AND f.clock_offset_us = 0 AND f.readings = 1";
     assert_eq!(session.count(received), 24 + sent as i64);
-    // Days of long ago are in the default partition, as at first receipt; events and gaps come as well.
+    // Readings of long ago are in the default partition, as on first receipt; events and gaps are included.
     let (mut link, _) = gateway.connect("other");
     for (seq, bytes) in [
         (1, event(1, 1, 5, "ok")),
@@ -386,7 +386,7 @@ fn show(gateway: &Gateway, id: u64) -> String {
 }
 
 #[test]
-fn show_marks_the_byte_that_broke_a_rule() {
+fn show_marks_the_byte_that_breaks_a_rule() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = gateway.connect("pump");
     let nine_bytes = raw(TEMPERATURE, &[0; 9]);

@@ -1,4 +1,4 @@
-//! What a gateway says of itself: its start, its settings, its schema, its end, in both formats, and how much.
+//! Log events of a gateway about itself: start, settings, schema and end, in both formats, and their number.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use crate::gateway::{Gateway, command, run};
 use crate::logs::keep_of;
 
-/// The events of a JSON log; all of it has to be JSON.
+/// Returns the events of a JSON log; every line has to be JSON.
 fn events(log: &str) -> Vec<Value> {
     let parse = |line: &str| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"));
     log.lines().map(parse).collect()
@@ -62,7 +62,7 @@ fn start_settings_schema_and_end_are_logged() {
 }
 
 #[test]
-fn what_ends_the_program_is_an_event_of_a_json_log() {
+fn a_fatal_error_is_an_event_in_a_json_log() {
     let dir = TempDir::new().expect("a directory");
     let below = dir.path().join("file/data");
     fs::write(dir.path().join("file"), "").expect("writes");
@@ -97,7 +97,7 @@ fn a_level_is_the_lowest_that_is_logged_and_rust_log_wins() {
         serve
             .env_remove("RUST_LOG")
             .envs(rust_log.map(|levels| ("RUST_LOG", levels)));
-        // Ends by itself, after the store is open.
+        // Exits on its own, after the store is open.
         serve
             .arg("--data-dir")
             .arg(dir.path())
@@ -114,7 +114,7 @@ fn a_level_is_the_lowest_that_is_logged_and_rust_log_wins() {
 }
 
 #[test]
-fn no_password_is_among_the_settings() {
+fn logged_settings_contain_no_password() {
     let dir = TempDir::new().expect("a directory");
     let data_dir = dir.path().to_str().expect("UTF-8");
     let store = "postgres://ann:s3cret@127.0.0.1:1/db";

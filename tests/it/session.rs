@@ -1,4 +1,4 @@
-//! What a session promises: each frame once, in order, acknowledged when it is durable and not sooner,
+//! Guarantees of a session: each frame is stored once, in order, and acknowledged when it is durable and not earlier,
 //! through resends, lost ACKs, take-overs and ends of every kind.
 
 use fieldgate_protocol::error::Code;
@@ -11,10 +11,10 @@ use crate::client::{
 };
 use crate::gateway::{Gateway, meddle};
 
-/// Holds a commit back for as long as frames come together in the test: they are in flight.
+/// Delays a commit until the frames of a test have arrived together: they are in flight.
 const SLOW_COMMITS: [&str; 2] = ["--commit-interval-min-ms", "400"];
 
-/// A stream's numbers are 1 to `last`, each taken once, each with its one reading.
+/// Asserts that a stream's numbers are 1 to `last`, each stored once, each with its one reading.
 fn assert_stored_once(gateway: &Gateway, name: &str, last: i64) {
     let mut database = gateway.database();
     let numbers: Vec<_> = (1..=last).map(|seq| (seq, 17)).collect();
@@ -51,7 +51,7 @@ fn a_reading_is_visible_to_others_before_its_ack() {
 }
 
 #[test]
-fn what_was_acknowledged_survives_kill_9() {
+fn acknowledged_frames_survive_kill_9() {
     let dir = TempDir::new().expect("a directory");
     let gateway = Gateway::start_in(dir.path(), &[]);
     let (mut link, _) = gateway.connect("pump");
@@ -88,21 +88,21 @@ fn one_ack_covers_all_frames_of_a_commit() {
         }
     }
     assert!(acks <= 3, "{acks} ACKs");
-    // And nothing after the last.
+    // And no further message after the last.
     link.ping();
     assert_stored_once(&gateway, "pump", 30);
 }
 
 #[test]
-fn c14_frames_sent_again_are_stored_once() {
+fn c14_resent_frames_are_stored_once() {
     let gateway = Gateway::start(&SLOW_COMMITS);
     let (mut link, _) = gateway.connect("pump");
-    // In flight: the commit under way will answer for the copies.
+    // In flight: the current commit will acknowledge the copies.
     for seq in [1, 2, 3, 1, 2, 3, 2, 4] {
         link.send(&readings(seq));
     }
     link.expect_ack(4);
-    // Acknowledged: each copy is answered at once, whatever it says now.
+    // Acknowledged: each copy is answered immediately, whatever its content.
     for copy in [
         readings(1),
         readings(4),
@@ -121,13 +121,13 @@ fn c14_frames_sent_again_are_stored_once() {
 }
 
 #[test]
-fn a_lost_ack_is_made_up_for_by_the_next_welcome() {
+fn the_next_welcome_replaces_a_lost_ack() {
     let gateway = Gateway::start(&SLOW_COMMITS);
     let (mut link, _) = gateway.connect("pump");
     for seq in 1..=3 {
         link.send(&readings(seq));
     }
-    // Taken in, and gone before an ACK could come.
+    // Accepted, and disconnected before an ACK could arrive.
     link.take_in();
     drop(link);
     let (mut link, welcomed) = gateway.connect("pump");
@@ -149,7 +149,7 @@ fn the_newer_of_two_sessions_takes_over() {
     older.take_in();
     let (mut newer, welcomed) = gateway.connect("pump");
     assert_eq!(welcomed.durable_seq, 3);
-    // What the older one still says is not looked at.
+    // Further frames of the older session are ignored.
     older.send_in_vain(&readings_at(4, T0_US, &[999]));
     for seq in 2..=6 {
         newer.send(&readings(seq));
@@ -164,7 +164,7 @@ fn the_newer_of_two_sessions_takes_over() {
     older.expect_closed();
     newer.expect_ack(6);
     assert_stored_once(&gateway, "pump", 6);
-    // Devices of other names are left alone, and the place is free again.
+    // Devices with other names are unaffected, and the slot is free again.
     let (mut other, _) = gateway.connect("other");
     newer.ping();
     other.ping();
@@ -198,7 +198,7 @@ fn twins_that_send_the_same_frames_store_each_once() {
 }
 
 #[test]
-fn a_gap_is_on_record_and_covers_only_what_is_not_stored() {
+fn a_gap_is_recorded_and_covers_only_missing_frames() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = gateway.connect("pump");
     link.send(&readings(1));
@@ -227,7 +227,7 @@ fn a_gap_is_on_record_and_covers_only_what_is_not_stored() {
 }
 
 #[test]
-fn a_stream_that_forgot_its_numbers_must_begin_anew() {
+fn a_stream_that_lost_its_numbers_must_be_replaced() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = gateway.connect("pump");
     link.send(&readings(1));
@@ -242,7 +242,7 @@ fn a_stream_that_forgot_its_numbers_must_begin_anew() {
         link.send(&auth);
         link.expect_bye(Code::StreamConflict);
     }
-    // Not told to whoever has not the key.
+    // Not reported to a peer without the key.
     let mut twin = pump.clone();
     twin.key[5] ^= 1;
     let mut link = Link::open(gateway.addr);
@@ -265,7 +265,7 @@ fn a_stream_that_forgot_its_numbers_must_begin_anew() {
 }
 
 #[test]
-fn a_disabled_device_is_told_so_if_it_has_the_key() {
+fn a_disabled_device_gets_the_reason_if_it_has_the_key() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = gateway.connect("pump");
     link.send(&readings(1));
@@ -291,11 +291,11 @@ fn a_disabled_device_is_told_so_if_it_has_the_key() {
 }
 
 #[test]
-fn what_was_sent_before_a_half_close_is_stored_and_acknowledged() {
+fn frames_sent_before_a_half_close_are_stored_and_acknowledged() {
     let gateway = Gateway::start(&SLOW_COMMITS);
     let pump = gateway.device("pump");
     let (mut link, _) = Link::login(gateway.addr, &pump);
-    // With a DECLARE that is not answered yet when the end comes.
+    // With a DECLARE that is not answered yet at the end.
     let mut burst = declare(SCHEMA);
     burst.extend((1..=20).flat_map(readings));
     burst.extend(&readings(21)[..30]);
@@ -307,7 +307,7 @@ fn what_was_sent_before_a_half_close_is_stored_and_acknowledged() {
 }
 
 #[test]
-fn frames_may_be_divided_by_the_network_at_will() {
+fn frames_may_be_split_at_any_byte() {
     let gateway = Gateway::start(&[]);
     let pump = gateway.device("pump");
     let mut link = Link::open(gateway.addr);
@@ -361,13 +361,13 @@ fn a_session_keeps_the_latest_eight_schemas() {
 }
 
 #[test]
-fn sigterm_answers_what_was_taken_in_and_ends_well() {
+fn sigterm_acknowledges_accepted_frames_and_exits_normally() {
     let dir = TempDir::new().expect("a directory");
     let mut gateway = Gateway::start_in(dir.path(), &SLOW_COMMITS);
     let (mut link, _) = gateway.connect("pump");
     let (mut idle, _) = gateway.connect("idle");
-    let mut stranger = Link::open(gateway.addr);
-    stranger.challenge(&gateway.device("stranger"));
+    let mut peer = Link::open(gateway.addr);
+    peer.challenge(&gateway.device("unknown"));
     for seq in 1..=10 {
         link.send(&readings(seq));
     }
@@ -378,11 +378,11 @@ fn sigterm_answers_what_was_taken_in_and_ends_well() {
     }
     link.expect_bye(Code::Shutdown);
     idle.expect_bye(Code::Shutdown);
-    stranger.expect_bye(Code::Shutdown);
+    peer.expect_bye(Code::Shutdown);
     let ended = gateway.wait();
     assert_eq!(ended.status.code(), Some(0), "{}", ended.stderr);
     assert_stored_once(&gateway, "pump", 10);
-    // Nothing is left to be done by the next start.
+    // Nothing is left for the next start.
     let gateway = Gateway::start_in(dir.path(), &[]);
     let (_, welcomed) = gateway.connect("pump");
     assert_eq!(welcomed.durable_seq, 10);

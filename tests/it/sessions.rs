@@ -1,4 +1,4 @@
-//! Which devices are connected, and when they were last heard, also after a gateway was killed.
+//! Connected devices and the time they were last seen, even after a gateway was killed.
 
 use tempfile::TempDir;
 
@@ -7,7 +7,7 @@ use crate::database::{PgDatabase, Session};
 use crate::gateway::{Gateway, command};
 use crate::gateways::Pair;
 
-/// What `fieldgate` prints about the devices in `data_dir`, or in the store that `flags` name.
+/// Returns the output of `fieldgate` about the devices in `data_dir`, or in the store that `flags` select.
 fn list(data_dir: &std::path::Path, flags: &[&str]) -> String {
     let args = [&["device", "list"], flags].concat();
     let output = command(&args).arg("--data-dir").arg(data_dir).output();
@@ -17,7 +17,7 @@ fn list(data_dir: &std::path::Path, flags: &[&str]) -> String {
 }
 
 #[test]
-fn a_start_closes_what_a_killed_gateway_left_open() {
+fn a_start_closes_sessions_of_a_killed_gateway() {
     let dir = TempDir::new().expect("a directory");
     let gateway = Gateway::start_in(dir.path(), &[]);
     let (mut link, _) = gateway.connect("pump");
@@ -42,9 +42,9 @@ fn a_start_closes_what_a_killed_gateway_left_open() {
     assert!(list(dir.path(), &["--silent", "0"]).contains("pump"));
 }
 
-/// The newest session ends the one before it, whose last event then comes after the newer one's first.
+/// The newest session ends the previous one, whose last event then follows the newer one's first.
 #[test]
-fn a_device_that_was_taken_over_is_still_connected() {
+fn a_device_with_a_replaced_session_is_still_connected() {
     let gateway = Gateway::start(&[]);
     let mut database = gateway.database();
     let (mut older, _) = gateway.connect("pump");
@@ -79,7 +79,7 @@ fn last_seen_follows_frames() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_start_leaves_open_what_is_open_in_another_gateway() {
+fn a_start_leaves_sessions_of_another_gateway_open() {
     let database = PgDatabase::create();
     let url = database.url();
     let mut session = Session::open(&url);
@@ -106,7 +106,7 @@ fn a_start_leaves_open_what_is_open_in_another_gateway() {
     assert!(pair.gateways.iter_mut().all(Gateway::is_alive));
 }
 
-/// A spool tells the database which sessions its gateway has closed.
+/// A spool copies the ends of its gateway's sessions to the database.
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
 fn a_killed_gateway_with_a_spool_closes_its_sessions_in_the_database() {

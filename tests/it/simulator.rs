@@ -1,4 +1,4 @@
-//! The simulator against the real gateway, as people use it.
+//! The simulator against the real gateway, as users run it.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use crate::fleet::{simulator, verify};
 use crate::gateway::Gateway;
 use crate::logs::keep_of;
 
-/// Runs the simulator to its end and proves what it sent.
+/// Runs the simulator to its end and verifies the stored data.
 fn run(gateway: &Gateway, dir: &TempDir, journal: &str, flags: &[&str]) {
     let journal = dir.path().join(journal);
     let output = simulator("run")
@@ -31,7 +31,7 @@ fn water_flow() -> PathBuf {
 }
 
 #[test]
-fn one_name_may_send_real_data_and_then_something_else() {
+fn one_device_may_send_real_data_and_then_other_data() {
     let gateway = Gateway::start(&[]);
     let dir = TempDir::new().expect("a directory");
     let csv = water_flow();
@@ -50,7 +50,7 @@ fn one_name_may_send_real_data_and_then_something_else() {
         &["--devices", "1", "--replay", csv],
     );
 
-    // The daily mean, computed from the file's first day in UTC by another way.
+    // The daily mean of the file's first day in UTC, calculated independently.
     let mut database = gateway.database();
     let first_day: Vec<(f64, i64)> = database.rows(
         "SELECT round(avg(value), 2), count(*) FROM telemetry WHERE channel = 'Water flow' \
@@ -60,7 +60,7 @@ fn one_name_may_send_real_data_and_then_something_else() {
 }
 
 #[test]
-fn every_fault_at_once_loses_nothing() {
+fn all_faults_together_lose_nothing() {
     let gateway = Gateway::start(&[]);
     let dir = TempDir::new().expect("a directory");
     let faults =
@@ -78,7 +78,7 @@ fn every_fault_at_once_loses_nothing() {
     run(&gateway, &dir, "faults", &flags);
 }
 
-/// The least that `bench` can do: its bare loop fills the gateway's tables by statements of its own.
+/// Runs the shortest `bench`: its baseline fills the gateway's tables with separate statements.
 fn bench(dir: &Path, store: &str) {
     let figures = dir.join("figures.json");
     let output = simulator("bench")
@@ -93,7 +93,7 @@ fn bench(dir: &Path, store: &str) {
         "Throughput",
         "10 x 1 x 1, window 16",
         "readings/s",
-        "bare/s",
+        "baseline/s",
     ] {
         assert!(shown.contains(words), "no {words:?} in {shown}");
     }
@@ -103,12 +103,12 @@ fn bench(dir: &Path, store: &str) {
     let acked = round["gateway"]["readings_per_s"].as_f64();
     assert!(acked > Some(0.0), "{figures}");
     assert!(round["bare_readings_per_s"].is_number(), "{figures}");
-    // Nothing else stays.
+    // No other file remains.
     assert_eq!(std::fs::read_dir(dir).expect("reads").count(), 1);
 }
 
 #[test]
-fn a_bench_shows_figures_and_leaves_nothing_behind() {
+fn a_bench_shows_results_and_leaves_nothing_behind() {
     let dir = TempDir::new().expect("a directory");
     let store = dir.path().join("bench.db");
     bench(dir.path(), &format!("sqlite://{}", store.display()));
@@ -116,7 +116,7 @@ fn a_bench_shows_figures_and_leaves_nothing_behind() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_bench_on_postgres_shows_figures() {
+fn a_bench_on_postgres_shows_results() {
     let dir = TempDir::new().expect("a directory");
     let database = PgDatabase::create();
     bench(dir.path(), &database.url());

@@ -1,4 +1,4 @@
-//! What tests work in: a directory, the binary that runs in it, and a store with something in it.
+//! Fixtures for tests: a directory, the binary that runs in it, and a store with data.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -11,18 +11,18 @@ use fieldgate::store::{
     DeviceEventKind, DeviceId, Entry, Login, LoginOutcome, Readings, SeriesId, Store, StreamId,
 };
 use fieldgate::time::{BootClock, Origin, Quality, ResolvedTime};
-use fieldgate_protocol::column::Kind;
 use fieldgate_protocol::frame::types;
+use fieldgate_protocol::value::Kind;
 
 use crate::gateway::command;
 use crate::logs::{Stderr, by_default, collect, keep_of};
 
 /// 2026-02-25T06:13:20Z
 pub const AT_US: i64 = 1_772_000_000_000_000;
-/// Where the binary keeps its database within its working directory.
+/// Path of the database in the working directory.
 pub const DATABASE: &str = "fieldgate-data/fieldgate.db";
 
-/// A directory to work in, and what was said in it.
+/// A working directory, and the output of a process in it.
 pub struct Site {
     pub dir: tempfile::TempDir,
 }
@@ -40,8 +40,8 @@ impl Site {
         Site { dir }
     }
 
-    /// With a device that sent a frame of two readings, lost two frames, and sent one that could not
-    /// be understood; and with a second device that sent nothing. The store stays open, as under a
+    /// Creates a store with a device that sent a frame of two readings, lost two frames, and sent one that could not
+    /// be decoded; and with a second device that sent nothing. The store stays open, as under a
     /// running gateway.
     pub async fn with_readings() -> (Site, SqliteStore) {
         let site = Site::new();
@@ -126,7 +126,7 @@ impl Site {
 }
 
 impl Said {
-    /// What a process says until its end.
+    /// Runs a process to its end and returns its output.
     pub fn of(mut command: Command) -> Said {
         let done = keep_of(command.output().unwrap());
         Said {
@@ -136,7 +136,7 @@ impl Said {
         }
     }
 
-    /// One line that has all these words in it, and nothing else.
+    /// Asserts that stderr is one line with all these words, and that there is no other output.
     #[track_caller]
     pub fn refused(&self, code: i32, words: &[&str]) {
         assert_eq!((self.code, &*self.out), (code, ""), "{self:?}");
@@ -205,7 +205,7 @@ fn entry(
     }
 }
 
-/// Readings of the only series, in a frame of the device that sent some.
+/// Returns readings of the only series, in a frame of the device that sent some.
 pub fn readings(seq: u64, rows: &[(i64, f64)]) -> Entry {
     let readings = Readings {
         time: ResolvedTime {
@@ -262,11 +262,11 @@ impl Gateway {
         }
     }
 
-    /// As a service manager ends it.
+    /// Ends it like a service manager.
     pub fn terminate(mut self) -> (Option<i32>, String) {
         let pid = self.child.id().to_string();
-        let told = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
-        assert!(told.success());
+        let status = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+        assert!(status.success());
         let log = self.stderr.read_to_end().unwrap();
         (self.child.wait().unwrap().code(), log)
     }

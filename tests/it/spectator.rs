@@ -1,4 +1,4 @@
-//! The simulator for someone who watches it: what it says while it waits, and how it ends when nothing can work.
+//! The simulator's messages for its user: while it waits, and when no device can connect.
 
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -14,7 +14,7 @@ use crate::gateway::Gateway;
 use crate::logs::{collect, keep_of};
 use crate::tls::until;
 
-/// A file with a fleet key.
+/// Writes a file with a fleet key.
 fn key_file(dir: &Path) -> PathBuf {
     let path = dir.join("fleet.key");
     let mut options = OpenOptions::new();
@@ -25,7 +25,7 @@ fn key_file(dir: &Path) -> PathBuf {
     path
 }
 
-/// Runs it to its end; returns its exit code and what it said on stderr.
+/// Runs it to its end; returns its exit code and its stderr.
 fn ended(gateway: SocketAddr, key: &Path, flags: &[&str]) -> (Option<i32>, String) {
     let output = simulator("run")
         .args(["--gateway", &gateway.to_string(), "--key-file"])
@@ -39,7 +39,7 @@ fn ended(gateway: SocketAddr, key: &Path, flags: &[&str]) -> (Option<i32>, Strin
     )
 }
 
-/// A peer that does the same to each connection.
+/// Starts a peer that treats each connection the same.
 fn peer(each: fn(TcpStream)) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("an address");
@@ -48,10 +48,10 @@ fn peer(each: fn(TcpStream)) -> SocketAddr {
 }
 
 #[test]
-fn it_ends_where_no_device_will_ever_get_through() {
+fn it_exits_if_no_device_can_connect() {
     let dir = TempDir::new().expect("a directory");
     let key = key_file(dir.path());
-    // A TLS listener's answer to what is no TLS, a web server's, and a peer that closes without a word.
+    // A TLS listener's answer to plain text, a web server's, and a peer that closes without an answer.
     let alert: fn(TcpStream) = |mut peer| {
         let _ = peer.read(&mut [0; 4096]);
         let _ = peer.write_all(b"\x15\x03\x03\x00\x02\x02\x32");
@@ -59,17 +59,20 @@ fn it_ends_where_no_device_will_ever_get_through() {
     let closes: fn(TcpStream) = |mut peer| {
         let _ = peer.read(&mut [0; 4096]);
     };
-    for (answer, says) in [(alert, "not a frame"), (closes, "closed by the gateway")] {
-        // Long enough to give up before, and no longer than a test may take.
+    for (answer, says) in [
+        (alert, "not an FWP frame"),
+        (closes, "closed by the gateway"),
+    ] {
+        // Long enough to give up before, and short enough for a test.
         let (code, said) = ended(peer(answer), &key, &["--duration", "1m", "--devices", "4"]);
         assert_eq!(code, Some(1), "{said}");
         assert!(said.contains("waiting: ") && said.contains(says), "{said}");
-        assert!(said.contains("error: no device gets through to"), "{said}");
+        assert!(said.contains("error: no device could connect to"), "{said}");
     }
 }
 
 #[test]
-fn a_device_without_the_certificate_that_is_asked_for_ends_it() {
+fn it_exits_if_a_required_client_certificate_is_missing() {
     let dir = TempDir::new().expect("a directory");
     let made = crate::gateway::run(&[
         "tls",
@@ -90,12 +93,12 @@ fn a_device_without_the_certificate_that_is_asked_for_ends_it() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(
-        said.contains("error: no device gets through to") && said.contains("--identities"),
+        said.contains("error: no device could connect to") && said.contains("--identities"),
         "{said}"
     );
 }
 
-/// A run that lasts, with its stderr taken.
+/// Starts a long run with a captured stderr.
 fn lasting(gateway: &Gateway, flags: &[&str]) -> Child {
     simulator("run")
         .args(["--gateway", &gateway.addr.to_string(), "--duration", "1m"])
@@ -116,7 +119,7 @@ fn interrupt(child: &Child) {
 }
 
 #[test]
-fn it_says_what_it_waits_for_and_reports_when_it_is_stopped() {
+fn it_reports_waits_and_prints_its_report_when_stopped() {
     let mut gateway = Gateway::start(&[]);
     let dir = TempDir::new().expect("a directory");
     let report = dir.path().join("report.json");
@@ -128,7 +131,7 @@ fn it_says_what_it_waits_for_and_reports_when_it_is_stopped() {
     stderr.wait_for("waiting: BYE 40 (shutdown)");
     interrupt(&child);
     stderr.wait_for("stopping: waiting up to 30 s");
-    // With nothing in flight it has ended already.
+    // With nothing in flight it has exited already.
     interrupt(&child);
     let mut said = String::new();
     let mut stdout = child.stdout.take().expect("piped");
@@ -144,7 +147,7 @@ fn it_says_what_it_waits_for_and_reports_when_it_is_stopped() {
 }
 
 #[test]
-fn readers_who_leave_are_no_reason_to_panic() {
+fn a_closed_pipe_causes_no_panic() {
     let gateway = Gateway::start(&[]);
     let dir = TempDir::new().expect("a directory");
     let journal = dir.path().join("journal");
@@ -159,7 +162,7 @@ fn readers_who_leave_are_no_reason_to_panic() {
     interrupt(&child);
     let status = until(|| child.try_wait().expect("a child"));
     assert_eq!(status.code(), Some(0));
-    // A proof that fails says so by its exit code, whoever reads it.
+    // A failed verification returns its exit code even if the output has no reader.
     for (store, code) in [("fieldgate.db", 0), ("nothing.db", 2)] {
         let mut child = simulator("verify")
             .arg("--journal")
@@ -178,7 +181,7 @@ fn readers_who_leave_are_no_reason_to_panic() {
 }
 
 #[test]
-fn a_report_that_cannot_be_written_is_refused_before_anything_is_sent() {
+fn an_unwritable_report_fails_before_anything_is_sent() {
     let gateway = Gateway::start(&[]);
     let dir = TempDir::new().expect("a directory");
     let report = dir.path().join("missing/report.json");

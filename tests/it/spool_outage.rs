@@ -1,5 +1,5 @@
-//! A gateway with a spool, and crashes on either side of it: devices go on, and in the end the database has
-//! every frame that was acknowledged, once.
+//! A gateway with a spool, and crashes on either side of it: devices continue, and in the end the database has
+//! every acknowledged frame, once.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use crate::outage::{ROUNDS_DEFAULT, ROUNDS_VARIABLE};
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn devices_notice_nothing_of_an_outage() {
+fn devices_do_not_notice_an_outage() {
     let mut cluster = Cluster::start(&[]);
     let mut place = Spooled(cluster.database());
     let (url, dir) = (place.url(), TempDir::new().expect("a directory"));
@@ -30,7 +30,7 @@ fn devices_notice_nothing_of_an_outage() {
         link.send(&readings(seq));
         link.expect_ack(seq);
     }
-    // Nor do devices that are new.
+    // New devices do not notice it either.
     let (mut newcomer, _) = gateway.connect("valve");
     newcomer.send(&readings(1));
     newcomer.expect_ack(1);
@@ -45,7 +45,7 @@ fn devices_notice_nothing_of_an_outage() {
         "{}",
         ended.stderr
     );
-    // Nobody leaves acknowledged frames there by storing elsewhere.
+    // Another store is refused, because it would leave acknowledged frames in the spool.
     let data_dir = dir.path().to_str().expect("UTF-8");
     let elsewhere = run(&["serve", "--data-dir", data_dir, "--listen", "127.0.0.1:0"]);
     assert_eq!(elsewhere.status.code(), Some(1), "{}", elsewhere.stderr);
@@ -54,7 +54,7 @@ fn devices_notice_nothing_of_an_outage() {
         "{}",
         elsewhere.stderr
     );
-    // It comes back without the database, too, and knows where the stream stands.
+    // It also starts without the database, and knows the state of the stream.
     let gateway = Gateway::start_in(dir.path(), &flags);
     let (mut link, welcomed) = gateway.connect("pump");
     assert_eq!(welcomed.durable_seq, 4);
@@ -72,19 +72,19 @@ fn devices_notice_nothing_of_an_outage() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn what_was_acked_survives_crashes_on_both_sides() {
+fn acknowledged_frames_survive_crashes_on_both_sides() {
     let rounds = rounds(ROUNDS_VARIABLE, ROUNDS_DEFAULT);
     let seed = rand::random();
-    println!("seed of the moments of the crashes: {seed}");
+    println!("seed of the crash times: {seed}");
     let mut moments = SmallRng::seed_from_u64(seed);
     let mut moment = || Duration::from_micros(moments.random_range(0..300_000));
     let mut cluster = Cluster::start(&[]);
-    // Slower than the drain: what is stored shows in the database while the fleet sends.
+    // Slower than the drain: stored frames show in the database while the fleet sends.
     let flags = ["--devices", "50", "--interval", "5ms"];
     let (mut fleet, mut gateway) = Fleet::start(|_| Spooled(cluster.database()), &flags);
     for round in 1..=rounds {
         fleet.await_progress(round);
-        // The moments are random: the gateway dies while it drains, and while it cannot.
+        // The times are random: the gateway is killed while it drains, and while it cannot.
         std::thread::sleep(moment());
         if round % 2 == 0 {
             gateway = fleet.restart(gateway);

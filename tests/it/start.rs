@@ -1,4 +1,4 @@
-//! Starts that must be refused: one clear line, or two, and the exit code that says whose fault it is.
+//! Starts that must fail: each prints one or two clear lines, and returns the exit code for the cause.
 
 use std::fs;
 use std::net::TcpListener;
@@ -11,7 +11,7 @@ use crate::gateway::{Gateway, meddle, run};
 use crate::logs::by_default;
 use crate::malformed::assert_serves;
 
-/// `serve` on `data_dir` with `flags` ends with `code`, and stderr is an error that holds all `words`.
+/// Asserts that `serve` on `data_dir` with `flags` exits with `code` and prints an error that contains all `words`.
 pub fn assert_refused(data_dir: &Path, flags: &[&str], code: i32, words: &[&str]) {
     let data_dir = data_dir.to_str().expect("UTF-8");
     let mut args = vec!["serve", "--data-dir", data_dir];
@@ -37,11 +37,11 @@ fn directory() -> TempDir {
     TempDir::new().expect("a directory")
 }
 
-/// A data directory that a gateway has made and left.
+/// Creates a data directory with a finished gateway run.
 fn used_directory() -> TempDir {
     let dir = directory();
     let mut gateway = Gateway::start_in(dir.path(), &[]);
-    // Whoever is served can rely on it that signals are listened to.
+    // A gateway that serves has also installed its signal handlers.
     gateway.connect("first").0.ping();
     gateway.terminate();
     let ended = gateway.wait();
@@ -56,7 +56,12 @@ fn a_data_directory_that_cannot_be_written_is_refused() {
     fs::write(&file, "").expect("writes");
     let below = file.join("data");
     let path = below.to_str().expect("UTF-8");
-    assert_refused(&below, &[], 1, &["cannot write the data directory", path]);
+    assert_refused(
+        &below,
+        &[],
+        1,
+        &["could not write the data directory", path],
+    );
 }
 
 #[test]
@@ -64,7 +69,7 @@ fn a_port_in_use_is_refused() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("binds");
     let addr = taken.local_addr().expect("an address").to_string();
     let dir = directory();
-    let words = ["cannot listen on", addr.as_str(), "--listen"];
+    let words = ["could not listen on", addr.as_str(), "--listen"];
     assert_refused(dir.path(), &["--listen", &addr], 1, &words);
 }
 
@@ -79,11 +84,11 @@ fn a_database_of_a_newer_version_is_refused_and_left_alone() {
          VALUES (9999, 'of the future', '2030-01-01', 1, x'00', 1)",
     );
     let before = fs::read(&path).expect("reads");
-    assert_refused(dir.path(), &[], 1, &["newer fieldgate", "9999"]);
+    assert_refused(dir.path(), &[], 1, &["newer Fieldgate", "9999"]);
     assert!(fs::read(&path).expect("reads") == before, "changed");
 }
 
-/// A file that another program made with SQLite.
+/// Creates an SQLite file of another program.
 fn foreign_database(dir: &TempDir) -> PathBuf {
     let path = dir.path().join("fieldgate.db");
     meddle(
@@ -94,7 +99,7 @@ fn foreign_database(dir: &TempDir) -> PathBuf {
 }
 
 #[test]
-fn a_database_of_something_else_is_refused() {
+fn a_database_of_another_program_is_rejected() {
     let dir = directory();
     let path = foreign_database(&dir);
     assert_refused(dir.path(), &[], 1, &["is the database of another program"]);
@@ -103,12 +108,12 @@ fn a_database_of_something_else_is_refused() {
 }
 
 #[test]
-fn a_database_of_something_else_is_left_alone() {
+fn a_database_of_another_program_stays_unchanged() {
     let dir = directory();
     let path = foreign_database(&dir);
     let before = fs::read(&path).expect("reads");
     assert_refused(dir.path(), &[], 1, &["is the database of another program"]);
-    // Its journal mode is its owner's business, too.
+    // Its journal mode stays unchanged as well.
     assert!(fs::read(&path).expect("reads") == before, "changed");
 }
 
@@ -117,7 +122,7 @@ fn a_second_gateway_on_the_same_directory_is_refused() {
     let gateway = Gateway::start(&[]);
     let words = ["in use by another gateway", "--data-dir"];
     assert_refused(gateway.data_dir(), &[], 1, &words);
-    // The first one is none the worse for it.
+    // The first one is unaffected.
     let (mut link, _) = gateway.connect("pump");
     link.ping();
 }
@@ -135,7 +140,7 @@ fn c03_a_key_that_others_can_read_is_refused() {
 }
 
 #[test]
-fn a_key_that_is_none_is_refused_and_not_shown() {
+fn an_invalid_key_is_rejected_and_not_shown() {
     let dir = used_directory();
     let key = dir.path().join("fleet.key");
     for text in ["", "00ff", &"zq".repeat(32), &"ab".repeat(33)] {
@@ -163,12 +168,12 @@ fn an_unknown_setting_in_the_file_is_refused() {
     }
     assert!(
         !dir.path().join("data").exists(),
-        "made although nothing was started"
+        "created although nothing was started"
     );
 }
 
 #[test]
-fn c06_plain_text_for_other_machines_takes_a_word() {
+fn c06_plain_tcp_beyond_loopback_needs_a_flag() {
     let dir = directory();
     for listen in ["0.0.0.0:0", "[::]:0", "192.0.2.1:7300"] {
         let flags = ["--listen", listen];
@@ -176,7 +181,7 @@ fn c06_plain_text_for_other_machines_takes_a_word() {
             dir.path(),
             &flags,
             2,
-            &["--allow-plaintext", "not encrypted"],
+            &["--allow-plaintext", "without encryption"],
         );
     }
     assert!(!dir.path().join("fleet.key").exists());
@@ -193,11 +198,11 @@ fn settings_that_contradict_each_other_are_refused() {
     assert_refused(dir.path(), &store, 2, &["sqlite://PATH", "postgres://"]);
 }
 
-/// It says "load again" to many programs, and ends those that do not know it.
+/// SIGHUP means "reload" to many programs, and ends those that do not handle it.
 #[test]
 fn a_hangup_ends_nothing() {
     let mut gateway = Gateway::start(&[]);
     gateway.signal("HUP");
-    gateway.wait_for_line("no certificates to load");
+    gateway.wait_for_line("no TLS certificates to reload");
     assert_serves(&gateway, "good");
 }

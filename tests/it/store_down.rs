@@ -1,4 +1,4 @@
-//! A store that takes nothing for a while: devices are told to wait, nothing is acknowledged, and when
+//! A store that is unavailable for some time: devices have to wait, nothing is acknowledged, and when
 //! it is back everything is stored once.
 
 use std::path::Path;
@@ -12,7 +12,7 @@ use tokio::runtime::{Builder, Runtime};
 use crate::client::{Heard, Link, readings};
 use crate::gateway::Gateway;
 
-/// The NACK that tells of an outage: nothing past `durable_seq` is taken.
+/// Expects the NACK of an outage: nothing past `durable_seq` is stored.
 pub fn expect_store_down(link: &mut Link, durable_seq: u64) {
     loop {
         match link.hear() {
@@ -22,8 +22,8 @@ pub fn expect_store_down(link: &mut Link, durable_seq: u64) {
                 retry_after_ms,
                 ..
             } => {
-                let told = (code, expected_seq);
-                assert_eq!(told, (Code::StoreDown as u8, durable_seq + 1));
+                let nack = (code, expected_seq);
+                assert_eq!(nack, (Code::StoreDown as u8, durable_seq + 1));
                 assert!(retry_after_ms > 0);
                 return;
             }
@@ -33,7 +33,7 @@ pub fn expect_store_down(link: &mut Link, durable_seq: u64) {
     }
 }
 
-/// Sends `frames` again, as often as it takes, until number `last` is acknowledged.
+/// Resends `frames` as often as necessary, until number `last` is acknowledged.
 pub fn resend_until_acked(link: &mut Link, frames: &[u8], last: u64, patience: Duration) {
     let began = Instant::now();
     link.send(frames);
@@ -49,7 +49,7 @@ pub fn resend_until_acked(link: &mut Link, frames: &[u8], last: u64, patience: D
     assert!(waited < patience, "only after {waited:?}");
 }
 
-/// Another program in the middle of a transaction that writes.
+/// Another program with an open write transaction.
 struct Writer {
     runtime: Runtime,
     connection: SqliteConnection,
@@ -85,7 +85,7 @@ fn a_database_that_another_program_locks_is_waited_for() {
     let frames: Vec<u8> = (2..=4).flat_map(readings).collect();
     link.send(&frames);
     expect_store_down(&mut link, 1);
-    // Once the gateway knows, each further try is answered at once.
+    // Once the gateway knows, it answers each further attempt immediately.
     link.send(&readings(2));
     expect_store_down(&mut link, 1);
     assert!(gateway.is_alive());

@@ -1,4 +1,4 @@
-//! Values, times and texts: what was sent is what is stored.
+//! Values, times and texts are stored exactly as sent.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -17,7 +17,7 @@ fn now_us() -> i64 {
 }
 
 #[test]
-fn c16_hostile_texts_come_back_unchanged() {
+fn c16_hostile_texts_are_stored_unchanged() {
     let gateway = Gateway::start(&[]);
     let names = [
         "'; DROP TABLE readings; --",
@@ -130,7 +130,7 @@ fn values_are_stored_bit_for_bit() {
 }
 
 #[test]
-fn minus_zero_is_stored_as_it_is() {
+fn negative_zero_is_stored_unchanged() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = gateway.connect("pump");
     link.send(&with_columns(
@@ -145,7 +145,7 @@ fn minus_zero_is_stored_as_it_is() {
 }
 
 #[test]
-fn readings_of_one_moment_in_two_frames_both_stay() {
+fn readings_with_the_same_time_in_two_frames_are_both_stored() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = gateway.connect("pump");
     for (seq, value) in [(1, 5), (2, 5), (3, 6)] {
@@ -164,7 +164,7 @@ fn readings_of_one_moment_in_two_frames_both_stay() {
 }
 
 #[test]
-fn times_get_the_quality_they_deserve() {
+fn times_get_the_correct_quality() {
     let gateway = Gateway::start(&[]);
     let before_us = now_us();
     let (mut link, _) = gateway.connect("pump");
@@ -187,7 +187,7 @@ fn times_get_the_quality_they_deserve() {
     };
     // The boot of the handshake was measured there: its AUTH was sent at 1 s.
     send(&mut link, 1, since_boot(7, 400_000, 1));
-    // Of another boot nothing is known: the newest row is taken as measured now.
+    // Another boot has no measurement: its newest row is assumed to be measured now.
     send(&mut link, 2, since_boot(6, 9_000_000, 2));
     send(&mut link, 3, utc(T0_US));
     send(&mut link, 4, utc(before_us + 86_000_000_000));
@@ -262,12 +262,12 @@ fn each_ping_is_answered_and_better_measurements_hold() {
     };
     assert_eq!(mono_us, 2_000_000);
     assert!(before_us <= received_us && received_us <= sent_us && sent_us <= now_us());
-    // The device says that PONG took no time and that it held it for as long as the test did: a round
-    // trip of nearly no length, which is better than the handshake's.
+    // The device reports that PONG took no time and that it held it for as long as the test did: a round
+    // trip of almost zero, which is better than the handshake's.
     let held_us = (now_us() - sent_us) as u64;
     link.send(&ping(3_000_000 + held_us, sent_us, 3_000_000));
     link.hear();
-    // An impossible one: held for longer than the trip took.
+    // An impossible one: held for longer than the round trip.
     link.send(&ping(1 << 52, sent_us, 3_000_000));
     link.hear();
     link.send(&readings(1));
@@ -285,7 +285,7 @@ fn each_ping_is_answered_and_better_measurements_hold() {
 }
 
 #[test]
-fn events_are_kept_as_they_are() {
+fn events_are_stored_unchanged() {
     let gateway = Gateway::start(&[]);
     let (mut link, _) = gateway.connect("pump");
     link.send(&event(1, 3, 65_535, "valve stuck"));

@@ -1,4 +1,4 @@
-//! What was sent is what Postgres holds: values, times and texts, each frame once.
+//! Values, times and texts are stored in Postgres exactly as sent, each frame once.
 
 use fieldgate_protocol::auth::schema_hash;
 use fieldgate_protocol::column::encoding;
@@ -40,7 +40,7 @@ fn a_reading_is_visible_to_others_before_its_ack() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn frames_sent_again_are_stored_once() {
+fn resent_frames_are_stored_once() {
     let (gateway, mut database) = gateway();
     let (mut link, _) = gateway.connect("pump");
     for seq in [1, 2, 3, 1, 2, 3, 2, 4] {
@@ -116,7 +116,7 @@ fn values_are_stored_bit_for_bit() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn far_off_times_are_kept_and_make_no_partitions() {
+fn extreme_times_are_stored_and_create_no_partitions() {
     let (gateway, mut database) = gateway();
     let (mut link, _) = gateway.connect("pump");
     let times = [FIRST_US, -1, 0, 946_684_799_999_999, LAST_US];
@@ -129,17 +129,17 @@ fn far_off_times_are_kept_and_make_no_partitions() {
     let session = database.session();
     assert_eq!(session.count("SELECT count(*) FROM readings_default"), 5);
     let partitions = "SELECT count(*) FROM pg_inherits WHERE inhparent = 'readings'::regclass";
-    // The default one, this month, and the next where it is near.
+    // The default one, this month, and the next if it is near.
     let count = session.count(partitions);
     assert!((2..=3).contains(&count), "{count} partitions");
-    let told: Vec<(String,)> = session.rows("SELECT ts_text FROM telemetry ORDER BY ts");
-    assert_eq!(told[0].0, "0001-01-01T00:00:00.000000Z");
-    assert_eq!(told[4].0, "9999-12-31T23:59:59.999999Z");
+    let texts: Vec<(String,)> = session.rows("SELECT ts_text FROM telemetry ORDER BY ts");
+    assert_eq!(texts[0].0, "0001-01-01T00:00:00.000000Z");
+    assert_eq!(texts[4].0, "9999-12-31T23:59:59.999999Z");
 }
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn c16_hostile_texts_come_back_unchanged() {
+fn c16_hostile_texts_are_stored_unchanged() {
     let (gateway, mut database) = gateway();
     let names = [
         "'; DROP TABLE readings; --",
@@ -180,7 +180,7 @@ fn c16_hostile_texts_come_back_unchanged() {
     let firmware: Vec<(String,)> = session.rows("SELECT firmware FROM devices");
     assert_eq!(firmware, [(pump.firmware.clone(),)]);
     assert_eq!(database.frames(&pump.name), [(1, 17), (2, 20)]);
-    // The schema is read back, too, when the device names it.
+    // The schema is also read back when the device names it.
     let declare = declare_channels(SCHEMA, &channels);
     (pump.schema, pump.schema_hash) = (SCHEMA, schema_hash(payload(&declare)));
     let (mut link, welcomed) = Link::login(gateway.addr, &pump);
@@ -191,10 +191,10 @@ fn c16_hostile_texts_come_back_unchanged() {
     assert_eq!(series, 4);
 }
 
-/// Postgres has no U+0000 in texts; the protocol refuses it before.
+/// Postgres has no U+0000 in texts; the protocol rejects it first.
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn what_cannot_be_understood_is_quarantined() {
+fn undecodable_frames_are_quarantined() {
     let (gateway, mut database) = gateway();
     let (mut link, _) = gateway.connect("pump");
     let nul = event(2, 1, 1, "a\0b");
@@ -214,7 +214,7 @@ fn what_cannot_be_understood_is_quarantined() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn gaps_events_and_totals_are_on_record() {
+fn gaps_events_and_totals_are_recorded() {
     let (gateway, mut database) = gateway();
     let (mut link, _) = gateway.connect("pump");
     link.send(&readings(1));
@@ -246,7 +246,7 @@ fn gaps_events_and_totals_are_on_record() {
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_restart_goes_on_where_the_store_is() {
+fn a_restart_continues_from_the_store() {
     let database = PgDatabase::create();
     let dir = TempDir::new().expect("a directory");
     let flags = ["--store", &database.url()];
@@ -270,6 +270,6 @@ fn a_restart_goes_on_where_the_store_is() {
     assert!(gateway.wait().status.success());
     assert!(
         !dir.path().join("fieldgate.db").exists(),
-        "made for nothing"
+        "created needlessly"
     );
 }

@@ -1,4 +1,4 @@
-//! The TLS listener: what goes through it, who is kept out, and certificates that change under way.
+//! The TLS listener: accepted and rejected connections, and certificates that change at run time.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -38,7 +38,7 @@ impl Site {
         self.0.path().join(file)
     }
 
-    /// `fieldgate tls …` in this directory.
+    /// Runs `fieldgate tls …` in this directory.
     pub fn tls(&self, args: &[&str]) {
         let dir = self.0.path().to_str().expect("UTF-8");
         let args = [&["tls", "--data-dir", dir], args].concat();
@@ -54,17 +54,17 @@ impl Site {
         Gateway::start_in(self.0.path(), &flags)
     }
 
-    /// A client that knows this site's authority.
+    /// Returns a client that trusts this site's CA.
     pub fn client(&self) -> Arc<ClientConfig> {
         Arc::new(trusting(&self.path("tls/ca.pem"), &version::TLS13).with_no_client_auth())
     }
 
-    /// A client that shows a certificate made for `name`.
+    /// Returns a client that presents a certificate made for `name`.
     fn identified(&self, name: &str) -> Arc<ClientConfig> {
         self.identified_to(name, &self.path("tls/ca.pem"))
     }
 
-    /// The same, towards a gateway whose certificate leads to `ca`.
+    /// The same, for a gateway whose certificate is signed by `ca`.
     fn identified_to(&self, name: &str, ca: &Path) -> Arc<ClientConfig> {
         let dir = self.path("devices");
         self.tls(&["device", name, "--out-dir", dir.to_str().expect("UTF-8")]);
@@ -117,7 +117,7 @@ fn readings_go_through_both_versions() {
         let client = trusting(&site.path("tls/ca.pem"), version).with_no_client_auth();
         let (mut link, _) = login_tls(&gateway, &Arc::new(client), name);
         link.send(&declare(SCHEMA));
-        // Many at once, so that a read does not end where a record does.
+        // Many at a time, so that reads do not end at record boundaries.
         let frames: Vec<u8> = (1..=2_000).flat_map(readings).collect();
         for chunk in frames.chunks(9_973) {
             link.send(chunk);
@@ -129,9 +129,9 @@ fn readings_go_through_both_versions() {
     }
 }
 
-/// R34, R35: what was signed for one connection proves nothing on another.
+/// R34, R35: a signature for one connection proves nothing on another.
 #[test]
-fn c14_a_proof_holds_for_its_connection_alone() {
+fn c14_a_proof_is_valid_for_its_connection_only() {
     let site = Site::new();
     let gateway = site.start(&[]);
     let client = site.client();
@@ -149,7 +149,7 @@ fn c14_a_proof_holds_for_its_connection_alone() {
         link.expect_bye(Code::Authentication);
         link = Link::open_tls(gateway.tls_addr(), &client).expect("TLS").0;
     }
-    // And the other way round: on plain TCP there is nothing to bind to.
+    // The other direction: plain TCP has no channel binding.
     let login = Login {
         binding,
         ..gateway.device("pump")
@@ -161,10 +161,10 @@ fn c14_a_proof_holds_for_its_connection_alone() {
     assert_serves(&gateway, "good");
 }
 
-/// Each peer that says something and ends before it has proved a key leaves a line with the reason, and is listed
-/// by `device refused`; one that says nothing does not.
+/// Each peer that sends something and ends before it has proved a key causes a log line with the reason, and is listed
+/// by `device refused`; a silent one is not.
 #[test]
-fn who_does_not_get_through_leaves_a_line_with_the_reason() {
+fn rejected_peers_are_logged_with_the_reason() {
     const HTTP: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
     let site = Site::new();
     let mut gateway = site.start(&[]);
@@ -177,14 +177,14 @@ fn who_does_not_get_through_leaves_a_line_with_the_reason() {
         let mut socket = connect(addr);
         socket.write_all(bytes).expect("sends");
         let answer = until_closed(&mut socket);
-        // At most an alert of TLS, which is 7 bytes long.
+        // At most a TLS alert, which is 7 bytes long.
         assert!(answer.len() <= 7, "{what}: {answer:?}");
     }
     let refused = Link::open_tls(gateway.addr, &site.client()).expect_err("no TLS there");
     eprintln!("TLS on the plain port: {refused}");
-    // Of another authority than the gateway's.
-    let stranger = Site::new();
-    Link::open_tls(gateway.tls_addr(), &stranger.client()).expect_err("it is not trusted");
+    // Signed by another CA.
+    let other_site = Site::new();
+    Link::open_tls(gateway.tls_addr(), &other_site.client()).expect_err("its CA is not trusted");
     let mut old = connect(gateway.tls_addr());
     old.write_all(&client_hello([3, 2])).expect("sends");
     until_closed(&mut old);
@@ -193,13 +193,13 @@ fn who_does_not_get_through_leaves_a_line_with_the_reason() {
         .write_all(b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n")
         .expect("sends");
     until_closed(&mut proxy);
-    // Begins to say who it is, and leaves; says a name that no device can have.
+    // One peer starts a handshake and disconnects; one sends an invalid device name.
     connect(gateway.addr)
         .write_all(&hello[..20])
         .expect("sends");
     let mut strange = connect(gateway.addr);
-    let nobody = gateway.device("p mp").hello();
-    strange.write_all(&nobody).expect("sends");
+    let invalid = gateway.device("p mp").hello();
+    strange.write_all(&invalid).expect("sends");
     until_closed(&mut strange);
     // Health checks.
     for addr in [gateway.addr, gateway.tls_addr()] {
@@ -209,8 +209,8 @@ fn who_does_not_get_through_leaves_a_line_with_the_reason() {
     let data_dir = gateway.data_dir().to_str().expect("UTF-8").to_owned();
     gateway.terminate();
     let Ended { stderr, .. } = gateway.wait();
-    let told = by_default(&stderr);
-    let refused: Vec<&str> = { told.lines() }
+    let log = by_default(&stderr);
+    let refused: Vec<&str> = { log.lines() }
         .filter(|line| line.contains("connection refused"))
         .collect();
     let args = [
@@ -224,24 +224,24 @@ fn who_does_not_get_through_leaves_a_line_with_the_reason() {
     let listed = keep_of(command(&args).output().expect("runs")).stdout;
     let listed = String::from_utf8(listed).expect("UTF-8");
     let reasons = [
-        ("plain text at the TLS port", 2),
+        ("plain text on the TLS port", 2),
         ("HTTP or a PROXY header", 2),
-        ("TLS at the port for plain text", 1),
-        ("refuses the gateway's certificate (DecryptError)", 1),
+        ("TLS on the plain TCP port", 1),
+        ("rejected the gateway's certificate (DecryptError)", 1),
         ("no version or cipher in common", 1),
         ("peer closed the connection", 1),
         ("claimed=\"p mp\"", 1),
     ];
     for (reason, lines) in reasons {
         let found = refused.iter().filter(|line| line.contains(reason)).count();
-        assert_eq!(found, lines, "{reason}: {told}");
+        assert_eq!(found, lines, "{reason}: {log}");
     }
     assert_eq!(
         refused.len(),
         reasons.iter().map(|(_, lines)| lines).sum::<usize>(),
-        "{told}"
+        "{log}"
     );
-    // All without a name from one address: one row, by the latest of them; and the one with a name.
+    // All without a name from one address: one row, with the latest; and the one with a name.
     let rows: Vec<&str> = listed.lines().skip(1).collect();
     assert_eq!(rows.len(), 2, "{listed}");
     assert!(
@@ -271,13 +271,13 @@ fn c06_tls_before_1_2_is_refused() {
         socket.read_exact(&mut answer).expect("an answer");
         answer
     };
-    // A handshake goes on with TLS 1.2; with 1.1 there is a fatal alert, 70: protocol_version.
+    // TLS 1.2 continues the handshake; 1.1 gets fatal alert 70, protocol_version.
     assert_eq!(answer([3, 3])[0], 0x16);
     let refused = answer([3, 2]);
     assert_eq!((refused[0], &refused[5..]), (0x15, &[2, 70][..]));
 }
 
-/// A ClientHello as it was before TLS 1.3.
+/// Returns a ClientHello as it was before TLS 1.3.
 fn client_hello(version: [u8; 2]) -> Vec<u8> {
     let with_length = |bytes: &[u8]| [&(bytes.len() as u16).to_be_bytes()[..], bytes].concat();
     let extension = |number: u8, content: &[u8]| [&[0, number][..], &with_length(content)].concat();
@@ -298,8 +298,8 @@ fn client_hello(version: [u8; 2]) -> Vec<u8> {
     [&[0x16, 3, 1][..], &with_length(&handshake)].concat()
 }
 
-/// A handshake up to the client's last words, which are not sent yet; with the lengths of the records that the
-/// gateway sent.
+/// Performs a handshake up to the client's last message, which is not sent yet; also returns the lengths of the
+/// gateway's records.
 fn shake_hands(site: &Site, gateway: &Gateway) -> (TcpStream, ClientConnection, Vec<usize>) {
     let host = "localhost".try_into().expect("a name");
     let mut conn = ClientConnection::new(site.client(), host).expect("a config");
@@ -319,37 +319,37 @@ fn shake_hands(site: &Site, gateway: &Gateway) -> (TcpStream, ClientConnection, 
     (socket, conn, lengths)
 }
 
-/// What is wrong right behind a handshake is an end like any other.
+/// A fault directly after the handshake ends the connection normally.
 #[test]
-fn a_handshake_with_rubbish_behind_it_is_closed() {
+fn garbage_after_a_handshake_closes_the_connection() {
     let site = Site::new();
     let mut gateway = site.start(&[]);
     let (mut socket, mut conn, _) = shake_hands(&site, &gateway);
     let mut last_words = Vec::new();
     conn.write_tls(&mut last_words).expect("writes");
-    // A record of the right form that no key has sealed.
+    // A well-formed record that no key has sealed.
     last_words.extend([&[0x17, 3, 3, 0, 40][..], &[7; 40]].concat());
     socket.write_all(&last_words).expect("sends");
     until_closed(&mut socket);
     assert_serves(&gateway, "good");
     gateway.terminate();
     let Ended { stderr, .. } = gateway.wait();
-    let told = by_default(&stderr);
-    let of_peers = told.lines().filter(|line| line.contains("peer="));
-    assert_eq!(of_peers.count(), 1, "{told}");
-    assert!(told.contains("TLS failed: "), "{told}");
+    let log = by_default(&stderr);
+    let of_peers = log.lines().filter(|line| line.contains("peer="));
+    assert_eq!(of_peers.count(), 1, "{log}");
+    assert!(log.contains("TLS failed: "), "{log}");
 }
 
-/// What strangers send is counted with all that carries it.
+/// Bytes of unauthenticated peers are counted with their TLS overhead.
 #[test]
-fn c09_a_stranger_may_not_send_records_for_ever() {
+fn c09_tls_records_before_authentication_are_limited() {
     let site = Site::new();
     let gateway = site.start(&[]);
-    // Long enough to go beyond the bound well before its last byte, wherever a read of the gateway ends.
+    // Long enough to exceed the limit well before its last byte, wherever a read of the gateway ends.
     let hello = gateway.device(&"p".repeat(32)).hello();
     for (refreshes, is_answered) in [(1, true), (30, false)] {
         let (mut socket, mut conn, _) = shake_hands(&site, &gateway);
-        // A gateway that has closed takes no more.
+        // A closed gateway accepts no more bytes.
         let mut send = |conn: &mut ClientConnection| conn.write_tls(&mut socket).is_ok();
         let is_sent = hello.iter().all(|byte| {
             (0..refreshes).for_each(|_| conn.refresh_traffic_keys().expect("TLS 1.3"));
@@ -380,7 +380,7 @@ fn records_are_small() {
     let gateway = site.start(&["--tls-record-bytes-max", "256"]);
     let (_socket, _conn, lengths) = shake_hands(&site, &gateway);
     let (records, longest) = (lengths.len(), lengths.iter().max().expect("some"));
-    // The certificate alone is longer; a record has a tag of 16 bytes and a type besides.
+    // The certificate alone is longer; a record also has a tag of 16 bytes and a type.
     assert!(
         records > 4 && *longest <= 256 + 17,
         "{records} records, up to {longest} bytes"
@@ -397,7 +397,7 @@ fn c02_with_mutual_tls_the_certificate_must_be_the_devices() {
     link.send(&readings(1));
     link.expect_ack(1);
 
-    // Another device's certificate, and that device's right key does not help.
+    // With another device's certificate, the device's own key does not help.
     let other = site.identified("other");
     let (mut link, binding) = Link::open_tls(gateway.tls_addr(), &other).expect("TLS");
     let login = Login {
@@ -408,8 +408,8 @@ fn c02_with_mutual_tls_the_certificate_must_be_the_devices() {
     link.send(&login.auth(transcript).0);
     link.expect_bye(Code::Authentication);
 
-    // Without one, or with one that somebody else signed, there is no session at all. In TLS 1.3 a client
-    // hears of that with the first answer.
+    // Without one, or with one of another CA, no session starts. In TLS 1.3 a client
+    // learns of that with the first answer.
     let foreign = Site::new().identified_to("pump:7_a", &ca);
     for client in [site.client(), foreign] {
         if let Ok((mut link, _)) = Link::open_tls(gateway.tls_addr(), &client) {
@@ -421,16 +421,16 @@ fn c02_with_mutual_tls_the_certificate_must_be_the_devices() {
 }
 
 #[test]
-fn a_fleet_that_is_not_let_in_is_told_why() {
+fn a_rejected_fleet_prints_the_reason() {
     let site = Site::new();
     let ca = site.path("tls/ca.pem");
     let ca = ca.to_str().expect("UTF-8");
     let gateway = site.start(&["--tls-client-ca", ca]);
     let key = site.path("fleet.key");
     let key = key.to_str().expect("UTF-8");
-    // Plain to the TLS port, and TLS without a certificate.
+    // Plain TCP to the TLS port, and TLS without a certificate.
     for (flags, reason) in [
-        (&[][..], ": not a frame; TLS, perhaps?"),
+        (&[][..], ": not an FWP frame; is this a TLS port?"),
         (
             &["--tls", "--ca", ca],
             ": received fatal alert: CertificateRequired",
@@ -450,7 +450,7 @@ fn a_fleet_that_is_not_let_in_is_told_why() {
 }
 
 #[test]
-fn c07_certificates_change_under_way_and_sessions_stay() {
+fn c07_certificates_are_reloaded_and_sessions_continue() {
     let site = Site::new();
     let mut gateway = site.start(&[]);
     let client = site.client();
@@ -469,15 +469,15 @@ fn c07_certificates_change_under_way_and_sessions_stay() {
     site.tls(&["init"]);
     let second = until(|| Some(shown(&gateway)).filter(|certificate| *certificate != first));
 
-    // A file that cannot be used is told, and changes nothing.
+    // An unusable file is logged, and changes nothing.
     let cert = site.path("tls/server.pem");
     let good = std::fs::read_to_string(&cert).expect("a certificate");
     std::fs::write(&cert, "nothing of the kind").expect("writes");
     gateway.signal("HUP");
-    gateway.wait_for_line("the certificate that was loaded before stays in use");
+    gateway.wait_for_line("could not load new certificate, keeping the old one");
     assert_eq!(shown(&gateway), second);
 
-    // Because of the signal, at the latest.
+    // At the latest because of the signal.
     std::fs::write(&cert, good).expect("writes");
     site.tls(&["init", "--days", "30"]);
     gateway.signal("HUP");
@@ -490,7 +490,7 @@ fn c07_certificates_change_under_way_and_sessions_stay() {
     gateway.wait();
 }
 
-/// Asks again and again, but not for ever.
+/// Polls until there is a result, for a limited time.
 pub fn until<T>(mut ask: impl FnMut() -> Option<T>) -> T {
     let started = std::time::Instant::now();
     loop {
@@ -502,7 +502,7 @@ pub fn until<T>(mut ask: impl FnMut() -> Option<T>) -> T {
 }
 
 #[test]
-fn what_cannot_serve_is_refused_with_one_line() {
+fn unusable_tls_files_are_rejected_with_one_line() {
     use std::os::unix::fs::PermissionsExt;
     let refused = |site: &Site, flags: &[&str]| {
         let dir = site.0.path().to_str().expect("UTF-8");
@@ -535,10 +535,10 @@ fn what_cannot_serve_is_refused_with_one_line() {
             &path(&other, "tls/server.key"),
         ],
     );
-    assert!(said.contains("do not serve"), "{said}");
+    assert!(said.contains("cannot use certificate"), "{said}");
     let said = refused(&site, &["--tls-client-ca", &path(&site, "tls/server.key")]);
-    assert!(said.contains("there is none in it"), "{said}");
-    // Another's files are not overwritten.
+    assert!(said.contains("file contains none"), "{said}");
+    // Files of other programs are not overwritten.
     std::fs::remove_file(site.path("tls/ca.key")).expect("removes");
     let dir = site.0.path().to_str().expect("UTF-8");
     let ended = run(&["tls", "init", "--data-dir", dir]);

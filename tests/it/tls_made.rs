@@ -1,4 +1,4 @@
-//! `fieldgate tls`: what it makes, and what it leaves alone.
+//! `fieldgate tls`: the files that it creates, and those that it leaves unchanged.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use x509_parser::prelude::FromDer;
 use crate::gateway::{Ended, command, run};
 use crate::tls::{Site, private_key};
 
-/// What every file of a directory holds, by its name.
+/// Returns the content of every file of a directory, by name.
 fn files(dir: &Path) -> BTreeMap<PathBuf, String> {
     let entries = std::fs::read_dir(dir).expect("a directory");
     let paths = entries.map(|entry| entry.expect("an entry").path());
@@ -27,7 +27,7 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, String> {
     texts.collect()
 }
 
-/// `fieldgate tls device …` by the authority in `data_dir`.
+/// Runs `fieldgate tls device …` with the CA in `data_dir`.
 fn device(data_dir: &str, args: &[&str]) -> Ended {
     run(&[&["tls", "device", "--data-dir", data_dir][..], args].concat())
 }
@@ -44,7 +44,7 @@ fn certificates_of_devices_replace_nothing_unasked() {
         assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
         assert!(ended.stderr.contains(says), "{}", ended.stderr);
     };
-    // Never the gateway's own, whichever way they are named.
+    // Never the gateway's own files, under any path.
     let link = site.path("link");
     std::os::unix::fs::symlink(site.path("tls"), &link).expect("links");
     let before = (files(site.0.path()), files(&site.path("tls")));
@@ -52,14 +52,14 @@ fn certificates_of_devices_replace_nothing_unasked() {
         let own = own.to_str().expect("UTF-8");
         for name in ["fleet", "ca", "server", "new"] {
             let args = [name, "--out-dir", own, "--replace"];
-            refused(&args, "give another --out-dir");
-            refused(&args[..3], "give another --out-dir");
+            refused(&args, "choose another --out-dir");
+            refused(&args[..3], "choose another --out-dir");
         }
     }
-    // Compared without being shown: there are keys in it.
+    // Compared without being printed: the files contain keys.
     assert!(before == (files(site.0.path()), files(&site.path("tls"))));
 
-    // A device's only if that is what is wanted; of several, none then.
+    // A device's files only on request; if one of several exists, none is replaced.
     let out = site.path("devices");
     let out_dir = ["--out-dir", out.to_str().expect("UTF-8")];
     let ended = device(&[&["pump", "pump", "valve"][..], &out_dir].concat());
@@ -70,7 +70,7 @@ fn certificates_of_devices_replace_nothing_unasked() {
     let left = files(&out);
     for names in [&["new", "pump"][..], &["valve"]] {
         let args = [names, &out_dir].concat();
-        refused(&args, "is there already and is left alone; --replace");
+        refused(&args, "already exists; use --replace");
     }
     assert!(files(&out) == left);
     let ended = device(&[&["pump", "valve", "--replace"][..], &out_dir].concat());
@@ -81,12 +81,12 @@ fn certificates_of_devices_replace_nothing_unasked() {
 }
 
 #[test]
-fn certificates_of_devices_are_made_whoever_reads() {
+fn device_certificates_are_created_even_if_the_output_is_closed() {
     let site = Site::new();
     let dir = site.0.path().to_str().expect("UTF-8");
     let out = site.path("devices");
     let out_dir = out.to_str().expect("UTF-8");
-    // More lines than are held back until the end.
+    // More lines than the output buffer holds.
     let names: Vec<String> = (0..100).map(|number| format!("pump-{number}")).collect();
     let mut made = command(&["tls", "device", "--data-dir", dir, "--out-dir", out_dir]);
     let (reader, writer) = std::io::pipe().expect("a pipe");
@@ -99,13 +99,16 @@ fn certificates_of_devices_are_made_whoever_reads() {
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
     assert!(
-        ended.stderr.trim_end().ends_with("give another --out-dir"),
+        ended
+            .stderr
+            .trim_end()
+            .ends_with("choose another --out-dir"),
         "{}",
         ended.stderr
     );
 }
 
-/// The hosts of a certificate, as they are encoded.
+/// Returns the hosts of a certificate, as encoded.
 fn hosts(cert: &Path) -> Vec<u8> {
     let cert = CertificateDer::from_pem_file(cert).expect("a certificate");
     let (_, cert) = X509Certificate::from_der(&cert).expect("a certificate");
@@ -114,14 +117,14 @@ fn hosts(cert: &Path) -> Vec<u8> {
     names.next().expect("hosts").value.to_vec()
 }
 
-/// Whether a key is a certificate's.
+/// Returns whether a key belongs to a certificate.
 fn fit(cert: &Path, key: &Path) -> bool {
     let cert = CertificateDer::from_pem_file(cert).expect("a certificate");
     CertifiedKey::from_der(vec![cert], private_key(key), &ring::default_provider()).is_ok()
 }
 
 #[test]
-fn a_new_certificate_is_for_the_same_hosts() {
+fn a_renewed_certificate_has_the_same_hosts() {
     let site = Site::new();
     let cert = site.path("tls/server.pem");
     let first = hosts(&cert);
@@ -133,7 +136,7 @@ fn a_new_certificate_is_for_the_same_hosts() {
     site.tls(&["init"]);
     assert_ne!(std::fs::read(&cert).expect("a certificate"), before);
     assert_eq!(hosts(&cert), named);
-    // Only when they are named do they change.
+    // They change only if they are given.
     let dir = site.0.path().to_str().expect("UTF-8");
     let init = |hosts: &[&str]| run(&[&["tls", "init", "--data-dir", dir][..], hosts].concat());
     let before = std::fs::read(&cert).expect("a certificate");
@@ -154,15 +157,18 @@ fn a_new_certificate_is_for_the_same_hosts() {
     assert_ne!(hosts(&cert), named);
 }
 
-/// A name in a certificate that no device can ask for is a mistake, not a host.
+/// A name in a certificate that no device can use is a mistake, not a host.
 #[test]
 fn hosts_are_names_and_addresses() {
     let dir = TempDir::new().expect("a directory");
     for (host, says) in [
-        ("https://gate.example.com:7301/x", "alone: gate.example.com"),
+        (
+            "https://gate.example.com:7301/x",
+            "only the host: gate.example.com",
+        ),
         ("gate.example.com:7301", "path: gate.example.com"),
-        ("[::1]", "brackets out: ::1"),
-        ("", "the name is empty"),
+        ("[::1]", "omit the brackets: ::1"),
+        ("", "host name is empty"),
     ] {
         let path = dir.path().join("data");
         let path = path.to_str().expect("UTF-8");
@@ -174,7 +180,7 @@ fn hosts_are_names_and_addresses() {
 }
 
 #[test]
-fn a_new_certificate_takes_no_others_place() {
+fn files_of_others_are_not_replaced() {
     let site = Site::new();
     let other = Site::new();
     let dir = site.0.path().to_str().expect("UTF-8");
@@ -182,14 +188,14 @@ fn a_new_certificate_takes_no_others_place() {
     for (foreign, says) in [
         (
             &["server.pem", "server.key"][..],
-            "server.pem is there and was not signed",
+            "server.pem exists and was not signed",
         ),
-        (&["server.key"], "server.key is there and is not the key"),
-        (&["ca.key"], "is not the key of"),
-        (&["ca.pem"], "is not the key of"),
+        (&["server.key"], "server.key exists and does not match"),
+        (&["ca.key"], "does not match"),
+        (&["ca.pem"], "does not match"),
         (
             &["ca.pem", "ca.key"],
-            "server.pem is there and was not signed",
+            "server.pem exists and was not signed",
         ),
     ] {
         for file in foreign {
@@ -203,13 +209,13 @@ fn a_new_certificate_takes_no_others_place() {
             assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
             assert!(ended.stderr.contains(says), "{foreign:?}: {}", ended.stderr);
         }
-        // Compared without being shown: there are keys in it.
+        // Compared without being printed: the files contain keys.
         assert!(files(&site.path("tls")) == before, "{foreign:?}");
         for (path, text) in &own {
             std::fs::write(path, text).expect("writes");
         }
     }
-    // With the wrong authority's key, devices get nothing either.
+    // With another CA's key, no device certificates are created either.
     std::fs::copy(other.path("tls/ca.key"), site.path("tls/ca.key")).expect("copies");
     let out = site.path("devices");
     let out_dir = out.to_str().expect("UTF-8");
@@ -219,7 +225,7 @@ fn a_new_certificate_takes_no_others_place() {
 }
 
 #[test]
-fn authorities_made_at_once_are_one() {
+fn concurrent_runs_create_one_ca() {
     for _ in 0..5 {
         let site = Site(TempDir::new().expect("a directory"));
         let dir = site.0.path().to_str().expect("UTF-8");
@@ -236,7 +242,7 @@ fn authorities_made_at_once_are_one() {
                 ["pem", "key"].map(|end| site.path("tls").join(format!("{name}.{end}")));
             assert!(fit(&cert, &key), "{name}");
         }
-        // The one signed the other.
+        // The certificate is signed by that CA.
         site.tls(&["init"]);
     }
 }

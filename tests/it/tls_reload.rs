@@ -1,4 +1,4 @@
-//! Certificates that a running gateway can take only later, or not at all.
+//! Certificates that a running gateway can load only later, or not at all.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -10,10 +10,10 @@ use crate::client::Link;
 use crate::gateway::{Ended, Gateway};
 use crate::tls::{Site, until};
 
-const NOT_TAKEN: &str = "the certificate that was loaded before stays in use";
-const TAKEN: &str = "new connections are served with the certificate that is there now";
+const NOT_TAKEN: &str = "could not load new certificate, keeping the old one";
+const TAKEN: &str = "certificate reloaded";
 
-/// The certificate with which a new connection is served.
+/// Returns the certificate that a new connection gets.
 fn shown(site: &Site, gateway: &Gateway) -> CertificateDer<'static> {
     let (link, _) = Link::open_tls(gateway.tls_addr(), &site.client()).expect("TLS");
     link.certificate()
@@ -25,19 +25,19 @@ fn chmod(site: &Site, mode: u32) {
 }
 
 #[test]
-fn c07_a_key_that_is_mended_by_chmod_is_taken() {
+fn c07_a_key_fixed_by_chmod_is_loaded() {
     let site = Site::new();
     let mut gateway = site.start(&[]);
     chmod(&site, 0o644);
     gateway.wait_for_line(NOT_TAKEN);
-    // It is tried again, and not told again.
+    // It is tried again, but logged at a lower level.
     for _ in 0..2 {
-        gateway.wait_for_line("the certificate still cannot be loaded");
+        gateway.wait_for_line("could not reload certificate");
     }
     chmod(&site, 0o600);
     gateway.wait_for_line(TAKEN);
 
-    // Another pair, whose key others can read until somebody sees it.
+    // Another pair, whose key others can read until an operator fixes it.
     let first = shown(&site, &gateway);
     let before = ["server.key", "server.pem"].map(|file| site.path("tls").join(file));
     let before = before.map(|path| (fs::read(&path).expect("reads"), path));
@@ -54,12 +54,12 @@ fn c07_a_key_that_is_mended_by_chmod_is_taken() {
 
     gateway.terminate();
     let Ended { stderr, .. } = gateway.wait();
-    let (told, _) = stderr.split_once(TAKEN).expect("waited for");
-    assert_eq!(told.matches(NOT_TAKEN).count(), 1, "{told}");
+    let (earlier, _) = stderr.split_once(TAKEN).expect("waited for");
+    assert_eq!(earlier.matches(NOT_TAKEN).count(), 1, "{earlier}");
 }
 
 #[test]
-fn c07_an_expired_certificate_takes_no_good_ones_place() {
+fn c07_an_expired_certificate_does_not_replace_a_valid_one() {
     let site = Site::new();
     let mut gateway = site.start(&[]);
     let first = shown(&site, &gateway);
@@ -72,11 +72,11 @@ fn c07_an_expired_certificate_takes_no_good_ones_place() {
     params.not_after = date_time_ymd(2020, 1, 1);
     let expired = params.signed_by(&key, &issuer).expect("signs");
     fs::write(site.path("tls/server.pem"), expired.pem()).expect("writes");
-    gateway.wait_for_line("has expired, on 2020-01-01T00:00:00Z");
+    gateway.wait_for_line("expired on 2020-01-01T00:00:00Z");
     assert_eq!(shown(&site, &gateway), first);
-    // Nor when somebody asks for it.
+    // A signal does not change that.
     gateway.signal("HUP");
-    gateway.wait_for_line("has expired, on 2020-01-01T00:00:00Z");
+    gateway.wait_for_line("expired on 2020-01-01T00:00:00Z");
     assert_eq!(shown(&site, &gateway), first);
     fs::write(site.path("tls/server.pem"), good).expect("writes");
     gateway.wait_for_line(TAKEN);

@@ -1,4 +1,4 @@
-//! What carries a test device's connection: a socket, or TLS on one.
+//! Transport of a test device's connection: a socket, or TLS over one.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustls::{ClientConnection, StreamOwned};
 
-/// Longer than anything takes that the gateway does on its own.
+/// Longer than anything that the gateway does on its own.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A blocking connection.
@@ -41,7 +41,7 @@ impl Write for Wire {
     }
 }
 
-/// A connected socket that waits with a deadline.
+/// Connects a socket whose operations have a deadline.
 pub fn connect(addr: SocketAddr) -> TcpStream {
     let socket = TcpStream::connect_timeout(&addr, PATIENCE).expect("connects");
     socket.set_read_timeout(Some(PATIENCE)).expect("timeout");

@@ -1,10 +1,11 @@
-//! Columns and times by themselves, with the values they hold.
+//! Vectors of single columns and times, with their decoded values.
 
-use fieldgate_protocol::column::{Kind, decode_times, decode_values};
+use fieldgate_protocol::column::{decode_times, decode_values};
+use fieldgate_protocol::value::Kind;
 
 use super::*;
 
-/// Doubles as the 16 hex digits of their bits; `null` where NULL is stored.
+/// Returns the bits of a double as 16 hex digits; `null` for NULL.
 pub fn bits(value: f64) -> Value {
     if value.is_nan() { Value::Null } else { Value::String(format!("{:016x}", value.to_bits())) }
 }
@@ -90,7 +91,7 @@ fn columns() -> Vec<Value> {
             &[5.0, 5.0, 5.0, 5.0],
             "R55: all the same",
         ),
-        case("integer-packed-one", Integer, 0, 2, &[], &[0x0A, 0x07], &[5.0], "R55: a width that is not used"),
+        case("integer-packed-one", Integer, 0, 2, &[], &[0x0A, 0x07], &[5.0], "R55: an unused width"),
         case(
             "integer-packed-3-bits",
             Integer,
@@ -171,7 +172,7 @@ fn columns() -> Vec<Value> {
             &[],
             &floats64,
             &[0.1, -0.0, f64::INFINITY, f64::NEG_INFINITY, f64::NAN, f64::MIN_POSITIVE / 4.0, f64::MAX],
-            "R58: as they are, NaN is NULL",
+            "R58: unchanged, NaN is NULL",
         ),
         case("bool-raw", Bool, 0, 0, &[], &[0, 1, 1], &[0.0, 1.0, 1.0], "R58"),
         case("bool-delta", Bool, 0, 1, &[], &[0x02, 0x01, 0x02], &[1.0, 0.0, 1.0], "R58: 1, -1, +1"),
@@ -184,7 +185,7 @@ fn columns() -> Vec<Value> {
             &[0b0101_0010, 0b1],
             &[0x02, 0x02, 0x02, 0x02, 0x02],
             &[1.0, f64::NAN, 2.0, 3.0, f64::NAN, 4.0, f64::NAN, 5.0, f64::NAN],
-            "R56: rows 1, 4, 6 and 8; no data stands for them",
+            "R56: rows 1, 4, 6 and 8 have no data",
         ),
         case(
             "nulls-8-rows",
@@ -234,14 +235,14 @@ fn times() -> Vec<Value> {
         case("step-us", 0, -5, 5, &[], Ok(&[-5, 0, 5]), 3, "R51"),
         case("dt", 1, 0, 0, &[0x01, 0xAC, 0x02], Ok(&[0, 1_000, 301_000]), 3, "R51: 1, then 300"),
         case("one-row", 0, 7, 0, &[], Ok(&[7]), 1, "R51"),
-        case("one-row-step", 0, 7, 9, &[], Ok(&[7]), 1, "R51: a step that is not used"),
-        case("one-row-dt", 0, 7, 0, &[1], Err(31), 1, "R51: dt for a row that is not there"),
+        case("one-row-step", 0, 7, 9, &[], Ok(&[7]), 1, "R51: an unused step"),
+        case("one-row-dt", 0, 7, 0, &[1], Err(31), 1, "R51: dt for a row that does not exist"),
         case("rows-0", 0, 7, 1, &[], Err(33), 0, "R52"),
         case("last-too-late", 0, 253_402_300_799_999_999, 1, &[], Err(33), 2, "R50"),
     ]
 }
 
-/// What the crate makes of one of [`columns`].
+/// Returns the crate's result for one of [`columns`].
 pub fn column_outcome(case: &Value) -> Result<Vec<Value>, u8> {
     let bytes = |key: &str| unhex(case[key].as_str().unwrap());
     let number = |key: &str| case[key].as_i64().unwrap();
@@ -254,7 +255,7 @@ pub fn column_outcome(case: &Value) -> Result<Vec<Value>, u8> {
         .map_err(|violation| violation.code() as u8)
 }
 
-/// What the crate makes of one of [`times`].
+/// Returns the crate's result for one of [`times`].
 pub fn time_outcome(case: &Value) -> Result<Vec<Value>, u8> {
     let dt = unhex(case["dt"].as_str().unwrap());
     let data = Data {

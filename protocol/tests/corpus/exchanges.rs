@@ -1,4 +1,5 @@
-//! Whole conversations: what the device sends is what [`Device`] makes of what the gateway says.
+//! Whole conversations: the device's frames come from [`Device`], in response to the gateway's
+//! frames.
 
 use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, derive_device_key};
 use fieldgate_protocol::device::{Config, Device, Queue};
@@ -45,7 +46,7 @@ impl Script {
         }
     }
 
-    /// A connection and its handshake.
+    /// Connects and performs the handshake.
     fn connect(&mut self, welcome: Welcome<'_>) {
         self.connection += 1;
         let mut nonce = DEVICE_NONCE;
@@ -110,7 +111,7 @@ impl Script {
         self.gateway_sends(&message_frame(&nack, seq), &shows);
     }
 
-    /// Everything the device has to say now must be this.
+    /// Checks that the device now sends exactly these frames.
     fn device_sends(&mut self, shows: &[&str]) -> Vec<Vec<u8>> {
         let mut out = [0; 4096];
         let mut sent = Vec::new();
@@ -163,7 +164,7 @@ fn lost_ack() -> Value {
     script.ack(3, 67);
     script.finish(
         "resume-after-lost-ack",
-        "WELCOME says what the ACK would have said; nothing is sent twice",
+        "WELCOME replaces the lost ACK; nothing is sent twice",
     )
 }
 
@@ -171,7 +172,7 @@ fn commit_under_way() -> Value {
     let mut script = Script::new(MemoryQueue::holding(1, 4));
     script.connect(welcome(0, 1));
     script.device_sends(&["DATA 1", "DATA 2", "DATA 3"]);
-    script.cut("1 is stored; 2 is on its way to the store; 3 never arrives");
+    script.cut("1 is stored; 2 is in flight to the store; 3 never arrives");
     script.connect(welcome(1, 1));
     script.device_sends(&["DATA 2", "DATA 3"]);
     script.ack(2, 66);
@@ -202,7 +203,7 @@ fn unknown_schema() -> Value {
     script.ack(2, 66);
     script.finish(
         "unknown-schema",
-        "2 is dropped after NACK 20; both come again after DECLARE",
+        "2 is dropped after NACK 20; both are resent after DECLARE",
     )
 }
 
@@ -213,7 +214,7 @@ fn overwritten() -> Value {
     script.ack(6, 70);
     script.finish(
         "gap-after-overwrite",
-        "3 and 4 were overwritten while the device was offline: the loss is told",
+        "3 and 4 were overwritten while the device was offline: the loss is reported",
     )
 }
 
@@ -226,7 +227,7 @@ fn refused_frame() -> Value {
     script.ack(2, 66);
     script.finish(
         "refused-frame",
-        "1 is in quarantine and used up; 2 is stored; neither comes again",
+        "1 is in quarantine and its number is used; 2 is stored; neither is resent",
     )
 }
 
@@ -261,7 +262,7 @@ fn store_back() -> Value {
     script.ack(2, 66);
     script.finish(
         "store-back",
-        "an ACK that says nothing new ends the pause: the device need not wait for its end",
+        "an ACK without a new number ends the pause: the device need not wait for its end",
     )
 }
 

@@ -1,4 +1,4 @@
-//! Framing, versions, types, order and credit.
+//! Vectors of framing, versions, types, order and credit.
 
 use fieldgate_protocol::frame::types;
 use fieldgate_protocol::message::{Gap, Hello, Ping};
@@ -17,7 +17,7 @@ pub fn data_frame(seq: u64) -> Vec<u8> {
     message_frame(&data(), seq)
 }
 
-/// The frame with the lowest bit of one byte turned.
+/// Flips the lowest bit of one byte of the frame.
 fn damaged(mut frame: Vec<u8>, at: usize) -> Vec<u8> {
     frame[at] ^= 1;
     frame
@@ -31,13 +31,13 @@ fn headers() -> Vec<Vector> {
     let whole = data_frame(5);
     let mut out = vec![
         vector("frame-whole", SERVING, &whole, Expect::Taken, "the frame that the next vectors cut and damage"),
-        vector("frame-empty", SERVING, &[], Expect::Incomplete, "nothing has come yet"),
+        vector("frame-empty", SERVING, &[], Expect::Incomplete, "no bytes received yet"),
         vector("frame-1-byte", SERVING, &whole[..1], Expect::Incomplete, "a right first byte"),
         vector("frame-15-bytes", SERVING, &whole[..15], Expect::Incomplete, "one byte short of a header"),
         vector("frame-header-only", SERVING, &whole[..16], Expect::Incomplete, "a header, no payload yet"),
         vector("frame-1-short", SERVING, &whole[..whole.len() - 1], Expect::Incomplete, "one byte short of a frame"),
         vector("frame-and-more", SERVING, &[&whole[..], &whole[..9]].concat(), Expect::Taken, "a frame and the beginning of another"),
-        vector("magic-tls", AWAIT_HELLO, &[0x16, 3, 1], Expect::Close, "R2: a TLS ClientHello on the plain port; told by one byte"),
+        vector("magic-tls", AWAIT_HELLO, &[0x16, 3, 1], Expect::Close, "R2: a TLS ClientHello on the plain port; detected by one byte"),
         vector("magic-proxy", AWAIT_HELLO, b"PROXY TCP4 ", Expect::Close, "R2: a PROXY header"),
         vector("magic-http", AWAIT_HELLO, b"GET / HTTP/1.1\r\n", Expect::Close, "R2: a browser"),
         vector("magic-serving", SERVING, &[0xA6], Expect::Close, "R2: one bit off, in the middle of a session"),
@@ -70,7 +70,7 @@ fn lengths() -> Vec<Vector> {
         let ext = odd_ext(ext_bytes);
         message_frame(&Data { ext: &ext, ..data() }, 5)
     };
-    // An ext of 128 bytes or more has a length of two bytes instead of one.
+    // An ext of at least 128 bytes has a length of two bytes instead of one.
     let hello_512 = hello(512 - hello(0).len() - 1);
     let data_4096 = data(4096 - data(0).len() - 1);
     assert_eq!((hello_512.len(), data_4096.len()), (512, 4096));
@@ -111,15 +111,15 @@ fn checksums() -> Vec<Vector> {
             "R6: the checksum itself is damaged",
         ),
         vector("payload-crc-again", CRC_FAILED, &bad(5), refused(35), "R63: the second time: quarantined as received"),
-        vector("payload-crc-mended", CRC_FAILED, &data_frame(5), Expect::Taken, "R63: sent again, whole"),
+        vector("payload-crc-mended", CRC_FAILED, &data_frame(5), Expect::Taken, "R63: resent intact"),
         vector("payload-crc-dropping", DROPPING, &bad(5), refused(22), "R62: the awaited number, damaged"),
-        vector("payload-crc-durable", SERVING, &bad(3), Expect::Ack { seq: 3 }, "R105: a duplicate, whatever its payload is"),
+        vector("payload-crc-durable", SERVING, &bad(3), Expect::Ack { seq: 3 }, "R105: a duplicate, with any payload"),
         vector("payload-crc-duplicate", SERVING, &bad(4), Expect::Dropped, "R105"),
         vector("payload-crc-ahead", SERVING, &bad(6), nack(21, 6), "R106"),
         vector("payload-crc-ping", SERVING, &damaged_payload(message_frame(&ping(), 0)), unsequenced.clone(), "R108"),
         vector("payload-crc-declare", SERVING, &damaged_payload(message_frame(&declare(), 0)), unsequenced.clone(), "R108: the device declares again"),
-        vector("payload-crc-skippable-seq", SERVING, &damaged_payload(frame_of(0x80, 66, &[1])), unsequenced.clone(), "R101: before the number is looked at"),
-        vector("payload-crc-skippable", SERVING, &damaged_payload(frame_of(0x90, 0, &[1, 2, 3])), unsequenced, "R108: the type may be skipped, the damage is told all the same"),
+        vector("payload-crc-skippable-seq", SERVING, &damaged_payload(frame_of(0x80, 66, &[1])), unsequenced.clone(), "R101: before the number is checked"),
+        vector("payload-crc-skippable", SERVING, &damaged_payload(frame_of(0x90, 0, &[1, 2, 3])), unsequenced, "R108: the type may be skipped, but the damage is still reported"),
         vector("payload-crc-hello", AWAIT_HELLO, &damaged_payload(message_frame(&handshake::hello(), 0)), bye(50), "R102"),
         vector("payload-crc-device", DEVICE, &damaged_payload(message_frame(&messages::pong(), 0)), Expect::Close, "R87"),
     ]
@@ -136,7 +136,7 @@ fn versions_and_types() -> Vec<Vector> {
     let mut out = vec![
         vector("version-0", SERVING, &of(&data, 0, 0), bye(51), "R3"),
         vector("version-2", SERVING, &of(&data, 2, 0), bye(51), "R3: above the one agreed"),
-        vector("version-hello-2", AWAIT_HELLO, &of(&hello, 2, 0), bye(51), "R3: HELLO is version 1 for ever"),
+        vector("version-hello-2", AWAIT_HELLO, &of(&hello, 2, 0), bye(51), "R3: HELLO always has version 1"),
         vector("version-device", DEVICE, &of(&pong, 2, 0), Expect::Close, "R87"),
         vector("flags-data", SERVING, &of(&data, 1, 1), refused(34), "R11"),
         vector("flags-data-all", SERVING, &of(&data, 1, 0xFF), refused(34), "R11"),
@@ -144,8 +144,8 @@ fn versions_and_types() -> Vec<Vector> {
         vector("flags-hello", AWAIT_HELLO, &of(&hello, 1, 0x80), bye(50), "R102"),
         vector("flags-device", DEVICE, &of(&pong, 1, 1), Expect::Close, "R87"),
         vector("skip-80", SERVING, &frame_with(1, 0x80, 0, 0, &[1]), Expect::PassedOver, "R15"),
-        vector("skip-ff", SERVING, &frame_with(9, 0xFF, 0xFF, u64::MAX, &[1]), Expect::PassedOver, "R15: whatever its version, flags and number"),
-        vector("skip-hello", AWAIT_HELLO, &frame_with(9, 0xC0, 3, 1, &[]), Expect::PassedOver, "R15 before authentication; the deadline of the handshake goes on"),
+        vector("skip-ff", SERVING, &frame_with(9, 0xFF, 0xFF, u64::MAX, &[1]), Expect::PassedOver, "R15: with any version, flags and number"),
+        vector("skip-hello", AWAIT_HELLO, &frame_with(9, 0xC0, 3, 1, &[]), Expect::PassedOver, "R15 before authentication; the handshake deadline still applies"),
         vector("skip-device", DEVICE, &frame_with(9, 0xC0, 3, 1, &[]), Expect::PassedOver, "R15 at the device"),
         vector("seq-on-ping", SERVING, &message_frame(&ping(), 1), bye(44), "R12"),
         vector("seq-on-hello", AWAIT_HELLO, &message_frame(&handshake::hello(), 1), bye(50), "R102"),
@@ -161,13 +161,13 @@ fn versions_and_types() -> Vec<Vector> {
         vector("serving-auth", SERVING, &message_frame(&messages::auth(), 0), bye(44), "R109"),
         vector("device-hello", DEVICE, &hello, Expect::Close, "R87: not for a device"),
         vector("device-data", DEVICE, &data, Expect::Close, "R87"),
-        vector("result", SERVING, &message_frame(&messages::result(), 5), refused(32), "R48: not carried out by this gateway"),
+        vector("result", SERVING, &message_frame(&messages::result(), 5), refused(32), "R48: not supported by this gateway"),
     ];
     for frame_type in [0x10, 0x15, 0x1F] {
-        out.push(vector(format!("type-{frame_type:02x}"), SERVING, &frame_of(frame_type, 5, &[1, 2]), refused(32), "R14: sequenced, not known"));
+        out.push(vector(format!("type-{frame_type:02x}"), SERVING, &frame_of(frame_type, 5, &[1, 2]), refused(32), "R14: sequenced, unknown"));
     }
     for frame_type in [0x00, 0x02, 0x05, 0x0F, 0x20, 0x21, 0x22, 0x30, 0x41, 0x7E] {
-        out.push(vector(format!("type-{frame_type:02x}"), SERVING, &frame_of(frame_type, 0, &[]), bye(44), "R109: not known, or of the other direction"));
+        out.push(vector(format!("type-{frame_type:02x}"), SERVING, &frame_of(frame_type, 0, &[]), bye(44), "R109: unknown, or for the other direction"));
     }
     for frame_type in [0x00, 0x22, 0x50, 0x7E] {
         out.push(vector(format!("device-type-{frame_type:02x}"), DEVICE, &frame_of(frame_type, 0, &[]), Expect::Close, "R87"));
@@ -180,8 +180,8 @@ fn order() -> Vec<Vector> {
     vec![
         vector("order-next", SERVING, &data_frame(5), Expect::Taken, "R104"),
         vector("order-durable", SERVING, &data_frame(3), Expect::Ack { seq: 3 }, "R105: stored before"),
-        vector("order-durable-old", SERVING, &data_frame(1), Expect::Ack { seq: 3 }, "R105: the ACK says what is durable, not what came"),
-        vector("order-in-flight", SERVING, &data_frame(4), Expect::Dropped, "R105: taken before, not durable yet; the commit will acknowledge it"),
+        vector("order-durable-old", SERVING, &data_frame(1), Expect::Ack { seq: 3 }, "R105: the ACK has the durable number, not the received one"),
+        vector("order-in-flight", SERVING, &data_frame(4), Expect::Dropped, "R105: accepted before, not durable yet; the commit will acknowledge it"),
         vector("order-ahead", SERVING, &data_frame(6), nack(21, 6), "R106"),
         vector("order-limit", SERVING, &data_frame(LIMIT_SEQ), nack(21, LIMIT_SEQ), "R107 allows the limit itself"),
         vector("order-over-limit", SERVING, &data_frame(LIMIT_SEQ + 1), bye(43), "R107"),
@@ -208,7 +208,7 @@ fn gaps() -> Vec<Vector> {
         vector("gap-one", SERVING, &gap(5, 5), Expect::Taken, "R45: a single number"),
         vector("gap-next", SERVING, &gap(5, 9), Expect::Taken, "R45: 6 to 9 as well; 10 is next"),
         vector("gap-overlap", SERVING, &gap(2, 9), Expect::Taken, "R45: only 5 to 9 are recorded, the rest is stored"),
-        vector("gap-beyond-limit", SERVING, &gap(5, 100_000), Expect::Taken, "R107 looks at the first number"),
+        vector("gap-beyond-limit", SERVING, &gap(5, 100_000), Expect::Taken, "R107 checks the first number"),
         vector("gap-over-limit", SERVING, &gap(LIMIT_SEQ + 1, 100_000), bye(43), "R107"),
         vector("gap-ahead", SERVING, &gap(6, 9), nack(21, 9), "R106"),
         vector("gap-durable", SERVING, &gap(2, 3), Expect::Ack { seq: 3 }, "R105"),
@@ -216,13 +216,13 @@ fn gaps() -> Vec<Vector> {
         vector("gap-backwards", SERVING, &gap(6, 5), refused(33), "R45: from_seq above the header's seq"),
         vector("gap-backwards-ahead", SERVING, &gap(8, 7), nack(21, 7), "R45: stands for its own number, which is not next"),
         vector("gap-from-0", SERVING, &gap(0, 5), refused(33), "R24"),
-        vector("gap-from-0-ahead", SERVING, &gap(0, 9), nack(33, 9), "R45: covers 0 to 9, and is refused"),
-        vector("gap-critical", SERVING, &critical, nack(34, 9), "R26, R45: covers 5 to 9 all the same"),
-        vector("gap-trailing", SERVING, &trailing, nack(30, 9), "R21, R45: covers 5 to 9 all the same"),
-        vector("gap-long-varint", SERVING, &long, nack(30, 9), "R22, R45: covers 5 to 9 all the same"),
-        vector("gap-of-nothing", SERVING, &empty, nack(21, 9), "R45: tells no first number, so it covers its own alone"),
+        vector("gap-from-0-ahead", SERVING, &gap(0, 9), nack(33, 9), "R45: covers 0 to 9 and is refused"),
+        vector("gap-critical", SERVING, &critical, nack(34, 9), "R26, R45: still covers 5 to 9"),
+        vector("gap-trailing", SERVING, &trailing, nack(30, 9), "R21, R45: still covers 5 to 9"),
+        vector("gap-long-varint", SERVING, &long, nack(30, 9), "R22, R45: still covers 5 to 9"),
+        vector("gap-of-nothing", SERVING, &empty, nack(21, 9), "R45: has no first number, so it covers only its own"),
         vector("gap-dropping", DROPPING, &gap(4, 9), Expect::Taken, "R62: covers the awaited number"),
-        vector("gap-flags", SERVING, &flagged, nack(34, 9), "R11: all its numbers are used up"),
+        vector("gap-flags", SERVING, &flagged, nack(34, 9), "R11: all its numbers are used"),
         vector("gap-damaged", SERVING, &damaged_payload(gap(5, 9)), nack(21, 9), "R44: its first number cannot be known"),
         vector("gap-reason", SERVING, &message_frame(&Gap { from_seq: 5, reason: 255, ext: &[] }, 9), Expect::Taken, "R45: any reason"),
     ]

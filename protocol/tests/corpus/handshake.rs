@@ -1,4 +1,4 @@
-//! Keys, MACs and the four frames of the handshake.
+//! Vectors of keys, MACs and the four frames of the handshake.
 
 use fieldgate_protocol::auth::{Transcript, derive_device_key, schema_hash};
 use fieldgate_protocol::message::{Auth, Challenge, Hello, Welcome};
@@ -58,7 +58,7 @@ pub fn welcome(durable_seq: u64, schema_known: u8) -> Welcome<'static> {
     }
 }
 
-/// The four frames, with both MACs.
+/// Returns the four frames, with both MACs.
 pub fn frames(
     hello: &Hello<'_>,
     auth_mono_us: u64,

@@ -1,21 +1,22 @@
-//! What a gateway makes of one frame, by the crate's decoders: SPEC.md's order of checks (R44, R101)
-//! for a gateway that stores all at once. The order is what is tested here; a real gateway's states
-//! are tested where they are.
+//! Determines the outcome of one frame with the crate's decoders: the order of checks in SPEC.md
+//! (R44, R101), for a gateway that stores immediately. Only the order is tested here; the states of
+//! a real gateway are tested separately.
 
 use fieldgate_protocol::auth::schema_hash;
-use fieldgate_protocol::column::{Kind, check_shape, decode_times, decode_values};
+use fieldgate_protocol::column::{check_shape, decode_times, decode_values};
 use fieldgate_protocol::error::Violation;
 use fieldgate_protocol::frame::{self, Frame, FrameError, SEQ_MAX, VERSION, types};
 use fieldgate_protocol::message::{
     Ack, Auth, Bye, Challenge, Data, Declare, Event, Gap, Hello, Nack, Ping, Pong, Welcome, decode,
 };
+use fieldgate_protocol::value::Kind;
 
 use super::{
     AWAIT_AUTH, AWAIT_HELLO, CRC_FAILED, DEVICE, DROPPING, DURABLE_SEQ, EXPECTED_SEQ, Expect,
     LIMIT_SEQ, bye, declare, message_frame, nack, payload_of,
 };
 
-/// The expectation for the frame at the start of `bytes`.
+/// Returns the expected outcome of the frame at the start of `bytes`.
 pub fn judge(state: &str, bytes: &[u8]) -> Expect {
     let limit = if [AWAIT_HELLO, AWAIT_AUTH].contains(&state) {
         512
@@ -46,7 +47,7 @@ fn for_device(frame: &Frame<'_>) -> Expect {
         types::NACK => decode::<Nack<'_>>(payload).is_ok(),
         types::PONG => decode::<Pong<'_>>(payload).is_ok(),
         types::BYE => decode::<Bye<'_>>(payload).is_ok(),
-        // COMMAND among them: a device without commands takes it for a fault, however right it is.
+        // Includes COMMAND: for a device without commands it is a fault, even if valid.
         _ => false,
     };
     if is_right && frame.intact && frame.header.flags == 0 && frame.header.version == VERSION {
@@ -71,7 +72,7 @@ fn handshake(state: &str, frame: &Frame<'_>) -> Expect {
         return bye(50);
     }
     if awaited == types::AUTH {
-        // Whether the MAC is right is for the handshake's own vectors.
+        // The vectors of the handshake test the MAC.
         return decode::<Auth<'_>>(payload).map_or(bye(50), |_| Expect::Taken);
     }
     match decode::<Hello<'_>>(payload) {
@@ -172,7 +173,7 @@ fn sequenced(state: &str, frame: &Frame<'_>) -> Expect {
     }
 }
 
-/// Whether the schema is known; what is wrong with the content.
+/// Returns whether the schema is known, or the fault in the content.
 fn content(frame: &Frame<'_>) -> Result<bool, Violation> {
     let header = frame.header;
     if header.flags != 0 {

@@ -1,4 +1,4 @@
-//! Each message but DATA: whole, at its boundaries, and wrong.
+//! Vectors of each message but DATA: complete, at its limits, and invalid.
 
 use fieldgate_protocol::frame::types;
 use fieldgate_protocol::message::{Ack, Auth, Bye, Challenge, Command, CommandResult, Event, Gap, Hello, Nack, Ping, Pong, Welcome};
@@ -40,9 +40,9 @@ fn with_fields(mut vector: Vector, fields: Value) -> Vector {
     vector
 }
 
-/// Numbers beyond 2^53 are texts, for readers whose numbers are doubles.
+/// Numbers beyond 2^53 are strings, for readers whose numbers are doubles.
 fn whole() -> Vec<Vector> {
-    let taken = |id: &str, state, frame: &[u8], fields| with_fields(vector(id, state, frame, Expect::Taken, "whole, with every field told"), fields);
+    let taken = |id: &str, state, frame: &[u8], fields| with_fields(vector(id, state, frame, Expect::Taken, "complete, with every field"), fields);
     let schema_hash = hello().schema_hash;
     let channels: Vec<Value> = declare().channels.iter().map(|c| json!({ "id": c.id, "name": c.name, "unit": c.unit, "kind": c.kind, "exp10": c.exp10 })).collect();
     vec![
@@ -176,9 +176,9 @@ fn hellos() -> Vec<Vector> {
     }
     say("mono-top", Hello { mono_us: 1 << 53, ..hello() }, Expect::Taken, "R50");
     say("mono-over", Hello { mono_us: (1 << 53) + 1, ..hello() }, bye(50), "R50");
-    say("utc-min", Hello { utc_us: i64::MIN, ..hello() }, Expect::Taken, "R24: a wrong clock keeps no device out");
+    say("utc-min", Hello { utc_us: i64::MIN, ..hello() }, Expect::Taken, "R24: a wrong clock does not lock a device out");
     say("no-schema", Hello { schema: 0, schema_hash: [0; 8], ..hello() }, Expect::Taken, "R30");
-    say("caps", Hello { caps: u32::MAX, ..hello() }, Expect::Taken, "R38: unknown capabilities are let through");
+    say("caps", Hello { caps: u32::MAX, ..hello() }, Expect::Taken, "R38: unknown capabilities are accepted");
     out
 }
 
@@ -248,7 +248,7 @@ fn declares() -> Vec<Vector> {
     let mut other = declare();
     other.channels[0].exp10 = -1;
     let conflict = Expect::Nack { code: 23, seq: 0, expected_seq: EXPECTED_SEQ, consumed: false };
-    out.push(vector("declare-conflict", SERVING, &message_frame(&other, 0), conflict, "R40: number 1 has other content"));
+    out.push(vector("declare-conflict", SERVING, &message_frame(&other, 0), conflict, "R40: number 1 has different content"));
     out
 }
 
@@ -269,8 +269,8 @@ fn events() -> Vec<Vector> {
     ]
 }
 
-/// EVENT is `clock boot time_us level code text ext`, here in the bytes
-/// `00 07 80ade204 02 ac02 0b... 00`.
+/// EVENT is `clock boot time_us level code text ext`, here with the bytes `00 07 80ade204 02 ac02
+/// 0b... 00`.
 fn encodings() -> Vec<Vector> {
     let whole = message_frame(&event(), 5);
     let payload = payload_of(&whole);
@@ -292,7 +292,7 @@ fn encodings() -> Vec<Vector> {
         say("u32-over", &at(1, &[0x07], &[0x80, 0x80, 0x80, 0x80, 0x10]), 30, "R20: 2^32 in a u32"),
         say("i64-over", &at(2, &[0x80, 0xad, 0xe2, 0x04], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02]), 30, "R20: more than 64 bits"),
         say("text-past-end", &at(9, &[0x0b], &[0x7f]), 30, "R20: a length beyond the payload"),
-        say("text-huge", &at(9, &[0x0b], &[0xff, 0xff, 0xff, 0xff, 0x0f]), 30, "R20: a length of 4 GiB; nothing is set aside for it"),
+        say("text-huge", &at(9, &[0x0b], &[0xff, 0xff, 0xff, 0xff, 0x0f]), 30, "R20: a length of 4 GiB; nothing is allocated for it"),
         vector("encoding-trailing-ping", SERVING, &frame_of(types::PING, 0, &[payload_of(&pinged), &[0]].concat()), bye(44), "R21, R109"),
         vector("encoding-trailing-hello", AWAIT_HELLO, &frame_of(types::HELLO, 0, &[payload_of(&message_frame(&hello(), 0)), &[0]].concat()), bye(50), "R21, R102"),
     ]
@@ -302,15 +302,15 @@ fn exts() -> Vec<Vector> {
     let say = |id: &str, ext: &[u8], expect, note| vector(format!("ext-{id}"), SERVING, &message_frame(&Event { ext, ..event() }, 5), expect, note);
     let longest = [&[0xFF, 0xFF][..], &[0xEE; 255]].concat();
     vec![
-        say("odd", &[1, 2, 0xAA, 0xBB], Expect::Taken, "R26: an odd tag is passed over"),
+        say("odd", &[1, 2, 0xAA, 0xBB], Expect::Taken, "R26: an odd tag is skipped"),
         say("odd-empty", &[1, 0], Expect::Taken, "R25: no value"),
         say("odd-longest", &longest, Expect::Taken, "R25: 255 bytes of value"),
         say("odd-two", &[3, 1, 0, 1, 1, 0], Expect::Taken, "R25: any order"),
-        say("odd-twice", &[1, 1, 0, 1, 1, 0], Expect::Taken, "R25: a tag again"),
+        say("odd-twice", &[1, 1, 0, 1, 1, 0], Expect::Taken, "R25: a repeated tag"),
         say("even", &[2, 0], refused(34), "R26: an even tag is critical"),
         say("even-0", &[0, 0], refused(34), "R26"),
         say("even-254", &[254, 1, 9], refused(34), "R26"),
-        say("odd-even", &[1, 1, 0, 2, 1, 0], refused(34), "R26: behind an odd one"),
+        say("odd-even", &[1, 1, 0, 2, 1, 0], refused(34), "R26: after an odd one"),
         say("tag-only", &[1], refused(30), "R25"),
         say("even-tag-only", &[2], refused(30), "R25: no length, so no tag either"),
         say("short", &[1, 2, 0xAA], refused(30), "R25: a value that is cut short"),
@@ -328,7 +328,7 @@ fn ranges() -> Vec<Vector> {
     vec![
         say("mono-top", Ping { mono_us: 1 << 53, ..ping() }, Expect::Taken, "R50"),
         say("mono-over", Ping { mono_us: (1 << 53) + 1, ..ping() }, bye(44), "R50, R109"),
-        say("pong-after-ping", Ping { pong_mono_us: 5_000_001, ..ping() }, bye(44), "R24: the PONG came after this PING left"),
+        say("pong-after-ping", Ping { pong_mono_us: 5_000_001, ..ping() }, bye(44), "R24: the PONG arrived after this PING was sent"),
         say("pong-utc-after", Ping { pong_sent_us: 253_402_300_800_000_000, ..ping() }, bye(44), "R50"),
         vector("auth-mono-over", AWAIT_AUTH, &auth((1 << 53) + 1), bye(50), "R50, R102"),
         vector(
@@ -352,7 +352,7 @@ fn device_side() -> Vec<Vector> {
         say("nack-detail-97", &message_frame(&Nack { detail: &text, ..nacked() }, 5), Expect::Close, "R23, R87"),
         say("bye-detail-96", &message_frame(&Bye { detail: &text[1..], ..leave() }, 0), Expect::Taken, "R23"),
         say("bye-detail-97", &message_frame(&Bye { detail: &text, ..leave() }, 0), Expect::Close, "R23, R87"),
-        say("bye-unknown-code", &message_frame(&Bye { code: 99, ..leave() }, 0), Expect::Taken, "R61: class unknown, so connect again"),
+        say("bye-unknown-code", &message_frame(&Bye { code: 99, ..leave() }, 0), Expect::Taken, "R61: unknown class, so reconnect"),
         say("welcome-keepalive-0", &message_frame(&Welcome { keepalive_s: 0, ..welcome(1, 1) }, 0), Expect::Close, "R24"),
         say("welcome-ack-timeout-0", &message_frame(&Welcome { ack_timeout_s: 0, ..welcome(1, 1) }, 0), Expect::Close, "R24"),
         say("welcome-limit-below", &message_frame(&Welcome { limit_seq: 0, ..welcome(1, 1) }, 0), Expect::Close, "R24"),

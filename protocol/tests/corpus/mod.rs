@@ -1,8 +1,8 @@
-//! The test vectors: what `examples/vectors.rs` writes and `tests/vectors.rs` checks.
+//! The test vectors, written by `examples/vectors.rs` and checked by `tests/vectors.rs`.
 //!
-//! Expectations are written by hand beside each vector; [`judge`] finds the same by the crate's
-//! decoders, and `vectors/check.py` finds it a third time from SPEC.md alone. The tables keep a vector
-//! on a line, past rustfmt.
+//! Expectations are written by hand next to each vector. [`judge`] derives them with the crate's
+//! decoders, and `vectors/check.py` from SPEC.md alone. The tables keep each vector on one line,
+//! exempt from rustfmt.
 
 #[rustfmt::skip]
 pub mod columns;
@@ -25,7 +25,7 @@ use fieldgate_protocol::message::{self, Channel, Column, Data, Declare, Message}
 use serde::Serialize;
 use serde_json::{Value, json};
 
-/// What one side makes of one frame, in a state that the file's `states` describes.
+/// The outcome of one frame at one receiver, in a state described in the file's `states`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Vector {
     pub id: String,
@@ -38,30 +38,31 @@ pub struct Vector {
     pub note: &'static str,
 }
 
-/// What the receiver does.
+/// Outcome at the receiver.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum Expect {
-    /// Carried out.
+    /// The frame is accepted.
     Taken,
-    /// More bytes are awaited.
+    /// More bytes are needed.
     Incomplete,
-    /// Not looked at, nothing changes.
+    /// The frame is skipped; nothing changes.
     PassedOver,
-    /// Not looked at and not answered: its ACK comes with a commit, or it is awaited again.
+    /// The frame is dropped without a reply: its ACK is sent with a commit, or it was already
+    /// requested again.
     Dropped,
-    /// Stored before: answered with an ACK.
+    /// The number is durable already: the reply is an ACK.
     Ack { seq: u64 },
-    /// Refused; `consumed` tells whether the number is used up.
+    /// The frame is refused; `consumed` says whether the number is used.
     Nack {
         code: u8,
         seq: u64,
         expected_seq: u64,
         consumed: bool,
     },
-    /// The connection ends with this code.
+    /// The connection ends with a BYE of this code.
     Bye { code: u8 },
-    /// The connection ends without a word.
+    /// The connection ends without a BYE.
     Close,
 }
 
@@ -74,7 +75,7 @@ pub const CRC_FAILED: &str = "serving_crc_failed_5";
 pub const DROPPING: &str = "serving_dropping";
 pub const DEVICE: &str = "device";
 
-/// The serving states have stored 3 and taken 4; 5 is next.
+/// In the serving states, 3 is durable, 4 is accepted, and 5 is expected.
 pub const DURABLE_SEQ: u64 = 3;
 pub const EXPECTED_SEQ: u64 = 5;
 pub const LIMIT_SEQ: u64 = DURABLE_SEQ + 64;
@@ -101,7 +102,7 @@ pub fn vector(
     }
 }
 
-/// A refusal of class 2, or of class 3 with its number used up.
+/// Returns a NACK of class 2, or of class 3 with its number used.
 pub fn nack(code: u8, seq: u64) -> Expect {
     Expect::Nack {
         code,
@@ -111,7 +112,7 @@ pub fn nack(code: u8, seq: u64) -> Expect {
     }
 }
 
-/// A refusal of the frame that is next.
+/// Returns a NACK of the expected frame.
 pub fn refused(code: u8) -> Expect {
     nack(code, EXPECTED_SEQ)
 }
@@ -131,12 +132,12 @@ pub fn unhex(text: &str) -> Vec<u8> {
         .collect()
 }
 
-/// A frame of version 1 without flags around any payload.
+/// Returns a frame of version 1 without flags.
 pub fn frame_of(frame_type: u8, seq: u64, payload: &[u8]) -> Vec<u8> {
     frame_with(VERSION, frame_type, 0, seq, payload)
 }
 
-/// A frame with right checksums around anything.
+/// Returns a frame with correct checksums and any other content.
 pub fn frame_with(version: u8, frame_type: u8, flags: u8, seq: u64, payload: &[u8]) -> Vec<u8> {
     let mut out = vec![0; OVERHEAD_BYTES + payload.len()];
     out[HEADER_BYTES..HEADER_BYTES + payload.len()].copy_from_slice(payload);
@@ -162,7 +163,7 @@ pub fn payload_of(frame: &[u8]) -> &[u8] {
     &frame[HEADER_BYTES..frame.len() - 4]
 }
 
-/// The schema that the serving states know: one channel of each kind.
+/// Returns the schema of the serving states: one channel of each kind.
 pub fn declare() -> Declare<'static> {
     let channel = |id, name, unit, kind, exp10| Channel {
         id,
@@ -185,7 +186,7 @@ pub fn declare() -> Declare<'static> {
     }
 }
 
-/// Three readings of the temperature, a second apart: 21.57, 21.58, 21.56.
+/// Returns three readings of the temperature, one second apart: 21.57, 21.58, 21.56.
 pub fn data() -> Data<'static> {
     Data {
         schema: 1,
@@ -208,13 +209,13 @@ pub fn data() -> Data<'static> {
     }
 }
 
-/// A payload in which the given bytes stand in the place of others.
+/// Replaces the bytes `old` in a payload.
 pub fn replaced(payload: &[u8], at: usize, old: &[u8], new: &[u8]) -> Vec<u8> {
     assert_eq!(&payload[at..at + old.len()], old, "not the bytes expected");
     [&payload[..at], new, &payload[at + old.len()..]].concat()
 }
 
-/// Every file: its name and content.
+/// Returns the name and content of every file.
 pub fn files() -> Vec<(&'static str, Value)> {
     let states = json!({
         "await_hello": "the gateway after accepting; a whole frame is at most 512 bytes",
@@ -259,12 +260,12 @@ pub fn files() -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// All vectors of a single frame.
+/// Returns all vectors of a single frame.
 pub fn vectors() -> Vec<Vector> {
     [frames::vectors(), messages::vectors(), readings::vectors()].concat()
 }
 
-/// As the files are written: one vector a line, so that a change shows as a changed line.
+/// Renders a file with one vector per line, so that diffs show changed vectors.
 pub fn render(file: &Value) -> String {
     let mut out = String::from("{\n");
     let entries = file.as_object().unwrap();

@@ -1,4 +1,4 @@
-//! The encoding of numbers, texts and lists by themselves.
+//! Vectors of the encoding of single numbers, texts and lists.
 
 use super::*;
 
@@ -54,7 +54,7 @@ pub fn file() -> Value {
     ));
     vectors.push(good("array4", [1u8, 128, 255, 0], "0180ff00"));
     vectors.extend([
-        bad("u8", &[], "nothing there"),
+        bad("u8", &[], "no bytes"),
         bad("u16", &[0x80], "cut short"),
         bad("u16", &[0x80, 0x00], "not the shortest"),
         bad("u16", &[0x80, 0x80, 0x04], "65,536"),
@@ -76,7 +76,7 @@ pub fn file() -> Value {
     json!({ "about": "Numbers, texts and byte strings (SPEC.md section 3)", "vectors": vectors })
 }
 
-/// Whether the crate's decoder takes these bytes for one value of this type, and nothing else.
+/// Returns the value if the crate decodes these bytes as exactly one value of this type.
 pub fn decodes(kind: &str, bytes: &[u8]) -> Option<String> {
     use serde::Deserialize;
     fn one<'a, T: Deserialize<'a> + Serialize>(bytes: &'a [u8]) -> Option<T> {

@@ -1,4 +1,4 @@
-//! A device's queue in memory, for tests.
+//! A device queue in memory, for tests.
 
 use std::collections::BTreeMap;
 
@@ -7,17 +7,17 @@ use fieldgate_protocol::frame::NoRoom;
 
 use super::{data, declare, message_frame};
 
-/// Frames by number; remembers what it was told.
+/// Frames by number; records deletions.
 #[derive(Clone, Debug)]
 pub struct MemoryQueue {
     frames: BTreeMap<u64, Vec<u8>>,
     next_seq: u64,
-    /// Highest number it was told to delete through.
+    /// Highest number of a deletion.
     pub deleted_through: u64,
 }
 
 impl MemoryQueue {
-    /// Holds DATA of these numbers.
+    /// Creates a queue with DATA of these numbers.
     pub fn holding(oldest_seq: u64, next_seq: u64) -> MemoryQueue {
         MemoryQueue {
             frames: (oldest_seq..next_seq)
@@ -34,7 +34,7 @@ impl MemoryQueue {
         self.next_seq += 1;
     }
 
-    /// The ring ran full: numbers below this are lost.
+    /// Simulates a full ring: numbers below `seq` are lost.
     pub fn overwrite_below(&mut self, seq: u64) {
         self.frames = self.frames.split_off(&seq);
     }
@@ -67,7 +67,7 @@ impl Queue for MemoryQueue {
     fn write_declare(&mut self, seq: u64, out: &mut [u8]) -> Result<usize, NoRoom> {
         assert!(
             self.frames.contains_key(&seq),
-            "asked for the schema of a frame it does not hold"
+            "requested the schema of a frame that is not in the queue"
         );
         put(&message_frame(&declare(), 0), out)
     }

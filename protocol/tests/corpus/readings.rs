@@ -1,4 +1,4 @@
-//! DATA: shapes, times and columns, whole and wrong, in whole frames.
+//! Vectors of DATA: shapes, times and columns, valid and invalid, in complete frames.
 
 use fieldgate_protocol::frame::types;
 
@@ -18,7 +18,8 @@ fn with<'a>(columns: &[Column<'a>]) -> Data<'a> {
     Data { columns: columns.iter().copied().collect(), ..data() }
 }
 
-/// Any number of rows in two bytes: the first value, then differences of no bits.
+/// Returns a column for any number of rows in two bytes: the first value, then differences of no
+/// bits.
 fn constant(channel: u8) -> Column<'static> {
     Column { channel, encoding: 2, nulls: &[], data: &[0, 0] }
 }
@@ -48,7 +49,7 @@ fn shapes() -> Vec<Vector> {
         say("rows-4097", rows(4097, &[constant(1)]), refused(33), "R52"),
         say("rows-65535", rows(65_535, &[constant(1)]), refused(33), "R52"),
         say("readings-8192", rows(4096, &[constant(1), constant(4)]), Expect::Taken, "R52: 4,096 x 2"),
-        say("readings-8193", rows(2731, &[constant(1), constant(4), constant(2)]), refused(33), "R52: 2,731 x 3, before columns are looked at"),
+        say("readings-8193", rows(2731, &[constant(1), constant(4), constant(2)]), refused(33), "R52: 2,731 x 3, before columns are checked"),
         say("columns-0", with(&[]), refused(31), "R53"),
         say("columns-32", many(32), refused(31), "R53: allowed, but channel 0 is not in the schema"),
         vector("data-columns-33", SERVING, &over, refused(30), "R53: a list too long does not decode"),
@@ -85,7 +86,7 @@ fn times() -> Vec<Vector> {
         say("utc-before", us(first - 1, 1), refused(33), "R50"),
         say("utc-last", us(last - 2, 1), Expect::Taken, "R50: the last row is the last microsecond"),
         say("utc-after", us(last - 1, 1), refused(33), "R50: the last row is one later"),
-        say("utc-overflow", Data { t0: i64::MAX, ..data() }, refused(33), "R50: seconds that are no 64-bit microseconds"),
+        say("utc-overflow", Data { t0: i64::MAX, ..data() }, refused(33), "R50: seconds that exceed 64-bit microseconds"),
         say("utc-1970", us(0, 1), Expect::Taken, "R75: suspect, not refused"),
         say("boot", boot(0, 1_000_000), Expect::Taken, "R50: from the moment of boot"),
         say("boot-negative", boot(-1, 1), refused(33), "R50"),
@@ -123,14 +124,14 @@ fn columns() -> Vec<Vector> {
         say("nulls-one", nulls(&[2], &[0xDA, 0x21, 0x03]), Expect::Taken, "R56: the second row has no value"),
         say("nulls-all", nulls(&[7], &[]), Expect::Taken, "R56: no row has one"),
         say("nulls-all-data", nulls(&[7], &[0]), refused(31), "R55: data without a row"),
-        say("nulls-spare-bit", nulls(&[8], TEMPERATURE.data), refused(31), "R56: bit 3 stands for no row"),
+        say("nulls-spare-bit", nulls(&[8], TEMPERATURE.data), refused(31), "R56: bit 3 belongs to no row"),
         say("nulls-long", nulls(&[0, 0], TEMPERATURE.data), refused(31), "R56: a byte too many"),
         say("nulls-short", Data { rows: 9, ..nulls(&[0], &[0; 9]) }, refused(31), "R56: a byte is missing"),
     ]
 }
 
-/// DATA's varints, made longer one by one. The bytes are
-/// `schema clock unit boot t0(5) rows step dt columns channel encoding nulls data... ext`.
+/// Varints of DATA, each made one byte longer in turn. The bytes are `schema clock unit boot t0(5)
+/// rows step dt columns channel encoding nulls data... ext`.
 fn encodings() -> Vec<Vector> {
     let whole = message_frame(&data(), 5);
     let payload = payload_of(&whole);

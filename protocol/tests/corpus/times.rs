@@ -1,4 +1,5 @@
-//! How a gateway turns times since boot into UTC (R73 to R75). Expectations are written by hand.
+//! Vectors of the conversion from time since boot to UTC (R73 to R75). Expectations are written by
+//! hand.
 
 use serde_json::{Value, json};
 
@@ -11,7 +12,7 @@ fn clock(boot: u32, offset_us: i64, delay_us: i64, measured_at_us: i64) -> Value
     json!({ "boot": boot, "offset_us": offset_us, "delay_us": delay_us, "measured_at_us": measured_at_us })
 }
 
-/// A measurement, and the offset that holds after it.
+/// A measurement, and the offset to use after it.
 fn measured(boot: u32, offset_us: i64, delay_us: i64, at_us: i64, holds: i64) -> Value {
     json!({ "measured": clock(boot, offset_us, delay_us, at_us), "offset_us": holds })
 }
@@ -31,7 +32,7 @@ fn case(id: &str, note: &str, present: u32, known: &[Value], steps: Vec<Value>) 
 }
 
 pub fn file() -> Value {
-    let about = "What a gateway makes of times: it begins with the clocks in `known`; each step is a measurement of a \
+    let about = "How a gateway converts times: it starts with the clocks in `known`; each step is a measurement of a \
         boot's clock or the rows of a frame, with the offset that then holds and the quality of the frame.";
     let cases = [measurements(), wraps(), chosen(), doubts()].concat();
     json!({ "about": about, "cases": cases })
@@ -96,7 +97,7 @@ fn chosen() -> Vec<Value> {
             frame(1, (H + 1, 2 * H), NOON + 3 * S, (NOON + 2 * S - H, "unanchored")),
             frame(1, (26 * H, 26 * H), NOON + 4 * S, (NOON + 2 * S - H, "suspect")),
         ]),
-        case("backlog-after-contact", "R74: begins when the device was last known to be alive", 9,
+        case("backlog-after-contact", "R74: begins when the device was last known to be running", 9,
             &[present.clone(), clock(5, NOON - 41 * H, 1_000, NOON - 40 * H)], vec![
             frame(5, (2 * H, 2 * H), NOON + 2 * S, (NOON - 41 * H, "anchored")),
             frame(6, (0, H), NOON + 3 * S, (alive, "unanchored")),
@@ -107,7 +108,7 @@ fn chosen() -> Vec<Value> {
             &[present, clock(5, NOON - 41 * H, 1_000, NOON - 40 * H)], vec![
             frame(6, (100 * H, 100 * H), NOON, (NOON - 100 * H, "unanchored")),
         ]),
-        case("backlog-measured", "R74: a measurement replaces what was chosen", 1, &[], vec![
+        case("backlog-measured", "R74: a measurement replaces the chosen offset", 1, &[], vec![
             frame(1, (H, H), NOON, (NOON - H, "unanchored")),
             measured(1, NOON - 3 * H, 900_000, NOON + S, NOON - 3 * H),
             frame(1, (2 * H, 2 * H), NOON + 2 * S, (NOON - 3 * H, "anchored")),

@@ -1,4 +1,4 @@
-//! Until WELCOME (R81, R82), and every type in every state (R87).
+//! Tests up to WELCOME (R81, R82), and of every type in every state (R87).
 
 use fieldgate_protocol::message::Bye;
 
@@ -45,7 +45,7 @@ fn rig_at(state: At) -> Rig {
     rig
 }
 
-/// A valid frame of each type, and the states that allow it.
+/// Returns a valid frame of each type, and the states that allow it.
 fn frames_of_all_types() -> Vec<(Vec<u8>, Vec<At>)> {
     let (challenge, welcomed) = Rig::new(MemoryQueue::holding(1, 3)).gateway_frames(welcome(0, 1));
     let ack = message_frame(
@@ -67,7 +67,7 @@ fn frames_of_all_types() -> Vec<(Vec<u8>, Vec<At>)> {
         (welcomed, vec![At::ExpectWelcome]),
         (ack, vec![At::Ready]),
         (message_frame(&nack, 2), vec![At::Ready]),
-        // Answers no PING.
+        // PONG without a PING.
         (message_frame(&messages::pong(), 0), vec![]),
         (message_frame(&handshake::hello(), 0), vec![]),
         (message_frame(&messages::auth(), 0), vec![]),
@@ -123,7 +123,7 @@ fn bye_ends_every_state() {
 }
 
 #[test]
-fn what_is_damaged_flagged_or_of_another_version_is_a_fault() {
+fn a_damaged_or_flagged_frame_or_another_version_is_a_fault() {
     for state in STATES {
         for (mut frame, _) in frames_of_all_types() {
             let payload = corpus::payload_of(&frame).to_vec();
@@ -158,7 +158,7 @@ fn a_gateway_that_does_not_prove_the_key_changes_nothing() {
 fn a_welcome_of_another_connection_is_no_proof() {
     let mut rig = rig_at(At::ExpectWelcome);
     rig.now_us += 1;
-    // Right for a HELLO sent a microsecond later.
+    // Correct for a HELLO sent a microsecond later.
     let (_, welcomed) = rig.gateway_frames(welcome(2, 1));
     assert_eq!(rig.receive(&welcomed), Err(Fault::NotOurGateway));
     assert_eq!(rig.queue.held(), [1, 2]);
@@ -176,7 +176,7 @@ fn another_channel_binding_is_no_proof() {
 }
 
 #[test]
-fn welcome_deletes_what_is_durable_and_resumes_behind_it() {
+fn welcome_deletes_durable_frames_and_resumes_after_them() {
     let mut rig = Rig::ready(MemoryQueue::holding(1, 5), 2);
     assert!(rig.device.is_ready());
     assert_eq!(rig.queue.held(), [3, 4]);
@@ -185,7 +185,7 @@ fn welcome_deletes_what_is_durable_and_resumes_behind_it() {
 }
 
 #[test]
-fn welcome_beyond_what_was_numbered_is_a_fault() {
+fn welcome_beyond_the_assigned_numbers_is_a_fault() {
     let mut rig = Rig::new(MemoryQueue::holding(1, 3));
     let found = rig.welcome(welcome(3, 1));
     assert!(matches!(found, Err(Fault::Protocol(_))));
@@ -201,7 +201,7 @@ fn an_empty_queue_is_welcome() {
 }
 
 #[test]
-fn a_schema_that_is_not_known_is_declared_first() {
+fn an_unknown_schema_is_declared_first() {
     let mut rig = Rig::new(MemoryQueue::holding(1, 3));
     rig.welcome(welcome(0, 0)).unwrap();
     assert_eq!(rig.sends(), [Sent::Declare, Sent::Data(1), Sent::Data(2)]);

@@ -1,4 +1,4 @@
-//! The device's state machine, driven frame by frame against a scripted gateway.
+//! Tests of the device state machine, driven frame by frame with a scripted gateway.
 
 #[allow(dead_code, missing_docs)]
 #[path = "../corpus/mod.rs"]
@@ -18,7 +18,7 @@ use fieldgate_protocol::device::{Config, Device, Fault, Notice, Queue};
 use fieldgate_protocol::frame::{self, types};
 use fieldgate_protocol::message::{Ack, Gap, Hello, Message, Nack, Ping, Pong, Welcome, decode};
 
-/// What the device sent, in short.
+/// Short form of a frame that the device sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sent {
     Hello,
@@ -29,7 +29,7 @@ enum Sent {
     Ping,
 }
 
-/// A device, its queue and its clock, on one connection after the other.
+/// A device with its queue and clock, over successive connections.
 struct Rig {
     device: Device<'static>,
     queue: MemoryQueue,
@@ -51,7 +51,7 @@ impl Rig {
         }
     }
 
-    /// A device that has been welcomed.
+    /// Returns a device after WELCOME.
     fn ready(queue: MemoryQueue, durable_seq: u64) -> Rig {
         let mut rig = Rig::new(queue);
         rig.welcome(welcome(durable_seq, 1)).unwrap();
@@ -63,7 +63,7 @@ impl Rig {
             .connect(DEVICE_NONCE, NO_CHANNEL_BINDING, self.now_us, 0);
     }
 
-    /// The gateway's two frames of a handshake that begins now.
+    /// Returns the gateway's two frames of a handshake that begins now.
     fn gateway_frames(&self, welcome: Welcome<'_>) -> (Vec<u8>, Vec<u8>) {
         let hello = Hello {
             mono_us: self.now_us,
@@ -128,7 +128,7 @@ impl Rig {
         self.receive(&message_frame(&pong, 0))
     }
 
-    /// All that the device has to send now. The latest frame stays in `out`.
+    /// Returns everything that the device sends now. The last frame stays in `out`.
     fn sends(&mut self) -> Vec<Sent> {
         let mut sent = Vec::new();
         loop {

@@ -1,6 +1,6 @@
-//! What each class of NACK obliges to (R61, R62, R88).
+//! Tests of the reaction to each class of NACK (R61, R62, R88).
 
-use fieldgate_protocol::device::{MENDS_MAX, RETRY_AFTER_MS_MAX};
+use fieldgate_protocol::device::{FIXES_MAX, RETRY_AFTER_MS_MAX};
 use fieldgate_protocol::error::{Class, Code};
 
 use super::*;
@@ -21,31 +21,31 @@ fn every_code_is_answered_by_its_class() {
         match Class::of(code) {
             Class::RetryLater => {
                 assert_eq!(found, Ok(Some(Notice::Refused { seq: 2, code })));
-                assert_eq!(sent, [], "code {code}: it waits");
+                assert_eq!(sent, [], "code {code}: the device waits");
                 rig.pass(50_000).unwrap();
                 assert_eq!(
                     rig.sends(),
                     again[..1],
-                    "code {code}: one, until an ACK covers it"
+                    "code {code}: one frame until an ACK covers it"
                 );
                 assert_eq!(rig.queue.deleted_through, 0, "code {code}");
                 rig.ack(2, 66).unwrap();
                 assert_eq!(rig.sends(), again[1..], "code {code}");
                 continue;
             }
-            Class::Mend if code == Code::SchemaConflict as u8 => {
+            Class::Fix if code == Code::SchemaConflict as u8 => {
                 assert_eq!(found, Err(Fault::SchemaConflict));
             }
-            Class::Mend if code == Code::SchemaBound as u8 => {
+            Class::Fix if code == Code::SchemaBound as u8 => {
                 assert_eq!(found, Err(Fault::SchemaBound));
             }
-            Class::Mend if code == Code::UnknownSchema as u8 => {
+            Class::Fix if code == Code::UnknownSchema as u8 => {
                 assert_eq!(sent, [Sent::Declare, Sent::Data(2), Sent::Data(3)]);
             }
-            Class::Mend => assert_eq!(sent, again, "code {code}"),
+            Class::Fix => assert_eq!(sent, again, "code {code}"),
             Class::Refused => {
                 assert_eq!(found, Ok(Some(Notice::Refused { seq: 2, code })));
-                assert_eq!(sent, [], "code {code}: it is not sent again");
+                assert_eq!(sent, [], "code {code}: the frame is not resent");
                 assert_eq!(rig.queue.held(), [1, 2, 3], "only an ACK deletes");
             }
             Class::Reconnect | Class::Operator | Class::Unknown => {
@@ -62,7 +62,7 @@ fn classes_are_tens_digits() {
         assert_eq!(Code::from_wire(code as u8), Some(code));
         let tens = match code.class() {
             Class::RetryLater => 1,
-            Class::Mend => 2,
+            Class::Fix => 2,
             Class::Refused => 3,
             Class::Reconnect => 4,
             Class::Operator => 5,
@@ -91,7 +91,7 @@ fn a_damaged_unsequenced_frame_is_declared_again_and_rewinds_nothing() {
 }
 
 #[test]
-fn a_nack_that_expects_what_cannot_be_is_a_fault() {
+fn a_nack_that_expects_an_impossible_number_is_a_fault() {
     for (code, expected_seq) in [(21, 0), (21, 5), (11, 5), (22, u64::MAX), (11, 0)] {
         let mut rig = in_flight_3();
         assert!(matches!(
@@ -105,7 +105,7 @@ fn a_nack_that_expects_what_cannot_be_is_a_fault() {
 }
 
 #[test]
-fn a_nack_may_expect_what_comes_next_anyway() {
+fn a_nack_may_expect_the_next_new_number() {
     let mut rig = in_flight_3();
     rig.nack(21, 3, 4, 0).unwrap();
     rig.queue.push();
@@ -142,10 +142,10 @@ fn an_ack_ends_the_pause_of_class_1_and_one_that_advances_opens_the_window() {
     let mut rig = in_flight_3();
     rig.nack(11, 1, 1, 60_000).unwrap();
     assert_eq!(rig.sends(), []);
-    // The store is back: nothing more is durable, but what comes is taken.
+    // The store is available again: no new number is durable, but frames are accepted.
     assert_eq!(rig.ack(0, 64), Ok(None));
     assert_eq!(rig.sends(), [Sent::Data(1)]);
-    // It went away again, and came back.
+    // The store was unavailable again, and is back.
     rig.nack(11, 1, 1, 60_000).unwrap();
     rig.pass(30_000_000).unwrap();
     assert_eq!(rig.sends(), []);
@@ -153,7 +153,7 @@ fn an_ack_ends_the_pause_of_class_1_and_one_that_advances_opens_the_window() {
     assert_eq!(rig.sends(), [Sent::Data(1)]);
     rig.ack(1, 65).unwrap();
     assert_eq!(rig.sends(), [Sent::Data(2), Sent::Data(3)]);
-    // What was taken before the number that finds no room in quarantine is acknowledged meanwhile.
+    // Frames accepted before the one that does not fit in quarantine are acknowledged meanwhile.
     rig.nack(12, 3, 3, 1_000).unwrap();
     rig.pass(1_000_000).unwrap();
     assert_eq!(rig.sends(), [Sent::Data(3)]);
@@ -165,20 +165,20 @@ fn an_ack_ends_the_pause_of_class_1_and_one_that_advances_opens_the_window() {
 }
 
 #[test]
-fn what_cannot_be_mended_ends_the_connection() {
+fn a_cause_that_cannot_be_fixed_ends_the_connection() {
     let mut rig = in_flight_3();
-    for _ in 0..MENDS_MAX {
+    for _ in 0..FIXES_MAX {
         rig.nack(20, 1, 1, 0).unwrap();
         rig.sends();
     }
     assert_eq!(
         rig.nack(20, 1, 1, 0),
-        Err(Fault::Protocol("mended in vain"))
+        Err(Fault::Protocol("too many failed resends"))
     );
 
     let mut rig = in_flight_3();
     for seq in 1..=3 {
-        for _ in 0..MENDS_MAX {
+        for _ in 0..FIXES_MAX {
             rig.nack(22, seq, seq, 0).unwrap();
             rig.sends();
         }

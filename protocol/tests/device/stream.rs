@@ -1,4 +1,4 @@
-//! Sending, acknowledgement, credit, loss and resumption (R83 to R94).
+//! Tests of sending, acknowledgement, credit, loss and resumption (R83 to R94).
 
 use super::*;
 use crate::corpus::handshake::challenge;
@@ -16,7 +16,7 @@ fn an_ack_deletes_through_its_number() {
 }
 
 #[test]
-fn an_ack_of_a_number_not_given_out_is_a_fault() {
+fn an_ack_of_an_unassigned_number_is_a_fault() {
     let mut rig = Rig::ready(MemoryQueue::holding(1, 5), 0);
     rig.sends();
     assert!(matches!(rig.ack(5, 70), Err(Fault::Protocol(_))));
@@ -25,14 +25,14 @@ fn an_ack_of_a_number_not_given_out_is_a_fault() {
 }
 
 #[test]
-fn an_ack_of_an_earlier_connections_frames_is_taken() {
+fn an_ack_of_an_earlier_connections_frames_is_accepted() {
     let mut rig = Rig::ready(MemoryQueue::holding(1, 5), 0);
     assert_eq!(rig.ack(2, 66), Ok(Some(Notice::Acked { through_seq: 2 })));
     assert_eq!(rig.sends(), [Sent::Data(3), Sent::Data(4)]);
 }
 
 #[test]
-fn a_lost_ack_is_made_up_for_by_welcome() {
+fn welcome_replaces_a_lost_ack() {
     let mut rig = Rig::ready(MemoryQueue::holding(1, 4), 0);
     assert_eq!(rig.sends(), [Sent::Data(1), Sent::Data(2), Sent::Data(3)]);
     rig.device.disconnect(None, rig.now_us, 0);
@@ -60,7 +60,7 @@ fn limits_are_absolute_and_never_fall() {
 }
 
 #[test]
-fn the_devices_own_window_holds_too() {
+fn the_devices_own_window_also_applies() {
     let config = Config {
         window_frames: 2,
         ..config()
@@ -73,7 +73,7 @@ fn the_devices_own_window_holds_too() {
 }
 
 #[test]
-fn what_was_overwritten_is_told_as_a_gap() {
+fn overwritten_frames_are_reported_as_a_gap() {
     let mut rig = Rig::ready(MemoryQueue::holding(5, 7), 2);
     assert_eq!(rig.sends(), [Sent::Gap(3, 4), Sent::Data(5), Sent::Data(6)]);
     rig.ack(6, 70).unwrap();
@@ -92,7 +92,7 @@ fn a_gap_needs_no_schema() {
 }
 
 #[test]
-fn what_is_overwritten_in_flight_becomes_a_gap_when_it_is_asked_for_again() {
+fn frames_overwritten_in_flight_become_a_gap_when_requested_again() {
     let mut rig = Rig::ready(MemoryQueue::holding(1, 5), 0);
     rig.sends();
     rig.queue.overwrite_below(3);
@@ -140,7 +140,7 @@ fn a_frame_this_gateway_cannot_receive_is_neither_sent_nor_skipped() {
     assert_eq!(rig.pass(0), Ok(()));
 }
 
-/// CHALLENGE and WELCOME of a gateway with a CHALLENGE of its own.
+/// Returns CHALLENGE and WELCOME for a gateway with a given CHALLENGE.
 fn handshake_with(
     hello: &Hello<'_>,
     challenge: &fieldgate_protocol::message::Challenge<'_>,

@@ -1,4 +1,4 @@
-//! Keepalive, time-outs and the wait before the next attempt (R89 to R92, R72).
+//! Tests of keepalive, timeouts and reconnect delays (R89 to R92, R72).
 
 use fieldgate_protocol::device::{RETRY_AFTER_MS_MAX, TIME_EXCHANGE_US};
 
@@ -20,7 +20,7 @@ fn silence_is_broken_by_a_ping() {
 }
 
 #[test]
-fn a_ping_tells_of_the_latest_pong() {
+fn a_ping_carries_the_latest_pong() {
     let mut rig = Rig::ready(MemoryQueue::holding(1, 1), 0);
     rig.pass(KEEPALIVE_US).unwrap();
     rig.sends();
@@ -50,7 +50,7 @@ fn a_ping_without_an_answer_ends_the_connection() {
 }
 
 #[test]
-fn a_busy_device_still_asks_for_the_time() {
+fn a_busy_device_still_exchanges_time() {
     let mut rig = Rig::ready(MemoryQueue::holding(1, 1), 0);
     let mut pings = 0;
     for seq in 1..=2 * TIME_EXCHANGE_US / 5_000_000 {
@@ -81,13 +81,13 @@ fn no_progress_ends_the_connection() {
     rig.pass(20_000_000).unwrap();
     rig.ack(1, 65).unwrap();
     rig.pass(ACK_TIMEOUT_US - 1).unwrap();
-    // An ACK that does not advance is no progress.
+    // An ACK that does not advance is not progress.
     rig.ack(1, 66).unwrap();
     assert_eq!(rig.pass(1), Err(Fault::Timeout));
 }
 
 #[test]
-fn nothing_in_flight_is_no_lack_of_progress() {
+fn no_progress_is_needed_without_frames_in_flight() {
     let mut rig = Rig::ready(MemoryQueue::holding(1, 1), 0);
     rig.pass(ACK_TIMEOUT_US + 1).unwrap();
     rig.queue.push();
@@ -96,7 +96,7 @@ fn nothing_in_flight_is_no_lack_of_progress() {
     assert_eq!(rig.pass(1), Err(Fault::Timeout));
 }
 
-/// Least and greatest wait after a fault, in milliseconds.
+/// Returns the shortest and longest delay after a fault, in milliseconds.
 fn waits(rig: &mut Rig, fault: Option<Fault>) -> (u64, u64) {
     let config = config();
     let least = Device::new(config.clone()).disconnect(fault, 0, 0);
@@ -165,7 +165,7 @@ fn waits_lie_in_the_upper_half() {
 }
 
 #[test]
-fn only_progress_makes_waits_short_again() {
+fn only_progress_resets_the_wait() {
     let wait_ms = |rig: &mut Rig| {
         let now_us = rig.now_us;
         (rig.device.disconnect(None, now_us, u32::MAX) - now_us) / 1000
@@ -174,7 +174,7 @@ fn only_progress_makes_waits_short_again() {
     assert_eq!(wait_ms(&mut rig), 1_000);
     rig.welcome(welcome(0, 1)).unwrap();
     rig.sends();
-    assert_eq!(wait_ms(&mut rig), 2_000, "WELCOME alone is no progress");
+    assert_eq!(wait_ms(&mut rig), 2_000, "WELCOME alone is not progress");
     rig.welcome(welcome(0, 1)).unwrap();
     rig.sends();
     rig.ack(1, 65).unwrap();
@@ -187,7 +187,7 @@ fn only_progress_makes_waits_short_again() {
 }
 
 #[test]
-fn a_device_that_is_not_connected_wants_nothing() {
+fn a_disconnected_device_has_no_output_or_deadline() {
     let mut rig = Rig::new(MemoryQueue::holding(1, 3));
     assert_eq!(rig.device.poll_deadline(), None);
     assert_eq!(rig.sends(), []);

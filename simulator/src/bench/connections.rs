@@ -1,72 +1,73 @@
-//! What connections cost that do little, and how soon they are back when all are lost at once.
+//! Cost of connections with little traffic, and how soon they are back when all are lost simultaneously.
 
 use std::time::Duration;
 
 use serde::Serialize;
 
-use super::cell::Cell;
 use super::gateway::{Gateway, Which};
 use super::load::{Load, Sending};
+use super::workload::Workload;
 use super::{Bench, BenchError, Scope, say};
 use crate::plan::Profile;
 
-/// For what was busy to become idle.
+/// Time for busy devices to become idle.
 const REST: Duration = Duration::from_secs(1);
-/// Between what is measured and the storm.
+/// Time between the measurement and the storm.
 const RESERVE: Duration = Duration::from_secs(4);
-/// Devices that join in a second.
+/// Devices that join per second.
 const JOINS_PER_S: u32 = 1_000;
 
-/// Many connections.
+/// Results for many connections.
 #[derive(Clone, Debug, Serialize)]
 pub struct Connections {
-    /// How many.
+    /// Number of connections.
     pub connections: u32,
-    /// Memory of a gateway to which nobody is connected.
+    /// Resident memory of a gateway without connections.
     pub resident_bytes_before: u64,
-    /// With all of them connected, and nothing sent.
+    /// Resident memory with all connections open and nothing sent.
     pub resident_bytes_idle: u64,
-    /// How many of them through TLS.
+    /// Number of TLS connections.
     pub connections_tls: u32,
-    /// With those connected, and nothing sent.
+    /// Resident memory with the TLS connections open and nothing sent.
     pub resident_bytes_tls: u64,
-    /// After each has sent a frame; what the store keeps in memory is in it.
+    /// Resident memory after each device has sent a frame, including the store's caches.
     pub resident_bytes_after_frame: u64,
-    /// While each sends a frame now and then; also with the store's.
+    /// Resident memory while each device sends a frame periodically, including the store's caches.
     pub resident_bytes_slow: u64,
-    /// From frame to frame of a device.
+    /// Time between two frames of a device.
     pub period_s: f64,
-    /// Cores that the gateway takes while they do so.
+    /// CPU cores used by the gateway meanwhile.
     pub gateway_cores: f64,
-    /// From when a frame was due to its ACK.
+    /// p99 of the time from a frame's due time to its ACK.
     pub ack_p99_ms: f64,
-    /// From the moment when all connections are dropped until all devices are welcomed again.
+    /// Time from dropping all connections until all devices are welcomed again.
     pub storm_s: f64,
 }
 
 impl Connections {
-    /// More memory than without connections, for each of so many.
+    /// Returns the additional memory per connection, for this many connections.
     pub(super) fn bytes_each(&self, resident_bytes: u64, connections: u32) -> f64 {
         let more = resident_bytes as f64 - self.resident_bytes_before as f64;
         more / f64::from(connections)
     }
 }
 
-/// Each with a gateway of its own: memory that one had used would be counted for the next.
+/// Measures each state with a separate gateway, because memory used in one would count in the next.
 pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), BenchError> {
     let devices = scope.connections;
     say(&format!("{devices} idle connections"));
     let is_silent = true;
-    let cell = cell_of(devices);
-    let (resident_bytes_before, resident_bytes_idle) = idle(scope, cell, is_silent, false).await?;
+    let workload = cell_of(devices);
+    let (resident_bytes_before, resident_bytes_idle) =
+        idle(scope, workload, is_silent, false).await?;
     let connections_tls = scope.connections_tls;
-    say(&format!("{connections_tls} idle connections through TLS"));
+    say(&format!("{connections_tls} idle TLS connections"));
     let secured = cell_of(connections_tls);
     let (_, resident_bytes_tls) = idle(scope, secured, is_silent, true).await?;
     say(&format!("{devices} connections that have sent a frame"));
-    let (_, resident_bytes_after_frame) = idle(scope, cell, !is_silent, false).await?;
+    let (_, resident_bytes_after_frame) = idle(scope, workload, !is_silent, false).await?;
     say(&format!(
-        "{devices} connections that send now and then, and a storm"
+        "{devices} connections that send periodically, then a reconnect storm"
     ));
     let slow = slow(scope).await?;
     bench.connections = Some(Connections {
@@ -80,9 +81,9 @@ pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), 
     Ok(())
 }
 
-/// A minute of one sensor in a frame.
-fn cell_of(devices: u32) -> Cell {
-    Cell {
+/// Returns a workload whose frames hold a minute of one sensor.
+fn cell_of(devices: u32) -> Workload {
+    Workload {
         devices,
         channels: 1,
         samples: 60,
@@ -91,26 +92,26 @@ fn cell_of(devices: u32) -> Cell {
 }
 
 fn flag(scope: &Scope<'_>) -> [String; 2] {
-    // One more for the fleet's own, which says nothing.
+    // One more for the fleet's own initial connection.
     let connections = (scope.connections + 1).max(16_384);
     ["--connections-max".into(), connections.to_string()]
 }
 
-/// Memory before anybody connects, and with all connections, after a frame from each or without.
+/// Measures the memory before any connection and with all of them, with or without a frame from each.
 async fn idle(
     scope: &Scope<'_>,
-    cell: Cell,
+    workload: Workload,
     is_silent: bool,
     through_tls: bool,
 ) -> Result<(u64, u64), BenchError> {
-    let joining = Duration::from_secs((cell.devices / JOINS_PER_S).max(3).into());
+    let joining = Duration::from_secs((workload.devices / JOINS_PER_S).max(3).into());
     let sending = Sending {
         profile: Profile::Ramp,
-        // Half of it is for joining. Nobody's second frame is due before it is over.
+        // Half of it is for joining. No second frame is due before it ends.
         duration: Some((2 * joining).min(Duration::from_secs(60))),
         is_silent,
         through_tls,
-        ..Sending::burst(cell)
+        ..Sending::burst(workload)
     };
     let store = scope.site.new_store(Which::Fresh).await?;
     let flag = flag(scope);
@@ -121,7 +122,7 @@ async fn idle(
     let mut load = Load::start(&gateway, &sending)?;
     load.ready().await?;
     if !is_silent {
-        load.acked(cell.devices.into()).await?;
+        load.acked(workload.devices.into()).await?;
     }
     load.pass(REST).await?;
     let after = gateway.resident_bytes()?;
@@ -132,14 +133,14 @@ async fn idle(
 }
 
 async fn slow(scope: &Scope<'_>) -> Result<Connections, BenchError> {
-    let cell = cell_of(scope.connections);
+    let workload = cell_of(scope.connections);
     let period = scope.slow_period;
     let sending = Sending {
         profile: Profile::Steady,
-        interval_us: period.as_micros() as u64 / u64::from(cell.samples),
+        interval_us: period.as_micros() as u64 / u64::from(workload.samples),
         // They join within the first period.
         storm_every: Some(period + REST + scope.slow + RESERVE),
-        ..Sending::burst(cell)
+        ..Sending::burst(workload)
     };
     let store = scope.site.new_store(Which::Fresh).await?;
     let flag = flag(scope);

@@ -1,4 +1,4 @@
-//! The gateway's process, and where it keeps things.
+//! The gateway process and the stores it uses.
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,20 +14,18 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
 
-use super::bare::Job;
+use super::baseline::Job;
 use super::postgres::Database;
 use super::{BenchError, machine, postgres, sqlite};
 use crate::fleet::{FleetTls, TlsError};
 
-/// What the names of the devices begin with.
-pub(super) const NAME_PREFIX: &str = "bench-";
-/// A gateway that drains and moves its log into the database takes some seconds.
+/// Maximum time to exit: a gateway needs some seconds to drain and to checkpoint its log into the database.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Which of the stores of a site.
+/// Selects one of the stores of a site.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Which {
-    /// Made anew for each measurement.
+    /// Created for each measurement.
     Fresh,
     /// Kept while it is compared with fresh ones.
     Stored,
@@ -44,7 +42,7 @@ impl Which {
     }
 }
 
-/// Where it is measured: a directory, and databases if it is on Postgres.
+/// Location of the measurements: a directory, and databases if it is on Postgres.
 pub(super) struct Site {
     pub(super) dir: PathBuf,
     server: Option<PostgresUrl>,
@@ -76,7 +74,7 @@ impl Site {
         }
     }
 
-    /// A store that has nothing in it.
+    /// Creates an empty store.
     pub(super) async fn new_store(&self, which: Which) -> Result<Store, BenchError> {
         let store = self.store(which);
         std::fs::create_dir(&store.dir)?;
@@ -105,7 +103,7 @@ pub(super) struct Store {
 }
 
 impl Store {
-    /// Fills it without a gateway; gives back readings per second.
+    /// Fills the store without a gateway; returns readings per second.
     pub(super) async fn bare(&self, job: &Job) -> Result<f64, BenchError> {
         match &self.database {
             None => sqlite::bare(&self.dir.join(DATABASE_FILE), job).await,
@@ -116,7 +114,7 @@ impl Store {
         }
     }
 
-    /// What is on the disk when the gateway has left: the ledger and the indexes are in it.
+    /// Returns the store's size on disk after the gateway has exited, including the ledger and the indexes.
     pub(super) async fn disk_bytes(&self) -> Result<u64, BenchError> {
         match &self.database {
             None => Ok(std::fs::metadata(self.dir.join(DATABASE_FILE))?.len()),
@@ -140,21 +138,21 @@ impl Store {
     }
 }
 
-/// A gateway that listens.
+/// A running gateway.
 pub(super) struct Gateway {
     child: Child,
     pid: u32,
     pub(super) address: SocketAddr,
     pub(super) tls_address: SocketAddr,
-    /// What its certificate leads to.
+    /// CA certificate of the gateway.
     ca: PathBuf,
     pub(super) fleet_key: [u8; 32],
-    /// Kept open, for the gateway may have more to say.
+    // Kept open, because the gateway may write more.
     _stdout: Lines<BufReader<ChildStdout>>,
 }
 
 impl Gateway {
-    /// Starts one on a free port and waits until it listens.
+    /// Starts a gateway on a free port and waits until it listens.
     pub(super) async fn start(
         binary: &Path,
         store: &Store,
@@ -173,7 +171,7 @@ impl Gateway {
             .args(["--tls-listen", "127.0.0.1:0", "--data-dir"])
             .arg(&store.dir)
             .args(flags)
-            // Not as an argument, which every user of the machine can see: there may be a password in it.
+            // Not as an argument, which every user of the machine can read: it may contain a password.
             .env("FIELDGATE_STORE", store.address())
             .env("RUST_LOG", "warn")
             .stdout(Stdio::piped())
@@ -219,7 +217,7 @@ impl Gateway {
         machine::resident_bytes(self.pid)
     }
 
-    /// Ends it as a service manager does, so that the log is in the database afterwards.
+    /// Ends the gateway with SIGTERM, so that the log is in the database afterwards.
     pub(super) async fn leave(mut self) -> Result<(), BenchError> {
         let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
         let pid = pid.ok_or_else(|| io::Error::other("not a process id"))?;

@@ -1,72 +1,72 @@
-//! What healthy devices feel of peers that misbehave.
+//! Effect of misbehaving peers on healthy devices.
 
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::cell::Cell;
 use super::gateway::{Gateway, Which};
 use super::load::{Load, Sending};
-use super::peers::{Misdeed, Peers};
+use super::peers::{Attack, Peers};
+use super::workload::Workload;
 use super::{Bench, BenchError, Scope, WARM_UP, say};
 use crate::plan::Profile;
 use crate::report::Percentiles;
 
-/// A tenth of what a small machine takes.
-const HEALTHY: Cell = Cell {
+/// A tenth of the capacity of a small machine.
+const HEALTHY: Workload = Workload {
     devices: 200,
     channels: 4,
     samples: 15,
     window_frames: 16,
 };
-/// From frame to frame of a device.
+/// Time between two frames of a device.
 const FRAME_EVERY: Duration = Duration::from_millis(200);
-/// From the first peer until they are measured.
+/// Time from the first peer to the measurement.
 const SETTLING: Duration = Duration::from_secs(4);
-/// Devices that join while the peers are there.
-const NEWCOMERS: Cell = Cell {
+/// Devices that join while the hostile peers are connected.
+const NEWCOMERS: Workload = Workload {
     devices: 20,
     ..HEALTHY
 };
-/// From one look at the gateway's memory to the next.
+/// Interval at which the gateway's memory is sampled.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// Healthy devices beside peers of one kind.
+/// Results for healthy devices with peers of one kind.
 #[derive(Clone, Debug, Serialize)]
 pub struct Hostile {
-    /// What the peers do.
-    pub misdeed: Misdeed,
-    /// How many they are; who is closed is back after a second.
+    /// Attack of the peers.
+    pub misdeed: Attack,
+    /// Number of peers; a peer that is disconnected reconnects after a second.
     pub peers: u32,
-    /// Of them, those that had a connection, on average.
+    /// Average number of connected peers.
     pub open: f64,
-    /// Connections that the gateway ended in a second.
+    /// Connections closed by the gateway per second.
     pub closed_per_s: f64,
-    /// What frames of healthy devices wait without them.
+    /// ACK latency of healthy devices without the hostile peers.
     pub alone_ms: Percentiles,
-    /// And beside them.
+    /// The same with the hostile peers.
     pub beside_ms: Percentiles,
-    /// What the gateway takes of the cores without them.
+    /// CPU cores used by the gateway without the hostile peers.
     pub alone_cores: f64,
-    /// And beside them.
+    /// The same with the hostile peers.
     pub beside_cores: f64,
-    /// How long it takes until 20 devices that begin to connect are all in.
+    /// Time until 20 devices that begin to connect are all welcomed.
     pub newcomers_s: f64,
-    /// The gateway's memory with the healthy devices alone, as much as it ever was.
+    /// Highest resident memory of the gateway with the healthy devices alone.
     pub alone_resident_bytes: u64,
-    /// And beside the peers.
+    /// The same with the hostile peers.
     pub beside_resident_bytes: u64,
 }
 
 impl Hostile {
-    /// Of the p99 beside them to that without.
+    /// Returns the ratio of the p99 with the peers to that without.
     pub(super) fn ratio(&self) -> f64 {
         let [alone, beside] = [self.alone_ms, self.beside_ms].map(|ms| ms.p99.unwrap_or(f64::NAN));
         beside / alone
     }
 }
 
-/// What was measured of a gateway.
+/// Measurements of a gateway.
 struct Measured {
     ack_ms: Percentiles,
     cores: f64,
@@ -76,13 +76,13 @@ struct Measured {
     newcomers_s: f64,
 }
 
-/// Each beside a baseline of its own, on a gateway of its own.
+/// Measures each attack with a separate baseline, on a separate gateway.
 pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), BenchError> {
-    for misdeed in Misdeed::ALL {
+    for misdeed in Attack::ALL {
         let peers = misdeed.peers(scope.is_quick);
         say(&format!("{HEALTHY} alone"));
         let alone = one(scope, None).await?;
-        say(&format!("beside {peers} peers, {misdeed}"));
+        say(&format!("with {peers} peers, {misdeed}"));
         let beside = one(scope, Some((misdeed, peers))).await?;
         bench.hostile.push(Hostile {
             misdeed,
@@ -101,7 +101,7 @@ pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), 
     Ok(())
 }
 
-async fn one(scope: &Scope<'_>, misdeed: Option<(Misdeed, u32)>) -> Result<Measured, BenchError> {
+async fn one(scope: &Scope<'_>, misdeed: Option<(Attack, u32)>) -> Result<Measured, BenchError> {
     let healthy = Sending {
         profile: Profile::Steady,
         interval_us: FRAME_EVERY.as_micros() as u64 / u64::from(HEALTHY.samples),
@@ -113,7 +113,7 @@ async fn one(scope: &Scope<'_>, misdeed: Option<(Misdeed, u32)>) -> Result<Measu
     load.ready().await?;
     load.pass(WARM_UP).await?;
     let peers = misdeed.map(|(misdeed, peers)| Peers::send(&gateway, misdeed, peers));
-    // As long without them: a store of the same age is compared.
+    // The same time without the peers, so that a store of the same age is compared.
     load.pass(SETTLING).await?;
 
     let open = || peers.as_ref().map_or(0, Peers::open);
@@ -148,7 +148,7 @@ async fn one(scope: &Scope<'_>, misdeed: Option<(Misdeed, u32)>) -> Result<Measu
     })
 }
 
-/// How long it takes to get in.
+/// Measures the time to connect and log in.
 async fn newcomers(gateway: &Gateway) -> Result<f64, BenchError> {
     let sending = Sending {
         is_silent: true,

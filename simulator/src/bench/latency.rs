@@ -1,48 +1,48 @@
-//! How long frames wait for their ACKs at a rate that does not depend on the gateway.
+//! ACK latency at a rate that does not depend on the gateway.
 
 use std::time::Duration;
 
 use serde::Serialize;
 
-use super::cell::{BASE, Cell, SINGLE};
 use super::gateway::{Gateway, Which};
 use super::load::{Load, Sending, start_us};
+use super::workload::{BASE, SINGLE, Workload};
 use super::{Bench, BenchError, Scope, WARM_UP, say};
 use crate::plan::Profile;
 use crate::report::Percentiles;
 
-/// More than any device has in flight, so that frames leave when they are due and not when others are
-/// acked. The gateway is told the same.
+/// More than any device has in flight, so that frames are sent when they are due and not when others are
+/// acknowledged. The gateway is configured with the same number.
 const WINDOW_FRAMES: u16 = 1_024;
 const WINDOW_FLAGS: [&str; 2] = ["--window-frames", "1024"];
-/// For joining, and so that nobody is done before the end of what is measured.
+/// Time for joining, and margin so that no device finishes before the end of the measurement.
 const RESERVE: Duration = Duration::from_secs(3);
 
-/// ACKs at a rate.
+/// ACK latency at one rate.
 #[derive(Clone, Debug, Serialize)]
 pub struct Latency {
-    /// The fleet.
-    pub cell: Cell,
-    /// What was offered, as a share of what the gateway takes from devices that wait for each ACK: the
-    /// burst in which frames come as they do here, one by one from every device.
+    /// Workload of the fleet.
+    pub workload: Workload,
+    /// Offered rate as a share of what the gateway accepts from devices that wait for each ACK: the
+    /// burst in which frames arrive like here, one at a time from every device.
     pub share: f64,
-    /// Frames that fell due in a second.
+    /// Frames that were due per second.
     pub offered_frames_per_s: f64,
-    /// What was acked, as a share of what was offered.
+    /// Acknowledged share of the offered frames.
     pub achieved: f64,
-    /// From when a frame was due to its ACK.
+    /// Time from a frame's due time to its ACK.
     pub ack_ms: Percentiles,
 }
 
-/// The shares of the burst's rate for each kind of frame.
+/// Measures at several shares of the burst's rate for each kind of frame.
 pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), BenchError> {
-    let cases: &[(Cell, &[f64])] = match scope.is_quick {
+    let cases: &[(Workload, &[f64])] = match scope.is_quick {
         true => &[(BASE, &[0.5])],
         false => &[(BASE, &[0.25, 0.5, 0.75, 1.0]), (SINGLE, &[0.5])],
     };
-    for &(cell, shares) in cases {
-        let limit = cell.with_window(1);
-        let of_cell = bench.throughput.iter().find(|one| one.cell == limit);
+    for &(workload, shares) in cases {
+        let limit = workload.with_window(1);
+        let of_cell = bench.throughput.iter().find(|one| one.workload == limit);
         let Some(burst_frames_per_s) = of_cell.map(|one| one.median(|burst| burst.frames_per_s))
         else {
             continue;
@@ -52,7 +52,7 @@ pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), 
                 "latency at {:.0} % of the burst, {limit}",
                 share * 100.0
             ));
-            let latency = at(scope, cell, share, burst_frames_per_s).await?;
+            let latency = at(scope, workload, share, burst_frames_per_s).await?;
             bench.latency.push(latency);
         }
     }
@@ -61,24 +61,24 @@ pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), 
 
 async fn at(
     scope: &Scope<'_>,
-    cell: Cell,
+    workload: Workload,
     share: f64,
     burst_frames_per_s: f64,
 ) -> Result<Latency, BenchError> {
-    let interval_us = interval_us(cell, share * burst_frames_per_s);
-    let offered_frames_per_s = frames_per_s(cell, interval_us);
+    let interval_us = interval_us(workload, share * burst_frames_per_s);
+    let offered_frames_per_s = frames_per_s(workload, interval_us);
     let sent_s = (WARM_UP + scope.latency + RESERVE).as_secs_f64();
-    let frames = offered_frames_per_s * sent_s / f64::from(cell.devices);
+    let frames = offered_frames_per_s * sent_s / f64::from(workload.devices);
     let sending = Sending {
         profile: Profile::Steady,
         interval_us,
-        // Every frame that falls due is sent and awaited, however late: none is left out because the
-        // run was over.
+        // Every frame that is due is sent and awaited, however late: none is left out because the
+        // run has ended.
         frames: Some(frames.ceil() as u64),
         start_us: start_us(),
-        ..Sending::burst(Cell {
+        ..Sending::burst(Workload {
             window_frames: WINDOW_FRAMES,
-            ..cell
+            ..workload
         })
     };
     let store = scope.site.new_store(Which::Fresh).await?;
@@ -91,7 +91,7 @@ async fn at(
     gateway.leave().await?;
     store.remove().await?;
     Ok(Latency {
-        cell: sending.cell,
+        workload: sending.workload,
         share,
         offered_frames_per_s,
         achieved: window.frames / window.seconds / offered_frames_per_s,
@@ -99,14 +99,14 @@ async fn at(
     })
 }
 
-/// From sample to sample, for a fleet that sends about so many frames.
-fn interval_us(cell: Cell, frames_per_s: f64) -> u64 {
-    let period_us = f64::from(cell.devices) * 1e6 / frames_per_s;
-    ((period_us / f64::from(cell.samples)).round() as u64).max(1)
+/// Returns the sample interval for a fleet that sends about this many frames.
+fn interval_us(workload: Workload, frames_per_s: f64) -> u64 {
+    let period_us = f64::from(workload.devices) * 1e6 / frames_per_s;
+    ((period_us / f64::from(workload.samples)).round() as u64).max(1)
 }
 
-fn frames_per_s(cell: Cell, interval_us: u64) -> f64 {
-    f64::from(cell.devices) * 1e6 / (interval_us * u64::from(cell.samples)) as f64
+fn frames_per_s(workload: Workload, interval_us: u64) -> f64 {
+    f64::from(workload.devices) * 1e6 / (interval_us * u64::from(workload.samples)) as f64
 }
 
 #[cfg(test)]
@@ -115,8 +115,8 @@ mod tests {
 
     #[test]
     fn the_interval_gives_the_rate_that_was_asked_for() {
-        for (cell, rate) in [(BASE, 3_000.0), (BASE, 12_500.0), (SINGLE, 50_000.0)] {
-            let offered = frames_per_s(cell, interval_us(cell, rate));
+        for (workload, rate) in [(BASE, 3_000.0), (BASE, 12_500.0), (SINGLE, 50_000.0)] {
+            let offered = frames_per_s(workload, interval_us(workload, rate));
             assert!((offered / rate - 1.0).abs() < 0.001, "{offered} for {rate}");
         }
         assert_eq!(interval_us(SINGLE, 1e12), 1);

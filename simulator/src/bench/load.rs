@@ -1,4 +1,4 @@
-//! A fleet under way, and what can be seen of it meanwhile.
+//! A running fleet, and what can be observed of it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -8,36 +8,37 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::cell::Cell;
-use super::gateway::{Gateway, NAME_PREFIX};
+use super::baseline::NAME_PREFIX;
+use super::gateway::Gateway;
+use super::workload::Workload;
 use super::{BenchError, machine};
 use crate::faults::Faults;
 use crate::fleet::{self, Counters, FleetError, Terms};
 use crate::plan::{self, Clock, Plan, Profile};
 use crate::report::Summary;
 
-/// How long before the present the readings of a burst begin, as after a long outage.
+/// Age of the first readings of a burst, as after a long outage.
 const BACKLOG_US: i64 = 30 * 86_400_000_000;
-/// Longest that is waited for anything.
+/// Maximum time to wait for any condition.
 const PATIENCE: Duration = Duration::from_secs(90);
-/// How often it is looked at what the fleet does.
+/// Interval at which the fleet's counters are read.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Time of the first sample of whatever is sent now.
+/// Returns the time of the first sample of a fleet that starts now.
 pub(super) fn start_us() -> i64 {
     jiff::Timestamp::now().as_microsecond() - BACKLOG_US
 }
 
-/// How a fleet sends.
+/// Settings of a fleet.
 pub(super) struct Sending {
-    pub(super) cell: Cell,
+    pub(super) workload: Workload,
     pub(super) profile: Profile,
-    /// From sample to sample of a channel.
+    /// Time between two samples of a channel.
     pub(super) interval_us: u64,
-    /// Frames of each device; `None` for as many as there is time for.
+    /// Number of frames per device; `None` for as many as time allows.
     pub(super) frames: Option<u64>,
     pub(super) start_us: i64,
-    /// Of this the first half is for joining, in [`Profile::Ramp`].
+    /// Duration, of which the first half is for joining, in [`Profile::Ramp`].
     pub(super) duration: Option<Duration>,
     pub(super) is_silent: bool,
     pub(super) through_tls: bool,
@@ -46,9 +47,9 @@ pub(super) struct Sending {
 }
 
 impl Sending {
-    pub(super) fn burst(cell: Cell) -> Sending {
+    pub(super) fn burst(workload: Workload) -> Sending {
         Sending {
-            cell,
+            workload,
             profile: Profile::Burst,
             interval_us: 1_000_000,
             frames: None,
@@ -67,10 +68,10 @@ impl Sending {
             seed: 1,
             nonce: jiff::Timestamp::now().as_microsecond().unsigned_abs(),
             name_prefix: self.name_prefix.into(),
-            devices: self.cell.devices,
-            channels: self.cell.channels,
+            devices: self.workload.devices,
+            channels: self.workload.channels,
             interval_us: self.interval_us,
-            batch: self.cell.samples,
+            batch: self.workload.samples,
             frames: self.frames,
             clock: Clock::Utc,
             start_us: self.start_us,
@@ -81,7 +82,7 @@ impl Sending {
     }
 }
 
-/// A fleet under way. Dropped, it is ended.
+/// A running fleet, which is stopped on drop.
 pub(super) struct Load<'g> {
     gateway: &'g Gateway,
     devices: u64,
@@ -90,7 +91,7 @@ pub(super) struct Load<'g> {
     fleet: AbortOnDropHandle<Result<Summary, FleetError>>,
 }
 
-/// What was counted up to a moment.
+/// Counters at a moment.
 #[derive(Clone, Copy)]
 struct Count {
     at: Instant,
@@ -100,7 +101,7 @@ struct Count {
     fleet_cpu_s: f64,
 }
 
-/// What came to pass while everything was at work, joining and settling left out.
+/// Results of a measurement under full load, without joining and settling.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Window {
     pub(super) seconds: f64,
@@ -111,7 +112,7 @@ pub(super) struct Window {
 }
 
 impl<'g> Load<'g> {
-    /// Begins to send. What frames wait is not noted before [`Load::measure`].
+    /// Starts the fleet. ACK latencies are recorded only from [`Load::measure`] on.
     pub(super) fn start(gateway: &'g Gateway, sending: &Sending) -> Result<Load<'g>, BenchError> {
         let (address, tls) = match sending.through_tls {
             true => (gateway.tls_address, Some(gateway.fleet_tls()?)),
@@ -122,7 +123,7 @@ impl<'g> Load<'g> {
             tls,
             fleet_key: gateway.fleet_key,
             duration: sending.duration,
-            window_frames: sending.cell.window_frames.into(),
+            window_frames: sending.workload.window_frames.into(),
             is_silent: sending.is_silent,
             storm_every: sending.storm_every,
             faults: Faults::default(),
@@ -139,14 +140,14 @@ impl<'g> Load<'g> {
         };
         Ok(Load {
             gateway,
-            devices: sending.cell.devices.into(),
+            devices: sending.workload.devices.into(),
             counters,
             stop,
             fleet: AbortOnDropHandle::new(tokio::spawn(fleet)),
         })
     }
 
-    /// Waits until something is so.
+    /// Waits until a condition holds.
     async fn until(
         &mut self,
         what: &'static str,
@@ -162,20 +163,20 @@ impl<'g> Load<'g> {
         Ok(())
     }
 
-    /// Waits until all devices are welcomed and connected.
+    /// Waits until all devices are connected and welcomed.
     pub(super) async fn ready(&mut self) -> Result<(), BenchError> {
         let devices = self.devices;
         let is_ready = move |counters: &Counters| counters.devices_ready.load(Relaxed) == devices;
-        self.until("all devices to be welcomed", is_ready).await
+        self.until("all devices to connect", is_ready).await
     }
 
-    /// Waits until the fleet has sent so many frames and they are acked.
+    /// Waits until the fleet has sent this many frames and they are acknowledged.
     pub(super) async fn acked(&mut self, frames: u64) -> Result<(), BenchError> {
         let is_acked = move |counters: &Counters| counters.frames_acked.load(Relaxed) >= frames;
-        self.until("all frames to be acked", is_acked).await
+        self.until("all frames to be acknowledged", is_acked).await
     }
 
-    /// Waits for the next storm; tells how long it took until all devices were welcomed again.
+    /// Waits for the next storm; returns how long it took until all devices were welcomed again.
     pub(super) async fn storm(&mut self) -> Result<Duration, BenchError> {
         self.counters.is_warming_up.store(true, Relaxed);
         let (devices, before) = (self.devices, self.counters.welcomes.load(Relaxed));
@@ -203,7 +204,7 @@ impl<'g> Load<'g> {
         }
     }
 
-    /// Counts for a while, and from now on what frames wait.
+    /// Counts for this time and starts to record ACK latencies.
     pub(super) async fn measure(&mut self, duration: Duration) -> Result<Window, BenchError> {
         self.counters.is_warming_up.store(false, Relaxed);
         let before = self.count()?;
@@ -228,13 +229,13 @@ impl<'g> Load<'g> {
         })
     }
 
-    /// Sends nothing new and waits for the last ACKs.
+    /// Stops sending and waits for the last ACKs.
     pub(super) async fn stop(self) -> Result<Summary, BenchError> {
         self.stop.cancel();
         self.finish().await
     }
 
-    /// Waits until all that was to be sent is acked.
+    /// Waits until everything to be sent is acknowledged.
     pub(super) async fn finish(self) -> Result<Summary, BenchError> {
         let Ok(ended) = tokio::time::timeout(PATIENCE, self.fleet).await else {
             return Err(BenchError::TooLong("the last ACKs"));

@@ -1,18 +1,18 @@
-//! What Linux tells of processes and of the machine, in /proc.
+//! Information from Linux about processes and the machine, from /proc.
 
 use std::io;
 use std::path::Path;
 
 use serde::Serialize;
 
-/// CPU time that a process has used, in seconds.
+/// Returns the CPU time of a process, in seconds.
 pub(super) fn cpu_s(pid: u32) -> io::Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let ticks = cpu_ticks(&stat).ok_or_else(|| io::Error::other("/proc/PID/stat has no times"))?;
     Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
 }
 
-/// Memory of a process that is in RAM, in bytes.
+/// Returns the resident memory of a process, in bytes.
 pub(super) fn resident_bytes(pid: u32) -> io::Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let kib = kib_of(&status, "VmRSS:");
@@ -20,7 +20,7 @@ pub(super) fn resident_bytes(pid: u32) -> io::Result<u64> {
         .ok_or_else(|| io::Error::other("/proc/PID/status has no VmRSS"))
 }
 
-/// In user mode and in the kernel. The second field is the program's name, which may hold anything.
+/// Returns the ticks in user mode and in the kernel. The second field is the program's name, which may hold any bytes.
 fn cpu_ticks(stat: &str) -> Option<u64> {
     let (_, after_name) = stat.rsplit_once(") ")?;
     let mut fields = after_name.split_whitespace().skip(11);
@@ -34,19 +34,19 @@ fn kib_of(text: &str, name: &str) -> Option<u64> {
     rest.split_whitespace().next()?.parse().ok()
 }
 
-/// Where it was measured.
+/// Description of the machine.
 #[derive(Clone, Debug, Serialize)]
 pub struct Machine {
     cpu: String,
     cores: usize,
     ram_bytes: u64,
     kernel: String,
-    /// Of the directory that files were measured in.
+    /// File system of the directory with the measured files.
     file_system: String,
 }
 
 impl Machine {
-    /// What can be found out; "unknown", what cannot.
+    /// Describes this machine, with "unknown" for values that could not be determined.
     pub(super) fn this(dir: &Path) -> Machine {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let unknown = || "unknown".to_owned();
@@ -79,14 +79,14 @@ fn cpu_model(cpuinfo: &str) -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_owned())
 }
 
-/// File system and device of the longest mount point above `dir`.
+/// Returns file system and device of the longest mount point above `dir`.
 fn mount_of(mounts: &str, dir: &Path) -> Option<String> {
     let fields = mounts.lines().map(|line| line.split(' '));
     let mounts = fields.filter_map(|mut fields| {
         let (device, point, kind) = (fields.next()?, fields.next()?, fields.next()?);
         dir.starts_with(point).then_some((point, device, kind))
     });
-    // Of two on one point the later one counts.
+    // Of two mounts on one point, the later one counts.
     let (_, device, kind) = mounts.max_by_key(|(point, ..)| point.len())?;
     Some(format!("{kind} on {device}"))
 }
@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cpu_time_is_found_behind_any_name() {
+    fn cpu_time_is_found_after_any_program_name() {
         let stat = "12 (a) R 9 (b) S 1 2 3 4 5 6 7 8 9 10 250 31 0 0 20 0 4";
         assert_eq!(cpu_ticks(stat), Some(281));
         assert_eq!(cpu_ticks("12 (a) S 1 2"), None);
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn the_model_is_the_first_processors() {
+    fn the_model_is_that_of_the_first_processor() {
         let cpuinfo = "processor\t: 0\nmodel name\t: Fast CPU @ 3: GHz\nmodel name\t: Other\n";
         assert_eq!(cpu_model(cpuinfo).as_deref(), Some("Fast CPU @ 3: GHz"));
         assert_eq!(cpu_model("processor : 0\n"), None);

@@ -1,11 +1,11 @@
-//! This machine's limit, and how near the gateway comes to it; and what latency, connections and a store
-//! that is full do to it.
+//! This machine's limit and the gateway's share of it; also latency, connections, hostile peers and a full
+//! store.
 //!
-//! The limit is a loop that does nothing but put the same kind of rows into the same tables, in large
-//! synced transactions, on a machine that does nothing else: `sqlite` and `postgres` have one each. The
+//! The limit is the baseline: a loop that only inserts the same kind of rows into the same tables, in large
+//! synced transactions, on an otherwise idle machine; `sqlite` and `postgres` have one each. The
 //! gateway is the real binary (`gateway`) over real sockets, with the fleet (`load`) on the same machine.
-//! `cell` says what is sent. What is measured is in `throughput`, `latency`, `secured`, `connections`,
-//! `hostile` (with the `peers` that are) and `stored`; `show` makes tables of it.
+//! `workload` defines what is sent. The measurements are in `throughput`, `latency`, `tls`, `connections`,
+//! `hostile` (with its `peers`) and `prefilled`; `show` formats them as tables.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,23 +18,22 @@ use fieldgate::store::url::PostgresUrl;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::cell::{Cell, SMOKE};
 use self::connections::Connections;
 use self::gateway::Site;
 use self::hostile::Hostile;
 use self::latency::Latency;
 use self::machine::Machine;
-use self::secured::Secured;
-use self::stored::Stored;
+use self::prefilled::Stored;
 use self::throughput::Throughput;
+use self::tls::Secured;
+use self::workload::{SMOKE, Workload};
 use crate::args::{BenchArgs, Section};
 use crate::descriptors::{self, TooFew};
 use crate::fleet::{FleetError, TlsError};
 use crate::plan::PlanError;
 use crate::say;
 
-mod bare;
-mod cell;
+mod baseline;
 mod connections;
 mod gateway;
 mod hostile;
@@ -43,77 +42,78 @@ mod load;
 mod machine;
 mod peers;
 mod postgres;
-mod secured;
+mod prefilled;
 mod show;
 mod sqlite;
-mod stored;
 mod throughput;
+mod tls;
+mod workload;
 
-/// What is not measured: of a gateway from the moment when all devices are there, of a bare loop from its
+/// Excluded from the measurement: for a gateway, after all devices are connected; for a baseline, after its
 /// first transaction.
 const WARM_UP: Duration = Duration::from_secs(1);
-/// How long the burst of `--smoke` is measured.
+/// Duration of the measured burst of `--smoke`.
 const SMOKE_BURST: Duration = Duration::from_millis(500);
 
-/// Why nothing was measured.
+/// The measurement failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
-    /// The gateway's binary is not there.
-    #[error("no gateway at {0}: build it with `cargo build --release`")]
+    /// The gateway's binary does not exist.
+    #[error("no gateway at {0}; build it with `cargo build --release`")]
     NoGateway(PathBuf),
     /// The gateway did not start.
-    #[error("the gateway did not start; it said: {0}")]
+    #[error("gateway did not start: {0}")]
     NotStarted(String),
-    /// No TLS to measure.
+    /// TLS could not be configured.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// The gateway did not end when it was told to.
-    #[error("the gateway did not leave when it was told to; see what it said above")]
+    /// The gateway did not exit after SIGTERM.
+    #[error("gateway did not exit after SIGTERM; see its output above")]
     NotLeft,
-    /// Something never came.
-    #[error("waited too long for {0}: is the machine busy with other things?")]
+    /// A condition did not become true in time.
+    #[error("timed out waiting for {0}: is the machine busy?")]
     TooLong(&'static str),
-    /// The fleet was done before it was measured.
-    #[error("the fleet was done too soon: is the machine busy with other things?")]
+    /// The fleet finished before it was measured.
+    #[error("the fleet finished too early: is the machine busy?")]
     TooShort,
-    /// Files or processes.
+    /// An operation on files or processes failed.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// The store cannot be made.
+    /// The store could not be created.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The store does not do what it is told.
-    #[error("the bare loop failed: {0}")]
+    /// A statement on the store failed.
+    #[error("the baseline failed: {0}")]
     Bare(#[from] sqlx::Error),
-    /// The server gives no database to measure in.
+    /// The server does not allow creating a database for the measurement.
     #[error(
-        "cannot make a database on {server}: {reason}; bench needs a database there to connect to, and a \
-         user with the right to create others"
+        "could not create a database on {server}: {reason}; bench needs an existing database to connect to and \
+        a user with CREATEDB"
     )]
     Server {
-        /// Where.
+        /// URL of the server.
         server: PostgresUrl,
-        /// What it says.
+        /// Error of the server.
         reason: String,
     },
-    /// Ctrl-C.
-    #[error("stopped; what was made for it is removed")]
+    /// Stopped by Ctrl-C.
+    #[error("stopped; temporary files and databases were removed")]
     Stopped,
-    /// The gateway's key.
+    /// The fleet key could not be created or loaded.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// Too many connections.
+    /// The limit on open files is too low.
     #[error(transparent)]
     Descriptors(#[from] TooFew),
-    /// The fleet.
+    /// The plan of the fleet is invalid.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// The fleet.
+    /// The run of the fleet failed.
     #[error(transparent)]
     Fleet(#[from] FleetError),
 }
 
-/// What was measured. Serialized, it is the `--json`; displayed, it is tables.
+/// Results of the measurements. Serialized, they are the `--json`; displayed, they are tables.
 #[derive(Clone, Debug, Serialize)]
 pub struct Bench {
     store: &'static str,
@@ -127,24 +127,24 @@ pub struct Bench {
     stored: Option<Stored>,
 }
 
-/// How much is measured, and where.
+/// Extent and location of the measurements.
 struct Scope<'a> {
     binary: &'a Path,
     site: &'a Site,
     is_quick: bool,
-    /// What is measured in bursts.
-    cells: Vec<Cell>,
+    /// Workloads measured in bursts.
+    workloads: Vec<Workload>,
     rounds: u32,
-    /// How long each burst and each bare loop is measured.
+    /// Duration of each burst and each baseline run.
     burst: Duration,
     latency: Duration,
     connections: u32,
-    /// Of them, those that are measured with TLS, too.
+    /// Number of connections that are also measured with TLS.
     connections_tls: u32,
-    /// From frame to frame of a device that sends now and then, and how long that is measured.
+    /// Time between two frames of a periodically sending device; the next field is the duration of that measurement.
     slow_period: Duration,
     slow: Duration,
-    /// How long devices are measured beside peers that misbehave.
+    /// Duration of the measurement with each kind of hostile peers.
     hostile: Duration,
 }
 
@@ -156,9 +156,9 @@ impl<'a> Scope<'a> {
             binary,
             site,
             is_quick: args.quick,
-            cells: match args.smoke {
+            workloads: match args.smoke {
                 true => vec![SMOKE],
-                false => Cell::all(args.quick),
+                false => Workload::all(args.quick),
             },
             rounds: args
                 .rounds
@@ -181,8 +181,8 @@ impl<'a> Scope<'a> {
     }
 }
 
-/// Measures in a directory and databases of its own, which are removed afterwards: beside the file that
-/// the store's address names, or on its server.
+/// Measures in a private directory and private databases, which are removed afterwards: next to the file in
+/// the store's URL, or on its server.
 pub async fn run(args: &BenchArgs) -> Result<Bench, BenchError> {
     let binary = gateway_binary()?;
     let site = Site::make(&args.store)?;
@@ -195,7 +195,7 @@ pub async fn run(args: &BenchArgs) -> Result<Bench, BenchError> {
         measured = measure(&scope, &sections, args.stored) => measured,
         stopped = told_to_stop() => Err(stopped.map_or_else(BenchError::Io, |()| BenchError::Stopped)),
     };
-    // The first thing that went wrong is what counts.
+    // The first failure is the one to report.
     let removed = site.remove().await;
     let measured = measured?;
     removed?;
@@ -224,7 +224,7 @@ async fn measure(
     sections: &[Section],
     stored: Option<u64>,
 ) -> Result<Bench, BenchError> {
-    // Told at once, not after a quarter of an hour; and gateways inherit it.
+    // Fail now, not after a quarter of an hour. The gateways inherit the limit.
     descriptors::raise_for(scope.connections)?;
     let mut bench = Bench {
         store: match scope.site.is_postgres() {
@@ -244,24 +244,24 @@ async fn measure(
         match section {
             Section::Throughput => throughput::measure(scope, &mut bench).await?,
             Section::Latency => latency::measure(scope, &mut bench).await?,
-            Section::Tls => secured::measure(scope, &mut bench).await?,
+            Section::Tls => tls::measure(scope, &mut bench).await?,
             Section::Connections => connections::measure(scope, &mut bench).await?,
             Section::Hostile => hostile::measure(scope, &mut bench).await?,
         }
     }
     if let Some(readings) = stored {
-        stored::measure(scope, readings, &mut bench).await?;
+        prefilled::measure(scope, readings, &mut bench).await?;
     }
     Ok(bench)
 }
 
-/// Tells what is measured, and since when the program runs.
+/// Prints the current measurement and the time since the program started.
 fn say(what: &str) {
     static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
     say::note(format_args!("{:4} s: {what}", STARTED.elapsed().as_secs()));
 }
 
-/// The middle of what was measured, or the mean of the two in the middle; no number of nothing.
+/// Returns the median, which is the mean of the two middle values if their number is even; NaN for no values.
 fn median(figures: impl Iterator<Item = f64>) -> f64 {
     let mut figures: Vec<f64> = figures.collect();
     figures.sort_unstable_by(f64::total_cmp);

@@ -1,4 +1,4 @@
-//! Peers that take a gateway's places and time without being of any use, as the open Internet has them.
+//! Peers that occupy the gateway's connection slots and CPU time, like those on the open Internet.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -19,54 +19,54 @@ use tokio::time::sleep;
 
 use super::gateway::Gateway;
 
-/// All of them come within this time.
+/// Time within which all peers connect.
 const ARRIVAL: Duration = Duration::from_secs(2);
-/// One that was closed is back after this time.
+/// Time after which a disconnected peer reconnects.
 const RETURN_AFTER: Duration = Duration::from_secs(1);
-/// From byte to byte of a slow one.
+/// Interval between two bytes of a slow peer.
 const BYTE_EVERY: Duration = Duration::from_secs(10);
-/// A deaf one asks so often, so many times at once.
+/// Interval at which a peer that never reads sends requests; the next constant is their number each time.
 const ASK_EVERY: Duration = Duration::from_millis(200);
 const ASKS: usize = 20;
-/// The smallest that Linux gives: answers shall wait at the gateway.
+/// The smallest receive buffer that Linux allows, so that answers have to wait at the gateway.
 const DEAF_RECEIVE_BYTES: u32 = 2304;
-/// Peers that come from one address of the loopback.
+/// Number of peers per loopback address.
 const PEERS_OF_ADDRESS: u32 = 1_000;
 
-/// What a peer does.
+/// Attack of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Misdeed {
-    /// Begins a TLS handshake and does not go on.
+pub enum Attack {
+    /// Begins a TLS handshake and stops.
     HalfTls,
-    /// Says nothing at all, in plain text.
+    /// Sends nothing, over plain TCP.
     Silence,
-    /// Says HELLO, a byte every ten seconds.
+    /// Sends HELLO at a byte every ten seconds.
     Slowness,
-    /// Is a device, asks for the time again and again, and never reads the answers.
-    Deafness,
+    /// Logs in as a device, sends time requests repeatedly, and never reads the answers.
+    NeverReads,
 }
 
-impl Misdeed {
-    pub(super) const ALL: [Misdeed; 4] = [
-        Misdeed::HalfTls,
-        Misdeed::Silence,
-        Misdeed::Slowness,
-        Misdeed::Deafness,
+impl Attack {
+    pub(super) const ALL: [Attack; 4] = [
+        Attack::HalfTls,
+        Attack::Silence,
+        Attack::Slowness,
+        Attack::NeverReads,
     ];
 
-    /// How many do it.
+    /// Returns the number of peers for this attack.
     pub(super) fn peers(self, is_quick: bool) -> u32 {
         let peers = match self {
-            Misdeed::HalfTls | Misdeed::Silence => 5_000,
-            Misdeed::Slowness => 1_000,
-            Misdeed::Deafness => 300,
+            Attack::HalfTls | Attack::Silence => 5_000,
+            Attack::Slowness => 1_000,
+            Attack::NeverReads => 300,
         };
         if is_quick { peers / 5 } else { peers }
     }
 }
 
-/// Peers at work; dropped, they are gone.
+/// Running peers, which are disconnected on drop.
 pub(super) struct Peers {
     counts: Arc<Counts>,
     _tasks: JoinSet<()>,
@@ -79,18 +79,18 @@ struct Counts {
 }
 
 struct Target {
-    misdeed: Misdeed,
+    misdeed: Attack,
     addr: SocketAddr,
     fleet_key: [u8; KEY_BYTES],
 }
 
 impl Peers {
-    /// So many, who come one after the other and come back when they are closed.
-    pub(super) fn send(gateway: &Gateway, misdeed: Misdeed, peers: u32) -> Peers {
+    /// Starts this many peers, which connect one after the other and reconnect when they are disconnected.
+    pub(super) fn send(gateway: &Gateway, misdeed: Attack, peers: u32) -> Peers {
         let target = Arc::new(Target {
             misdeed,
             addr: match misdeed {
-                Misdeed::HalfTls => gateway.tls_address,
+                Attack::HalfTls => gateway.tls_address,
                 _ => gateway.address,
             },
             fleet_key: gateway.fleet_key,
@@ -102,7 +102,7 @@ impl Peers {
             tasks.spawn(async move {
                 sleep(ARRIVAL * number / peers).await;
                 loop {
-                    // However it ends, the peer is back.
+                    // The peer reconnects, however the visit ended.
                     let _ = target.visit(number, &counts).await;
                     sleep(RETURN_AFTER).await;
                 }
@@ -114,24 +114,24 @@ impl Peers {
         }
     }
 
-    /// How many have a connection now, as far as they know.
+    /// Returns the number of peers that believe they are connected.
     pub(super) fn open(&self) -> u32 {
         self.counts.open.load(Relaxed)
     }
 
-    /// How many connections the gateway has ended.
+    /// Returns the number of connections that the gateway has closed.
     pub(super) fn closed(&self) -> u64 {
         self.counts.closed.load(Relaxed)
     }
 }
 
 impl Target {
-    /// One connection, until the gateway ends it.
+    /// Runs one connection until the gateway closes it.
     async fn visit(&self, number: u32, counts: &Counts) -> io::Result<()> {
         let socket = TcpSocket::new_v4()?;
         let block = u8::try_from(1 + number / PEERS_OF_ADDRESS).unwrap_or(u8::MAX);
         socket.bind((IpAddr::V4(Ipv4Addr::new(127, 1, block, 1)), 0).into())?;
-        if self.misdeed == Misdeed::Deafness {
+        if self.misdeed == Attack::NeverReads {
             socket.set_recv_buffer_size(DEAF_RECEIVE_BYTES)?;
         }
         let mut tcp = socket.connect(self.addr).await?;
@@ -144,15 +144,15 @@ impl Target {
 
     async fn misbehave(&self, tcp: &mut TcpStream, number: u32) -> io::Result<()> {
         match self.misdeed {
-            Misdeed::HalfTls => {
-                // A record of 512 bytes with a ClientHello, of which the first 64 come.
+            Attack::HalfTls => {
+                // A record of 512 bytes with a ClientHello, of which the first 64 are sent.
                 let mut hello = [0; 64];
                 hello[..11].copy_from_slice(&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3]);
                 tcp.write_all(&hello).await?;
                 wait_for_end(tcp).await
             }
-            Misdeed::Silence => wait_for_end(tcp).await,
-            Misdeed::Slowness => {
+            Attack::Silence => wait_for_end(tcp).await,
+            Attack::Slowness => {
                 let hello = framed(&hello_of(&name_of(number)));
                 let (mut input, mut output) = tcp.split();
                 tokio::select! {
@@ -166,7 +166,7 @@ impl Target {
                     } => dripped,
                 }
             }
-            Misdeed::Deafness => {
+            Attack::NeverReads => {
                 self.log_in(tcp, number).await?;
                 let ping = framed(&Ping {
                     mono_us: 2_000_000,
@@ -176,7 +176,7 @@ impl Target {
                 });
                 let asks = ping.repeat(ASKS);
                 loop {
-                    // Fails when the gateway has had enough.
+                    // Fails when the gateway closes the connection.
                     tcp.write_all(&asks).await?;
                     sleep(ASK_EVERY).await;
                 }
@@ -234,7 +234,7 @@ fn hello_of(name: &str) -> Hello<'_> {
 
 fn framed<'m>(message: &impl Message<'m>) -> Vec<u8> {
     let mut out = vec![0; FRAME_BYTES_MAX];
-    let count = message::encode(message, 0, &mut out).expect("there is room for any frame");
+    let count = message::encode(message, 0, &mut out).expect("the buffer holds any frame");
     out.truncate(count);
     out
 }
@@ -263,7 +263,7 @@ async fn wait_for_end(tcp: &mut TcpStream) -> io::Result<()> {
     read_to_end(&mut input).await
 }
 
-/// Whatever the gateway has to say.
+/// Reads and discards the gateway's output until it closes.
 async fn read_to_end(input: &mut (impl AsyncReadExt + Unpin)) -> io::Result<()> {
     let mut said = [0; 256];
     while input.read(&mut said).await? > 0 {}

@@ -1,5 +1,5 @@
-//! The bare loop on Postgres: binary COPY on as many connections as the gateway writes with, each for
-//! devices of its own. And the databases for it all.
+//! The baseline on Postgres: binary COPY on as many connections as the gateway writes with, each for
+//! different devices. Also the databases for all measurements.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,14 +11,14 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection};
 use tokio::task::JoinSet;
 
 use super::BenchError;
-use super::bare::{Job, Meter};
-use super::cell::{self, Frame, Frames};
+use super::baseline::{Job, Meter};
+use super::workload::{self, Frame, Frames};
 
-/// How long the server may take to let a connection in.
+/// Maximum time to connect to the server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Bytes that are sent at once; what is made of the next rows is made meanwhile.
+/// Number of bytes sent at a time; the next rows are generated meanwhile.
 const SEND_BYTES: usize = 32 * 1024;
-/// The gateway takes ids of frames from a sequence of blocks of so many.
+/// The gateway takes frame ids from a sequence of blocks of this size.
 const BLOCK_IDS: i64 = 1024;
 
 /// A database for this process alone.
@@ -29,7 +29,7 @@ pub(super) struct Database {
 }
 
 impl Database {
-    /// On the server of `server`, a database that exists there. Nothing is made yet.
+    /// Plans a database on `server`, which names an existing database. Creates nothing yet.
     pub(super) fn on(server: &PostgresUrl, what_for: &str) -> Database {
         let name = format!("fieldgate_bench_{}_{what_for}", std::process::id());
         Database {
@@ -43,7 +43,7 @@ impl Database {
         &self.own
     }
 
-    /// Makes it, empty, whether it was there or not.
+    /// Creates the database empty and replaces an existing one.
     pub(super) async fn make_anew(&self) -> Result<(), BenchError> {
         self.remove().await?;
         let name = &self.name;
@@ -53,14 +53,14 @@ impl Database {
         .await
     }
 
-    /// Takes it away, also from those who are connected to it.
+    /// Removes the database and closes all connections to it.
     pub(super) async fn remove(&self) -> Result<(), BenchError> {
         let name = &self.name;
         self.tell(format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
             .await
     }
 
-    /// What its tables take, with all partitions and indexes.
+    /// Returns the size of its tables, with all partitions and indexes.
     pub(super) async fn disk_bytes(&self) -> Result<u64, BenchError> {
         let mut conn = connect(&self.own).await?;
         let bytes: i64 = sqlx::query_scalar(
@@ -92,7 +92,7 @@ async fn connect(url: &PostgresUrl) -> Result<PgConnection, sqlx::Error> {
     let connected = tokio::time::timeout(CONNECT_TIMEOUT, options.connect()).await;
     let timed_out = || {
         let seconds = CONNECT_TIMEOUT.as_secs();
-        std::io::Error::other(format!("no answer within {seconds} s")).into()
+        std::io::Error::other(format!("timed out after {seconds} s")).into()
     };
     connected.unwrap_or_else(|_| Err(timed_out()))
 }
@@ -113,7 +113,7 @@ pub(super) async fn bare(
     make_partitions(&mut conn, job).await?;
     if let Some(sql) = &job.registry {
         execute(&mut conn, sql).await?;
-        // Frames that a gateway stores come after those that are there.
+        // Frame ids that a gateway assigns follow the existing ones.
         let block = ids_start(connections) / BLOCK_IDS;
         execute(
             &mut conn,
@@ -127,7 +127,7 @@ pub(super) async fn bare(
         copiers.push(Copier {
             conn: connect(url).await?,
             job: job.clone(),
-            frames: Frames::new(job.cell, number, connections, ids_start(number)),
+            frames: Frames::new(job.workload, number, connections, ids_start(number)),
             bytes: Vec::with_capacity(2 * SEND_BYTES),
         });
     }
@@ -142,12 +142,12 @@ pub(super) async fn bare(
     Ok(meter.rate())
 }
 
-/// Each connection has ids that follow each other, as in the gateway.
+/// Returns the first frame id of a connection; the ids of each connection are consecutive, as in the gateway.
 fn ids_start(connection: usize) -> i64 {
     (connection as i64 + 1) << 40
 }
 
-/// For the months of the readings, as the gateway makes and calls them: none are to go to the default
+/// Creates partitions for the months of the readings, with the gateway's names, so that no row goes to the default
 /// partition.
 async fn make_partitions(conn: &mut PgConnection, job: &Job) -> Result<(), sqlx::Error> {
     let date = |us| {
@@ -167,7 +167,7 @@ async fn make_partitions(conn: &mut PgConnection, job: &Job) -> Result<(), sqlx:
     Ok(())
 }
 
-/// One connection, and how far it is.
+/// A connection and its progress.
 struct Copier {
     conn: PgConnection,
     job: Job,
@@ -176,7 +176,7 @@ struct Copier {
 }
 
 impl Copier {
-    /// Goes on until all connections together have done enough.
+    /// Copies until all connections together have stored enough.
     async fn copy(mut self, meter: Arc<Meter>) -> Result<(), sqlx::Error> {
         while !meter.is_over() {
             let frames = self.frames.transaction();
@@ -184,14 +184,14 @@ impl Copier {
             self.copy_frames(&frames).await?;
             self.copy_readings(&frames).await?;
             execute(&mut self.conn, "COMMIT").await?;
-            meter.add(frames.len() * self.job.cell.frame_readings());
+            meter.add(frames.len() * self.job.workload.frame_readings());
         }
         Ok(())
     }
 
     async fn copy_frames(&mut self, frames: &[Frame]) -> Result<(), sqlx::Error> {
         let received_at = since_2000(self.job.start_us).to_be_bytes();
-        let readings = self.job.cell.frame_readings() as i32;
+        let readings = self.job.workload.frame_readings() as i32;
         self.copy_all("frames", frames.iter(), |bytes, frame| {
             bytes.extend_from_slice(&9_i16.to_be_bytes());
             field(bytes, frame.id.to_be_bytes());
@@ -202,7 +202,7 @@ impl Copier {
             field(bytes, readings.to_be_bytes());
             field(bytes, 0_i16.to_be_bytes());
             field(bytes, 0_i64.to_be_bytes());
-            // Stands for the checksum of a frame.
+            // Placeholder for the checksum of a frame.
             field(bytes, 0x89AB_CDEF_i64.to_be_bytes());
         })
         .await
@@ -210,7 +210,7 @@ impl Copier {
 
     async fn copy_readings(&mut self, frames: &[Frame]) -> Result<(), sqlx::Error> {
         let start = since_2000(self.job.start_us);
-        let rows = cell::rows(self.job.cell, frames);
+        let rows = workload::rows(self.job.workload, frames);
         self.copy_all("readings", rows, |bytes, row| {
             bytes.extend_from_slice(&4_i16.to_be_bytes());
             field(bytes, row.series.to_be_bytes());
@@ -250,7 +250,7 @@ fn field<const N: usize>(bytes: &mut Vec<u8>, value: [u8; N]) {
     bytes.extend_from_slice(&value);
 }
 
-/// Microseconds as Postgres counts them.
+/// Converts to microseconds since 2000, which is Postgres' epoch.
 fn since_2000(time_us: i64) -> i64 {
     time_us - 946_684_800_000_000
 }

@@ -4,12 +4,12 @@ use std::fmt::{self, Display, Formatter};
 
 use comfy_table::{CellAlignment, Table, presets};
 
-use super::cell::Cell;
-use super::peers::Misdeed;
+use super::peers::Attack;
+use super::workload::Workload;
 use super::{Bench, Connections, Hostile, Latency, Secured, Stored, Throughput};
 use crate::report::grouped;
 
-impl Display for Cell {
+impl Display for Workload {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let devices = grouped(self.devices.into());
         let (channels, samples, window) = (self.channels, self.samples, self.window_frames);
@@ -21,8 +21,10 @@ impl Display for Bench {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let rounds = match self.rounds {
             1 => "each measured once".to_owned(),
-            // Nobody would wait for the rest so often.
-            rounds => format!("bursts are medians of {rounds} rounds, the rest is measured once"),
+            // Repeating the other measurements as well would take too long.
+            rounds => {
+                format!("bursts are medians of {rounds} rounds, other values were measured once")
+            }
         };
         writeln!(
             f,
@@ -32,42 +34,42 @@ impl Display for Bench {
         if !self.throughput.is_empty() {
             writeln!(
                 f,
-                "\nThroughput: the gateway under a burst against a bare loop"
+                "\nThroughput: gateway compared with the baseline, in a burst"
             )?;
             writeln!(f, "{}", throughput(&self.throughput))?;
         }
         if !self.latency.is_empty() {
-            writeln!(f, "\nLatency: frames wait from when they are due")?;
+            writeln!(f, "\nLatency: time from a frame's due time to its ACK")?;
             writeln!(f, "{}", latency(&self.latency))?;
         }
         if !self.secured.is_empty() {
-            writeln!(f, "\nTLS: the same burst through it and in plain text")?;
+            writeln!(f, "\nTLS: the same burst over TLS and over plain TCP")?;
             writeln!(f, "{}", secured(&self.secured))?;
         }
         if let Some(connections) = &self.connections {
             writeln!(
                 f,
-                "\nConnections: memory of the gateway, its store's cache included"
+                "\nConnections: memory of the gateway, including the store's cache"
             )?;
             write_connections(f, connections)?;
         }
         if !self.hostile.is_empty() {
             writeln!(
                 f,
-                "\nHostile peers: what healthy devices feel of them; the aim is twice their p99 at most"
+                "\nHostile peers: effect on healthy devices; target: at most twice their p99"
             )?;
             writeln!(f, "{}", hostile(&self.hostile))?;
         }
         if let Some(stored) = &self.stored {
             let readings = grouped(stored.readings);
-            writeln!(f, "\nA burst into a store that holds {readings} readings")?;
+            writeln!(f, "\nBurst into a store with {readings} readings")?;
             writeln!(f, "{}", full(stored))?;
         }
         write!(f, "\n{}", self.machine)
     }
 }
 
-/// A table of numbers but for its first column.
+/// Creates a table of numbers with text in its first column.
 fn table<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String; N]>) -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY);
@@ -85,12 +87,12 @@ fn whole(number: f64) -> String {
     grouped(number.round() as u64)
 }
 
-fn throughput(cells: &[Throughput]) -> impl Display {
+fn throughput(workloads: &[Throughput]) -> impl Display {
     let header = [
         "fleet",
         "ratio",
         "readings/s",
-        "bare/s",
+        "baseline/s",
         "frames/s",
         "ack p99",
         "gateway",
@@ -98,9 +100,9 @@ fn throughput(cells: &[Throughput]) -> impl Display {
         "wire",
         "disk",
     ];
-    let rows = cells.iter().map(|one| {
+    let rows = workloads.iter().map(|one| {
         [
-            one.cell.to_string(),
+            one.workload.to_string(),
             format!("{:.2}", one.ratio),
             whole(one.median(|burst| burst.readings_per_s)),
             whole(one.bare_readings_per_s()),
@@ -130,7 +132,7 @@ fn latency(cases: &[Latency]) -> impl Display {
     let rows = cases.iter().map(|case| {
         let ack = case.ack_ms;
         [
-            case.cell.to_string(),
+            case.workload.to_string(),
             format!("{:.0} %", case.share * 100.0),
             format!("{:.1} %", case.achieved * 100.0),
             ms(ack.p50),
@@ -143,15 +145,15 @@ fn latency(cases: &[Latency]) -> impl Display {
     table(header, rows).trim_fmt()
 }
 
-fn secured(cells: &[Secured]) -> impl Display {
+fn secured(workloads: &[Secured]) -> impl Display {
     let header = ["fleet", "ratio", "TLS/s", "plain/s", "gateway", "plain"];
-    let rows = cells.iter().map(|one| {
+    let rows = workloads.iter().map(|one| {
         let [plain, tls] = one.compared.medians(|burst| burst.readings_per_s);
         let [plain_s, tls_s] = one
             .compared
             .medians(|burst| burst.gateway_cpu_s_per_million);
         [
-            one.cell.to_string(),
+            one.workload.to_string(),
             format!("{:.2}", one.compared.ratio),
             whole(tls),
             whole(plain),
@@ -162,13 +164,13 @@ fn secured(cells: &[Secured]) -> impl Display {
     table(header, rows).trim_fmt()
 }
 
-impl Display for Misdeed {
+impl Display for Attack {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Misdeed::HalfTls => "half a TLS handshake",
-            Misdeed::Silence => "not a word",
-            Misdeed::Slowness => "a byte every 10 s",
-            Misdeed::Deafness => "ask and never read",
+            Attack::HalfTls => "unfinished TLS handshake",
+            Attack::Silence => "silent",
+            Attack::Slowness => "a byte every 10 s",
+            Attack::NeverReads => "requests, never reads",
         })
     }
 }
@@ -189,7 +191,7 @@ fn hostile(cases: &[Hostile]) -> impl Display {
         "alone",
         "memory",
         "alone",
-        "20 more in",
+        "20 more connected",
     ];
     let rows = cases.iter().map(|case| {
         [
@@ -213,7 +215,7 @@ fn hostile(cases: &[Hostile]) -> impl Display {
 
 fn write_connections(f: &mut Formatter<'_>, all: &Connections) -> fmt::Result {
     let count = grouped(all.connections.into());
-    let slow = format!("{count} that send 60 readings every {:.0} s", all.period_s);
+    let slow = format!("{count} sending 60 readings every {:.0} s", all.period_s);
     let (connections, tls) = (all.connections, all.connections_tls);
     let states = [
         ("none".to_owned(), all.resident_bytes_before, connections),
@@ -223,12 +225,12 @@ fn write_connections(f: &mut Formatter<'_>, all: &Connections) -> fmt::Result {
             connections,
         ),
         (
-            format!("{} idle, through TLS", grouped(tls.into())),
+            format!("{} idle, over TLS", grouped(tls.into())),
             all.resident_bytes_tls,
             tls,
         ),
         (
-            format!("{count} after a frame each"),
+            format!("{count} after one frame each"),
             all.resident_bytes_after_frame,
             connections,
         ),
@@ -239,11 +241,11 @@ fn write_connections(f: &mut Formatter<'_>, all: &Connections) -> fmt::Result {
         let mib = bytes as f64 / f64::from(1 << 20);
         [state, whole(each), format!("{mib:.1} MiB")]
     });
-    let header = ["connections", "bytes each", "in all"];
+    let header = ["connections", "bytes each", "total"];
     writeln!(f, "{}", table(header, rows).trim_fmt())?;
     writeln!(
         f,
-        "sending: {:.3} cores, ack p99 {:.1} ms; all dropped at once: welcomed again after {:.2} s",
+        "sending: {:.3} cores, ACK p99 {:.1} ms; after dropping all: reconnected in {:.2} s",
         all.gateway_cores, all.ack_p99_ms, all.storm_s
     )
 }

@@ -1,4 +1,4 @@
-//! The bare loop on SQLite: multi-row inserts on one connection.
+//! The baseline on SQLite: multi-row inserts on one connection.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,13 +9,13 @@ use sqlx::sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, Sql
 use sqlx::{Arguments, AssertSqlSafe, ConnectOptions, Connection, Row as _, SqliteConnection};
 
 use super::BenchError;
-use super::bare::{Job, Meter};
-use super::cell::{self, Cell, Frame, Frames, Row};
+use super::baseline::{Job, Meter};
+use super::workload::{self, Frame, Frames, Row, Workload};
 
-/// Rows of an INSERT: more are no faster.
+/// Number of rows per INSERT; more are not faster.
 const ROWS: usize = 1_000;
-/// Pages of the write-ahead log beyond which it is moved whole, so that it begins again, as the gateway
-/// keeps it.
+/// Size of the write-ahead log, in pages, above which it is checkpointed completely, so that it restarts; the
+/// gateway uses the same limit.
 const LOG_PAGES: i64 = (128 << 20) / 8192;
 
 /// Inserts what a fleet would have stored, and nothing else; returns readings per second.
@@ -37,11 +37,11 @@ pub(super) async fn bare(path: &Path, job: &Job) -> Result<f64, BenchError> {
         frames: Insert::into("frames", 9),
         readings: Insert::into("readings_sorted", 4),
     };
-    let mut frames = Frames::new(job.cell, 0, 1, 1);
+    let mut frames = Frames::new(job.workload, 0, 1, 1);
     let meter = Meter::start(job.until);
     while !meter.is_over() {
         let batch = frames.transaction();
-        // The log is moved beside the transaction, by another thread, and costs it no more than that.
+        // Another thread checkpoints the log during the transaction, at no further cost to it.
         let (done, log_pages) = tokio::join!(
             inserts.transaction(&mut conn, job, &batch),
             checkpoint(&mut checkpointer)
@@ -50,7 +50,7 @@ pub(super) async fn bare(path: &Path, job: &Job) -> Result<f64, BenchError> {
         if log_pages? > LOG_PAGES {
             checkpoint(&mut checkpointer).await?;
         }
-        meter.add(batch.len() * job.cell.frame_readings());
+        meter.add(batch.len() * job.workload.frame_readings());
     }
     let rate = meter.rate();
     checkpointer.close().await?;
@@ -58,13 +58,13 @@ pub(super) async fn bare(path: &Path, job: &Job) -> Result<f64, BenchError> {
     Ok(rate)
 }
 
-/// Moves what can be moved without waiting for the other connection; tells how many pages the log has.
+/// Checkpoints what is possible without waiting for the other connection; returns the size of the log in pages.
 async fn checkpoint(conn: &mut SqliteConnection) -> Result<i64, sqlx::Error> {
     let row = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").fetch_one(conn);
     row.await?.try_get(1)
 }
 
-/// The statements of a transaction.
+/// Statements of a transaction.
 struct Inserts {
     frames: Insert,
     readings: Insert,
@@ -78,10 +78,10 @@ impl Inserts {
         batch: &[Frame],
     ) -> Result<(), sqlx::Error> {
         sqlx::query("BEGIN IMMEDIATE").execute(&mut *conn).await?;
-        let values = |arguments: &mut _, frame| bind_frame(arguments, frame, job.cell);
+        let values = |arguments: &mut _, frame| bind_frame(arguments, frame, job.workload);
         let rows = batch.iter().copied();
         self.frames.execute(&mut *conn, rows, values).await?;
-        let rows = cell::rows(job.cell, batch);
+        let rows = workload::rows(job.workload, batch);
         let values = |arguments: &mut _, row| bind_reading(arguments, row, job.start_us);
         self.readings.execute(&mut *conn, rows, values).await?;
         sqlx::query("COMMIT").execute(conn).await?;
@@ -91,11 +91,11 @@ impl Inserts {
 
 type Bound = Result<(), sqlx::error::BoxDynError>;
 
-/// Stands for the checksum of a frame.
+/// Placeholder for the checksum of a frame.
 const CRC: i64 = 0x89AB_CDEF;
 
-fn bind_frame(arguments: &mut SqliteArguments, frame: Frame, cell: Cell) -> Bound {
-    let readings = cell.frame_readings() as i64;
+fn bind_frame(arguments: &mut SqliteArguments, frame: Frame, workload: Workload) -> Bound {
+    let readings = workload.frame_readings() as i64;
     let Frame { device, seq, id } = frame;
     [id, device, seq, 17, seq, readings, 0, 0, CRC]
         .into_iter()
@@ -125,7 +125,7 @@ impl Insert {
         }
     }
 
-    /// Inserts all rows. SQLite works in a thread of its own: the next rows are bound meanwhile.
+    /// Inserts all rows. SQLite runs in its own thread; the next rows are bound meanwhile.
     async fn execute<R>(
         &self,
         conn: &mut SqliteConnection,
@@ -164,7 +164,7 @@ impl Insert {
 
 fn sql(table: &str, columns: usize, rows: usize) -> Arc<str> {
     let row = format!("({})", vec!["?"; columns].join(","));
-    // A failure fails the whole bench: nothing need be kept to undo half of a statement.
+    // A failure ends the whole bench, so no statement journal is needed to undo half of a statement.
     format!(
         "INSERT OR FAIL INTO {table} VALUES {}",
         vec![row; rows].join(",")

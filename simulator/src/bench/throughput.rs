@@ -1,45 +1,44 @@
-//! How many readings a second, bare and through the gateway.
+//! Readings per second, of the baseline and through the gateway.
 
 use serde::Serialize;
 
-use super::bare::{Job, Until};
-use super::cell::Cell;
+use super::baseline::{Job, Until};
 use super::gateway::{Gateway, Store, Which};
 use super::load::{self, Load, Sending};
+use super::workload::Workload;
 use super::{Bench, BenchError, Scope, WARM_UP, median, say};
 
-/// What the gateway did with a burst.
+/// Results of the gateway in a burst.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Burst {
-    /// Readings acked in a second.
+    /// Acknowledged readings per second.
     pub readings_per_s: f64,
-    /// Frames acked in a second.
+    /// Acknowledged frames per second.
     pub frames_per_s: f64,
-    /// From sending a frame to its ACK. All windows are full all the time, so the mean is what is in
+    /// p99 of the time from sending a frame to its ACK. All windows are always full, so the mean is the number in
     /// flight divided by the rate, whatever the gateway does.
     pub ack_p99_ms: f64,
-    /// CPU time of the gateway for a million readings.
+    /// CPU time of the gateway per million readings.
     pub gateway_cpu_s_per_million: f64,
-    /// CPU time of the simulator for a million readings, which it takes from the gateway on a small
-    /// machine.
+    /// CPU time of the simulator per million readings; on a small machine, the gateway lacks this time.
     pub fleet_cpu_s_per_million: f64,
-    /// Bytes of data frames for each reading.
+    /// Bytes of data frames per reading.
     pub wire_bytes_per_reading: f64,
-    /// Bytes in the store for each reading, with the ledger and the indexes.
+    /// Bytes in the store per reading, including the ledger and the indexes.
     pub disk_bytes_per_reading: f64,
 }
 
 /// Bursts under two conditions, one after the other in each round.
 #[derive(Clone, Debug, Serialize)]
 pub struct Compared {
-    /// Median of the second's readings a second to the first's.
+    /// Median of the ratio of the second's readings per second to the first's.
     pub ratio: f64,
-    /// All rounds.
+    /// Results of all rounds.
     pub rounds: Vec<(Burst, Burst)>,
 }
 
 impl Compared {
-    /// Of these rounds.
+    /// Summarizes these rounds.
     pub(super) fn of(rounds: Vec<(Burst, Burst)>) -> Compared {
         let ratio = |(first, second): &(Burst, Burst)| second.readings_per_s / first.readings_per_s;
         Compared {
@@ -48,7 +47,7 @@ impl Compared {
         }
     }
 
-    /// Of a figure under the first condition and under the second.
+    /// Returns the medians of a value under the first and the second condition.
     pub(super) fn medians(&self, figure: impl Fn(&Burst) -> f64) -> [f64; 2] {
         [
             median(self.rounds.iter().map(|(first, _)| figure(first))),
@@ -57,12 +56,12 @@ impl Compared {
     }
 }
 
-/// One round of a cell.
+/// One round of a workload.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Pair {
-    /// Readings that the bare loop stored in a second.
+    /// Readings per second of the baseline.
     pub bare_readings_per_s: f64,
-    /// Straight afterwards.
+    /// Results of the gateway, measured directly afterwards.
     pub gateway: Burst,
 }
 
@@ -72,51 +71,51 @@ impl Pair {
     }
 }
 
-/// A cell, and what came of it in each round.
+/// A workload with its results in each round.
 #[derive(Clone, Debug, Serialize)]
 pub struct Throughput {
-    /// The fleet.
-    pub cell: Cell,
-    /// Median of gateway to bare loop.
+    /// Workload of the fleet.
+    pub workload: Workload,
+    /// Median of the ratio of gateway to baseline.
     pub ratio: f64,
-    /// All rounds.
+    /// Results of all rounds.
     pub rounds: Vec<Pair>,
 }
 
 impl Throughput {
-    /// Of a figure of the gateway.
+    /// Returns the median of a value of the gateway.
     pub(super) fn median(&self, figure: impl Fn(&Burst) -> f64) -> f64 {
         median(self.rounds.iter().map(|pair| figure(&pair.gateway)))
     }
 
-    /// Of the bare loop.
+    /// Returns the median of the baseline, in readings per second.
     pub(super) fn bare_readings_per_s(&self) -> f64 {
         median(self.rounds.iter().map(|pair| pair.bare_readings_per_s))
     }
 }
 
-/// All cells, as many rounds as there are to be. In a round the two of a pair follow each other, so that
-/// whatever else changes on the machine changes for both.
+/// Measures all workloads in all rounds. In a round the two measurements of a pair follow each other, so that
+/// any other change on the machine affects both.
 pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), BenchError> {
-    let cells = scope.cells.clone();
-    let mut pairs = vec![Vec::new(); cells.len()];
+    let workloads = scope.workloads.clone();
+    let mut pairs = vec![Vec::new(); workloads.len()];
     for round in 1..=scope.rounds {
-        for (cell, pairs) in cells.iter().zip(&mut pairs) {
-            let of = format!("round {round} of {}, {cell}", scope.rounds);
-            say(&format!("{of}: bare loop"));
-            let bare_readings_per_s = bare(scope, *cell).await?;
+        for (workload, pairs) in workloads.iter().zip(&mut pairs) {
+            let of = format!("round {round} of {}, {workload}", scope.rounds);
+            say(&format!("{of}: baseline"));
+            let bare_readings_per_s = bare(scope, *workload).await?;
             say(&format!("{of}: gateway"));
-            let gateway = burst_into_new(scope, Sending::burst(*cell)).await?;
+            let gateway = burst_into_new(scope, Sending::burst(*workload)).await?;
             pairs.push(Pair {
                 bare_readings_per_s,
                 gateway,
             });
         }
     }
-    let of_cell = cells.into_iter().zip(pairs);
+    let of_cell = workloads.into_iter().zip(pairs);
     bench.throughput = of_cell
-        .map(|(cell, rounds)| Throughput {
-            cell,
+        .map(|(workload, rounds)| Throughput {
+            workload,
             ratio: median(rounds.iter().map(Pair::ratio)),
             rounds,
         })
@@ -124,10 +123,10 @@ pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), 
     Ok(())
 }
 
-async fn bare(scope: &Scope<'_>, cell: Cell) -> Result<f64, BenchError> {
+async fn bare(scope: &Scope<'_>, workload: Workload) -> Result<f64, BenchError> {
     let store = scope.site.new_store(Which::Fresh).await?;
     let job = Job {
-        cell,
+        workload,
         until: Until::Passed(scope.burst),
         start_us: load::start_us(),
         registry: None,
@@ -137,7 +136,7 @@ async fn bare(scope: &Scope<'_>, cell: Cell) -> Result<f64, BenchError> {
     Ok(rate)
 }
 
-/// A burst into a store of its own.
+/// Measures a burst into a new store.
 pub(super) async fn burst_into_new(
     scope: &Scope<'_>,
     sending: Sending,
@@ -148,8 +147,8 @@ pub(super) async fn burst_into_new(
     Ok(measured)
 }
 
-/// A burst into a store, measured while all devices are there: ten thousand handshakes are no part of it,
-/// nor are the last ACKs.
+/// Measures a burst into a store while all devices are connected: the result excludes ten thousand handshakes
+/// and the last ACKs.
 pub(super) async fn burst(
     scope: &Scope<'_>,
     store: &Store,

@@ -1,4 +1,4 @@
-//! One device of the fleet: it joins, sends what is due with the faults that strike, and comes back
+//! One device of the fleet: it connects, sends the frames that are due, with the selected faults, and reconnects
 //! after every loss.
 
 use std::collections::VecDeque;
@@ -33,41 +33,41 @@ const RECONNECT_MIN_MS: u32 = 50;
 const RECONNECT_MAX_MS: u32 = 2_000;
 const HANDSHAKE_TIMEOUT_MS: u32 = 10_000;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections that a device has abandoned and still holds open.
+/// Maximum number of abandoned connections that a device keeps open.
 const ABANDONED_MAX: usize = 8;
-/// From here on a device takes its attempts to be in vain.
+/// Score from which a device considers its attempts hopeless.
 const DESPAIR: u32 = 10;
-/// What is written to the socket at once.
+/// Number of bytes written to the socket at a time.
 const WRITE_BYTES: usize = 16 * 1024;
 
-/// How a connection ended.
+/// End of a connection.
 enum Ended {
-    /// All is acked.
+    /// Everything is acknowledged.
     Done,
-    /// Something went wrong: connect again after a while.
+    /// The connection failed: reconnect after a delay.
     Lost(Loss),
-    /// The device dropped the connection on purpose: connect again at once.
+    /// The device closed the connection on purpose: reconnect immediately.
     Dropped,
-    /// The device leaves the connection open and never speaks on it again: connect again at once.
+    /// The device leaves the connection open but never uses it again: reconnect immediately.
     Abandoned,
 }
 
-/// What went wrong with a connection.
+/// Failure of a connection.
 enum Loss {
-    /// There is none any more, or never was.
+    /// The connection broke or could not be opened.
     Connection(io::Error),
-    /// It stands, and serves for nothing.
+    /// The connection is open but unusable.
     Fault(Fault),
 }
 
 impl Loss {
-    /// How much this attempt adds to the certainty that none ever succeeds, if the gateway said nothing.
+    /// Returns how much this attempt adds to the despair score, if the gateway sent nothing.
     fn despair(&self) -> u32 {
         match self {
-            // TLS fails, or the device's own certificate.
+            // TLS or the device's own certificate fails.
             Loss::Connection(error) => match error.kind() {
                 io::ErrorKind::InvalidData | io::ErrorKind::Other => 2,
-                // A gateway that is being started or is full does so, too.
+                // A gateway that is starting or full also does this.
                 io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => 1,
                 _ => 0,
             },
@@ -94,17 +94,25 @@ impl fmt::Display for Loss {
         match self {
             Loss::Connection(error) => write!(f, "{error}"),
             Loss::Fault(Fault::Bye { code, .. }) => write!(f, "BYE {code} ({})", name_of(*code)),
-            Loss::Fault(Fault::NotOurGateway) => f.write_str("the gateway holds another key"),
-            Loss::Fault(Fault::Protocol(what)) => write!(f, "against the protocol: {what}"),
-            Loss::Fault(Fault::Timeout) => f.write_str("no answer in time"),
-            Loss::Fault(Fault::SchemaConflict) => f.write_str("other channels are known"),
-            Loss::Fault(Fault::SchemaBound) => f.write_str("it has too many schemas or series"),
-            Loss::Fault(Fault::FrameTooLong) => f.write_str("the next frame is too long for it"),
+            Loss::Fault(Fault::NotOurGateway) => {
+                f.write_str("the gateway has a different key for this device")
+            }
+            Loss::Fault(Fault::Protocol(what)) => write!(f, "protocol violation: {what}"),
+            Loss::Fault(Fault::Timeout) => f.write_str("timed out waiting for the gateway"),
+            Loss::Fault(Fault::SchemaConflict) => {
+                f.write_str("the gateway has a conflicting schema under this number")
+            }
+            Loss::Fault(Fault::SchemaBound) => {
+                f.write_str("too many schemas or series for the gateway's limits")
+            }
+            Loss::Fault(Fault::FrameTooLong) => {
+                f.write_str("the next frame exceeds the gateway's frame limit")
+            }
         }
     }
 }
 
-/// What a code stands for.
+/// Returns the name of a code.
 fn name_of(code: u8) -> &'static str {
     Code::from_wire(code).map_or("unknown", Code::name)
 }
@@ -112,18 +120,18 @@ fn name_of(code: u8) -> &'static str {
 pub(super) struct DeviceTask {
     fleet: Arc<Fleet>,
     outbox: Outbox,
-    /// The device's own clock when the run began.
+    /// The device's own clock at the start of the run.
     uptime_at_start_us: u64,
-    /// Frames sent, for the faults to be drawn anew.
+    /// Number of frames sent; faults are drawn by it.
     attempts: u32,
     abandoned: VecDeque<Socket>,
     storms: u64,
     was_welcomed: bool,
-    /// How sure it is, from the attempts since the last that got anywhere, that none ever will.
+    /// Despair score: rises with each hopeless attempt since the last successful one.
     despair: u32,
-    /// Whether the gateway said anything on the latest connection.
+    /// Whether the gateway sent anything on the latest connection.
     was_heard: bool,
-    /// Whether the end of the run has been noticed.
+    /// Whether the device has noticed the end of the run.
     is_stopping: bool,
 }
 
@@ -193,7 +201,7 @@ impl DeviceTask {
             let wait_s = again_us.saturating_sub(self.uptime_us()) as f64 / 1e6;
             fleet.counters.noted().note(
                 &format!("waiting: {reason}"),
-                format!("{name} tries again in {wait_s:.1} s"),
+                format!("{name} reconnects in {wait_s:.1} s"),
             );
             let again = sleep_until(fleet.instant(again_us - self.uptime_at_start_us));
             tokio::select! {
@@ -206,7 +214,7 @@ impl DeviceTask {
         Ok(())
     }
 
-    /// Counts attempts that failed for a reason that does not pass by itself.
+    /// Counts attempts that failed for a permanent reason.
     fn lose_hope(&mut self, loss: &Loss) {
         let was_hopeless = self.despair >= DESPAIR;
         self.despair = match loss.despair() {
@@ -222,7 +230,7 @@ impl DeviceTask {
         }
     }
 
-    /// A refusal that waiting cannot mend ends the run, if the device never got in.
+    /// Ends the run on a permanent rejection, if the device was never welcomed.
     fn check_refusal(&self, fault: Option<Fault>) -> Result<(), FleetError> {
         let code = match fault {
             Some(Fault::NotOurGateway) => {
@@ -238,12 +246,12 @@ impl DeviceTask {
         };
         let advice = match Code::from_wire(code) {
             Some(Code::TooLarge) => {
-                "its frames are longer than the gateway takes: lower --batch or --channels"
+                "frames exceed the gateway's limit; lower --batch or --channels"
             }
             Some(Code::SchemaBound) => {
                 "raise --device-series-max and --device-schemas-max of the gateway"
             }
-            Some(Code::Authentication) => "is --key-file the gateway's fleet key?",
+            Some(Code::Authentication) => "check that --key-file is the gateway's fleet key",
             _ => "see the gateway's log",
         };
         let lasts = [Code::TooLarge as u8, Code::SchemaBound as u8].contains(&code);
@@ -259,16 +267,16 @@ impl DeviceTask {
         })
     }
 
-    /// Returns by how much the gateway's clock is ahead of the fleet's, at least and at most: it showed `utc_us`
-    /// after the device asked, and before now.
+    /// Returns the least and most that the gateway's clock is ahead of the fleet's: it showed `utc_us` after the device
+    /// asked and before now.
     fn ahead_us(&self, utc_us: i64, asked_us: Option<u64>) -> (i64, i64) {
         let ahead_us = |run_us: u64| utc_us - self.fleet.started_utc_us - run_us as i64;
         let least_us = ahead_us(self.fleet.now_us());
         (least_us, asked_us.map_or(least_us, ahead_us))
     }
 
-    /// Notes a WELCOME: that the device is in, what is durable, and what the gateway's clock showed. `known_seq`
-    /// was durable by its word before.
+    /// Records a WELCOME: the login, the durable number, and the gateway's clock. `known_seq` is the durable number
+    /// that the gateway reported before.
     fn note_welcome(
         &mut self,
         link: &mut Link,
@@ -296,14 +304,14 @@ impl DeviceTask {
             fleet.report().frames_lost += known_seq - durable_seq;
             let name = self.outbox.script.name();
             fleet.counters.noted().note(
-                "LOST: the gateway no longer knows frames that it had acknowledged",
+                "LOST: the gateway lost frames that it had acknowledged",
                 format!("{name}: frames {} to {known_seq}", durable_seq + 1),
             );
         }
         Ok(())
     }
 
-    /// The device's own clock: microseconds since its boot.
+    /// Returns the device's own clock: microseconds since its boot.
     fn uptime_us(&self) -> u64 {
         self.uptime_at_start_us + self.fleet.now_us()
     }
@@ -401,8 +409,8 @@ impl DeviceTask {
         }
     }
 
-    /// Sends what the device has to send, with the faults that strike; tells if that was the
-    /// connection's end.
+    /// Sends the pending output with the selected faults; returns whether a fault ended the
+    /// connection.
     async fn transmit(
         &mut self,
         device: &mut Device<'_>,
@@ -411,9 +419,9 @@ impl DeviceTask {
         loop {
             let start = link.output.len();
             let uptime_us = self.uptime_us();
-            let written = link.append(|room| {
+            let written = link.append(|buffer| {
                 device
-                    .poll_transmit(&mut self.outbox, uptime_us, room)
+                    .poll_transmit(&mut self.outbox, uptime_us, buffer)
                     .ok_or(NoRoom)
             });
             if written.is_err() {
@@ -424,7 +432,7 @@ impl DeviceTask {
                 types::PING => link.ping_us = Some(self.fleet.now_us()),
                 _ => {}
             }
-            // Malformed ones have other types, too.
+            // Malformed frames may have other types.
             if types::is_sequenced(link.output[start + 2])
                 && let Some(strikes) = self.note_sent(&link.output[start..])?
             {
@@ -444,8 +452,8 @@ impl DeviceTask {
         Ok(link.flush().await.err().map(Ended::from))
     }
 
-    /// Notes a numbered frame before it leaves, for its ACK may follow at once; tells the faults that
-    /// strike it.
+    /// Records a sequenced frame before it is sent, because its ACK may follow immediately; returns
+    /// its faults.
     fn note_sent(&mut self, frame: &[u8]) -> Result<Option<Strikes>, FleetError> {
         let seq = u64::from_le_bytes(frame[6..14].try_into().expect("8 bytes"));
         let index = self.outbox.script.index();
@@ -466,7 +474,7 @@ impl DeviceTask {
         Ok(strikes.any().then_some(strikes))
     }
 
-    /// Notes a connection on which the gateway may have let the device in.
+    /// Records a connection on which the gateway may have accepted the login.
     fn note_login(&self, handshake: &Handshake) -> Result<(), FleetError> {
         if handshake.auth_us.is_none() {
             return Ok(());
@@ -506,16 +514,16 @@ impl DeviceTask {
             link.output.extend_from_slice(&frame);
         }
         if strikes.duplicate && self.outbox.durable_seq > 0 {
-            // A frame that was acked, sent again.
-            let again = |room: &mut [u8]| self.outbox.make(self.outbox.durable_seq, room);
-            let made = link.append(|room| again(room).map(|(frame_bytes, _)| frame_bytes));
+            // Resend a frame that was acknowledged.
+            let again = |buffer: &mut [u8]| self.outbox.make(self.outbox.durable_seq, buffer);
+            let made = link.append(|buffer| again(buffer).map(|(frame_bytes, _)| frame_bytes));
             self.outbox.note_bytes(made.unwrap_or(0));
         }
         link.flush().await?;
         Ok(strikes.disconnect.then_some(Ended::Dropped))
     }
 
-    /// Takes in what the gateway said.
+    /// Processes the received frames.
     fn receive(
         &mut self,
         device: &mut Device<'_>,
@@ -529,7 +537,11 @@ impl DeviceTask {
             let frame = match codec.decode(&mut link.input) {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Ok(Ok(())),
-                Err(_) => return Ok(Err(Fault::Protocol("not a frame; TLS, perhaps?"))),
+                Err(_) => {
+                    return Ok(Err(Fault::Protocol(
+                        "not an FWP frame; is this a TLS port?",
+                    )));
+                }
             };
             self.was_heard = true;
             let uptime_us = self.uptime_us();
@@ -550,7 +562,7 @@ impl DeviceTask {
                     if Class::of(code) == Class::RetryLater {
                         let reason = format!("waiting: NACK {code} ({})", name_of(code));
                         let name = self.outbox.script.name();
-                        let detail = format!("{name} sends again when the gateway asks for it");
+                        let detail = format!("{name} resends when the gateway asks for it");
                         self.fleet.counters.noted().note(&reason, detail);
                     }
                     if Class::of(code) == Class::Refused {
@@ -571,7 +583,7 @@ impl DeviceTask {
     }
 }
 
-/// The bit of a frame's payload that is flipped on the way.
+/// Returns the bit of a frame's payload that is flipped in transit.
 fn damaged_bit(frame: &[u8], strikes: Strikes) -> usize {
     let payload_bits = (frame.len() - HEADER_BYTES - TRAILER_BYTES) * 8;
     strikes.bits as usize % payload_bits

@@ -1,4 +1,4 @@
-//! A device's connection: bytes in, bytes out, and no memory while it is idle.
+//! A device's connection, with input and output buffers that use no memory while it is idle.
 
 use std::cell::RefCell;
 use std::io;
@@ -14,27 +14,27 @@ use tokio::net::{TcpSocket, TcpStream};
 
 use super::Terms;
 
-/// Devices that connect from one loopback address. An address has some 28,000 ports, and each is held
-/// for a minute after its connection was dropped, as all are at once in a storm.
+/// Number of devices that connect from one loopback address. An address has about 28,000 ports, and each stays in
+/// use for a minute after its connection was closed; in a storm, all connections are closed simultaneously.
 const DEVICES_OF_ADDRESS: u32 = 2_000;
 
 thread_local! {
-    /// Where a frame is written before its length is known: to make room for the longest in each
-    /// link's own buffer would mean to fill 64 KiB with zeros for every frame.
+    /// Buffer for a frame whose length is not known yet. Reserving the maximum length in each link's own
+    /// buffer would fill 64 KiB with zeros for every frame.
     static ROOM: RefCell<Box<[u8]>> = RefCell::new(vec![0; FRAME_BYTES_MAX].into());
 }
 
-/// What is read at once.
+/// Number of bytes read at a time.
 const READ_BYTES: usize = 1024;
 
-/// A connection that stands, with its channel binding and the device's end of it.
+/// An open connection, with its channel binding and the address of the device's end.
 pub(super) struct Connected {
     pub(super) socket: Socket,
     pub(super) binding: [u8; KEY_BYTES],
     pub(super) from: SocketAddr,
 }
 
-/// Connects the device of this number and name to the gateway.
+/// Connects the device with this number and name to the gateway.
 pub(super) async fn connect(terms: &Terms, number: u32, name: &str) -> io::Result<Connected> {
     let tcp = match source_address(terms.gateway.ip(), number) {
         None => TcpStream::connect(terms.gateway).await?,
@@ -44,7 +44,7 @@ pub(super) async fn connect(terms: &Terms, number: u32, name: &str) -> io::Resul
             socket.connect(terms.gateway).await?
         }
     };
-    // Fails only where the connection is gone already, which the first read tells.
+    // Fails only if the connection is closed already, which the first read reports.
     let _ = tcp.set_nodelay(true);
     let from = tcp.local_addr()?;
     let Some(tls) = &terms.tls else {
@@ -65,7 +65,7 @@ pub(super) async fn connect(terms: &Terms, number: u32, name: &str) -> io::Resul
 }
 
 async fn shake_hands(socket: &mut Socket) -> io::Result<[u8; KEY_BYTES]> {
-    // A gateway says nothing before it is spoken to.
+    // A gateway sends nothing before the device does.
     let mut nothing = BytesMut::new();
     loop {
         socket.try_flush()?;
@@ -86,35 +86,35 @@ async fn shake_hands(socket: &mut Socket) -> io::Result<[u8; KEY_BYTES]> {
     }
 }
 
-/// The end of what the gateway sends.
+/// Returns the error for a connection that the gateway closed.
 fn closed() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the gateway")
 }
 
-/// The loopback address that a device is to connect from; `None` where the system chooses. Only Linux
-/// has all of 127.0.0.0/8 without asking.
+/// Returns the loopback address that a device connects from; `None` if the system chooses. Only Linux
+/// provides all of 127.0.0.0/8 without configuration.
 fn source_address(gateway: IpAddr, device: u32) -> Option<IpAddr> {
     let is_spread = cfg!(target_os = "linux") && gateway.is_ipv4() && gateway.is_loopback();
     let number = u8::try_from(device / DEVICES_OF_ADDRESS).ok()?;
     (is_spread && number > 0).then_some(IpAddr::V4(Ipv4Addr::new(127, 0, number, 1)))
 }
 
-/// A connection's socket and what is on its way in and out.
+/// A connection's socket with its input and output buffers.
 pub(super) struct Link {
     pub(super) socket: Socket,
     pub(super) input: BytesMut,
     pub(super) output: BytesMut,
     pub(super) handshake: Handshake,
-    /// When the latest PING was written, in microseconds of the run.
+    /// Time of the latest PING, in microseconds of the run.
     pub(super) ping_us: Option<u64>,
 }
 
-/// How far a connection's handshake came, in microseconds of the run.
+/// Progress of a connection's handshake; times in microseconds of the run.
 pub(super) struct Handshake {
-    /// The device's end of the connection.
+    /// Address of the device's end of the connection.
     pub(super) from: SocketAddr,
     pub(super) hello_us: u64,
-    /// When the device proved its key.
+    /// Time at which the device proved its key.
     pub(super) auth_us: Option<u64>,
     pub(super) is_welcomed: bool,
 }
@@ -135,14 +135,14 @@ impl Link {
         }
     }
 
-    /// Adds what `write` puts into the room for a frame.
+    /// Appends the frame that `write` writes into the shared buffer.
     pub(super) fn append(
         &mut self,
         write: impl FnOnce(&mut [u8]) -> Result<usize, NoRoom>,
     ) -> Result<usize, NoRoom> {
-        ROOM.with_borrow_mut(|room| {
-            let frame_bytes = write(room)?;
-            self.output.extend_from_slice(&room[..frame_bytes]);
+        ROOM.with_borrow_mut(|buffer| {
+            let frame_bytes = write(buffer)?;
+            self.output.extend_from_slice(&buffer[..frame_bytes]);
             Ok(frame_bytes)
         })
     }
@@ -155,10 +155,10 @@ impl Link {
         Ok(())
     }
 
-    /// Reads what is there, if anything is.
+    /// Reads the available bytes without waiting.
     ///
     /// # Errors
-    /// The connection does not stand any more.
+    /// The connection is closed or broken.
     pub(super) fn read(&mut self) -> io::Result<()> {
         match self.socket.try_read(&mut self.input, READ_BYTES) {
             Ok(0) => Err(closed()),
@@ -168,7 +168,7 @@ impl Link {
         }
     }
 
-    /// Gives memory back before a wait: a fleet is large, and most of it is idle.
+    /// Frees the buffers before a wait: a fleet is large, and most of it is idle.
     pub(super) fn rest(&mut self) {
         if self.input.is_empty() {
             self.input = BytesMut::new();
@@ -176,7 +176,7 @@ impl Link {
         self.output = BytesMut::new();
     }
 
-    /// Says goodbye.
+    /// Sends BYE and closes the connection.
     pub(super) async fn leave(&mut self) {
         let bye = message::Bye {
             code: 0,
@@ -188,7 +188,7 @@ impl Link {
         };
         let mut frame = [0; 64];
         if let Ok(frame_bytes) = message::encode(&bye, 0, &mut frame) {
-            // The gateway may be gone by now, and all is acked.
+            // The gateway may be gone by now; everything is acknowledged.
             let _ = self.socket.write_all(&frame[..frame_bytes]).await;
         }
         let _ = self.socket.shutdown().await;
@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     #[cfg(target_os = "linux")]
-    fn a_large_fleet_on_this_machine_has_many_addresses() {
+    fn a_large_local_fleet_uses_many_source_addresses() {
         let from = |gateway: &str, device| source_address(gateway.parse().unwrap(), device);
         let expected = |address: &str| Some(address.parse().unwrap());
         assert_eq!(from("127.0.0.1", DEVICES_OF_ADDRESS - 1), None);

@@ -1,10 +1,10 @@
-//! The fleet on the wire: a task for each device, around the state machine that firmware links.
+//! The fleet's connections: a task for each device, around the protocol state machine that firmware also uses.
 //!
-//! What frames hold is the script's business, when they are due the pace's. A device keeps no queue:
-//! frames that must be sent again are made again from the plan.
+//! The script determines the content of frames, the pace when they are due. A device stores no queue:
+//! frames to be resent are regenerated from the plan.
 //!
-//! Here is the fleet as a whole; [`device`] is one device's task, [`outbox`] its queue, [`link`] its
-//! connection, [`tls`] what that goes through if it is not plain.
+//! This file covers the fleet as a whole; [`device`] is one device's task, [`outbox`] its queue, [`link`] its
+//! connection, and [`tls`] the transport of connections that are not plain TCP.
 
 mod device;
 mod link;
@@ -39,91 +39,94 @@ use crate::wire;
 
 /// At least this number of devices, or all of a smaller fleet, must have failed before the fleet gives up.
 const HOPELESS_DEVICES: u64 = 3;
-/// How long after the last frame the ACKs may take.
+/// Maximum wait for ACKs after the last frame.
 pub const SETTLE: Duration = Duration::from_secs(30);
 
-/// How the fleet meets the gateway: all that does not alter what the frames hold.
+/// Terms of a run: everything that does not alter the content of the frames.
 #[derive(Debug)]
 pub struct Terms {
-    /// Where the gateway listens.
+    /// Address of the gateway.
     pub gateway: SocketAddr,
-    /// What devices go through to it; `None` for plain TCP.
+    /// TLS settings; `None` for plain TCP.
     pub tls: Option<FleetTls>,
-    /// Device keys derive from it.
+    /// Fleet key, from which the device keys are derived.
     pub fleet_key: [u8; 32],
-    /// After this no new frames are made; `None`: when all frames of the script are acked.
+    /// Time after which no new frames are generated; `None` to run until all frames of the script are acknowledged.
     pub duration: Option<Duration>,
-    /// Most frames of a device sent and not yet acked.
+    /// Maximum number of unacknowledged frames per device.
     pub window_frames: u64,
-    /// Devices connect and stay, and have nothing to send.
+    /// Whether devices only connect and stay, without anything to send.
     pub is_silent: bool,
-    /// How often the whole fleet drops its connections, where not as the profile says.
+    /// Interval at which the whole fleet drops its connections, if different from the profile's.
     pub storm_every: Option<Duration>,
-    /// What goes wrong on the way.
+    /// Faults in transit.
     pub faults: Faults,
-    /// Cancelled, it ends the run without waiting for the last ACKs.
+    /// Ends the run without waiting for the last ACKs when cancelled.
     pub leave: CancellationToken,
 }
 
-/// Why a run ended early.
+/// Reason why a run ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum FleetError {
-    /// Nobody listens.
-    #[error("cannot connect to {gateway}: {source}; is `fieldgate serve` running there?")]
+    /// Nothing listens at the address.
+    #[error(
+        "could not connect to {gateway}: {source}; check that `fieldgate serve` is running there"
+    )]
     Connect {
-        /// Where.
+        /// Address of the gateway.
         gateway: SocketAddr,
-        /// The system's word.
+        /// Error of the system.
         source: io::Error,
     },
-    /// It listens, and TLS comes to nothing.
+    /// The TLS handshake failed.
     #[error(
-        "no TLS with {gateway}: {source}; is that its --tls-listen, and --ca what its certificate leads to?"
+        "could not establish TLS with {gateway}: {source}; check that this is its --tls-listen address and that \
+    --ca is its CA"
     )]
     NoTls {
-        /// Where.
+        /// Address of the gateway.
         gateway: SocketAddr,
-        /// What is wrong.
+        /// Reason of the failure.
         source: io::Error,
     },
-    /// The gateway refuses a device for good.
-    #[error("the gateway refuses device {device}: code {code} ({name}); {advice}")]
+    /// The gateway rejects a device permanently.
+    #[error("the gateway rejected device {device}: code {code} ({name}); {advice}")]
     Refused {
-        /// Which device.
+        /// Name of the device.
         device: String,
-        /// The BYE's code.
+        /// Code of the BYE.
         code: u8,
-        /// What it stands for.
+        /// Name of the code.
         name: &'static str,
-        /// What to do.
+        /// Advice for the user.
         advice: &'static str,
     },
-    /// The device has sent something else under this schema's number.
+    /// The device declared a different schema under this number before.
     #[error(
-        "the gateway knows other channels of device {0} under this schema's number; \
-         give another --name-prefix"
+        "the gateway has a conflicting schema for device {0}; \
+        choose another --name-prefix"
     )]
     Schema(String),
-    /// Too many sockets.
+    /// The fleet needs more sockets than the limit on open files allows.
     #[error(transparent)]
     Descriptors(#[from] TooFew),
-    /// The peer does not hold the fleet key.
-    #[error("{0} is not this fleet's gateway: it does not hold the fleet key; check --key-file")]
+    /// The peer does not have the fleet key.
+    #[error("{0} does not have this fleet's key; check --key-file and --gateway")]
     NotOurGateway(SocketAddr),
-    /// No device gets anywhere, and none will.
-    #[error("no device gets through to {gateway}: {reason}; {advice}")]
+    /// No device could connect, and none will.
+    #[error("no device could connect to {gateway}: {reason}; {advice}")]
     Hopeless {
-        /// Where.
+        /// Address of the gateway.
         gateway: SocketAddr,
-        /// What ended the latest attempt.
+        /// Reason why the latest attempt failed.
         reason: String,
-        /// What to do.
+        /// Advice for the user.
         advice: &'static str,
     },
-    /// A frame would be longer than the protocol allows.
-    #[error("frames of {0} samples would be too long: lower --batch or --channels")]
+    /// A frame would exceed the protocol's limit.
+    #[error("frames of {0} samples would be too long; lower --batch or --channels")]
     Frames(u16),
-    /// The journal cannot be kept.
+    /// The journal could not be written.
     #[error(transparent)]
     Journal(#[from] JournalError),
 }
@@ -131,23 +134,23 @@ pub enum FleetError {
 /// Counters that can be read during a run.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Readings acked.
+    /// Acknowledged readings.
     pub readings_acked: AtomicU64,
-    /// Frames acked.
+    /// Acknowledged frames.
     pub frames_acked: AtomicU64,
     /// Frames sent, each counted once.
     pub frames_sent: AtomicU64,
     /// Devices that are connected and welcomed.
     pub devices_ready: AtomicU64,
-    /// Times that a device was welcomed.
+    /// Number of WELCOMEs received.
     pub welcomes: AtomicU64,
-    /// Set from outside while what frames wait for their ACKs is not to be in the report.
+    /// Set by the caller while ACK latencies are to be left out of the report.
     pub is_warming_up: AtomicBool,
     notices: Mutex<Notices>,
 }
 
 impl Counters {
-    /// Returns lines that say what devices wait for, if any are due.
+    /// Returns due messages about what devices are waiting for.
     pub fn notices(&self, now: Instant) -> Vec<String> {
         self.noted().take(now)
     }
@@ -157,27 +160,27 @@ impl Counters {
     }
 }
 
-/// What came of a run.
+/// Result of a run.
 #[derive(Debug)]
 pub struct Played {
-    /// What was sent and acked.
+    /// Statistics of what was sent and acknowledged.
     pub summary: Summary,
-    /// Why it ended early, if it did.
+    /// Reason why it ended early, if it did.
     pub error: Option<FleetError>,
 }
 
-/// The file a journal goes to.
+/// Journal in a file.
 type JournalFile = Journal<io::BufWriter<std::fs::File>>;
 
-/// A run under way.
+/// State of a run.
 struct Fleet {
     script: Arc<Script>,
     terms: Terms,
     pace: Pace,
     started: Instant,
-    /// The time of day then: the fleet's clock, which never steps, is this and the time since.
+    /// Time of day at the start. The fleet's clock is this plus the time since, and never steps.
     started_utc_us: i64,
-    /// The schema's number, the same for every device.
+    /// Schema number, the same for every device.
     schema: u16,
     declare: Vec<u8>,
     report: Mutex<Report>,
@@ -185,13 +188,13 @@ struct Fleet {
     counters: Arc<Counters>,
     /// Devices that have begun to connect.
     joined: AtomicU64,
-    /// Devices of which several attempts in a row failed for a reason that does not pass.
+    /// Devices of which several consecutive attempts failed for a permanent reason.
     hopeless: AtomicU64,
-    /// No new frames are made once this is cancelled.
+    /// No new frames are generated once this is cancelled.
     stop: CancellationToken,
 }
 
-/// Plays the script against the gateway until it is done, `stop` is cancelled, or nothing can work.
+/// Runs the script against the gateway until it is done, `stop` is cancelled, or no device can connect.
 pub async fn run(
     script: Arc<Script>,
     terms: Terms,
@@ -202,7 +205,7 @@ pub async fn run(
     check_frames(&script)?;
     descriptors::raise_for(script.plan().devices)?;
     let gateway = terms.gateway;
-    // One connection that says nothing, so that a wrong address or certificate is told at once.
+    // Connect once without sending anything, to report a wrong address or certificate immediately.
     let connected = link::connect(&terms, 0, script.device(0).name()).await;
     connected.map_err(|source| match (&terms.tls, source.kind()) {
         (
@@ -262,14 +265,14 @@ impl Fleet {
         self.started.elapsed().as_micros() as u64
     }
 
-    /// The instant at which a time of the run is reached.
+    /// Returns the instant of a time of the run.
     fn instant(&self, run_us: u64) -> tokio::time::Instant {
-        // A century, where nothing is awaited.
+        // At most about a century, for times that are never reached.
         let wait = Duration::from_micros(run_us.min(3_000_000_000_000_000));
         (self.started + wait).into()
     }
 
-    /// When the fleet drops its connections at once for the `number`-th time, counted from 1.
+    /// Returns when the fleet drops its connections for the `number`-th time, counted from 1.
     fn storm_us(&self, number: u64) -> Option<u64> {
         match self.terms.storm_every {
             Some(every) => Some(number.saturating_mul(every.as_micros() as u64)),
@@ -281,7 +284,7 @@ impl Fleet {
         self.report.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ticks the journal and ends the run in time.
+    /// Writes the journal regularly and ends the run on time.
     async fn watch(&self, devices: &mut JoinSet<Result<(), FleetError>>) -> Result<(), FleetError> {
         let mut tick = tokio::time::interval(Duration::from_millis(250));
         let mut settle_until = None;
@@ -312,7 +315,7 @@ impl Fleet {
         }
     }
 
-    /// Fails if no device was ever let in, and all that tried fail for a reason that does not pass.
+    /// Fails if no device was ever welcomed and every attempt fails for a permanent reason.
     fn check_hope(&self) -> Result<(), FleetError> {
         let joined = self.joined.load(Relaxed);
         let is_lost = self.counters.welcomes.load(Relaxed) == 0
@@ -324,9 +327,11 @@ impl Fleet {
         let reason = self.report().latest_loss.clone();
         let advice = match self.terms.tls {
             Some(_) => {
-                "does the gateway ask for certificates (--identities), and know who signed them?"
+                "if the gateway requires client certificates, give --identities, signed by a CA that it trusts"
             }
-            None => "does it speak FWP, and without TLS? With --tls, --gateway is its --tls-listen",
+            None => {
+                "check that this is an FWP port without TLS; with --tls, use the gateway's --tls-listen address"
+            }
         };
         Err(FleetError::Hopeless {
             gateway: self.terms.gateway,
@@ -349,8 +354,8 @@ impl Fleet {
     }
 }
 
-/// Whether frames of this size can be sent at all. Later frames differ by a few bytes at most, which
-/// the gateway's own, smaller limit leaves room for.
+/// Fails if frames of this size cannot be sent at all. Later frames differ by a few bytes at most, for which the
+/// gateway's own, smaller limit leaves enough space.
 fn check_frames(script: &Arc<Script>) -> Result<(), FleetError> {
     let too_long = FleetError::Frames(script.plan().batch);
     let readings = usize::from(script.plan().batch) * script.channels().len();

@@ -1,14 +1,14 @@
-//! What the fleet waits for, in lines for people: one for each reason, and not too often.
+//! Messages for people about what the fleet is waiting for: one per reason, at a limited rate.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// Least time between two lines of one reason.
+/// Minimum interval between two lines for the same reason.
 const EVERY: Duration = Duration::from_secs(10);
-/// Reasons told apart.
+/// Maximum number of reasons that are counted separately.
 const REASONS_MAX: usize = 32;
 
-/// What happened since the last look.
+/// Events since the last lines.
 #[derive(Debug, Default)]
 pub struct Notices {
     reasons: BTreeMap<String, Reason>,
@@ -16,15 +16,15 @@ pub struct Notices {
 
 #[derive(Debug)]
 struct Reason {
-    /// Times since the last line.
+    /// Occurrences since the last line.
     new: u64,
-    /// Of the latest time.
+    /// Detail of the latest occurrence.
     detail: String,
     next_line_at: Option<Instant>,
 }
 
 impl Notices {
-    /// Notes one more time of a reason.
+    /// Counts an occurrence of a reason.
     pub fn note(&mut self, reason: &str, detail: String) {
         if let Some(known) = self.reasons.get_mut(reason) {
             known.new += 1;
@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_reason_has_a_line_at_once_and_then_one_in_a_while() {
+    fn each_reason_has_a_line_immediately_and_then_at_intervals() {
         let (mut notices, start) = (Notices::default(), Instant::now());
         notices.note("waiting: BYE 44", "a".into());
         notices.note("waiting: closed", "b".into());

@@ -1,4 +1,4 @@
-//! A device's queue, made again from the script whenever it is looked at, so that it takes no memory.
+//! A device's queue, regenerated from the script whenever it is needed, so that it uses no memory.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::plan::DeviceScript;
 use crate::wire::Workbench;
 
 thread_local! {
-    /// Buffers for making a frame; a device needs them only for that long.
+    /// Buffers for generating a frame; a device needs them only briefly.
     static WORKBENCH: std::cell::RefCell<Workbench> = std::cell::RefCell::default();
 }
 
@@ -21,21 +21,21 @@ thread_local! {
 pub(super) struct Outbox {
     pub(super) fleet: Arc<Fleet>,
     pub(super) script: DeviceScript,
-    /// The last frame that is durable by the gateway's latest word.
+    /// The last durable frame according to the gateway's latest message.
     pub(super) durable_seq: u64,
-    /// The last frame that was ever acked: through it, a device has deleted its frames.
+    /// The last frame that was ever acknowledged: the device has deleted its frames up to this one.
     pub(super) deleted_seq: u64,
     /// The last frame that is due.
     due_seq: u64,
     /// The last frame that was sent, on any connection.
     sent_seq: u64,
-    /// For each frame sent and not yet acked: its number, since when it is waited for, its readings.
+    /// For each unacknowledged frame: its number, the start of its wait, and its number of readings.
     in_flight: VecDeque<(u64, u64, u64)>,
-    /// Told to the fleet in the end: that takes a lock, and frames are many.
+    /// Counts that are added to the fleet's at the end, because that takes a lock and there are many frames.
     sent: Sent,
 }
 
-/// What a device put on the wire.
+/// Counts of what a device has sent.
 #[derive(Default)]
 struct Sent {
     frames: u64,
@@ -57,13 +57,13 @@ impl Outbox {
         }
     }
 
-    /// Moves `due_seq` on; returns when the next frame will be due.
+    /// Advances `due_seq`; returns when the next frame will be due.
     pub(super) fn advance(&mut self, now_us: u64) -> Option<u64> {
         if self.fleet.terms.is_silent {
             return None;
         }
         let last = self.script.frames().unwrap_or(u64::MAX);
-        // A device in a burst always has more than its window lets out.
+        // A device in a burst always has more frames than its window allows.
         let ahead = self.sent_seq + self.fleet.terms.window_frames + 1;
         while self.due_seq < last.min(ahead) && !self.fleet.stop.is_cancelled() {
             let due_us = self
@@ -78,7 +78,7 @@ impl Outbox {
         None
     }
 
-    /// Whether all that will ever be due is acked.
+    /// Returns whether everything that will ever be due is acknowledged.
     pub(super) fn is_done(&self) -> bool {
         let last = self.script.frames().unwrap_or(u64::MAX);
         let end = if self.fleet.stop.is_cancelled() {
@@ -89,17 +89,17 @@ impl Outbox {
         self.durable_seq >= end
     }
 
-    /// Whether all that was sent is acked.
+    /// Returns whether everything sent is acknowledged.
     pub(super) fn is_empty(&self) -> bool {
         self.durable_seq >= self.sent_seq
     }
 
-    /// Notes what was put on the wire.
+    /// Counts the bytes sent.
     pub(super) fn note_bytes(&mut self, bytes: usize) {
         self.sent.bytes += bytes as u64;
     }
 
-    /// Writes frame `seq`; returns its length and how many readings are to be stored of it.
+    /// Writes frame `seq`; returns its length and its number of readings to be stored.
     pub(super) fn make(&self, seq: u64, out: &mut [u8]) -> Result<(usize, u64), NoRoom> {
         WORKBENCH
             .with_borrow_mut(|workbench| workbench.frame(&self.script, seq, self.fleet.schema, out))
@@ -121,8 +121,8 @@ impl Queue for Outbox {
             self.sent_seq = seq;
             self.fleet.counters.frames_sent.fetch_add(1, Relaxed);
             let now_us = self.fleet.now_us();
-            // A frame waits from when it was due, not from when the device got round to it; in a burst
-            // everything is due from the start, and what counts is how long the gateway takes.
+            // A frame's wait starts when it is due, not when the device gets to it. In a burst
+            // everything is due from the start, and the gateway's time alone is measured.
             let due_us = self.fleet.pace.due_us(self.script.index(), seq);
             let since_us = if self.fleet.pace.is_open_loop() {
                 due_us

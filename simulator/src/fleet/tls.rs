@@ -1,4 +1,4 @@
-//! TLS as the devices of a fleet speak it: whom they trust, and which certificates they show.
+//! TLS configuration of a fleet: the CA that devices trust, and the certificates that they present.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,48 +9,48 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
-/// Why there is no TLS.
+/// TLS could not be configured.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// The gateway's address has no name that a certificate could hold.
-    #[error("{0} is no name that a gateway's certificate could hold")]
+    /// The gateway's address contains no valid server name.
+    #[error("{0} is not a valid server name for TLS")]
     Host(String),
-    /// A file that cannot be used.
-    #[error("cannot take {what} from {}: {reason}", path.display())]
+    /// A file is unusable.
+    #[error("could not load {what} from {}: {reason}", path.display())]
     File {
-        /// What should be in it.
+        /// Expected content.
         what: &'static str,
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Description of the problem.
         reason: String,
     },
-    /// Certificate and key of a device are not fit for use.
-    #[error("certificate and key of device {device} do not serve: {reason}")]
+    /// A device's certificate or key is unusable.
+    #[error("cannot use certificate and key of device {device}: {reason}")]
     Identity {
-        /// Which device.
+        /// Name of the device.
         device: String,
-        /// What is wrong.
+        /// Description of the problem.
         reason: String,
     },
 }
 
-/// The fleet's side of TLS.
+/// TLS configuration of the fleet.
 #[derive(Debug)]
 pub struct FleetTls {
     host: ServerName<'static>,
     roots: Arc<RootCertStore>,
-    /// Where there is a NAME.pem and a NAME.key for each device.
+    /// Directory with a NAME.pem and a NAME.key for each device.
     identities: Option<PathBuf>,
-    /// Of devices that show no certificate.
+    /// Configuration of devices without a certificate.
     anonymous: Arc<ClientConfig>,
 }
 
 impl FleetTls {
-    /// For a gateway that is reached by the name `host`, and whose certificate leads to one in `ca`.
+    /// Creates the configuration for a gateway with the name `host`, whose certificate is signed by a CA in `ca`.
     ///
     /// # Errors
-    /// The name or the file cannot be used.
+    /// The name or the file is unusable.
     pub fn new(host: &str, ca: &Path, identities: Option<&Path>) -> Result<FleetTls, TlsError> {
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         let name = ServerName::try_from(bare.to_owned());
@@ -61,7 +61,7 @@ impl FleetTls {
         }
         let roots = Arc::new(roots);
         let mut anonymous = builder(&roots).with_no_client_auth();
-        // Each device is another one, and none has been here before.
+        // Every device is different, and none has connected before.
         anonymous.resumption = Resumption::disabled();
         Ok(FleetTls {
             host: name.map_err(|_| TlsError::Host(bare.to_owned()))?,
@@ -71,10 +71,10 @@ impl FleetTls {
         })
     }
 
-    /// A device's side of a new connection.
+    /// Returns the device's side of a new connection.
     ///
     /// # Errors
-    /// The device's certificate cannot be used.
+    /// The device's certificate is unusable.
     pub(super) fn connection(&self, device: &str) -> Result<ClientConnection, TlsError> {
         let config = match &self.identities {
             None => Arc::clone(&self.anonymous),
@@ -108,7 +108,7 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let found =
         CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
     match found {
-        Ok(found) if found.is_empty() => Err(refused("certificates", path, "there is none in it")),
+        Ok(found) if found.is_empty() => Err(refused("certificates", path, "file contains none")),
         found => found.map_err(|error| refused("certificates", path, error)),
     }
 }

@@ -1,4 +1,4 @@
-//! One device of the store: its row, its streams, schemas, clocks, events and series.
+//! Verification of one device of the store: its row, streams, schemas, clocks, events and series.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -10,7 +10,7 @@ use super::readings::{SeriesProof, SeriesRow};
 use super::{Others, Own, Verdict};
 use crate::readings::Channel;
 
-/// All devices of the store.
+/// Selects all devices of the store.
 pub(super) const DEVICES: &str = "SELECT id, name, firmware, first_seen_at, revision, enabled, key_version, \
      CASE WHEN sealed_key IS NULL THEN 0 ELSE 1 END FROM devices ORDER BY id";
 
@@ -20,9 +20,9 @@ pub(super) struct DeviceRow {
     pub(super) name: String,
     firmware: Option<String>,
     first_seen_at_us: Option<i64>,
-    /// Above 0 if an operator ever changed it.
+    /// Above 0 if an operator has changed the device.
     pub(super) revision: i64,
-    /// Whether it may connect, with the key that follows from its name.
+    /// Whether the device is enabled and has the key derived from its name.
     is_as_made: bool,
 }
 
@@ -39,12 +39,12 @@ impl DeviceRow {
     }
 }
 
-/// A device of the store, and what the runs know of it.
+/// A device of the store, with the data that the runs have about it.
 pub(super) struct StoredDevice<'a> {
     pub(super) row: DeviceRow,
     pub(super) owns: Vec<Own<'a>>,
     pub(super) others: Others,
-    /// When the first of the runs began on the gateway's clock, at the latest.
+    /// Latest possible start of the first run, on the gateway's clock.
     pub(super) began_us: i64,
 }
 
@@ -106,24 +106,20 @@ impl StoredDevice<'_> {
         let firmware = self.row.firmware.as_ref();
         if let Some(firmware) = firmware.filter(|firmware| programs.all(|of| of != *firmware)) {
             verdict.stranger(is_mixed && self.others == Others::Any, || {
-                self.say(&format!("firmware {firmware:?}: stored and not sent"))
+                self.say(&format!("firmware {firmware:?}: stored but not sent"))
             });
         }
         if self.row.revision == 0 && !self.row.is_as_made {
-            verdict.differ(|| self.say("disabled, or with another key, by no operator's change"));
+            verdict.differ(|| self.say("disabled or re-keyed without an operator's change"));
         }
         let at_us = self.row.first_seen_at_us;
         let is_true = |at_us| self.is_within(at_us, true) || is_mixed;
         if at_us.is_some_and(|at_us| !is_true(at_us)) {
-            verdict.differ(|| {
-                self.say(&format!(
-                    "first seen at {at_us:?} us, which is in none of the runs"
-                ))
-            });
+            verdict.differ(|| self.say(&format!("first seen at {at_us:?} us, outside all runs")));
         }
     }
 
-    /// Whether a time is one of the runs', or not before all of them if it may be after their ends.
+    /// Returns whether a time lies within one of the runs; without `has_end`, it may also lie after a run's end.
     fn is_within(&self, at_us: i64, has_end: bool) -> bool {
         let mut spans = self.owns.iter().map(|own| own.run.span_us());
         spans.any(|span| match span {
@@ -143,7 +139,7 @@ impl StoredDevice<'_> {
             let stream = proof.row.stream;
             verdict.differ(|| {
                 self.say(&format!(
-                    "stream {stream} made at {at_us} us, not in its run"
+                    "stream {stream} created at {at_us} us, outside its run"
                 ))
             });
         }
@@ -157,12 +153,15 @@ impl StoredDevice<'_> {
         let acked = own.journaled.acked;
         if !is_there && acked > 0 {
             let stream = own.device.stream();
-            verdict
-                .differ(|| self.say(&format!("stream {stream} not stored, {acked} frames acked")));
+            verdict.differ(|| {
+                self.say(&format!(
+                    "stream {stream} is not stored, but {acked} of its frames were acknowledged"
+                ))
+            });
         }
     }
 
-    /// Schemas are those that were declared, channel by channel.
+    /// Verifies that every schema was declared, channel by channel.
     async fn prove_schemas(
         &self,
         store: &mut Reader,
@@ -184,14 +183,14 @@ impl StoredDevice<'_> {
             };
             if !is_equal {
                 verdict.stranger(is_mixed && own.is_none(), || {
-                    self.say(&format!("schema {schema}: stored and not declared"))
+                    self.say(&format!("schema {schema}: stored but not declared"))
                 });
             }
         }
         Ok(())
     }
 
-    /// Clocks are those of boots that the device had, and off by no more than they can be.
+    /// Verifies that every clock belongs to a boot of the device and is within the possible error.
     async fn prove_clocks(
         &self,
         store: &mut Reader,
@@ -211,8 +210,8 @@ impl StoredDevice<'_> {
             if !is_true && !may_be_others {
                 verdict.differ(|| {
                     self.say(&format!(
-                        "clock of boot {boot} {offset_us} us off, measured at {at_us} us: not a clock \
-                         that the device had"
+                        "clock of boot {boot}, measured at {at_us} us, is {offset_us} us off: the device had no \
+                        such clock"
                     ))
                 });
             }
@@ -220,7 +219,7 @@ impl StoredDevice<'_> {
         Ok(())
     }
 
-    /// Every login is one that the device made. Returns the addresses that it had, if they are all known.
+    /// Verifies that the device made every stored login. Returns the device's addresses, if all are known.
     async fn prove_events(
         &self,
         store: &mut Reader,
@@ -249,7 +248,7 @@ impl StoredDevice<'_> {
                 let at_us = row.integer(1)?;
                 verdict.differ(|| {
                     self.say(&format!(
-                        "event {kind} {detail:?} at {at_us} us: stored and not sent"
+                        "event {kind} {detail:?} at {at_us} us: stored but not sent"
                     ))
                 });
             } else if kind == "connected" {
@@ -261,7 +260,7 @@ impl StoredDevice<'_> {
                 }
                 verdict.came_from(is_device, || {
                     self.say(&format!(
-                        "event connected from {detail:?}, where the device never was"
+                        "event connected from {detail:?}, an address the device never used"
                     ))
                 });
             }
@@ -276,8 +275,8 @@ impl StoredDevice<'_> {
         Ok(Some(known))
     }
 
-    /// Whether an event may be what it says: no device of a fleet reports any, and only a changed one has an
-    /// operator's.
+    /// Returns whether an event is plausible: simulated devices report none, and only devices that an operator
+    /// changed have operator events.
     fn is_event(&self, kind: &str, row: &Row, verdict: &mut Verdict) -> Result<bool, ReadError> {
         let at_us = row.integer(1)?;
         let is_plain = row.integer_or_null(2)?.is_none() && row.integer_or_null(5)?.is_none();
@@ -287,7 +286,7 @@ impl StoredDevice<'_> {
             "disconnected" => is_plain && self.is_within(at_us, false),
             "refused" => is_plain && self.is_within(at_us, true),
             "event" => false,
-            // An operator's.
+            // Operator events.
             _ => {
                 verdict.operator_events += u64::from(self.row.revision > 0);
                 is_plain && self.row.revision > 0
@@ -295,7 +294,8 @@ impl StoredDevice<'_> {
         })
     }
 
-    /// No more events of a kind than the device can have caused. Old ones may be gone.
+    /// Verifies that there are not more events of a kind than the device can have caused. Old events may have been
+    /// pruned.
     fn count_events(&self, counts: &HashMap<String, u64>, verdict: &mut Verdict) {
         let logins = self.owns.iter().flat_map(|own| &own.journaled.logins);
         let (tried, unanswered) = logins.fold((0, 0), |(tried, unanswered), login| {
@@ -310,7 +310,7 @@ impl StoredDevice<'_> {
             if found > most {
                 verdict.differ(|| {
                     self.say(&format!(
-                        "{found} events {kind}, where the device caused {most} at most"
+                        "{found} events {kind}, but the device caused at most {most}"
                     ))
                 });
             }
@@ -336,7 +336,7 @@ impl StoredDevice<'_> {
                 verdict.stranger(is_mixed, || {
                     let series = series.describe();
                     self.say(&format!(
-                        "series {series} with {readings} readings: stored and not sent"
+                        "series {series} with {readings} readings: stored but not sent"
                     ))
                 });
                 continue;
@@ -364,8 +364,8 @@ impl StoredDevice<'_> {
                     let (name, seq) = (&channel.name, first.seq);
                     verdict.differ(|| {
                         self.say(&format!(
-                            "{name}: no series of that channel, unit and kind; readings from frame \
-                             {seq} on sent and not stored"
+                            "{name}: the series for that channel, unit and kind is missing; readings from \
+                            frame {seq} on were sent but not stored"
                         ))
                     });
                 }
@@ -375,7 +375,7 @@ impl StoredDevice<'_> {
     }
 }
 
-/// Whether the text of `schemas.declaration` says these channels.
+/// Returns whether the text of `schemas.declaration` declares these channels.
 fn is_declaration(text: &str, channels: &[Channel]) -> bool {
     let expected: Vec<serde_json::Value> = (1..)
         .zip(channels)

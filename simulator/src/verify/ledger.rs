@@ -1,4 +1,4 @@
-//! One stream: its numbers, its frames' rows, its gaps, and its frames in quarantine, byte for byte.
+//! Verification of one stream: its numbers, frame rows, gaps, and quarantined frames, byte for byte.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -13,26 +13,26 @@ use crate::plan::{Clock, FrameContent};
 use crate::readings::Readings;
 use crate::wire::Workbench;
 
-/// The code of a frame whose payload was damaged on the way twice.
+/// NACK code of a frame whose payload was damaged in transit twice.
 const DAMAGED: i64 = Code::PayloadCrcTwice as i64;
-/// How UTC stamps are told from implausible ones (R75): none before 2020, none a day ahead of its receipt.
+/// Range of plausible UTC times (R75): not before 2020, at most a day after receipt.
 const PLAUSIBLE_FROM_US: i64 = 1_577_836_800_000_000;
 const PLAUSIBLE_AHEAD_US: i64 = 86_400_000_000;
-/// How a frame's time became UTC, as `frames.quality` says it.
+/// Value of `frames.quality` for a time in UTC.
 const UTC: i64 = 0;
 const ANCHORED: i64 = 1;
 const SUSPECT: i64 = 3;
 
-/// A frame as far as its readings need it.
+/// The part of a frame that verifying its readings needs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Frame {
     pub(super) id: i64,
     pub(super) seq: u64,
-    /// What was added to the device's time.
+    /// Offset added to the device's time.
     pub(super) offset_us: i64,
-    /// Rows of readings that were sent, 0 for a frame without.
+    /// Number of rows of readings that were sent, 0 for a frame without readings.
     pub(super) rows: u16,
-    /// Which of the device's runs sent it.
+    /// Index of the device's run that sent it.
     pub(super) own: u16,
 }
 
@@ -62,12 +62,12 @@ impl StreamRow {
     }
 }
 
-/// The proof of one stream of one run.
+/// Verification of one stream of one run.
 pub(super) struct StreamProof<'a> {
     pub(super) own: &'a Own<'a>,
     pub(super) own_index: u16,
     pub(super) row: StreamRow,
-    /// Addresses from which the device proved its key; `None` where not all are known.
+    /// Addresses from which the device logged in; `None` if not all are known.
     pub(super) addresses: Option<&'a HashSet<SocketAddr>>,
 }
 
@@ -83,7 +83,7 @@ struct FrameRow {
 }
 
 impl StreamProof<'_> {
-    /// Compares the stream's rows; adds its frames to `frames`.
+    /// Verifies the stream's rows and appends its frames to `frames`.
     pub(super) async fn prove(
         &self,
         store: &mut Reader,
@@ -125,7 +125,8 @@ impl StreamProof<'_> {
         self.own.name()
     }
 
-    /// Only what the run knows the gateway to have lost may be a gap. Returns where each begins, by its end.
+    /// Verifies that gaps cover only frames that the gateway lost in this run. Returns the start of each gap by its
+    /// end.
     async fn prove_gaps(
         &self,
         store: &mut Reader,
@@ -145,7 +146,7 @@ impl StreamProof<'_> {
             if !lost.any(|(from, to)| *from <= first && last <= *to) {
                 verdict.differ(|| {
                     format!(
-                        "{}: gap {first} to {last}, reason {reason}: stored and not sent",
+                        "{}: gap {first} to {last}, reason {reason}: stored but not sent",
                         self.name()
                     )
                 });
@@ -155,7 +156,7 @@ impl StreamProof<'_> {
         Ok(gaps)
     }
 
-    /// Compares what is in quarantine with what was sent; returns the code of each frame.
+    /// Compares quarantined frames with those sent; returns the code of each frame.
     async fn prove_quarantine(
         &self,
         store: &mut Reader,
@@ -171,7 +172,7 @@ impl StreamProof<'_> {
         let on_row = |row: Row| {
             let (seq, code) = (row.integer(0)?.cast_unsigned(), row.integer(1)?);
             let differ = |verdict: &mut Verdict, what: String| {
-                verdict.differ(|| format!("{}: frame {seq} in quarantine: {what}", self.name()));
+                verdict.differ(|| format!("{}: quarantined frame {seq}: {what}", self.name()));
             };
             if codes.insert(seq, code).is_some() {
                 differ(verdict, "stored twice".to_owned());
@@ -181,7 +182,7 @@ impl StreamProof<'_> {
                 Some(at_us) if at_us != row.integer(2)? => {
                     differ(
                         verdict,
-                        "received at another time than the frame".to_owned(),
+                        "receive time differs from that of the frame".to_owned(),
                     );
                 }
                 Some(_) => {}
@@ -191,15 +192,15 @@ impl StreamProof<'_> {
                 let is_device = peer.parse().is_ok_and(|peer| known.contains(&peer));
                 verdict.came_from(is_device, || {
                     let name = self.name();
-                    format!("{name}: frame {seq} in quarantine: from {peer:?}, where the device never was")
+                    format!("{name}: quarantined frame {seq} from {peer:?}, an address the device never used")
                 });
             }
             let schema = self.own.run.schema;
             match workbench.frame(&self.own.device, seq, schema, &mut sent) {
-                Err(_) => differ(verdict, "stored and not sent".to_owned()),
+                Err(_) => differ(verdict, "stored but not sent".to_owned()),
                 Ok((frame_bytes, _)) => {
                     if !self.is_sent(seq, code, row.bytes(4)?, &sent[..frame_bytes]) {
-                        differ(verdict, "its bytes are not those that were sent".to_owned());
+                        differ(verdict, "bytes differ from those sent".to_owned());
                     }
                 }
             }
@@ -210,7 +211,7 @@ impl StreamProof<'_> {
             if codes.get(seq) != Some(&i64::from(*code)) {
                 verdict.differ(|| {
                     format!(
-                        "{}: frame {seq} refused with {code} and not kept",
+                        "{}: frame {seq} was rejected with {code} but not quarantined",
                         self.name()
                     )
                 });
@@ -219,7 +220,7 @@ impl StreamProof<'_> {
         Ok(codes)
     }
 
-    /// Whether `kept` is what came of the frame `sent`: the same bytes, or those with one bit flipped where
+    /// Returns whether `kept` results from the frame `sent`: the same bytes, or the bytes with one bit flipped if
     /// the frame was damaged.
     fn is_sent(&self, seq: u64, code: i64, kept: &[u8], sent: &[u8]) -> bool {
         if code != DAMAGED {
@@ -238,7 +239,8 @@ impl StreamProof<'_> {
             .map(|(_, bit)| HEADER_BYTES * 8 + *bit as usize)
             .collect();
         let is_made = differing.len() == 1 && made.contains(&differing[0]);
-        // Another made it worse on the way; the gateway said so while the device listened.
+        // The frame may also have been damaged in transit; the gateway then reported this while the device was
+        // connected.
         let was_refused = self
             .own
             .journaled
@@ -248,7 +250,7 @@ impl StreamProof<'_> {
         is_made && made.len() > 1 || is_anothers || !self.own.run.ledger.complete
     }
 
-    /// From when to when a frame may have been received, on the gateway's clock.
+    /// Returns the earliest and latest possible receive time of a frame, on the gateway's clock.
     fn received_within_us(&self, seq: u64) -> Option<(i64, i64)> {
         let (began_us, ended_us) = self.own.run.span_us()?;
         let due_us = self
@@ -256,7 +258,7 @@ impl StreamProof<'_> {
             .run
             .pace
             .due_us(self.own.device.index(), seq.max(1));
-        // What was not acked may have waited in the gateway's socket until after the run.
+        // An unacknowledged frame may have waited in the gateway's socket until after the run.
         let ended_us = match seq <= self.own.journaled.acked {
             true => ended_us,
             false => i64::MAX,
@@ -265,7 +267,7 @@ impl StreamProof<'_> {
     }
 }
 
-/// The frames of a stream, one after another.
+/// State of a pass over the frames of a stream.
 struct Walk<'a> {
     proof: &'a StreamProof<'a>,
     gaps: HashMap<u64, u64>,
@@ -288,7 +290,7 @@ impl Walk<'_> {
             let at_us = row.received_at_us;
             if !(least_us..=most_us).contains(&at_us) {
                 self.differ(verdict, || {
-                    format!("frame {seq} received at {at_us} us, which is not while it was sent")
+                    format!("frame {seq} received at {at_us} us, outside the time it was sent")
                 });
             }
         }
@@ -325,7 +327,7 @@ impl Walk<'_> {
             let offset_us = row.offset_us;
             self.differ(verdict, || {
                 format!(
-                    "frame {seq} has clock offset {offset_us:?} us, beyond what its clock can have been off"
+                    "frame {seq} has clock offset {offset_us:?} us, more than its clock can be off"
                 )
             });
         }
@@ -338,26 +340,26 @@ impl Walk<'_> {
         }
     }
 
-    /// Each number once, none missing.
+    /// Verifies that every number occurs exactly once.
     fn continue_with(&mut self, seq: u64, gap: Option<u64>, verdict: &mut Verdict) {
         let (first, expected) = (gap.unwrap_or(seq), self.expected_seq);
         if first != expected {
             self.differ(verdict, || {
-                format!("frame {expected} expected, {first} found")
+                format!("expected frame {expected}, found {first}")
             });
         }
         if let Some(first) = gap {
             let acked = seq.min(self.proof.own.journaled.acked);
             if first <= acked {
                 self.differ(verdict, || {
-                    format!("frames {first} to {acked} acked and not stored: the gateway lost them")
+                    format!("frames {first} to {acked} were acknowledged but are not stored: the gateway lost them")
                 });
             }
         }
         self.expected_seq = seq.saturating_add(1);
     }
 
-    /// What the ledger must say of a frame that was sent.
+    /// Returns the expected row of a frame that was sent.
     fn expect(&mut self, row: &FrameRow, code: Option<i64>, verdict: &mut Verdict) -> Expected {
         let own = self.proof.own;
         let content = own.device.frame(row.seq, &mut self.readings);
@@ -373,14 +375,14 @@ impl Walk<'_> {
             let seq = row.seq;
             let what = || {
                 format!(
-                    "{}: frame {seq} in quarantine as {code:?}, not {refusal:?}",
+                    "{}: frame {seq} is quarantined as {code:?}, not {refusal:?}",
                     own.name()
                 )
             };
             verdict.differ(what);
         }
         match content {
-            // The type on the wire is part of what may be wrong with it.
+            // The fault may also be in the frame type.
             Some(FrameContent::Malformed {
                 variant: crate::faults::Malformation::UnknownType,
                 ..
@@ -401,7 +403,10 @@ impl Walk<'_> {
         let (acked, sent) = (own.journaled.acked, own.journaled.sent);
         if last < acked {
             self.differ(verdict, || {
-                format!("frames {} to {acked} acked and not stored", last + 1)
+                format!(
+                    "frames {} to {acked} were acknowledged but are not stored",
+                    last + 1
+                )
             });
         }
         if last != row.durable_seq {
@@ -410,10 +415,10 @@ impl Walk<'_> {
                 format!("durable_seq {durable_seq}, last frame {last}")
             });
         }
-        // A simulator that was killed may have sent more than it wrote down.
+        // A simulator that was killed may have sent more frames than it recorded.
         if own.run.ledger.complete && last > sent {
             self.differ(verdict, || {
-                format!("frame {last} stored and not sent, {sent} is the last")
+                format!("frame {last} is stored but was not sent; the last sent frame is {sent}")
             });
         }
         if (row.frames, row.readings) != (self.frames, self.readings_sum) {
@@ -421,15 +426,13 @@ impl Walk<'_> {
             let (found, found_readings) = (self.frames, self.readings_sum);
             self.differ(verdict, || {
                 format!(
-                    "totals of the stream say {frames} frames and {readings} readings, there are \
-                     {found} and {found_readings}"
+                    "stream totals are {frames} frames and {readings} readings, but {found} and \
+                     {found_readings} are stored"
                 )
             });
         }
         for (last, first) in std::mem::take(&mut self.gaps) {
-            self.differ(verdict, || {
-                format!("gap {first} to {last} without its frame")
-            });
+            self.differ(verdict, || format!("gap {first} to {last} has no frame"));
         }
     }
 
@@ -439,7 +442,7 @@ impl Walk<'_> {
     }
 }
 
-/// What the ledger must say of a frame.
+/// Expected row of a frame.
 struct Expected {
     frame_type: i64,
     readings: i64,
@@ -448,7 +451,7 @@ struct Expected {
 }
 
 impl Expected {
-    /// A frame of that type without readings.
+    /// Returns the row of a frame of that type without readings.
     fn of(frame_type: u8) -> Expected {
         Expected {
             frame_type: frame_type.into(),

@@ -1,19 +1,19 @@
-//! The proof: the journals of one or more runs against the whole store, row by row.
+//! Verification: compares the journals of one or more runs with the whole store, row by row.
 //!
-//! [`verify`] regenerates every frame from its plan. Acked frames must be stored, once and equal; frames that were
-//! sent and not acked may be stored, and then must be equal; nothing else may be in the store: no other device,
-//! stream, series, schema, frame, reading, gap, quarantined frame, clock or event. What was there before the runs
-//! is left out and counted, see [`Others`].
+//! [`verify`] regenerates every frame from its plan. Acknowledged frames must be stored, once and unchanged. Frames
+//! that were sent but not acknowledged may be stored, and must then be unchanged. The store must contain nothing else:
+//! no other device, stream, series, schema, frame, reading, gap, quarantined frame, clock or event. Data from before
+//! the runs is excluded and counted, see [`Others`].
 //!
-//! Equal means: the same stream, number, channel, time and double, bit for bit. A time of a device that knows UTC
-//! is stored exactly. One of a device that only counts from its boot may be off by what a measurement of its clock
-//! allows: half of the longest handshake that the device itself saw.
+//! Equal means: the same stream, number, channel, time and double, bit for bit. The time of a device that knows UTC
+//! is stored exactly. The time of a device that only counts from its boot may be off by the error of its clock
+//! measurement: half of the longest handshake that the device itself observed.
 //!
-//! The proof has its own queries. It compares values from the tables themselves; on SQLite, counts of readings come
-//! from the view `readings`. Memory grows with the frames of one device, not with the store.
+//! The verifier has its own queries. It compares values from the tables themselves; on SQLite, counts of readings come
+//! from the view `readings`. Its memory grows with the frames of one device, not with the store.
 //!
-//! Here is the store as a whole; [`device`] proves what belongs to one device, [`ledger`] one of its streams,
-//! [`readings`] one of its series, [`others`] what belongs to none of the runs, [`rest`] what belongs to nothing.
+//! This file covers the store as a whole; [`device`] verifies one device, [`ledger`] one of its streams, [`readings`]
+//! one of its series, [`others`] data of other runs, and [`rest`] rows without a parent.
 
 mod device;
 mod ledger;
@@ -34,35 +34,35 @@ use crate::plan::{DeviceScript, PlanError, Script};
 use crate::report::grouped;
 use crate::wire;
 
-/// How much worse than at login a clock's measurement may become, for each microsecond of the run (R72).
+/// Maximum drift of a clock measurement after login: one microsecond per this many microseconds of the run (R72).
 const DRIFT_DIVISOR: i64 = 20_000;
-/// How exact the journal's times are, and how far two clocks may drift apart during a run.
+/// Precision of the journal's times, including the drift between two clocks during a run.
 const CLOCK_SLACK_US: i64 = 10_000;
-/// At most one in so many addresses of a proxy is a device's by chance.
+/// A proxy's address equals a device's by chance at most once in this many.
 const BY_CHANCE: u64 = 10;
-/// Differences that are shown one by one.
+/// Number of differences that are shown individually.
 const SHOWN_MAX: usize = 10;
 
-/// Why nothing could be compared.
+/// The comparison could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
     /// The journal's plan cannot be carried out here.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// The store cannot be opened.
+    /// The store could not be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The store cannot be read.
+    /// The store could not be read.
     #[error("could not read the store: {0}")]
     Read(#[from] ReadError),
 }
 
-/// What came of the comparison.
+/// Result of the comparison.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
     /// Devices compared.
     pub devices: u64,
-    /// Frames the journals call acked.
+    /// Frames acknowledged according to the journals.
     pub frames_acked: u64,
     /// Frames in the store.
     pub frames_stored: u64,
@@ -70,28 +70,28 @@ pub struct Verdict {
     pub readings_acked: u64,
     /// Readings in the store.
     pub readings_stored: u64,
-    /// Frames in quarantine that were sent malformed.
+    /// Quarantined frames that were sent malformed.
     pub quarantined: u64,
-    /// Frames in quarantine because their payload was damaged on the way twice (code 35).
+    /// Quarantined frames whose payload was damaged in transit twice (code 35).
     pub damaged: u64,
-    /// How many things differ.
+    /// Number of differences.
     pub differences: u64,
-    /// The first of them.
+    /// The first differences, as text.
     pub shown: Vec<String>,
-    /// What was not compared, and why.
+    /// Data that was not compared, with the reason.
     pub left_out: Vec<String>,
-    /// Devices, streams, series and schemas that belong to none of the runs and may be there.
+    /// Devices, streams, series and schemas of other runs that are allowed.
     others: u64,
-    /// Logins and frames from an address that the device had, and from others.
+    /// Logins and frames from an address that the device used, and from other addresses.
     from_device: u64,
     from_elsewhere: u64,
-    /// The first of the latter: a difference, unless most are.
+    /// The first from other addresses: differences, unless most are.
     elsewhere: Vec<String>,
     operator_events: u64,
 }
 
 impl Verdict {
-    /// Whether what was acked is stored once and equal, and nothing was invented.
+    /// Returns whether everything acknowledged is stored once and unchanged, and nothing else is.
     pub fn is_equal(&self) -> bool {
         self.differences == 0
     }
@@ -103,7 +103,7 @@ impl Verdict {
         }
     }
 
-    /// Notes something of the store that none of the runs made.
+    /// Records data in the store that belongs to none of the runs.
     fn stranger(&mut self, is_left_out: bool, what: impl FnOnce() -> String) {
         match is_left_out {
             true => self.others += 1,
@@ -111,7 +111,7 @@ impl Verdict {
         }
     }
 
-    /// Notes where something came from, and whether the device was ever there.
+    /// Records the address of a login or frame, and whether the device ever used it.
     fn came_from(&mut self, is_device: bool, what: impl FnOnce() -> String) {
         if is_device {
             self.from_device += 1;
@@ -123,14 +123,14 @@ impl Verdict {
         }
     }
 
-    /// Says what was left out of account.
+    /// Lists what was not compared.
     fn finish(&mut self, runs: &[Run]) {
-        // Behind a proxy, the gateway sees the proxy's addresses, and one of them may be a device's by chance.
+        // Behind a proxy, the gateway sees the proxy's addresses, and one of them may equal a device's by chance.
         let is_direct = self.from_device > self.from_elsewhere / BY_CHANCE;
         if is_direct {
             self.differences += self.from_elsewhere;
-            let room = SHOWN_MAX.saturating_sub(self.shown.len());
-            self.shown.extend(self.elsewhere.drain(..).take(room));
+            let space = SHOWN_MAX.saturating_sub(self.shown.len());
+            self.shown.extend(self.elsewhere.drain(..).take(space));
         }
         let mut left_out = |is_so: bool, what: String| {
             if is_so {
@@ -139,21 +139,22 @@ impl Verdict {
         };
         left_out(
             runs.iter().any(|run| !run.ledger.complete),
-            "logins, and damaged frames in quarantine: a journal has no end".to_owned(),
+            "logins and damaged quarantined frames, because a journal is incomplete".to_owned(),
         );
         left_out(
             !is_direct && self.from_elsewhere > 0,
-            "addresses of logins: the gateway did not see the devices' own".to_owned(),
+            "login addresses, because the gateway did not see the devices' own addresses"
+                .to_owned(),
         );
         let others = grouped(self.others);
         left_out(
             self.others > 0,
-            format!("{others} devices, streams, series and schemas that other runs stored"),
+            format!("{others} devices, streams, series and schemas of other runs"),
         );
         let events = grouped(self.operator_events);
         left_out(
             self.operator_events > 0,
-            format!("{events} events of changes by an operator"),
+            format!("{events} events of operator changes"),
         );
     }
 }
@@ -162,13 +163,13 @@ impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} devices: {} frames acked, {} stored; {} of them in quarantine as sent malformed, {} as \
-             damaged on the way twice",
+            "{} devices: {} frames acknowledged, {} stored; in quarantine: {} sent malformed, {} \
+            damaged in transit twice",
             self.devices, self.frames_acked, self.frames_stored, self.quarantined, self.damaged
         )?;
         writeln!(
             f,
-            "{} readings acked, {} stored",
+            "{} readings acknowledged, {} stored",
             self.readings_acked, self.readings_stored
         )?;
         for left_out in &self.left_out {
@@ -184,7 +185,7 @@ impl fmt::Display for Verdict {
         if self.is_equal() {
             write!(
                 f,
-                "equal: every acked reading is stored once, bit for bit, and none was invented"
+                "equal: every acknowledged reading is stored once, bit for bit, and nothing else"
             )
         } else {
             write!(f, "NOT EQUAL: {} differences", self.differences)
@@ -192,20 +193,20 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// What a store may hold besides what the runs sent.
+/// Data that a store may contain in addition to that of the runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Others {
     /// Nothing.
     None,
-    /// What was stored before the first of the runs began, if frames, totals and readings of it agree.
+    /// Data stored before the first run, if its frames, totals and readings are consistent.
     #[default]
     Older,
-    /// Also what other devices and runs stored meanwhile and later.
+    /// In addition, data that other devices and runs stored during or after the run.
     Any,
 }
 
 impl Others {
-    /// Whether something that belongs to none of the runs may be there.
+    /// Returns whether data that belongs to none of the runs is allowed.
     fn allow(self, is_older: bool) -> bool {
         match self {
             Others::None => false,
@@ -215,7 +216,7 @@ impl Others {
     }
 }
 
-/// A run: what was planned, and what its journal says.
+/// A run: its plan and its journal.
 struct Run {
     script: Arc<Script>,
     ledger: Ledger,
@@ -229,7 +230,7 @@ impl Run {
         let script = Arc::new(ledger.plan.clone().open()?);
         let schema = wire::schema_number(script.channels());
         Ok(Run {
-            // A ramp's devices joined later than this says, never sooner.
+            // In a ramp, devices joined later than this, never earlier.
             pace: Pace::new(script.plan(), 0),
             declare_hash: wire::hash_of(&wire::declare_frame(script.channels(), schema)),
             script,
@@ -238,7 +239,7 @@ impl Run {
         })
     }
 
-    /// The index of the device of that name, if the run has one.
+    /// Returns the index of the device with that name, if the run has one.
     fn index_of(&self, name: &str) -> Option<u32> {
         self.script.index_of(name)
     }
@@ -251,13 +252,13 @@ impl Run {
         }
     }
 
-    /// When the run began on the gateway's clock, at the latest: what others stored before is older.
+    /// Returns the latest possible start of the run on the gateway's clock; data stored before is older.
     fn began_us(&self) -> Option<i64> {
         let (_, most_us) = self.ledger.clock_us?;
         Some(self.ledger.started_us? + most_us)
     }
 
-    /// The run's time on the gateway's clock, from its start to its last line; `None` where no device was
+    /// Returns the time of the run on the gateway's clock, from its start to its last line; `None` if no device was
     /// ever welcomed.
     fn span_us(&self) -> Option<(i64, i64)> {
         let (least_us, most_us) = self.ledger.clock_us?;
@@ -270,15 +271,15 @@ impl Run {
     }
 }
 
-/// A device as one of the runs knows it.
+/// A device in one of the runs.
 struct Own<'a> {
     run: &'a Run,
     device: DeviceScript,
     journaled: &'a DeviceLedger,
 }
 
-/// Compares journals with the store. `others` says what may be there that belongs to none of the runs.
-/// `progress` hears of every device of the store done.
+/// Compares journals with the store. `others` selects the data of other runs that is allowed.
+/// Calls `progress` after each device of the store.
 pub async fn verify(
     ledgers: Vec<Ledger>,
     store: &StoreUrl,
@@ -323,8 +324,12 @@ pub async fn verify(
             verdict.devices += 1;
             verdict.frames_acked += acked;
             if acked > 0 {
-                verdict
-                    .differ(|| format!("{}: not in the store, {acked} frames acked", own.name()));
+                verdict.differ(|| {
+                    format!(
+                        "{}: not in the store, but {acked} of its frames were acknowledged",
+                        own.name()
+                    )
+                });
             }
         }
     }
@@ -337,8 +342,8 @@ impl Own<'_> {
         self.device.name()
     }
 
-    /// What may have been added to times since boot: the truth, on the gateway's clock, and half of a round
-    /// trip. The gateway's round trip lies within the device's handshake.
+    /// Returns the range of offsets that the gateway may have added to times since boot: the true offset on its clock,
+    /// and half of a round trip. The gateway's round trip lies within the device's handshake.
     fn offsets_us(&self) -> Option<(i64, i64)> {
         let (least_us, most_us) = self.run.ledger.clock_us?;
         let logins = self.journaled.logins.iter();
@@ -349,7 +354,7 @@ impl Own<'_> {
         Some((true_us + least_us - off_us, true_us + most_us + off_us))
     }
 
-    /// Whether the clock of the device's boot may have been measured like this.
+    /// Returns whether this is a possible clock measurement for the device's boot.
     fn is_offset(&self, offset_us: i64) -> bool {
         self.offsets_us()
             .is_none_or(|(least_us, most_us)| (least_us..=most_us).contains(&offset_us))

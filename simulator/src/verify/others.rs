@@ -1,6 +1,6 @@
-//! What belongs to none of the runs: other devices, and other streams of the runs' devices.
+//! Verification of data from other runs: other devices, and other streams of the runs' devices.
 //!
-//! What is left out must agree in itself: as many frames and readings as its totals say, and no reading without a
+//! Excluded data must be consistent: as many frames and readings as its totals state, and no reading without a
 //! frame of the same device.
 
 use fieldgate::store::reader::{ReadError, Reader};
@@ -10,11 +10,11 @@ use super::device::StoredDevice;
 use super::ledger::StreamRow;
 use super::rest::only_row;
 
-/// What to do about something that none of the runs made.
-const HINT: &str = "if another run did, give its journal as well, or --others any";
+/// Advice for data that belongs to none of the runs.
+const HINT: &str = "if they are from another run, add its journal or use --others any";
 
 impl StoredDevice<'_> {
-    /// A device of none of the runs.
+    /// Verifies a device that belongs to none of the runs.
     pub(super) async fn prove_stranger(
         &self,
         store: &mut Reader,
@@ -42,23 +42,23 @@ impl StoredDevice<'_> {
             streams += 1;
         }
         agrees &= totals == readings;
-        // A device that an operator added may never have come.
+        // A device that an operator added may never have connected.
         let is_added = self.row.revision > 0 && streams == 0 && series == 0;
         let is_allowed = is_added || agrees && streams > 0 && self.others.allow(is_older);
         verdict.stranger(is_allowed, || {
             let trouble = match agrees && streams > 0 {
                 true => HINT,
-                false => "they do not agree in themselves",
+                false => "its rows are inconsistent",
             };
             self.say(&format!(
-                "a device with {streams} streams, {series} series and {readings} readings: stored and not \
+                "a device with {streams} streams, {series} series and {readings} readings: stored but not \
                  sent; {trouble}"
             ))
         });
         Ok(())
     }
 
-    /// Streams of none of the runs. Returns whether there are any that may be there.
+    /// Verifies streams of none of the runs. Returns whether any of them are allowed.
     pub(super) async fn prove_strange_streams(
         &self,
         store: &mut Reader,
@@ -73,7 +73,7 @@ impl StoredDevice<'_> {
             verdict.stranger(is_allowed, || {
                 let (stream, frames) = (row.stream, row.frames);
                 self.say(&format!(
-                    "stream {stream} with {frames} frames: stored and not sent; {HINT}"
+                    "stream {stream} with {frames} frames: stored but not sent; {HINT}"
                 ))
             });
         }
@@ -95,10 +95,10 @@ impl StoredDevice<'_> {
     }
 }
 
-/// How a stream of another run looks.
+/// State of a stream of another run.
 struct State {
-    /// Whether its totals are those of its frames.
+    /// Whether its totals match its frames.
     agrees: bool,
-    /// Whether all of it was there before the runs.
+    /// Whether all of it was stored before the runs.
     is_older: bool,
 }

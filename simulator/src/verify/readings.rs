@@ -1,7 +1,7 @@
-//! One series: its readings in the order of time, each held against the frame that brought it.
+//! Verification of one series: its readings in time order, each compared with the frame that sent it.
 //!
-//! Readings stream by. For each frame there is a count of readings seen and the row of the last: as readings of a
-//! frame come in the order of their rows, none can be there twice, and all are there if as many are.
+//! Readings are streamed. For each frame, the verifier keeps the number of readings seen and the row of the last one.
+//! Readings of a frame arrive in row order, so none can be stored twice, and all are stored if the count matches.
 
 use fieldgate::store::reader::{ReadError, Reader, Row, Value};
 use fieldgate_protocol::column::scaled;
@@ -12,13 +12,12 @@ use super::{Own, Verdict};
 use crate::plan::FrameContent;
 use crate::readings::{Readings, Values};
 
-/// Differences of a series that are shown one by one.
+/// Number of differences per series that are shown individually.
 const SHOWN_MAX: usize = 3;
-/// Frames that are kept regenerated: readings of neighbouring frames may alternate.
+/// Number of regenerated frames to cache, because readings of neighbouring frames may alternate.
 const KEPT_FRAMES: usize = 8;
 
-/// All readings of a series in SQLite, from the tables themselves: those that are sorted in, and those that came
-/// last.
+/// Selects all readings of a series in SQLite from the tables themselves, compacted and recent.
 const SQLITE: &str = "SELECT ts, frame_id, value FROM readings_sorted WHERE series_id = $1
      UNION ALL
      SELECT u.ts + CAST(v.key AS INTEGER), u.frame_id, v.value
@@ -30,7 +29,7 @@ const SQLITE: &str = "SELECT ts, frame_id, value FROM readings_sorted WHERE seri
      ORDER BY 1, 2";
 const POSTGRES: &str =
     "SELECT ts, frame_id, value FROM readings WHERE series_id = $1 ORDER BY ts, frame_id";
-/// Readings of a series that came with streams of other runs.
+/// Counts readings of a series from streams of other runs.
 const OTHERS: &str = "SELECT count(*) FROM readings AS r
      JOIN frames AS f ON f.id = r.frame_id JOIN streams AS s ON s.id = f.stream_id
      WHERE r.series_id = $1 AND s.device_id = $2 AND s.stream NOT IN ";
@@ -56,7 +55,7 @@ impl SeriesRow {
         })
     }
 
-    /// How many readings it has.
+    /// Returns its number of readings.
     pub(super) async fn count(&self, store: &mut Reader) -> Result<i64, ReadError> {
         let sql = "SELECT count(*) FROM readings WHERE series_id = $1";
         only_row(store, sql, &[self.id.into()]).await?.integer(0)
@@ -66,7 +65,7 @@ impl SeriesRow {
         format!("{} [{}] {}", self.channel, self.unit, self.kind)
     }
 
-    /// Which of a run's channels this is the series of.
+    /// Returns the channel of a run that this series stores.
     pub(super) fn column(&self, own: &Own<'_>) -> Option<usize> {
         own.run.script.channels().iter().position(|channel| {
             channel.name == self.channel
@@ -76,28 +75,28 @@ impl SeriesRow {
     }
 }
 
-/// The proof of one series.
+/// Verification of one series.
 pub(super) struct SeriesProof<'a> {
     pub(super) owns: &'a [Own<'a>],
-    /// For each of `owns`, which of its channels this is.
+    /// For each of `owns`, the channel that this series stores.
     pub(super) columns: Vec<Option<usize>>,
-    /// In the order of their ids.
+    /// In id order.
     pub(super) frames: &'a [Frame],
     pub(super) series: SeriesRow,
     pub(super) device: i64,
-    /// Whether other runs' readings may be in it.
+    /// Whether it may contain readings of other runs.
     pub(super) is_mixed: bool,
 }
 
-/// What was seen of a frame.
+/// Progress within a frame.
 #[derive(Clone, Copy, Default)]
 struct Seen {
     readings: u16,
-    /// Rows up to this one have been passed.
+    /// Rows before this one have been processed.
     rows: u16,
 }
 
-/// A reading as it is stored.
+/// A reading as stored.
 struct Stored<'a> {
     ts_us: i64,
     frame_id: i64,
@@ -138,7 +137,7 @@ impl SeriesProof<'_> {
         Ok(())
     }
 
-    /// Readings of frames that are not the runs' may only be those of other streams of the device.
+    /// Verifies that readings of unknown frames belong to other streams of the device.
     async fn explain(
         &self,
         store: &mut Reader,
@@ -157,7 +156,7 @@ impl SeriesProof<'_> {
         if invented > 0 {
             verdict.differ(|| {
                 format!(
-                    "{} {}: {invented} readings of no frame: stored and not sent",
+                    "{} {}: {invented} readings without a frame: stored but not sent",
                     self.owns[0].name(),
                     self.series.describe()
                 )
@@ -174,15 +173,15 @@ impl SeriesProof<'_> {
     }
 }
 
-/// The readings of a series, one after another.
+/// State of a pass over the readings of a series.
 struct Walk<'a> {
     proof: &'a SeriesProof<'a>,
     /// In the order of the frames.
     seen: Vec<Seen>,
     kept: Kept,
-    /// Readings of frames that are none of the runs'.
+    /// Readings of frames that belong to none of the runs.
     strange: u64,
-    /// Differences that were shown one by one.
+    /// Number of differences that were shown individually.
     shown: usize,
 }
 
@@ -194,7 +193,7 @@ impl Walk<'_> {
             if !self.proof.is_mixed {
                 let frame_id = stored.frame_id;
                 let what =
-                    format!("stored and not sent: none of the device's frames has id {frame_id}");
+                    format!("stored but not sent: the device has no frame with id {frame_id}");
                 self.differ(None, stored, &what, verdict);
             }
             return;
@@ -207,7 +206,7 @@ impl Walk<'_> {
             self.differ(
                 Some(frame),
                 stored,
-                "stored and not sent: the frame has no such readings",
+                "stored but not sent: not in the frame",
                 verdict,
             );
             return;
@@ -217,7 +216,7 @@ impl Walk<'_> {
             self.differ(
                 Some(frame),
                 stored,
-                "stored and not sent: no reading of that time is in the frame",
+                "stored but not sent: the frame has no reading at that time",
                 verdict,
             );
             return;
@@ -243,7 +242,7 @@ impl Walk<'_> {
             self.differ(
                 Some(frame),
                 stored,
-                &format!("stored and not sent: {sent} was sent"),
+                &format!("differs from the value sent: {sent}"),
                 verdict,
             );
         }
@@ -258,7 +257,7 @@ impl Walk<'_> {
     ) {
         self.shown += 1;
         if self.shown > SHOWN_MAX {
-            // What else differs is worth more than more of the same.
+            // Other differences are more useful than more of the same kind.
             verdict.differences += 1;
             return;
         }
@@ -272,7 +271,7 @@ impl Walk<'_> {
             let value = match stored.value {
                 Value::Null => "no valid value".to_owned(),
                 Value::Real(value) => describe(*value),
-                other => format!("{other:?}, which is no double,"),
+                other => format!("{other:?}, not a double,"),
             };
             let ts_us = stored.ts_us;
             format!(
@@ -282,7 +281,7 @@ impl Walk<'_> {
         });
     }
 
-    /// Frames of which readings are missing; returns how many readings were of frames of no run.
+    /// Reports frames with missing readings; returns the number of readings from frames of other runs.
     fn finish(self, verdict: &mut Verdict) -> u64 {
         for (frame, seen) in self.proof.frames.iter().zip(&self.seen) {
             let has_column = self.proof.columns[usize::from(frame.own)].is_some();
@@ -293,7 +292,7 @@ impl Walk<'_> {
             verdict.differ(|| {
                 let own = &self.proof.owns[usize::from(frame.own)];
                 format!(
-                    "{} stream {} seq {} {}: {missing} of {} readings sent and not stored",
+                    "{} stream {} seq {} {}: {missing} of {} readings were sent but not stored",
                     own.name(),
                     own.device.stream(),
                     frame.seq,
@@ -306,7 +305,7 @@ impl Walk<'_> {
     }
 }
 
-/// The frames that were regenerated last.
+/// The most recently regenerated frames.
 #[derive(Default)]
 struct Kept {
     frames: Vec<(usize, Readings)>,
@@ -314,7 +313,7 @@ struct Kept {
 }
 
 impl Kept {
-    /// The readings of a frame of that index and number.
+    /// Returns the readings of the frame with that index and number.
     fn get(&mut self, index: usize, seq: u64, own: &Own<'_>) -> &Readings {
         if let Some(place) = self.frames.iter().position(|(kept, _)| *kept == index) {
             return &self.frames[place].1;
@@ -334,7 +333,7 @@ impl Kept {
     }
 }
 
-/// The row at a time on the device's clock; times increase from row to row.
+/// Returns the row at a time on the device's clock; times increase from row to row.
 fn row_at(readings: &Readings, time_us: i64) -> Option<usize> {
     let (mut low, mut high) = (0, readings.rows);
     while low < high {
@@ -352,7 +351,7 @@ fn describe(value: f64) -> String {
     format!("{value} ({:#018x})", value.to_bits())
 }
 
-/// The bits of the double that is stored for a sample; `None` where NULL is.
+/// Returns the bits of the double stored for a sample; `None` for NULL.
 fn stored_bits(readings: &Readings, column: usize, row: usize, exp10: i8) -> Option<u64> {
     let column = &readings.columns[column];
     if column.nulls.contains(row) {

@@ -1,59 +1,59 @@
-//! Rows that belong to nothing: no walk from the devices down would come by them.
+//! Verification of rows without a parent, which a walk from the devices down does not reach.
 
 use fieldgate::store::reader::{Argument, ReadError, Reader, Row};
 
 use super::{Run, Verdict};
 
-/// What belongs to nothing, and how many there are of it.
+/// Kinds of orphaned rows, with the queries that count them.
 const ORPHANS: [(&str, &str); 10] = [
     (
-        "streams of no device",
+        "streams without a device",
         "SELECT count(*) FROM streams AS t
          WHERE NOT EXISTS (SELECT 1 FROM devices AS d WHERE d.id = t.device_id)",
     ),
     (
-        "series of no device",
+        "series without a device",
         "SELECT count(*) FROM series AS t
          WHERE NOT EXISTS (SELECT 1 FROM devices AS d WHERE d.id = t.device_id)",
     ),
     (
-        "schemas of no device",
+        "schemas without a device",
         "SELECT count(*) FROM schemas AS t
          WHERE NOT EXISTS (SELECT 1 FROM devices AS d WHERE d.id = t.device_id)",
     ),
     (
-        "clocks of no device",
+        "clocks without a device",
         "SELECT count(*) FROM clocks AS t
          WHERE NOT EXISTS (SELECT 1 FROM devices AS d WHERE d.id = t.device_id)",
     ),
     (
-        "events of no device",
+        "events without a device",
         "SELECT count(*) FROM device_events AS t
          WHERE NOT EXISTS (SELECT 1 FROM devices AS d WHERE d.id = t.device_id)",
     ),
     (
-        "frames of no stream",
+        "frames without a stream",
         "SELECT count(*) FROM frames AS t
          WHERE NOT EXISTS (SELECT 1 FROM streams AS s WHERE s.id = t.stream_id)",
     ),
     (
-        "gaps of no stream",
+        "gaps without a stream",
         "SELECT count(*) FROM gaps AS t
          WHERE NOT EXISTS (SELECT 1 FROM streams AS s WHERE s.id = t.stream_id)",
     ),
     (
-        "frames in quarantine of no stream",
+        "quarantined frames without a stream",
         "SELECT count(*) FROM quarantine AS t
          WHERE NOT EXISTS (SELECT 1 FROM streams AS s WHERE s.id = t.stream_id)",
     ),
     (
-        "frames in quarantine under another device than their stream's",
+        "quarantined frames whose device is not their stream's",
         "SELECT count(*) FROM quarantine AS t JOIN streams AS s ON s.id = t.stream_id
          WHERE s.device_id <> t.device_id",
     ),
-    // From each series to the next: a large table need not be read for it.
+    // Skips from one series to the next, so that a large table need not be read.
     (
-        "series of readings that are no series",
+        "readings whose series does not exist",
         "WITH RECURSIVE ids (id) AS (
              SELECT min(series_id) FROM READINGS
              UNION ALL
@@ -65,17 +65,17 @@ const ORPHANS: [(&str, &str); 10] = [
     ),
 ];
 
-/// Readings that came last, in SQLite, and are not sorted in yet.
+/// Recent readings in SQLite that are not compacted yet.
 const RECENT: (&str, &str) = (
-    "series of recent readings that are no series",
+    "recent readings whose series does not exist",
     "SELECT count(DISTINCT series_id) FROM readings_recent AS t
      WHERE NOT EXISTS (SELECT 1 FROM series AS s WHERE s.id = t.series_id)",
 );
 
-/// How much less than a step of the clock devices may have seen of it: both clocks drift.
+/// Devices may observe this much less than a step of the clock, because both clocks drift.
 const SLACK_US: u64 = 100_000;
 
-/// Finds what belongs to no device, stream or series.
+/// Finds rows without a device, stream or series.
 pub(super) async fn look_for_orphans(
     store: &mut Reader,
     verdict: &mut Verdict,
@@ -89,13 +89,13 @@ pub(super) async fn look_for_orphans(
         let sql = sql.replace("READINGS", readings);
         let found = only_row(store, &sql, &[]).await?.integer(0)?;
         if found > 0 {
-            verdict.differ(|| format!("{found} {what}: stored and not sent"));
+            verdict.differ(|| format!("{found} {what}: stored but not sent"));
         }
     }
     Ok(())
 }
 
-/// Steps of the gateway's clock during the runs are ones that devices saw.
+/// Verifies that devices observed every step of the gateway's clock during the runs.
 pub(super) async fn prove_clock_steps(
     store: &mut Reader,
     runs: &[Run],
@@ -117,14 +117,14 @@ pub(super) async fn prove_clock_steps(
             .is_some_and(|seen_us| step_us.unsigned_abs() <= seen_us.unsigned_abs() + SLACK_US);
         if spans.iter().any(is_meanwhile) && !is_seen {
             verdict.differ(|| {
-                format!("the clock set by {step_us} us at {before_us} us: no device saw that")
+                format!("clock step of {step_us} us at {before_us} us that no device observed")
             });
         }
     }
     Ok(())
 }
 
-/// The one row of a query, however long that takes: a large store is counted for minutes.
+/// Returns the one row of a query, without a time limit: counting a large store takes minutes.
 pub(super) async fn only_row(
     store: &mut Reader,
     sql: &str,

@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use fieldgate::auth::device_key::DeviceKey;
 use fieldgate::auth::fleet_key::FleetKey;
+use fieldgate::store::device_admin::{DeviceEdit, DeviceState, StoredKey};
 use fieldgate::store::editor::Editor;
-use fieldgate::store::lifecycle::{DeviceEdit, DeviceState, StoredKey};
 use fieldgate::store::url::StoreUrl;
 use fieldgate::sys::secret_file::{SecretReaders, open_secret};
 use fieldgate::time::SystemClock;
 
-use super::{device_name, unknown};
+use super::device_name;
 use crate::cli::fleet_key::FleetKeyFile;
+use crate::cli::nearest::unknown_device;
 use crate::cli::{Error, output};
 
 #[derive(Args, Debug)]
@@ -30,11 +31,11 @@ pub struct AddArgs {
     #[arg(value_name = "NAME", required = true, value_parser = device_name)]
     names: Vec<String>,
 
-    /// Give each a random key of its own, instead of one that derives from the fleet's
+    /// Give each device a random individual key instead of one derived from the fleet key
     #[arg(long)]
     own_key: bool,
 
-    /// Give the device the key in this file, 64 hexadecimal digits; - for standard input
+    /// File with the device's individual key, 64 hexadecimal digits; - for standard input
     #[arg(long, value_name = "FILE", conflicts_with = "own_key")]
     own_key_file: Option<PathBuf>,
 }
@@ -44,20 +45,20 @@ pub struct RotateArgs {
     /// Name of the device
     name: String,
 
-    /// A random key of its own [default: of the kind it had]
+    /// Use a random individual key [default: same kind as before]
     #[arg(long)]
     own_key: bool,
 
-    /// The next key that derives from the fleet's and the device's name
+    /// Use the next key derived from the fleet key and the device name
     #[arg(long, conflicts_with = "own_key")]
     derived_key: bool,
 
-    /// The key in this file, 64 hexadecimal digits; - for standard input
+    /// Use the individual key in this file, 64 hexadecimal digits; - for standard input
     #[arg(long, value_name = "FILE", conflicts_with_all = ["own_key", "derived_key"])]
     own_key_file: Option<PathBuf>,
 }
 
-/// Makes devices known, all or none.
+/// Registers devices, all or none.
 pub async fn add(
     key_file: FleetKeyFile<'_>,
     store: &StoreUrl,
@@ -65,7 +66,7 @@ pub async fn add(
 ) -> Result<(), Error> {
     let given = match &args.own_key_file {
         Some(_) if args.names.len() > 1 => {
-            let what = "two devices with one key could stand in for each other: give one NAME, or --own-key";
+            let what = "devices with the same key could impersonate each other; give one NAME, or use --own-key";
             return Err(Error::Usage(what.to_owned()));
         }
         Some(path) => Some(read_key(path)?),
@@ -81,7 +82,7 @@ pub async fn add(
     }
     edit(store, &args.names, |name, before| match before {
         Some(_) => Err(Error::Failed(format!(
-            "a device is named {name} already; `fieldgate device show {name}` tells of it"
+            "device {name} already exists; see `fieldgate device show {name}`"
         ))),
         None => Ok(Some((
             true,
@@ -97,7 +98,7 @@ pub async fn add(
     })
 }
 
-/// Lets devices in or keeps them out, all or none.
+/// Enables or disables devices, all or none.
 pub async fn set_enabled(
     store: &StoreUrl,
     args: &NamesArgs,
@@ -110,11 +111,11 @@ pub async fn set_enabled(
     let now = if is_enabled { "enabled" } else { "disabled" };
     tell(&args.names, |name| match changed[name] {
         true => format!("{name} is {now}"),
-        false => format!("{name} is {now} already"),
+        false => format!("{name} is already {now}"),
     })
 }
 
-/// Gives a device another key.
+/// Replaces a device's key.
 pub async fn rotate_key(
     key_file: FleetKeyFile<'_>,
     store: &StoreUrl,
@@ -126,7 +127,7 @@ pub async fn rotate_key(
     };
     let names = std::slice::from_ref(&args.name);
     let mut kind = "";
-    // It need not be there for a key that derives from it.
+    // The file may be missing: a new derived key does not need it.
     let mut fleet = Some(key_file.load(store).await);
     let mut fleet = || fleet.take().expect("one device is looked at once");
     edit(store, names, |name, before| {
@@ -140,7 +141,7 @@ pub async fn rotate_key(
             Some(key) => Some(seal(&fleet()?, name, key)?),
         };
         kind = match sealed {
-            Some(_) => "one of its own",
+            Some(_) => "individual",
             None => "derived from the fleet key",
         };
         let version = next_version(&before.key).map_err(Error::Failed)?;
@@ -148,22 +149,21 @@ pub async fn rotate_key(
     })
     .await?;
     tell(names, |name| {
-        format!("{name} has another key, {kind}; `fieldgate device key {name}` prints it")
+        format!("{name} has a new key ({kind}); `fieldgate device key {name}` prints it")
     })
 }
 
-/// The number of the key after this one: a number that came round again would bring back a key that was
-/// replaced.
+/// Returns the version of the next key. The counter never wraps around: that would make a replaced key valid again.
 pub fn next_version(key: &StoredKey) -> Result<u32, String> {
     let next = key.version.checked_add(1);
-    next.ok_or_else(|| "the device's key was replaced as often as can be counted".to_owned())
+    next.ok_or_else(|| "could not replace the key: its version counter is exhausted".to_owned())
 }
 
 /// Whether a device may connect, and its key.
 pub type Wanted = (bool, StoredKey);
 
-/// Makes devices what `wanted` says of each, given what it was before, in one transaction; tells which of them
-/// changed. `None` stands for a device that should be known and is not.
+/// Sets each device to the state that `wanted` returns for its previous state, in one transaction. Returns for each
+/// device whether it changed. `wanted` returns `None` for an unknown device that must exist.
 pub async fn edit(
     store: &StoreUrl,
     names: &[String],
@@ -183,10 +183,10 @@ pub async fn edit(
         }
         Ok(Set::Unknown(name)) => {
             edit.rollback().await?;
-            Err(unknown(&mut editor, &name).await?)
+            Err(unknown_device(&mut editor, &name).await?)
         }
         Err(error) => {
-            // What went wrong is the error; the transaction is undone when the connection ends, too.
+            // Report the first error. A failed rollback is harmless: closing the connection rolls back, too.
             let _ = edit.rollback().await;
             Err(error)
         }
@@ -219,7 +219,7 @@ async fn set_all(
     Ok(Set::All(changed))
 }
 
-/// A device's own key, as the store keeps it.
+/// Encrypts a device's individual key for the store.
 pub fn seal(fleet: &FleetKey, device: &str, key: DeviceKey) -> Result<Vec<u8>, Error> {
     key.seal(fleet, device).map_err(no_randomness)
 }
@@ -229,14 +229,16 @@ fn random_key() -> Result<DeviceKey, Error> {
 }
 
 fn no_randomness(error: impl std::fmt::Display) -> Error {
-    Error::Failed(format!("the system gives no random numbers: {error}"))
+    Error::Failed(format!(
+        "could not get random numbers from the system: {error}"
+    ))
 }
 
-/// The key in a file that nobody else can read, or on standard input.
+/// Reads a key from a file that only this user can read, or from standard input.
 pub fn read_key(path: &Path) -> Result<DeviceKey, Error> {
     let cannot = |error: &dyn std::fmt::Display| {
         Error::Failed(format!(
-            "cannot read a key from {}: {error}",
+            "could not read a key from {}: {error}",
             path.display()
         ))
     };
@@ -252,7 +254,7 @@ pub fn read_key(path: &Path) -> Result<DeviceKey, Error> {
     DeviceKey::parse(&digits).map_err(|error| {
         let path = path.display();
         Error::Failed(format!(
-            "{path} holds {error}; a key is 64 hexadecimal digits"
+            "{path} is not a key: {error}; a key is 64 hexadecimal digits"
         ))
     })
 }

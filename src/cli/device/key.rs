@@ -1,11 +1,11 @@
-//! `fieldgate device key`: what a factory puts into devices.
+//! `fieldgate device key`: prints keys for installation on devices.
 
 use std::io::Write;
 
 use clap::Args;
 use fieldgate::auth::device_key::DeviceKey;
 use fieldgate::auth::fleet_key::FleetKey;
-use fieldgate::store::lifecycle::{self, StoredKey};
+use fieldgate::store::device_admin::{self, StoredKey};
 use fieldgate::store::postgres;
 use fieldgate::store::reader::{OpenError, Reader};
 use fieldgate::store::sqlite;
@@ -22,7 +22,7 @@ pub struct KeyArgs {
     names: Vec<String>,
 }
 
-/// Prints the keys.
+/// Prints the keys of devices.
 pub async fn key(
     key_file: FleetKeyFile<'_>,
     store: &StoreUrl,
@@ -40,7 +40,7 @@ pub async fn key(
     out.flush().map_err(Error::Output)
 }
 
-/// Returns the keys that devices have to prove, known or not.
+/// Returns the keys of known and unknown devices.
 pub async fn keys_of(
     key_file: FleetKeyFile<'_>,
     store: &StoreUrl,
@@ -49,12 +49,13 @@ pub async fn keys_of(
     let fleet = key_file.load(store).await?;
     let mut reader = match Reader::open(store).await {
         Ok(reader) => Some(reader),
-        // Where no gateway has run yet, every device has its first key; but who says that this is the place?
+        // Before the first run of a gateway, every device has its first key. Warn, because --store or --data-dir
+        // may be wrong.
         Err(
             missing @ (OpenError::Sqlite(sqlite::OpenError::Missing(_))
             | OpenError::Postgres(postgres::OpenError::Missing { .. })),
         ) => {
-            tracing::warn!(reason = %missing, "no store: keys are printed as if none was ever replaced");
+            tracing::warn!(reason = %missing, "no store found; printing initial derived keys");
             None
         }
         Err(error) => return Err(error.into()),
@@ -62,7 +63,7 @@ pub async fn keys_of(
     let mut keys = Vec::with_capacity(names.len());
     for name in names {
         let stored = match &mut reader {
-            Some(reader) => lifecycle::find(reader, name).await?,
+            Some(reader) => device_admin::find(reader, name).await?,
             None => None,
         };
         let stored = stored.map_or_else(StoredKey::default, |device| device.key);
@@ -71,7 +72,7 @@ pub async fn keys_of(
     Ok(keys)
 }
 
-/// The key that a device has to prove.
+/// Returns a device's key.
 pub fn open(fleet: &FleetKey, name: &str, stored: &StoredKey) -> Result<DeviceKey, Error> {
     match &stored.sealed {
         None => Ok(DeviceKey::derive(fleet, name, stored.version)),

@@ -14,12 +14,12 @@ use crate::cli::value::Value;
 
 #[derive(Args, Debug)]
 pub struct ListArgs {
-    /// How devices are written
+    /// Output format
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Table)]
     format: Format,
 
-    /// Only enabled devices without a frame for that long, or ever, such as 1h or 30min; a number without a
-    /// unit is in seconds
+    /// List only enabled devices without a frame for this long, such as 1h or 30min (in seconds if no unit is
+    /// given), or without any frame
     #[arg(long, value_name = "DURATION", value_parser = seconds)]
     silent: Option<i64>,
 }
@@ -28,8 +28,8 @@ fn seconds(text: &str) -> Result<i64, String> {
     Unit::Seconds.parse(text)
 }
 
-/// A device's last frame is looked up by its streams, so that no large table is read. Of several sessions
-/// that are open at once one is shown.
+/// Finds a device's last frame through its streams, so that no large table is scanned. Shows one of several
+/// concurrent sessions.
 pub(super) const DEVICES: &str = "SELECT name, enabled, state, last_frame_at, peer, key, firmware, streams, frames, readings
     FROM (
         SELECT d.name, CASE d.enabled WHEN 0 THEN 'no' ELSE 'yes' END AS enabled,

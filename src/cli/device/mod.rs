@@ -1,4 +1,4 @@
-//! `fieldgate device`: who may connect and with which key, who has connected, and what is known of one of them.
+//! `fieldgate device`: lists and manages devices and their keys.
 
 mod change;
 mod key;
@@ -17,46 +17,44 @@ pub use self::change::read_key;
 pub use self::key::keys_of;
 #[cfg(test)]
 pub use self::show::queries;
-pub use self::show::unknown;
 use super::Error;
 use super::fleet_key::FleetKeyFile;
 
 #[derive(Debug, Subcommand)]
 pub enum DeviceCommand {
-    /// List devices: whether they are connected and from where, and when their last frame came
+    /// List devices with their connection, address and last frame
     List(list::ListArgs),
-    /// Show what is known of a device, with the newest lines of its audit trail
+    /// Show what is known about a device, with the newest events of its audit trail
     Show {
-        /// The device's name
+        /// Name of the device
         name: String,
     },
-    /// List who was refused before a session began: address, the name that was claimed, why and how often. The
-    /// 1,000 latest are kept
+    /// List refused logins: address, claimed name, reason and count. The 1,000 latest are kept
     Refused(refused::RefusedArgs),
-    /// Make devices known before they connect for the first time, for `serve --registration closed` or to
-    /// give them keys of their own
+    /// Register devices before they first connect, for `serve --registration closed` or to give them individual
+    /// keys
     Add(change::AddArgs),
-    /// Keep devices out: their sessions end within a second, and what they have not sent stays with them
+    /// Disable devices: sessions end within a second; unsent data stays on the device
     Disable(change::NamesArgs),
-    /// Let devices in again
+    /// Let disabled devices connect again
     Enable(change::NamesArgs),
-    /// Show what is stored of a device, and with --yes take it out with all of that: readings, frames, events,
-    /// its key. Works next to running gateways, whose sessions of it end within a second, but not on a database
-    /// that a spool feeds; a run that was broken off goes on when it is given again
+    /// Show what is stored for a device; with --yes, delete the device with all of its readings, frames, events
+    /// and its key. Works while gateways run (the device's sessions end within a second), but not on a database
+    /// that a spool feeds. Repeat the command to resume an interrupted removal
     Remove(remove::RemoveArgs),
-    /// Give a device another key: its session ends within a second, and the former key opens no other one
+    /// Replace a device's key: its session ends within a second, and the old key no longer works
     RotateKey(change::RotateArgs),
-    /// Print the keys of devices, to be put into them: 64 hexadecimal digits; with several names, each
-    /// behind its name. Also for devices that are not known yet, and without a database
+    /// Print device keys for installation, as 64 hexadecimal digits; with several names, one `NAME KEY` line
+    /// each. Also works for unknown devices and without a database
     Key(key::KeyArgs),
-    /// Write all devices as CSV, for `device import` elsewhere
+    /// Export all devices as CSV, for `device import` into another store
     Export(transfer::ExportArgs),
-    /// Make devices known, enabled or disabled, and give them keys, as a CSV file says. Devices that are not
-    /// in it stay as they are, and a device that is as the file says is not touched
+    /// Add devices, enable or disable them, and set keys from a CSV file. Devices that are not in the file, or
+    /// already match it, are not changed
     Import(transfer::ImportArgs),
 }
 
-/// Does what was asked for.
+/// Runs the subcommand.
 pub async fn device(
     key: FleetKeyFile<'_>,
     store: &StoreUrl,
@@ -77,12 +75,12 @@ pub async fn device(
     }
 }
 
-/// A name that a device can have.
+/// Validates a device name.
 pub fn device_name(name: &str) -> Result<String, String> {
     match check_name(name) {
         Ok(()) => Ok(name.to_owned()),
         Err(_) => {
-            Err("a device's name is 1 to 32 characters out of A-Z a-z 0-9 . _ : -".to_owned())
+            Err("invalid device name: use 1 to 32 characters from A-Z a-z 0-9 . _ : -".to_owned())
         }
     }
 }

@@ -7,13 +7,12 @@ use fieldgate::store::reader::Reader;
 use fieldgate::store::url::StoreUrl;
 
 use crate::cli::Error;
-use crate::cli::output::{self, show_utc};
-use crate::cli::quarantine::code_text;
+use crate::cli::output::{self, code_text, show_utc};
 use crate::cli::query::{Format, write_at_hand};
 
 #[derive(Args, Debug)]
 pub struct RefusedArgs {
-    /// How rows are written
+    /// Output format
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Table)]
     format: Format,
 }
@@ -22,7 +21,7 @@ const HEADERS: [&str; 7] = [
     "last", "first", "count", "peer", "claimed", "code", "reason",
 ];
 
-/// Lists who was refused, the latest first.
+/// Lists refused logins, the latest first.
 pub async fn refused(store: &StoreUrl, args: &RefusedArgs) -> Result<(), Error> {
     let mut reader = Reader::open(store).await?;
     let sql = "SELECT last_at, first_at, count, peer, device, code, reason FROM refusals

@@ -3,15 +3,15 @@
 use std::io::{self, Write};
 
 use clap::Args;
+use fieldgate::store::device_admin::{self, DeviceEdit};
 use fieldgate::store::editor::Editor;
-use fieldgate::store::lifecycle::{self, DeviceEdit};
 use fieldgate::store::removal::{self, Belongings};
 use fieldgate::store::sqlite;
 use fieldgate::store::url::StoreUrl;
 use jiff::Timestamp;
 
-use super::unknown;
 use crate::cli::Error;
+use crate::cli::nearest::unknown_device;
 use crate::cli::output::{self, write_facts};
 
 #[derive(Args, Debug)]
@@ -19,22 +19,22 @@ pub struct RemoveArgs {
     /// Name of the device
     name: String,
 
-    /// Remove it. Without this, what would go is shown, and nothing changes
+    /// Remove the device. Without it, the command only shows what would be deleted
     #[arg(long)]
     yes: bool,
 }
 
-/// Shows what is stored of a device, or takes it out with all of that.
+/// Shows what is stored for a device, or deletes the device with all of it.
 pub async fn remove(store: &StoreUrl, args: &RemoveArgs) -> Result<(), Error> {
     let mut editor = Editor::open(store).await?;
     refuse_spooled(&mut editor, store).await?;
     let name = &args.name;
     let begun = begun(&mut editor, name).await?;
-    let device = lifecycle::find(&mut editor, name).await?;
+    let device = device_admin::find(&mut editor, name).await?;
     let mut rows = begun.clone();
     rows.extend(device.as_ref().map(|device| device.device.0));
     if rows.is_empty() {
-        return Err(unknown(&mut editor, name).await?);
+        return Err(unknown_device(&mut editor, name).await?);
     }
     let mut goes = Belongings::default();
     for device in &rows {
@@ -48,7 +48,7 @@ pub async fn remove(store: &StoreUrl, args: &RemoveArgs) -> Result<(), Error> {
     if !args.yes {
         writeln!(
             out,
-            "nothing was removed; `fieldgate device remove {name} --yes` removes {name} with all of this"
+            "nothing removed; run `fieldgate device remove {name} --yes` to delete {name} and this data"
         )?;
         return out.flush().map_err(Error::Output);
     }
@@ -56,13 +56,13 @@ pub async fn remove(store: &StoreUrl, args: &RemoveArgs) -> Result<(), Error> {
     if device.is_some() {
         give_up_name(&mut editor, name).await?;
     }
-    // Held until the end: a gateway that begins meanwhile would learn by heart what is about to go.
+    // Held until the end: a gateway that starts meanwhile would cache the rows that are being deleted.
     let mut alone = keep_alone(store)?;
     if alone.is_none() && matches!(store, StoreUrl::Sqlite(_)) {
         let mut err = io::stderr();
         let _ = writeln!(
             err,
-            "waiting until the gateway has sorted in what came last, up to two minutes"
+            "waiting up to two minutes for the gateway to compact recent readings"
         );
     }
     let mut is_alone = || {
@@ -78,7 +78,7 @@ pub async fn remove(store: &StoreUrl, args: &RemoveArgs) -> Result<(), Error> {
     out.flush().map_err(Error::Output)
 }
 
-/// Keeps gateways from a file until it is dropped; `None` if one uses it.
+/// Keeps gateways from opening a file until the result is dropped; `None` if a gateway uses it.
 fn keep_alone(store: &StoreUrl) -> Result<Option<impl Sized + use<>>, Error> {
     match store {
         StoreUrl::Sqlite(path) => {
@@ -88,7 +88,7 @@ fn keep_alone(store: &StoreUrl) -> Result<Option<impl Sized + use<>>, Error> {
     }
 }
 
-/// Devices of that name whose removal was broken off.
+/// Returns the devices of this name whose removal was interrupted.
 async fn begun(editor: &mut Editor, name: &str) -> Result<Vec<i64>, Error> {
     let sql = "SELECT d.id FROM devices AS d JOIN removed_devices AS r ON r.device_id = d.id
         WHERE r.name = $1 ORDER BY d.id";
@@ -105,7 +105,7 @@ async fn give_up_name(editor: &mut Editor, name: &str) -> Result<(), Error> {
     let found = edit.find([name].into_iter()).await?;
     let removed = match found.get(name) {
         Some(device) => edit.remove(device).await,
-        // Another command was faster.
+        // Another command has removed the device meanwhile.
         None => Ok(()),
     };
     match removed {
@@ -117,7 +117,7 @@ async fn give_up_name(editor: &mut Editor, name: &str) -> Result<(), Error> {
     }
 }
 
-/// A spool may hold frames of the device, and would bring them and the device back.
+/// Fails if the database has a spool: it may hold frames of the device and would restore the device with them.
 async fn refuse_spooled(editor: &mut Editor, store: &StoreUrl) -> Result<(), Error> {
     if let StoreUrl::Sqlite(_) = store {
         return Ok(());
@@ -128,7 +128,7 @@ async fn refuse_spooled(editor: &mut Editor, store: &StoreUrl) -> Result<(), Err
     };
     let host = spool.text_or_null(0)?.unwrap_or_default();
     Err(Error::Failed(format!(
-        "could not remove devices: the gateway on {host} has a spool, which would bring them back; start it \
-         once without --spool, then remove them"
+        "could not remove devices: the gateway on {host} has a spool, which would restore them; start that \
+         gateway once without --spool, then retry"
     )))
 }

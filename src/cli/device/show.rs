@@ -5,16 +5,15 @@ use std::io::Write;
 use fieldgate::store::reader::{Argument, Reader, Row};
 
 use crate::cli::Error;
-use crate::cli::nearest::near;
-use crate::cli::output::{self, Grid, show_utc, utc_text, write_facts};
-use crate::cli::quarantine::code_text;
+use crate::cli::nearest::unknown_device;
+use crate::cli::output::{self, Grid, code_text, show_utc, utc_text, write_facts};
 use crate::cli::value::Value;
 
-/// Lines of the audit trail that `show` shows.
+/// Maximum number of audit trail events in the output.
 const EVENTS_SHOWN: i64 = 10;
-/// Readings of a series in the future that the view `channels` counts.
+/// Maximum count of future readings per series in the view `channels`.
 const IN_FUTURE_MAX: i64 = 1000;
-/// Gaps and streams that `show` shows; `query` shows all.
+/// Maximum number of rows per table in the output; `query` shows all.
 const LINES_SHOWN: i64 = 20;
 
 const DEVICE: &str =
@@ -26,11 +25,11 @@ const DEVICE: &str =
         (SELECT max(se.peer) FROM sessions AS se WHERE se.device_id = d.id)
     FROM devices AS d WHERE d.name = $1";
 
-/// Shows what is known of a device, with the newest lines of its audit trail.
+/// Shows what is known about a device, with the newest events of its audit trail.
 pub async fn show(reader: &mut Reader, name: &str) -> Result<(), Error> {
     let device = reader.rows(DEVICE, &[name.into()]).await?;
     let Some(device) = device.first() else {
-        return Err(unknown(reader, name).await?);
+        return Err(unknown_device(reader, name).await?);
     };
     let id = device.integer(0)?;
     let mut out = output::stdout();
@@ -47,24 +46,6 @@ pub async fn show(reader: &mut Reader, name: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Says that there is no such device, and which may have been meant.
-pub async fn unknown(reader: &mut Reader, name: &str) -> Result<Error, Error> {
-    let rows = reader.rows("SELECT name FROM devices", &[]).await?;
-    let mut names = Vec::with_capacity(rows.len());
-    for row in &rows {
-        names.extend(row.text_or_null(0)?);
-    }
-    let near = near(name, names);
-    Ok(Error::Failed(if near.is_empty() {
-        format!("no device is named {name:?}; `fieldgate device list` shows all")
-    } else {
-        format!(
-            "no device is named {name:?}; did you mean {}?",
-            near.join(" or ")
-        )
-    }))
-}
-
 fn facts(name: &str, device: &Row) -> Result<Vec<(&'static str, String)>, Error> {
     let time = |column| -> Result<String, Error> {
         let us = device.integer_or_null(column)?;
@@ -75,7 +56,7 @@ fn facts(name: &str, device: &Row) -> Result<Vec<(&'static str, String)>, Error>
     let key = match (device.integer(6)?, device.integer(5)?) {
         (0, 0) => "derived from the fleet key".to_owned(),
         (0, version) => format!("derived from the fleet key, version {version}"),
-        _ => "its own".to_owned(),
+        _ => "individual".to_owned(),
     };
     let connected = match device.text_or_null(8)? {
         Some(peer) => format!("from {peer}"),
@@ -93,17 +74,17 @@ fn facts(name: &str, device: &Row) -> Result<Vec<(&'static str, String)>, Error>
     ])
 }
 
-/// One table of `show`.
+/// One table of the output.
 struct Section {
     title: &'static str,
-    /// Has the device as its first parameter, and maybe a limit of rows as its second.
+    /// Query with the device as its first parameter, and optionally a row limit as its second.
     sql: &'static str,
-    /// Whether the device is given by its name, and not by its id.
+    /// Whether the first parameter is the device's name instead of its id.
     is_by_name: bool,
     headers: &'static [&'static str],
     /// Makes a row's values readable.
     mend: fn(&mut [Value]),
-    /// Most rows that `sql` gives, where it limits them.
+    /// Maximum number of rows of `sql`, if it limits them.
     limit: Option<i64>,
 }
 
@@ -192,9 +173,9 @@ async fn write_section(
     }
     let is_full = section.limit == i64::try_from(rows.len()).ok();
     let cut = if is_full {
-        " (at most so many are shown)"
+        format!(" (only the first {} are shown)", rows.len())
     } else {
-        ""
+        String::new()
     };
     writeln!(out, "\n{}{cut}", section.title)?;
     grid(section.headers.iter().copied(), rows, section.mend).write(out)?;
@@ -214,7 +195,7 @@ fn grid<'a>(
     grid
 }
 
-/// The view counts readings of the future to a bound, so that it reads no more of them.
+/// Formats a row of channels. The view stops counting future readings at a bound, to limit the rows it reads.
 fn mend_channel(row: &mut [Value]) {
     show_utc(row, 3);
     if row[5] == Value::Integer(IN_FUTURE_MAX) {
@@ -222,7 +203,8 @@ fn mend_channel(row: &mut [Value]) {
     }
 }
 
-/// What a session ended with is a code of the protocol; what a device reports is its own.
+/// Formats a row of events. Only the code of a session event is a protocol code; a device defines the codes of the
+/// events that it reports.
 fn mend_event(row: &mut [Value]) {
     show_utc(row, 0);
     match (&row[1], &row[2]) {
@@ -238,7 +220,7 @@ fn mend_event(row: &mut [Value]) {
     }
 }
 
-/// Every query of this file, with a device's name and its id for parameters.
+/// Returns every query of this file, with a device's name or id as parameters.
 #[cfg(test)]
 pub fn queries(name: &'static str) -> Vec<(&'static str, Vec<Argument<'static>>)> {
     let mut queries = vec![(super::list::DEVICES, vec![]), (DEVICE, vec![name.into()])];

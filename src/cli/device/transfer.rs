@@ -1,9 +1,8 @@
 //! `fieldgate device export|import`: devices as CSV.
 //!
-//! A line is a device: its name, whether it is enabled (yes or no), how often its key was replaced, and
-//! its own key, as 64 hexadecimal digits. The last is empty if the key derives from the fleet's, and `-` if the
-//! device has a key of its own that the file does not tell. A column that is left out says nothing, and changes
-//! nothing about devices that there are.
+//! Each line is a device: its name, whether it is enabled (yes or no), its key version, and its individual key as
+//! 64 hexadecimal digits. The last field is empty for a derived key, and `-` for an individual key that the file
+//! does not contain. An omitted column leaves existing devices unchanged.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,7 +12,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use fieldgate::auth::device_key::DeviceKey;
 use fieldgate::auth::fleet_key::FleetKey;
-use fieldgate::store::lifecycle::{self, DeviceState, StoredKey};
+use fieldgate::store::device_admin::{self, DeviceState, StoredKey};
 use fieldgate::store::reader::Reader;
 use fieldgate::store::url::StoreUrl;
 use fieldgate::sys::secret_file::create_secret;
@@ -25,34 +24,34 @@ use crate::cli::Error;
 use crate::cli::fleet_key::FleetKeyFile;
 use crate::cli::output;
 
-/// Devices of one transaction: while it is open, nothing is acknowledged.
+/// Devices per transaction. While a transaction is open, a gateway on SQLite acknowledges nothing.
 const DEVICES_AT_ONCE: usize = 100;
-/// What the columns are named.
+/// Names of the columns.
 const COLUMNS: [&str; 4] = ["name", "enabled", "key_version", "own_key"];
-/// Stands for a key that is not told.
+/// Stands for an individual key that the file does not contain.
 const UNTOLD: &str = "-";
 
 #[derive(Args, Debug)]
 pub struct ExportArgs {
-    /// Tell devices' own keys, too; whoever has the file can then stand in for them
+    /// Include individual device keys. Anyone with the file can then impersonate the devices
     #[arg(long)]
     with_keys: bool,
 
-    /// File to write, for this user only; it must not be there yet [default: standard output]
+    /// Output file, readable by this user only; must not exist [default: standard output]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
 pub struct ImportArgs {
-    /// CSV file with the columns name, enabled (yes or no), key_version and own_key (empty if the key
-    /// derives from the fleet's); - for standard input. All columns but the first may be left out: devices
-    /// then keep what they have, and new ones are enabled, with the first key
+    /// CSV file with the columns name, enabled (yes or no), key_version and own_key (empty for a derived key); -
+    /// for standard input. All columns but the first are optional: existing devices keep their values; new ones
+    /// are enabled with the first derived key
     #[arg(value_name = "FILE")]
     file: PathBuf,
 }
 
-/// A line of the file; what has no column is `None`.
+/// A line of the file. The field of an omitted column is `None`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Line {
@@ -65,7 +64,7 @@ struct Line {
     own_key: Option<String>,
 }
 
-/// A field of a column that is there: an empty one is a value, too.
+/// Reads a field of an existing column. An empty field is a value, not `None`.
 fn field<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<T>, D::Error> {
     T::deserialize(from).map(Some)
 }
@@ -78,7 +77,7 @@ pub async fn export(
 ) -> Result<(), Error> {
     let mut reader = Reader::open(store).await?;
     let mut devices = Vec::new();
-    lifecycle::each(&mut reader, |device| {
+    device_admin::each(&mut reader, |device| {
         devices.push(device);
         Ok(())
     })
@@ -112,8 +111,9 @@ pub async fn export(
         .map_err(|error| cannot_write(error.into_error().into()))?;
     let text = String::from_utf8_lossy(&text);
     match &args.out {
-        Some(path) => create_secret(path, &text)
-            .map_err(|error| Error::Failed(format!("cannot write {}: {error}", path.display())))?,
+        Some(path) => create_secret(path, &text).map_err(|error| {
+            Error::Failed(format!("could not write {}: {error}", path.display()))
+        })?,
         None => {
             let mut out = output::stdout();
             out.write_all(text.as_bytes())?;
@@ -123,7 +123,7 @@ pub async fn export(
     if untold > 0 {
         tracing::warn!(
             keys = untold,
-            "keys of devices' own left out; --with-keys writes them"
+            "individual device keys omitted; use --with-keys to export them"
         );
     }
     Ok(())
@@ -133,7 +133,7 @@ fn cannot_write(error: csv::Error) -> Error {
     Error::Output(error.into())
 }
 
-/// Makes devices what the file says.
+/// Updates devices to match the file.
 pub async fn import(
     key_file: FleetKeyFile<'_>,
     store: &StoreUrl,
@@ -160,7 +160,7 @@ pub async fn import(
         .map_err(|error| match added + changed + same {
             0 => error,
             done => Error::Failed(format!(
-                "{error}; the {done} devices before line {} are as the file says, those behind are as they were",
+                "{error}; the {done} devices before line {} were imported, the rest are unchanged",
                 by_name[names[0].as_str()].0
             )),
         })?;
@@ -170,11 +170,11 @@ pub async fn import(
         same += set.len() as u64 - are_set;
     }
     let mut out = output::stdout();
-    writeln!(out, "{added} added, {changed} changed, {same} as they were")?;
+    writeln!(out, "{added} added, {changed} changed, {same} unchanged")?;
     out.flush().map_err(Error::Output)
 }
 
-/// What is wrong with a line.
+/// Reason why a line could not be imported.
 enum Fault {
     Line(String),
     Other(Error),
@@ -207,7 +207,7 @@ fn wanted_key(
     let before = before.map(|before| &before.key);
     let kept = before.filter(|before| before.sealed.is_some());
     let version_or = |otherwise| line.key_version.unwrap_or(otherwise);
-    // As `rotate-key` counts: under the present number a key that was replaced could come back.
+    // Count up as `rotate-key` does: with the current version, a replaced key could become valid again.
     let next_version = || match (line.key_version, before) {
         (Some(version), _) => Ok(version),
         (None, Some(before)) => next_version(before).map_err(Fault::Line),
@@ -216,8 +216,8 @@ fn wanted_key(
     match (line.own_key.as_deref(), kept) {
         (None, Some(kept)) if version_or(kept.version) == kept.version => Ok(kept.clone()),
         (None, Some(_)) => {
-            let fault = "the device has a key of its own, which key_version does not change: add the column \
-                 own_key, and leave it empty for a key that derives from the fleet's";
+            let fault = "key_version cannot replace an individual key; add an empty own_key column to switch to \
+                 the derived key";
             Err(Fault::Line(fault.to_owned()))
         }
         (Some(""), Some(_)) => Ok(StoredKey {
@@ -230,7 +230,8 @@ fn wanted_key(
         }),
         (Some(UNTOLD), Some(kept)) => Ok(kept.clone()),
         (Some(UNTOLD), None) => {
-            let fault = "the device's own key is not told (export it with --with-keys)";
+            let fault =
+                "the file does not contain the device's individual key; export it with --with-keys";
             Err(Fault::Line(fault.to_owned()))
         }
         (Some(digits), kept) => {
@@ -251,11 +252,11 @@ fn wanted_key(
 
 fn no_key(error: impl std::fmt::Display) -> Fault {
     Fault::Line(format!(
-        "own_key holds {error}; a key is 64 hexadecimal digits"
+        "own_key is invalid: {error}; a key is 64 hexadecimal digits"
     ))
 }
 
-/// The lines of the file with their numbers, all of them sound.
+/// Reads and checks all lines of the file. Returns them with their line numbers.
 fn read(path: &Path) -> Result<Vec<(usize, Line)>, Error> {
     let cannot =
         |fault: String| Error::Failed(format!("could not read {}: {fault}", path.display()));
@@ -297,7 +298,10 @@ fn lines(bytes: &[u8], path: &Path) -> Result<Vec<(usize, Line)>, Error> {
         let line = line.map_err(|error| cannot(fault(bytes, &error)))?;
         check(&line).map_err(|fault| fault.of(path, number))?;
         if let Some(before) = seen.insert(line.name.clone(), number) {
-            let fault = format!("{} is in line {before}, too", line.name);
+            let fault = format!(
+                "duplicate device {}, first seen in line {before}",
+                line.name
+            );
             return Err(Fault::Line(fault).of(path, number));
         }
         lines.push((number, line));
@@ -305,21 +309,21 @@ fn lines(bytes: &[u8], path: &Path) -> Result<Vec<(usize, Line)>, Error> {
     Ok(lines)
 }
 
-/// The header is a single field, and holds what other programs separate fields by.
+/// Returns an error for a header that uses another field separator.
 fn other_separator(headers: &csv::StringRecord) -> Option<String> {
     let header = headers.get(0).filter(|_| headers.len() == 1)?;
     let (separator, name) = [(';', "`;`"), ('\t', "tabs"), ('|', "`|`")]
         .into_iter()
         .find(|(separator, _)| header.contains(*separator))?;
-    let bare = |field: &'_ str| field.trim().trim_matches('"').to_owned();
-    let fields = header.split(separator).map(bare).collect::<Vec<_>>();
+    let unquoted = |field: &'_ str| field.trim().trim_matches('"').to_owned();
+    let fields = header.split(separator).map(unquoted).collect::<Vec<_>>();
     Some(format!(
-        "its fields are separated by {name}; save it with commas, the first line as {}",
+        "fields are separated by {name}; save the file with commas and this header: {}",
         fields.join(",")
     ))
 }
 
-/// What is wrong with the first line. An empty file, as an export of no devices is, has none.
+/// Returns an error for an invalid header. An empty file, such as an export of no devices, has no header.
 fn header_fault(headers: &csv::StringRecord) -> Option<String> {
     let columns = COLUMNS.join(", ");
     let unknown = |name: &&str| !COLUMNS.contains(name);
@@ -327,18 +331,18 @@ fn header_fault(headers: &csv::StringRecord) -> Option<String> {
         None
     } else if let Some(name) = headers.iter().find(unknown) {
         Some(format!(
-            "there is no column {name:?}; the first line names columns out of {columns}"
+            "unknown column {name:?}; expected columns are {columns}"
         ))
     } else if !headers.iter().any(|name| name == COLUMNS[0]) {
-        Some(format!("the column {} is missing", COLUMNS[0]))
+        Some(format!("missing column {}", COLUMNS[0]))
     } else {
         let twice = |name: &&&str| headers.iter().filter(|other| other == *name).count() > 1;
         let twice = COLUMNS.iter().find(twice);
-        twice.map(|name| format!("the column {name} is there twice"))
+        twice.map(|name| format!("duplicate column {name}"))
     }
 }
 
-/// What is wrong with a record, and where.
+/// Describes a parser error with its line number.
 fn fault(bytes: &[u8], error: &csv::Error) -> String {
     let what = match error.kind() {
         csv::ErrorKind::UnequalLengths {
@@ -354,8 +358,8 @@ fn fault(bytes: &[u8], error: &csv::Error) -> String {
     }
 }
 
-/// The line of the file on which a record begins, counted from 1. The parser's own count stops before blank lines,
-/// and leaves out line ends within quotes.
+/// Returns the line on which a record begins, counted from 1. The parser's own count stops before blank lines and
+/// omits line ends within quotes.
 fn line_number(bytes: &[u8], position: Option<&csv::Position>) -> usize {
     let at = position.map_or(0, |position| position.byte() as usize);
     let blank = bytes[at.min(bytes.len())..]
@@ -373,10 +377,10 @@ fn line_number(bytes: &[u8], position: Option<&csv::Position>) -> usize {
 
 fn check(line: &Line) -> Result<(), Fault> {
     device_name(&line.name).map_err(|fault| Fault::Line(format!("{:?}: {fault}", line.name)))?;
-    let is_word = |enabled: &&String| ["yes", "no"].contains(&enabled.as_str());
-    if let Some(enabled) = line.enabled.as_ref().filter(|enabled| !is_word(enabled)) {
+    let is_valid = |enabled: &&String| ["yes", "no"].contains(&enabled.as_str());
+    if let Some(enabled) = line.enabled.as_ref().filter(|enabled| !is_valid(enabled)) {
         return Err(Fault::Line(format!(
-            "enabled is {enabled:?}, and must be yes or no"
+            "enabled must be yes or no, but is {enabled:?}"
         )));
     }
     if let Some(digits) = &line.own_key
@@ -407,21 +411,18 @@ mod tests {
             ("name,enabled\n\"a\n\",yes\nb,perhaps\n", "line 4"),
             ("name,enabled\n\"a\",\"y\nes\"\n", "line 2"),
             ("name,enabled\na,yes\n\na,yes\n", "line 4"),
-            ("name,enabled\n\na,yes\n\na,yes\n", "line 3, too"),
+            ("name,enabled\n\na,yes\n\na,yes\n", "first seen in line 3"),
             ("name,enabled\n\na\n", "line 3: 1 fields"),
             ("name,key_version\n\na,b\n", "line 3"),
             ("\u{feff}name,enabled\n\na,perhaps\n", "line 3"),
             ("name,enabled\ra,yes\rb,perhaps\r", "line 3"),
             ("\r\rname,enabled\ra,yes\r\rb,perhaps\r", "line 6"),
             ("name,enabled\r\n\r\n\ra,yes\r\nb,perhaps\r\n", "line 5"),
-            ("c1\nc2\n", "line 1: there is no column \"c1\""),
-            (
-                "\n\nname,alias\na,b\n",
-                "line 3: there is no column \"alias\"",
-            ),
+            ("c1\nc2\n", "line 1: unknown column \"c1\""),
+            ("\n\nname,alias\na,b\n", "line 3: unknown column \"alias\""),
             ("Name,enabled\n", "line 1"),
-            ("name,enabled,name\n", "name is there twice"),
-            ("enabled\nyes\n", "the column name is missing"),
+            ("name,enabled,name\n", "duplicate column name"),
+            ("enabled\nyes\n", "missing column name"),
         ] {
             let refused = refusal(text);
             assert!(refused.contains(says), "{text:?}: {refused}");
@@ -433,8 +434,8 @@ mod tests {
         for (text, says) in [
             ("name;enabled\na;yes\n", "separated by `;`"),
             ("name\tenabled\na\tyes\n", "separated by tabs"),
-            ("name|enabled\na|yes\n", "as name,enabled"),
-            ("\"name\";\"enabled\"\na;yes\n", "as name,enabled"),
+            ("name|enabled\na|yes\n", "header: name,enabled"),
+            ("\"name\";\"enabled\"\na;yes\n", "header: name,enabled"),
         ] {
             let refused = refusal(text);
             assert!(refused.contains(says), "{text:?}: {refused}");

@@ -1,4 +1,4 @@
-//! `fieldgate quarantine`: frames that arrived whole and could not be understood.
+//! `fieldgate quarantine`: intact frames that the gateway could not decode.
 
 mod purge;
 mod replay;
@@ -12,42 +12,42 @@ use fieldgate::store::reader::Reader;
 #[cfg(test)]
 use fieldgate::store::replay::kept_frames_sql;
 use fieldgate::store::url::StoreUrl;
-use fieldgate_protocol::error::Code;
 
 use self::purge::PurgeArgs;
 use self::select::Selection;
 use self::show::ShowArgs;
 use super::Error;
-use super::output::{self, Grid, bytes_text, show_utc};
+use super::output::{self, Grid, bytes_text, code_text, show_utc};
 use super::value::{Value, hex};
 
 #[derive(Debug, Subcommand)]
 pub enum QuarantineCommand {
     /// List the newest frames
     List(ListArgs),
-    /// Show a frame: each field with its bytes, and the byte that breaks a rule, as this version sees it
+    /// Show a frame field by field with its bytes, and mark the byte that breaks a rule, as decoded by this
+    /// version
     Show(ShowArgs),
-    /// Store what this version understands of them, once, with the time at which they first came; all,
-    /// or those that are named. What is not understood stays and is listed, and the exit code is 1.
-    /// Works beside a running gateway
+    /// Store the quarantined frames that this version can decode, exactly once and with their original receive
+    /// time; all frames, or those selected. Frames that it cannot decode stay and are listed; the exit code is
+    /// then 1. Works while the gateway runs
     Replay(Selection),
-    /// Delete frames for good; their numbers stay in the ledger. Works beside a running gateway, which
-    /// has room for others within seconds
+    /// Delete frames permanently; their sequence numbers stay in the ledger. Works while the gateway runs, which
+    /// can quarantine new frames within seconds
     Purge(PurgeArgs),
 }
 
 #[derive(Args, Debug)]
 pub struct ListArgs {
-    /// Frames of this device only
+    /// Only frames of this device
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
 
-    /// Most frames to list. Raise it to see further back
+    /// Maximum number of frames to list. Raise it to list older frames
     #[arg(long, value_name = "FRAMES", default_value_t = 50)]
     limit: u32,
 }
 
-/// Does what was asked for.
+/// Runs the subcommand.
 pub async fn quarantine(store: &StoreUrl, command: &QuarantineCommand) -> Result<(), Error> {
     match command {
         QuarantineCommand::List(args) => list(store, args).await,
@@ -96,7 +96,7 @@ async fn list(store: &StoreUrl, args: &ListArgs) -> Result<(), Error> {
             0 => writeln!(out, "no frames in quarantine")?,
             total => {
                 grid.write(&mut out)?;
-                writeln!(out, "({shown} of {total}, newest first; {bytes} in all)")?;
+                writeln!(out, "({shown} of {total}, newest first; {bytes} in total)")?;
             }
         }
     }
@@ -111,7 +111,7 @@ fn total_sql(condition: &str) -> String {
     )
 }
 
-/// 16 bytes are enough to see a frame's header.
+/// Returns the query for the newest frames. It selects 16 bytes of each, enough to show the header.
 fn newest_sql(condition: &str, limit: u32) -> String {
     format!(
         "SELECT q.id, q.received_at, d.name, q.seq, q.code, q.detail, length(q.bytes),
@@ -121,7 +121,7 @@ fn newest_sql(condition: &str, limit: u32) -> String {
     )
 }
 
-/// Returns the queries for the frames of one device, `$1`: each must find them by the index, in the order of ids.
+/// Returns the queries for the frames of one device, `$1`. Each must find them through the index, in id order.
 #[cfg(test)]
 pub fn queries() -> [String; 4] {
     let of_device = "1 = 1 AND q.device_id = $1";
@@ -133,29 +133,8 @@ pub fn queries() -> [String; 4] {
     ]
 }
 
-/// Returns a step of a purge of all.
+/// Returns the query for one step of a purge of all frames.
 #[cfg(test)]
 pub fn all_in_steps() -> String {
     purge::purge_sql("1 = 1", 7, 1000)
-}
-
-/// A code with its name, if this version knows it.
-pub fn code_text(code: i64) -> String {
-    let known = u8::try_from(code).ok().and_then(Code::from_wire);
-    match known {
-        Some(known) => format!("{code} {}", known.name()),
-        None => code.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn codes_have_names() {
-        assert_eq!(code_text(30), "30 malformed");
-        assert_eq!(code_text(99), "99");
-        assert_eq!(code_text(30 + 256), "286");
-    }
 }

@@ -1,4 +1,4 @@
-//! `fieldgate quarantine purge`: frames that nobody will need any more.
+//! `fieldgate quarantine purge`: deletes frames.
 
 use std::io::Write;
 
@@ -10,9 +10,9 @@ use super::select::{Condition, Selection};
 use crate::cli::Error;
 use crate::cli::output::{self, bytes_text, count};
 
-/// Frames of one transaction.
+/// Maximum number of frames per transaction.
 const FRAMES_AT_ONCE: u32 = 500;
-/// Frames that come later stay.
+/// Newest frame at the start of the purge; later frames stay.
 const NEWEST: &str = "SELECT coalesce(max(id), 0) FROM quarantine";
 
 #[derive(Args, Debug)]
@@ -20,15 +20,15 @@ pub struct PurgeArgs {
     #[command(flatten)]
     selection: Selection,
 
-    /// All frames in quarantine
+    /// Delete all frames in quarantine
     #[arg(long, conflicts_with_all = ["ids", "device", "before"])]
     all: bool,
 }
 
-/// Deletes the frames; what the ledger says of them stays.
+/// Deletes the selected frames; their entries in the ledger stay.
 pub async fn purge(store: &StoreUrl, args: &PurgeArgs) -> Result<(), Error> {
     if args.selection.is_open() && !args.all {
-        let what = "say what to purge: IDs, --device NAME, --before TIME, or --all";
+        let what = "select what to purge: IDs, --device NAME, --before TIME, or --all";
         return Err(Error::Usage(what.to_owned()));
     }
     let mut editor = Editor::open(store).await?;
@@ -52,17 +52,17 @@ pub async fn purge(store: &StoreUrl, args: &PurgeArgs) -> Result<(), Error> {
     Ok(())
 }
 
-/// What went in a transaction.
+/// Frames purged in one transaction.
 #[derive(Default)]
 struct Purged {
     frames: u64,
     bytes: u64,
-    /// The newest of them.
+    /// Id of the newest purged frame.
     last: Option<i64>,
 }
 
-/// Deletes the oldest frames behind `after`, none newer than `newest`, in a transaction of its own: for as long
-/// as it is open, a gateway on SQLite acknowledges nothing.
+/// Deletes the oldest frames after `after` and up to `newest` in a separate transaction. While a transaction is
+/// open, a gateway on SQLite acknowledges nothing.
 async fn step(
     editor: &mut Editor,
     condition: &Condition,

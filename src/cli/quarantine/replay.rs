@@ -1,5 +1,5 @@
-//! `fieldgate quarantine replay`: frames that this version understands and the one that received them
-//! did not.
+//! `fieldgate quarantine replay`: stores frames that this version can decode, but the version that received them
+//! could not.
 
 use std::io::Write;
 
@@ -17,10 +17,10 @@ use super::select::Selection;
 use crate::cli::Error;
 use crate::cli::output::{self, Grid, count};
 
-/// Frames that are read at once.
+/// Number of frames per read.
 const CHUNK_FRAMES: u32 = 64;
 
-/// What became of the frames.
+/// Counts of replayed and remaining frames.
 #[derive(Default)]
 struct Outcome {
     frames: u64,
@@ -28,7 +28,7 @@ struct Outcome {
     stayed: u64,
 }
 
-/// Stores what is understood now; tells what stays, and why.
+/// Stores the frames that this version can decode, and lists the others with the reason.
 pub async fn replay(store: &StoreUrl, selection: &Selection) -> Result<(), Error> {
     let mut editor = Editor::open(store).await?;
     let condition = selection.condition(&mut editor).await?;
@@ -55,7 +55,7 @@ pub async fn replay(store: &StoreUrl, selection: &Selection) -> Result<(), Error
                         outcome.readings += readings.values.len() as u64;
                     }
                 }
-                // Somebody else was faster.
+                // Another command has replayed or purged the frame meanwhile.
                 Ok(_) => {}
                 Err(reason) => {
                     outcome.stayed += 1;
@@ -69,11 +69,11 @@ pub async fn replay(store: &StoreUrl, selection: &Selection) -> Result<(), Error
             }
         }
     }
-    let told = tell(&outcome, &stayed);
+    let written = tell(&outcome, &stayed);
     match outcome.stayed {
-        0 => told,
+        0 => written,
         stayed => Err(Error::Failed(format!(
-            "{} not understood by this version either: kept in quarantine",
+            "{} could not be decoded by this version either, kept in quarantine",
             count(stayed, "frame")
         ))),
     }
@@ -90,7 +90,8 @@ fn tell(outcome: &Outcome, stayed: &Grid) -> Result<(), Error> {
     out.flush().map_err(Error::Output)
 }
 
-/// Reads a frame again, by the same code as when it came; or tells why it cannot be understood.
+/// Decodes a frame with the code that decodes received frames. Returns the content, or the reason why the frame
+/// cannot be decoded.
 pub async fn understand(
     reader: &mut Reader,
     known: &mut Known,
@@ -99,17 +100,17 @@ pub async fn understand(
     let frame = match frame::decode(&kept.bytes, FRAME_BYTES_MAX) {
         Ok(Some(frame)) if frame.intact => frame,
         Ok(Some(_)) => return Ok(Err("payload checksum wrong (R6)".to_owned())),
-        Ok(None) => return Ok(Err("cut short (R7)".to_owned())),
+        Ok(None) => return Ok(Err("truncated (R7)".to_owned())),
         Err(error) => return Ok(Err(error.to_string())),
     };
     let clocks = known.clocks(reader, kept.device).await?;
     let context = Context {
         clocks: &clocks,
         received_at_us: kept.received_at_us,
-        // The store has corrected the clocks.
+        // The clocks from the store are already corrected.
         origin: Origin::default(),
     };
-    // Once to learn which schema it needs, and once with that.
+    // Decode once to find the required schema, then again with the schema.
     let mut wanted = None;
     let first = context.read(&frame, |schema| {
         wanted = Some(schema);
@@ -129,7 +130,7 @@ pub async fn understand(
             content,
             stamp,
         }),
-        Ok(None) => Err("its schema is not declared (R47)".to_owned()),
+        Ok(None) => Err("schema not declared (R47)".to_owned()),
         Err(violation) => Err(violation.to_string()),
     })
 }

@@ -1,4 +1,4 @@
-//! Which frames in quarantine a command is about.
+//! Selects the quarantined frames of a command.
 
 use std::collections::HashSet;
 
@@ -7,25 +7,25 @@ use fieldgate::store::reader::{Argument, Reader};
 use jiff::Timestamp;
 
 use crate::cli::Error;
-use crate::cli::device::unknown;
+use crate::cli::nearest::unknown_device;
 
-/// Frames, named one by one or by what they have in common.
+/// A selection of frames, by id or by criteria.
 #[derive(Args, Debug, Default)]
 pub struct Selection {
-    /// Frames, by their ids in `quarantine list`
+    /// Ids of the frames, as in `quarantine list`
     #[arg(value_name = "ID")]
     pub ids: Vec<i64>,
 
-    /// Frames of this device only
+    /// Only frames of this device
     #[arg(long, value_name = "NAME")]
     pub device: Option<String>,
 
-    /// Frames that were received before this time only, such as 2026-05-01T00:00:00Z
+    /// Only frames received before this time, such as 2026-05-01T00:00:00Z
     #[arg(long, value_name = "TIME")]
     pub before: Option<Timestamp>,
 }
 
-/// A condition on rows of `quarantine AS q`, and its parameters.
+/// A SQL condition on rows of `quarantine AS q`, with its parameters.
 pub struct Condition {
     sql: String,
     device: Option<i64>,
@@ -33,15 +33,15 @@ pub struct Condition {
 }
 
 impl Selection {
-    /// Whether nothing is named, which stands for all frames.
+    /// Returns whether the selection has no criteria and so stands for all frames.
     pub fn is_open(&self) -> bool {
         self.ids.is_empty() && self.device.is_none() && self.before.is_none()
     }
 
-    /// The condition that the frames meet.
+    /// Returns the selection as a SQL condition.
     ///
     /// # Errors
-    /// There is no such device or frame, or the store does not answer.
+    /// A selected device or frame does not exist, or a query fails.
     pub async fn condition(&self, reader: &mut Reader) -> Result<Condition, Error> {
         let device = match &self.device {
             Some(name) => Some(device_id(reader, name).await?),
@@ -75,12 +75,12 @@ impl Selection {
 }
 
 impl Condition {
-    /// As it stands behind WHERE.
+    /// Returns the condition for a WHERE clause.
     pub fn sql(&self) -> &str {
         &self.sql
     }
 
-    /// Its parameters, `$1` first.
+    /// Returns the condition's parameters, `$1` first.
     pub fn arguments(&self) -> Vec<Argument<'static>> {
         let device = self.device.map(Argument::Integer);
         let before = self.before_us.map(Argument::Time);
@@ -100,10 +100,10 @@ async fn check_ids(reader: &mut Reader, ids: &[i64], named: &str) -> Result<(), 
     }
 }
 
-/// There is no such frame in quarantine.
+/// Returns the error for a frame that is not in quarantine.
 pub fn no_frame(id: i64) -> Error {
     Error::Failed(format!(
-        "no frame {id} in quarantine; `fieldgate quarantine list` shows all"
+        "no frame {id} in quarantine; `fieldgate quarantine list` lists all frames"
     ))
 }
 
@@ -113,6 +113,6 @@ async fn device_id(reader: &mut Reader, name: &str) -> Result<i64, Error> {
         .await?;
     match rows.first() {
         Some(row) => Ok(row.integer(0)?),
-        None => Err(unknown(reader, name).await?),
+        None => Err(unknown_device(reader, name).await?),
     }
 }

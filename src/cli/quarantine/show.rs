@@ -1,4 +1,4 @@
-//! `fieldgate quarantine show`: one frame, field by field, up to the byte that broke a rule.
+//! `fieldgate quarantine show`: shows one frame field by field, up to the byte that breaks a rule.
 
 use std::io::{self, Write};
 
@@ -12,23 +12,22 @@ use fieldgate::time::Origin;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
 use fieldgate_protocol::message::{Data, decode};
 
-use super::code_text;
 use super::select::no_frame;
 use crate::cli::Error;
-use crate::cli::output::{self, bytes_text, utc_text, write_facts};
+use crate::cli::output::{self, bytes_text, code_text, utc_text, write_facts};
 use crate::cli::value::{Value, Written};
 
-/// Bytes in a line of the dump.
+/// Number of bytes per line of the dump.
 const LINE_BYTES: usize = 16;
 
 #[derive(Args, Debug)]
 pub struct ShowArgs {
-    /// The frame's id in `quarantine list`
+    /// Id of the frame, as in `quarantine list`
     #[arg(value_name = "ID")]
     id: i64,
 }
 
-/// Shows it.
+/// Shows the frame.
 pub async fn show(store: &StoreUrl, args: &ShowArgs) -> Result<(), Error> {
     let mut reader = Reader::open(store).await?;
     let condition = format!("q.id = {}", args.id);
@@ -39,7 +38,7 @@ pub async fn show(store: &StoreUrl, args: &ShowArgs) -> Result<(), Error> {
     let mut facts = facts(&mut reader, kept).await?;
     let mut out = output::stdout();
     let Ok(Some(frame)) = frame::decode(&kept.bytes, FRAME_BYTES_MAX) else {
-        facts.push(("now", "no whole frame with a right header".to_owned()));
+        facts.push(("now", "not a complete frame with a valid header".to_owned()));
         write_facts(&facts, &mut out)?;
         writeln!(out)?;
         let all = Part {
@@ -94,19 +93,19 @@ async fn facts(
     Ok(facts)
 }
 
-/// What this version makes of the frame.
+/// Returns the result of decoding the frame with this version.
 fn verdict(found: &Dissection) -> String {
     match (&found.fault, &found.content) {
         (Some(fault), _) => match fault.violation {
             Some(violation) => violation.to_string(),
             None => "payload checksum wrong (R6)".to_owned(),
         },
-        (None, Some(_)) => "nothing is wrong: `quarantine replay` stores it".to_owned(),
-        (None, None) => "its schema is not declared (R47)".to_owned(),
+        (None, Some(_)) => "valid: `quarantine replay` stores it".to_owned(),
+        (None, None) => "schema not declared (R47)".to_owned(),
     }
 }
 
-/// Up to the fault, and then the bytes that nobody looked at.
+/// Writes the fields up to the fault, then the remaining bytes, which were not decoded.
 fn write_parts(
     bytes: &[u8],
     found: &Dissection,
@@ -114,7 +113,7 @@ fn write_parts(
     out: &mut impl Write,
 ) -> io::Result<()> {
     let fault_at = found.fault.as_ref().map(|fault| fault.at);
-    // Of parts without bytes none is meant.
+    // A field without bytes cannot hold the fault.
     let is_meant = |part: &&Part| fault_at.is_some_and(|at| part.bytes.contains(&at));
     let Some(last) = found.parts.iter().position(|part| is_meant(&part)) else {
         for part in &found.parts {
@@ -132,15 +131,14 @@ fn write_parts(
         let rest = Part {
             name: "the rest".to_owned(),
             bytes: rest,
-            value: "not looked at".to_owned(),
+            value: "not decoded".to_owned(),
         };
         write_part(bytes, &rest, None, out)?;
     }
     Ok(())
 }
 
-/// The bytes of a part, its name and value beside the first line, and a mark under a byte that is at
-/// fault.
+/// Writes the bytes of a field, with its name and value on the first line, and marks the faulty byte.
 fn write_part(
     bytes: &[u8],
     part: &Part,
@@ -185,7 +183,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_mark_stands_under_its_byte() {
+    fn the_mark_is_below_the_faulty_byte() {
         let bytes: Vec<u8> = (0..40).collect();
         let part = Part {
             name: "data".to_owned(),

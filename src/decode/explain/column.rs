@@ -1,13 +1,14 @@
-//! Where times and columns break their rules (R50 to R58). Asked only when the decoder has found that
-//! they do.
+//! Finds the position of faults in times and columns (R50 to R58). Used only after the decoder has
+//! reported a fault.
 
 use std::ops::Range;
 
-use fieldgate_protocol::column::{Kind, check_time, encoding};
+use fieldgate_protocol::column::encoding;
+use fieldgate_protocol::value::{Kind, check_time};
 
 use super::walk::{ColumnFields, DataFields, unzigzag};
 
-/// Numbers one after the other in a part of a frame.
+/// Consecutive varints in a part of a frame.
 struct Varints<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -20,7 +21,8 @@ impl<'a> Varints<'a> {
         Varints { bytes, at, end }
     }
 
-    /// The next one; or the byte for which it is none (R22), the end of the part if one is missing.
+    /// Returns the next one; or the position of an invalid byte (R22), the end of the part if one
+    /// is missing.
     fn next(&mut self) -> Result<u64, usize> {
         let mut value = 0;
         for shift in (0..64).step_by(7) {
@@ -43,7 +45,7 @@ impl<'a> Varints<'a> {
     }
 }
 
-/// In `dt`, or at its length where it should not be there.
+/// Returns the position of a fault in `dt`, or of its length if it must be empty.
 pub(super) fn times_fault(bytes: &[u8], data: &DataFields) -> Option<usize> {
     if data.step > 0 {
         return Some(data.dt.start);
@@ -64,7 +66,7 @@ pub(super) fn times_fault(bytes: &[u8], data: &DataFields) -> Option<usize> {
             return Some(start);
         };
         time_us = later;
-        // Told only if nothing is wrong with the steps themselves.
+        // Reported only if the steps themselves are correct.
         if out_of_range.is_none() && check_time(data.clock, time_us).is_err() {
             out_of_range = Some(start);
         }
@@ -75,7 +77,7 @@ pub(super) fn times_fault(bytes: &[u8], data: &DataFields) -> Option<usize> {
     out_of_range
 }
 
-/// The length of `nulls`, or the byte with spare bits.
+/// Returns the position of the length of `nulls`, or of the byte with spare bits.
 pub(super) fn nulls_fault(data: &DataFields, column: &ColumnFields) -> usize {
     if column.nulls.len() == data.rows.div_ceil(8) {
         column.nulls.end - 1
@@ -84,7 +86,7 @@ pub(super) fn nulls_fault(data: &DataFields, column: &ColumnFields) -> usize {
     }
 }
 
-/// In the `data` of a column.
+/// Returns the position of a fault in the `data` of a column.
 pub(super) fn data_fault(
     bytes: &[u8],
     data: &DataFields,
@@ -99,7 +101,8 @@ pub(super) fn data_fault(
     }
 }
 
-/// What follows the bytes that belong there, or the end if some are missing; `None` if it is right.
+/// Returns the position after the expected bytes, or the end if some are missing; `None` if the
+/// length is correct.
 fn length_fault(range: &Range<usize>, bytes: usize) -> Option<usize> {
     (range.len() != bytes).then(|| (range.start + bytes).min(range.end))
 }
@@ -168,6 +171,6 @@ fn packed_fault(bytes: &[u8], range: &Range<usize>, kind: Kind, values: usize) -
             return Some(packed.start + from / 8);
         }
     }
-    // Only its spare bits are left to be wrong.
+    // Only its spare bits can still be wrong.
     Some(range.end - 1)
 }

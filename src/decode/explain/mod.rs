@@ -1,15 +1,17 @@
-//! A sequenced frame taken apart for people: its fields with their bytes, and the byte that breaks a rule.
+//! Explains a sequenced frame: lists its fields with their bytes, and the byte that violates a
+//! rule.
 //!
-//! The decoders say what is wrong with a frame and not where, because that costs time on every frame.
-//! Here the frame is walked again, once somebody asks: `walk` finds the fields, `column` looks into times
-//! and columns. What is wrong is always what [`Context::read`] says; where, is found by that.
+//! The decoders report what is wrong with a frame but not where, because that costs time on every
+//! frame. This module walks the frame again on request: `walk` finds the fields, `column` examines
+//! times and columns. The fault is always the one reported by [`Context::read`]; this module finds
+//! its position.
 
 use std::ops::Range;
 
-use fieldgate_protocol::column::check_time;
 use fieldgate_protocol::error::Violation;
 use fieldgate_protocol::frame::{Frame, HEADER_BYTES, TRAILER_BYTES, types};
 use fieldgate_protocol::message::EVENT_TEXT_BYTES_MAX;
+use fieldgate_protocol::value::check_time;
 
 use self::walk::{Fields, Walk};
 use crate::decode::Context;
@@ -20,39 +22,38 @@ mod column;
 mod tests;
 mod walk;
 
-/// A field, or a part of a frame that has no fields.
+/// A field, or a part of a frame without fields.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
-    /// As SPEC.md names it; of a list, with the item's place.
+    /// Name as in SPEC.md, with the index for a list item.
     pub name: String,
-    /// Its bytes in the frame, a length before its content included.
+    /// Its bytes in the frame, including a preceding length.
     pub bytes: Range<usize>,
-    /// What they say.
+    /// The value as text.
     pub value: String,
 }
 
-/// What a frame is made of.
+/// Explanation of a frame.
 #[derive(Clone, Debug)]
 pub struct Dissection {
-    /// The parts in their order, without gaps, as far as they can be told apart.
+    /// All parts in order and without gaps, as far as the fields can be parsed.
     pub parts: Vec<Part>,
-    /// The first thing that is wrong; `None` if nothing is, or if it cannot be told without a schema
-    /// that is not there.
+    /// The first fault; `None` if there is none, or if it cannot be determined without the schema.
     pub fault: Option<Fault>,
-    /// What the frame says, if nothing is wrong and its schema is known.
+    /// Content of the frame, if it has no fault and its schema is known.
     pub content: Option<Content>,
 }
 
-/// What is wrong with a frame, and where.
+/// A fault in a frame and its position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// The byte that breaks the rule; the frame's checksum, where it is a byte that is missing at the end.
+    /// Offset of the faulty byte; if bytes are missing at the end, that of the frame's checksum.
     pub at: usize,
-    /// The rule; `None` if the payload's checksum is wrong.
+    /// The violated rule; `None` if the payload's checksum is wrong.
     pub violation: Option<Violation>,
 }
 
-/// Takes a sequenced frame apart. `find_schema` is asked for the schema of a DATA.
+/// Explains a sequenced frame. `find_schema` looks up the schema of a DATA.
 pub fn dissect<'s>(
     frame: &Frame<'_>,
     context: &Context<'_>,
@@ -78,7 +79,8 @@ pub fn dissect<'s>(
             let schema = walk.fields.schema().and_then(find_schema);
             let at = locate(frame, &walk, schema, violation);
             dissection.fault = Some(Fault {
-                // Were it not found, the payload as a whole is to blame; the tests know of no such case.
+                // Without a position, report the payload as a whole; the tests know of no such
+                // case.
                 at: at.unwrap_or(HEADER_BYTES),
                 violation: Some(violation),
             });
@@ -87,7 +89,7 @@ pub fn dissect<'s>(
     dissection
 }
 
-/// The byte that breaks a rule.
+/// Returns the byte that violates a rule.
 fn locate(
     frame: &Frame<'_>,
     walk: &Walk,
@@ -120,7 +122,7 @@ fn locate(
                 Violation::ColumnChannel(_) if data.columns.is_empty() => part("columns"),
                 Violation::ColumnChannel(id) => {
                     let columns = data.columns.iter().filter(|column| column.channel == id);
-                    // The second of two, or one that the schema has not.
+                    // The second of two duplicates, or one that is not in the schema.
                     columns.take(2).last().map(|column| column.channel_at)
                 }
                 Violation::ColumnEncoding(id) => Some(data.column(id)?.encoding_at),
@@ -136,13 +138,13 @@ fn locate(
     }
 }
 
-/// Whether it is the first row's time that is out of range.
+/// Returns whether the time of the first row is out of range.
 fn check_first_time(data: &walk::DataFields) -> bool {
     let first_us = data.t0.checked_mul(data.unit_us());
     first_us.is_none_or(|first_us| check_time(data.clock, first_us).is_err())
 }
 
-/// The tag or length in `ext` that breaks a rule.
+/// Returns the tag or length in `ext` that violates a rule.
 fn ext_fault(frame: &Frame<'_>, walk: &Walk) -> Option<usize> {
     let mut at = walk.ext.start;
     let ext_end = walk.ext.end;

@@ -1,14 +1,15 @@
-//! The walk agrees with the decoder: over all vectors of the specification, and over mutations of them.
+//! Compares the walk with the decoder, over all vectors of the specification and over mutations of
+//! them.
 
-use fieldgate_protocol::column::Kind;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX, Header, OVERHEAD_BYTES};
+use fieldgate_protocol::value::Kind;
 use proptest::prelude::*;
 
 use super::*;
 use crate::store::{SchemaChannel, SeriesId};
 use crate::time::{BootClocks, Origin};
 
-/// The schema that the vectors' receiver knows: a channel of each kind.
+/// Schema of the vectors' receiver: one channel of each kind.
 fn schema() -> Schema {
     let channel = |id, kind, exp10| SchemaChannel {
         id,
@@ -46,7 +47,8 @@ fn taken_apart(bytes: &[u8]) -> Option<Dissection> {
     Some(found)
 }
 
-/// Parts cover the frame, each byte once; the walk finds what the decoder finds, and where.
+/// Checks that the parts cover each byte of the frame once, and that the walk finds the decoder's
+/// fault and its position.
 fn assert_agrees(frame: &Frame<'_>, found: &Dissection, schema: &Schema) {
     let mut covered = 0;
     for part in &found.parts {
@@ -91,7 +93,7 @@ fn sealed(header: Header, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Sequenced frames of the vectors, with the code that refuses them, if one does.
+/// Returns the sequenced frames of the vectors, with the NACK code of those that are refused.
 fn vectors() -> Vec<(String, Vec<u8>, Option<u64>)> {
     let mut frames = Vec::new();
     for file in ["frames", "messages", "readings"] {
@@ -116,7 +118,7 @@ fn vectors() -> Vec<(String, Vec<u8>, Option<u64>)> {
 }
 
 #[test]
-fn vectors_are_refused_by_the_byte_that_breaks_the_rule() {
+fn the_faulty_byte_of_each_refused_vector_is_found() {
     let mut refused = 0;
     for (id, bytes, code) in vectors() {
         let Some(found) = taken_apart(&bytes) else {
@@ -125,7 +127,7 @@ fn vectors_are_refused_by_the_byte_that_breaks_the_rule() {
         let violation = found.fault.and_then(|fault| fault.violation);
         if let Some(violation) = violation {
             refused += 1;
-            // Numbers and credit are looked at before the content.
+            // Numbers and credit are checked before the content.
             assert!(
                 code.is_none_or(|code| !(30..40).contains(&code) || code == violation.code() as u64),
                 "{id}: {violation} is not {code:?}"
@@ -142,7 +144,7 @@ fn payload_of(bytes: &[u8]) -> &[u8] {
 }
 
 #[test]
-fn a_byte_is_told_from_its_neighbours() {
+fn the_faulty_byte_is_distinguished_from_its_neighbours() {
     let header = |frame_type| Header {
         version: 1,
         frame_type,
@@ -153,20 +155,20 @@ fn a_byte_is_told_from_its_neighbours() {
     let at = |bytes: &[u8]| taken_apart(bytes).unwrap().fault.map(|fault| fault.at);
     // schema, clock, time_unit, boot, t0, rows, step, dt, columns: channel, encoding, nulls, data; ext.
     let data = [1, 1, 2, 7, 2, 3, 1, 0, 1, 1, 1, 0, 3, 10, 2, 2, 0];
-    // A place, what stands there instead, and the place that is at fault.
+    // Offset, new byte, and offset of the fault.
     for (place, byte, fault) in [
         (1, 2, 1),
         (2, 3, 2),
         (5, 0, 5),
         (9, 9, 9),
         (10, 3, 10),
-        // Three bytes more are nulls, so that the end comes too soon.
+        // Three more bytes belong to nulls, so that the end comes too early.
         (11, 4, 17),
-        // The length itself, where it points beyond the payload.
+        // The length itself, if it exceeds the payload.
         (12, 9, 12),
-        // The third value is the length of `ext` now.
+        // The third value is now the length of `ext`.
         (12, 2, 15),
-        // A varint that goes on beyond its column.
+        // A varint that continues beyond its column.
         (15, 0x80, 16),
         (16, 1, 16),
     ] {
@@ -176,7 +178,8 @@ fn a_byte_is_told_from_its_neighbours() {
         assert_eq!(found, Some(HEADER_BYTES + fault), "{byte} at {place}");
     }
     assert_eq!(at(&sealed(header(types::DATA), &data)), None);
-    // Columns of as many rows: channel, encoding, nulls and data, and where in the data it goes wrong.
+    // Columns with as many rows: channel, encoding, nulls and data, and the offset of the fault in
+    // the data.
     let column = |rows: u8, fields: &[u8]| {
         let payload = [&[1, 1, 2, 7, 2, rows, 1, 0, 1], fields, &[0]].concat();
         at(&sealed(header(types::DATA), &payload)).map(|at| at - HEADER_BYTES - 9)
@@ -255,7 +258,7 @@ proptest! {
                 Edit::Set(at, byte) => payload[at.index(places)] = byte,
                 Edit::Insert(at, byte) => payload.insert(at.index(places), byte),
                 Edit::Remove(at) => drop(payload.remove(at.index(places))),
-                // Where it ends a varint, this makes it one byte longer than it must be.
+                // If the byte ends a varint, this makes the varint one byte longer than necessary.
                 Edit::Lengthen(at) => {
                     payload[at.index(places)] |= 0x80;
                     payload.insert(at.index(places) + 1, 0);

@@ -1,6 +1,7 @@
-//! The fields of a frame, by the grammar of SPEC.md sections 2 to 4.
+//! The fields of a frame, according to the grammar in SPEC.md sections 2 to 4.
 //!
-//! It reads what the decoder reads, in the same order, and remembers where. Ranges are not checked here.
+//! Reads the same fields as the decoder, in the same order, and records their positions. Does not
+//! check ranges.
 
 use std::ops::Range;
 
@@ -9,14 +10,15 @@ use fieldgate_protocol::message::CHANNELS_MAX;
 
 use super::Part;
 
-/// What was found.
+/// Result of a walk.
 #[derive(Debug)]
 pub(super) struct Walk {
     pub(super) parts: Vec<Part>,
     pub(super) fields: Fields,
-    /// Where the payload stops being its message: a field that cannot be read, or what follows the last.
+    /// Offset at which the payload stops being a valid message: an unreadable field, or bytes after
+    /// the last field.
     pub(super) broken_at: Option<usize>,
-    /// The last byte of the first varint that is longer than it must be.
+    /// The last byte of the first varint that is longer than necessary.
     pub(super) overlong_at: Option<usize>,
     /// Content of the field `text`.
     pub(super) text: Range<usize>,
@@ -24,14 +26,14 @@ pub(super) struct Walk {
     pub(super) ext: Range<usize>,
 }
 
-/// Fields that a fault may lie in the relation of.
+/// Fields in which combinations of values can be faults.
 #[derive(Debug)]
 pub(super) enum Fields {
     None,
     Data(DataFields),
 }
 
-/// Of a DATA.
+/// Fields of a DATA.
 #[derive(Debug, Default)]
 pub(super) struct DataFields {
     pub(super) schema: u16,
@@ -44,7 +46,7 @@ pub(super) struct DataFields {
     pub(super) columns: Vec<ColumnFields>,
 }
 
-/// Of one of its columns; ranges are of contents.
+/// Fields of a column; ranges cover the contents.
 #[derive(Debug)]
 pub(super) struct ColumnFields {
     pub(super) channel_at: usize,
@@ -53,7 +55,7 @@ pub(super) struct ColumnFields {
     pub(super) encoding: u8,
     pub(super) nulls_at: usize,
     pub(super) nulls: Range<usize>,
-    /// How many rows have no valid value, by the bits of `nulls`.
+    /// Number of rows without a valid value, according to `nulls`.
     pub(super) nulls_set: usize,
     pub(super) data: Range<usize>,
 }
@@ -81,7 +83,7 @@ impl DataFields {
     }
 }
 
-/// A field cannot be read from here on.
+/// No field can be read from this offset.
 struct Broken(usize);
 
 impl Walk {
@@ -112,12 +114,16 @@ impl Walk {
             Err(Broken(at)) => Some(at),
             Ok(()) => (at < end).then_some(at),
         };
-        let told = walk
+        let known_end = walk
             .parts
             .last()
             .map_or(HEADER_BYTES, |part| part.bytes.end);
-        if told < end {
-            walk.push("payload", told..end, format!("{} bytes", end - told));
+        if known_end < end {
+            walk.push(
+                "payload",
+                known_end..end,
+                format!("{} bytes", end - known_end),
+            );
         }
         walk.push("checksum", end..frame.bytes.len(), word(frame.intact));
         walk
@@ -159,7 +165,7 @@ fn type_name(frame_type: u8) -> String {
     .to_owned()
 }
 
-/// Reads field after field.
+/// Reads one field after another.
 struct Reader<'a, 'w> {
     bytes: &'a [u8],
     at: usize,
@@ -262,7 +268,7 @@ impl Reader<'_, '_> {
         Ok(value)
     }
 
-    /// A length and so many bytes; gives the place of these.
+    /// Reads a length and that many bytes; returns their range.
     fn content(&mut self, name: &str) -> Result<Range<usize>, Broken> {
         let start = self.at;
         let content = self.take()?;
@@ -279,7 +285,7 @@ impl Reader<'_, '_> {
         let start = self.at;
         let count = self.varint(64)?;
         let content = self.at;
-        // It is the length that points beyond the payload.
+        // The length exceeds the payload.
         let count = usize::try_from(count).map_err(|_| Broken(start))?;
         if count > self.end - content {
             return Err(Broken(start));
@@ -302,7 +308,7 @@ impl Reader<'_, '_> {
             let byte = self.next()?;
             let group = u64::from(byte & 0x7F);
             let is_last = bits - shift <= 7;
-            // More bits than the type has, or a byte more.
+            // More bits than the type has, or one byte too many.
             if is_last && (byte & 0x80 != 0 || group >> (bits - shift) != 0) {
                 return Err(Broken(self.at - 1));
             }

@@ -6,10 +6,10 @@ use tempfile::{NamedTempFile, TempDir};
 
 use super::*;
 
-/// The year at whose beginning a certificate expires that is good.
+/// Year in which a valid certificate expires.
 const EXPIRES: i32 = 2100;
 
-/// A certificate and its key, kept until dropped.
+/// A certificate and its key, in a directory that exists until drop.
 struct Site(TempDir);
 
 impl Site {
@@ -28,7 +28,7 @@ impl Site {
         }
     }
 
-    /// Makes a new pair.
+    /// Creates a new pair.
     fn put(&self, expires: i32) {
         let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
         (params.not_before, params.not_after) =
@@ -49,7 +49,7 @@ impl Site {
     }
 }
 
-/// What a look is logged as, from INFO on.
+/// Returns the log of a check, from level INFO.
 fn look(watch: &mut Watch<'_>, now: Timestamp) -> String {
     let log = NamedTempFile::new().unwrap();
     let subscriber = tracing_subscriber::fmt()
@@ -68,7 +68,7 @@ fn expires() -> Timestamp {
 }
 
 #[test]
-fn what_changes_before_the_first_look_is_seen() {
+fn changes_before_the_first_check_are_noticed() {
     let site = Site::new();
     let tls = site.load();
     let before = config(&tls);
@@ -76,13 +76,13 @@ fn what_changes_before_the_first_look_is_seen() {
     let now = Timestamp::now();
     let mut watch = Watch::new(&tls, now);
     let log = look(&mut watch, now);
-    assert!(log.contains("the certificate that is there now"), "{log}");
+    assert!(log.contains("certificate reloaded"), "{log}");
     assert!(!Arc::ptr_eq(&before, &config(&tls)));
     assert_eq!(look(&mut watch, now), "");
 }
 
 #[test]
-fn what_cannot_be_loaded_is_told_once_and_tried_again() {
+fn a_failed_load_is_logged_once_and_retried() {
     let site = Site::new();
     let tls = site.load();
     let now = Timestamp::now();
@@ -91,15 +91,15 @@ fn what_cannot_be_loaded_is_told_once_and_tried_again() {
     let log = look(&mut watch, now);
     assert!(log.contains("run chmod 600"), "{log}");
     assert_eq!(look(&mut watch, now), "");
-    // Whoever tries something else is told again.
+    // A further attempt by the operator is logged again.
     site.chmod(0o640);
     let log = look(&mut watch, now);
     assert!(log.contains("its group can read it"), "{log}");
-    // Whether the files tell or not that they are better now.
+    // Even if the files' stamps do not show the correction.
     site.chmod(0o600);
     watch.seen = stamps(&tls.files);
     let log = look(&mut watch, now);
-    assert!(log.contains("the certificate that is there now"), "{log}");
+    assert!(log.contains("certificate reloaded"), "{log}");
     assert_eq!(look(&mut watch, now), "");
 }
 
@@ -112,24 +112,24 @@ fn an_expired_certificate_replaces_only_an_expired_one() {
     let mut watch = Watch::new(&tls, now);
     site.put(2020);
     let log = look(&mut watch, now);
-    assert!(log.contains("has expired, on 2020-01-01"), "{log}");
+    assert!(log.contains("expired on 2020-01-01"), "{log}");
     assert!(Arc::ptr_eq(&before, &config(&tls)));
     let log = look(&mut watch, expires());
-    assert!(log.contains("the certificate that is there now"), "{log}");
+    assert!(log.contains("certificate reloaded"), "{log}");
     assert!(log.contains("devices will not connect"), "{log}");
 }
 
 #[test]
-fn expiry_is_told_each_day_of_the_last() {
+fn expiry_is_logged_each_day_before_it() {
     let site = Site::new();
     let tls = site.load();
     let days_left = |days: i64| expires() - (24 * days).hours();
     let mut watch = Watch::new(&tls, days_left(17));
-    let told: Vec<(i64, String)> = (-2..=16)
+    let logged: Vec<(i64, String)> = (-2..=16)
         .rev()
         .map(|days| (days, look(&mut watch, days_left(days))))
         .collect();
-    for (days, log) in told {
+    for (days, log) in logged {
         let says = match days {
             14.. => "",
             1.. => "the certificate expires soon",
@@ -143,17 +143,20 @@ fn expiry_is_told_each_day_of_the_last() {
 }
 
 #[test]
-fn what_is_no_pem_is_told_without_what_it_is() {
+fn invalid_pem_is_reported_without_its_content() {
     let site = Site::new();
     let tls = site.load();
     let TlsFiles { cert, key, .. } = site.files();
     for (text, says) in [
-        ("", "there is none in it"),
-        ("-----BEGIN CERTIFICATE-----\nAAAA\n", "has no end"),
-        ("-----BEGIN CERTIFICATE\nAAAA\n", "begins wrongly"),
+        ("", "file contains none"),
+        (
+            "-----BEGIN CERTIFICATE-----\nAAAA\n",
+            "unterminated PEM section",
+        ),
+        ("-----BEGIN CERTIFICATE\nAAAA\n", "invalid header"),
         (
             "-----BEGIN CERTIFICATE-----\nA!AA\n-----END CERTIFICATE-----\n",
-            "is not base64",
+            "is not valid base64",
         ),
     ] {
         let key_text = text.replace("CERTIFICATE", "PRIVATE KEY");
@@ -167,7 +170,8 @@ fn what_is_no_pem_is_told_without_what_it_is() {
     }
 }
 
-/// An authority, one that it vouches for, and a gateway's certificate by the latter.
+/// Returns a CA certificate, an intermediate certificate issued by it, and a gateway certificate
+/// issued by the latter.
 fn chain() -> [CertificateDer<'static>; 3] {
     let authority = |name: &str| {
         let mut params = CertificateParams::default();
@@ -187,7 +191,7 @@ fn chain() -> [CertificateDer<'static>; 3] {
 }
 
 #[test]
-fn what_keeps_devices_from_connecting_is_found_in_the_chain() {
+fn faults_that_keep_devices_from_connecting_are_found_in_the_chain() {
     let [own, middle, root] = chain();
     let now = Timestamp::now();
     let found = |chain: &[&CertificateDer<'static>], known: &[CertificateDer<'static>]| {
@@ -200,7 +204,7 @@ fn what_keeps_devices_from_connecting_is_found_in_the_chain() {
     let missing = found(&[&own], std::slice::from_ref(&root));
     assert!(missing[0].contains("CN=middle") && missing[0].contains("intermediate"));
     assert_eq!(missing.len(), 1);
-    // Devices have the issuer's certificate: it is the one that was made with the gateway's.
+    // Devices have the issuer's certificate, which was created together with the gateway's.
     assert!(found(&[&own], std::slice::from_ref(&middle)).is_empty());
     for chain in [&[&own, &root][..], &[&own, &root, &middle]] {
         let wrong = found(chain, &[]);
@@ -212,5 +216,5 @@ fn what_keeps_devices_from_connecting_is_found_in_the_chain() {
     let early = Timestamp::from_second(0).unwrap();
     let not_yet = faults(&[own, middle], &[], early);
     assert_eq!(not_yet.len(), 2, "{not_yet:?}");
-    assert!(not_yet[0].contains("not valid yet"));
+    assert!(not_yet[0].contains("is not valid before"));
 }

@@ -1,27 +1,28 @@
-//! A time as people write it, taken apart: the fields are known, the order of day and month may not be.
+//! Parses times as people write them: the fields are known, but the order of day and month may be
+//! ambiguous.
 //!
-//! A cell is cut into runs of digits, words and separators; a clock such as `9:05:00.25 PM` and an
-//! offset such as `+02:00` are found first, and what is left is the date.
+//! A cell is split into runs of digits, words and separators. A clock time such as `9:05:00.25 PM`
+//! and an offset such as `+02:00` are extracted first, and the rest is the date.
 
 use jiff::civil::{Date, DateTime, Time};
 
-/// What a cell says about a moment.
+/// Parts of a time in a cell.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Cell {
-    /// The day, if the cell names one.
+    /// The date, if present.
     pub date: Option<DateText>,
-    /// The time of day, if the cell names one; the day it belongs to may be one later (24:00).
+    /// The time of day, if present, and whether it belongs to the next day (24:00).
     pub clock: Option<(Time, bool)>,
-    /// Offset from UTC in seconds, if the cell names one.
+    /// Offset from UTC in seconds, if present.
     pub offset_s: Option<i32>,
 }
 
-/// A date of which the order may be open.
+/// A date whose order may be ambiguous.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum DateText {
-    /// As it is.
+    /// An unambiguous date.
     Day(Date),
-    /// Day and month in an order that the cell does not show, and the year.
+    /// Day and month in an ambiguous order, and the year.
     Open(i8, i8, i16),
 }
 
@@ -35,7 +36,7 @@ pub enum Order {
 }
 
 impl DateText {
-    /// Returns the date; `None`, if there is no such day.
+    /// Returns the date, or `None` if it does not exist.
     pub fn date(self, order: Order) -> Option<Date> {
         match (self, order) {
             (DateText::Day(date), _) => Some(date),
@@ -48,7 +49,7 @@ impl DateText {
 }
 
 impl Cell {
-    /// Returns the local time; midnight, if the cell has no clock.
+    /// Returns the local time; midnight if the cell has no time of day.
     pub fn moment(self, order: Order) -> Option<DateTime> {
         let date = self.date?.date(order)?;
         let (time, is_next_day) = self.clock.unwrap_or((Time::midnight(), false));
@@ -68,13 +69,13 @@ enum Token<'a> {
     Mark(u8),
 }
 
-/// Reads a cell; `None` for what is no time. Plain numbers are none but for 8, 10, 12 and 14 digits
-/// (`20240131`, `20240131235959`).
+/// Parses a cell; returns `None` if it is not a time. Plain numbers are times only with 8, 10, 12
+/// or 14 digits (`20240131`, `20240131235959`).
 pub fn parse(cell: &str) -> Option<Cell> {
     if cell.len() < 4 || cell.len() > 48 || !cell.bytes().any(|byte| byte.is_ascii_digit()) {
         return None;
     }
-    // A zone's name behind the offset, as in RFC 9557.
+    // A zone name after the offset, as in RFC 9557.
     let cell = match cell.split_once('[') {
         Some((cell, zone)) if zone.ends_with(']') => cell,
         _ => cell,
@@ -137,7 +138,7 @@ fn tokenize<'a>(cell: &'a str, tokens: &mut Vec<Token<'a>>) -> Option<()> {
     Some(())
 }
 
-/// Abbreviations that mean one offset wherever sensors write them, in hours.
+/// Abbreviations with the same offset in all sensor files, in hours.
 const ZONES: [(&str, i32); 17] = [
     ("Z", 0),
     ("UTC", 0),
@@ -158,7 +159,7 @@ const ZONES: [(&str, i32); 17] = [
     ("PDT", -7),
 ];
 
-/// Takes a zone's abbreviation, and an offset that follows the clock; `None` for one that is wrong.
+/// Extracts a zone abbreviation, or an offset after the time of day; `None` if it is invalid.
 fn take_offset(tokens: &mut Vec<Token<'_>>) -> Option<Option<i32>> {
     let zone = |token: &Token<'_>| match token {
         Token::Word(word) => ZONES.iter().find(|(name, _)| name == word),
@@ -169,7 +170,7 @@ fn take_offset(tokens: &mut Vec<Token<'_>>) -> Option<Option<i32>> {
         offset_s = zone(&tokens[at]).map(|(_, hours)| hours * 3_600);
         tokens.remove(at);
     }
-    // The sign behind a clock or behind a compact time, and not between the parts of a date.
+    // Accept a sign after a time of day or a compact time, but not between the parts of a date.
     let clock = tokens.iter().position(|token| *token == Token::Mark(b':'));
     let clock = clock.or_else(|| tokens.iter().position(|token| *token == Token::Word("T")));
     let sign = |token: &Token<'_>| matches!(token, Token::Mark(b'+' | b'-'));
@@ -206,7 +207,7 @@ enum Found {
     Wrong,
 }
 
-/// Takes `H:MM`, `H:MM:SS`, `H:MM:SS.ffffff`, each with AM or PM, and `H AM`.
+/// Extracts `H:MM`, `H:MM:SS`, `H:MM:SS.ffffff`, each with optional AM or PM, or `H AM`.
 fn take_clock(tokens: &mut Vec<Token<'_>>) -> Found {
     let half = tokens.iter().position(|token| {
         matches!(token, Token::Word(word) if ["am", "pm"].contains(&word.to_ascii_lowercase().as_str()))
@@ -246,7 +247,7 @@ fn take_clock(tokens: &mut Vec<Token<'_>>) -> Found {
     }
 }
 
-/// Makes a time of day of its parts; the flag says that it is 24:00, the next day's midnight.
+/// Creates a time of day from its parts; the flag marks 24:00, midnight of the next day.
 fn clock(
     hour: &str,
     minute: &str,
@@ -272,14 +273,15 @@ fn clock(
     if (hour, minute, second, nanos) == (24, 0, 0, 0) {
         return Some((Time::midnight(), true));
     }
-    // A leap second is the moment before the next one.
+    // A leap second becomes the second before it.
     let second = if second == 60 { 59 } else { second };
     Time::new(hour, minute, second, nanos)
         .ok()
         .map(|time| (time, false))
 }
 
-/// Reads a cell that is known to be a time of day: also `HH.MM.SS`, `HHMM`, `HHMMSS` and a bare hour.
+/// Parses a cell that must be a time of day, including `HH.MM.SS`, `HHMM`, `HHMMSS` and a single
+/// hour.
 pub fn parse_clock(cell: &str) -> Option<(Time, bool)> {
     if let Some(Cell {
         date: None,
@@ -293,7 +295,7 @@ pub fn parse_clock(cell: &str) -> Option<(Time, bool)> {
     if let [hour, minute, second] = parts[..] {
         return clock(hour, minute, second, "", None);
     }
-    // An hour that was written as a number: 7 or 7.0.
+    // An hour written as a number: 7 or 7.0.
     let digits = cell.strip_suffix(".0").unwrap_or(cell);
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
@@ -313,7 +315,7 @@ pub fn parse_clock(cell: &str) -> Option<(Time, bool)> {
     }
 }
 
-/// Words between the parts of a time, and days of the week, which say nothing more.
+/// Returns whether a word only separates the parts of a time or names the day of the week.
 fn is_filler(token: &Token<'_>) -> bool {
     const DAYS: [&str; 7] = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
     match token {
@@ -327,13 +329,13 @@ fn is_filler(token: &Token<'_>) -> bool {
     }
 }
 
-/// `YYYYMMDD`, and with `HH`, `HHMM`, `HHMMSS` behind it.
+/// Parses `YYYYMMDD`, optionally followed by `HH`, `HHMM` or `HHMMSS`.
 fn compact(digits: &str, offset_s: Option<i32>) -> Option<Cell> {
     if !matches!(digits.len(), 8 | 10 | 12 | 14) {
         return None;
     }
     let date = ymd(&digits[..4], &digits[4..6], &digits[6..8])?;
-    // Seconds since 1970 have ten digits, too.
+    // Seconds since 1970 also have ten digits.
     if !(1900..=2099).contains(&date.year()) {
         return None;
     }
@@ -378,7 +380,7 @@ fn date(tokens: &[Token<'_>]) -> Option<DateText> {
         ] if a == b && is_sign(a) && first.len() <= 2 && second.len() <= 2 => {
             open(first, second, year)
         }
-        // A point would make dates of numbers.
+        // With a point, numbers would be parsed as dates.
         [Digits(year), Mark(b'-' | b'/'), Digits(month)] if full(year) && month.len() <= 2 => {
             ymd(year, month, "1").map(DateText::Day)
         }
@@ -434,7 +436,7 @@ const MONTHS: [&str; 12] = [
     "december",
 ];
 
-/// A date with the name of its month, in any order, such as `1 Jan 2024`, `Jan 1, 2024` or `2024 Jan`.
+/// Parses a date with a month name in any order, such as `1 Jan 2024`, `Jan 1, 2024` or `2024 Jan`.
 fn with_name(tokens: &[Token<'_>]) -> Option<DateText> {
     let (mut month, mut numbers) = (None, Vec::with_capacity(2));
     for token in tokens {
@@ -471,7 +473,7 @@ fn with_name(tokens: &[Token<'_>]) -> Option<DateText> {
     ymd(&year, &month, day).map(DateText::Day)
 }
 
-/// Returns the number of a month by its English name, or by the first three letters or more of it.
+/// Returns the number of a month from its English name, or from at least its first three letters.
 pub fn month_of(word: &str) -> Option<usize> {
     let word = word.to_ascii_lowercase();
     let is_short = word.len() >= 3;
@@ -543,7 +545,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_time_is_none() {
+    fn text_other_than_times_is_none() {
         for cell in [
             "",
             "12",
@@ -572,7 +574,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_alone_is_read_in_more_ways() {
+    fn a_time_of_day_alone_has_more_formats() {
         let shown = |cell: &str| {
             parse_clock(cell).map(|(time, next)| format!("{time}{}", if next { "+" } else { "" }))
         };

@@ -1,4 +1,4 @@
-//! Finds the columns that hold the time.
+//! Finds the columns that contain the time.
 
 use super::cell::{parse, parse_clock};
 use super::{Source, TimePlan, Unit, order};
@@ -49,7 +49,7 @@ const CLOCK_WORDS: [&str; 15] = [
     "time", "hour", "hours", "hr", "hrs", "hh", "clock", "hhmm", "uhrzeit", "stunde", "hora",
     "heure", "tid", "zeit", "hod",
 ];
-/// Names of columns that hold a part of the time: year, month, day, hour, minute, second.
+/// Names of columns with a part of the time: year, month, day, hour, minute, second.
 const PARTS: [&[&str]; 6] = [
     &["year", "yr", "yyyy", "yy", "jahr", "year_"],
     &["month", "mon", "mo", "mnth", "mm", "monat"],
@@ -69,10 +69,10 @@ const DAYS_OF_YEAR: [&str; 7] = [
     "jd",
 ];
 
-/// Finds where and how the rows say their time.
+/// Finds the time columns and their format.
 ///
 /// # Errors
-/// They do not, for the likely reason that the message gives.
+/// There is no time; the message states the likely reason.
 pub fn find(
     text: &str,
     layout: &Layout,
@@ -122,7 +122,7 @@ pub fn find(
     Ok(plan)
 }
 
-/// What `--time-format` says.
+/// Parsed form of `--time-format`.
 enum Format {
     Order(Order),
     Unit(Unit),
@@ -140,7 +140,7 @@ impl Format {
             })?;
             let start: jiff::Timestamp = start.parse().map_err(|_| {
                 ReadError::file(format!(
-                    "--start {start:?} is no time such as 2024-05-01T12:00:00Z"
+                    "--start {start:?} is not a UTC time such as 2024-05-01T12:00:00Z"
                 ))
             })?;
             Ok(Format::Unit(Unit::Since {
@@ -162,7 +162,7 @@ impl Format {
                 (Some(day), Some(month)) if day < month => Ok(Format::Order(Order::DayFirst)),
                 (Some(_), Some(_)) => Ok(Format::Order(Order::MonthFirst)),
                 _ => Err(ReadError::file(format!(
-                    "--time-format {given:?} is unknown; give DD/MM/YYYY, MM/DD/YYYY, epoch-s, epoch-ms, \
+                    "--time-format {given:?} is unknown; use DD/MM/YYYY, MM/DD/YYYY, epoch-s, epoch-ms, \
                      epoch-us, epoch-ns, year, excel, elapsed-s, elapsed-ms or a pattern such as \"%d.%m.%Y %H:%M\""
                 ))),
             },
@@ -183,7 +183,7 @@ impl Sample<'_> {
         cells.filter(|cell| !cell.is_empty() && *cell != "NA")
     }
 
-    /// Returns whether four of five cells are so, and most rows have one.
+    /// Returns whether `is` holds for four of five cells, and most rows have a cell.
     fn mostly(&self, column: usize, is: impl Fn(&str) -> bool) -> bool {
         let all = self.cells(column).count();
         let fit = self.cells(column).filter(|cell| is(cell)).count();
@@ -286,7 +286,7 @@ impl Sample<'_> {
             .or_else(numbered)
     }
 
-    /// A column of dates, and one of times of day if the first has none.
+    /// Returns a column of dates, and a column of times of day if the dates have none.
     fn text(&self) -> Option<Source> {
         let dated = |column: &usize| {
             let is_plain = self.mostly(*column, |cell| {
@@ -333,9 +333,9 @@ impl Sample<'_> {
         others().find(is_clock).or_else(|| others().find(called))
     }
 
-    /// Year, month, day and so on in columns of their own.
+    /// Returns separate columns of year, month, day and so on.
     fn parts(&self) -> Option<Source> {
-        // A header may be written twice, such as MON/MMM.
+        // A header may have two names, such as MON/MMM.
         let is_named = |column: usize, words: &[&str]| {
             self.name(column)
                 .split('/')
@@ -346,7 +346,7 @@ impl Sample<'_> {
         let year = find(PARTS[0]).filter(|column| is_within(*column, 1000.0, 2999.0))?;
         let mut columns = PARTS.map(find);
         columns[0] = Some(year);
-        // Buoys call both month and minute MM.
+        // NOAA buoy files use MM for both month and minute.
         let after_hour = columns[3].map(|hour| hour + 1);
         let is_minute = |column: &usize| *column < self.layout.width && self.name(*column) == "mm";
         columns[4] = columns[4].or(after_hour.filter(is_minute));
@@ -360,7 +360,7 @@ impl Sample<'_> {
             columns[3].filter(|column| self.mostly(*column, |cell| parse_clock(cell).is_some()));
         columns[4] = columns[4].filter(|column| is_within(*column, 0.0, 59.0));
         columns[5] = columns[5].filter(|column| is_within(*column, 0.0, 59.0));
-        // A part counts only with the one above it.
+        // A part counts only together with the next larger one.
         for part in 1..6 {
             if columns[part - 1].is_none() {
                 columns[part] = None;
@@ -383,7 +383,7 @@ impl Sample<'_> {
         })
     }
 
-    /// Year, month, day and perhaps hour in the first columns of a file without a header.
+    /// Returns year, month, day and perhaps hour from the first columns of a file without a header.
     fn first_columns(&self) -> Option<Source> {
         let is_named = self.layout.header.iter().any(|name| !name.is_empty());
         let is_date = !is_named
@@ -402,13 +402,13 @@ impl Sample<'_> {
         })
     }
 
-    /// Returns whether the cells are mostly whole numbers of a range.
+    /// Returns whether the cells are mostly whole numbers in a range.
     fn is_within(&self, column: usize, low: f64, high: f64) -> bool {
         let fits = |number: f64| number.fract() == 0.0 && (low..=high).contains(&number);
         self.mostly(column, |cell| cell.parse().is_ok_and(fits))
     }
 
-    /// One number, whose size says what it counts.
+    /// Returns a column with a single number, whose magnitude determines its unit.
     fn number(&self, column: usize, is_given: bool) -> Option<Source> {
         let is_called =
             is_given || self.is_called(column, &TIME_WORDS) || self.is_called(column, PARTS[0]);
@@ -421,7 +421,7 @@ impl Sample<'_> {
             })
         };
         let since = |per_s| Unit::Since { per_s, start_us: 0 };
-        // From 1990 to 2100.
+        // From 1990 to 2100, in seconds.
         let (low, high) = (6.3e8, 4.1e9);
         let fits = |unit: Unit| self.mostly(column, |cell| unit.moment(cell).is_some());
         let unit = match () {
@@ -444,8 +444,8 @@ impl Sample<'_> {
         Some(Source::Number { column, unit })
     }
 
-    /// Returns whether the first column has years that follow one another, or, where its header says nothing else,
-    /// years that grow, perhaps with a fraction.
+    /// Returns whether the first column has consecutive years or, if its header does not
+    /// contradict, increasing years, perhaps with a fraction.
     fn is_years(&self) -> bool {
         let years: Vec<f64> = self.cells(0).filter_map(|cell| cell.parse().ok()).collect();
         let is_year = |cell: &str| {
@@ -457,7 +457,7 @@ impl Sample<'_> {
         self.mostly(0, is_year) && years.len() > 2 && years.windows(2).all(follows)
     }
 
-    /// Returns whether numbers mostly go one way, or stay.
+    /// Returns whether numbers mostly change in one direction or stay the same.
     fn is_sequence(&self, column: usize) -> bool {
         let numbers: Vec<f64> = self
             .cells(column)
@@ -525,7 +525,7 @@ impl Sample<'_> {
             Source::Pattern { columns, pattern } => (names(columns), format!(", {pattern}")),
         };
         let reason = if is_inferred {
-            ", as rows then follow one another"
+            ", inferred from the order of rows"
         } else {
             ""
         };
@@ -542,7 +542,7 @@ impl Sample<'_> {
         if let Some(column) = columns.first() {
             let cell = self.cells(*column).next().unwrap_or_default();
             let reason = format!(
-                "{cell:?} in {} is no time that is known; give --time-format",
+                "{cell:?} in {} is not a recognized time; use --time-format",
                 self.layout.title(*column)
             );
             return ReadError::line(line, reason);
@@ -557,17 +557,20 @@ impl Sample<'_> {
         };
         let cause = match (0..self.layout.width).find(counts) {
             Some(column) if self.layout.width > 1 => format!(
-                "does {} count from a start? try --time-column {} --time-format elapsed-s --start 2024-01-01T00:00:00Z",
+                "if {} is elapsed time, try --time-column {} --time-format elapsed-s --start 2024-01-01T00:00:00Z",
                 self.layout.title(column),
                 column + 1
             ),
-            _ => "give --time-column and --time-format if there is one".to_owned(),
+            _ => "if there is a time column, set --time-column and --time-format".to_owned(),
         };
         let shown = first
             .map(|row| row.join(&self.layout.separator.to_string()))
             .unwrap_or_default();
         let shown: String = shown.chars().take(40).collect();
-        ReadError::line(line, format!("no column holds a time ({shown}); {cause}"))
+        ReadError::line(
+            line,
+            format!("no column contains a time ({shown}); {cause}"),
+        )
     }
 }
 
@@ -582,7 +585,7 @@ impl Unit {
             } => "epoch microseconds",
             Unit::Since { .. } => "epoch nanoseconds",
             Unit::Year => "years",
-            Unit::Excel => "days of a spreadsheet",
+            Unit::Excel => "spreadsheet days",
             Unit::YearMonth => "YYYYMM",
         }
     }

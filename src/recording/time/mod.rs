@@ -1,4 +1,4 @@
-//! Which columns hold the time of a row, how they write it, and what it is.
+//! Time of a row: its columns, their format and the resulting time.
 
 pub mod cell;
 mod find;
@@ -8,7 +8,7 @@ pub mod zone;
 use std::collections::HashSet;
 
 use csv::StringRecord;
-use fieldgate_protocol::column::check_utc;
+use fieldgate_protocol::value::check_utc;
 use jiff::civil::{Date, DateTime, Time};
 use jiff::fmt::strtime::BrokenDownTime;
 use jiff::tz::Offset;
@@ -17,12 +17,12 @@ pub use find::find;
 
 use cell::{Order, month_of, parse, parse_clock};
 
-/// Where and how a row says its time.
+/// Columns and format of the time of a row.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TimePlan {
     /// Columns and format.
     pub source: Source,
-    /// Whether the header says that times without an offset are UTC.
+    /// Whether the header states that times without an offset are UTC.
     pub is_utc: bool,
 }
 
@@ -35,53 +35,53 @@ pub enum Source {
         date: usize,
         /// Column of the time of day.
         clock: Option<usize>,
-        /// Order of day and month; `None` where no date leaves it open.
+        /// Order of day and month; `None` if no date is ambiguous.
         order: Option<Order>,
     },
-    /// Numbers in columns of their own.
+    /// Numbers in separate columns.
     Parts {
         /// Columns of year, month, day, hour, minute and second.
         columns: [Option<usize>; 6],
-        /// Column of the day of the year, instead of month and day.
+        /// Column of the day of the year, used instead of month and day.
         day_of_year: Option<usize>,
-        /// Column of the quarter, instead of the month.
+        /// Column of the quarter, used instead of the month.
         quarter: Option<usize>,
     },
-    /// One number.
+    /// A single number.
     Number {
-        /// Its column.
+        /// Column of the number.
         column: usize,
-        /// What it counts.
+        /// Unit of the number.
         unit: Unit,
     },
-    /// Text that a pattern of strptime describes.
+    /// Text in the format of a strptime pattern.
     Pattern {
-        /// Its column, and further ones that follow it behind a blank.
+        /// Columns of the text, joined by blanks.
         columns: Vec<usize>,
-        /// The pattern.
+        /// The strptime pattern.
         pattern: String,
     },
 }
 
-/// What a number that is a time counts.
+/// Unit of a number that represents a time.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Unit {
-    /// Parts of a second, so many in a second, from a moment in microseconds since 1970 on.
+    /// Number of units of 1/`per_s` seconds since `start_us`.
     Since {
-        /// 1, 1,000, 1,000,000 or 1,000,000,000.
+        /// Units per second: 1, 1,000, 1,000,000 or 1,000,000,000.
         per_s: i64,
-        /// 0 for 1970.
+        /// Start in microseconds since 1970.
         start_us: i64,
     },
     /// Years, such as 1958.21.
     Year,
-    /// Days since the end of 1899, as spreadsheets count.
+    /// Days since the end of 1899, as in spreadsheets.
     Excel,
     /// YYYYMM.
     YearMonth,
 }
 
-/// The moment of a row.
+/// Time of a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Moment {
     /// Microseconds since 1970.
@@ -91,7 +91,7 @@ pub enum Moment {
 }
 
 impl TimePlan {
-    /// Returns the columns that hold the time.
+    /// Returns the columns that contain the time.
     pub fn columns(&self) -> HashSet<usize> {
         match &self.source {
             Source::Text { date, clock, .. } => {
@@ -112,7 +112,7 @@ impl TimePlan {
         }
     }
 
-    /// Returns the column that names the time in errors.
+    /// Returns the column that represents the time in errors.
     pub fn column(&self) -> usize {
         match &self.source {
             Source::Text { date, .. } => *date,
@@ -122,7 +122,7 @@ impl TimePlan {
         }
     }
 
-    /// Returns when a row was measured; `None` if it does not say it as the plan expects.
+    /// Returns the time of a row; `None` if its cells do not match the plan.
     pub fn moment(&self, record: &StringRecord) -> Option<Moment> {
         let cell = |column: usize| record.get(column).unwrap_or_default();
         let moment = match &self.source {
@@ -153,7 +153,7 @@ impl TimePlan {
     }
 }
 
-/// Returns a moment in microseconds, a local one as if it was UTC.
+/// Returns a time in microseconds, treating a local time as UTC.
 pub fn utc_us(moment: Moment) -> Option<i64> {
     match moment {
         Moment::Utc(us) => Some(us),
@@ -232,7 +232,7 @@ fn month_of_quarter(cell: &str) -> Option<&'static str> {
     ["1", "4", "7", "10"].get(quarter.checked_sub(1)?).copied()
 }
 
-/// Reads a whole number, also as `7.0`.
+/// Parses a whole number, including the form `7.0`.
 fn whole(cell: &str) -> Option<i64> {
     let digits = cell.split_once('.').map_or(cell, |(whole, zeros)| {
         if zeros.bytes().all(|byte| byte == b'0') {
@@ -245,7 +245,7 @@ fn whole(cell: &str) -> Option<i64> {
 }
 
 impl Unit {
-    /// Returns the moment that a number stands for.
+    /// Returns the time that a number represents.
     pub fn moment(self, cell: &str) -> Option<Moment> {
         match self {
             Unit::Since { per_s, start_us } => {
@@ -266,7 +266,7 @@ impl Unit {
                         .ok()?
                         .to_datetime(Time::midnight()),
                 ))?;
-                // To the second: what is written is not finer.
+                // Rounded to seconds: the text is not more precise.
                 let seconds = ((end - start) as f64 * years.fract() / 1e6).round() as i64;
                 local(start + seconds * 1_000_000)
             }
@@ -299,7 +299,8 @@ fn local(us: i64) -> Option<Moment> {
     Some(Moment::Local(Offset::UTC.to_datetime(time)))
 }
 
-/// Returns a decimal count of parts of a second in microseconds, exactly as far as they go.
+/// Converts a decimal number of units of 1/`per_s` seconds to microseconds, exactly as far as
+/// possible.
 fn scaled_us(cell: &str, per_s: i64) -> Option<i64> {
     let (mantissa, exponent) = match cell.split_once(['e', 'E']) {
         Some((mantissa, exponent)) => (mantissa, exponent.parse::<i32>().ok()?),
@@ -360,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_times_by_what_they_count() {
+    fn numbers_are_times_by_their_unit() {
         let since = |per_s| Unit::Since { per_s, start_us: 0 };
         for (unit, cell, expected) in [
             (since(1), "1700000000", "2023-11-14T22:13:20Z"),

@@ -1,4 +1,4 @@
-//! Day or month first: decided by all dates of a file.
+//! Determines from all dates of a file whether the day or the month is first.
 
 use csv::StringRecord;
 
@@ -9,16 +9,16 @@ use crate::recording::layout::Layout;
 use crate::recording::records::Records;
 use crate::recording::text::line_of;
 
-/// What one order makes of the dates.
+/// Properties of the dates in one order.
 struct Reading {
     order: Order,
     before: Option<i64>,
-    /// Steps to another direction than the first.
+    /// Number of changes of direction.
     turns: u64,
     is_forwards: Option<bool>,
     /// Longest step, in days.
     gap: i64,
-    /// First byte of a date that does not exist in this order.
+    /// Byte offset of the first date that does not exist in this order.
     impossible: Option<usize>,
 }
 
@@ -51,10 +51,11 @@ impl Reading {
     }
 }
 
-/// Returns the order of day and month in a column, and whether it was inferred from the order of rows.
+/// Returns the order of day and month in a column, and whether it was inferred from the order of
+/// rows.
 ///
 /// # Errors
-/// Both orders fit, or none does.
+/// Both orders are possible, or neither is.
 pub fn find(
     text: &str,
     layout: &Layout,
@@ -96,7 +97,7 @@ pub fn find(
         (Some(day_first), Some(month_first)) => Err(ReadError::line(
             line_of(text, day_first),
             format!(
-                "dates are both DD/MM (line {}) and MM/DD; give --time-format DD/MM/YYYY or MM/DD/YYYY",
+                "dates use both DD/MM (line {}) and MM/DD; set --time-format DD/MM/YYYY or MM/DD/YYYY",
                 line_of(text, month_first)
             ),
         )),
@@ -105,15 +106,15 @@ pub fn find(
             .ok_or_else(|| {
                 ReadError::line(
                     line_of(text, layout.data_at),
-                    "day and month cannot be distinguished in this file: give --time-format DD/MM/YYYY or MM/DD/YYYY"
+                    "day and month cannot be distinguished in this file; set --time-format DD/MM/YYYY or MM/DD/YYYY"
                         .to_owned(),
                 )
             }),
     }
 }
 
-/// The order in which rows follow each other: with fewer turns, then with shorter steps. Dates with
-/// points put the day first.
+/// Returns the order in which rows are consecutive: with fewer changes of direction, then with
+/// shorter steps. In dates with points the day is first.
 fn by_sequence(day_first: &Reading, month_first: &Reading, mark: char) -> Option<Order> {
     if mark == '.' {
         return Some(Order::DayFirst);

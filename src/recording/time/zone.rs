@@ -1,17 +1,17 @@
-//! Local times into UTC.
+//! Converts local times to UTC.
 //!
-//! Where clocks go back, an hour of local times occurs twice. The first pass through it gets summer
-//! time; a row that would then not be later than the row before it gets winter time. Where clocks go
-//! forward, an hour does not exist; its times are read with the offset before the change.
+//! When clocks go back, an hour of local times repeats. The first pass is summer time; a row that
+//! would then not be later than the previous row is winter time. When clocks go forward, an hour is
+//! skipped; its times use the earlier offset.
 
 use jiff::civil::DateTime;
 use jiff::tz::{AmbiguousOffset, Offset, TimeZone};
 
-/// A zone, as given by `--time-zone`.
+/// A time zone, as set with `--time-zone`.
 #[derive(Clone, Debug)]
 pub struct Zone(TimeZone);
 
-/// How certain a UTC time is.
+/// Certainty of a UTC time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Certainty {
     /// The local time occurs once.
@@ -23,15 +23,15 @@ pub enum Certainty {
 }
 
 impl Zone {
-    /// Returns UTC.
+    /// Returns the UTC zone.
     pub fn utc() -> Zone {
         Zone(TimeZone::UTC)
     }
 
-    /// Parses a name of the IANA database, `UTC`, or an offset such as `+02:00`.
+    /// Parses an IANA time zone name, `UTC`, or an offset such as `+02:00`.
     ///
     /// # Errors
-    /// There is no such zone.
+    /// The zone does not exist.
     pub fn parse(text: &str) -> Result<Zone, String> {
         if ["utc", "z", "gmt"].contains(&text.to_ascii_lowercase().as_str()) {
             return Ok(Zone::utc());
@@ -40,12 +40,12 @@ impl Zone {
             return Ok(Zone(TimeZone::fixed(offset)));
         }
         TimeZone::get(text).map(Zone).map_err(|_| {
-            format!("no time zone {text:?}; give a name such as Europe/Berlin, or an offset such as +02:00")
+            format!("unknown time zone {text:?}; use a name such as Europe/Berlin, or an offset such as +02:00")
         })
     }
 
-    /// Returns the UTC time in microseconds of a local time. `before_us` is the row before it;
-    /// `is_backwards` says that rows go back in time.
+    /// Returns the UTC time in microseconds of a local time. `before_us` is the time of the
+    /// previous row; `is_backwards` is true if the rows go back in time.
     pub fn resolve(
         &self,
         local: DateTime,
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hour_that_occurs_twice_is_passed_twice() {
+    fn the_repeated_hour_has_two_passes() {
         let passes = [
             ("02:00", "00:00"),
             ("02:30", "00:30"),
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hour_that_does_not_exist_keeps_the_offset_before_it() {
+    fn the_skipped_hour_uses_the_earlier_offset() {
         let found = utc("Europe/Berlin", "2024-03-31T02:30", None, false);
         assert_eq!(found, ("2024-03-31T01:30:00Z".to_owned(), Certainty::Never));
     }

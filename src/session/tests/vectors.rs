@@ -1,4 +1,5 @@
-//! The protocol's published vectors, which say what a gateway does with a frame, against a session.
+//! Compares a session with the protocol's published vectors, which specify how a gateway handles a
+//! frame.
 
 use bytes::BytesMut;
 use serde_json::{Value, json};
@@ -29,7 +30,7 @@ fn sealed(frame_type: u8, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// 1 to 3 are durable, 4 is on its way.
+/// Returns a session in which 1 to 3 are durable and 4 is in flight.
 async fn serving(declare: &[u8], state: &str) -> Bench {
     let mut bench = Bench::welcomed().await;
     bench.take(&sealed(types::DECLARE, declare));
@@ -59,7 +60,7 @@ fn await_hello() -> Bench {
     }
 }
 
-/// What became of `bytes`, in the words of the vectors.
+/// Returns the outcome for `bytes`, in the terms of the vectors.
 async fn judge(bench: &mut Bench, bytes: &[u8]) -> Value {
     let mut codec = FrameCodec {
         frame_bytes_max: bench.session.frame_bytes_max(),
@@ -73,7 +74,7 @@ async fn judge(bench: &mut Bench, bytes: &[u8]) -> Value {
         Ok(Some(frame)) => {
             frame_type = frame.frame().header.frame_type;
             let submission = bench.session.handle_frame(&frame.frame(), NOW);
-            // That a number came again is no answer to it.
+            // A repeated number is not an outcome.
             is_submitted = !matches!(submission, None | Some(Submission::Repeat(_)));
             match submission {
                 Some(Submission::Declare(declare)) => bench.waiting.declares.push(declare),
@@ -86,7 +87,7 @@ async fn judge(bench: &mut Bench, bytes: &[u8]) -> Value {
         }
     }
     match bench.session.closed().map(|close| close.code) {
-        // The device takes its leave.
+        // The device disconnects normally.
         Some(None) if frame_type == types::BYE => return json!({"outcome": "taken"}),
         Some(None) => return json!({"outcome": "close"}),
         Some(Some(code)) => return json!({"outcome": "bye", "code": code as u8}),
@@ -122,9 +123,9 @@ async fn judge(bench: &mut Bench, bytes: &[u8]) -> Value {
     json!({"outcome": outcome})
 }
 
-/// All but those in which a device is addressed, and AUTH, whose proof is another's business.
+/// Covers all vectors except those for devices, and AUTH, whose proof is tested elsewhere.
 #[tokio::test]
-async fn a_session_does_what_the_vectors_say() {
+async fn a_session_matches_the_vectors() {
     let mut judged = 0;
     for file in FILES {
         let path = format!(

@@ -1,9 +1,8 @@
-//! Logins and declares, each step of them as one statement for the whole batch: after a restart every
-//! device of the fleet comes back at once.
+//! Logins and declares. Each step is one statement for the whole batch, because after a restart every device of
+//! the fleet reconnects at the same time.
 //!
-//! Rows that two gateways may want at once are locked or inserted in the order of their keys, so that
-//! they wait for each other and never in a circle. A device's row is locked first, so two logins of one
-//! device take turns.
+//! Rows that two gateways may need at the same time are locked or inserted in key order, which prevents
+//! deadlocks. A device's row is locked first, so two logins of one device are serialized.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -13,16 +12,17 @@ use sqlx::postgres::PgRow;
 use super::link::Link;
 use super::timestamp::Timestamp;
 use crate::store::admission::{
-    CLOCKS_MAX, Found, FoundDevice, KeptClocks, MEASURED_AHEAD_MAX_US, NamedSchemas, SeriesIndex,
-    SeriesKey, StoredSchema, StoredSchemas, StreamRow, declaration, series_keys,
+    CLOCKS_MAX, Found, FoundDevice, KeptClocks, MEASURED_AHEAD_MAX_US, NamedSchemas, StreamRow,
 };
-use crate::store::bounds::{
-    Counts, DeclareVerdict, DeviceBounds, StreamRoom, judge_declares, new_declares,
+use crate::store::bounds::{Counts, DeviceBounds, StreamRoom};
+use crate::store::schemas::{DeclareVerdict, judge_declares, new_declares};
+use crate::store::schemas::{
+    SeriesIndex, SeriesKey, StoredSchema, StoredSchemas, declaration, series_keys,
 };
 use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, StreamId};
 use crate::time::{BootClock, Origin, UNMEASURED};
 
-/// A transaction's logins and declares.
+/// Logins and declares of a transaction.
 pub(super) struct Admissions<'c> {
     conn: &'c mut Link,
     bounds: DeviceBounds,
@@ -37,7 +37,7 @@ impl<'c> Admissions<'c> {
         Self { conn, bounds }
     }
 
-    /// Says of each login whether its device may send, and from where on.
+    /// Returns for each login whether its device may send, and from which number on.
     pub(super) async fn login(
         &mut self,
         logins: &[Login],
@@ -76,8 +76,8 @@ impl<'c> Admissions<'c> {
         logins.iter().map(|login| found.outcome(login)).collect()
     }
 
-    /// Says of each declare whether it is kept, and where its channels' readings go. `logins` are those of the same
-    /// transaction.
+    /// Returns for each declare whether it is stored, and the series of its channels. `logins` are those of the
+    /// same transaction.
     pub(super) async fn declare(
         &mut self,
         declares: &[Declare],
@@ -120,14 +120,14 @@ impl<'c> Admissions<'c> {
             .collect()
     }
 
-    /// What devices have, which nobody else adds to before this transaction ends.
+    /// Locks the devices and returns their counts, which no other transaction can change until this one ends.
     async fn lock_and_count(
         &mut self,
         devices: &BTreeSet<DeviceId>,
         logins: &[Login],
     ) -> Result<HashMap<DeviceId, Counts>, sqlx::Error> {
         let ids: Vec<i64> = devices.iter().map(|device| device.0).collect();
-        // All that this transaction locks, at once and in the order in which logins lock them.
+        // Takes all of this transaction's locks together, in the order in which logins take them.
         sqlx::query(
             "SELECT FROM devices WHERE id = ANY($1) OR name = ANY($2) ORDER BY name
              FOR NO KEY UPDATE",
@@ -160,7 +160,7 @@ impl<'c> Admissions<'c> {
     }
 
     async fn upsert_devices(&mut self, logins: &[Login]) -> Result<Devices, sqlx::Error> {
-        // By name; of several logins of one device the last one tells.
+        // By name; of several logins of one device the last one counts.
         let by_name: BTreeMap<&str, &Login> = logins
             .iter()
             .map(|login| (login.device.as_str(), login))
@@ -280,9 +280,9 @@ impl<'c> Admissions<'c> {
         let mut streams: Streams = found.into_iter().map(stream_row).collect();
         let mut new = wanted;
         new.retain(|key, _| !streams.contains_key(key));
-        // Their devices are locked since the login began.
-        let mut room = StreamRoom::new(self.count_streams(new.keys()).await?, self.bounds);
-        new.retain(|(device, _), _| room.take(*device));
+        // Their devices have been locked since the login began.
+        let mut remaining = StreamRoom::new(self.count_streams(new.keys()).await?, self.bounds);
+        new.retain(|(device, _), _| remaining.take(*device));
         if new.is_empty() {
             return Ok(streams);
         }
@@ -324,7 +324,7 @@ impl<'c> Admissions<'c> {
         Ok(counts.into_iter().map(count).collect())
     }
 
-    /// Keeps the logins' clocks where they are better than what is kept, and reads the latest.
+    /// Stores the logins' clocks that are better than the stored ones, and reads the latest clocks.
     async fn offer_clocks(
         &mut self,
         logins: &[(DeviceId, &Login)],
@@ -406,7 +406,7 @@ impl<'c> Admissions<'c> {
         rows.into_iter().map(schema).collect()
     }
 
-    /// Keeps new ones, each number once.
+    /// Inserts new schemas, each number once.
     async fn insert_schemas(&mut self, declares: &[&Declare]) -> Result<(), sqlx::Error> {
         if declares.is_empty() {
             return Ok(());
@@ -465,9 +465,8 @@ impl<'c> Admissions<'c> {
         Ok(series)
     }
 
-    /// Planned anew each time: a few are looked up in the index, whatever else there is, and those of a
-    /// whole fleet are joined. A plan that was kept could be from when the table was small, and read all
-    /// of it.
+    /// Finds series. The statement is planned on every execution: a few series are looked up in the index,
+    /// those of a whole fleet are joined. A cached plan could date from a small table and read all of it.
     async fn find_series<'k>(
         &mut self,
         wanted: &[SeriesKey<'k>],
@@ -525,7 +524,7 @@ fn stream_row(
     ((DeviceId(device), stream.cast_unsigned()), row)
 }
 
-/// A row of `clocks`, from its second column on.
+/// Reads a row of `clocks`, from its second column on.
 pub(super) fn clock_row(row: &PgRow) -> Result<BootClock, sqlx::Error> {
     let boot: i64 = row.try_get(1)?;
     Ok(BootClock {
@@ -541,13 +540,13 @@ pub(super) fn clock_row(row: &PgRow) -> Result<BootClock, sqlx::Error> {
     })
 }
 
-/// Keeps clocks in place of what was kept of the same boots. What was only chosen replaces nothing.
+/// Stores clocks, replacing earlier clocks of the same boots. A chosen clock replaces nothing.
 pub(super) async fn keep_clocks(
     conn: &mut Link,
     clocks: &[(DeviceId, BootClock)],
 ) -> Result<(), sqlx::Error> {
-    // Of several for one boot the last one holds, and a statement may change a row only once. A chosen
-    // one would hide a measured one.
+    // Of several clocks of one boot the last one counts, because a statement may change a row only once. A
+    // chosen clock must not hide a measured one.
     let mut latest: BTreeMap<(i64, u32), BootClock> = BTreeMap::new();
     for (device, clock) in clocks {
         let key = (device.0, clock.boot);
@@ -566,7 +565,7 @@ pub(super) async fn keep_clocks(
          SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[],
              $5::timestamptz[], $6::bigint[], $7::bigint[], $8::bigint[])
              AS new (device_id, boot, offset_us, delay_us, measured_at, timeline, origin_us, valid_from_us)
-         -- A device may have been removed since.
+         -- The device may have been removed since.
          WHERE EXISTS (SELECT FROM devices WHERE id = new.device_id)
          ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
              delay_us = excluded.delay_us, measured_at = excluded.measured_at,

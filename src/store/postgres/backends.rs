@@ -1,19 +1,19 @@
-//! Counts what this process has open at a server, and ends there what it has given up.
+//! Counts this process's open connections to a server, and terminates the abandoned ones at the server.
 //!
-//! A connection that is given up with a statement on it leaves a process at the server, a backend, that
-//! does not notice: it waits for a lock, for a standby, or for a client behind a network that went
-//! silent. Each would hold one of the server's connections, and its locks. So a backend that was left is
-//! ended by a second, short connection, and until it is known to be gone it counts as open.
+//! A connection that is dropped while it runs a statement leaves a process at the server, a backend, that does
+//! not notice: it waits for a lock, a standby, or a client behind a silent network. Each would occupy one of
+//! the server's connections and keep its locks. So a second, short connection terminates an abandoned backend,
+//! which counts as open until it is known to have ended.
 //!
-//! `pg_terminate_backend` and not `pg_cancel_backend`: a COMMIT that waits for a synchronous standby
-//! answers a cancellation with success although the standby has nothing. Termination gives no answer, so
-//! the outcome is unknown, and the ledger decides when the batch comes again.
+//! The module uses `pg_terminate_backend`, not `pg_cancel_backend`. A COMMIT that waits for a synchronous
+//! standby answers a cancellation with success although the standby has nothing. Termination returns no result,
+//! so the outcome is unknown, and the ledger decides when the batch is resubmitted.
 //!
 //! Invariants
-//! - This process has at most [`SLOTS`] connections to a database and [`SLOTS_PER_WRITER`] for each writer,
-//!   with those that it left. To end those it opens one more at a time, which the server ends by itself
-//!   after [`UNUSED_TIMEOUT_S`] if the network goes silent in the middle of it.
-//! - Every await here has a deadline.
+//! - This process has at most [`SLOTS`] connections to a database plus [`SLOTS_PER_WRITER`] for each writer,
+//!   including abandoned ones. To terminate those it opens one more at a time, which the server closes after
+//!   [`UNUSED_TIMEOUT_S`] if the network goes silent meanwhile.
+//! - Every await has a deadline.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -24,66 +24,68 @@ use sqlx::{ConnectOptions, Connection, PgConnection, Row};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-use super::open::CONNECT_TIMEOUT;
+use super::errors::reason;
 use crate::store::url::PostgresUrl;
 
-/// Connections besides those of writers, in use and left: two readers, one that makes partitions, and room
-/// for as many that were left.
+/// Maximum time for the server to accept a connection, and for each step of its setup.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Connections other than those of writers, in use or abandoned: two readers, one that creates partitions, and
+/// slots for as many abandoned ones.
 const SLOTS: usize = 8;
-/// One in use and one that was left.
+/// One connection in use and one abandoned.
 const SLOTS_PER_WRITER: usize = 2;
-/// A connection whose start-up was given up is ended by the server after this long without a statement
-/// (`authentication_timeout`, 60 s by default, ends it earlier).
+/// Time, in seconds, after which the server closes a connection whose startup was abandoned and that ran no
+/// statement (`authentication_timeout`, 60 s by default, closes it earlier).
 const UNUSED_TIMEOUT_S: u64 = 60;
-/// A backend that was left in its start-up is gone after this long, whether the server answers or not.
+/// Time after which a backend abandoned during startup has ended, whether the server answers or not.
 const STARTUP_LIFE_MAX: Duration = Duration::from_secs(2 * UNUSED_TIMEOUT_S);
-/// How long an ended backend may take to go, and how often the server is asked.
+/// Maximum time for a terminated backend to end.
 const GONE_TIMEOUT: Duration = Duration::from_secs(2);
 const GONE_INTERVAL: Duration = Duration::from_millis(20);
-/// Wait after an attempt in vain. With the time that an attempt takes, it bounds how many connections such
-/// attempts can leave themselves.
+/// Delay after a failed attempt. Together with the duration of an attempt, it bounds the number of connections
+/// that such attempts can abandon themselves.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// The databases that this process talks to, by address.
+/// Databases that this process uses, by URL.
 static KNOWN: LazyLock<Mutex<HashMap<String, Arc<Backends>>>> = LazyLock::new(Mutex::default);
 
-/// The backends of this process at one database; see the module.
+/// Backends of this process at one database; see the module.
 pub(super) struct Backends {
     url: PostgresUrl,
     slots: Arc<Semaphore>,
     writers: AtomicUsize,
     left: Mutex<Vec<Left>>,
     is_ending: AtomicBool,
-    /// Why what was left could not be ended yet.
+    /// Reason why abandoned backends could not be terminated yet.
     obstacle: Mutex<String>,
-    /// The server was reached, or the last backend is gone.
+    /// Notified when the server was reached or the last backend has ended.
     changed: Notify,
-    /// A pooler refuses settings at start-up.
+    /// Whether the server, usually a pooler, rejects settings at startup.
     refuses_options: AtomicBool,
-    /// Milliseconds that the server may take to let a connection in, and to go on.
+    /// Maximum time, in milliseconds, for the server to accept a connection and for each response.
     connect_ms: AtomicUsize,
     answer_ms: AtomicUsize,
 }
 
-/// What identifies a backend.
+/// Identity of a backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Backend {
-    /// Only its start-up was seen: its application has this name, which is used once.
+    /// Only its startup was seen: its application name, which is used once.
     Starting(String),
-    /// Its process, which a later one may share, and when it began.
+    /// Process id, which a later backend may reuse, and start time.
     Running { pid: i32, started_us: i64 },
 }
 
-/// A backend that was left.
+/// An abandoned backend.
 struct Left {
     backend: Backend,
     at: Instant,
-    /// Free when it is gone; the connections that end others have none.
+    /// Released when the backend has ended; connections that terminate others have none.
     _slot: Option<OwnedSemaphorePermit>,
 }
 
 impl Backends {
-    /// Returns those of a database.
+    /// Returns the backends of a database.
     pub(super) fn of(url: &PostgresUrl) -> Arc<Backends> {
         let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
         let new = || {
@@ -104,24 +106,24 @@ impl Backends {
         Arc::clone(known.or_insert_with(new))
     }
 
-    /// Makes room for this many writers.
+    /// Adds slots for this number of writers.
     pub(super) fn allow_writers(&self, writers: usize) {
         let before = self.writers.fetch_max(writers, Ordering::Relaxed);
         let more = writers.saturating_sub(before);
         self.slots.add_permits(more * SLOTS_PER_WRITER);
     }
 
-    /// Returns how long the server may take to go on.
+    /// Returns the maximum time between two responses of the server.
     pub(super) fn answer_timeout(&self) -> Duration {
         Duration::from_millis(self.answer_ms.load(Ordering::Relaxed) as u64)
     }
 
-    /// Returns how long a connection, and each step of its set-up, may take.
+    /// Returns the maximum time for a connection and for each step of its setup.
     pub(super) fn connect_timeout(&self) -> Duration {
         Duration::from_millis(self.connect_ms.load(Ordering::Relaxed) as u64)
     }
 
-    /// Returns how long a short connection to ask or end something may take.
+    /// Returns the maximum time for a short connection that queries or terminates a backend.
     fn errand_timeout(&self) -> Duration {
         2 * self.connect_timeout()
     }
@@ -133,7 +135,7 @@ impl Backends {
         self.answer_ms.store(ms(answer), Ordering::Relaxed);
     }
 
-    /// Waits for room for one more connection; the error is a reason for people.
+    /// Waits for a free slot; the error is a readable reason.
     pub(super) async fn slot(&self) -> Result<OwnedSemaphorePermit, String> {
         let slot = Arc::clone(&self.slots).acquire_owned();
         match timeout(self.connect_timeout(), slot).await {
@@ -141,14 +143,14 @@ impl Backends {
             _ => {
                 let obstacle = self.obstacle.lock().unwrap_or_else(PoisonError::into_inner);
                 Err(format!(
-                    "{} connections that were given up have not ended there yet: {obstacle}",
+                    "{} abandoned server sessions are still open: {obstacle}",
                     self.lock().len()
                 ))
             }
         }
     }
 
-    /// Connects, with a deadline. The backend counts as left until it is settled.
+    /// Connects, with a deadline. The backend counts as abandoned until it is settled.
     pub(super) async fn connect(
         self: &Arc<Self>,
         slot: Option<OwnedSemaphorePermit>,
@@ -176,7 +178,7 @@ impl Backends {
         }
         let options = options.disable_statement_logging();
         if !self.refuses_options.load(Ordering::Relaxed) {
-            // Before the first statement: a network may go silent at any byte, and these are for that.
+            // Set before the first statement, because a network may go silent at any byte.
             let limited = options.clone().options([
                 (
                     "idle_session_timeout",
@@ -197,7 +199,7 @@ impl Backends {
         starting.settle_if_refused(connected)
     }
 
-    /// Takes note of a backend that was left, and has it ended.
+    /// Records an abandoned backend and starts its termination.
     fn leave(self: &Arc<Self>, backend: Backend, slot: Option<OwnedSemaphorePermit>) {
         self.lock().push(Left {
             backend,
@@ -212,28 +214,28 @@ impl Backends {
         }
     }
 
-    /// Has what was left ended now, because the server is known to answer.
+    /// Terminates abandoned backends now, because the server is known to respond.
     pub(super) fn reached(&self) {
         self.changed.notify_waiters();
     }
 
     async fn end(self: Arc<Self>) {
         loop {
-            // Registered before the look: what happens in between is noticed.
+            // Registered before the check, so that no notification is missed.
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();
             let ended = timeout(self.errand_timeout(), self.end_once()).await;
             let obstacle = match ended {
-                Ok(Ok(())) => "they take long to end".to_owned(),
-                Ok(Err(error)) => super::open::reason(&error),
-                Err(_) => super::open::reason(&no_answer(self.errand_timeout())),
+                Ok(Ok(())) => "they are slow to end".to_owned(),
+                Ok(Err(error)) => reason(&error),
+                Err(_) => reason(&no_answer(self.errand_timeout())),
             };
             *self.obstacle.lock().unwrap_or_else(PoisonError::into_inner) = obstacle;
             {
                 let mut left = self.lock();
                 left.retain(|left| !left.is_over());
                 if left.is_empty() {
-                    // Under the lock: whoever leaves one from now on begins again.
+                    // Cleared under the lock: a backend abandoned from now on starts a new task.
                     self.is_ending.store(false, Ordering::Release);
                     drop(left);
                     self.changed.notify_waiters();
@@ -244,7 +246,7 @@ impl Backends {
         }
     }
 
-    /// Ends what was left so far, and forgets what is gone.
+    /// Terminates the backends abandoned so far, and forgets those that have ended.
     async fn end_once(self: &Arc<Self>) -> Result<(), sqlx::Error> {
         let backends: Vec<Backend> = self
             .lock()
@@ -269,7 +271,7 @@ impl Backends {
         Ok(())
     }
 
-    /// Asks whether a backend still works on its statement; one that waits for its client does not.
+    /// Returns whether a backend still works on its statement; a backend that waits for its client does not.
     pub(super) async fn is_working(self: &Arc<Self>, backend: &Backend) -> bool {
         let asking = async {
             let (mut conn, tenure) = self.connect(None).await?;
@@ -290,9 +292,9 @@ impl Backends {
     }
 }
 
-/// Waits until what was given up has ended at the servers, for a short time: for the end of a process.
+/// Waits, for a limited time before the process exits, until abandoned backends have ended.
 pub async fn end_left(within: Duration) {
-    // What the end of a command has dropped may be waiting to be dropped.
+    // Let dropped values of the finished command run their destructors first.
     tokio::task::yield_now().await;
     let known: Vec<Arc<Backends>> = {
         let known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -314,13 +316,14 @@ pub async fn end_left(within: Duration) {
 }
 
 impl Left {
-    /// Whether it is gone by the server's own limits.
+    /// Returns whether the server's own limits have ended it.
     fn is_over(&self) -> bool {
         matches!(self.backend, Backend::Starting(_)) && self.at.elapsed() > STARTUP_LIFE_MAX
     }
 }
 
-/// A backend from the first byte of its connection on. Dropped without being settled, it was left.
+/// A backend from the first byte of its connection on. It counts as abandoned if it is dropped before it is
+/// settled.
 pub(super) struct Tenure {
     backend: Backend,
     backends: Arc<Backends>,
@@ -329,7 +332,7 @@ pub(super) struct Tenure {
 }
 
 impl Tenure {
-    /// Takes note of which backend it is.
+    /// Records the identity of the backend.
     pub(super) fn identify(&mut self, pid: i32, started_us: i64) {
         self.backend = Backend::Running { pid, started_us };
     }
@@ -342,17 +345,18 @@ impl Tenure {
         &self.backends
     }
 
-    /// Says whether the backend goes by itself when its connection does.
+    /// Sets whether the backend ends by itself when its connection closes.
     pub(super) fn set_settled(&mut self, is_settled: bool) {
         self.is_settled = is_settled;
     }
 
-    /// Ends it as one that goes by itself.
+    /// Marks the backend as ending by itself.
     pub(super) fn settle(mut self) {
         self.is_settled = true;
     }
 
-    /// A refusal ends a backend; only where nothing is known it may be there.
+    /// Marks the backend as ended if the server rejected the connection. Only a broken connection may leave a
+    /// backend.
     fn settle_if_refused(
         mut self,
         connected: Result<PgConnection, sqlx::Error>,
@@ -376,16 +380,16 @@ impl Drop for Tenure {
     }
 }
 
-/// Whether an error leaves open what its backend does. What the server says itself does not.
+/// Returns whether an error leaves the state of its backend unknown. An error from the server itself does not.
 pub(super) fn is_unknown(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Io(_) | sqlx::Error::Protocol(_))
 }
 
-/// Whether a connection that had begun was lost on the way: its other end may be there.
+/// Returns whether an established connection broke, so that its backend may still exist.
 fn was_cut(error: &sqlx::Error) -> bool {
     use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
     let sqlx::Error::Io(error) = error else {
-        // What answers a request for TLS is no backend yet.
+        // The process that answers a TLS request is not a backend yet.
         return matches!(error, sqlx::Error::Protocol(text) if !text.contains("SSLRequest"));
     };
     matches!(
@@ -394,13 +398,14 @@ fn was_cut(error: &sqlx::Error) -> bool {
     )
 }
 
-/// The error of a server that did not go on.
+/// Returns the error for a server that stopped responding.
 pub(super) fn no_answer(within: Duration) -> sqlx::Error {
     let reason = format!("no answer within {} s", within.as_secs());
     std::io::Error::new(std::io::ErrorKind::TimedOut, reason).into()
 }
 
-/// A pooler takes few settings at start-up, or none, and an old release does not know all of them.
+/// Returns whether the server rejects startup settings: a pooler accepts few or none, and an old release does
+/// not know all of them.
 fn refuses_options(error: &sqlx::Error) -> bool {
     let code = super::code(error);
     let is_pooler = code.as_deref() == Some("08P01");
@@ -408,14 +413,14 @@ fn refuses_options(error: &sqlx::Error) -> bool {
     is_old || (is_pooler && error.to_string().contains("startup parameter"))
 }
 
-/// Backends of this user: by name ($1), or by process and start ($2, $3).
+/// Finds backends of this user: by name ($1), or by process and start time ($2, $3).
 const FIND: &str = "SELECT application_name, pid, started_us, state, wait_event_type FROM (
         SELECT *, (extract(epoch FROM backend_start) * 1000000)::bigint AS started_us
         FROM pg_stat_activity WHERE usename = current_user) AS mine
     WHERE application_name = ANY($1)
         OR (pid, started_us) IN (SELECT * FROM unnest($2::integer[], $3::bigint[]))";
 
-/// Runs a query with the parameters of [`FIND`]; gives the backends in its rows, if it has such columns.
+/// Runs a query with the parameters of [`FIND`]; returns the backends in its rows, if it has such columns.
 async fn find(
     conn: &mut PgConnection,
     sql: &str,
@@ -451,6 +456,6 @@ async fn find(
 }
 
 fn random() -> u64 {
-    // A name that another attempt has as well would only end that one, too.
+    // If another attempt has the same name, that attempt is terminated too, which is harmless.
     getrandom::u64().unwrap_or_else(|_| u64::from(std::process::id()))
 }

@@ -1,7 +1,7 @@
-//! Binary COPY: rows into a table with the least work for both sides.
+//! Binary COPY: inserts rows with the least work for both sides.
 //!
-//! Format: "PGCOPY\n\xff\r\n\0", flags, length of an extension; for each row the number of fields, and
-//! for each field its length (-1 for NULL) and its value, all big-endian; -1 at the end. See
+//! Format: "PGCOPY\n\xff\r\n\0", flags, length of an extension; for each row the number of fields, and for each
+//! field its length (-1 for NULL) and its value, all big-endian; -1 at the end. See
 //! <https://www.postgresql.org/docs/current/sql-copy.html>, "Binary Format".
 
 use super::link::Link;
@@ -9,10 +9,10 @@ use super::timestamp::Timestamp;
 
 const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 const TRAILER: [u8; 2] = (-1_i16).to_be_bytes();
-/// What is sent at once: the server works on it while the next is put together.
+/// Chunk size in bytes. The server processes a chunk while the next one is built.
 const CHUNK_BYTES: usize = 64 * 1024;
 
-/// Rows in the making.
+/// Rows under construction.
 pub(super) struct Rows {
     bytes: Vec<u8>,
 }
@@ -51,11 +51,11 @@ impl Rows {
     }
 }
 
-/// Copies what `write` makes of `items` into `table`, a name with its columns; returns how many rows the server
-/// stored.
+/// Copies the rows that `write` makes from `items` into `table`, a name with its columns; returns how many rows
+/// the server stored.
 ///
 /// # Cancel safety
-/// None: the connection must be given up.
+/// None: the connection must be dropped.
 pub(super) async fn copy<T>(
     conn: &mut Link,
     table: &str,

@@ -1,10 +1,10 @@
-//! What a spool needs of the database: to be the only one that writes to it, and to have devices,
-//! streams and series made as it knows them.
+//! The database side of a spool: exclusive write access, and devices, streams and series with the ids that the
+//! spool uses.
 //!
-//! While a spool holds frames that it has acknowledged, nobody else knows where their streams stand. So
-//! a spool registers itself in the table `spool`, and whoever writes looks there first. Gateways hold
-//! [`WRITERS_LOCK`] together for as long as they are connected, so that none of them can be writing
-//! already when a spool registers.
+//! While a spool holds frames that it has acknowledged, only the spool knows the position of their streams. So
+//! a spool registers itself in the table `spool`, and every writer checks that table first. Gateways hold
+//! [`WRITERS_LOCK`] in shared mode while they are connected, so that none of them can already be writing when a
+//! spool registers.
 
 use std::time::Duration;
 
@@ -24,13 +24,13 @@ use crate::store::url::PostgresUrl;
 use crate::store::{DeviceId, SeriesId, StoreError, StreamId};
 use crate::time::{ClockStep, Origin, SystemClock};
 
-/// "FGat": held together by gateways that write, and alone by one that registers its spool.
+/// Advisory lock "FGat": shared by gateways that write, exclusive for a gateway that registers its spool.
 const WRITERS_LOCK: i64 = 1_179_083_124;
-/// A gateway that was killed may hold the lock while the server takes its connection apart.
+/// How long to wait for the lock, which the server may still hold for a killed gateway.
 const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 const LOCK_RETRY: Duration = Duration::from_millis(50);
 
-/// Makes sure that a connection may write: `spool` is the one it writes for, if any.
+/// Verifies that a connection may write; `spool` is the spool it writes for, if any.
 pub(super) async fn enter(
     conn: &mut Link,
     url: &PostgresUrl,
@@ -38,7 +38,7 @@ pub(super) async fn enter(
 ) -> Result<(), OpenError> {
     let sql = |error| open_error(url, error);
     if spool.is_none() {
-        // Waits only for a spool that is just registering.
+        // Waits only while a spool registers.
         let lock = sqlx::query("SELECT pg_advisory_lock_shared($1)").bind(WRITERS_LOCK);
         lock.execute(&mut *conn).await.map_err(sql)?;
     }
@@ -57,7 +57,7 @@ pub(super) async fn enter(
     }
 }
 
-/// Records that this connection feeds the database, so that a copy of the spool sees that somebody does.
+/// Records that this connection drains a spool, so that a copy of the spool detects it.
 async fn name_connection(conn: &mut Link) -> Result<(), sqlx::Error> {
     sqlx::query(
         "UPDATE spool SET backend_pid = pid, backend_start = pg_stat_activity.backend_start
@@ -68,29 +68,29 @@ async fn name_connection(conn: &mut Link) -> Result<(), sqlx::Error> {
     .map(drop)
 }
 
-/// A gateway that begins with a spool, or comes back to the database with it.
+/// Request from a gateway that starts with a spool or reconnects with it.
 #[derive(Clone, Debug)]
 pub(in crate::store) struct ClaimRequest {
-    /// What the file says of itself.
+    /// Identity stored in the spool's file.
     pub(in crate::store) identity: SpoolIdentity,
-    /// Whether the file is another one than that which was claimed last: a copy, or it was moved.
+    /// Whether the file differs from the one that was claimed last, because it was copied or moved.
     pub(in crate::store) is_other_file: bool,
 }
 
-/// What a spool found that claimed its database.
+/// Result of claiming the database.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::store) struct Claimed {
-    /// The count in the database, see [`SpoolClaim::drained`].
+    /// Count in the database, see [`SpoolClaim::drained`].
     pub(in crate::store) drained: i64,
-    /// Whether the database lacks what the spool once drained.
+    /// Whether the database lacks frames that the spool once drained.
     pub(in crate::store) is_put_back: bool,
 }
 
-/// Makes the gateway the one that feeds the database from its spool. Of several that have copies of one
-/// spool, the first one goes on.
+/// Makes this gateway the one that drains its spool into the database. Of several copies of one spool, the
+/// first one wins.
 ///
 /// # Errors
-/// As [`PostgresStore::open`]; [`OpenError::SpoolCopied`].
+/// As for [`PostgresStore::open`]; [`OpenError::SpoolCopied`].
 pub(in crate::store) async fn claim(
     settings: &PostgresSettings,
     request: &ClaimRequest,
@@ -99,7 +99,7 @@ pub(in crate::store) async fn claim(
     let sql = |error| open_error(url, error);
     let mut conn = connect(url, settings.allows_data_loss).await?;
     bring_up_to_date(&mut conn, url).await?;
-    // Undone with the connection when anything fails.
+    // On an error, the dropped connection rolls this back.
     run(&mut conn, "BEGIN").await.map_err(sql)?;
     let found: Option<(String, String, String, i64, bool)> = sqlx::query_as(
         "SELECT id, host, instance, drained, EXISTS (
@@ -144,10 +144,10 @@ pub(in crate::store) async fn claim(
     })
 }
 
-/// Finds out where the streams of the database stand, for a spool that was put back to an earlier state.
+/// Reads the positions of all streams in the database, for a spool that was restored to an earlier state.
 ///
 /// # Errors
-/// As [`PostgresStore::open`].
+/// As for [`PostgresStore::open`].
 pub(in crate::store) async fn read_standing(
     settings: &PostgresSettings,
 ) -> Result<Standing, OpenError> {
@@ -157,10 +157,10 @@ pub(in crate::store) async fn read_standing(
     standing.map_err(|error| open_error(url, error))
 }
 
-/// Makes `spool` the only one that writes to the database, and tells it where all streams stand.
+/// Registers `spool` as the only writer of the database, and sends it the positions of all streams.
 ///
 /// # Errors
-/// As [`PostgresStore::open`]; and another gateway writes to it, by a spool or directly.
+/// As for [`PostgresStore::open`]; another gateway writes to the database, with a spool or directly.
 pub(in crate::store) async fn register(
     settings: &PostgresSettings,
     spool: &str,
@@ -185,21 +185,21 @@ pub(in crate::store) async fn register(
         found_drained: 0,
     };
     enter(&mut conn, url, Some(&claim)).await?;
-    // From now on the spool tells which sessions are open.
+    // From now on the spool reports which sessions are open.
     let now_us = SystemClock::start().now().utc_us;
     let closed = close_sessions(&mut conn, &settings.gateway, now_us).await;
     closed.map_err(|error| open_error(url, error))?;
     let standing = standing(&mut conn).await;
     let standing = standing.map_err(|error| open_error(url, error))?;
-    // The lock goes with the connection.
+    // Closing the connection releases the lock.
     conn.close().await;
     Ok(standing)
 }
 
-/// Gives the database free for other gateways. The spool must be empty, and stay so.
+/// Releases the database for other gateways. The spool must be empty and stay empty.
 ///
 /// # Errors
-/// As [`PostgresStore::open`].
+/// As for [`PostgresStore::open`].
 pub(in crate::store) async fn release(
     settings: &PostgresSettings,
     spool: &SpoolIdentity,
@@ -207,7 +207,7 @@ pub(in crate::store) async fn release(
     let url = &settings.url;
     let mut conn = connect(url, settings.allows_data_loss).await?;
     bring_up_to_date(&mut conn, url).await?;
-    // A copy of the spool may go on with it.
+    // A copy of the spool may have taken over.
     let released = sqlx::query("DELETE FROM spool WHERE id = $1 AND instance IN ($2, $3)")
         .bind(&spool.id)
         .bind(&spool.instance)
@@ -218,14 +218,14 @@ pub(in crate::store) async fn release(
     Ok(())
 }
 
-/// The spool that feeds the database: its id, host and instance.
+/// Returns the id, host and instance of the registered spool.
 async fn registered(conn: &mut Link) -> Result<Option<(String, String, String)>, sqlx::Error> {
     sqlx::query_as("SELECT id, host, instance FROM spool")
         .fetch_optional(conn)
         .await
 }
 
-/// Takes the lock alone: then no gateway is connected that does not look at the table `spool`.
+/// Takes the exclusive lock: then no gateway is connected that has not checked the table `spool`.
 async fn await_writers(conn: &mut Link, url: &PostgresUrl) -> Result<(), OpenError> {
     let patience_ends = tokio::time::Instant::now() + LOCK_PATIENCE;
     loop {
@@ -312,8 +312,8 @@ async fn standing(conn: &mut Link) -> Result<Standing, sqlx::Error> {
     Ok(standing)
 }
 
-/// Rows that a spool made and the database may not have: found or inserted, each on its own, so that it
-/// does no harm to do it again. The ids come back in the order of the rows.
+/// Rows that a spool created and that the database may lack. Each is found or inserted on its own, so that
+/// repeating the call is harmless. The ids are returned in the order of the rows.
 impl PostgresStore {
     pub(in crate::store) async fn adopt_devices(
         &mut self,
@@ -366,7 +366,7 @@ async fn adopt_devices(conn: &mut Link, rows: &[&DeviceRow]) -> Result<Vec<Devic
     let time = |us: Option<i64>| us.map(Timestamp);
     let mut ids = Vec::with_capacity(rows.len());
     for row in rows {
-        // Whether a device may connect is decided in the database.
+        // The database decides whether a device may connect.
         let id = sqlx::query_scalar(
             "INSERT INTO devices (name, firmware, first_seen_at, last_seen_at)
              VALUES ($1, $2, $3, $4)

@@ -1,9 +1,9 @@
-//! A connection on which every await has a deadline: the one way in which this program talks to a database.
+//! A connection on which every await has a deadline. All access to a database goes through it.
 //!
-//! A network may go silent at any byte, and a server may stop to answer. So whatever is asked through a
-//! [`Link`] ends: with an answer, or with an error when the server has not gone on for a while. What makes
-//! progress may take as long as it takes: each row of an answer and each chunk of a COPY begins the time
-//! again. A link that was given up leaves its backend to [`Backends`], which ends it.
+//! A network may go silent at any byte, and a server may stop responding. So every request through a [`Link`]
+//! ends: with an answer, or with an error when the server makes no progress for a while. A request that makes
+//! progress may take any time: each row of an answer and each chunk of a COPY restarts the deadline. A dropped
+//! link leaves its backend to [`Backends`], which terminates it.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -20,18 +20,18 @@ use tokio::time::{Sleep, timeout};
 use super::backends::{Backend, Backends, Tenure, is_unknown, no_answer};
 use crate::store::url::PostgresUrl;
 
-/// How long a farewell may take: it is only polite.
+/// Maximum time to close a connection cleanly, which is optional.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What happens when the server has not gone on for its time.
+/// Reaction to a server that makes no progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Patience {
-    /// It is given up.
+    /// Abandon it after the usual time.
     Limited,
-    /// It is given up after a time of its own.
+    /// Abandon it after a specific time.
     Within(Duration),
-    /// A second connection asks whether it still works on the statement: a user's query, or a change of
-    /// the schema, may take hours.
+    /// Ask over a second connection whether it still works on the statement: a user's query or a schema change
+    /// may take hours.
     WhileWorking,
 }
 
@@ -41,7 +41,7 @@ pub struct Link {
     watch: Watch,
 }
 
-/// What awaits the server, and keeps count of the other end.
+/// Awaits the server, and tracks the backend.
 pub(super) struct Watch {
     tenure: Tenure,
     patience: Patience,
@@ -54,7 +54,7 @@ impl fmt::Debug for Link {
 }
 
 impl Link {
-    /// Connects; the error of no room comes as one of I/O.
+    /// Connects; an error for lack of a free slot is an I/O error.
     pub(super) async fn connect(url: &PostgresUrl) -> Result<Link, sqlx::Error> {
         let backends = Backends::of(url);
         let slot = backends.slot().await.map_err(std::io::Error::other)?;
@@ -68,7 +68,8 @@ impl Link {
         })
     }
 
-    /// Takes note of which backend it has: from now on it is left only with a statement on it.
+    /// Records the identity of its backend. From now on, the backend is abandoned only if the link is dropped
+    /// during a statement.
     pub(super) fn identify(&mut self, pid: i32, started_us: i64) {
         self.watch.tenure.identify(pid, started_us);
         self.watch.tenure.set_settled(true);
@@ -79,21 +80,21 @@ impl Link {
         self.watch.patience = patience;
     }
 
-    /// Returns the release, as in `server_version_num`, if the server said it.
+    /// Returns the server's release in the format of `server_version_num`, if the server sent it.
     pub(super) fn release(&self) -> Option<u32> {
         self.conn.server_version_num()
     }
 
-    /// Gives the connection itself, for what is no statement, and the watch that has to await it.
+    /// Returns the connection, for operations that are not statements, and the watch that must await them.
     pub(super) fn parts(&mut self) -> (&mut PgConnection, &mut Watch) {
         (&mut self.conn, &mut self.watch)
     }
 
-    /// Sends the chunks that `next` gives by a COPY from STDIN, each within a deadline; returns how many rows the
+    /// Sends the chunks from `next` with a COPY FROM STDIN, each within a deadline; returns how many rows the
     /// server stored.
     ///
     /// # Cancel safety
-    /// None: the link must be given up.
+    /// None: the link must be dropped.
     pub(super) async fn copy_in(
         &mut self,
         statement: &str,
@@ -108,7 +109,7 @@ impl Link {
         watch.answer(copy.finish()).await
     }
 
-    /// Closes it politely, within a short time.
+    /// Closes the connection cleanly, within a short time.
     pub(super) async fn close(self) {
         let Link { conn, mut watch } = self;
         watch.tenure.set_settled(false);
@@ -118,7 +119,7 @@ impl Link {
 }
 
 impl Watch {
-    /// Awaits something that the server does, for as long as patience lasts.
+    /// Awaits a server operation, up to the deadline.
     pub(super) async fn answer<T>(
         &mut self,
         doing: impl Future<Output = Result<T, sqlx::Error>>,
@@ -139,7 +140,7 @@ impl Watch {
 
 type Answered = Result<Either<PgQueryResult, PgRow>, sqlx::Error>;
 
-/// The answers to a statement.
+/// Answers to a statement.
 struct Answers<'l> {
     answers: Pin<Box<dyn Stream<Item = Answered> + Send + 'l>>,
     tenure: &'l mut Tenure,
@@ -198,7 +199,7 @@ impl<'c> Executor<'c> for &'c mut Link {
         let mut answers = self.fetch_many(query);
         Box::pin(async move {
             let mut first = None;
-            // To the end: an error may come behind the row.
+            // Read to the end: an error may follow the row.
             while let Some(answer) = poll_fn(|context| answers.as_mut().poll_next(context)).await {
                 if let Either::Right(row) = answer? {
                     first.get_or_insert(row);
@@ -232,10 +233,10 @@ impl<'c> Executor<'c> for &'c mut Link {
     }
 }
 
-/// Runs from the last sign of the server on.
+/// Measures the time since the last data from the server.
 struct Timer {
     within: Duration,
-    /// Whom to ask whether the statement goes on, if that counts.
+    /// Backend to ask whether the statement makes progress, if that is allowed.
     tenure: Option<(Arc<Backends>, Backend)>,
     sleep: Option<Pin<Box<Sleep>>>,
     asking: Option<Pin<Box<dyn Future<Output = bool> + Send>>>,
@@ -261,7 +262,7 @@ impl Timer {
         self.asking = None;
     }
 
-    /// Gives the error of a server that has not gone on.
+    /// Returns the error when the server has made no progress.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<sqlx::Error> {
         loop {
             if let Some(asking) = &mut self.asking {

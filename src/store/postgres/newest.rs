@@ -1,14 +1,13 @@
-//! The newest plausible reading of each series, in a table of its own: `latest` would otherwise have to look into
+//! Keeps the newest plausible reading of each series in a separate table. Without it, `latest` would search
 //! every partition for each series.
 //!
-//! A commit of few series writes theirs with it. Where there are many, those of several commits go together once a
-//! second, so that they cost little: `latest` is then behind by a second or two. What is left when nothing more comes
-//! goes with the commit of an empty batch a second later.
+//! A commit with few series writes their rows directly. For many series, the rows of several commits are written
+//! together once a second, which costs little and delays `latest` by a second or two. Rows that remain when no more
+//! readings arrive are written by the commit of an empty batch a second later.
 //!
 //! Invariants
-//! - A row names a reading that is stored: one whose commit failed is left out.
-//! - What a gateway did not write before it was killed is found in `readings` after the next start, for 100 series a
-//!   second.
+//! - A row names a stored reading: readings of a failed commit are left out.
+//! - Rows that a killed gateway did not write are found in `readings` after the next start, for 100 series a second.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -18,34 +17,35 @@ use super::timestamp::Timestamp;
 use crate::store::rows::{Frame, Run};
 use crate::store::{Content, Readings};
 
-/// Rows that a writer writes a second with the commits of their readings.
+/// Maximum number of rows per second that a writer writes directly in the commits of their readings.
 const ROWS_AT_ONCE: usize = 1000;
-/// Else they wait this long.
+/// Interval between the writes of all other rows.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
-/// A reading is plausible up to this long after its receipt.
+/// Maximum time, in microseconds, by which a plausible reading is ahead of its receipt.
 const AHEAD_MAX_US: i64 = 86_400_000_000;
-/// Series that one commit looks for in `readings`.
+/// Number of series that one commit looks up in `readings`.
 const CHECKED_AT_ONCE: i64 = 100;
-/// From one such look to the next.
+/// Time between two such lookups.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// A look that takes longer is given up: then a series is behind until its next reading.
+/// Maximum duration of such a lookup, in milliseconds. After that, a series is outdated until its next reading.
 const CHECK_TIMEOUT_MS: u32 = 5000;
 
-/// What a writer has still to write.
+/// Rows that a writer has not written yet.
 #[derive(Debug)]
 pub(super) struct Newest {
     pending: BTreeMap<i64, Row>,
     pub(super) flushed_at: Instant,
-    /// Rows that may be written at once, as of `flushed_at`.
+    /// Rows that may still be written directly, as of `flushed_at`.
     pub(super) at_once: usize,
-    /// Series up to this one were looked for after the start; `None` when all were.
+    /// Last series looked up after the start; `None` when all were.
     checked: Option<i64>,
     checked_at: Instant,
-    /// Writes with each commit: a spool commits many frames at once, and nothing where there are none.
+    /// Whether to write with each commit. A spool commits many frames at a time, and commits nothing when it is
+    /// empty.
     is_prompt: bool,
 }
 
-/// The first reading of a series, and the newest plausible one, if there is any.
+/// Time of a series' first reading, and its newest plausible one if any.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Row {
     first_us: i64,
@@ -60,8 +60,8 @@ struct Reading {
 }
 
 impl Newest {
-    /// `checks` says whether to look for what an earlier gateway did not write, `is_prompt` whether to write with
-    /// each commit.
+    /// Creates the state of a writer. `checks` is whether to look for rows that an earlier gateway did not
+    /// write, `is_prompt` whether to write with each commit.
     pub(super) fn new(checks: bool, is_prompt: bool) -> Self {
         Self {
             pending: BTreeMap::new(),
@@ -73,13 +73,13 @@ impl Newest {
         }
     }
 
-    /// As [`crate::store::Store::tidy_after`].
+    /// See [`crate::store::Store::tidy_after`].
     pub(super) fn tidy_after(&self) -> Option<Duration> {
         let is_tidy = self.pending.is_empty() && (self.checked.is_none() || self.is_prompt);
         (!is_tidy).then_some(FLUSH_INTERVAL)
     }
 
-    /// Whether anything waits to be written.
+    /// Returns whether any rows wait to be written.
     pub(super) fn has_pending(&self) -> bool {
         !self.pending.is_empty()
     }
@@ -123,7 +123,8 @@ impl Newest {
         }
     }
 
-    /// Within a transaction: writes what is due. Returns whether [`Newest::flushed`] is to be called after COMMIT.
+    /// Writes the rows that are due, within a transaction. Returns whether to call [`Newest::flushed`] after
+    /// COMMIT.
     pub(super) async fn flush(
         &self,
         conn: &mut Link,
@@ -141,7 +142,7 @@ impl Newest {
         Ok(true)
     }
 
-    /// After COMMIT: what was flushed is written.
+    /// Records, after COMMIT, that the flushed rows are written.
     pub(super) fn flushed(&mut self, now: Instant) {
         self.at_once = self.at_once(now).saturating_sub(self.pending.len());
         self.flushed_at = now;
@@ -155,8 +156,8 @@ impl Newest {
         ROWS_AT_ONCE.min(self.at_once + regained / 1000)
     }
 
-    /// After COMMIT: looks for what an earlier gateway did not write, for some series once a second or when the store is
-    /// idle. Nothing depends on it but how current their rows are, so an error ends it.
+    /// Looks up some series for rows that an earlier gateway did not write, once a second or when the store is idle;
+    /// call it after COMMIT. Only the freshness of these rows depends on it, so an error ends it.
     pub(super) async fn check(
         &mut self,
         conn: &mut Link,
@@ -182,8 +183,8 @@ impl Newest {
             }
             Err(error) if error.as_database_error().is_some() => {
                 super::run(conn, "ROLLBACK").await?;
-                let reason = super::open::reason(&error);
-                tracing::warn!(reason, "could not look for newest readings after the start");
+                let reason = super::errors::reason(&error);
+                tracing::warn!(reason, "could not rebuild newest readings after startup");
             }
             Err(error) => return Err(error),
         }
@@ -191,7 +192,7 @@ impl Newest {
     }
 }
 
-/// Writes what readings of `runs` change, which came in one frame.
+/// Writes the changes caused by the readings of `runs`, which arrived in one frame.
 pub(in crate::store) async fn insert_newest(
     conn: &mut Link,
     frame: i64,
@@ -203,8 +204,8 @@ pub(in crate::store) async fn insert_newest(
     upsert(conn, &newest.pending).await
 }
 
-/// In the order of series, so that two writers wait for each other in one direction only. A time that the present
-/// does not allow was taken while a gateway's own clock was wrong.
+/// Rows are written in series order, so that two writers cannot deadlock. A time in the future was recorded
+/// while a gateway's clock was wrong.
 const IS_NEWER: &str = "(newest.ts IS NULL OR newest.ts > now() + interval '1 day'
     OR (excluded.ts, excluded.frame_id) > (newest.ts, newest.frame_id))";
 
@@ -261,7 +262,7 @@ async fn upsert(conn: &mut Link, rows: &BTreeMap<i64, Row>) -> Result<(), sqlx::
         .map(drop)
 }
 
-/// Returns the last series that it looked for, or `None` if there are no more.
+/// Returns the last series that was looked up, or `None` if there are no more.
 async fn check(conn: &mut Link, checked: i64) -> Result<Option<i64>, sqlx::Error> {
     let last: Option<i64> = sqlx::query_scalar(
         "SELECT max(id) FROM (SELECT id FROM series WHERE id > $1 ORDER BY id LIMIT $2) AS next",
@@ -340,7 +341,7 @@ mod tests {
             value,
         };
         assert_eq!((row.first_us, row.newest), (5, Some(reading(3, Some(3.0)))));
-        // Of one time, the one that came last.
+        // Of two readings with the same time, the later arrival counts.
         newest.take_readings(5, 50, &readings(&[30], &[f64::NAN]));
         assert_eq!(newest.pending[&7].newest, Some(reading(5, None)));
         newest.pending.clear();
@@ -349,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_at_once_is_bounded() {
+    fn immediate_writes_are_bounded() {
         let mut newest = Newest::new(false, false);
         let start = newest.flushed_at;
         let row = Row {

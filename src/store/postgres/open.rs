@@ -1,32 +1,31 @@
-//! Connects to a database, or says in one line why not and what to do.
+//! Connects to a database, or reports in one line why that failed and what to do.
 //!
 //! Invariants
 //! - A database that is not a store of this program is never written to.
-//! - No gateway gets a connection that writes to a server that does not sync each commit, unless the
-//!   operator has said that this may be. Migrations and commands that write do not check this.
+//! - A gateway writes only on connections to a server that syncs each commit, unless the operator allows data loss.
+//!   Migrations and commands do not check this.
 
-use std::io;
 use std::sync::LazyLock;
-use std::time::Duration;
 
 use sqlx::Row;
 use sqlx::migrate::{Migrate, MigrateError, Migrator};
 
 use super::backends::Backends;
+use super::errors::reason;
 use super::link::{Link, Patience};
 use super::{code, run};
 use crate::store::url::PostgresUrl;
 
-/// Name of the table of the migrations that were applied; the database may hold other things, which
-/// may use sqlx, too.
+/// Table of applied migrations. It has its own name because other programs in the same database may also use
+/// sqlx.
 const MIGRATIONS_TABLE: &str = "fieldgate_migrations";
-/// Every version of the tables and views.
+/// All versions of the tables and views.
 static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     let mut migrator = sqlx::migrate!("migrations/postgres");
     migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
     migrator
 });
-/// Tables that another program may have, under the same names.
+/// Tables of the store, whose names another program may also use.
 const TABLES: [&str; 21] = [
     "devices",
     "removed_devices",
@@ -50,55 +49,51 @@ const TABLES: [&str; 21] = [
     "store_identity",
     "store_writers",
 ];
-/// `server_version_num` of the oldest release that is tested.
+/// `server_version_num` of the oldest tested release.
 const VERSION_MIN: i32 = 140_000;
-/// Without these, a server that crashes may have lost what it said was committed. What a session can set
-/// itself, `synchronous_commit`, is not among them.
+/// Settings without which a crash of the server may lose committed transactions. `synchronous_commit` is not
+/// among them, because a session can set it.
 const DURABILITY_SETTINGS: [&str; 2] = ["fsync", "full_page_writes"];
 
-/// What every session sets, whatever the role or the database have as defaults. A statement waits for a
-/// lock for a while, and then says that it did. A gateway that froze, or whose network is gone, is found
-/// out by the server, because others wait for its locks. A backslash in a text is one, and nothing else.
+/// Settings of every session, regardless of the defaults of role and database. A statement waits for a lock for
+/// a limited time and then fails. The server detects a gateway that froze or lost its network, because others
+/// wait for its locks. A backslash in a string literal is literal.
 const SETTINGS: &str = "SET application_name = 'fieldgate'; SET idle_session_timeout = 0;
     SET standard_conforming_strings = on;
     SET lock_timeout = '20s'; SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10;
     SET tcp_keepalives_count = 3;";
-/// As the server shows it.
+/// As the server displays it.
 const LOCK_TIMEOUT: &str = "20s";
-/// A writer's statement is given up by its [`Link`] when it makes no progress; these limits are for what
-/// the link cannot end, and far above what a batch takes.
+/// Settings of a writer. Its [`Link`] abandons a statement that makes no progress; these limits cover what the
+/// link cannot end, and are far longer than a batch needs.
 const WRITER_SETTINGS: &str = "SET default_transaction_read_only = off;
     SET idle_in_transaction_session_timeout = '30s'; SET statement_timeout = '5min';";
-/// What a gateway reads again and again it gives up after 5 s.
+/// Settings of a gateway's repeated queries, which time out after 5 s.
 const WATCHER_SETTINGS: &str =
     "SET default_transaction_read_only = on; SET statement_timeout = '10s';";
-/// How long a statement may run is for the database's administrator to say. A reader shows values as text:
-/// what the role or the database sets must not change how they are written.
+/// Settings of a reader. The database's administrator decides how long its statements may run. It displays
+/// values as text, so settings of role or database must not change their format.
 const READER_SETTINGS: &str = "SET default_transaction_read_only = on; SET bytea_output = 'hex';
     SET IntervalStyle = 'postgres'; SET jit = off;";
-/// From release 17 on, a limit on whole transactions may be the role's default.
+/// Since release 17, a role may have a default limit on whole transactions.
 const TRANSACTION_TIMEOUT: &str = "SET transaction_timeout = '10min';";
 const TRANSACTION_TIMEOUT_SINCE: u32 = 170_000;
-/// Keeps what the operator has configured, through every reload, and raises it where commits would not
-/// wait for the disk.
+/// Keeps the operator's setting across reloads, and raises it if commits would not wait for the disk.
 const KEEP_SYNCHRONOUS: &str = "SELECT set_config('synchronous_commit',
         CASE setting WHEN 'off' THEN 'on' ELSE setting END, false)
     FROM (SELECT current_setting('synchronous_commit') AS setting) AS configured;";
-/// A statement that runs or waits for a lock learns that its client is gone. Servers on some systems
-/// cannot do that, and refuse it.
+/// Lets a statement that runs or waits for a lock notice that its client is gone. Servers on some systems do
+/// not support this and reject it.
 const CHECK_CLIENT: &str = "SET client_connection_check_interval = '5s'";
 
-/// How long the server may take to let a connection in, and for each step of setting it up.
-pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// What a connection is for.
+/// Purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
-    /// To write; `keeps` is whether each commit has to wait for the disk.
+    /// Writes; `keeps` is whether each commit must wait for the disk.
     Writer { keeps: bool },
-    /// To look again and again while the gateway runs.
+    /// Polls while the gateway runs.
     Watcher,
-    /// To read for an operator.
+    /// Reads for an operator.
     Reader,
 }
 
@@ -120,201 +115,203 @@ impl Role {
     }
 }
 
-/// Why a database could not be opened.
+/// Reason why a database could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Nobody answers.
-    #[error("no Postgres answers at {url}: {reason}; is it running, and are host and port right?")]
-    Unreachable {
-        /// The database.
-        url: PostgresUrl,
-        /// What the system says.
-        reason: String,
-    },
-    /// It is there, and takes nobody for the moment: it starts, stops, or has no connection left.
-    #[error("{url} is not ready: {reason}; try again in a moment")]
-    NotReady {
-        /// The database.
-        url: PostgresUrl,
-        /// What the server says.
-        reason: String,
-    },
-    /// The connection cannot be encrypted as the address demands, or the certificate is not trusted.
-    #[error("no TLS connection to {url}: {reason}; check sslmode and sslrootcert in the address")]
-    Tls {
-        /// The database.
-        url: PostgresUrl,
-        /// What went wrong.
-        reason: String,
-    },
-    /// The server does not let this user in.
+    /// No server responds.
     #[error(
-        "Postgres does not let us into {url}: {reason}; check the user, the password (in the address, PGPASSWORD or ~/.pgpass) and pg_hba.conf"
+        "could not reach Postgres at {url}: {reason}; check that it is running and that host and port are right"
+    )]
+    Unreachable {
+        /// Database URL.
+        url: PostgresUrl,
+        /// Reason from the system.
+        reason: String,
+    },
+    /// The server runs but accepts no connections now: it is starting, stopping, or out of connections.
+    #[error("{url} is not ready: {reason}; retry later")]
+    NotReady {
+        /// Database URL.
+        url: PostgresUrl,
+        /// Reason from the server.
+        reason: String,
+    },
+    /// The connection cannot be encrypted as the URL demands, or the certificate is not trusted.
+    #[error(
+        "could not establish TLS with {url}: {reason}; check sslmode and sslrootcert in the URL"
+    )]
+    Tls {
+        /// Database URL.
+        url: PostgresUrl,
+        /// Reason of the failure.
+        reason: String,
+    },
+    /// The server rejects this user.
+    #[error(
+        "Postgres denied access to {url}: {reason}; check user, password (URL, PGPASSWORD or ~/.pgpass) and pg_hba.conf"
     )]
     Refused {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
-        /// What the server says.
+        /// Reason from the server.
         reason: String,
     },
-    /// The server has no such database.
-    #[error("there is no such database, {url}: make it with `createdb`, or give another --store")]
+    /// The database does not exist.
+    #[error("database {url} does not exist; create it with `createdb`, or set another --store")]
     NoDatabase {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
     },
-    /// The user may not do what has to be done.
+    /// The user lacks a required privilege.
     #[error(
-        "the user of {url} lacks rights: {reason}; make it the owner of the database, or of a schema in its search_path"
+        "user of {url} lacks privileges: {reason}; make it the owner of the database, or of a schema in its search_path"
     )]
     Rights {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
-        /// What the server says.
+        /// Reason from the server.
         reason: String,
     },
-    /// A pooler or the role keeps the session from having settings of its own.
+    /// A pooler or the role prevents session settings.
     #[error(
-        "the session with {url} cannot be set up: {reason}; connect to Postgres itself, or through a pooler in session mode, as a role that may SET"
+        "could not set up a session on {url}: {reason}; connect directly or through a session-mode pooler, as a role that may use SET"
     )]
     Settings {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
-        /// What the server says.
+        /// Reason from the server.
         reason: String,
     },
-    /// A release that nobody has tried.
-    #[error("{url} is Postgres {found}: 14 or later is needed")]
+    /// An untested, older Postgres release.
+    #[error("{url} is Postgres {found}; 14 or later is required")]
     TooOld {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
-        /// Its version.
+        /// Version of the server.
         found: String,
     },
-    /// Names of devices may have any characters.
+    /// The encoding is not UTF8, but device names may contain any character.
     #[error(
-        "{url} is encoded in {found}: a store needs UTF8 (createdb --encoding UTF8 --template template0)"
+        "{url} uses encoding {found}; create the database with UTF8 (createdb --encoding UTF8 --template template0)"
     )]
     Encoding {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
-        /// Its encoding.
+        /// Encoding of the database.
         found: String,
     },
-    /// A standby takes no writes.
-    #[error("{url} is a standby: give the address of the primary")]
+    /// The server is a standby, which accepts no writes.
+    #[error("{url} is a standby; use the URL of the primary")]
     Standby {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
     },
-    /// The server does not sync what it commits.
+    /// The server does not sync its commits.
     #[error(
-        "{url} has {settings} off, and so may lose what was acknowledged when it crashes: turn it on, or accept that with --allow-postgres-data-loss"
+        "{url} has {settings} off and could lose acknowledged readings in a crash; turn it on, or override with --allow-postgres-data-loss"
     )]
     Unsafe {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
-        /// Which settings.
+        /// Names of the settings.
         settings: String,
     },
-    /// A gateway acknowledges from its spool, and nobody else knows what.
+    /// Another gateway acknowledges from its spool, and only it knows which frames.
     #[error(
-        "{url} is fed by the spool of a gateway on {host}, and no other gateway may write to it: let that one drain it and start without --spool (if its disk is lost, DELETE FROM spool gives the database free)"
+        "{url} is used by the spool of the gateway on {host}; drain it and start that gateway without --spool (if its disk is lost, run DELETE FROM spool)"
     )]
     Spooled {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
-        /// Where that gateway runs.
+        /// Host of that gateway.
         host: String,
     },
-    /// Somebody gave the database free although this gateway's spool feeds it.
+    /// The database was released although this gateway's spool drains into it.
     #[error(
-        "{url} does not know this gateway's spool any more: other gateways may have written to it; start without --spool once nothing is left in the spool, or restore the row in its table spool"
+        "{url} no longer knows this gateway's spool, and other gateways may have written to it; start without --spool once the spool is empty, or restore the row in table spool"
     )]
     SpoolForgotten {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
     },
-    /// A copy of this gateway's spool feeds the database.
+    /// A copy of this gateway's spool drains into the database.
     #[error(
-        "could not feed {url}: a gateway with a copy of this spool does; stop this one, and copy no data directory that is in use (frames that only this spool holds stay in it)"
+        "could not drain into {url}: a gateway with a copy of this spool does; stop this gateway, and never copy a data directory in use (undrained frames stay in this spool)"
     )]
     SpoolCopied {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
     },
-    /// The spool's file is an earlier state of itself.
+    /// The spool's file was restored to an earlier state.
     #[error(
-        "could not feed {url}: it has frames of a later state of this spool, which was put back to an earlier one; start the gateway again to go on from where the database stands"
+        "could not drain into {url}: this spool was restored to an earlier state; start the gateway again to continue from the state of the database"
     )]
     SpoolPutBack {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
     },
-    /// A spool cannot begin while others write.
+    /// A spool cannot register while other gateways write.
     #[error(
-        "another gateway writes to {url}: stop it first, for a database is fed by one gateway with --spool, or by any number without"
+        "another gateway writes to {url}; stop it first: a database accepts one gateway with --spool, or any number without"
     )]
     InUse {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
     },
     /// A reader found no tables.
-    #[error("no store in {url}: start `fieldgate serve` first or give another --store")]
+    #[error("no store in {url}; start `fieldgate serve` first, or set another --store")]
     Missing {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
     },
-    /// Tables of other programs are in the way.
+    /// Tables of another program use the same names.
     #[error(
-        "{url} has a table {table} of another program: give another database, or a schema of its own by ?options=-csearch_path%3DNAME"
+        "{url} contains a table {table} of another program; use another database, or a separate schema with ?options=-csearch_path%3DNAME"
     )]
     Foreign {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
-        /// One of the tables.
+        /// One of those tables.
         table: String,
     },
     /// A later release of this program wrote it.
     #[error(
-        "{url} was written by a newer fieldgate (its schema is version {found}, this program knows {known}): use that release"
+        "{url} was written by a newer Fieldgate (schema version {found}, supported {known}); use that release"
     )]
     Newer {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
         /// Version of its schema.
         found: i64,
-        /// The latest version this program knows.
+        /// Latest version that this program supports.
         known: i64,
     },
-    /// A reader found a database that has still to be brought up to date.
-    #[error(
-        "{url} has the schema of an older fieldgate: run `fieldgate migrate` to bring it up to date"
-    )]
+    /// A reader found a database whose schema is outdated.
+    #[error("{url} has the schema of an older Fieldgate; run `fieldgate migrate` to update it")]
     Older {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
     },
-    /// A migration was changed after it was applied, or broke off.
-    #[error("the schema of {url} cannot be brought up to date: {reason}")]
+    /// A migration was changed after it was applied, or was interrupted.
+    #[error("could not update the schema of {url}: {reason}")]
     Migration {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
-        /// What is wrong with it.
+        /// Reason of the failure.
         reason: String,
     },
-    /// Anything else the server says.
-    #[error("cannot open {url}: {reason}")]
+    /// Any other error of the server.
+    #[error("could not open {url}: {reason}")]
     Other {
-        /// The database.
+        /// Database URL.
         url: PostgresUrl,
-        /// What it says.
+        /// Reason from the server.
         reason: String,
     },
 }
 
 impl OpenError {
-    /// Returns whether the server may be there in a moment, without anybody's doing.
+    /// Returns whether the error can resolve itself, so that a retry is worthwhile.
     pub fn may_pass(&self) -> bool {
         matches!(
             self,
@@ -323,10 +320,10 @@ impl OpenError {
     }
 }
 
-/// Opens a connection that may write, to a server that keeps what it commits.
+/// Opens a connection that may write, to a server that syncs its commits.
 ///
 /// # Errors
-/// [`OpenError`] says in one line what is wrong and what to do.
+/// [`OpenError`] states in one line what is wrong and what to do.
 pub(super) async fn connect(url: &PostgresUrl, allows_data_loss: bool) -> Result<Link, OpenError> {
     let keeps = !allows_data_loss;
     let mut conn = session(url, Role::Writer { keeps }).await?;
@@ -342,8 +339,8 @@ pub(super) async fn connect(url: &PostgresUrl, allows_data_loss: bool) -> Result
     Ok(conn)
 }
 
-/// Creates the tables or brings them up to date; gives back the version of the schema before (0 where
-/// there was none) and after. Two at a time wait for each other.
+/// Creates the tables or updates their schema. Returns the schema version before (0 if there was none) and
+/// after. Concurrent calls wait for each other.
 ///
 /// # Errors
 /// As for [`super::PostgresStore::open`].
@@ -355,7 +352,7 @@ pub async fn migrate(url: &PostgresUrl) -> Result<(i64, i64), OpenError> {
     Ok((before, latest_known()))
 }
 
-/// Looks whether a gateway could store into the database, and changes nothing.
+/// Checks whether a gateway could store into the database, without changing anything.
 ///
 /// # Errors
 /// As for [`super::PostgresStore::open`].
@@ -371,7 +368,7 @@ pub async fn check(url: &PostgresUrl, allows_data_loss: bool) -> Result<(), Open
         if may_create != Some(true) {
             return Err(OpenError::Rights {
                 url: url.clone(),
-                reason: "it may not create tables".to_owned(),
+                reason: "it cannot create tables".to_owned(),
             });
         }
     }
@@ -379,11 +376,11 @@ pub async fn check(url: &PostgresUrl, allows_data_loss: bool) -> Result<(), Open
     Ok(())
 }
 
-/// Brings the schema up to date; gives back its version before.
+/// Updates the schema; returns its previous version.
 pub(super) async fn bring_up_to_date(conn: &mut Link, url: &PostgresUrl) -> Result<i64, OpenError> {
     let before = refuse_foreign(conn, url).await?;
     if before < latest_known() {
-        // A change of the schema may take long; the next connection has the usual limits.
+        // A schema change may take long; the next connection has the usual limits.
         let sql = |error| open_error(url, error);
         run(conn, "SET statement_timeout = 0").await.map_err(sql)?;
         if conn.release() >= Some(TRANSACTION_TIMEOUT_SINCE) {
@@ -393,7 +390,7 @@ pub(super) async fn bring_up_to_date(conn: &mut Link, url: &PostgresUrl) -> Resu
         }
         conn.set_patience(Patience::WhileWorking);
         let (inner, watch) = conn.parts();
-        // `run` is the same behind a trait that keeps a task from awaiting it.
+        // `run` does the same behind a trait whose future cannot be awaited in a task.
         let migrating = async { Ok(MIGRATIONS.run_direct(None, inner, false).await) };
         let migrated = watch.answer(migrating).await.map_err(sql)?;
         migrated.map_err(|error| migration_error(url, error))?;
@@ -409,31 +406,31 @@ pub(super) async fn bring_up_to_date(conn: &mut Link, url: &PostgresUrl) -> Resu
 /// Opens a connection whose transactions cannot write.
 ///
 /// # Errors
-/// The server does not let us in, or what is there is no store of this program's present schema.
+/// The server rejects the connection, or the database is not a store with the current schema.
 pub async fn open_reader(url: &PostgresUrl) -> Result<Link, OpenError> {
     open_present(url, Role::Reader).await
 }
 
-/// Opens a connection as [`open_reader`], for a gateway that looks again and again.
+/// Opens a connection like [`open_reader`], for a gateway that polls.
 ///
 /// # Errors
-/// As [`open_reader`].
+/// As for [`open_reader`].
 pub async fn open_watcher(url: &PostgresUrl) -> Result<Link, OpenError> {
     open_present(url, Role::Watcher).await
 }
 
-/// Opens a connection that writes beside running gateways. It must not add frames nor move streams: for
-/// that it would have to be the one that may (see `feed`).
+/// Opens a connection that writes while gateways run. It must not add frames or move streams: only the
+/// registered writer may (see `feed`).
 ///
 /// # Errors
-/// As [`open_reader`].
+/// As for [`open_reader`].
 pub async fn open_editor(url: &PostgresUrl) -> Result<Link, OpenError> {
     let mut conn = open_present(url, Role::Writer { keeps: true }).await?;
     refuse_unfit(&mut conn, url).await?;
     Ok(conn)
 }
 
-/// Connects to what is there already, and of the present schema.
+/// Connects to an existing store with the current schema.
 async fn open_present(url: &PostgresUrl, role: Role) -> Result<Link, OpenError> {
     let mut conn = session(url, role).await?;
     match refuse_foreign(&mut conn, url).await? {
@@ -443,7 +440,7 @@ async fn open_present(url: &PostgresUrl, role: Role) -> Result<Link, OpenError> 
     }
 }
 
-/// Connects, and gives the session its own settings.
+/// Connects and applies the session settings.
 async fn session(url: &PostgresUrl, role: Role) -> Result<Link, OpenError> {
     let connected = Link::connect(url).await;
     let mut conn = connected.map_err(|error| open_error(url, error))?;
@@ -466,7 +463,7 @@ async fn session(url: &PostgresUrl, role: Role) -> Result<Link, OpenError> {
     Ok(conn)
 }
 
-/// Gives a session its settings, and makes sure that the next statement has them.
+/// Applies the session settings, and verifies that they persist for the next statement.
 async fn set(conn: &mut Link, url: &PostgresUrl, role: Role) -> Result<(), OpenError> {
     let refused = |error: sqlx::Error| match open_error(url, error) {
         OpenError::Other { url, reason } | OpenError::Rights { url, reason } => {
@@ -491,7 +488,7 @@ async fn set(conn: &mut Link, url: &PostgresUrl, role: Role) -> Result<(), OpenE
     .await
     .map_err(refused)?;
     if set_on != Some(pid) || lock_timeout != LOCK_TIMEOUT {
-        let reason = "its settings are gone at the next statement".to_owned();
+        let reason = "its settings do not persist between statements".to_owned();
         return Err(OpenError::Settings {
             url: url.clone(),
             reason,
@@ -534,7 +531,7 @@ async fn unsafe_settings(conn: &mut Link) -> Result<Vec<String>, sqlx::Error> {
     .await
 }
 
-/// Gives back the version of the schema, 0 where there is none.
+/// Returns the schema version, 0 if there is no schema; fails if the tables belong to another program.
 async fn refuse_foreign(conn: &mut Link, url: &PostgresUrl) -> Result<i64, OpenError> {
     let has_migrations: Result<bool, sqlx::Error> =
         sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
@@ -580,26 +577,10 @@ fn latest_known() -> i64 {
     versions.max().unwrap_or(0)
 }
 
-/// The server's words without the library's.
-pub(super) fn reason(error: &sqlx::Error) -> String {
-    match error {
-        sqlx::Error::Database(error) => error.message().to_owned(),
-        sqlx::Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            "the server closed the connection".to_owned()
-        }
-        sqlx::Error::Io(error) => error.to_string(),
-        // The driver reads a 0 where nothing comes.
-        sqlx::Error::Protocol(text) if text.contains("SSLRequest: 0x00") => {
-            "the server closed the connection".to_owned()
-        }
-        error => error.to_string(),
-    }
-}
-
 pub(super) fn open_error(url: &PostgresUrl, error: sqlx::Error) -> OpenError {
     let (url, reason) = (url.clone(), reason(&error));
     match &error {
-        // A proxy in front of a server that is not up accepts, and closes without a word of Postgres'.
+        // A proxy accepts and closes the connection without a Postgres message if its server is down.
         sqlx::Error::Io(_) | sqlx::Error::Protocol(_) => OpenError::Unreachable { url, reason },
         sqlx::Error::Tls(_) => OpenError::Tls { url, reason },
         _ => match code(&error).as_deref() {

@@ -1,21 +1,23 @@
-//! A partition of `readings` for each UTC month, and for each year long ago, made before it is needed.
+//! Creates a partition of `readings` for each UTC month, and for each year of the distant past, before it is
+//! needed.
 //!
-//! A query locks every partition, with its indexes, that its plan cannot leave out; one that names no time, or
-//! a time from `now()`, locks all. So there are few: a table for each month of this year and the last, one for
-//! each year before, and twelve more each year. Daily ones would fill the server's table of locks within years.
+//! A query locks every partition, with its indexes, that its plan cannot exclude. A query without a time, or
+//! with a time computed from `now()`, locks all of them. So there are few: one for each month of this year and
+//! the last, and one for each year before; twelve are added each year. Daily partitions would fill the server's
+//! lock table within years.
 //!
-//! Partitions are made for days from [`FIRST_DAY`] to [`AHEAD_DAYS`] from now. Readings of other times go to
-//! the default partition. When the present comes near a day of which the default partition holds readings
-//! already, they move with it. Where a part of a month has a partition already, as an operator may have made,
-//! a day of the rest gets its own.
+//! Partitions are created for days from [`FIRST_DAY`] to [`AHEAD_DAYS`] after today. Other readings go to the
+//! default partition. When the default partition already holds readings of a day that now gets a partition,
+//! they move with it. If part of a month already has a partition, for example one that an operator created,
+//! each remaining day gets its own.
 //!
-//! To make a partition, the default partition is locked, what it has of that time moves, and all of it is
-//! looked through: the more it holds, the longer whoever stores into it has to wait.
+//! Creating a partition locks the default partition, moves the period's readings out of it and scans the rest.
+//! The more the default partition holds, the longer its writers wait.
 //!
-//! Invariant: nothing here keeps readings from being stored for longer than some seconds. The server
-//! itself ends what takes longer, for it goes on with what is given up here. A partition that cannot be
-//! made now is tried again later, and later still the more often it was in vain; until then its readings
-//! go to the default partition.
+//! Invariant: creating partitions never delays a commit for longer than some seconds. The server itself aborts
+//! work that takes longer, because it would continue after the gateway abandons it. A partition that cannot be
+//! created is retried later, with a delay that grows after each failure; until then its readings go to the
+//! default partition.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex as SyncMutex, MutexGuard, PoisonError};
@@ -25,8 +27,9 @@ use jiff::civil::Date;
 use jiff::{Timestamp as UtcTime, ToSpan, tz::TimeZone};
 use tokio::sync::Mutex;
 
+use super::errors::reason;
 use super::link::{Link, Patience};
-use super::open::{OpenError, open_error, reason};
+use super::open::{OpenError, open_error};
 use super::run;
 use super::timestamp::Timestamp;
 
@@ -34,69 +37,69 @@ use crate::store::url::PostgresUrl;
 use crate::store::{Content, Entry};
 use crate::time::utc_now;
 
-/// Days since 1970 at 2000-01-01: older readings get no partition.
+/// Days from 1970 to 2000-01-01; earlier readings get no partition.
 const FIRST_DAY: i64 = 10_957;
-/// Days that can have a partition end with November of the year 9999. Those of a wrong clock beyond go to the
-/// default partition.
+/// Days that can have a partition. They end with November of the year 9999; later readings, from a wrong clock,
+/// go to the default partition.
 const DAYS: std::ops::Range<i64> = FIRST_DAY..2_932_866;
-/// How many days after today have a partition.
+/// Number of days after today that get a partition.
 const AHEAD_DAYS: i64 = 2;
 const DAY_US: i64 = 86_400_000_000;
-/// A partition and its two indexes.
+/// Locks for a partition and its two indexes.
 const LOCKS_OF_PARTITION: i64 = 3;
-/// Queries of all partitions that the server shall have locks for at the same time.
+/// Number of concurrent queries over all partitions that the server should have locks for.
 const QUERIES_AT_ONCE: i64 = 10;
-/// "FGpt": gateways on one database make partitions one at a time.
+/// Advisory lock "FGpt": gateways on one database create partitions one at a time.
 const MAKERS_LOCK: i64 = 1_179_086_964;
-/// A partition waits so long for queries that read the default partition, and no longer: what is
-/// stored meanwhile would have to wait as well. After a second (`deadlock_timeout`) Postgres makes a
-/// vacuum give way.
+/// Maximum wait, in milliseconds, for queries that read the default partition. It is short, because commits
+/// into that partition also wait. After one second (`deadlock_timeout`) Postgres cancels a vacuum that blocks
+/// the lock.
 const LOCK_TIMEOUT_MS: u64 = 2000;
-/// So long may readings take to move at the first try, and the look through the default partition. Twice
-/// as long the second time, and four times from the third one on: all of it stays below the time after
-/// which a server is given up that does not answer.
+/// Maximum time, in milliseconds, to move readings and scan the default partition on the first attempt. It
+/// doubles for the second attempt and doubles again from the third on. All of these are below the time after
+/// which an unresponsive server is abandoned.
 const WORK_TIMEOUT_MS: u64 = 3000;
-/// A server that does not answer is given up sooner than by a commit, which waits for this.
+/// Maximum wait for a response. It is shorter than that of a commit, which waits for this.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
-/// A commit makes no further partition when it has made some for so long.
+/// A commit creates no further partitions after spending this long on them.
 const ROUND_MAX: Duration = Duration::from_secs(3);
-/// From one look for partitions that an operator has detached to the next.
+/// Interval between two checks for partitions that an operator has detached.
 const LOOK_INTERVAL: Duration = Duration::from_secs(60);
-/// After a partition could not be made, and at least before any other is tried.
+/// Minimum delay after a partition could not be created, and before any other is tried.
 pub(super) const RETRY_MIN: Duration = Duration::from_secs(60);
-/// After a partition could not be made time and again.
+/// Maximum delay after repeated failures.
 const RETRY_MAX: Duration = Duration::from_secs(3600);
 
 /// The partitions; see the module.
 pub(super) struct Partitions {
     url: PostgresUrl,
-    /// `readings` is not partitioned by this scheme, so there is nothing to make.
+    /// Whether `readings` is not partitioned by this module, so that there is nothing to create.
     is_foreign: bool,
-    /// Days since 1970 that have a partition, as far as is known.
+    /// Days since 1970 that are known to have a partition.
     days: SyncMutex<BTreeSet<i64>>,
-    /// Makes one at a time.
+    /// Creates one partition at a time.
     maker: Mutex<Maker>,
 }
 
 struct Maker {
-    /// `None` after an error, until the next try.
+    /// `None` after an error, until the next attempt.
     conn: Option<Link>,
-    /// No day is tried before.
+    /// No partition is tried before this time.
     rests_until: Option<Instant>,
-    /// When the next look for detached partitions is due.
+    /// Time of the next check for detached partitions.
     look_at: Instant,
-    /// Days whose partition could not be made.
+    /// Days whose partition could not be created.
     retries: BTreeMap<i64, Retry>,
 }
 
 struct Retry {
     at: Instant,
-    /// How often it was in vain.
+    /// Number of failed attempts.
     tries: u32,
 }
 
 impl Partitions {
-    /// Makes those of the days to come.
+    /// Creates the partitions of the coming days.
     pub(super) async fn new(mut conn: Link, url: PostgresUrl) -> Result<Self, OpenError> {
         let is_foreign = sqlx::query_scalar(
             "SELECT NOT EXISTS (SELECT FROM pg_inherits
@@ -105,8 +108,8 @@ impl Partitions {
         .fetch_one(&mut conn)
         .await
         .map_err(|error| open_error(&url, error))?;
-        let room = LockRoom::read(&mut conn).await;
-        room.map_err(|error| open_error(&url, error))?.warn();
+        let locks = LockRoom::read(&mut conn).await;
+        locks.map_err(|error| open_error(&url, error))?.warn();
         let partitions = Self {
             url,
             is_foreign,
@@ -122,19 +125,19 @@ impl Partitions {
         Ok(partitions)
     }
 
-    /// Returns whether `readings` is partitioned by this scheme.
+    /// Returns whether `readings` is partitioned by this module.
     pub(super) fn are_own(&self) -> bool {
         !self.is_foreign
     }
 
-    /// Returns whether the partitions of the days to come are there.
+    /// Returns whether the partitions of the coming days exist.
     #[cfg(test)]
     pub(super) fn are_complete(&self) -> bool {
         let today = utc_now().as_microsecond().div_euclid(DAY_US);
         self.missing(&[], today).is_empty()
     }
 
-    /// Makes the partitions that the readings of these entries need, and those of the days to come.
+    /// Creates the partitions for the readings of these entries and for the coming days.
     pub(super) async fn make_for(&self, entries: &[Entry], now: Instant) {
         self.look_for_detached(now).await;
         let today = utc_now().as_microsecond().div_euclid(DAY_US);
@@ -145,11 +148,11 @@ impl Partitions {
         let mut maker = self.maker.lock().await;
         let began = Instant::now();
         for day in missing {
-            // Another writer may have been here in the meantime.
+            // Another writer may have created it in the meantime.
             if self.lock().contains(&day) || !maker.may_try(day, now) {
                 continue;
             }
-            // Before it is tried: it may be given up at any moment.
+            // Recorded before the attempt, which may be cancelled at any time.
             let tries = maker.put_off(day, now);
             match maker.make(&self.url, day, work_timeout_ms(tries)).await {
                 Ok(None) => {}
@@ -157,8 +160,7 @@ impl Partitions {
                     tracing::warn!(
                         partition,
                         look_s = wait_after(tries).as_secs(),
-                        "partition is detached, its readings go to the default partition; attach it \
-                         again, or rename it and a new one is made"
+                        "partition detached, using default partition; attach, rename or drop it"
                     );
                     maker.rests_until = None;
                     continue;
@@ -168,7 +170,7 @@ impl Partitions {
                         day = %date(day),
                         reason = reason(&error),
                         retry_s = wait_after(tries).as_secs(),
-                        "no partition could be made for a day; its readings go to the default one"
+                        "could not create partition, using default partition"
                     );
                     return;
                 }
@@ -181,9 +183,9 @@ impl Partitions {
         }
     }
 
-    /// Forgets days whose partition was detached or dropped since: they are tried again, and warned of.
+    /// Forgets days whose partition was detached or dropped, so that they are retried and logged.
     async fn look_for_detached(&self, now: Instant) {
-        // Whoever makes partitions at this moment looks as well.
+        // A task that is creating partitions checks them too.
         let Ok(mut maker) = self.maker.try_lock() else {
             return;
         };
@@ -198,12 +200,12 @@ impl Partitions {
                     .iter()
                     .any(|(from, to)| (*from..*to).contains(&day_us))
             }),
-            // The commit that comes next says it better.
-            Err(error) => tracing::debug!(%error, "partitions cannot be looked at"),
+            // The next commit reports the error better.
+            Err(error) => tracing::debug!(%error, "could not list partitions"),
         }
     }
 
-    /// Days that should have a partition and are not known to.
+    /// Returns days that need a partition and may not have one.
     fn missing(&self, entries: &[Entry], today: i64) -> BTreeSet<i64> {
         let window = FIRST_DAY..=today + AHEAD_DAYS;
         let mut missing = BTreeSet::new();
@@ -215,7 +217,7 @@ impl Partitions {
             let Content::Readings(readings) = &entry.content else {
                 continue;
             };
-            // Times grow within a frame: few frames touch more than one day.
+            // Times increase within a frame, so few frames span several days.
             let day_of = |time_us: Option<&i64>| time_us.map_or(today, |us| us.div_euclid(DAY_US));
             let span = day_of(readings.times_us.first())..=day_of(readings.times_us.last());
             if known.contains(span.start()) && span.start() == span.end() {
@@ -234,7 +236,7 @@ impl Partitions {
     }
 }
 
-/// How many locks the server has room for, and how many partitions there are to lock.
+/// Number of locks that the server has capacity for, and of partitions to lock.
 #[derive(Debug)]
 struct LockRoom {
     partitions: i64,
@@ -259,7 +261,7 @@ impl LockRoom {
         })
     }
 
-    /// Returns the least `max_locks_per_transaction` with room for [`QUERIES_AT_ONCE`], if there is less.
+    /// Returns the `max_locks_per_transaction` needed for [`QUERIES_AT_ONCE`], if the setting is lower.
     fn lacks(&self) -> Option<i64> {
         let needed = self.partitions * LOCKS_OF_PARTITION * QUERIES_AT_ONCE;
         let wanted = needed.div_euclid(self.transactions.max(1)) + 1;
@@ -272,8 +274,8 @@ impl LockRoom {
                 partitions = self.partitions,
                 max_locks_per_transaction = self.per_transaction,
                 wanted,
-                "few locks for the partitions of readings; raise max_locks_per_transaction, or queries without \
-                 a time may fail with \"out of shared memory\""
+                "max_locks_per_transaction too low for the number of partitions; raise it to avoid \
+                 \"out of shared memory\" errors"
             );
         }
     }
@@ -286,8 +288,8 @@ impl Maker {
         not_before.is_none_or(|at| now >= at)
     }
 
-    /// Has the day wait, and for a while all others, so that they do not fail one after the other. Gives
-    /// back how often the day was tried before.
+    /// Postpones the day, and briefly all others, so that they do not fail one after the other. Returns the
+    /// number of earlier attempts for the day.
     fn put_off(&mut self, day: i64, now: Instant) -> u32 {
         let tries = self.retries.get(&day).map_or(0, |retry| retry.tries);
         let retry = Retry {
@@ -305,14 +307,14 @@ impl Maker {
         day: i64,
         work_timeout_ms: u64,
     ) -> Result<Option<String>, sqlx::Error> {
-        // Given up unless all goes well, and if this is cancelled.
+        // Dropped on any error and on cancellation.
         let mut conn = self.conn(url).await?;
         let detached = make(&mut conn, day, work_timeout_ms).await?;
         self.conn = Some(conn);
         Ok(detached)
     }
 
-    /// Returns from where to where the partitions reach that are attached.
+    /// Returns the time ranges of the attached partitions.
     async fn attached(&mut self, url: &PostgresUrl) -> Result<Vec<(i64, i64)>, sqlx::Error> {
         let mut conn = self.conn(url).await?;
         let attached = bounds(&mut conn).await?;
@@ -341,9 +343,9 @@ fn wait_after(tries: u32) -> Duration {
     (RETRY_MIN * (1 << tries.min(6))).min(RETRY_MAX)
 }
 
-/// Makes the partition of a day, unless there is one. Returns the name of a table that would be the partition and
-/// is not attached, as an operator may have left it. An error leaves nothing behind, but a transaction: the
-/// connection must be given up.
+/// Creates the partition of a day if it does not exist. Returns the name of a table that has the partition's
+/// name but is not attached, as an operator may have left it. After an error a transaction is still open, so
+/// the connection must be dropped.
 async fn make(
     conn: &mut Link,
     day: i64,
@@ -377,8 +379,7 @@ async fn make(
 
 async fn make_table(conn: &mut Link, Span { name, from, to }: &Span) -> Result<(), sqlx::Error> {
     let range = format!("ts >= '{from} 00:00+00' AND ts < '{to} 00:00+00'");
-    // Whoever stores into the default partition at this moment is awaited; then nobody can add to
-    // what has to move.
+    // Waits for current writers of the default partition; then no new rows can arrive among those that move.
     run(
         conn,
         format!(
@@ -393,7 +394,7 @@ async fn make_table(conn: &mut Link, Span { name, from, to }: &Span) -> Result<(
     .await
 }
 
-/// Returns from where to where the partitions reach that there are, in microseconds.
+/// Returns the time ranges of the existing partitions, in microseconds.
 async fn bounds(conn: &mut Link) -> Result<Vec<(i64, i64)>, sqlx::Error> {
     let bounds: Vec<(Timestamp, Timestamp)> = sqlx::query_as(
         "SELECT coalesce(nullif(translate(bound[1], '''', ''), 'MINVALUE'), '-infinity')::timestamptz,
@@ -408,7 +409,7 @@ async fn bounds(conn: &mut Link) -> Result<Vec<(i64, i64)>, sqlx::Error> {
     Ok(bounds.collect())
 }
 
-/// The time of a partition: whole days, the last one excluded.
+/// Time range of a partition: whole days, end exclusive.
 #[derive(Debug, PartialEq)]
 struct Span {
     name: String,
@@ -417,8 +418,8 @@ struct Span {
 }
 
 impl Span {
-    /// Returns what to make for a day; `None` if there is a partition of it. `bounds` are those of the partitions
-    /// that there are.
+    /// Returns the range to create for a day; `None` if a partition covers it. `bounds` are the ranges of the
+    /// existing partitions.
     fn to_make(day: i64, today: i64, bounds: &[(i64, i64)]) -> Option<Span> {
         let overlaps = |from_us: i64, to_us: i64| {
             let mut bounds = bounds.iter();
@@ -461,11 +462,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn partitions_are_few_whatever_the_age_of_a_store() {
+    fn partitions_stay_few_for_any_age_of_a_store() {
         let day_of = |year, month, day| us(Date::constant(year, month, day)).div_euclid(DAY_US);
         let mut bounds = Vec::new();
         let mut names = Vec::new();
-        // In ten years, readings of each week since 2000 every twenty days.
+        // For ten years, every twenty days, readings of each week since 2000.
         for today in (day_of(2026, 1, 15)..day_of(2036, 1, 15)).step_by(20) {
             let last = today + AHEAD_DAYS;
             for day in (FIRST_DAY..=last).step_by(7).chain([last]) {
@@ -476,7 +477,7 @@ mod tests {
                 }
             }
         }
-        // 25 years, and the months of eleven years and a bit.
+        // 25 years, and the months of about eleven years.
         assert!(names.len() <= 25 + 12 * 11 + 1, "{}", names.len());
         for name in ["readings_2003", "readings_202511", "readings_203601"] {
             assert!(names.iter().any(|made| made == name), "{names:?}");
@@ -487,17 +488,17 @@ mod tests {
 
     #[test]
     fn a_server_with_few_locks_is_noticed() {
-        let room = |partitions| LockRoom {
+        let locks = |partitions| LockRoom {
             partitions,
             per_transaction: 64,
             transactions: 100,
         };
-        assert_eq!(room(158).lacks(), None);
-        assert_eq!(room(1825).lacks(), Some(548));
+        assert_eq!(locks(158).lacks(), None);
+        assert_eq!(locks(1825).lacks(), Some(548));
     }
 
     #[test]
-    fn a_day_gets_its_own_partition_where_its_month_is_taken_in_part() {
+    fn a_day_gets_its_own_partition_if_part_of_its_month_has_one() {
         let day_of = |day| us(Date::constant(2026, 11, day)).div_euclid(DAY_US);
         let taken = [(day_of(5) * DAY_US, day_of(6) * DAY_US)];
         let made = Span::to_make(day_of(9), day_of(27), &taken).unwrap();

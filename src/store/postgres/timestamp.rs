@@ -1,4 +1,4 @@
-//! Microseconds UTC, as Postgres has them.
+//! Microseconds UTC, in Postgres's format.
 
 use sqlx::encode::IsNull;
 use sqlx::error::BoxDynError;
@@ -7,19 +7,20 @@ use sqlx::{Decode, Encode, Postgres, Type};
 
 /// Postgres counts from 2000-01-01T00:00:00Z.
 const EPOCH_US: i64 = 946_684_800_000_000;
-/// The first it takes, from its epoch: 4714-11-24 BC. The protocol's times stay after it; an earlier one
-/// becomes this one, for a server would refuse it each time it is tried. No 64 bits reach the last.
+/// Earliest Postgres time, from its epoch: 4714-11-24 BC. The protocol's times are later; an earlier one is
+/// clamped to it, because a server would reject it on every retry. 64 bits do not reach the latest Postgres
+/// time.
 const FIRST_US: i64 = -211_813_488_000_000_000;
 
 /// A `timestamptz`: microseconds since 1970-01-01T00:00:00Z.
 ///
-/// Its range is that of the protocol's times and more: years 1 to 9999 (SPEC R50), with the lifetime
-/// of a device on either side.
+/// Its range covers the protocol's times, years 1 to 9999 (SPEC R50), extended by the lifetime of a device on
+/// either side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timestamp(pub i64);
 
 impl Timestamp {
-    /// As it is sent.
+    /// Returns the wire format.
     pub(super) fn to_be_bytes(self) -> [u8; 8] {
         let since_epoch = self.0.saturating_sub(EPOCH_US);
         since_epoch.max(FIRST_US).to_be_bytes()
@@ -52,7 +53,7 @@ impl Decode<'_, Postgres> for Timestamp {
                 let since_epoch = i64::from_be_bytes(value.as_bytes()?.try_into()?);
                 Ok(Self(since_epoch.saturating_add(EPOCH_US)))
             }
-            PgValueFormat::Text => Err("a timestamp was asked for in binary form".into()),
+            PgValueFormat::Text => Err("unexpected binary timestamp format".into()),
         }
     }
 }
@@ -62,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_time_beyond_what_postgres_takes_becomes_its_nearest() {
+    fn a_time_outside_the_range_of_postgres_is_clamped() {
         let sent = |us| i64::from_be_bytes(Timestamp(us).to_be_bytes());
         assert_eq!(sent(i64::MIN), FIRST_US);
         assert_eq!(sent(i64::MIN + EPOCH_US), FIRST_US);

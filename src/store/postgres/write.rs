@@ -1,10 +1,9 @@
-//! The writer: one batch in one transaction, on one connection. `admit` has the statements of logins
-//! and declares.
+//! Commits one batch in one transaction on one connection. `admit` has the statements of logins and declares.
 //!
 //! Invariants
-//! - The watermarks are read under a lock on their streams' rows, in the transaction that moves them.
-//! - Everything that a batch does may be done again, after a COMMIT of which nothing is known: frames
-//!   by the ledger, logins, declares and clocks by their keys, the audit trail by looking first.
+//! - Watermarks are read under a lock on their streams' rows, in the transaction that moves them.
+//! - Every effect of a batch is idempotent, for a retry after a COMMIT with unknown outcome: frames through the
+//!   ledger, logins, declares and clocks through their keys, audit events through a lookup.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -12,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use super::admit::{Admissions, keep_clocks};
 use super::copy::copy;
+use super::errors::reason;
 use super::identity::{Identity, OwnedSeries, store_lost};
 use super::link::Link;
 use super::newest::Newest;
-use super::open::reason;
 use super::timestamp::Timestamp;
 use super::{PostgresSettings, run};
 use crate::store::bounds::DeviceBounds;
@@ -28,55 +27,56 @@ use crate::store::{
 };
 use crate::time::ClockStep;
 
-/// Ids in one block of the sequence `frame_id_blocks`.
+/// Number of ids in one block of the sequence `frame_id_blocks`.
 const FRAME_IDS_IN_BLOCK: i64 = 1024;
 
-/// From so many readings on, COPY is faster than INSERT. It takes two writes to the socket with nothing
-/// read between them, and sqlx leaves Nagle's algorithm on: the second waits for the server's delayed
-/// acknowledgement, some 40 ms.
+/// Minimum number of readings for which COPY is faster than INSERT. COPY takes two writes to the socket with no
+/// read between them, and sqlx leaves Nagle's algorithm on: the second write waits for the server's delayed
+/// acknowledgement, about 40 ms.
 const COPY_READINGS_MIN: usize = 10_000;
 
-/// A reload of the server's configuration is noticed within this time, and a commit.
+/// Interval between comparisons with the server's configuration; a reload is noticed by the first commit after
+/// it.
 const COMPARE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Why a batch was not committed.
+/// Reason why a batch was not committed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CommitError {
-    /// The server, or the way there.
+    /// Error of the server or the connection.
     #[error("{}", reason(.0))]
     Sql(#[from] sqlx::Error),
-    /// The server does not sync what it commits.
+    /// The server does not sync its commits.
     #[error(
-        "Postgres runs with {0}, and may lose what it commits: nothing is acknowledged until fsync and full_page_writes are on again"
+        "Postgres runs with {0} and may lose commits; not acknowledging until fsync and full_page_writes are on"
     )]
     Unsafe(String),
-    /// The database is not the one whose ids the batch has.
+    /// The ids in the batch come from another database.
     #[error("{0}")]
     Replaced(String),
 }
 
 impl From<UnknownStream> for CommitError {
     fn from(_: UnknownStream) -> Self {
-        Self::Replaced("a stream is not in the database any more".to_owned())
+        Self::Replaced("a stream is no longer in the database".to_owned())
     }
 }
 
-/// A connection that writes, and what it keeps between batches.
+/// A connection that writes, and its state between batches.
 pub(super) struct Writer {
     pub(super) conn: Link,
-    /// Ids taken from the sequence and not given to a frame.
+    /// Ids taken from the sequence but not assigned to a frame.
     frame_ids: std::ops::Range<i64>,
     hours: KnownHours,
     series: OwnedSeries,
     reuse: Reuse,
     bounds: DeviceBounds,
-    /// Whether a commit has to be safe from a crash of the server.
+    /// Whether a commit must survive a crash of the server.
     keeps: bool,
-    /// Whether the server counts what goes into `readings`: a table of another scheme may not.
+    /// Whether the server reports row counts for `readings`; a table of another scheme may not.
     counts_readings: bool,
-    /// When the session's `synchronous_commit` was last compared with the operator's.
+    /// Time of the latest comparison of the session's `synchronous_commit` with the operator's.
     compared_at: Instant,
-    /// Whose sessions it stores.
+    /// Gateway whose sessions it stores.
     gateway: String,
 }
 
@@ -96,7 +96,7 @@ impl Writer {
         }
     }
 
-    /// Commits the batch. After an error the connection must be given up.
+    /// Commits the batch. After an error the connection must be dropped.
     pub(super) async fn commit(
         &mut self,
         batch: &Batch,
@@ -105,18 +105,18 @@ impl Writer {
     ) -> Result<Committed, CommitError> {
         self.follow_operator().await?;
         identity.begin(&mut self.conn).await?;
-        // Rows of streams are locked before those of devices, in every transaction.
+        // Every transaction locks rows of streams before those of devices.
         let mut watermarks = self.lock_watermarks(&batch.entries, identity).await?;
         let mut admissions = Admissions::new(&mut self.conn, self.bounds);
         let declares = admissions.declare(&batch.declares, &batch.logins).await?;
         self.series.check(&mut self.conn, &batch.entries).await?;
-        let mut admitted = watermarks.admit(&batch.entries)?;
-        // By stream, as the ledger's index is. The sort is stable: a stream keeps its order.
-        admitted.sort_by_key(|item| item.entry.stream);
-        let ids = self.take_frame_ids(admitted.len()).await?;
+        let mut appended = watermarks.append(&batch.entries)?;
+        // Sort by stream, like the ledger's index. The sort is stable, so each stream keeps its order.
+        appended.sort_by_key(|item| item.entry.stream);
+        let ids = self.take_frame_ids(appended.len()).await?;
         let frames: Vec<Frame<'_>> = ids
             .into_iter()
-            .zip(admitted)
+            .zip(appended)
             .map(|(id, item)| Frame { id, item })
             .collect();
         self.store_ledger(&frames).await?;
@@ -141,10 +141,11 @@ impl Writer {
             .collect();
         self.store_events(&frames, &events).await?;
         self.store_refusals(&batch.refusals).await?;
-        // Rows that all devices share come last: who holds one of these waits for no row of a device any more.
+        // Rows shared by all devices come last: a transaction that locks one of them no longer waits for a
+        // device's row.
         let hours = self.hours.missing(&frames);
         insert_hours(&mut self.conn, &hours).await?;
-        // Now, so that these readings count also when nothing is heard of the COMMIT.
+        // Taken before the COMMIT, so that these readings also count if its outcome stays unknown.
         newest.take(&frames);
         let now = Instant::now();
         let is_flushed = newest.flush(&mut self.conn, batch.is_empty(), now).await?;
@@ -161,8 +162,8 @@ impl Writer {
         })
     }
 
-    /// Commits, unless the server would not sync it. A server reads its configuration between messages, so
-    /// the look and the COMMIT are one.
+    /// Commits, unless the server would not sync it. A server reads its configuration between messages, so the
+    /// check and the COMMIT are one message.
     async fn end_transaction(&mut self) -> Result<(), CommitError> {
         const LOOK: &str = "SELECT CASE
             WHEN current_setting('fsync')::boolean AND current_setting('full_page_writes')::boolean
@@ -173,7 +174,7 @@ impl Writer {
         }
         let ended = run(&mut self.conn, LOOK).await;
         match ended {
-            // What is no number stands in the message, in quotes.
+            // The error message quotes the text that is not a number.
             Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("22P02") => {
                 let found = error.message().split('"').nth(1);
                 Err(CommitError::Unsafe(found.unwrap_or_default().to_owned()))
@@ -182,7 +183,7 @@ impl Writer {
         }
     }
 
-    /// Raises the session's `synchronous_commit` where the operator's has come to be higher since.
+    /// Raises the session's `synchronous_commit` if the operator's has become higher.
     async fn follow_operator(&mut self) -> Result<(), sqlx::Error> {
         if !self.keeps || self.compared_at.elapsed() < COMPARE_INTERVAL {
             return Ok(());
@@ -197,7 +198,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Compares numbers that came again with the ledger.
+    /// Compares repeated sequence numbers with the ledger.
     async fn reused(
         &mut self,
         of_entries: &[Repeat],
@@ -261,7 +262,7 @@ impl Writer {
         Ok(Watermarks::new(durable))
     }
 
-    /// As many ids as there are frames. Those of a transaction that fails are never used.
+    /// Returns one id per frame. The ids of a failed transaction are never used.
     async fn take_frame_ids(&mut self, count: usize) -> Result<Vec<i64>, sqlx::Error> {
         let mut ids: Vec<i64> = self.frame_ids.by_ref().take(count).collect();
         let missing = (count - ids.len()) as i64;
@@ -331,7 +332,7 @@ impl Writer {
         .and_then(|done| is_whole("frames", frames.len(), done.rows_affected()))
     }
 
-    /// Without ON CONFLICT: the ledger has passed over what is stored.
+    /// Inserts readings, without ON CONFLICT: the ledger has already skipped stored frames.
     async fn store_readings(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
         let runs = sorted_runs(frames);
         let readings: usize = runs.iter().map(|run| run.times_us.len()).sum();
@@ -438,7 +439,7 @@ impl Writer {
         .and_then(|done| is_whole("streams", moved.len(), done.rows_affected()))
     }
 
-    /// Records when the gateway's clock was set.
+    /// Records the steps of the gateway's clock.
     async fn store_steps(&mut self, steps: &[ClockStep]) -> Result<(), sqlx::Error> {
         for step in steps {
             sqlx::query(
@@ -457,7 +458,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Returns refusals of devices that there are, for the audit trail, after logins that may have made some.
+    /// Returns audit events for refusals of existing devices. Call it after the logins, which may create
+    /// devices.
     async fn refusals(&mut self, refusals: &[Refusal]) -> Result<Vec<DeviceEvent>, sqlx::Error> {
         if refusals.is_empty() {
             return Ok(Vec::new());
@@ -474,13 +476,13 @@ impl Writer {
         Ok(refusals.filter_map(event).collect())
     }
 
-    /// Notes who was refused, and forgets the oldest. Times after the last refusal's come from a clock that was
+    /// Records refusals and deletes the oldest. Times later than the last refusal come from a clock that was
     /// ahead.
     async fn store_refusals(&mut self, refusals: &[Refusal]) -> Result<(), sqlx::Error> {
         let Some(last) = refusals.last() else {
             return Ok(());
         };
-        // In the order of their keys, as other gateways lock them; and a statement changes a row once.
+        // In key order, like the locks of other gateways; a statement changes a row only once.
         let mut by_key: BTreeMap<(String, &str, u8), Refusal> = BTreeMap::new();
         for refusal in refusals {
             let key = (refusal.peer.to_string(), &*refusal.device, refusal.code);
@@ -531,8 +533,8 @@ impl Writer {
         .map(drop)
     }
 
-    /// Writes the audit trail. What devices reported is new, as its frame is; what happened to sessions
-    /// may have been written by a COMMIT of which nothing was known.
+    /// Writes audit events. Reported events are as new as their frames; session events may have been written by a
+    /// COMMIT with unknown outcome.
     async fn store_events(
         &mut self,
         frames: &[Frame<'_>],
@@ -551,7 +553,7 @@ impl Writer {
              SELECT * FROM unnest($1::bigint[], $2::timestamptz[], $3::text[], $4::smallint[],
                  $5::integer[], $6::text[], $7::bigint[], $8::bigint[])
                  AS new (device_id, at, kind, level, code, detail, frame_id, session)
-             -- A device may have been removed since.
+             -- The device may have been removed since.
              WHERE EXISTS (SELECT FROM devices WHERE id = new.device_id)
              AND (new.frame_id IS NOT NULL OR NOT EXISTS (
                  SELECT FROM device_events AS old
@@ -578,7 +580,7 @@ impl Writer {
         .execute(&mut self.conn)
         .await
         .and_then(|done| {
-            // What devices reported was acknowledged with its frame; a device with a frame is not removed.
+            // Reported events were acknowledged with their frames, and a device with a frame is not removed.
             let reported = rows.iter().filter(|row| row.frame.is_some()).count();
             let stored = (reported as u64).min(done.rows_affected());
             is_whole("device_events", reported, stored)
@@ -586,7 +588,7 @@ impl Writer {
         self.store_sessions(events).await
     }
 
-    /// Opens and closes sessions. None begins again, so those that began go first.
+    /// Opens and closes sessions. No session begins twice, so beginnings are written first.
     async fn store_sessions(&mut self, events: &[&DeviceEvent]) -> Result<(), sqlx::Error> {
         let (begun, ended) = sessions(events);
         if !begun.is_empty() {
@@ -623,17 +625,17 @@ impl Writer {
     }
 }
 
-/// Makes sure that all rows were stored: a trigger or a rule of the operator's may leave rows out without an error.
+/// Verifies that all rows were stored: an operator's trigger or rule may drop rows without an error.
 fn is_whole(table: &str, rows: usize, stored: u64) -> Result<(), sqlx::Error> {
     if stored == rows as u64 {
         return Ok(());
     }
     Err(sqlx::Error::Io(io::Error::other(format!(
-        "{stored} of {rows} rows were stored in {table}: a trigger or a rule on it leaves rows out; drop that"
+        "only {stored} of {rows} rows were stored in {table}: a trigger or rule drops rows; remove it"
     ))))
 }
 
-/// Adds the hours that are not there yet.
+/// Inserts the hours that are missing.
 pub(in crate::store) async fn insert_hours(
     conn: &mut Link,
     hours: &[i64],
@@ -649,7 +651,7 @@ pub(in crate::store) async fn insert_hours(
         .map(drop)
 }
 
-/// Closes what the last run of a gateway left open.
+/// Closes the sessions that the gateway's last run left open.
 pub(super) async fn close_sessions(
     conn: &mut Link,
     gateway: &str,
@@ -670,7 +672,7 @@ pub(super) async fn close_sessions(
     .map(drop)
 }
 
-/// Puts readings in by one statement; returns how many the server stored.
+/// Inserts readings with one statement; returns how many rows the server stored.
 pub(in crate::store) async fn insert_readings(
     conn: &mut Link,
     runs: &[Run<'_>],

@@ -4,8 +4,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::store::device_admin::{ChangeReader, adopt};
 use crate::store::editor::Editor;
-use crate::store::lifecycle::{ChangeReader, adopt};
 use crate::store::reader::{OpenError, ReadError};
 use crate::store::steady::{SteadyError, SteadyReader};
 use crate::store::url::StoreUrl;
@@ -83,7 +83,7 @@ mod tests {
 
     use super::*;
     use crate::store::Store;
-    use crate::store::lifecycle::{Changes, DeviceEdit, DeviceState, StoredKey, find};
+    use crate::store::device_admin::{Changes, DeviceEdit, DeviceState, StoredKey, find};
     use crate::store::sqlite::{SqliteSettings, SqliteStore};
 
     /// A database and a spool. What is mirrored is written alike for all databases, so SQLite will do.

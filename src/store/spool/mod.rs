@@ -608,7 +608,7 @@ impl Connected {
                 stream = gap.stream.0,
                 from_seq = gap.first_seq,
                 to_seq = gap.seq,
-                "Postgres lacks frames that it had; recorded as a gap"
+                "database lost acknowledged frames, gap recorded"
             );
         }
         if !lost.is_empty() {

@@ -5,12 +5,12 @@ use tempfile::TempDir;
 
 use super::mirror::Mirror;
 use super::*;
-use crate::store::contract::{Dump, Harness, Peer, change, contract, peer, revision_of};
+use crate::store::conformance::{Dump, Harness, Peer, change, conformance, peer, revision_of};
 use crate::store::editor::Editor;
 use crate::store::postgres::tests::{Database, dump};
 use crate::store::url::StoreUrl;
 
-contract!(
+conformance!(
     #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
     Spooled
 );
@@ -348,8 +348,8 @@ async fn a_spool_that_was_put_back_goes_on_from_where_the_database_stands() {
         std::fs::copy(wal, directory.path().join("spool.db-wal")).unwrap();
     }
     let mut h = Spooled::open(directory, database).await;
-    let login = crate::store::contract::login("a", 1, 8);
-    let admission = crate::store::contract::admitted(&mut h.store, login).await;
+    let login = crate::store::conformance::login("a", 1, 8);
+    let admission = crate::store::conformance::admitted(&mut h.store, login).await;
     assert_eq!(admission.receipt.durable_seq(), 7);
     h.readings(&a, 8..9).await;
     assert_eq!(h.dump().await.frames.len(), 8);
@@ -403,8 +403,8 @@ async fn a_spool_knows_where_streams_stood_before_it() {
         store.close().await.unwrap();
     }
     let mut h = Spooled::open(tempfile::tempdir().unwrap(), database).await;
-    let login = crate::store::contract::login("a", 1, 4);
-    let admission = crate::store::contract::admitted(&mut h.store, login).await;
+    let login = crate::store::conformance::login("a", 1, 4);
+    let admission = crate::store::conformance::admitted(&mut h.store, login).await;
     assert_eq!(admission.receipt.durable_seq(), 3);
     let again = Peer {
         device: admission.device,
@@ -434,10 +434,10 @@ async fn a_database_is_fed_by_one_spool_or_by_gateways_without() {
     let mut h = Spooled::open(directory, database).await;
     let refused = PostgresStore::open(h.database.settings()).await;
     let refused = refused.err().unwrap().to_string();
-    assert!(refused.contains("is fed by the spool of"), "{refused}");
+    assert!(refused.contains("is used by the spool of"), "{refused}");
     let other = tempfile::tempdir().unwrap();
     let refused = open(&other, &h.database).await.err().unwrap().to_string();
-    assert!(refused.contains("is fed by the spool of"), "{refused}");
+    assert!(refused.contains("is used by the spool of"), "{refused}");
 
     // With something in it, it cannot be left.
     let (path, settings) = (

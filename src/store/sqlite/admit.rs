@@ -1,5 +1,5 @@
-//! Logins and declares, each step of them as a few statements for the whole batch: after a restart
-//! every device of the fleet comes back at once.
+//! Logins and declares. Each step is a few statements for the whole batch, because after a restart every device
+//! of the fleet reconnects at the same time.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -9,20 +9,21 @@ use sqlx::{Row, SqliteConnection};
 use super::bulk::{Bulk, Params};
 use super::rows::{CLOCK_COLUMNS, CLOCK_REPLACES, CLOCKS, bind_clock};
 use crate::store::admission::{
-    CLOCKS_MAX, Found, FoundDevice, KeptClocks, MEASURED_AHEAD_MAX_US, NamedSchemas, SeriesIndex,
-    SeriesKey, StoredSchema, StoredSchemas, StreamRow, declaration, series_keys,
+    CLOCKS_MAX, Found, FoundDevice, KeptClocks, MEASURED_AHEAD_MAX_US, NamedSchemas, StreamRow,
 };
-use crate::store::bounds::{
-    Counts, DeclareVerdict, DeviceBounds, StreamRoom, judge_declares, new_declares,
+use crate::store::bounds::{Counts, DeviceBounds, StreamRoom};
+use crate::store::schemas::{DeclareVerdict, judge_declares, new_declares};
+use crate::store::schemas::{
+    SeriesIndex, SeriesKey, StoredSchema, StoredSchemas, declaration, series_keys,
 };
 use crate::store::{Declare, DeclareOutcome, DeviceId, Login, LoginOutcome, StreamId};
 use crate::time::{BootClock, Origin};
 
-/// When a clock `l` was measured, by the gateway's clock as it was set since then.
+/// Time at which clock `l` was measured, corrected by the later steps of the gateway's clock.
 const CORRECTED: &str = "l.measured_at + coalesce((SELECT s.origin_us FROM clock_steps AS s
     WHERE s.timeline = l.timeline ORDER BY s.id DESC LIMIT 1) - l.origin_us, 0)";
 
-/// The statements.
+/// Prepared statements of logins and declares.
 pub(super) struct Admissions {
     find_devices: Bulk,
     upsert_devices: Bulk,
@@ -132,7 +133,7 @@ impl Admissions {
         }
     }
 
-    /// Says of each login whether its device may send, and from where on.
+    /// Returns for each login whether its device may send, and from which number on.
     pub(super) async fn login(
         &self,
         conn: &mut SqliteConnection,
@@ -170,7 +171,7 @@ impl Admissions {
         logins.iter().map(|login| found.outcome(login)).collect()
     }
 
-    /// Says of each declare whether it is kept, and where its channels' readings go.
+    /// Returns for each declare whether it is stored, and the series of its channels.
     pub(super) async fn declare(
         &self,
         conn: &mut SqliteConnection,
@@ -259,7 +260,7 @@ impl Admissions {
         rows.iter().map(device).collect()
     }
 
-    /// Those that there are.
+    /// Returns the devices that exist.
     pub(super) async fn find_devices(
         &self,
         conn: &mut SqliteConnection,
@@ -304,8 +305,9 @@ impl Admissions {
             .await?;
         let count = |row: &SqliteRow| Ok((DeviceId(row.try_get(0)?), row.try_get(1)?));
         let counts = counted.iter().map(count);
-        let mut room = StreamRoom::new(counts.collect::<Result<_, sqlx::Error>>()?, self.bounds);
-        new.retain(|(device, _)| room.take(*device));
+        let mut remaining =
+            StreamRoom::new(counts.collect::<Result<_, sqlx::Error>>()?, self.bounds);
+        new.retain(|(device, _)| remaining.take(*device));
         let bind_new = |params: &mut Params, (device, login): &(DeviceId, &Login)| {
             params
                 .bind(device.0)
@@ -322,7 +324,7 @@ impl Admissions {
         Ok(streams)
     }
 
-    /// Keeps the logins' clocks where they are better than what is kept, and reads the latest.
+    /// Stores the logins' clocks that are better than the stored ones, and reads the latest clocks.
     async fn offer_clocks(
         &self,
         conn: &mut SqliteConnection,

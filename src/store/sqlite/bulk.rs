@@ -1,40 +1,40 @@
-//! One statement over many rows, in a few fixed sizes, so that each is prepared once and then found
-//! in the statement cache whatever the number of rows.
+//! One statement over many rows, in a few fixed sizes, so that each size is prepared once and then found in the
+//! statement cache for any number of rows.
 //!
-//! Those that write many rows do so OR FAIL: any other way of failing makes SQLite keep a copy of each
-//! page that a statement changes, to undo half of it, and here a batch is undone as a whole.
+//! Statements that write many rows use OR FAIL. Any other conflict resolution makes SQLite copy each page that
+//! a statement changes, to undo half of it; here a batch is rolled back as a whole.
 //!
-//! Invariant: parameters are anonymous (`?`). Numbered ones would be looked up by name at each bind,
-//! in time quadratic in the number of rows.
+//! Invariant: parameters are anonymous (`?`). Numbered ones would be looked up by name at each bind, in time
+//! quadratic in the number of rows.
 
 use std::sync::Arc;
 
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{Arguments, AssertSqlSafe, Encode, Sqlite, SqliteConnection, Type};
 
-/// Numbers of rows besides one. Each statement is a journey to SQLite's thread and back, so few should be
-/// needed whatever the number of rows: as many as it has ones in binary. More than a thousand rows at once
-/// gain nothing.
+/// Numbers of rows, in addition to one. Each statement is a round trip to SQLite's thread, so powers of two
+/// keep their number low: as many as the number of rows has ones in binary. More than a thousand rows per
+/// statement gain nothing.
 const SIZES: &[usize] = &[1024, 512, 256, 128, 64, 32, 16, 8, 4, 2];
 
-/// Ends the error of rows that were not written.
-const LEFT_OUT: &str = ": a trigger leaves rows out; drop that";
+/// End of the error about rows that were not written.
+const LEFT_OUT: &str = ": a trigger drops rows; remove it";
 
-/// Whether it is the error of rows that were not written.
+/// Returns whether it is the error about rows that were not written.
 pub(super) fn is_left_out(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Protocol(reason) if reason.ends_with(LEFT_OUT))
 }
 
-/// A statement that has `VALUES (?, …), (?, …), …` in its middle.
+/// A statement with `VALUES (?, …), (?, …), …` in its middle.
 pub(super) struct Bulk {
     columns: usize,
-    /// Whether each row has to be written.
+    /// Whether every row must be written.
     is_whole: bool,
-    /// Rows and text, most rows first, one row last.
+    /// Number of rows and text, in descending order down to one row.
     sizes: Vec<(usize, Arc<str>)>,
 }
 
-/// The parameters of a statement in the making.
+/// Parameters of a statement under construction.
 pub(super) struct Params {
     arguments: SqliteArguments,
     failure: Option<sqlx::Error>,
@@ -60,7 +60,7 @@ impl Params {
 }
 
 impl Bulk {
-    /// `head` comes before the rows of so many `columns`, `tail` after them.
+    /// Creates a statement: `head` precedes the rows of `columns` columns, `tail` follows them.
     pub(super) fn new(head: &str, columns: usize, tail: &str) -> Self {
         let row = format!("({})", vec!["?"; columns].join(","));
         let sizes = SIZES.iter().chain(&[1]).map(|&rows| {
@@ -77,7 +77,8 @@ impl Bulk {
         }
     }
 
-    /// Has it fail when a row is not written: a trigger of the operator's may leave rows out without an error.
+    /// Makes the statement fail when a row is not written: an operator's trigger may drop rows without an
+    /// error.
     #[must_use]
     pub(super) fn whole(self) -> Self {
         Self {
@@ -89,7 +90,7 @@ impl Bulk {
     fn check(&self, rows: usize, written: u64) -> Result<(), sqlx::Error> {
         match self.is_whole && written != rows as u64 {
             true => Err(sqlx::Error::Protocol(format!(
-                "{written} of {rows} rows were stored{LEFT_OUT}"
+                "only {written} of {rows} rows were stored{LEFT_OUT}"
             ))),
             false => Ok(()),
         }
@@ -106,7 +107,7 @@ impl Bulk {
         let mut next = self.take(&mut rows, &bind)?;
         while let Some((size, sql, arguments)) = next.take() {
             let run = sqlx::query_with(AssertSqlSafe(sql), arguments).execute(&mut *conn);
-            // SQLite works in a thread of its own: bind the next rows meanwhile.
+            // SQLite works in its own thread, so bind the next rows meanwhile.
             let (done, bound) = tokio::join!(run, async { self.take(&mut rows, &bind) });
             self.check(size, done?.rows_affected())?;
             next = bound?;
@@ -114,7 +115,7 @@ impl Bulk {
         Ok(())
     }
 
-    /// Runs the statement over all rows and collects what it returns.
+    /// Runs the statement over all rows and collects the results.
     pub(super) async fn fetch<R: Send>(
         &self,
         conn: &mut SqliteConnection,
@@ -133,7 +134,7 @@ impl Bulk {
         Ok(returned)
     }
 
-    /// The next statement with its number of rows and its parameters; `None` when no row is left.
+    /// Returns the next statement with its number of rows and its parameters; `None` when no row is left.
     fn take<R>(
         &self,
         rows: &mut impl ExactSizeIterator<Item = R>,
@@ -161,7 +162,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn every_row_is_bound_once_whatever_the_count() {
+    async fn every_row_is_bound_once_for_any_count() {
         let mut conn = SqliteConnection::connect("sqlite::memory:").await.unwrap();
         let echo = Bulk::new("WITH t(a, b) AS (", 2, ") SELECT a, b FROM t");
         for count in [0, 1, 2, 3, 7, 8, 100, 1023, 1024, 1025, 3071] {

@@ -1,19 +1,18 @@
-//! Keeps the write-ahead log short without holding up commits.
+//! Keeps the write-ahead log short without blocking commits.
 //!
-//! A second connection, in a task of its own, moves the log's pages into the database while the
-//! writer goes on (PASSIVE). Under load it never quite catches up, and SQLite starts the log from the
-//! beginning again only when a write finds it moved whole. So, when the log passes the soft limit,
-//! the writer waits for that task between two commits and has the remainder moved: with nobody
-//! writing, it catches up.
+//! A second connection, in a separate task, moves the log's pages into the database while the writer continues
+//! (PASSIVE). Under load it never quite catches up, and SQLite restarts the log from the beginning only when a
+//! write finds all of it moved. So, when the log exceeds the soft limit, the writer waits for that task between
+//! two commits and has the rest moved: while nothing writes, the task catches up.
 //!
-//! A reader that stays open pins the log: nothing behind its snapshot moves. Trying again then waits
-//! until the log has grown by a quarter of the soft limit. Past the hard limit no commit is taken
-//! until the log can be reset, so that a forgotten reader costs a pause and not the disk.
+//! A reader that stays open pins the log: nothing after its snapshot moves. The next attempt then waits until
+//! the log has grown by a quarter of the soft limit. Above the hard limit, commits are rejected until the log
+//! can be reset, so that a forgotten reader causes a pause instead of a full disk.
 //!
 //! Invariants
-//! - The log is never longer than the hard limit and one batch.
-//! - After an error that is not transient, no checkpoint is tried again: pages whose sync failed
-//!   could pass for written, and the log that still has them be overwritten.
+//! - The log is never longer than the hard limit plus one batch.
+//! - After an error that is not transient, no checkpoint is tried again: pages whose sync failed might appear
+//!   written, and the log that still has them would be overwritten.
 
 use std::sync::{Arc, OnceLock};
 
@@ -25,53 +24,53 @@ use tokio::task::{JoinError, JoinSet};
 use super::classify;
 use crate::store::StoreError;
 
-/// Lengths of the log in bytes, each at most the next.
+/// Lengths of the log in bytes, in ascending order.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
-    /// Not yet moved: wake the task.
+    /// Unmoved part: wake the task.
     pub(super) wake_bytes: u64,
     /// Whole log: finish between two commits.
     pub(super) soft_bytes: u64,
-    /// Whole log: take no commit.
+    /// Whole log: reject commits.
     pub(super) hard_bytes: u64,
-    /// Bytes of a page.
+    /// Page size in bytes.
     pub(super) page_bytes: u64,
 }
 
-/// What is in the log, in bytes.
+/// Length of the log in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Log {
-    /// From its beginning.
+    /// Total length.
     len_bytes: u64,
-    /// Moved into the database.
+    /// Length of the part that is in the database.
     moved_bytes: u64,
 }
 
-/// The task and what the writer knows of the log.
+/// The task, and what the writer knows about the log.
 pub(super) struct Checkpoints {
     shared: Arc<Shared>,
     limits: Limits,
     log: Log,
-    /// Length at which finishing is tried next.
+    /// Length at which to finish the next time.
     finish_at_bytes: u64,
-    /// Ends the task when dropped.
+    /// Aborts the task when dropped.
     task: JoinSet<()>,
 }
 
 struct Shared {
-    /// Held for the time of a checkpoint.
+    /// Locked during a checkpoint.
     conn: Mutex<SqliteConnection>,
     wake: Notify,
-    /// Why no checkpoint may be tried any more.
+    /// Reason why checkpoints have stopped.
     failure: OnceLock<String>,
 }
 
-/// How hard to try.
+/// Extent of a checkpoint.
 #[derive(Clone, Copy, Debug)]
 enum Mode {
-    /// What can be moved without waiting for anybody.
+    /// Moves the pages that need no waiting.
     Passive,
-    /// Everything, waiting a moment for readers to leave.
+    /// Moves all pages, waiting briefly for readers to finish.
     Restart,
 }
 
@@ -94,8 +93,7 @@ impl Checkpoints {
         }
     }
 
-    /// Before a commit: shortens the log if it is long. This is not done after the commit, so that
-    /// its receipts do not wait for it.
+    /// Shortens a long log, before a commit. Doing this after the commit would delay its receipts.
     pub(super) async fn make_room(&mut self) -> Result<(), StoreError> {
         if let Some(reason) = self.shared.failure.get() {
             return Err(StoreError::Fatal(reason.clone()));
@@ -109,8 +107,8 @@ impl Checkpoints {
                 return Ok(());
             }
             return Err(StoreError::Transient(format!(
-                "a reader holds the write-ahead log, which has grown to {} MiB: end long-running \
-                 queries on the database, and storing goes on",
+                "a reader blocks the checkpoint of the write-ahead log ({} MiB); end long-running queries on \
+                 the database",
                 self.log.len_bytes >> 20
             )));
         }
@@ -125,19 +123,20 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Whether the log comes near the length at which no commit is taken, which it does only when readers hold it.
+    /// Returns whether the log approaches the length at which commits are rejected, which happens only when
+    /// readers pin it.
     pub(super) fn is_log_long(&self) -> bool {
         self.log.len_bytes >= self.limits.hard_bytes / 4 * 3
     }
 
-    /// Moves the whole log, and has it begin again, as soon as no reader is in the way.
+    /// Moves the whole log and restarts it, as soon as no reader pins it.
     pub(super) async fn finish(&mut self) -> Result<(), StoreError> {
         self.shared.checkpoint(Mode::Restart).await?;
         self.finish_at_bytes = self.limits.soft_bytes;
         Ok(())
     }
 
-    /// After a commit: sees how long the log has become, on the writer's connection.
+    /// Reads the length of the log after a commit, on the writer's connection.
     pub(super) async fn observe(
         &mut self,
         writer: &mut SqliteConnection,
@@ -153,7 +152,7 @@ impl Checkpoints {
             len_bytes: bytes(1)?,
             moved_bytes: bytes(2)?,
         };
-        // The log began again by itself after a reader had left.
+        // The log was restarted when a reader finished.
         if self.log.len_bytes < self.limits.soft_bytes {
             self.finish_at_bytes = self.limits.soft_bytes;
         }
@@ -165,7 +164,7 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Waits until the task has ended, which it does only by failing.
+    /// Waits for the task to fail; it never ends otherwise.
     pub(super) async fn failure(&mut self) -> StoreError {
         let ended = self.task.join_next().await;
         self.ended(ended)
@@ -175,12 +174,10 @@ impl Checkpoints {
         let panicked = ended.and_then(Result::err).map(|error| error.to_string());
         let reason = self.shared.failure.get().cloned().or(panicked);
         let reason = reason.unwrap_or_else(|| "it ended".to_owned());
-        StoreError::Fatal(format!(
-            "the task that shortens the write-ahead log: {reason}"
-        ))
+        StoreError::Fatal(format!("checkpoint task: {reason}"))
     }
 
-    /// Ends the task and gives back the reason if checkpoints have failed for good.
+    /// Stops the task; returns the reason if checkpoints failed permanently.
     pub(super) async fn stop(self) -> Option<String> {
         let Self {
             shared, mut task, ..
@@ -190,7 +187,7 @@ impl Checkpoints {
     }
 }
 
-/// The task: moves what there is whenever it is woken.
+/// Runs the task: moves the available pages whenever it is woken.
 async fn run(shared: Arc<Shared>) {
     loop {
         shared.wake.notified().await;
@@ -198,7 +195,7 @@ async fn run(shared: Arc<Shared>) {
             Ok(_) => {}
             // The next commit wakes this task again.
             Err(StoreError::Transient(reason)) => {
-                tracing::warn!(reason, "the write-ahead log could not be shortened");
+                tracing::warn!(reason, "could not checkpoint write-ahead log");
             }
             // The next commit reports it.
             Err(StoreError::Fatal(_) | StoreError::Replaced(_)) => return,
@@ -207,8 +204,8 @@ async fn run(shared: Arc<Shared>) {
 }
 
 impl Shared {
-    /// Moves pages; `true` if no page is left in the log that is not in the database, and, for
-    /// `Restart`, nobody reads from the log any more.
+    /// Moves pages. Returns `true` if every page of the log is in the database and, for `Restart`, no reader
+    /// uses the log any more.
     async fn checkpoint(&self, mode: Mode) -> Result<bool, StoreError> {
         let mut conn = self.conn.lock().await;
         let sql = match mode {
@@ -229,15 +226,14 @@ impl Shared {
     }
 }
 
-/// Reads what a checkpoint says of itself: whether it was kept from its work, the pages in the log,
-/// and the pages moved.
+/// Reads the result of a checkpoint: whether it was blocked, the pages in the log, and the pages moved.
 fn moved_all(row: &SqliteRow) -> Result<bool, sqlx::Error> {
     let busy: i64 = row.try_get(0)?;
     let (log, moved): (i64, i64) = (row.try_get(1)?, row.try_get(2)?);
     Ok(busy == 0 && moved >= log)
 }
 
-/// Sets what belongs to the log on a connection that writes.
+/// Sets the pragmas of the log on a connection that writes.
 pub(super) async fn configure(
     conn: &mut SqliteConnection,
     log_kept_bytes: u64,
@@ -245,7 +241,7 @@ pub(super) async fn configure(
     sqlx::query("PRAGMA wal_autocheckpoint = 0")
         .execute(&mut *conn)
         .await?;
-    // After a restart, a log that had grown long gives its space back.
+    // When it restarts, a log that had grown long returns its space.
     let sql = format!("PRAGMA journal_size_limit = {log_kept_bytes}");
     sqlx::query(AssertSqlSafe(sql)).execute(conn).await?;
     Ok(())

@@ -1,19 +1,19 @@
-//! Whether the files that a gateway holds open are still the ones that have their names: a file that was
-//! deleted, replaced or moved takes writes all the same, and they are gone when it is closed.
+//! Detects that the files a gateway holds open no longer have their names. A file that was deleted, replaced or
+//! moved still accepts writes, which are lost when it is closed.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// From one look to the next while nothing is committed.
+/// Interval between checks while nothing is committed.
 const LOOK_INTERVAL: std::time::Duration = std::time::Duration::from_millis(250);
 
-/// Files by their names, and which ones they were.
+/// File names and the files they referred to.
 #[derive(Debug)]
 pub struct HeldFiles {
     held: Vec<Held>,
-    /// The write-ahead log of a database.
+    /// Write-ahead log of a database.
     log: Option<PathBuf>,
 }
 
@@ -25,7 +25,7 @@ struct Held {
 }
 
 impl HeldFiles {
-    /// Remembers which files have these names now; such as are not there are left out.
+    /// Remembers the files that have these names now; missing ones are left out.
     pub fn new(paths: impl IntoIterator<Item = PathBuf>) -> HeldFiles {
         let held = |path: PathBuf| {
             let id = id(&path).ok()?;
@@ -37,8 +37,8 @@ impl HeldFiles {
         }
     }
 
-    /// Remembers a database in use, by the name that was given and without links, with its write-ahead log, the
-    /// log's index and its directory.
+    /// Remembers a database in use, under the given name and under its name without links, with its write-ahead
+    /// log, the log's index and its directory.
     pub fn of_database(path: &Path) -> HeldFiles {
         let given = path.to_owned();
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
@@ -53,7 +53,7 @@ impl HeldFiles {
         held
     }
 
-    /// Makes sure that all of them are where they were.
+    /// Checks that every name still refers to the same file.
     ///
     /// # Errors
     /// The reason in one line.
@@ -63,31 +63,37 @@ impl HeldFiles {
             let path = path.display();
             match found {
                 Ok(found) if found == *known => {}
-                Ok(_) => return Err(format!("{path} was replaced by another file {ADVICE}")),
-                Err(error) if is_gone(&error) => {
-                    return Err(format!("{path} was deleted or moved {ADVICE}"));
+                Ok(_) => {
+                    return Err(format!(
+                        "{path} was replaced {IN_USE}; restore the original file"
+                    ));
                 }
-                // Of this one nothing is known.
+                Err(error) if is_gone(&error) => {
+                    return Err(format!(
+                        "{path} was deleted or moved {IN_USE}; move it back"
+                    ));
+                }
+                // The state of this file is unknown.
                 Err(_) => {}
             }
         }
         match &self.log {
             Some(log) if is_emptied(log) => Err(format!(
-                "{} was emptied while the gateway was using it; leave it to SQLite",
+                "{} was emptied {IN_USE}; only SQLite may change it",
                 log.display()
             )),
             _ => Ok(()),
         }
     }
 
-    /// Warns once when one of them is not where it was; nothing but the next start needs them.
+    /// Logs a warning once if a file is no longer in place; only the next start needs these files.
     pub async fn watch_only<T>(&self) -> T {
         let reason = self.watch().await;
-        tracing::warn!(%reason, "a file is missing that the next start needs");
+        tracing::warn!(%reason, "database file missing or replaced; the next start needs it");
         std::future::pending().await
     }
 
-    /// Waits until one of them is not where it was; gives the reason.
+    /// Waits until a file is no longer in place; returns the reason.
     pub async fn watch(&self) -> String {
         loop {
             if let Err(reason) = self.check() {
@@ -98,8 +104,8 @@ impl HeldFiles {
     }
 }
 
-/// What was read last of a database's own first bytes. Only checkpoints write the file, and their counter in it
-/// does not go back: where it does, the file was written over, by `cp` or a shell, and keeps device and inode.
+/// Last known content of the database file's header. Only checkpoints write the file, and its change counter
+/// never decreases. If it does, the file was overwritten by `cp` or a shell, which keep device and inode.
 #[derive(Debug, Default)]
 pub(super) struct Header {
     changes: u32,
@@ -107,8 +113,8 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Makes sure that nothing but SQLite has written to the file at `path` since the last call. `file` is open as
-    /// long as SQLite has it open.
+    /// Checks that only SQLite has written to the file at `path` since the last call. `file` stays open as long
+    /// as SQLite has it open.
     ///
     /// # Errors
     /// The reason in one line.
@@ -120,12 +126,11 @@ impl Header {
             now.changes < self.changes
                 || now.changes == self.changes && now.len_bytes < self.len_bytes
         };
-        // Read twice: a page may be half written.
+        // Read twice, because a page may be half written.
         if went_back(&found) && Header::read(file).is_ok_and(|again| went_back(&again)) {
             let path = path.display();
             return Err(format!(
-                "{path} was written over while the gateway was using it; delete {path}-wal and {path}-shm, and \
-                 put a whole database there"
+                "{path} was overwritten {IN_USE}; delete {path}-wal and {path}-shm and restore a complete database"
             ));
         }
         *self = found;
@@ -149,19 +154,19 @@ impl Header {
     }
 }
 
-/// Whether a write-ahead log has content, and not the beginning that SQLite gives it.
+/// Returns whether a write-ahead log was overwritten: it has content that does not start with SQLite's header.
 fn is_emptied(log: &Path) -> bool {
     let mut magic = [0; 4];
     let read = File::open(log).and_then(|mut file| file.read_exact(&mut magic));
     read.is_ok() && !LOG_MAGIC.contains(&u32::from_be_bytes(magic))
 }
 
-/// A database's first bytes, as far as the count of changes.
+/// Length of the database header up to the change counter, in bytes.
 const HEADER_BYTES: usize = 28;
-/// A write-ahead log begins with one of these.
+/// A write-ahead log starts with one of these.
 const LOG_MAGIC: [u32; 2] = [0x377f_0682, 0x377f_0683];
-/// What follows where something is amiss.
-const ADVICE: &str = "while the gateway was using it; put it back";
+/// Common part of the messages.
+const IN_USE: &str = "while the gateway was using it";
 
 fn id(path: &Path) -> io::Result<(u64, u64)> {
     fs::metadata(path).map(|file| (file.dev(), file.ino()))
@@ -171,8 +176,8 @@ fn is_gone(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-/// Whether nothing can be writing to a database: its medium is read-only, or its directory is to this user and no
-/// gateway has it.
+/// Returns whether no process can be writing to a database: its medium is read-only, or its directory is
+/// read-only for this user and no gateway uses it.
 pub(super) fn is_read_only(path: &Path) -> bool {
     let Ok(path) = path.canonicalize() else {
         return false;
@@ -183,11 +188,11 @@ pub(super) fn is_read_only(path: &Path) -> bool {
         return true;
     }
     let is_writable = rustix::fs::access(directory, rustix::fs::Access::WRITE_OK).is_ok();
-    // A gateway that runs has both files beside it.
+    // Both files exist while a gateway runs.
     !is_writable && !beside(&path, "-shm").exists() && !beside(&path, "-wal").exists()
 }
 
-/// Whether a database has a write-ahead log with something in it.
+/// Returns whether a database has a write-ahead log that is not empty.
 pub(super) fn has_log(path: &Path) -> bool {
     let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     fs::metadata(beside(&path, "-wal")).is_ok_and(|log| log.len() > 0)
@@ -199,11 +204,11 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     path.into()
 }
 
-/// Locks a database's own file, whatever name it was opened by. SQLite's locks are of another kind, and do
-/// not meet this one; but they all go when any descriptor of the file is closed, so this one is to be opened
-/// before SQLite opens the file, and closed after SQLite has closed it.
+/// Locks the database file, under any name. SQLite's locks are of another kind and do not conflict with this
+/// one, but all of them are released when any descriptor of the file is closed. So open this file before SQLite
+/// does, and close it after SQLite has closed it.
 ///
-/// `None` where the file is on a server: there the two kinds of locks are one.
+/// Returns `None` on a network file system, where the two kinds of locks conflict.
 pub(super) fn lock(path: &Path) -> Result<Option<File>, TryLockError> {
     let file = File::open(path).map_err(TryLockError::Error)?;
     if is_remote(&file) {
@@ -211,13 +216,13 @@ pub(super) fn lock(path: &Path) -> Result<Option<File>, TryLockError> {
     }
     match file.try_lock() {
         Ok(()) => Ok(Some(file)),
-        // A file system without such locks.
+        // The file system does not support such locks.
         Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// Whether a file is on NFS or SMB.
+/// Returns whether a file is on NFS or SMB.
 #[cfg(target_os = "linux")]
 fn is_remote(file: &File) -> bool {
     const KINDS: [u64; 4] = [0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42];

@@ -1,10 +1,10 @@
-//! Whether the file still holds what this gateway has put into it. SQLite replaces the content of a file
-//! that is in use as one more transaction (`.restore`, the backup API), and ids that the gateway knows by
-//! heart then mean other rows.
+//! Detects that the file no longer holds what this gateway wrote. SQLite replaces the content of a file in use
+//! with an ordinary transaction (`.restore`, the backup API); ids that the gateway has cached then refer to
+//! other rows.
 //!
-//! A row counts transactions: each that gives out ids, and others now and then, for each page that is written
-//! wears flash storage. It is looked at when another connection has written to the file, which costs nothing
-//! to ask.
+//! A row counts transactions: each one that assigns ids, and others at intervals, because every page write
+//! wears flash storage. The count is compared when another connection has written to the file, a check that
+//! costs nothing.
 
 use std::time::{Duration, Instant};
 
@@ -12,28 +12,28 @@ use sqlx::SqliteConnection;
 
 use crate::store::ledger::UnknownStream;
 
-/// How often transactions count that give out no ids.
+/// Interval at which transactions that assign no ids are counted.
 const COUNT_INTERVAL: Duration = Duration::from_secs(10);
-const PUT_BACK: &str = "the database was put back to an earlier state, or is in use by another gateway, while \
-    this gateway was using it; start the gateway again";
+const PUT_BACK: &str = "the database was restored to an earlier state or used by another gateway while this one was \
+    running; start the gateway again";
 
-const GONE: &str = " any more";
+const GONE: &str = "; its device may have been removed";
 
-/// What the file is known to hold.
+/// Known content of the file.
 #[derive(Debug, Default)]
 pub(super) struct Identity {
-    /// Drawn for this connection; another gateway on the same file draws its own.
+    /// Generated for this connection; another gateway on the same file generates its own.
     owner: String,
     count: i64,
     counted_at: Option<Instant>,
     /// Changes when another connection has written.
     data_version: i64,
-    /// A stream that the latest transaction has moved, and how far: a file without it was put back, however
-    /// little time lies between.
+    /// A stream that the latest transaction moved, and its number. A file without it was restored, however
+    /// recent the backup.
     newest: Option<(i64, i64)>,
 }
 
-/// What becomes of the count if the transaction succeeds.
+/// New count if the transaction succeeds.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Counted {
     count: i64,
@@ -42,14 +42,14 @@ pub(super) struct Counted {
 }
 
 impl Identity {
-    /// Begins with what the file says, when nothing of it is known by heart, or after a transaction of which is
-    /// not known whether it succeeded.
+    /// Loads the count from the file, when nothing is cached or after a transaction with unknown outcome.
     pub(super) async fn settle(&mut self, conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
         if self.owner.is_empty() {
             let owner: String = sqlx::query_scalar("SELECT lower(hex(randomblob(16)))")
                 .fetch_one(&mut *conn)
                 .await?;
-            // To its end: RETURNING would give a row before it is known whether a full disk took it.
+            // Run to completion: RETURNING would return a row before the write to a possibly full disk has
+            // succeeded.
             sqlx::query("UPDATE store_identity SET owner = ?")
                 .bind(&owner)
                 .execute(&mut *conn)
@@ -57,7 +57,7 @@ impl Identity {
             self.owner = owner;
         }
         let found: i64 = self.find(conn).await?;
-        // The count moves by one at a time.
+        // The count increases by one at a time.
         if self.count != 0 && found != self.count && found != self.count + 1 {
             return Err(put_back());
         }
@@ -75,8 +75,8 @@ impl Identity {
         }
     }
 
-    /// Whether the file lacks the latest transaction. A stream that is missing was taken out with its device, or is
-    /// missed by the count of logins.
+    /// Returns whether the file lacks the latest transaction. A missing stream was removed with its device, or
+    /// the count of logins reveals the loss.
     async fn lacks_newest(&self, conn: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
         let Some((stream, seq)) = self.newest else {
             return Ok(false);
@@ -88,7 +88,8 @@ impl Identity {
         Ok(found.is_some_and(|found| found < seq))
     }
 
-    /// Begins a transaction: makes sure that the file holds all former ones, and counts it if that is due.
+    /// Checks, at the start of a transaction, that the file holds all earlier ones, and counts it if that is
+    /// due.
     pub(super) async fn check(
         &mut self,
         conn: &mut SqliteConnection,
@@ -119,7 +120,7 @@ impl Identity {
         Ok(counted)
     }
 
-    /// The transaction has succeeded; `moved` is a stream and its durable number by it, if it moved one.
+    /// Records that the transaction succeeded; `moved` is a stream and its new durable number, if it moved one.
     pub(super) fn advance(&mut self, counted: Counted, moved: Option<(i64, i64)>) {
         self.newest = moved.or(self.newest);
         self.count = counted.count;
@@ -132,17 +133,17 @@ fn put_back() -> sqlx::Error {
     sqlx::Error::Protocol(PUT_BACK.to_owned())
 }
 
-/// The error of a stream that is gone, as one of a device that was removed while its frames waited.
+/// Returns the error for a missing stream, for example of a device that was removed while its frames waited.
 pub(super) fn unknown_stream(unknown: &UnknownStream) -> sqlx::Error {
     sqlx::Error::Protocol(format!("{unknown}{GONE}"))
 }
 
-/// Whether it is the error of a stream that is gone.
+/// Returns whether it is the error for a missing stream.
 pub(super) fn is_unknown_stream(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Protocol(reason) if reason.ends_with(GONE))
 }
 
-/// Whether it is the error of a file that does not hold what was put into it.
+/// Returns whether it is the error for a file that lacks what was written to it.
 pub(super) fn is_put_back(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Protocol(reason) if reason == PUT_BACK)
 }

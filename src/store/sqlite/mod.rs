@@ -1,15 +1,15 @@
 //! The store in one SQLite file.
 //!
-//! One gateway writes, on one connection for all that it commits, in write-ahead-log mode, and every commit is synced
-//! before it returns. Commands and the pruner write next to it in short transactions (`turn`). `open` gets the
-//! connections, `write` turns a batch into a transaction (`rows`, `recent`, `admit`, `bulk` have its statements),
-//! `checkpoint` keeps the log short. Here they are put together, and errors become [`StoreError`]s.
+//! One gateway writes, on one connection, in write-ahead-log mode, and every commit is synced before it returns.
+//! Commands and the pruner also write, in short transactions (`turn`). `open` opens the connections, `write`
+//! commits a batch in a transaction (`rows`, `level0`, `admit`, `bulk` have its statements), `checkpoint` keeps the
+//! log short. This module combines them and converts errors to [`StoreError`]s.
 //!
 //! Invariants
-//! - A transient error leaves nothing behind, or whole parts of a batch that was cut (`cut`): the same batch may
-//!   be committed again.
-//! - After a fatal error nothing is written any more, not even the checkpoint that SQLite makes when
-//!   its last connection closes.
+//! - A transient error leaves nothing behind, or whole parts of a batch that was cut (`cut`): the same batch may be
+//!   committed again.
+//! - After a fatal error nothing is written any more, not even by the checkpoint that SQLite runs when its last
+//!   connection closes.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -36,9 +36,9 @@ mod bulk;
 mod checkpoint;
 pub mod files;
 mod identity;
+mod level0;
 mod open;
 pub mod readers;
-mod recent;
 mod reserve;
 mod rows;
 pub(super) mod spool;
@@ -47,7 +47,7 @@ mod tests;
 pub(super) mod turn;
 mod write;
 
-/// The latest time of receipt that is stored.
+/// Latest stored time of receipt.
 const LATEST_TIME: &str = "SELECT max(at) FROM (
     SELECT max(last_seen_at) AS at FROM devices
     UNION ALL SELECT max(measured_at) FROM clocks
@@ -63,47 +63,46 @@ const FULL: i32 = 13;
 const TOOBIG: i32 = 18;
 const CANTOPEN: i32 = 14;
 const NOTADB: i32 = 26;
-/// Extended code of what a trigger refused. This program has none that do.
+/// Extended code of a write that a trigger rejected. This program has no such triggers.
 const CONSTRAINT_TRIGGER: i32 = 19 | (7 << 8);
-/// Extended code of an I/O error: the log's index, which is rebuilt at every start, could not grow.
-/// It is how a full disk shows there.
+/// Extended code of an I/O error: the log's index, which is rebuilt at every start, could not grow. A full disk
+/// causes it.
 const IOERR_SHMSIZE: i32 = 10 | (19 << 8);
-/// A write that the system refused, as it does beyond a quota or a limit on the size of files; SQLite tells a
-/// full disk from it, and nothing else. What was to be written counts only once it is synced, and a sync that
-/// fails has a code of its own.
+/// A write that the system rejected, for example because of a quota or a limit on file sizes; a full disk has
+/// another code. The data counts only once it is synced, and a failed sync has its own code.
 const IOERR_WRITE: i32 = 10 | (3 << 8);
 
-/// After how many readings statistics are looked after for the first time; then each time after
-/// twice as many, up to the second figure.
+/// Number of readings after which statistics are renewed for the first time. Each interval is twice the
+/// previous one, up to the second figure.
 const OPTIMIZE_AFTER_READINGS: (u64, u64) = (100_000, 50_000_000);
 
-/// After how long without anything to commit the store is tidied. A store to which something comes each half
-/// minute is not tidied each time: that would write its pages again.
+/// Idle time after which the store is tidied. A store that receives data every half minute is not tidied each
+/// time, as that would rewrite its pages.
 const TIDY_AFTER: Duration = Duration::from_secs(60);
 
-/// How the store uses memory and disk.
+/// Memory and disk settings of the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SqliteSettings {
-    /// Memory for pages on the writer's connection.
+    /// Page cache of the writer's connection, in bytes.
     pub cache_bytes: u64,
-    /// Bytes of a page, a power of two from 512 to 65536; counts only when the file is created.
+    /// Page size in bytes, a power of two from 512 to 65536; used only when the file is created.
     pub page_bytes: u32,
-    /// Pages are moved from the write-ahead log into the database, beside commits, when so much of
-    /// it has not been moved.
+    /// Length of the unmoved part of the write-ahead log, in bytes, at which a checkpoint starts concurrently
+    /// with commits.
     pub wal_checkpoint_bytes: u64,
-    /// When the write-ahead log is longer than this, the rest of it is moved between two commits.
+    /// Length of the write-ahead log, in bytes, above which the rest is checkpointed between two commits.
     pub wal_soft_bytes: u64,
-    /// When a reader keeps the write-ahead log from being reset and it is longer than this, commits
-    /// are refused as transient until the reader is gone.
+    /// Length of the write-ahead log, in bytes, above which commits fail with a transient error while a reader
+    /// prevents its reset.
     pub wal_hard_bytes: u64,
-    /// What each device may have.
+    /// Limits for each device.
     pub bounds: DeviceBounds,
 }
 
-/// Measured with frames of 1 and of 60 readings, in batches of 20,000 and 200,000: pages of 8 KiB take
-/// no more time than others in any of them. The log is moved a little at a time: commits wait while the
-/// database is synced, and at 1,000 frames a second the p99 of ACKs was 37 ms with 4 MiB at a time and
-/// 42 to 49 ms with 64 MiB, for the same throughput.
+/// Measured with frames of 1 and of 60 readings, in batches of 20,000 and 200,000: pages of 8 KiB were never
+/// slower than other sizes. The log is checkpointed in small steps, because commits wait while the database is
+/// synced. At 1,000 frames per second the p99 of ACKs was 37 ms with steps of 4 MiB and 42 to 49 ms with 64
+/// MiB, at the same throughput.
 impl Default for SqliteSettings {
     fn default() -> Self {
         Self {
@@ -126,28 +125,28 @@ pub struct SqliteStore {
     turns: Turns,
     readers: Readers,
     cut: Cut,
-    /// The latest commit was one of an empty batch.
+    /// Whether the latest commit was one of an empty batch.
     is_tidying: bool,
-    /// Of a spool.
+    /// Disk reserve; only a spool has one.
     reserve: Option<Reserve>,
     path: PathBuf,
     held: HeldFiles,
     header: Header,
-    /// Held while the store is open; closed after the connections.
+    /// Held while the store is open; dropped after the connections.
     locks: Locks,
 }
 
-/// When to look after the statistics that the query planner goes by.
+/// Schedule for renewing the query planner's statistics.
 struct Statistics {
     readings: u64,
     due_at_readings: u64,
 }
 
 impl SqliteStore {
-    /// Opens the database at `path`, creating it if there is none, and brings its schema up to date.
+    /// Opens the database at `path`, creating it if it does not exist, and updates its schema.
     ///
     /// # Errors
-    /// [`OpenError`] says in one line what is wrong and what to do.
+    /// [`OpenError`] states in one line what is wrong and what to do.
     pub async fn open(
         path: impl AsRef<Path>,
         settings: &SqliteSettings,
@@ -164,7 +163,7 @@ impl SqliteStore {
             || settings.wal_soft_bytes > settings.wal_hard_bytes
         {
             return Err(OpenError::Settings(
-                "the limits of the write-ahead log must not shrink from checkpoint to soft to hard",
+                "write-ahead log limits must satisfy checkpoint <= soft <= hard",
             ));
         }
         let (path, locks) = open::claim(path)?;
@@ -178,7 +177,7 @@ impl SqliteStore {
         let stored_us = sqlx::query_scalar(LATEST_TIME).fetch_one(&mut conn).await;
         warn_at_start(now_us, stored_us.map_err(sqlite)?);
         match rows::close_sessions(&mut conn, now_us).await {
-            // Nor is a full disk a reason not to start.
+            // A full disk does not prevent the start either.
             Err(error) if !is_transient(&error) => return Err(sqlite(error)),
             Ok(()) | Err(_) => {}
         }
@@ -201,11 +200,11 @@ impl SqliteStore {
                 page_bytes: u64::from(page_bytes),
             },
         );
-        // A crash may have left a long log behind.
+        // A crash may have left a long log.
         checkpoints.observe(&mut conn).await.map_err(sqlite)?;
         let mut writer = Writer::new(conn, purpose, settings.bounds);
         match writer.settle().await {
-            // A full disk is no reason not to start: the first commit tries again, and tells.
+            // A full disk does not prevent the start: the first commit tries again and reports it.
             Err(error) if !is_transient(&error) => return Err(sqlite(error)),
             Ok(()) | Err(_) => {}
         }
@@ -228,11 +227,11 @@ impl SqliteStore {
         })
     }
 
-    /// Commits what goes into one transaction; an error comes with whether a smaller one may pass.
+    /// Commits the content of one transaction; an error states whether a smaller one may pass.
     async fn try_commit(&mut self, batch: &Batch) -> Result<Committed, (StoreError, bool)> {
         let no_matter = |error| (error, false);
         let Some(writer) = &mut self.writer else {
-            let failed = "the store has failed before".to_owned();
+            let failed = "the store failed earlier".to_owned();
             return Err((StoreError::Fatal(failed), false));
         };
         self.readers.ask_to_end(self.checkpoints.is_log_long());
@@ -245,7 +244,7 @@ impl SqliteStore {
         let committed = writer.commit(batch).await;
         let committed =
             committed.map_err(|error| (classify(&error, "commit"), depends_on_size(&error)))?;
-        // What was committed is durable only in a file that will be found again.
+        // A commit is durable only in a file that the next start will open.
         self.check_files()
             .map_err(|reason| (StoreError::Fatal(reason), false))?;
         self.statistics.count(batch);
@@ -257,7 +256,7 @@ impl SqliteStore {
         self.writer.as_ref().is_none_or(Writer::is_tidy)
     }
 
-    /// Makes sure that the files are where they were and hold what SQLite has written.
+    /// Checks that the files are in place and contain what SQLite has written.
     fn check_files(&mut self) -> Result<(), String> {
         self.held.check()?;
         match self.locks.file() {
@@ -286,21 +285,20 @@ impl SqliteStore {
         }
     }
 
-    /// After a commit. What was committed is durable whatever this finds: an error is no reason to
-    /// withhold receipts, and a real one comes back with the next batch.
+    /// Checks the log after a commit. The commit is durable whatever the result, so an error does not withhold
+    /// receipts; a lasting one recurs with the next batch.
     async fn observe_log(&mut self) {
         let Some(writer) = &mut self.writer else {
             return;
         };
         if let Err(error) = self.checkpoints.observe(&mut writer.conn).await {
-            tracing::warn!(%error, "the length of the write-ahead log is not known");
+            tracing::warn!(%error, "could not read write-ahead log size");
         }
         self.readers.ask_to_end(self.checkpoints.is_log_long());
     }
 
-    /// Gives the writer up without closing it: closing the last connection would try a checkpoint
-    /// once more, and after a failed sync that may seem to succeed and delete the log, which alone
-    /// still has what was acknowledged.
+    /// Drops the writer without closing it. Closing the last connection would run one more checkpoint; after a
+    /// failed sync, that might seem to succeed and delete the log, the only copy of acknowledged data.
     fn abandon(&mut self) {
         std::mem::forget(self.writer.take());
     }
@@ -330,12 +328,12 @@ impl Store for SqliteStore {
     }
 
     async fn close(mut self) -> Result<(), StoreError> {
-        // So that the file is as small and as quick to read as it can be.
+        // Keeps the file as small and as fast to read as possible.
         while !self.is_tidy() {
             self.commit(&Batch::default()).await?;
         }
         if let Err(reason) = self.check_files() {
-            // Closing deletes the log by its name, which may be another's by now.
+            // Closing deletes the log by its name, which may now belong to another log.
             self.abandon();
             return Err(StoreError::Fatal(reason));
         }
@@ -349,7 +347,7 @@ impl Store for SqliteStore {
         optimize(&mut writer.conn)
             .await
             .map_err(|error| classify(&error, "optimize"))?;
-        // A reader may hold on to the log; what is not moved now is moved at the next start.
+        // A reader may still pin the log; the next start moves the rest.
         let truncate = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&mut writer.conn);
         truncate
             .await
@@ -380,17 +378,17 @@ impl Statistics {
             .await
             .map_err(|error| classify(&error, "optimize"))
         {
-            // Statistics only serve speed.
+            // Statistics affect only speed.
             Ok(()) | Err(StoreError::Transient(_)) => Ok(()),
             Err(fatal) => Err(fatal),
         }
     }
 }
 
-/// Keeps gateways from the database at `path` until it is dropped; `None` if one uses it.
+/// Keeps gateways from using the database at `path` until the result is dropped; returns `None` if one uses it.
 ///
 /// # Errors
-/// It cannot be opened.
+/// The database cannot be opened.
 pub fn keep_alone(path: &Path) -> Result<Option<impl Sized + Send + use<>>, OpenError> {
     match open::claim(path) {
         Ok((_, locks)) => Ok(Some(locks)),
@@ -399,8 +397,8 @@ pub fn keep_alone(path: &Path) -> Result<Option<impl Sized + Send + use<>>, Open
     }
 }
 
-/// Has SQLite renew the statistics of tables that have none or have grown tenfold; 0x10000 means all
-/// tables, since this connection runs no queries that would need them.
+/// Renews the statistics of tables that have none or have grown tenfold. 0x10000 selects all tables, because
+/// this connection runs no queries that would need them.
 async fn optimize(conn: &mut sqlx::SqliteConnection) -> Result<(), sqlx::Error> {
     sqlx::query("PRAGMA optimize = 0x10002")
         .execute(conn)
@@ -408,13 +406,13 @@ async fn optimize(conn: &mut sqlx::SqliteConnection) -> Result<(), sqlx::Error> 
         .map(drop)
 }
 
-/// Puts readings where they stay, beside what a gateway has still to sort in.
+/// Inserts readings into the sorted table, without disturbing a gateway's level 0.
 pub(super) async fn insert_sorted(
     conn: &mut sqlx::SqliteConnection,
     runs: &[Run<'_>],
 ) -> Result<(), sqlx::Error> {
     rows::insert_runs(&rows::readings_into("readings_sorted"), conn, runs).await?;
-    recent::insert_hours(conn, &hours_of(runs)).await
+    level0::insert_hours(conn, &hours_of(runs)).await
 }
 
 fn primary_code(error: &sqlx::Error) -> Option<i32> {
@@ -435,13 +433,13 @@ fn classify(error: &sqlx::Error, doing: &str) -> StoreError {
     }
 }
 
-/// Whether a smaller transaction may pass where this one did not.
+/// Returns whether a smaller transaction may pass where this one failed.
 fn depends_on_size(error: &sqlx::Error) -> bool {
     matches!(primary_code(error), Some(NOMEM | TOOBIG))
 }
 
-/// Whether the store can be trusted after an error: a disk that is full or a lock that is held may
-/// pass, and so may a trigger of the operator's own that refuses rows; but after a failed read, write or sync nobody knows what is on the disk.
+/// Returns whether the store can be trusted after an error. A full disk or a held lock may pass, and so may an
+/// operator's trigger that rejects rows. After a failed read, write or sync the content of the disk is unknown.
 fn is_transient(error: &sqlx::Error) -> bool {
     matches!(primary_code(error), Some(BUSY | LOCKED | NOMEM | FULL))
         || bulk::is_left_out(error)

@@ -1,9 +1,9 @@
-//! Opens a database file, or says in one line why not and what to do.
+//! Opens a database file, or reports in one line why that failed and what to do.
 //!
 //! Invariants
 //! - A file that is not a store of this program is never written to.
 //! - One gateway at a time: it holds a lock on `<database>.lock` for as long as the store is open.
-//! - Nobody gets a connection that does not sync each commit.
+//! - Every connection that writes syncs each commit.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -17,130 +17,130 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqliteConnection};
 
 use super::{SqliteSettings, checkpoint, files};
 
-/// Every version of the tables and views of a store.
+/// All versions of the tables and views of a store.
 static STORE_MIGRATIONS: LazyLock<Migrator> =
     LazyLock::new(|| with_common(sqlx::migrate!("migrations/store")));
-/// And of a spool.
+/// All versions of the tables of a spool.
 static SPOOL_MIGRATIONS: LazyLock<Migrator> =
     LazyLock::new(|| with_common(sqlx::migrate!("migrations/spool")));
 
-/// What both have, and then what only one has.
+/// Prepends the common migrations to those of a store or a spool.
 fn with_common(own: Migrator) -> Migrator {
     let common = sqlx::migrate!("migrations/sqlite");
     Migrator::with_migrations(common.iter().chain(own.iter()).cloned().collect())
 }
 
-/// sqlx's own table of the migrations that were applied.
+/// sqlx's table of applied migrations.
 const MIGRATIONS_TABLE: &str = "_sqlx_migrations";
 /// "FGat", set by the first migration.
 const APPLICATION_ID: i64 = 1_179_083_124;
 /// "FGsp", set by the first migration of a spool.
 const SPOOL_APPLICATION_ID: i64 = 1_179_087_728;
-/// The first release without the race between a reset of the log and a commit.
+/// First release without the race between a reset of the log and a commit.
 const SQLITE_MIN: (u32, u32, u32) = (3, 51, 3);
-/// Every statement has a place in the cache of the writer's connection, in each of its sizes.
+/// Capacity of the writer's statement cache: every statement in each of its sizes.
 const STATEMENTS_MAX: usize = 256;
 
-/// A gateway that was killed may hold the lock while the system takes it apart.
+/// How long to wait for the lock, which the system may still hold for a killed gateway.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
-/// How long an editor waits for its turn to write: under load the gateway begins its next transaction
-/// at once, and whoever waits finds the moment between by chance.
+/// How long an editor waits for the write lock. Under load the gateway begins its next transaction immediately,
+/// so a waiting editor gets the lock between two transactions only by chance.
 const EDITOR_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Why a database could not be opened.
+/// Reason why a database could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// A reader found no file.
-    #[error("no database at {}: start `fieldgate serve` first, or give the right --data-dir or --store", .0.display())]
+    #[error("no database at {}; start `fieldgate serve` first, or set the right --data-dir or --store", .0.display())]
     Missing(PathBuf),
-    /// The directory of the file does not exist.
-    #[error("no directory {} to keep the database in: create it", .0.display())]
+    /// The file's directory does not exist.
+    #[error("directory {} for the database does not exist; create it", .0.display())]
     NoDirectory(PathBuf),
     /// The file or its directory cannot be opened or written.
-    #[error("cannot write {}: {source}: give this user access to it and its directory", path.display())]
+    #[error("could not write {}: {source}; give this user access to it and its directory", path.display())]
     Inaccessible {
-        /// What was to be opened.
+        /// File or directory.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
-    /// The file system keeps nobody out.
-    #[error("could not lock {}: {source}; this file system has no locks, so keep the data on another one, best a local disk", path.display())]
+    /// The file system does not support locks.
+    #[error("could not lock {}: {source}; this file system does not support locks; use another one, preferably a local disk", path.display())]
     NoLocks {
-        /// What was to be locked.
+        /// File to lock.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
-    /// It cannot be read where it is.
-    #[error("could not read {}: it is on a read-only medium, and its write-ahead log holds data that is not in it yet; copy it with {}-wal to where this user may write", .0.display(), .0.display())]
+    /// The medium is read-only and the write-ahead log is not checkpointed.
+    #[error("could not read {}: it is read-only and its write-ahead log is not checkpointed; copy it with {}-wal to a writable directory", .0.display(), .0.display())]
     LogOnReadOnly(PathBuf),
     /// Another process writes to it.
-    #[error("{} is in use by another gateway: stop that one, or give another --data-dir or --store", .0.display())]
+    #[error("{} is in use by another gateway; stop that gateway, or set another --data-dir or --store", .0.display())]
     InUse(PathBuf),
-    /// The file has other content.
-    #[error("{} is not an SQLite database: give another --data-dir or --store", .0.display())]
+    /// The file is not a database.
+    #[error("{} is not an SQLite database; set another --data-dir or --store", .0.display())]
     NotADatabase(PathBuf),
-    /// The file is a database of something else.
-    #[error("{} is the database of another program: give another --data-dir or --store", .0.display())]
+    /// The file is a database of another program.
+    #[error("{} is the database of another program; set another --data-dir or --store", .0.display())]
     Foreign(PathBuf),
     /// A later release of this program wrote it.
-    #[error("{} was written by a newer fieldgate (its schema is version {found}, this program knows {known}): use that release", path.display())]
+    #[error("{} was written by a newer Fieldgate (schema version {found}, supported {known}); use that release", path.display())]
     Newer {
-        /// The database.
+        /// Database file.
         path: PathBuf,
         /// Version of its schema.
         found: i64,
-        /// The latest version this program knows.
+        /// Latest version that this program supports.
         known: i64,
     },
-    /// A reader found a database that has still to be brought up to date.
-    #[error("{} has the schema of an older fieldgate: start `fieldgate serve` once to bring it up to date", .0.display())]
+    /// A reader found a database whose schema is outdated.
+    #[error("{} has the schema of an older Fieldgate; start `fieldgate serve` once to update it", .0.display())]
     Older(PathBuf),
-    /// A migration was changed after it was applied, or broke off.
-    #[error("the schema of {} cannot be brought up to date: {reason}", path.display())]
+    /// A migration was changed after it was applied, or was interrupted.
+    #[error("could not update the schema of {}: {reason}", path.display())]
     Migration {
-        /// The database.
+        /// Database file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Reason of the failure.
         reason: String,
     },
-    /// The SQLite that was linked may lose data.
-    #[error("SQLite {0} can lose committed data: build with SQLite 3.51.3 or later")]
+    /// The linked SQLite may lose data.
+    #[error("SQLite {0} can lose committed data; build with SQLite 3.51.3 or later")]
     SqliteTooOld(String),
-    /// A setting that durability or bounds rest on was not taken.
-    #[error("SQLite does not accept {pragma} = {wanted} for {} (it says {found}): is this file system fit for a database?", path.display())]
+    /// A setting that durability or limits depend on was rejected.
+    #[error("SQLite rejected {pragma} = {wanted} for {} (got {found}); does this file system support SQLite?", path.display())]
     Setting {
-        /// The database.
+        /// Database file.
         path: PathBuf,
         /// Name of the setting.
         pragma: &'static str,
-        /// Value that was asked for.
+        /// Requested value.
         wanted: String,
         /// Value read back.
         found: String,
     },
     /// The settings contradict each other.
-    #[error("the store's settings are wrong: {0}")]
+    #[error("invalid store settings: {0}")]
     Settings(&'static str),
-    /// Anything else SQLite says.
-    #[error("cannot open {}: {source}", path.display())]
+    /// Any other error of SQLite.
+    #[error("could not open {}: {source}", path.display())]
     Sqlite {
-        /// The database.
+        /// Database file.
         path: PathBuf,
-        /// What it says.
+        /// Error of SQLite.
         source: sqlx::Error,
     },
 }
 
-/// What a file holds.
+/// Purpose of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// What was received, for good.
+    /// Keeps received data permanently.
     Store,
-    /// What was received, until it is in another store.
+    /// Keeps received data until it is in another store.
     Spool,
 }
 
@@ -165,7 +165,7 @@ impl Purpose {
     }
 }
 
-/// What a connection that writes is set to.
+/// Settings of a connection that writes.
 pub(super) struct WriterSettings {
     pub(super) purpose: Purpose,
     pub(super) cache_bytes: u64,
@@ -184,23 +184,23 @@ impl WriterSettings {
     }
 }
 
-/// What keeps other gateways from a database.
+/// Locks that exclude other gateways from a database.
 #[derive(Debug)]
 pub(super) struct Locks {
-    /// On `<database>.lock`: found without opening the database.
+    /// On `<database>.lock`, which is found without opening the database.
     _name: File,
-    /// On the database's own file: by whatever other name, or without the first file, it is the same.
+    /// On the database file itself, which is the same file under every name.
     file: Option<File>,
 }
 
 impl Locks {
-    /// Returns the database's own file, where it is locked.
+    /// Returns the database file if it is locked.
     pub(super) fn file(&self) -> Option<&File> {
         self.file.as_ref()
     }
 }
 
-/// Takes the locks and creates the file if there is none; the path comes back absolute.
+/// Takes the locks and creates the file if it does not exist; returns its absolute path.
 pub(super) fn claim(path: &Path) -> Result<(PathBuf, Locks), OpenError> {
     let inaccessible = |path: &Path, source| OpenError::Inaccessible {
         path: path.into(),
@@ -220,7 +220,7 @@ pub(super) fn claim(path: &Path) -> Result<(PathBuf, Locks), OpenError> {
         }
         Err(error) => return Err(inaccessible(path, error)),
     }
-    // By any other name, or through a link, it must be the same lock.
+    // Any other name or link must lead to the same lock.
     let path = path
         .canonicalize()
         .map_err(|error| inaccessible(path, error))?;
@@ -254,7 +254,7 @@ pub(super) fn claim(path: &Path) -> Result<(PathBuf, Locks), OpenError> {
     Ok((path, locks))
 }
 
-/// Takes a lock as soon as it is free, if that is in time.
+/// Takes a lock as soon as it is free, within a limited time.
 fn patiently<T>(
     until: Instant,
     mut try_lock: impl FnMut() -> Result<T, TryLockError>,
@@ -269,7 +269,7 @@ fn patiently<T>(
     }
 }
 
-/// Readings are nobody else's business; SQLite gives the log the mode of the database.
+/// Creates files with mode 0600, because readings are private; SQLite gives the log the mode of the database.
 fn private() -> OpenOptions {
     let mut options = OpenOptions::new();
     #[cfg(unix)]
@@ -277,7 +277,7 @@ fn private() -> OpenOptions {
     options
 }
 
-/// Opens the connection that writes and brings the schema up to date.
+/// Opens the connection that writes and updates the schema.
 pub(super) async fn writer(
     path: &Path,
     settings: &WriterSettings,
@@ -294,7 +294,7 @@ pub(super) async fn writer(
             .await
             .map_err(sqlite)?;
     } else {
-        // Before anything is set: a newer schema is not ours to touch.
+        // Checked before any setting: a newer schema must not be modified.
         before = refuse_newer(&mut conn, path, settings.purpose).await?;
     }
     set(&mut conn, path, "journal_mode", "wal", "wal").await?;
@@ -302,7 +302,7 @@ pub(super) async fn writer(
     set(&mut conn, path, "fullfsync", "ON", "1").await?;
     set(&mut conn, path, "checkpoint_fullfsync", "ON", "1").await?;
     set(&mut conn, path, "foreign_keys", "ON", "1").await?;
-    // Bounds ANALYZE, which PRAGMA optimize may run: it looks at so many rows of an index.
+    // Limits the index rows that ANALYZE reads; PRAGMA optimize may run it.
     set(&mut conn, path, "analysis_limit", "1000", "1000").await?;
     let cache_kib = format!("-{}", settings.cache_bytes / 1024);
     set(&mut conn, path, "cache_size", &cache_kib, &cache_kib).await?;
@@ -322,9 +322,9 @@ pub(super) async fn writer(
     Ok(conn)
 }
 
-/// Opens the connection that moves the log into the database.
+/// Opens the connection that checkpoints the log.
 pub(super) async fn checkpointer(path: &Path) -> Result<SqliteConnection, OpenError> {
-    // How long a checkpoint that has to reset the log waits for readers to leave.
+    // How long a checkpoint that resets the log waits for readers to finish.
     let options = options(path).busy_timeout(Duration::from_millis(200));
     let mut conn = options
         .connect()
@@ -337,8 +337,8 @@ pub(super) async fn checkpointer(path: &Path) -> Result<SqliteConnection, OpenEr
     Ok(conn)
 }
 
-/// Creates the database at `path` or brings its schema up to date; gives back the schema's version
-/// before (0 where there was none) and after.
+/// Creates the database at `path` or updates its schema. Returns the schema version before (0 if there was
+/// none) and after.
 ///
 /// # Errors
 /// As for [`super::SqliteStore::open`].
@@ -356,12 +356,12 @@ pub async fn migrate(path: &Path, settings: &SqliteSettings) -> Result<(i64, i64
     Ok((before, Purpose::Store.latest_known()))
 }
 
-/// Opens a connection that cannot write; for use beside a running gateway.
+/// Opens a connection that cannot write, for use while a gateway runs.
 ///
 /// Keep its transactions short: while one is open, the gateway's write-ahead log grows.
 ///
 /// # Errors
-/// There is no database at `path`, or it is not one of this program's present schema.
+/// There is no database at `path`, or its schema is not current.
 pub async fn open_reader(path: &Path) -> Result<SqliteConnection, OpenError> {
     open_reader_of(path, Purpose::Store).await
 }
@@ -372,7 +372,7 @@ pub(super) async fn open_reader_of(
 ) -> Result<SqliteConnection, OpenError> {
     let opened = open_present(path, purpose, |options| options.read_only(true)).await;
     let mut conn = match opened {
-        // SQLite wants to make a file beside it, which tells readers of the log.
+        // SQLite needs to create a file next to the database, which registers the readers of the log.
         Err(OpenError::Inaccessible { .. }) if files::is_read_only(path) => {
             if files::has_log(path) {
                 return Err(OpenError::LogOnReadOnly(path.into()));
@@ -388,12 +388,11 @@ pub(super) async fn open_reader_of(
     Ok(conn)
 }
 
-/// Opens a connection that writes beside a running gateway, each in its turn: the one thing that may,
-/// for it must leave alone what the gateway knows by heart (the ledger's ids, watermarks, and the
-/// readings that are still to be sorted in).
+/// Opens a connection that writes while a gateway runs; the two take turns. No other connection may. It must
+/// not change what the gateway caches: the ledger's ids, watermarks, and level-0 readings.
 ///
 /// # Errors
-/// As [`open_reader`].
+/// As for [`open_reader`].
 pub async fn open_editor(path: &Path) -> Result<SqliteConnection, OpenError> {
     open_editor_of(path, Purpose::Store).await
 }
@@ -410,7 +409,7 @@ pub(super) async fn open_editor_of(
     set(&mut conn, path, "synchronous", "FULL", "2").await?;
     set(&mut conn, path, "fullfsync", "ON", "1").await?;
     set(&mut conn, path, "foreign_keys", "ON", "1").await?;
-    // Moving pages is left to the gateway, which does it beside its commits.
+    // The gateway checkpoints the log concurrently with its commits.
     sqlx::query("PRAGMA wal_autocheckpoint = 0")
         .execute(&mut conn)
         .await
@@ -418,7 +417,7 @@ pub(super) async fn open_editor_of(
     Ok(conn)
 }
 
-/// Opens what is there already, and of the present schema.
+/// Opens an existing database with the current schema.
 async fn open_present(
     path: &Path,
     purpose: Purpose,
@@ -431,7 +430,8 @@ async fn open_present(
             source,
         },
     })?;
-    // By bytes, as SQLite compares anyway: a query by this name is understood by Postgres, too.
+    // Compares bytes, like SQLite's default; Postgres has a collation of the same name, so one query works in
+    // both.
     let options = options(&absolute).collation("C", str::cmp);
     let mut conn = with(options)
         .connect()
@@ -471,14 +471,14 @@ async fn refuse_old_sqlite(
     })
 }
 
-/// `true` if the database is empty.
+/// Returns `true` if the database is empty; fails if it belongs to another program.
 async fn refuse_foreign(
     conn: &mut SqliteConnection,
     path: &Path,
     purpose: Purpose,
 ) -> Result<bool, OpenError> {
     let found: Result<(i64, i64), sqlx::Error> = sqlx::query_as(
-        // sqlx's own table stands alone where the first migration broke off.
+        // Only sqlx's table exists if the first migration was interrupted.
         "SELECT application_id, (SELECT count(*) FROM sqlite_schema \
          WHERE tbl_name <> '_sqlx_migrations') FROM pragma_application_id",
     )
@@ -487,7 +487,7 @@ async fn refuse_foreign(
     match found.map_err(|source| sqlite_error(path, source))? {
         (id, _) if id == purpose.application_id() => Ok(false),
         (0, 0) => Ok(true),
-        // A spool that was killed while it was made is a store until its last migration.
+        // A spool whose creation was interrupted is a store until its last migration.
         (APPLICATION_ID, _) if purpose == Purpose::Spool => match has_devices(conn).await {
             Ok(false) => Ok(false),
             Ok(true) => Err(OpenError::Foreign(path.into())),
@@ -503,7 +503,7 @@ async fn has_devices(conn: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
         .await
 }
 
-/// Gives back the version of the schema.
+/// Returns the schema version; fails if it is newer than supported.
 async fn refuse_newer(
     conn: &mut SqliteConnection,
     path: &Path,
@@ -527,7 +527,7 @@ async fn refuse_newer(
     Ok(found)
 }
 
-/// Sets a pragma and demands that it reads back as `expected`.
+/// Sets a pragma and verifies that it reads back as `expected`.
 async fn set(
     conn: &mut SqliteConnection,
     path: &Path,

@@ -1,8 +1,9 @@
-//! Readers that have to end, so that the gateway stores on.
+//! Asks readers to end, so that the gateway can keep storing.
 //!
-//! A gateway cannot shorten its write-ahead log past a statement that still reads. When the log comes near the length at
-//! which no commit is taken, the gateway locks the file `<database>.readers`; queries of this program look whether it is
-//! locked. A process that ends, in whatever way, gives the lock back: the system unlocks its files.
+//! A gateway cannot shorten its write-ahead log past a statement that still reads. When the log approaches the
+//! length at which commits are rejected, the gateway locks the file `<database>.readers`; queries of this
+//! program check whether it is locked. A process that ends, for any reason, releases the lock: the system
+//! unlocks its files.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -15,7 +16,7 @@ fn path_of(database: &Path) -> PathBuf {
     path.into()
 }
 
-/// The gateway's side. Where the file system has no locks readers are asked nothing.
+/// The gateway's side. Without file locks on this file system, it asks no readers.
 pub(super) struct Readers {
     file: Option<File>,
     are_asked: bool,
@@ -38,7 +39,7 @@ impl Readers {
             return;
         }
         let done = match asks {
-            // A reader may be looking right now: the next commit tries again.
+            // A reader may be checking right now; the next commit tries again.
             true => file.try_lock().is_ok(),
             false => file.unlock().is_ok(),
         };

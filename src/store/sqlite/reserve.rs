@@ -1,8 +1,8 @@
-//! Room on the disk that is set aside for a spool: to forget what was drained takes room itself, in the
-//! write-ahead log and, when that is moved, in the database.
+//! Disk space reserved for a spool. Deleting drained frames needs space itself, in the write-ahead log and,
+//! after a checkpoint, in the database.
 //!
-//! The room is a file beside the spool. It is given up when nothing can be forgotten for want of room, and taken
-//! back when the disk has room again; meanwhile frames go only into pages that are free in the file.
+//! The reserve is a file next to the spool. It is deleted when frames cannot be deleted for lack of space, and
+//! allocated again when the disk has space. Meanwhile new frames use only free pages of the spool's file.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -10,28 +10,28 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Twice what a log of [`LOG_BYTES`] and a batch need when they are moved into the database; where there is no room
-/// for that, half of it.
+/// Size of the reserve, in bytes: twice what the checkpoint of a log of [`LOG_BYTES`] and a batch needs. If the
+/// disk has too little space, half of it is reserved.
 pub(super) const RESERVE_BYTES: u64 = 32 << 20;
-/// How long a spool's log may become before it is moved between two commits.
+/// Maximum size of a spool's log, in bytes, before it is checkpointed between two commits.
 pub(super) const LOG_BYTES: u64 = 8 << 20;
-/// From one try to take the room back to the next.
+/// Interval between attempts to allocate the reserve again.
 const RETRY: Duration = Duration::from_secs(10);
-/// Written at once where the file system cannot set room aside.
+/// Size of each write, in bytes, if the file system cannot allocate space.
 const BLOCK_BYTES: usize = 64 << 10;
 
-/// The room; see the module.
+/// The reserve; see the module.
 #[derive(Debug)]
 pub(super) struct Reserve {
     path: PathBuf,
     bytes: u64,
     is_held: bool,
-    /// When it may be taken back.
+    /// Earliest time to allocate it again.
     retry_at: Instant,
 }
 
 impl Reserve {
-    /// Sets room aside for the spool at `spool`, or keeps what a former gateway has set aside.
+    /// Reserves space for the spool at `spool`, or keeps the reserve of an earlier gateway.
     pub(super) fn open(spool: &Path, bytes: u64) -> Reserve {
         let mut path = spool.to_owned().into_os_string();
         path.push(".reserve");
@@ -46,26 +46,27 @@ impl Reserve {
         reserve
     }
 
-    /// The least that is enough.
+    /// Returns the minimum size, in bytes.
     pub(super) fn bytes_min(&self) -> u64 {
         self.bytes / 2
     }
 
-    /// Gives the room up; tells whether there was any.
+    /// Deletes the reserve; returns whether there was one.
     pub(super) fn release(&mut self) -> bool {
         self.retry_at = Instant::now() + RETRY;
         let was_held = std::mem::take(&mut self.is_held);
         was_held && fs::remove_file(&self.path).is_ok()
     }
 
-    /// Takes the room back if it was given up, there is enough, and it is time to try; tells whether it is held.
+    /// Allocates the reserve again if it was deleted, the disk has enough space, and the next attempt is due.
+    /// Returns whether it is held.
     pub(super) fn restore(&mut self) -> bool {
         if !self.is_held && Instant::now() >= self.retry_at {
             self.retry_at = Instant::now() + RETRY;
             let wanted = [self.bytes, self.bytes_min()];
             self.is_held = { wanted.iter() }.any(|bytes| allocate(&self.path, *bytes).is_ok());
             if !self.is_held {
-                // A part of it would only be in the way.
+                // A partial file would only waste space.
                 let _ = fs::remove_file(&self.path);
             }
         }
@@ -99,20 +100,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_room_is_there_until_it_is_given_up_and_comes_back_later() {
+    fn the_reserve_is_held_until_released_and_restored_later() {
         let dir = tempfile::tempdir().unwrap();
         let spool = dir.path().join("spool.db");
         let file = dir.path().join("spool.db.reserve");
         let mut reserve = Reserve::open(&spool, 1 << 20);
         let held = fs::metadata(&file).unwrap();
         assert_eq!(held.len(), 1 << 20);
-        // Not a hole that takes no room.
+        // Not a sparse file.
         assert!(std::os::unix::fs::MetadataExt::blocks(&held) * 512 >= 1 << 20);
         // The next start keeps it.
         assert!(Reserve::open(&spool, 1 << 20).is_held);
         assert!(reserve.release() && !file.exists());
         assert!(!reserve.release());
-        assert!(!reserve.restore(), "at once it would be taken for nothing");
+        assert!(!reserve.restore(), "not before the retry is due");
         reserve.retry_at = Instant::now();
         assert!(reserve.restore() && file.exists());
     }

@@ -1,4 +1,4 @@
-//! What entries, clocks and the audit trail become in SQL.
+//! SQL rows of entries, clocks and the audit trail.
 
 use sqlx::{Connection, SqliteConnection};
 
@@ -7,12 +7,12 @@ use crate::store::rows::{EventRow, Frame, LEFT_OPEN, Run, resolved_time, session
 use crate::store::{Content, DeviceEvent, DeviceId, REFUSALS_MAX, Refusal};
 use crate::time::{BootClock, ClockStep};
 
-/// A row of `clocks`: [`bind_clock`] has its values.
+/// A row of `clocks`, with the values of [`bind_clock`].
 pub(super) const CLOCKS: &str =
     "clocks(device_id, boot, offset_us, delay_us, measured_at, timeline,
     origin_us, valid_from_us)";
 pub(super) const CLOCK_COLUMNS: usize = 8;
-/// Puts it in place of what was kept of the same boot. What was only chosen replaces nothing.
+/// Replaces the stored clock of the same boot. A chosen clock replaces nothing.
 pub(super) const CLOCK_REPLACES: &str =
     "ON CONFLICT (device_id, boot) DO UPDATE SET offset_us = excluded.offset_us,
     delay_us = excluded.delay_us, measured_at = excluded.measured_at,
@@ -20,7 +20,7 @@ pub(super) const CLOCK_REPLACES: &str =
     valid_from_us = excluded.valid_from_us
     WHERE excluded.delay_us < 9223372036854775807";
 
-/// The statements.
+/// Prepared statements of the ledger, clocks and audit trail.
 pub(super) struct Rows {
     frames: Bulk,
     gaps: Bulk,
@@ -58,7 +58,7 @@ impl Rows {
                 "",
             )
             .whole(),
-            // A device may have been removed since; so may one of an event.
+            // The device of a clock or an event may have been removed since.
             clocks: Bulk::new(
                 "WITH new(device_id, c2, c3, c4, c5, c6, c7, c8) AS (",
                 CLOCK_COLUMNS,
@@ -96,7 +96,7 @@ impl Rows {
         }
     }
 
-    /// Writes the ledger and what the entries carry, apart from their readings and events.
+    /// Writes the ledger and the content of the entries, except readings and events.
     pub(super) async fn store(
         &self,
         conn: &mut SqliteConnection,
@@ -185,7 +185,7 @@ impl Rows {
             .await
     }
 
-    /// Keeps clocks as they are told, in place of what was kept of the same boot.
+    /// Stores clocks unchanged, replacing the stored clocks of the same boots.
     pub(super) async fn store_clocks(
         &self,
         conn: &mut SqliteConnection,
@@ -198,7 +198,7 @@ impl Rows {
             .await
     }
 
-    /// Records when the gateway's clock was set.
+    /// Records the steps of the gateway's clock.
     pub(super) async fn store_steps(
         &self,
         conn: &mut SqliteConnection,
@@ -217,7 +217,7 @@ impl Rows {
             .await
     }
 
-    /// Writes the audit trail: what devices reported in entries, and what happened to their sessions.
+    /// Writes audit events: those that devices reported in entries, and those of their sessions.
     pub(super) async fn store_events(
         &self,
         conn: &mut SqliteConnection,
@@ -244,7 +244,7 @@ impl Rows {
         self.store_sessions(conn, events).await
     }
 
-    /// Opens and closes sessions. None begins again, so those that began go first.
+    /// Opens and closes sessions. No session begins twice, so beginnings are written first.
     async fn store_sessions(
         &self,
         conn: &mut SqliteConnection,
@@ -269,7 +269,7 @@ impl Rows {
     }
 }
 
-/// Closes what the last run left open: only one gateway writes to a file.
+/// Closes the sessions that the last run left open; only one gateway writes to a file.
 pub(super) async fn close_sessions(
     conn: &mut SqliteConnection,
     now_us: i64,
@@ -302,7 +302,7 @@ pub(super) fn bind_clock(params: &mut Params, device: DeviceId, clock: &BootCloc
 }
 
 impl Rows {
-    /// Notes who was refused, and forgets the oldest. Times after the last refusal's come from a clock that was
+    /// Records refusals and deletes the oldest. Times later than the last refusal come from a clock that was
     /// ahead.
     pub(super) async fn store_refusals(
         &self,
@@ -334,13 +334,13 @@ impl Rows {
     }
 }
 
-/// The statement that puts readings into `table`, in any database of this program.
+/// Returns the statement that inserts readings into `table`, in any database of this program.
 pub(super) fn readings_into(table: &str) -> Bulk {
     let head = format!("INSERT OR FAIL INTO {table}(series_id, ts, frame_id, value)");
     Bulk::new(&head, 4, "").whole()
 }
 
-/// Puts the readings of all runs in, in their order.
+/// Inserts the readings of all runs, in order.
 pub(super) async fn insert_runs(
     into: &Bulk,
     conn: &mut SqliteConnection,
@@ -356,7 +356,7 @@ pub(super) async fn insert_runs(
     .await
 }
 
-/// An iterator whose length was counted beforehand.
+/// An iterator with a precomputed length.
 struct Counted<I> {
     left: usize,
     items: I,

@@ -1,12 +1,12 @@
-//! Turns at writing, between the gateway and the commands that write next to it.
+//! Takes turns at writing, between the gateway and the commands that write while it runs.
 //!
-//! SQLite has no queue for its write lock: whoever waits looks again now and then, while a gateway under load begins
-//! its next transaction at once. So a command locks the file `<database>.turn` before it asks for the write lock, and
-//! keeps it until its transaction ends; the gateway begins no transaction while that file is locked.
+//! SQLite has no queue for its write lock: a waiting connection polls, while a gateway under load begins its
+//! next transaction immediately. So a command locks the file `<database>.turn` before it takes the write lock,
+//! and keeps it until its transaction ends. The gateway begins no transaction while that file is locked.
 //!
 //! Invariants
 //! - The gateway waits at most [`GIVE_WAY_MAX`] before it competes for the write lock again.
-//! - A process that ends, in whatever way, gives its turn back: the system unlocks its files.
+//! - A process that ends, for any reason, releases its turn: the system unlocks its files.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -14,9 +14,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// The longest that a gateway gives way: commands that come one after the other must not hold it up.
+/// Maximum time that the gateway gives way, so that consecutive commands cannot block it.
 const GIVE_WAY_MAX: Duration = Duration::from_millis(100);
-/// How often the gateway looks whether a command has finished.
+/// Interval at which the gateway checks whether a command has finished.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 fn path_of(database: &Path) -> PathBuf {
@@ -33,7 +33,7 @@ fn open(database: &Path) -> io::Result<File> {
     options.open(path_of(database))
 }
 
-/// The gateway's view of the turns. Where the file system has no locks there are none.
+/// The gateway's side of the turns; `None` if the file system has no locks.
 pub(super) struct Turns(Option<File>);
 
 impl Turns {
@@ -41,7 +41,7 @@ impl Turns {
         Self(open(database).ok())
     }
 
-    /// Waits until no command is about to write, or is writing.
+    /// Waits while a command holds or awaits the write turn.
     pub(super) async fn give_way(&self) {
         let Some(file) = &self.0 else {
             return;
@@ -61,7 +61,7 @@ impl Turns {
 pub(in crate::store) struct Turn(#[expect(dead_code, reason = "held for its lock")] File);
 
 impl Turn {
-    /// Waits behind other commands for the turn at writing to the database at `path`; `None` where the file system
+    /// Waits behind other commands for the turn to write to the database at `path`; `None` if the file system
     /// has no locks, or this user may not write there.
     pub(in crate::store) async fn take(path: &Path) -> Option<Turn> {
         let file = open(path).ok()?;
@@ -93,7 +93,7 @@ mod tests {
         let settings = SqliteSettings::default();
         let mut store = SqliteStore::open(&path, &settings).await.unwrap();
         let turns = Turns::of_gateway(&path);
-        // By any other name it is the same database.
+        // Every other name refers to the same database.
         let link = directory.path().join("link.db");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         for path in [&path, &link] {
@@ -107,7 +107,7 @@ mod tests {
             assert!(!takes_turn(&turns).await);
             editor.rollback().await.unwrap();
             store.commit(&Batch::default()).await.unwrap();
-            // A command that ends without a word gives its turn back.
+            // A command that ends abnormally releases its turn.
             editor.begin().await.unwrap();
             drop(editor);
             turns.give_way().await;
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn commands_that_follow_each_other_do_not_stop_the_gateway() {
+    async fn consecutive_commands_do_not_block_the_gateway() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("x.db");
         let turns = Turns::of_gateway(&path);

@@ -1,11 +1,10 @@
-//! The writer: one batch in one transaction, on one connection. `rows` has the statements of entries
-//! and the audit trail, `recent` those of readings, `admit` those of logins and declares; the caller
-//! looks after checkpoints and decides what an error means.
+//! Commits one batch in one transaction on one connection. `rows` has the statements of entries and the audit
+//! trail, `level0` those of readings, `admit` those of logins and declares. The caller handles checkpoints and
+//! classifies errors.
 //!
 //! Invariants
-//! - The watermarks are read inside the transaction that moves them.
-//! - Nothing kept in memory changes before COMMIT has succeeded, so a batch that failed can be
-//!   committed again as it is.
+//! - Watermarks are read inside the transaction that moves them.
+//! - Cached state changes only after COMMIT has succeeded, so a failed batch can be committed again unchanged.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -15,8 +14,8 @@ use sqlx::SqliteConnection;
 use super::admit::Admissions;
 use super::bulk::Bulk;
 use super::identity::{self, Identity};
+use super::level0::{Level0, Step};
 use super::open::Purpose;
-use super::recent::{Recent, Step};
 use super::rows::{Rows, insert_runs, readings_into};
 use crate::store::bounds::DeviceBounds;
 use crate::store::ledger::Watermarks;
@@ -24,11 +23,11 @@ use crate::store::reuse::{self, Repeat, Reuse};
 use crate::store::rows::{Frame, sorted_runs};
 use crate::store::{Batch, Committed, DeviceEvent, Entry, Refusal, StreamId};
 
-/// One row, whatever the number of streams: rows come one by one from SQLite's thread.
+/// Returns one row for any number of streams, because SQLite's thread delivers rows one by one.
 const FIND_WATERMARKS: &str = "SELECT json_group_array(json_array(s.id, s.durable_seq))
     FROM json_each(?) AS wanted CROSS JOIN streams AS s ON s.id = wanted.value";
 
-/// The connection that writes, and what it keeps between batches.
+/// The connection that writes, and its state between batches.
 pub(super) struct Writer {
     pub(super) conn: SqliteConnection,
     rows: Rows,
@@ -38,23 +37,23 @@ pub(super) struct Writer {
     last_frame_id: i64,
     identity: Identity,
     reuse: Reuse,
-    /// A batch was begun and did not end well: the connection may be inside a transaction, and a
-    /// COMMIT whose answer was not awaited may have succeeded.
+    /// Whether a batch was begun but did not finish: the connection may be inside a transaction, and a COMMIT
+    /// that was not awaited may have succeeded.
     unsettled: bool,
 }
 
-/// Where readings go.
+/// Destination of readings.
 enum ReadingsTable {
-    /// In the order in which they came, and sorted in later. Boxed because it is large.
-    Store(Box<Recent>),
-    /// By frame, which is the order in which they come.
+    /// Level 0, compacted later. Boxed because it is large.
+    Store(Box<Level0>),
+    /// By frame, in order of arrival.
     Spool(Bulk),
 }
 
 impl ReadingsTable {
     fn of(purpose: Purpose) -> Self {
         match purpose {
-            Purpose::Store => Self::Store(Box::new(Recent::new())),
+            Purpose::Store => Self::Store(Box::new(Level0::new())),
             Purpose::Spool => Self::Spool(readings_into("readings")),
         }
     }
@@ -101,7 +100,7 @@ impl Writer {
         }
     }
 
-    /// Whether nothing is left that commits of empty batches would carry on.
+    /// Returns whether no work is left for commits of empty batches.
     pub(super) fn is_tidy(&self) -> bool {
         match &self.readings {
             ReadingsTable::Store(recent) => recent.is_tidy(),
@@ -112,8 +111,8 @@ impl Writer {
     /// Commits the batch.
     ///
     /// # Cancel safety
-    /// A future dropped half way leaves a transaction behind that the next call rolls back; whether
-    /// COMMIT had been reached is then unknown, and sending the batch again is right in either case.
+    /// A dropped future leaves a transaction behind, which the next call rolls back. It is then unknown whether
+    /// COMMIT was reached; committing the batch again is right in either case.
     pub(super) async fn commit(&mut self, batch: &Batch) -> Result<Committed, sqlx::Error> {
         if self.unsettled {
             self.settle().await?;
@@ -125,19 +124,20 @@ impl Writer {
                 Ok(committed)
             }
             Err(error) => {
-                // Locks go now, not with the next batch; the next batch makes sure.
+                // Rolls back now, so that locks are not held until the next batch, which rolls back again if
+                // this fails.
                 self.rollback().await;
                 Err(error)
             }
         }
     }
 
-    /// Starts from what the file says.
+    /// Loads the state from the file.
     pub(super) async fn settle(&mut self) -> Result<(), sqlx::Error> {
         self.rollback().await;
         let max = sqlx::query_scalar("SELECT coalesce(max(id), 0) FROM frames");
         let in_file: i64 = max.fetch_one(&mut self.conn).await?;
-        // A spool forgets its latest frames, too; their ids must not come again while it is open.
+        // A spool also deletes its latest frames; their ids must not be reused while it is open.
         self.last_frame_id = self.last_frame_id.max(in_file);
         if let ReadingsTable::Store(recent) = &mut self.readings {
             recent.settle(&mut self.conn).await?;
@@ -147,8 +147,8 @@ impl Writer {
         Ok(())
     }
 
-    /// SQLite has rolled back by itself after some errors, and then this one means nothing; had it
-    /// failed otherwise, the next BEGIN would.
+    /// Rolls back. After some errors SQLite has already done so, and this one fails without meaning; after any
+    /// other failure the next BEGIN fails.
     async fn rollback(&mut self) {
         let _ = sqlx::query("ROLLBACK").execute(&mut self.conn).await;
     }
@@ -166,15 +166,15 @@ impl Writer {
             .declare(&mut self.conn, &batch.declares)
             .await?;
         let mut watermarks = self.watermarks(&batch.entries).await?;
-        let mut admitted = watermarks
-            .admit(&batch.entries)
+        let mut appended = watermarks
+            .append(&batch.entries)
             .map_err(|unknown| identity::unknown_stream(&unknown))?;
-        // By stream, as the ledger's index is, so that a large batch of small frames does not visit
-        // each of its pages many times over. The sort is stable: a stream keeps its order.
-        admitted.sort_by_key(|item| item.entry.stream);
+        // Sort by stream, like the ledger's index, so that a large batch of small frames does not visit each of
+        // its pages many times. The sort is stable, so each stream keeps its order.
+        appended.sort_by_key(|item| item.entry.stream);
         let ids = self.last_frame_id + 1..;
         let frames: Vec<Frame<'_>> = ids
-            .zip(admitted)
+            .zip(appended)
             .map(|(id, item)| Frame { id, item })
             .collect();
         self.rows.store(&mut self.conn, &frames).await?;
@@ -218,7 +218,8 @@ impl Writer {
         })
     }
 
-    /// Those of devices that there are, after logins that may have made some.
+    /// Returns audit events for refusals of existing devices. Call it after the logins, which may create
+    /// devices.
     async fn refusals(&mut self, refusals: &[Refusal]) -> Result<Vec<DeviceEvent>, sqlx::Error> {
         let refusals = refusals.iter().filter(|refusal| refusal.is_told);
         let names = refusals.clone().map(|refusal| refusal.device.as_str());
@@ -229,7 +230,7 @@ impl Writer {
         Ok(refusals.filter_map(event).collect())
     }
 
-    /// Compares numbers that came again with the ledger.
+    /// Compares repeated sequence numbers with the ledger.
     async fn reused(
         &mut self,
         of_entries: &[Repeat],

@@ -1,5 +1,5 @@
-//! What must hold for any bytes at all, as functions that panic where it does not. Fuzz targets
-//! (`tests/fuzz`) and tests call them; nothing else does.
+//! Properties that must hold for any bytes, as functions that panic if one is violated. Only the fuzz targets
+//! (`tests/fuzz`) and tests call them.
 
 mod session;
 #[cfg(test)]
@@ -17,7 +17,7 @@ use tokio_util::codec::Decoder;
 pub use self::session::session;
 use crate::net::codec::{CodecError, FrameCodec};
 
-/// What a future gives without being woken.
+/// Returns the output of a future that completes without waiting.
 pub(crate) fn poll_once<F: Future>(future: F) -> Option<F::Output> {
     match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(output) => Some(output),
@@ -25,24 +25,24 @@ pub(crate) fn poll_once<F: Future>(future: F) -> Option<F::Output> {
     }
 }
 
-/// Lengths of pieces that an input names, used again and again.
+/// Number of piece lengths in an input; they are used cyclically.
 const CUTS: usize = 8;
 
-/// Picks (one byte), lengths of the pieces in which the bytes come ([`CUTS`] bytes), and the bytes:
-/// however they are cut, they are the same frames and end in the same error.
+/// Input: picks (one byte), lengths of the pieces in which the bytes arrive ([`CUTS`] bytes), and the bytes.
+/// However the bytes are split, they decode to the same frames and the same error.
 pub fn codec(input: &[u8]) {
     let Some(([picks, cuts @ ..], bytes)) = input.split_first_chunk::<{ CUTS + 1 }>() else {
         return;
     };
     let frame_bytes_max = [512, 4096, FRAME_BYTES_MAX][usize::from(picks % 4).min(2)];
-    // Nobody guesses checksums, so every second input gets right ones.
-    let mended = if picks & 4 == 0 {
+    // Random bytes have no valid checksums, so every second input gets correct ones.
+    let sealed = if picks & 4 == 0 {
         bytes.to_vec()
     } else {
-        mend_all(bytes)
+        fix_all(bytes)
     };
-    let whole = received(frame_bytes_max, std::iter::once(mended.as_slice()));
-    let mut rest = mended.as_slice();
+    let whole = received(frame_bytes_max, std::iter::once(sealed.as_slice()));
+    let mut rest = sealed.as_slice();
     let pieces = cuts.iter().cycle().map_while(|cut| {
         let (piece, left) = rest.split_at(rest.len().min(usize::from(*cut) + 1));
         rest = left;
@@ -52,29 +52,29 @@ pub fn codec(input: &[u8]) {
     assert_eq!(cut, whole);
     let frames = whole.frames.iter();
     let framed: Vec<u8> = frames.flat_map(|(_, _, bytes)| bytes).copied().collect();
-    assert!(mended.starts_with(&framed));
-    assert!(whole.error.is_some() || framed.len() + whole.left_bytes == mended.len());
+    assert!(sealed.starts_with(&framed));
+    assert!(whole.error.is_some() || framed.len() + whole.left_bytes == sealed.len());
 }
 
-fn mend_all(mut bytes: &[u8]) -> Vec<u8> {
-    let mut mended = Vec::with_capacity(bytes.len());
+fn fix_all(mut bytes: &[u8]) -> Vec<u8> {
+    let mut sealed = Vec::with_capacity(bytes.len());
     let mut frame = [0; FRAME_BYTES_MAX];
     while let Some(len) = mend(bytes, &mut frame) {
-        mended.extend_from_slice(&frame[..len]);
+        sealed.extend_from_slice(&frame[..len]);
         bytes = &bytes[len..];
     }
-    mended.extend_from_slice(bytes);
-    mended
+    sealed.extend_from_slice(bytes);
+    sealed
 }
 
 type Found = (Header, bool, Vec<u8>);
 
-/// What a connection gave.
+/// Results of a connection.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Received {
     frames: Vec<Found>,
     error: Option<FrameError>,
-    /// Of a frame that is not whole; 0 after an error.
+    /// Bytes of an incomplete frame; 0 after an error.
     left_bytes: usize,
 }
 

@@ -1,4 +1,4 @@
-//! Each target over its corpus, and over a fixed number of mutations of it.
+//! Runs each target over its corpus and over a fixed number of mutations of it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
@@ -6,9 +6,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::testing::simulation::random::Random;
 
-/// Inputs made of the corpus of each target: a second or two without optimization.
+/// Number of mutations of each target's corpus: a second or two without optimization.
 const MUTATIONS: usize = 100_000;
-/// Of the target `session`, which does more with each.
+/// Number for the target `session`, whose inputs take longer.
 const SESSION_MUTATIONS: usize = 5_000;
 const INPUT_BYTES_MAX: usize = 2_048;
 
@@ -28,7 +28,7 @@ fn columns_hold() {
 }
 
 #[test]
-fn pieces_of_a_stream_hold() {
+fn splitting_a_stream_changes_nothing() {
     run("codec", super::codec, MUTATIONS);
 }
 
@@ -37,14 +37,14 @@ fn sessions_hold() {
     run("session", super::session, SESSION_MUTATIONS);
 }
 
-/// The seed is of the moment, or FIELDGATE_TEST_SEED.
+/// Takes the seed from FIELDGATE_TEST_SEED, or else from the clock.
 fn run(target: &str, check: fn(&[u8]), mutations: usize) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fuzz/corpus")
         .join(target);
     let files = std::fs::read_dir(&folder).expect("a corpus");
     let mut paths: Vec<_> = files.map(|file| file.expect("readable").path()).collect();
-    // Otherwise a seed would mean something else on each file system.
+    // Otherwise the meaning of a seed would depend on the file system.
     paths.sort();
     let corpus: Vec<Vec<u8>> = paths
         .iter()

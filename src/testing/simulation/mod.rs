@@ -1,26 +1,27 @@
-//! A fleet and the gateway's insides, in one thread and on a clock of their own, under every fault that
-//! a seed thinks of: what no test with sockets reaches often enough, and none can repeat.
+//! Deterministic simulation of a fleet and the gateway's core, in one thread and on a simulated clock, under random
+//! faults from a seed. It reaches states that tests with sockets reach too rarely and cannot reproduce.
 //!
-//! Real are the devices' state machine, sessions, mailboxes, registry, batcher, answers and the memory
-//! store. The scheduler decides when bytes arrive and in what pieces, when mail is read, a batch taken,
-//! committed and answered; it drops connections, leaves them half open, damages bytes, reboots devices,
-//! overwrites their queues, lets the store fail and the gateway crash.
+//! The devices' state machine, sessions, mailboxes, registry, batcher, answers and the memory store are the real ones.
+//! The scheduler decides when bytes arrive and in what pieces, and when mail is read, and a batch taken, committed
+//! and answered. It drops connections, leaves them half open, damages bytes, reboots devices, overwrites their
+//! queues, and makes the store fail and the gateway crash.
 //!
-//! After every step
-//! - I1 what a device deleted is stored, and so is what the gateway says is durable, when it says it;
-//! - I2 each number is stored once, in order, without holes;
-//! - I3 times and values are equal; I4 nothing is stored that was not made;
-//! - on a connection that nothing damaged, neither side finds fault with the other.
+//! After every step:
+//! - I1: every frame that a device deleted is stored, and every frame that the gateway reports as durable is stored
+//!   by then;
+//! - I2: each number is stored once, in order, without holes;
+//! - I3: times and values are equal; I4: nothing is stored that no device made;
+//! - on an undamaged connection, neither side detects a fault of the other.
 //!
-//! When the faults stop, everything is acknowledged within [`CALM_US_MAX`], and no connection that is
-//! made from then on runs into a timeout: so nobody waits for what the other will never send.
+//! After the faults stop, everything is acknowledged within [`CALM_US_MAX`], and no connection opened from then on
+//! times out: no side waits for something that the other never sends.
 //!
 //! `FIELDGATE_TEST_SEED` repeats one run.
 
-mod field;
-mod house;
+mod device;
+mod gateway;
+mod oracle;
 pub(crate) mod random;
-mod record;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -30,37 +31,37 @@ use fieldgate_protocol::device::Fault;
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame;
 
-use self::field::{FieldDevice, NAMES, declare_frame};
-use self::house::House;
+use self::device::{FieldDevice, NAMES, declare_frame};
+use self::gateway::House;
+use self::oracle::{Record, Tally};
 use self::random::Random;
-use self::record::{Record, Tally};
 use crate::time::{Now, Origin};
 
 const SEEDS: u64 = 300;
 const STEPS: u64 = 800;
-/// After the faults: the longest waits of devices, one after the other.
+/// Longest simulated time allowed after the faults stop: the sum of the devices' longest delays.
 const CALM_US_MAX: u64 = 600_000_000;
-/// Steps of the calm without the clock moving on: more would be a circle.
+/// Maximum number of steps after the faults stop without an advance of the clock; more would be a loop.
 const CALM_STEPS_MAX: u64 = 20_000;
 /// 2026-01-01T00:00:00Z.
 const START_UTC_US: i64 = 1_767_225_600_000_000;
-/// What a socket holds.
+/// Capacity of a socket, in bytes.
 const LINK_BYTES_MAX: usize = 2_000;
 const QUEUE_FRAMES_MAX: usize = 60;
 
 type LinkId = u64;
 
-/// A connection's bytes on their way.
+/// A connection's bytes in transit.
 struct Link {
     device: usize,
     to_gateway: Vec<u8>,
     to_device: Vec<u8>,
     is_device_end_open: bool,
-    /// The gateway will hear that the device's end is closed.
+    /// Whether the gateway will see that the device's end is closed.
     is_close_told: bool,
     is_gateway_end_open: bool,
     was_damaged: bool,
-    /// Frames that will be damaged, whether sent for the first time or again.
+    /// Number of frames that will be damaged, including resent ones.
     noisy_frames: u64,
     is_calm: bool,
 }
@@ -106,7 +107,7 @@ fn nothing_is_lost_doubled_invented_or_stuck() {
             "damaged stored",
             "gap stored",
             "crash",
-            "crash with a commit unanswered",
+            "crash with an unanswered commit",
             "taken over",
             "unknown schema",
             "payload checksum twice",
@@ -116,7 +117,7 @@ fn nothing_is_lost_doubled_invented_or_stuck() {
             "left half open",
         ];
         for what in expected {
-            assert!(tally.contains_key(what), "never met: {what}");
+            assert!(tally.contains_key(what), "never occurred: {what}");
         }
     }
 }
@@ -191,7 +192,7 @@ impl World {
         self.connect_who_is_due();
     }
 
-    /// The device's own link, mostly; else any, for old ones linger.
+    /// Returns mostly the device's own link, otherwise any, because old ones linger.
     fn some_link(&mut self, index: usize) -> LinkId {
         if let Some(link) = self.devices[index].link
             && self.random.takes(80)
@@ -260,7 +261,7 @@ impl World {
 
     fn go_wrong(&mut self) {
         let kind = self.random.below(12);
-        // Each run knows some faults only, for some hide others.
+        // Each run enables only some faults, because some hide others.
         if self.fault_kinds & (1 << kind) == 0 {
             return;
         }
@@ -296,7 +297,7 @@ impl World {
     fn crash(&mut self) {
         self.record.count("crash");
         if self.house.has_commit_unanswered() {
-            self.record.count("crash with a commit unanswered");
+            self.record.count("crash with an unanswered commit");
         }
         self.house.crash();
         for link in self.links.values_mut() {
@@ -305,7 +306,7 @@ impl World {
         }
     }
 
-    /// The device's end is gone, and the gateway learns it after the bytes that are on their way.
+    /// Closes the device's end; the gateway sees this after the bytes in transit.
     fn hang_up(&mut self, index: usize, fault: Option<Fault>) {
         let device = &mut self.devices[index];
         let Some(id) = device.link else {
@@ -322,7 +323,7 @@ impl World {
         self.forget_dead_links();
     }
 
-    /// The device's end is gone, and the gateway does not learn it.
+    /// Closes the device's end without the gateway seeing it.
     fn leave_half_open(&mut self, index: usize) {
         let device = &mut self.devices[index];
         let Some(id) = device.link else {
@@ -330,7 +331,7 @@ impl World {
         };
         device.disconnect(None, self.now, &mut self.random);
         if self.random.takes(70) {
-            // On a better network, at once.
+            // On a better network, reconnect immediately.
             device.again_at_us = self.now.mono_us;
         }
         let link = self.links.get_mut(&id).expect("the device's link");
@@ -340,7 +341,7 @@ impl World {
         self.forget_dead_links();
     }
 
-    /// Both ends lose the connection and what is on its way.
+    /// Drops the connection at both ends, with all bytes in flight.
     fn reset(&mut self, id: LinkId) {
         let Some(link) = self.links.get_mut(&id) else {
             return;
@@ -477,7 +478,7 @@ impl World {
         true
     }
 
-    /// Puts what a session has to say on its way.
+    /// Sends a session's output.
     fn hear(&mut self, id: LinkId) {
         let (said, is_over) = self.house.write(id, self.now);
         let Some(link) = self.links.get_mut(&id) else {
@@ -543,7 +544,7 @@ impl World {
         Ok(())
     }
 
-    /// Nothing goes wrong any more, and everyone does at once what can be done.
+    /// Stops all faults and runs until nothing is pending.
     fn calm_down(&mut self) {
         self.is_calm = true;
         self.house.store.fail_next_commits(0);
@@ -553,18 +554,18 @@ impl World {
             steps += 1;
             let moved = self.move_all();
             self.check();
-            assert!(steps < CALM_STEPS_MAX, "runs in circles");
+            assert!(steps < CALM_STEPS_MAX, "stuck in a loop");
             if moved {
                 continue;
             }
             let devices = self.devices.iter().filter_map(FieldDevice::deadline_us);
             let next_us = devices.chain(self.house.deadline_us()).min();
-            let next_us = next_us.expect("someone waits for something");
+            let next_us = next_us.expect("there is a deadline");
             self.advance(next_us.saturating_sub(self.now.mono_us).max(1));
             let calm_us = self.now.mono_us - began_us;
             assert!(
                 calm_us < CALM_US_MAX,
-                "not settled after {calm_us} us of calm"
+                "not settled {calm_us} us after the faults stopped"
             );
         }
     }
@@ -582,13 +583,13 @@ impl World {
             moved |= self.grant(id);
             moved |= self.deliver_to_device(id);
         }
-        // A commit is looked at before anything is said of it.
+        // A commit is checked before it is answered.
         moved |= self.house.work(self.now);
         moved
     }
 }
 
-/// How many of `len` bytes arrive now.
+/// Returns how many of `len` bytes arrive now.
 fn piece(random: &mut Random, is_calm: bool, len: usize) -> usize {
     if is_calm || random.takes(60) {
         len
@@ -601,8 +602,8 @@ fn link_is_gone(links: &BTreeMap<LinkId, Link>, id: LinkId) -> bool {
     !links.contains_key(&id)
 }
 
-/// On a connection that nothing damaged, a device finds fault with nothing, and is told nothing but what
-/// its own silence, its reboots and its malformed frames explain.
+/// Verifies that on an undamaged connection a device detects no fault, and receives only the BYEs that
+/// its own silence, reboots and malformed frames explain.
 fn check_fault(link: &Link, fault: Fault) {
     if link.was_damaged {
         return;

@@ -1,4 +1,4 @@
-//! Randomness that a seed repeats.
+//! Random numbers that a seed reproduces.
 
 /// SplitMix64.
 pub(crate) struct Random(u64);
@@ -16,7 +16,7 @@ impl Random {
         bits ^ (bits >> 31)
     }
 
-    /// Below `end`, which is not 0.
+    /// Returns a number below `end`, which is not 0.
     pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.bits() % end
     }
@@ -25,7 +25,7 @@ impl Random {
         self.below(len as u64) as usize
     }
 
-    /// True in `percent` of a hundred cases.
+    /// Returns true with a probability of `percent`.
     pub(crate) fn takes(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }

@@ -1,7 +1,7 @@
-//! The same questions have the same answers in SQLite and in Postgres.
+//! The same queries return the same answers in SQLite and in Postgres.
 
 use super::*;
-use crate::store::contract::{login, peer};
+use crate::store::conformance::{login, peer};
 use crate::store::reader::{Reader, Value};
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
 use crate::store::{Content, DeviceEvent, DeviceEventKind};
@@ -16,7 +16,7 @@ const NAMES: [&str; 3] = [
     "Zähler 🌡 100%",
 ];
 
-/// What is asked in the README, and of each view everything that is written alike.
+/// The query in the README, and for each view everything with the same syntax in both stores.
 const QUESTIONS: [&str; 7] = [
     "SELECT device, channel, unit, ts_text, value, quality FROM telemetry
      ORDER BY device COLLATE \"C\", ts, value",
@@ -30,7 +30,7 @@ const QUESTIONS: [&str; 7] = [
      GROUP BY kind, level, code, detail ORDER BY code",
     "SELECT count(*), count(value), min(value), max(value) FROM telemetry WHERE value < 20.5",
 ];
-/// Where the time of a reading is asked for: in SQLite, in Postgres.
+/// Queries by time, in SQLite's and in Postgres's syntax.
 const BY_TIME: [(&str, &str); 3] = [
     (
         "SELECT count(*), sum(n) FROM telemetry_hourly WHERE hour >= unixepoch('2026-11-01 10:00') * 1000000",
@@ -46,7 +46,7 @@ const BY_TIME: [(&str, &str); 3] = [
     ),
 ];
 
-/// The statement that the README shows an answer to.
+/// Returns the statement whose answer the README shows.
 fn question_of_the_readme() -> String {
     let readme = include_str!("../../../../README.md");
     let (_, question) = readme.split_once("fieldgate query \"").expect("a query");
@@ -54,7 +54,7 @@ fn question_of_the_readme() -> String {
     question.replace("Water flow", "temperature")
 }
 
-/// A bit of everything, for each of [`NAMES`].
+/// Stores rows of every kind for each of [`NAMES`].
 async fn fill(store: &mut impl Store) {
     for (n, name) in (0..).zip(NAMES) {
         let peer = peer(store, name).await;
@@ -120,7 +120,7 @@ async fn answer(reader: &mut Reader, sql: &str) -> Vec<Vec<Value>> {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn both_stores_answer_alike() {
+async fn both_stores_return_the_same_answers() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("test.db");
     let mut in_file = SqliteStore::open(&path, &SqliteSettings::default())

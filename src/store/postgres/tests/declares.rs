@@ -1,10 +1,10 @@
-//! What logins and declares cost.
+//! The cost of logins and declares.
 
 use super::admit::Admissions;
 use super::*;
-use crate::store::contract::{admitted, comes_back, login, very_many};
+use crate::store::conformance::{admitted, comes_back, login, very_many};
 
-/// Rows of `series` that the transaction on this connection has read so far.
+/// Returns the number of rows of `series` that this connection's transaction has read so far.
 async fn rows_read(conn: &mut Link) -> i64 {
     let read = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables
         WHERE relname = 'series'";
@@ -13,7 +13,7 @@ async fn rows_read(conn: &mut Link) -> i64 {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn what_a_device_has_declared_before_costs_nothing() {
+async fn earlier_schemas_add_no_cost() {
     let mut h = OnServer::create().await;
     let device = admitted(h.store(), login("a", 1, 1)).await.device;
     let commit = async |h: &mut OnServer, schemas| {
@@ -26,7 +26,7 @@ async fn what_a_device_has_declared_before_costs_nothing() {
         };
         h.store().commit(&batch).await.unwrap();
     };
-    // What the server knows of the table, and the plans that it keeps, are from when it was small.
+    // The server's statistics of the table, and its cached plans, date from when the table was small.
     commit(&mut h, 0..1).await;
     h.run("ANALYZE series").await;
     for schema in 1..7 {
@@ -55,7 +55,7 @@ async fn what_a_device_has_declared_before_costs_nothing() {
         .login(&logins)
         .await
         .unwrap();
-    // The channels of the schema that is declared again, and of the one that the login names.
+    // The channels of the redeclared schema, and of the one that the login names.
     assert_eq!(rows_read(conn).await - before, 2 * 32);
     run(conn, "COMMIT").await.unwrap();
 }

@@ -1,13 +1,13 @@
-//! The database is put back to an earlier state under a store that knows ids of it by heart.
+//! The database is restored to an earlier state while a store has cached its ids.
 
 use sqlx::ConnectOptions;
 
 use super::*;
 use crate::store::Login;
-use crate::store::contract::{Peer, admitted, login};
+use crate::store::conformance::{Peer, admitted, login};
 
 impl Database {
-    /// Keeps a copy of it, as a backup does; sessions end.
+    /// Copies the database, like a backup; closes its sessions.
     pub(in crate::store) async fn back_up(&self) {
         let name = &self.name;
         let mut admin = self.server.options().connect().await.unwrap();
@@ -24,7 +24,7 @@ impl Database {
         }
     }
 
-    /// Puts the copy in its place.
+    /// Replaces the database by the copy.
     pub(in crate::store) async fn put_back(&self) {
         let name = &self.name;
         let mut admin = self.server.options().connect().await.unwrap();
@@ -45,7 +45,7 @@ fn frames(peer: &Peer, seqs: std::ops::RangeInclusive<u64>) -> Batch {
     }
 }
 
-/// As the ingest task does.
+/// Commits a batch like the ingest task.
 async fn commit(store: &mut PostgresStore, batch: &Batch) -> Result<Committed, StoreError> {
     loop {
         match store.commit(batch).await {
@@ -60,7 +60,8 @@ async fn assert_replaced(store: &mut PostgresStore, batch: &Batch) {
     assert!(matches!(refused, StoreError::Replaced(_)), "{refused}");
 }
 
-/// A store that knows the ids of `b`, which the database has given to `c` since it was put back.
+/// Returns a store that has cached the ids of `b`, which the database has assigned to `c` since it was
+/// restored.
 async fn with_ids_of_another() -> (OnServer, Peer) {
     let mut h = OnServer::create().await;
     peer(&mut h.store, "a").await;
@@ -83,7 +84,7 @@ async fn with_ids_of_another() -> (OnServer, Peer) {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn ids_that_another_device_has_by_now_are_not_used() {
+async fn ids_reassigned_to_another_device_are_not_used() {
     let (mut h, b) = with_ids_of_another().await;
     assert_replaced(&mut h.store, &frames(&b, 4..=4)).await;
     let dump = h.dump().await;
@@ -103,10 +104,11 @@ async fn ids_that_another_device_has_by_now_are_not_used() {
     assert_eq!(frames, [("b", 3)]);
 }
 
-/// Clocks and events name a device and no stream whose owner could be compared: the count of commits alone tells.
+/// Clocks and events name a device but no stream whose owner could be compared: only the count of commits
+/// detects the restore.
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn clocks_of_one_device_do_not_become_another_s() {
+async fn clocks_are_not_stored_for_another_device_after_a_restore() {
     let (mut h, b) = with_ids_of_another().await;
     let before = h.dump().await.clocks;
     let clocks = Batch {
@@ -117,10 +119,10 @@ async fn clocks_of_one_device_do_not_become_another_s() {
     assert_eq!(h.dump().await.clocks, before);
 }
 
-/// A standby without the latest commits that takes over is such a database.
+/// The same happens after a failover to a standby without the latest commits.
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn what_a_device_still_has_is_not_recorded_as_lost() {
+async fn frames_the_device_still_holds_are_not_recorded_as_lost() {
     let mut h = OnServer::create().await;
     let a = peer(&mut h.store, "a").await;
     commit(&mut h.store, &frames(&a, 1..=3)).await.unwrap();
@@ -128,7 +130,7 @@ async fn what_a_device_still_has_is_not_recorded_as_lost() {
     commit(&mut h.store, &frames(&a, 4..=6)).await.unwrap();
     h.database.put_back().await;
     assert_replaced(&mut h.store, &frames(&a, 7..=7)).await;
-    // It has heard only of 4.
+    // The device received only the acknowledgement of 4.
     let again = Login {
         oldest_seq: 5,
         ..login("a", 1, 8)
@@ -141,14 +143,14 @@ async fn what_a_device_still_has_is_not_recorded_as_lost() {
         h.dump().await.gaps,
         [(stream.0, 4, 4, REASON_LOST_BY_STORE)]
     );
-    // Once is enough, and what is there by now is not lost.
+    // One gap is enough, and frames stored since are not lost.
     let admission = admitted(&mut h.store, again).await;
     assert_eq!(admission.receipt.durable_seq(), 7);
 }
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn what_was_put_back_in_part_is_found_by_its_owners() {
+async fn a_partial_restore_is_detected_by_owners() {
     for sql in [
         "UPDATE streams SET durable_seq = 1",
         "UPDATE streams SET stream = 2",
@@ -162,7 +164,7 @@ async fn what_was_put_back_in_part_is_found_by_its_owners() {
         admitted(&mut h.store, other).await;
         commit(&mut h.store, &frames(&a, 1..=3)).await.unwrap();
         h.run(sql).await;
-        // Series are looked at again by a new connection.
+        // A new connection checks the series again.
         h.store.writer = None;
         let refused = commit(&mut h.store, &frames(&a, 4..=4)).await;
         assert!(
@@ -172,10 +174,10 @@ async fn what_was_put_back_in_part_is_found_by_its_owners() {
     }
 }
 
-/// A COMMIT of which nothing is known may have succeeded or not.
+/// A COMMIT with unknown outcome may or may not have succeeded.
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_commit_whose_answer_was_lost_is_no_other_database() {
+async fn a_commit_with_unknown_outcome_is_not_a_replaced_database() {
     let mut h = OnServer::create().await;
     let a = peer(&mut h.store, "a").await;
     for lost_after in ["BEGIN", "COMMIT"] {

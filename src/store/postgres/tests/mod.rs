@@ -1,11 +1,11 @@
-//! The contract over Postgres, and what only Postgres does.
+//! The conformance suite over Postgres, and Postgres-specific behaviour.
 //!
-//! Each test makes a database of its own on the server of `FIELDGATE_TEST_POSTGRES_URL`.
+//! Each test creates its own database on the server of `FIELDGATE_TEST_POSTGRES_URL`.
 
 use sqlx::{ConnectOptions, Executor, PgConnection, Postgres, Row};
 
 use super::*;
-use crate::store::contract::{Dump, Harness, change, contract, peer};
+use crate::store::conformance::{Dump, Harness, change, conformance, peer};
 use crate::store::url::StoreUrl;
 
 mod answers;
@@ -17,7 +17,7 @@ mod silence;
 mod trouble;
 mod views;
 
-contract!(
+conformance!(
     #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
     OnServer
 );
@@ -30,7 +30,7 @@ async fn run<'c>(
     sql.execute(conn).await.map(drop)
 }
 
-/// A database that goes when the test ends.
+/// A database that is dropped when the test ends.
 pub(in crate::store) struct Database {
     server: PostgresUrl,
     name: String,
@@ -41,7 +41,7 @@ impl Database {
         let server = std::env::var("FIELDGATE_TEST_POSTGRES_URL")
             .expect("FIELDGATE_TEST_POSTGRES_URL names a server for tests");
         let StoreUrl::Postgres(server) = server.parse().unwrap() else {
-            panic!("FIELDGATE_TEST_POSTGRES_URL is no address of a Postgres server");
+            panic!("FIELDGATE_TEST_POSTGRES_URL is not a Postgres URL");
         };
         let name = format!("fieldgate_test_{:016x}", rand::random::<u64>());
         let mut admin = server.options().connect().await.unwrap();
@@ -73,7 +73,7 @@ impl Database {
 impl Drop for Database {
     fn drop(&mut self) {
         let (server, name) = (self.server.clone(), self.name.clone());
-        // The runtime of the test may be gone already.
+        // The runtime of the test may have ended already.
         let dropped = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread();
             let runtime = { runtime }.enable_all().build().unwrap();
@@ -130,7 +130,7 @@ impl Harness for OnServer {
     }
 
     async fn fill_disk(&mut self) {
-        // As a full disk says it, when the ledger and half of what else there is has been written.
+        // The error of a full disk, after the ledger and half of the rest have been written.
         self.run(
             "CREATE FUNCTION is_full() RETURNS trigger LANGUAGE plpgsql AS $$
              BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = 'disk_full'; END $$;
@@ -235,7 +235,7 @@ fn time_us(row: &sqlx::postgres::PgRow, column: usize) -> i64 {
 }
 
 #[test]
-fn what_passes_by_itself_is_told_from_what_does_not() {
+fn transient_errors_are_distinguished_from_fatal_ones() {
     let passing = [
         "08006", "25006", "25P03", "25P04", "40001", "40P01", "53100", "53300", "55006", "55P03",
         "57014", "57P01", "57P03", "57P05", "58030",
@@ -254,14 +254,14 @@ fn what_passes_by_itself_is_told_from_what_does_not() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_gateway_that_was_suspended_in_a_transaction_goes_on() {
+async fn a_gateway_suspended_in_a_transaction_continues() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
-    // It does not speak for longer than the server waits.
+    // The connection sends nothing for longer than the server waits.
     let suspended = &mut h.store.writer.as_mut().unwrap().conn;
     let transaction = "SET idle_in_transaction_session_timeout = '1ms'; BEGIN; LOCK TABLE gaps";
     run(suspended, transaction).await.unwrap();
-    // Whoever waits for its lock gets it when the server has ended it.
+    // Gets the lock once the server has terminated that session.
     h.run("BEGIN; LOCK TABLE gaps; COMMIT").await;
     let batch = Batch {
         entries: vec![peer.readings(1, &[(1, 1.0)])],
@@ -278,7 +278,7 @@ async fn a_gateway_that_was_suspended_in_a_transaction_goes_on() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_number_that_comes_again_with_other_content_is_on_record() {
-    crate::store::contract::a_number_that_comes_again_with_other_content_is_on_record::<OnServer>()
+async fn a_number_reused_with_different_content_is_recorded() {
+    crate::store::conformance::a_number_reused_with_different_content_is_recorded::<OnServer>()
         .await;
 }

@@ -1,7 +1,7 @@
-//! What `latest` shows at once, what it shows after a pause, and after a gateway was killed.
+//! `latest` immediately, after a pause, and after a gateway was killed.
 
 use super::*;
-use crate::store::contract::{Peer, peer};
+use crate::store::conformance::{Peer, peer};
 
 const AT_US: i64 = 1_700_000_000_000_000;
 const HOUR: Duration = Duration::from_secs(3600);
@@ -27,7 +27,7 @@ async fn latest(h: &OnServer) -> Option<f64> {
         .unwrap()
 }
 
-/// As if the store had written as many rows with their commits as it may.
+/// Simulates that the store has written as many rows with their commits as it may.
 fn keep_waiting(h: &mut OnServer) {
     h.store.newest.at_once = 0;
     h.store.newest.flushed_at = Instant::now() + HOUR;
@@ -35,13 +35,13 @@ fn keep_waiting(h: &mut OnServer) {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn latest_is_current_at_once_or_when_the_store_is_tidy() {
+async fn latest_is_current_immediately_or_when_the_store_is_tidy() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     assert_eq!(latest(&h).await, None);
     store(&mut h, &peer, 1, AT_US, 1.0).await;
     assert_eq!(latest(&h).await, Some(1.0));
-    // An older one, and one of the same time that came later.
+    // An older one, and one of the same time that arrived later.
     store(&mut h, &peer, 2, AT_US - 1, 2.0).await;
     assert_eq!(latest(&h).await, Some(1.0));
     store(&mut h, &peer, 3, AT_US, 3.0).await;
@@ -54,13 +54,13 @@ async fn latest_is_current_at_once_or_when_the_store_is_tidy() {
     assert!(tidy_after <= Duration::from_secs(1), "{tidy_after:?}");
     tidy(&mut h).await;
     assert_eq!(latest(&h).await, Some(4.0));
-    // A time that was plausible to a gateway whose clock was wrong does not stay.
+    // A time that was plausible to a gateway with a wrong clock is replaced.
     h.run("UPDATE newest SET ts = now() + interval '5 years'")
         .await;
     assert_eq!(latest(&h).await, None);
     store(&mut h, &peer, 5, AT_US + 5, 5.0).await;
     assert_eq!(latest(&h).await, Some(5.0));
-    // What is left when a gateway ends is written.
+    // Pending rows are written when a gateway exits.
     keep_waiting(&mut h);
     store(&mut h, &peer, 6, AT_US + 6, 6.0).await;
     let h = h.reopen().await;
@@ -69,7 +69,7 @@ async fn latest_is_current_at_once_or_when_the_store_is_tidy() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn what_a_killed_gateway_left_out_is_made_up_for() {
+async fn rows_missed_by_a_killed_gateway_are_written_later() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     tidy(&mut h).await;
@@ -97,10 +97,10 @@ async fn what_a_killed_gateway_left_out_is_made_up_for() {
         }
         assert!(
             began.elapsed() < Duration::from_secs(30),
-            "never made up for"
+            "not written after the restart"
         );
     }
-    // Fails if there is none.
+    // Fails if there is no such row.
     let first = "SELECT 1 / count(*) FROM channels WHERE last_ts - first_ts = interval '5 us'";
     h.run(first).await;
 }

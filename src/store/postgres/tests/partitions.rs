@@ -1,7 +1,7 @@
-//! Which day gets a partition, and what happens to readings that were there before it.
+//! Which day gets a partition, and what happens to readings that arrived before it existed.
 
 use super::*;
-use crate::store::contract::{Peer, peer};
+use crate::store::conformance::{Peer, peer};
 use crate::store::postgres::partitions::RETRY_MIN;
 
 const DAY_US: i64 = 86_400_000_000;
@@ -10,7 +10,7 @@ fn now_us() -> i64 {
     jiff::Timestamp::now().as_microsecond()
 }
 
-/// Partition and number of readings of each that has any.
+/// Returns the non-empty partitions and their numbers of readings.
 async fn filled(database: &Database) -> Vec<(String, i64)> {
     sqlx::query_as("SELECT tableoid::regclass::text, count(*) FROM readings GROUP BY 1 ORDER BY 1")
         .fetch_all(&mut database.connect().await)
@@ -18,7 +18,7 @@ async fn filled(database: &Database) -> Vec<(String, i64)> {
         .unwrap()
 }
 
-/// The partition of a time: that of its month, or of its year if that is long ago.
+/// Returns the name of a time's partition: that of its month, or of its year if it is long ago.
 fn name_of(us: i64) -> String {
     let time = jiff::Timestamp::from_microsecond(us).unwrap();
     let year = |time: jiff::Timestamp| time.to_zoned(jiff::tz::TimeZone::UTC).year();
@@ -38,14 +38,14 @@ async fn store(h: &mut OnServer, peer: &Peer, seq: u64, times_us: &[i64]) {
     h.store().commit(&batch).await.unwrap();
 }
 
-/// As a commit does that has a reading of that time, and comes so much later.
+/// Commits a reading of the given time, `after` later.
 async fn try_again(h: &OnServer, peer: &Peer, us: i64, after: Duration) {
     let entries = [peer.readings(1, &[(us, 1.0)])];
     let now = Instant::now() + after;
     h.store.partitions.make_for(&entries, now).await;
 }
 
-/// Until somebody waits for the default partition.
+/// Waits until a statement waits for the default partition.
 async fn awaits_default(conn: &mut PgConnection) {
     let waits = "SELECT EXISTS (SELECT FROM pg_locks
         WHERE relation = 'readings_default'::regclass AND NOT granted)";
@@ -58,7 +58,7 @@ async fn awaits_default(conn: &mut PgConnection) {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn months_and_years_gone_by_have_their_own_table() {
+async fn past_months_and_years_have_their_own_partition() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     let now_us = now_us();
@@ -79,12 +79,12 @@ async fn months_and_years_gone_by_have_their_own_table() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn readings_that_were_there_first_move_to_the_table_of_their_month() {
+async fn earlier_readings_move_to_the_partition_of_their_month() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     let now_us = now_us();
     store(&mut h, &peer, 1, &[now_us]).await;
-    // As if the day had been far in the future when its first readings came.
+    // Simulate that the day was far in the future when its first readings arrived.
     let day = name_of(now_us);
     let moved = format!(
         "ALTER TABLE readings DETACH PARTITION {day}; INSERT INTO readings SELECT * FROM {day};
@@ -103,7 +103,7 @@ async fn readings_that_were_there_first_move_to_the_table_of_their_month() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_long_query_keeps_nothing_from_being_stored() {
+async fn a_long_query_does_not_block_commits() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     let mut reader = h.database.connect().await;
@@ -115,7 +115,7 @@ async fn a_long_query_keeps_nothing_from_being_stored() {
     let default = "readings_default".to_owned();
     assert_eq!(filled(&h.database).await, [(default.clone(), 1)]);
     run(&mut reader, "COMMIT").await.unwrap();
-    // Not with each commit, but in a while.
+    // Retried not with each commit, but after a while.
     store(&mut h, &peer, 2, &[late_us]).await;
     assert_eq!(filled(&h.database).await, [(default, 2)]);
     try_again(&h, &peer, late_us, RETRY_MIN).await;
@@ -124,12 +124,12 @@ async fn a_long_query_keeps_nothing_from_being_stored() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_full_default_partition_keeps_nothing_from_being_stored() {
+async fn a_full_default_partition_does_not_block_commits() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     let (late_us, later_us) = (now_us() - 70 * DAY_US, now_us() - 35 * DAY_US);
     let default = "readings_default".to_owned();
-    // As if there were so many that to move them takes four seconds.
+    // Simulate enough readings that moving them takes four seconds.
     h.run(&format!(
         "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS $$
          BEGIN PERFORM pg_sleep(4); RETURN OLD; END $$;
@@ -148,7 +148,7 @@ async fn a_full_default_partition_keeps_nothing_from_being_stored() {
     store(&mut h, &peer, 3, &[later_us]).await;
     let others = [(name_of(later_us), 1), (default.clone(), 3)];
     assert_eq!(filled(&h.database).await, others);
-    // And this one may take longer the next time.
+    // This one may take longer on the next attempt.
     try_again(&h, &peer, late_us, RETRY_MIN).await;
     let all = [(name_of(late_us), 3), (name_of(later_us), 1)];
     assert_eq!(filled(&h.database).await, all);
@@ -156,7 +156,7 @@ async fn a_full_default_partition_keeps_nothing_from_being_stored() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_try_that_was_given_up_counts_as_one_in_vain() {
+async fn a_cancelled_attempt_counts_as_a_failure() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     let late_us = now_us() - 70 * DAY_US;
@@ -183,7 +183,7 @@ async fn a_try_that_was_given_up_counts_as_one_in_vain() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_commit_that_meets_a_new_partition_is_tried_again() {
+async fn a_commit_that_races_with_a_new_partition_is_retried() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     let now_us = now_us();
@@ -193,7 +193,7 @@ async fn a_commit_that_meets_a_new_partition_is_tried_again() {
     ))
     .await;
     let mut other = h.database.connect().await;
-    // Another gateway makes the partition, while this one stores into the default one.
+    // Another gateway creates the partition while this one stores into the default partition.
     let made = format!(
         "BEGIN; CREATE TABLE {day} (LIKE readings INCLUDING ALL);
          LOCK TABLE readings_default IN ACCESS EXCLUSIVE MODE;
@@ -216,7 +216,7 @@ async fn a_commit_that_meets_a_new_partition_is_tried_again() {
     assert!(matches!(met, Err(StoreError::Transient(_))), "{met:?}");
     h.store().commit(&batch).await.unwrap();
     assert_eq!(filled(&h.database).await, [(day, 1)]);
-    // What an operator demands of the default partition is waited for, too.
+    // An operator's constraint on the default partition also only postpones.
     h.run("ALTER TABLE readings_default ADD CONSTRAINT none CHECK (false)")
         .await;
     let batch = Batch {
@@ -232,7 +232,7 @@ async fn a_commit_that_meets_a_new_partition_is_tried_again() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_table_that_was_taken_away_is_missed() {
+async fn a_detached_partition_is_noticed() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     let now_us = now_us();
@@ -242,7 +242,7 @@ async fn a_table_that_was_taken_away_is_missed() {
     store(&mut h, &peer, 1, &[now_us]).await;
     let in_default = [("readings_default".to_owned(), 1)];
     assert_eq!(filled(&h.database).await, in_default);
-    // As long as it is there, it is the operator's.
+    // The table belongs to the operator as long as it exists.
     try_again(&h, &peer, now_us, Duration::from_secs(61)).await;
     assert_eq!(filled(&h.database).await, in_default);
     h.run(&format!("DROP TABLE {day}")).await;
@@ -252,7 +252,7 @@ async fn a_table_that_was_taken_away_is_missed() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn gateways_that_make_the_same_table_at_once_agree() {
+async fn gateways_that_create_the_same_partition_concurrently_agree() {
     let first = OnServer::create().await;
     let mut stores = Vec::new();
     for _ in 0..4 {
@@ -282,7 +282,7 @@ async fn gateways_that_make_the_same_table_at_once_agree() {
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
 async fn a_table_of_another_scheme_is_left_alone() {
     let h = OnServer::create().await;
-    // For whoever does not partition it, a table of an extension that does is a plain one.
+    // A gateway treats a table that an extension partitions as a plain table.
     h.run(
         "DROP TABLE readings CASCADE;
          CREATE TABLE readings (series_id bigint NOT NULL, ts timestamptz NOT NULL,
@@ -297,6 +297,6 @@ async fn a_table_of_another_scheme_is_left_alone() {
     let peer = peer(h.store(), "a").await;
     store(&mut h, &peer, 1, &[now_us()]).await;
     assert_eq!(filled(&h.database).await, [("readings".to_owned(), 1)]);
-    // Fails if the view is not there, or shows nothing.
+    // Fails if the view does not exist or is empty.
     h.run("SELECT 1 / count(*) FROM telemetry").await;
 }

@@ -1,5 +1,5 @@
-//! A network that goes silent: nothing is reset, nothing arrives any more. Whatever waits for the database
-//! gives up, wherever that happens, and what stays behind at the server is ended.
+//! A silent network: nothing is reset, and nothing arrives. Every operation that waits for the database times
+//! out, at any byte, and abandoned backends are terminated at the server.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,17 +15,17 @@ use crate::store::editor::Editor;
 use crate::store::reader::Reader;
 use crate::store::steady::SteadyReader;
 
-/// What the server may take to let in and to go on, in these tests.
+/// Maximum time for the server to accept a connection and for each response, in these tests.
 const CONNECT: Duration = Duration::from_millis(1500);
 const ANSWER: Duration = Duration::from_millis(400);
-/// Far above what giving up takes on a busy machine, and far below a wait without an end.
+/// Far longer than timing out takes on a busy machine, and far shorter than an endless wait.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// As many places of silence, at least, between the first byte and the last.
+/// Minimum number of points between the first and last byte at which the network goes silent.
 const PLACES: u64 = 30;
-/// Ways that are tried at once: each has some connections of the server.
+/// Number of routes tried concurrently; each uses some of the server's connections.
 const AT_ONCE: usize = 6;
 
-/// A way to the server.
+/// A route to the server.
 pub(in crate::store) struct Way {
     state: Arc<State>,
     url: PostgresUrl,
@@ -36,14 +36,14 @@ pub(in crate::store) struct Way {
 struct State {
     /// Bytes from the server after which a connection goes silent.
     silent_after: AtomicU64,
-    /// All is silent.
+    /// Whether every connection is silent.
     is_silent: AtomicBool,
-    /// Bytes from the server so far, of all connections together.
+    /// Bytes from the server so far, over all connections.
     brought: AtomicU64,
 }
 
 impl Way {
-    /// One on which each connection goes silent after so many bytes from the server.
+    /// Creates a route on which each connection goes silent after this many bytes from the server.
     pub(in crate::store) async fn new(database: &Database, silent_after: u64) -> Way {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -53,7 +53,7 @@ impl Way {
             .with_password()
             .replace(&format!(":{target}/"), &format!(":{port}/"));
         let StoreUrl::Postgres(url) = address.parse().unwrap() else {
-            panic!("no address of Postgres")
+            panic!("not a Postgres URL")
         };
         Backends::of(&url).set_timeouts(CONNECT, ANSWER);
         let state = Arc::new(State::default());
@@ -88,12 +88,12 @@ impl Way {
         }
     }
 
-    /// All that there is goes silent, and what begins does so as well.
+    /// Silences all existing and new connections.
     pub(in crate::store) fn silence(&self) {
         self.state.is_silent.store(true, Ordering::Relaxed);
     }
 
-    /// Connections that begin from now on go through; those that went silent stay so.
+    /// Lets new connections through; silent ones stay silent.
     fn heal(&self) {
         self.state.is_silent.store(false, Ordering::Relaxed);
         self.state.silent_after.store(u64::MAX, Ordering::Relaxed);
@@ -115,12 +115,12 @@ async fn carry(mut client: TcpStream, mut server: TcpStream, state: Arc<State>) 
         }
         let is_silent = state.is_silent.load(Ordering::Relaxed);
         if is_silent || brought + from_server as u64 > silent_after {
-            // What fits is still brought: a message breaks off in the middle.
+            // Forward the bytes up to the limit, so that a message breaks off in the middle.
             let rest = silent_after.saturating_sub(brought).min(from_server as u64);
             let _ = client
                 .write_all(&down[..rest as usize * usize::from(!is_silent)])
                 .await;
-            // Both ends stay open, and hear nothing: not that the other one goes, either.
+            // Both ends stay open and receive nothing, not even the close of the other end.
             return std::future::pending().await;
         }
         brought += from_server as u64;
@@ -137,13 +137,13 @@ async fn carry(mut client: TcpStream, mut server: TcpStream, state: Arc<State>) 
     }
 }
 
-/// All that a gateway and the commands do, once; whether it succeeds is no matter.
+/// Runs every operation of a gateway and of the commands once; their results do not matter.
 async fn use_all(settings: PostgresSettings) {
     let store = StoreUrl::Postgres(settings.url.clone());
     let query = "SELECT name FROM devices";
     if let Ok(mut stores) = PostgresStore::open(settings).await {
         let mut gateway = stores.remove(0);
-        let entry = crate::store::contract::login("a", 1, 1);
+        let entry = crate::store::conformance::login("a", 1, 1);
         let batch = Batch {
             logins: vec![entry],
             ..Batch::default()
@@ -164,7 +164,7 @@ async fn use_all(settings: PostgresSettings) {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn silence_at_any_byte_is_given_up() {
+async fn silence_at_any_byte_times_out() {
     let database = Database::create().await;
     open::migrate(&database.url()).await.unwrap();
     let open_way = Way::new(&database, u64::MAX).await;
@@ -179,7 +179,7 @@ async fn silence_at_any_byte_is_given_up() {
         let (database, places) = (Arc::clone(&database), Arc::clone(&places));
         tries.spawn(async move {
             let _place = places.acquire().await.unwrap();
-            // Each connection is as long as the longest, roughly.
+            // Each connection is roughly as long as the longest.
             let way = Way::new(&database, place * bytes / PLACES / 2).await;
             let used = timeout(PATIENCE, use_all(way.settings())).await;
             assert!(
@@ -196,7 +196,7 @@ async fn silence_at_any_byte_is_given_up() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn what_silence_left_at_the_server_is_ended() {
+async fn backends_abandoned_by_silence_are_terminated() {
     let database = Database::create().await;
     open::migrate(&database.url()).await.unwrap();
     let way = Way::new(&database, u64::MAX).await;
@@ -207,8 +207,7 @@ async fn what_silence_left_at_the_server_is_ended() {
         ..Batch::default()
     };
     store.commit(&batch(1)).await.unwrap();
-    // In the middle of a transaction, and in connections that begin: twenty times, and more than there
-    // is room for.
+    // Within a transaction and while connecting: twenty attempts, more than there are slots.
     way.silence();
     for _ in 0..20 {
         let failed = store.commit(&batch(2)).await;
@@ -227,13 +226,13 @@ async fn what_silence_left_at_the_server_is_ended() {
             .unwrap()
     };
     let left = count().await;
-    assert!(left <= 20, "{left} connections while nothing goes through");
+    assert!(left <= 20, "{left} connections while the network is silent");
     way.heal();
     let stored = async { while store.commit(&batch(2)).await.is_err() {} };
     timeout(PATIENCE, stored)
         .await
         .expect("new connections work");
-    // One that writes, one that makes partitions, and one that is on its way.
+    // One that writes, one that creates partitions, and one that is connecting.
     let ended = async {
         while count().await > 3 {
             tokio::task::yield_now().await
@@ -241,5 +240,5 @@ async fn what_silence_left_at_the_server_is_ended() {
     };
     timeout(PATIENCE, ended)
         .await
-        .expect("what was left is ended");
+        .expect("abandoned backends are terminated");
 }

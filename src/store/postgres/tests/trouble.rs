@@ -1,15 +1,15 @@
-//! Limits, locks and refusals of the server: what is given up ends there, what is too large is cut, and
-//! what an operator can put right is waited for.
+//! Limits, locks and rejections by the server: abandoned statements are terminated there, batches that are too
+//! large are split, and the gateway waits for problems that an operator can fix.
 
 use tokio::time::timeout;
 
 use super::*;
 use crate::store::Content;
-use crate::store::contract::Peer;
+use crate::store::conformance::Peer;
 use crate::store::reader::Reader;
 use crate::time::{Quality, ResolvedTime};
 
-/// Far above what the server takes on a busy machine.
+/// Far longer than the server needs on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Connections with a statement that waits for a lock.
 const WAITING: &str = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
@@ -37,12 +37,12 @@ async fn comes_down_to(conn: &mut PgConnection, sql: &'static str, most: i64) {
     };
     timeout(PATIENCE, down)
         .await
-        .expect("what was given up is ended");
+        .expect("abandoned statements are terminated");
 }
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_forgotten_lock_takes_no_connections() {
+async fn a_forgotten_lock_uses_up_no_connections() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     Backends::of(&h.database.url()).set_timeouts(PATIENCE, Duration::from_millis(300));
@@ -68,7 +68,7 @@ async fn a_forgotten_lock_takes_no_connections() {
     }
     Backends::of(&h.database.url()).set_timeouts(PATIENCE, PATIENCE);
     h.store().commit(&batch(&peer, 1..=3)).await.unwrap();
-    // One that writes, one that makes partitions, and the two of this test.
+    // One that writes, one that creates partitions, and the two of this test.
     comes_down_to(&mut server, ALL, 4).await;
 }
 
@@ -93,7 +93,7 @@ async fn a_query_that_is_dropped_ends_at_the_server() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn limits_of_the_role_are_not_those_of_the_gateway() {
+async fn limits_of_the_role_do_not_apply_to_the_gateway() {
     let database = Database::create().await;
     let name = &database.name;
     for (setting, value) in [
@@ -139,7 +139,7 @@ async fn limits_of_the_role_are_not_those_of_the_gateway() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn what_the_operator_set_for_commits_is_never_lowered() {
+async fn the_operators_synchronous_commit_is_never_lowered() {
     let database = Database::create().await;
     for setting in ["local", "remote_write", "on", "remote_apply"] {
         let set = format!(
@@ -159,7 +159,7 @@ async fn what_the_operator_set_for_commits_is_never_lowered() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_batch_that_is_too_large_goes_in_parts() {
+async fn a_batch_that_is_too_large_is_committed_in_parts() {
     for code in [
         "query_canceled",
         "out_of_memory",
@@ -181,7 +181,7 @@ async fn a_batch_that_is_too_large_goes_in_parts() {
         assert_eq!(committed.receipts.len(), 1, "{code}");
         assert_eq!(committed.receipts[0].durable_seq(), 40, "{code}");
         assert_eq!(h.dump().await.readings.len(), 40, "{code}");
-        // It stays at what passes, and comes up again when more does.
+        // The size stays at what passes, and grows again when more passes.
         h.run("DROP TRIGGER refuse ON frames").await;
         for seq in 41..=80 {
             h.store().commit(&batch(&peer, seq..=seq)).await.unwrap();
@@ -193,7 +193,7 @@ async fn a_batch_that_is_too_large_goes_in_parts() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn what_an_operator_can_put_right_is_waited_for() {
+async fn the_store_waits_for_problems_that_an_operator_can_fix() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     let refusals = [
@@ -236,7 +236,7 @@ async fn what_an_operator_can_put_right_is_waited_for() {
         ),
     ];
     for (seq, (refuse, allow, words)) in (1..).zip(refusals) {
-        // The index has to begin without two rows that are alike.
+        // The index must be created before there are two equal rows.
         let seqs = 2 * seq..=2 * seq + 1;
         let seqs = if seq == 1 { 1..=3 } else { seqs };
         if words == "once" {
@@ -258,15 +258,15 @@ async fn what_an_operator_can_put_right_is_waited_for() {
     }
 }
 
-/// As a proxy in front of a server that is not up does, and another protocol.
+/// Behaves like a proxy whose server is down, or like another protocol.
 #[tokio::test]
-async fn who_closes_at_once_may_be_a_server_later() {
+async fn a_peer_that_closes_immediately_may_become_a_server_later() {
     for answer in [&b""[..], b"HTTP/1.1 503 Service Unavailable\r\n\r\n"] {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
-                // What is not read would reset the connection.
+                // Unread data would reset the connection.
                 let _ = tokio::io::AsyncReadExt::read(&mut stream, &mut [0; 64]).await;
                 let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, answer).await;
             }
@@ -279,7 +279,7 @@ async fn who_closes_at_once_may_be_a_server_later() {
             assert!(error.may_pass(), "{error}");
             let text = error.to_string();
             assert!(
-                !text.contains("0x00") && !text.contains("given up"),
+                !text.contains("0x00") && !text.contains("abandoned"),
                 "{text}"
             );
         }
@@ -299,10 +299,10 @@ fn report() -> Content {
     }
 }
 
-/// By INSERT and by COPY.
+/// Covers INSERT and COPY.
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn rows_that_a_trigger_leaves_out_in_silence_are_missed() {
+async fn rows_dropped_silently_by_a_trigger_are_detected() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     h.run(
@@ -340,7 +340,7 @@ async fn rows_that_a_trigger_leaves_out_in_silence_are_missed() {
                 "{table}: {text}"
             );
             assert!(
-                text.contains(table) && text.contains("leaves rows out"),
+                text.contains(table) && text.contains("drops rows"),
                 "{text}"
             );
             run(&mut server, format!("DROP TRIGGER drop_it ON {table}"))
@@ -358,11 +358,11 @@ async fn rows_that_a_trigger_leaves_out_in_silence_are_missed() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_key_of_its_own_that_is_broken_is_fatal() {
+async fn a_violation_of_an_own_key_is_fatal() {
     let mut h = OnServer::create().await;
     let peer = peer(h.store(), "a").await;
     h.store().commit(&batch(&peer, 1..=2)).await.unwrap();
-    // As if another one had stored it without moving the stream.
+    // Simulate that another gateway stored it without moving the stream.
     h.run(
         "INSERT INTO frames (id, stream_id, seq, type, received_at, readings)
          SELECT id + 1, stream_id, 3, type, received_at, readings FROM frames WHERE seq = 2",

@@ -1,7 +1,8 @@
-//! Each view over both stores with the same data: the same columns, the same rows, and no value that makes one fail.
+//! Each view over both stores with the same data: the same columns and the same rows, and no value makes a view
+//! fail.
 
 use super::*;
-use crate::store::contract::{admitted, login, peer};
+use crate::store::conformance::{admitted, login, peer};
 use crate::store::reader::{Reader, Value};
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
 use crate::store::{
@@ -9,14 +10,14 @@ use crate::store::{
     SeriesId, SessionId,
 };
 use crate::time::{Quality, ResolvedTime};
-use fieldgate_protocol::column::Kind;
+use fieldgate_protocol::value::Kind;
 
-/// When the contract's entries arrive, and the hour of it: 2023-11-14T22:13:20Z.
+/// Time at which the suite's entries arrive, 2023-11-14T22:13:20Z, and the start of its hour.
 const AT_US: i64 = 1_700_000_000_000_000;
 const HOUR_US: i64 = 3_600_000_000;
 const DAY_US: i64 = 24 * HOUR_US;
 
-/// Every view, in an order that both stores agree on. `silent_s` grows while the test runs.
+/// Every view, in an order that both stores share. `silent_s` grows while the test runs.
 const VIEWS: [&str; 8] = [
     "SELECT * FROM telemetry ORDER BY device COLLATE \"C\", channel, unit COLLATE \"C\", kind, ts, value",
     "SELECT * FROM latest ORDER BY device COLLATE \"C\", channel, unit COLLATE \"C\", kind",
@@ -30,7 +31,7 @@ const VIEWS: [&str; 8] = [
     "SELECT * FROM missing_frames ORDER BY device COLLATE \"C\", from_seq",
 ];
 
-/// Values of one device within an hour. No mean of a double or of several is beyond a double.
+/// Values of one device within an hour. No mean, of one device or of several, exceeds the range of a double.
 const VALUES: [&[f64]; 18] = [
     &[1.0, 3.0],
     &[1.5, 1e200, 1.6],
@@ -71,7 +72,7 @@ impl Both {
         }
     }
 
-    /// Sorts in all that SQLite has still to sort in.
+    /// Compacts all level-0 readings of SQLite.
     async fn tidy(&mut self) {
         while self.file.tidy_after().is_some() {
             self.file.commit(&Batch::default()).await.unwrap();
@@ -88,7 +89,7 @@ impl Both {
     }
 }
 
-/// Asserts that both stores give the same names and rows; returns them.
+/// Asserts that both stores return the same names and rows; returns them.
 async fn same(readers: &mut [Reader; 2], sql: &str) -> (Vec<String>, Vec<Vec<Value>>) {
     let [file, server] = readers;
     let columns = file.columns(sql).await.expect(sql);
@@ -98,7 +99,7 @@ async fn same(readers: &mut [Reader; 2], sql: &str) -> (Vec<String>, Vec<Vec<Val
     assert_eq!(found.len(), expected.len(), "{sql}");
     for (found, expected) in found.iter().zip(&expected) {
         for ((found, expected), column) in found.0.iter().zip(&expected.0).zip(&columns) {
-            // Only a mean depends on the order in which values are added.
+            // Only a mean depends on the order of addition.
             let is_same = match (found, expected) {
                 (Value::Real(found), Value::Real(expected)) if column == "mean" => {
                     found == expected
@@ -112,7 +113,7 @@ async fn same(readers: &mut [Reader; 2], sql: &str) -> (Vec<String>, Vec<Vec<Val
     (columns, expected.into_iter().map(|row| row.0).collect())
 }
 
-/// A device whose channel changes its kind and its unit.
+/// Stores a device whose channel changes its kind and its unit.
 async fn change_kinds(store: &mut impl Store) {
     let admission = admitted(store, login("meter", 1, 1)).await;
     let kinds = [
@@ -142,7 +143,7 @@ async fn change_kinds(store: &mut impl Store) {
         else {
             panic!("a conflict");
         };
-        let peer = crate::store::contract::Peer {
+        let peer = crate::store::conformance::Peer {
             device: admission.device,
             stream: admission.receipt.stream(),
             series: SeriesId(schema.channels[0].series.0),
@@ -161,7 +162,7 @@ async fn store_all(store: &mut impl Store, entries: Vec<Entry>) {
     store.commit(&batch).await.unwrap();
 }
 
-/// A bit of everything that a view shows.
+/// Stores rows of every kind that a view shows.
 async fn fill(store: &mut impl Store) {
     change_kinds(store).await;
     let odd = peer(store, "it's \"odd\" 🌡").await;
@@ -179,7 +180,7 @@ async fn fill(store: &mut impl Store) {
     let far_us = AT_US + 70 * 365 * DAY_US;
     let entries = vec![
         odd.readings(1, &[(AT_US - DAY_US, 1.0), (AT_US, f64::NAN)]),
-        // A clock in the future, and one that had not begun.
+        // A clock in the future, and one that had not started.
         odd.readings(2, &[(far_us, 3.0), (far_us + 1, 4.0)]),
         odd.readings(3, &[(-1, 5.0), (0, 6.0)]),
         odd.gap(4, 5),
@@ -216,12 +217,12 @@ async fn each_view_is_the_same_in_both_stores() {
             let (columns, rows) = same(&mut readers, view).await;
             assert!(!rows.is_empty(), "{view}");
             assert_times_are_typed(&columns, &rows, view);
-            // No two rows of a view look alike, whatever changed on the way.
+            // No two rows of a view are equal, whatever changed in between.
             for (n, row) in rows.iter().enumerate() {
                 assert!(!rows[..n].contains(row), "{row:?}\n{view}");
             }
         }
-        // Of two readings in the future, and two that were not, `latest` shows the newest of these.
+        // Of two readings in the future and two that are not, `latest` shows the newest of the latter.
         let ahead = "SELECT in_future, last_ts FROM channels WHERE in_future > 0";
         let ahead = same(&mut readers, ahead).await.1;
         assert_eq!(ahead, [[Value::Integer(2), Value::Integer(AT_US)]]);
@@ -236,7 +237,7 @@ async fn each_view_is_the_same_in_both_stores() {
     }
 }
 
-/// Each time is a number of microseconds, with its text in the column after it.
+/// Asserts that each time is a number of microseconds, followed by a column with its text.
 fn assert_times_are_typed(columns: &[String], rows: &[Vec<Value>], view: &str) {
     let is_time = |name: &str| {
         name == "hour" || name.ends_with("ts") || name.ends_with("_at") || name == "at"
@@ -263,7 +264,7 @@ fn mean(values: &[f64]) -> Option<f64> {
         .copied()
         .filter(|value| !value.is_nan())
         .collect();
-    // Each value divided first, so that no sum is beyond a double.
+    // Divide each value first, so that no sum exceeds the range of a double.
     let mean: f64 = valid.iter().map(|value| value / valid.len() as f64).sum();
     let mean = match valid.iter().all(|value| value.is_finite()) {
         true => mean.clamp(-f64::MAX, f64::MAX),
@@ -278,7 +279,7 @@ async fn no_value_of_a_device_breaks_a_view() {
     async fn fill(store: &mut impl Store) {
         for (n, values) in VALUES.into_iter().enumerate() {
             let peer = peer(store, &format!("d{n:02}")).await;
-            // One by one, so that an hour has some that are sorted in and some that are not.
+            // One by one, so that an hour has both compacted readings and level-0 readings.
             for (seq, value) in (1..).zip(values) {
                 let at_us = AT_US + 1000 * seq;
                 store_all(

@@ -1,12 +1,12 @@
-//! What logins and declares cost.
+//! The cost of logins and declares.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
-use crate::store::contract::{admitted, comes_back, login, very_many};
+use crate::store::conformance::{admitted, comes_back, login, very_many};
 
-/// The steps that SQLite's machine takes for a batch.
+/// Returns the number of virtual machine steps that SQLite takes for a batch.
 async fn steps(h: &mut OnDisk, batch: &Batch) -> u64 {
     let taken = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&taken);
@@ -24,7 +24,7 @@ async fn steps(h: &mut OnDisk, batch: &Batch) -> u64 {
 }
 
 #[tokio::test]
-async fn what_a_device_has_declared_before_costs_nothing() {
+async fn earlier_schemas_add_no_cost() {
     let mut h = OnDisk::create().await;
     let device = admitted(&mut h.store, login("a", 1, 1)).await.device;
     let batch = |schema| {
@@ -35,7 +35,7 @@ async fn what_a_device_has_declared_before_costs_nothing() {
             ..Batch::default()
         }
     };
-    // The first one prepares the statements, too.
+    // The first one also prepares the statements.
     for schema in 0..2 {
         h.store.commit(&batch(schema)).await.unwrap();
     }
@@ -47,7 +47,7 @@ async fn what_a_device_has_declared_before_costs_nothing() {
     };
     h.store.commit(&many).await.unwrap();
     assert_eq!(steps(&mut h, &batch(1)).await, known_before);
-    // One that is new is held against the bounds: what the device has is counted, a few steps for each.
+    // A new one is checked against the limits: the device's series are counted, at a few steps each.
     let counted = 4 * u64::from(DeviceBounds::DEFAULT.series_max);
     let new = steps(&mut h, &batch(3)).await;
     assert!(new <= new_before + counted, "{new} {new_before}");

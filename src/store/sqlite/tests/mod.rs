@@ -1,4 +1,4 @@
-//! The contract over SQLite, and what only SQLite does: its log, its errors, its plans.
+//! The conformance suite over SQLite, and SQLite-specific behaviour: its log, its errors, its plans.
 
 use std::path::PathBuf;
 
@@ -6,16 +6,16 @@ use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 use tempfile::TempDir;
 
 use super::*;
-use crate::store::contract::{Dump, Harness, Peer, change, contract, peer};
+use crate::store::conformance::{Dump, Harness, Peer, change, conformance, peer};
 use crate::store::url::StoreUrl;
 use crate::store::{Entry, Login};
 
 mod declares;
+mod level0;
 mod open;
-mod recent;
 mod views;
 
-contract!(OnDisk);
+conformance!(OnDisk);
 
 struct OnDisk {
     directory: TempDir,
@@ -157,7 +157,7 @@ fn seq(row: &sqlx::sqlite::SqliteRow, column: usize) -> u64 {
     row.get::<i64, _>(column).cast_unsigned()
 }
 
-/// Consecutive frames of one peer, of so many rows each.
+/// Returns consecutive frames of one peer, with `rows` rows each.
 fn frames(peer: &Peer, seqs: std::ops::Range<u64>, rows: i64) -> Batch {
     let entry = |seq: u64| -> Entry {
         let start = seq.cast_signed() * rows;
@@ -178,7 +178,7 @@ const SMALL_LOG: SqliteSettings = SqliteSettings {
     wal_hard_bytes: 2 << 20,
     bounds: DeviceBounds::DEFAULT,
 };
-/// More than what a batch of `frames` below adds to the log.
+/// More than a batch of `frames` below adds to the log.
 const BATCH_BYTES: u64 = 512 << 10;
 
 #[tokio::test]
@@ -210,7 +210,7 @@ async fn a_reader_cannot_make_the_log_grow_without_bound() {
         match h.store.commit(&frames(&peer, seq..seq + 10, 200)).await {
             Ok(_) => seq += 10,
             Err(StoreError::Transient(reason)) => {
-                assert!(reason.contains("a reader holds"), "{reason}");
+                assert!(reason.contains("a reader blocks"), "{reason}");
                 refusals += 1;
                 if refusals == 2 {
                     break;
@@ -263,7 +263,7 @@ async fn a_database_held_by_another_writer_is_transient() {
 }
 
 #[tokio::test]
-async fn after_a_fatal_error_nothing_is_taken() {
+async fn after_a_fatal_error_commits_fail() {
     let mut h = OnDisk::create().await;
     let peer = peer(&mut h.store, "a").await;
     run(h.conn(), "PRAGMA query_only = ON").await;
@@ -272,13 +272,13 @@ async fn after_a_fatal_error_nothing_is_taken() {
         assert!(matches!(failed, Err(StoreError::Fatal(_))), "{failed:?}");
         assert!(
             h.store.writer.is_none(),
-            "closing it would try a checkpoint"
+            "closing it would run a checkpoint"
         );
     }
 }
 
 #[tokio::test]
-async fn a_commit_that_was_dropped_half_way_does_no_harm() {
+async fn a_commit_dropped_half_way_is_harmless() {
     let mut h = OnDisk::create().await;
     let peer = peer(&mut h.store, "a").await;
     let batch = frames(&peer, 1..400, 100);
@@ -325,7 +325,7 @@ async fn statements_find_rows_by_index() {
     let mut h = OnDisk::create().await;
     let mut logins: Vec<Login> = Vec::new();
     for n in 0..3000 {
-        logins.push(crate::store::contract::login(&format!("d{n}"), 1, 1));
+        logins.push(crate::store::conformance::login(&format!("d{n}"), 1, 1));
     }
     h.store
         .commit(&Batch {
@@ -361,13 +361,12 @@ async fn plan(conn: &mut SqliteConnection, sql: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_number_that_comes_again_with_other_content_is_on_record() {
-    crate::store::contract::a_number_that_comes_again_with_other_content_is_on_record::<OnDisk>()
-        .await;
+async fn a_number_reused_with_different_content_is_recorded() {
+    crate::store::conformance::a_number_reused_with_different_content_is_recorded::<OnDisk>().await;
 }
 
 #[tokio::test]
-async fn rows_that_a_trigger_leaves_out_in_silence_are_missed() {
+async fn rows_dropped_silently_by_a_trigger_are_detected() {
     let mut h = OnDisk::create().await;
     let peer = peer(&mut h.store, "a").await;
     for (seq, table, event) in [
@@ -385,7 +384,7 @@ async fn rows_that_a_trigger_leaves_out_in_silence_are_missed() {
         run(h.conn(), &trigger).await;
         let failed = h.store.commit(&batch).await.unwrap_err();
         assert!(matches!(failed, StoreError::Transient(_)), "{failed:?}");
-        assert!(failed.to_string().contains("leaves rows out"), "{failed}");
+        assert!(failed.to_string().contains("drops rows"), "{failed}");
         run(h.conn(), "DROP TRIGGER leave_out").await;
         let committed = h.store.commit(&batch).await.unwrap();
         assert_eq!(committed.receipts[0].durable_seq(), seq);

@@ -1,4 +1,4 @@
-//! What can be wrong with a database, and what is said then.
+//! Problems with a database, and the messages about them.
 
 use std::path::Path;
 
@@ -27,7 +27,7 @@ async fn connect(path: &Path) -> SqliteConnection {
     SqliteConnection::connect(&url).await.unwrap()
 }
 
-/// A store that was made and closed, and whose schema was then changed by `sql`.
+/// Creates and closes a store, then changes its schema with `sql`.
 async fn altered(sql: &str) -> (TempDir, std::path::PathBuf) {
     let directory = tempdir().unwrap();
     let path = directory.path().join("x.db");
@@ -59,7 +59,7 @@ async fn settings_hold_on_the_writer() {
 
 #[cfg(unix)]
 #[tokio::test]
-async fn a_new_database_is_nobody_elses_business() {
+async fn a_new_database_is_private() {
     use std::os::unix::fs::PermissionsExt;
     let directory = tempdir().unwrap();
     let path = directory.path().join("x.db");
@@ -90,7 +90,7 @@ async fn one_gateway_at_a_time() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_no_database_is_left_alone() {
+async fn a_file_that_is_not_a_database_is_left_alone() {
     let directory = tempdir().unwrap();
     let path = directory.path().join("notes.txt");
     let text = "not a database, ".repeat(100);
@@ -130,7 +130,7 @@ async fn a_newer_schema_is_refused() {
     let (_directory, path) = altered(newer).await;
     let says = refusal(&path).await;
     assert!(
-        says.contains("newer fieldgate") && says.contains("9999"),
+        says.contains("newer Fieldgate") && says.contains("9999"),
         "{says}"
     );
     assert!(!says.contains('\n'));
@@ -139,11 +139,11 @@ async fn a_newer_schema_is_refused() {
             .await
             .unwrap_err()
             .to_string()
-            .contains("newer fieldgate")
+            .contains("newer Fieldgate")
     );
 }
 
-/// A database as an older version made it, with a line of its audit trail.
+/// Creates a database as an older version did, with an audit event.
 async fn older(version: i64) -> (TempDir, std::path::PathBuf) {
     let directory = tempdir().unwrap();
     let path = directory.path().join("x.db");
@@ -161,10 +161,10 @@ async fn older(version: i64) -> (TempDir, std::path::PathBuf) {
 }
 
 #[tokio::test]
-async fn an_older_schema_is_for_the_gateway_to_bring_up_to_date() {
+async fn only_a_gateway_updates_an_older_schema() {
     let (_directory, path) = older(1).await;
     let says = open_reader(&path).await.unwrap_err().to_string();
-    assert!(says.contains("older fieldgate"), "{says}");
+    assert!(says.contains("older Fieldgate"), "{says}");
     open(&path).await.unwrap().close().await.unwrap();
     let mut reader = open_reader(&path).await.unwrap();
     let found: (String, i64, String, String) = sqlx::query_as(
@@ -181,15 +181,11 @@ async fn an_older_schema_is_for_the_gateway_to_bring_up_to_date() {
 #[tokio::test]
 async fn a_changed_migration_is_refused() {
     let (_directory, path) = altered("UPDATE _sqlx_migrations SET checksum = x'00'").await;
-    assert!(
-        refusal(&path)
-            .await
-            .contains("cannot be brought up to date")
-    );
+    assert!(refusal(&path).await.contains("could not update the schema"));
 }
 
 #[tokio::test]
-async fn places_that_cannot_be_written() {
+async fn paths_that_cannot_be_written() {
     let directory = tempdir().unwrap();
     assert!(
         refusal(&directory.path().join("no/x.db"))
@@ -198,7 +194,11 @@ async fn places_that_cannot_be_written() {
     );
     let file = directory.path().join("file");
     std::fs::write(&file, "").unwrap();
-    assert!(refusal(&file.join("x.db")).await.contains("cannot write"));
+    assert!(
+        refusal(&file.join("x.db"))
+            .await
+            .contains("could not write")
+    );
 }
 
 #[tokio::test]

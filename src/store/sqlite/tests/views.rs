@@ -1,13 +1,13 @@
-//! The views: what they show, and that they read no more than they need.
+//! The views: their content, and that they read no more than they need.
 
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
 use super::{Harness, OnDisk, frames, plan, run};
-use crate::store::contract::peer;
+use crate::store::conformance::peer;
 use crate::store::{Batch, Entry, Store};
 
 const DAY_US: i64 = 86_400_000_000;
-/// When the contract's entries arrive: 2023-11-14T22:13:20Z.
+/// Time at which the suite's entries arrive: 2023-11-14T22:13:20Z.
 const AT_US: i64 = 1_700_000_000_000_000;
 
 async fn texts(conn: &mut SqliteConnection, sql: &str) -> Vec<Option<String>> {
@@ -42,7 +42,7 @@ async fn plans_use_the_index_with_and_without_statistics() {
         let peer = peer(&mut h.store, &format!("d{n}")).await;
         h.store.commit(&frames(&peer, 1..20, 30)).await.unwrap();
     }
-    // A table of one row may well be read whole.
+    // The planner may scan a table of one row.
     let hours = "WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 2000)
         INSERT INTO reading_hours SELECT x * 3600000000 FROM n";
     run(h.conn(), hours).await;
@@ -76,7 +76,7 @@ async fn plans_use_the_index_with_and_without_statistics() {
             (channels, true, true),
         ] {
             let plan = plan(&mut reader, &format!("EXPLAIN QUERY PLAN {sql}")).await;
-            // What is not yet sorted in is small, and may be indexed for a query.
+            // Level 0 is small, and a query may build a temporary index for it.
             let plan = plan.replace("SEARCH u USING AUTOMATIC", "");
             let plan = plan.replace("SEARCH n USING AUTOMATIC", "");
             for scanned in ["SCAN r\n", "SCAN s\n", "SCAN f\n", "SCAN c\n", "AUTOMATIC"] {
@@ -93,7 +93,10 @@ async fn plans_use_the_index_with_and_without_statistics() {
             assert_eq!(range, by_time, "{sql}\n{plan}");
         }
         let plan = plan(&mut reader, &format!("EXPLAIN QUERY PLAN {narrow}")).await;
-        assert!(!plan.contains(" f "), "frames are read for nothing\n{plan}");
+        assert!(
+            !plan.contains(" f "),
+            "frames are read unnecessarily\n{plan}"
+        );
     }
 }
 
@@ -189,7 +192,7 @@ async fn hours_count_valid_values() {
 }
 
 #[tokio::test]
-async fn status_tells_what_is_missing() {
+async fn status_shows_missing_frames() {
     let mut h = OnDisk::create().await;
     let peer = peer(&mut h.store, "a").await;
     super::peer(&mut h.store, "b").await;
@@ -219,7 +222,7 @@ async fn status_tells_what_is_missing() {
         texts(h.conn(), sql).await,
         some(&["a", "2", "4", "3", "a", "5", "9", "5"])
     );
-    // A device can claim to have lost more than a sum can hold.
+    // A device can report more lost frames than a sum can hold.
     let entries = vec![peer.gap(10, crate::store::ledger::SEQ_MAX)];
     store_readings(&mut h, entries).await;
     assert_eq!(

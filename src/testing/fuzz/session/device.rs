@@ -1,24 +1,25 @@
-//! What a device sends: handshakes that are right, and frames of every type.
+//! Frames of devices: valid handshakes, and frames of every type.
 
 use std::sync::LazyLock;
 
 use fieldgate_protocol::auth::{
     KEY_BYTES, NO_CHANNEL_BINDING, Transcript, derive_device_key, schema_hash,
 };
-use fieldgate_protocol::column::{Kind, encode_f64, encode_integers, encoding};
+use fieldgate_protocol::column::{encode_f64, encode_integers, encoding};
 use fieldgate_protocol::frame::{
     DEFAULT_FRAME_BYTES_MAX, HANDSHAKE_FRAME_BYTES_MAX, HEADER_BYTES, TRAILER_BYTES, VERSION,
 };
 use fieldgate_protocol::message::{
     Auth, Bye, Challenge, Channel, Column, Data, Declare, Event, Gap, Hello, Message, Ping, encode,
 };
+use fieldgate_protocol::value::Kind;
 
 pub(super) const FLEET_KEY: [u8; KEY_BYTES] = [7; KEY_BYTES];
-/// Of every connection, so that AUTH is the same in each.
+/// Nonce of every connection, so that AUTH is the same in each.
 pub(super) const NONCE: [u8; 16] = [9; 16];
 pub(super) const BOOT: u32 = 7;
 const STEP_MS: u32 = 250;
-/// Schemas that a device has numbers for: more than a session keeps.
+/// Number of schemas that a device uses: more than a session keeps.
 const SCHEMAS: u8 = 10;
 const CONTENTS: [[(&str, Kind, i8); 2]; 2] = [
     [("temperature", Kind::Integer, -2), ("level", Kind::F64, 0)],
@@ -37,7 +38,7 @@ pub(super) struct Known {
     transcript: Transcript,
 }
 
-/// One that may always go on, one whose queue was lost, a second queue, and a second device.
+/// A device that can always continue, one whose queue was lost, a second stream, and a second device.
 pub(super) static KNOWN: LazyLock<[Known; 4]> = LazyLock::new(|| {
     let right = schema_hash(payload(&declare(0)));
     [
@@ -48,7 +49,7 @@ pub(super) static KNOWN: LazyLock<[Known; 4]> = LazyLock::new(|| {
     ]
 });
 
-/// What every HELLO is answered with.
+/// The answer to every HELLO.
 pub(super) static CHALLENGE: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let challenge = Challenge {
         version: VERSION,
@@ -113,7 +114,7 @@ impl Known {
         }
     }
 
-    /// Whether the gateway has proved that it holds the key (R36).
+    /// Returns whether the gateway has proved that it has the key (R36).
     pub(super) fn believes(&self, welcome_payload: &[u8], mac: &[u8; KEY_BYTES]) -> bool {
         let mut transcript = self.transcript.clone();
         transcript.add(&welcome_payload[..welcome_payload.len() - KEY_BYTES]);
@@ -137,7 +138,7 @@ fn channels(pick: u8) -> (u16, [(&'static str, Kind, i8); 2]) {
     (u16::from(pick % SCHEMAS) + 1, content)
 }
 
-/// `pick` chooses number and content.
+/// Returns a DECLARE; `pick` selects number and content.
 pub(super) fn declare(pick: u8) -> Vec<u8> {
     let (schema, channels) = channels(pick);
     let channels = channels.iter().zip(1..);
@@ -157,7 +158,7 @@ pub(super) fn declare(pick: u8) -> Vec<u8> {
     framed(&declare, 0)
 }
 
-/// DATA that is right if the schema of `pick` was declared; each byte of `raw` is a row.
+/// Returns DATA that is valid if the schema of `pick` was declared; each byte of `raw` is a row.
 pub(super) fn data(seq: u64, pick: u8, utc_us: Option<i64>, raw: &[u8]) -> Vec<u8> {
     let (schema, channels) = channels(pick);
     let packed = channels.map(|(_, kind, _)| {
@@ -170,10 +171,12 @@ pub(super) fn data(seq: u64, pick: u8, utc_us: Option<i64>, raw: &[u8]) -> Vec<u
             .collect();
         let floats = || integers.iter().map(|raw| *raw as f64 / 8.0);
         let (encoding, used) = match kind {
-            Kind::Integer | Kind::Bool => encode_integers(&integers, &mut bytes).expect("room"),
+            Kind::Integer | Kind::Bool => {
+                encode_integers(&integers, &mut bytes).expect("enough space")
+            }
             Kind::F64 => {
                 let used = encode_f64(&floats().collect::<Vec<_>>(), &mut bytes);
-                (encoding::RAW, used.expect("room"))
+                (encoding::RAW, used.expect("enough space"))
             }
             Kind::F32 => {
                 bytes = { floats() }
@@ -231,7 +234,7 @@ pub(super) fn gap(from_seq: u64, seq: u64) -> Vec<u8> {
     framed(&gap, seq)
 }
 
-/// Tells of the PONG that was sent at `pong_sent_us`, or of none.
+/// Returns a PING that refers to the PONG sent at `pong_sent_us`, or to none.
 pub(super) fn ping(mono_us: u64, pong_sent_us: i64) -> Vec<u8> {
     let ping = Ping {
         mono_us,

@@ -1,38 +1,38 @@
-//! The target `session`: bytes are what devices do, what the network does to it, and what becomes of the
-//! store; real are sessions, mailboxes, registry, batcher and the memory store.
+//! The target `session`: the input selects actions of devices, network and store. Sessions, mailboxes, registry,
+//! batcher and memory store are the real ones.
 //!
-//! After every call a session has said, asked for and taken in what [`model`] has, word for word; and
-//! whatever the model thinks
-//! - what it says of numbers is in the store by then: ACK, WELCOME, and NACK of class 3, for a frame that
-//!   is in quarantine;
-//! - the numbers of ACKs never fall, and there is at most one for each commit and each duplicate;
-//! - what it has to say grows by [`line::CALL_BYTES_MAX`] a call at most, and by
-//!   [`line::NACK_BYTES_MAX`] for each refusal that is durable;
-//! - a closed session says, wants and takes nothing, whatever comes;
-//! - the store has each stream's numbers once, in order, without holes, equal to what was handed in, and
-//!   no more in quarantine than has room.
+//! After every call, the output, requests and accepted frames of a session must equal those of [`model`].
+//! Independently of the model:
+//! - numbers in an ACK, WELCOME or class 3 NACK (for a quarantined frame) are in the store when the message is
+//!   sent;
+//! - the numbers of ACKs never decrease, and there is at most one ACK for each commit and each duplicate;
+//! - the output grows by at most [`line::CALL_BYTES_MAX`] per call, and by
+//!   [`line::NACK_BYTES_MAX`] for each durable rejection;
+//! - a closed session sends, requests and accepts nothing, whatever it receives;
+//! - the store has each stream's numbers once, in order, without holes, equal to the accepted frames, and
+//!   no more quarantined frames than the quota allows.
 //!
-//! In the end, when all is committed and told, no session waits for anything but its peer.
+//! At the end, when everything is committed and answered, no session waits for anything but its peer.
 
+mod accepted;
+mod connection;
 mod device;
-mod line;
 mod model;
 mod store;
-mod taken;
 
 use std::sync::Arc;
 
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX, Header, types};
 use tokio_util::codec::Decoder;
 
+use self::connection::Line;
 use self::device::{FLEET_KEY, KNOWN};
-use self::line::Line;
 use self::store::StoreSide;
-use super::{mend_all, poll_once};
+use super::{fix_all, poll_once};
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::FleetKey;
 use crate::net::codec::{CodecError, FrameCodec};
-use crate::quota::device::Allowances;
+use crate::quota::device::DeviceQuotas;
 use crate::quota::quarantine::Gauge;
 use crate::quota::rate::Rate;
 use crate::session::SessionSettings;
@@ -44,14 +44,14 @@ const PLENTY: Rate = Rate {
     burst: 1_000_000,
 };
 const OPERATIONS_MAX: usize = 300;
-/// Sessions at a time; the oldest goes when there is one more.
+/// Maximum number of sessions at a time; one more replaces the oldest.
 const LINES_MAX: usize = 3;
 const OUTBOUND_BYTES_MAX: usize = 2_000;
 /// 2026-01-01T00:00:00Z.
 const START_UTC_US: i64 = 1_767_225_600_000_000;
 
-/// A byte that picks the settings and how the first connection begins, then operations; those that
-/// `World::operate` lists.
+/// Input: a byte that selects the settings and the start of the first connection, followed by the operations in
+/// `World::operate`.
 pub fn session(input: &[u8]) {
     let mut input = Input(input);
     let picks = input.byte();
@@ -67,7 +67,7 @@ pub fn session(input: &[u8]) {
     world.end();
 }
 
-/// What is left of the input; zeros behind its end.
+/// The rest of the input, followed by zeros.
 struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
@@ -75,7 +75,7 @@ impl<'a> Input<'a> {
         self.0.split_off_first().copied().unwrap_or(0)
     }
 
-    /// As many bytes as the first one says.
+    /// Returns as many bytes as the first byte specifies.
     fn bytes(&mut self) -> &'a [u8] {
         let len = usize::from(self.byte()).min(self.0.len());
         self.0.split_off(..len).unwrap_or_default()
@@ -85,10 +85,10 @@ impl<'a> Input<'a> {
 struct World {
     now: Now,
     settings: Arc<SessionSettings>,
-    /// The model's.
-    allowances: Arc<Allowances>,
+    /// The model's quotas.
+    quotas: Arc<DeviceQuotas>,
     store: StoreSide,
-    /// The newest is the last.
+    /// The newest is last.
     lines: Vec<Line>,
 }
 
@@ -106,7 +106,7 @@ impl World {
         let settings = SessionSettings {
             credentials: Arc::new(Credentials::new(FleetKey::from_bytes(FLEET_KEY))),
             window_frames: if picks & 2 == 0 { 64 } else { 3 },
-            allowances: Arc::new(Allowances::new(frames, readings)),
+            quotas: Arc::new(DeviceQuotas::new(frames, readings)),
             outbound_bytes_max: OUTBOUND_BYTES_MAX,
             quarantine: Arc::new(Gauge::new(bytes_max)),
             ..SessionSettings::default()
@@ -123,7 +123,7 @@ impl World {
             },
             store: StoreSide::new(Arc::clone(&settings.quarantine), bytes_max),
             settings,
-            allowances: Arc::new(Allowances::new(frames, readings)),
+            quotas: Arc::new(DeviceQuotas::new(frames, readings)),
             lines: Vec::new(),
         }
     }
@@ -133,8 +133,8 @@ impl World {
             self.lose(0);
             self.forget_closed();
         }
-        let (settings, allowances) = (Arc::clone(&self.settings), Arc::clone(&self.allowances));
-        self.lines.push(Line::new(settings, allowances, self.now));
+        let (settings, quotas) = (Arc::clone(&self.settings), Arc::clone(&self.quotas));
+        self.lines.push(Line::new(settings, quotas, self.now));
         if is_welcomed {
             let line = self.lines.len() - 1;
             self.receive(line, &KNOWN[known].hello);
@@ -172,7 +172,7 @@ impl World {
             }
             6 => self.send_made(line, input),
             7 => self.receive(line, input.bytes()),
-            8 => self.receive(line, &mend_all(input.bytes())),
+            8 => self.receive(line, &fix_all(input.bytes())),
             9 => self.send(line, KNOWN[usize::from(input.byte() % 4)].hello.clone(), 0),
             10 => self.send(line, KNOWN[usize::from(input.byte() % 4)].auth.clone(), 0),
             11 => {
@@ -194,7 +194,7 @@ impl World {
         }
     }
 
-    /// A frame of a type, with a number and a payload that the input says.
+    /// Sends a frame with type, number and payload from the input.
     fn send_made(&mut self, line: usize, input: &mut Input<'_>) {
         let (frame_type, twist, payload) = (input.byte(), input.byte(), input.bytes());
         let seq = match frame_type {
@@ -210,14 +210,14 @@ impl World {
             payload_bytes: payload.len() as u16,
             seq,
         };
-        frame::seal(header, &mut made).expect("room for it");
+        frame::seal(header, &mut made).expect("the buffer is large enough");
         self.send(line, made, twist);
     }
 
-    /// Sends a frame, perhaps not as it should be.
+    /// Sends a frame, possibly damaged.
     fn send(&mut self, line: usize, mut sent: Vec<u8>, twist: u8) {
         let decoded = frame::decode_header(&sent, FRAME_BYTES_MAX);
-        let mut header = decoded.expect("a frame").expect("a whole one");
+        let mut header = decoded.expect("a valid frame").expect("a complete frame");
         match twist % 16 {
             8 => header.seq = header.seq.wrapping_sub(1),
             9 => header.seq += 1 + u64::from(twist / 16),
@@ -246,7 +246,7 @@ impl World {
         self.receive(line, &sent);
     }
 
-    /// What an operation leaves over of a frame comes with the next one.
+    /// Sends bytes; the rest of a frame that an operation leaves is sent with the next one.
     fn receive(&mut self, line: usize, bytes: &[u8]) {
         let Line {
             held_back, input, ..
@@ -276,7 +276,7 @@ impl World {
         self.lines[line].hear(&self.store, self.now);
     }
 
-    /// Gives a session what has come for it from outside; tells whether there was anything.
+    /// Delivers a session's mail; returns whether there was any.
     fn take_mail(&mut self, line: usize) -> bool {
         let mailbox = Arc::clone(&self.lines[line].mailbox);
         let Some(mail) = poll_once(mailbox.take()) else {
@@ -306,7 +306,7 @@ impl World {
         true
     }
 
-    /// Until everything is committed and told.
+    /// Runs until everything is committed and answered.
     fn settle(&mut self) {
         loop {
             let mut is_moved = self.store.work(self.now);
@@ -353,7 +353,7 @@ impl World {
         line.hear(&self.store, self.now);
     }
 
-    /// What comes about by others than devices and store.
+    /// Runs an event that neither device nor store causes.
     fn turn(&mut self, line: usize, pick: u8) {
         let line = &mut self.lines[line];
         match pick % 9 {
@@ -383,7 +383,7 @@ impl World {
         }
     }
 
-    /// Whoever is not listened to by then would wait for ever.
+    /// Settles and checks the end state: a session that still waits for the gateway would wait indefinitely.
     fn end(mut self) {
         self.store.recover();
         self.settle();
@@ -392,9 +392,12 @@ impl World {
             let session = &line.session;
             assert!(
                 !session.is_leaving(),
-                "waits for what is committed and told"
+                "waits for something already committed and answered"
             );
-            assert!(session.poll_deadline().is_some(), "nothing will end it");
+            assert!(
+                session.poll_deadline().is_some(),
+                "the session has no deadline"
+            );
         }
         for line in 0..self.lines.len() {
             self.lose(line);

@@ -1,5 +1,5 @@
-//! What a session must say and take in, as plainly as `protocol/SPEC.md` says it (sections 5, 6, 11 and
-//! 12), for the comparison with what it does.
+//! Reference model of a session, as specified in sections 5, 6, 11 and 12 of `protocol/SPEC.md`, against which the
+//! session is checked.
 
 use std::sync::Arc;
 
@@ -7,9 +7,9 @@ use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{Frame, SEQ_MAX, VERSION, types};
 use fieldgate_protocol::message::{Bye, Declare, Hello, Ping, decode};
 
+use super::accepted::{Accepted, Made, made, refused};
 use super::device::KNOWN;
-use super::taken::{Made, Taken, made, refused};
-use crate::quota::device::{Allowance, Allowances};
+use crate::quota::device::{DeviceQuota, DeviceQuotas};
 use crate::session::SessionSettings;
 use crate::session::retry::retry_after_ms;
 use crate::store::{Admission, DeclareOutcome, Schema};
@@ -22,7 +22,7 @@ const REFUSALS_RETRY_AFTER_MS: u32 = 60_000;
 
 /// A frame of the gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Said {
+pub(super) enum Reply {
     Challenge,
     Welcome {
         durable_seq: u64,
@@ -46,23 +46,23 @@ pub(super) enum Said {
     },
 }
 
-/// What a frame that is handed in must lead to, besides words.
+/// Required result of a frame, other than replies.
 #[derive(Debug)]
 pub(super) enum Submits {
     Nothing,
     Login,
     Declare,
-    Taken(Taken),
-    Refused(Taken),
+    Accepted(Accepted),
+    Refused(Accepted),
 }
 
 enum Phase {
     AwaitHello,
-    /// With the place in [`KNOWN`] of the device that can prove its key.
+    /// With the index in [`KNOWN`] of the device that can prove its key.
     AwaitAuth(Option<usize>),
     AwaitAdmission(usize),
     Serving(Box<Serving>),
-    /// With the code of BYE, if one was said.
+    /// With the code of BYE, if one was sent.
     Closed(Option<u8>),
 }
 
@@ -82,36 +82,36 @@ struct Serving {
     refusals: Vec<(u64, Code)>,
     refused_at_us: Vec<u64>,
     schemas: Vec<Arc<Schema>>,
-    allowance: Arc<Allowance>,
+    quota: Arc<DeviceQuota>,
     paced_until_us: Option<u64>,
-    /// When the peer was last heard, or began to be listened to.
+    /// Time of the peer's latest bytes, or the start of listening to it.
     heard_at_us: u64,
     begun_at_us: Option<u64>,
 }
 
 pub(super) struct Model {
     settings: Arc<SessionSettings>,
-    /// What the devices may still send, apart from what the sessions reckon.
-    allowances: Arc<Allowances>,
+    /// What the devices may still send, calculated independently of the sessions.
+    quotas: Arc<DeviceQuotas>,
     phase: Phase,
     opened_at_us: u64,
-    stranger_bytes: usize,
+    preauth_bytes: usize,
     leaving: Option<Option<Code>>,
-    said: Vec<Said>,
+    said: Vec<Reply>,
 }
 
 impl Model {
     pub(super) fn new(
         settings: Arc<SessionSettings>,
-        allowances: Arc<Allowances>,
+        quotas: Arc<DeviceQuotas>,
         now: Now,
     ) -> Model {
         Model {
             settings,
-            allowances,
+            quotas,
             phase: Phase::AwaitHello,
             opened_at_us: now.mono_us,
-            stranger_bytes: 0,
+            preauth_bytes: 0,
             leaving: None,
             said: Vec::new(),
         }
@@ -124,7 +124,7 @@ impl Model {
         }
     }
 
-    /// Whose handshake was right.
+    /// Returns the device whose handshake was valid.
     pub(super) fn known(&self) -> Option<usize> {
         match &self.phase {
             Phase::AwaitAdmission(known) => Some(*known),
@@ -162,8 +162,8 @@ impl Model {
         }
     }
 
-    /// What must have been said since the last call. What is due is said before the peer is waited for.
-    pub(super) fn take_said(&mut self) -> Vec<Said> {
+    /// Returns the required replies since the last call. Due replies are sent before the session waits for the peer.
+    pub(super) fn take_said(&mut self) -> Vec<Reply> {
         self.flush_ack();
         std::mem::take(&mut self.said)
     }
@@ -173,7 +173,7 @@ impl Model {
             && std::mem::take(&mut serving.is_ack_due)
         {
             let seq = serving.durable_seq;
-            self.said.push(Said::Ack { seq });
+            self.said.push(Reply::Ack { seq });
         }
     }
 
@@ -183,7 +183,7 @@ impl Model {
         }
         self.flush_ack();
         let code = code.map(|code| code as u8);
-        let bye = code.map(|code| Said::Bye {
+        let bye = code.map(|code| Reply::Bye {
             code,
             retry_after_ms,
         });
@@ -212,11 +212,11 @@ impl Model {
         }
     }
 
-    /// `has_room` tells whether the frame would have room in quarantine.
+    /// Processes a frame. `has_room` states whether quarantine has space for it.
     pub(super) fn frame(&mut self, frame: &Frame<'_>, now: Now, has_room: bool) -> Submits {
         if matches!(self.phase, Phase::AwaitHello | Phase::AwaitAuth(_)) {
-            self.stranger_bytes += frame.bytes.len();
-            if self.stranger_bytes > self.settings.stranger_bytes_max {
+            self.preauth_bytes += frame.bytes.len();
+            if self.preauth_bytes > self.settings.preauth_bytes_max {
                 return self.bye(Code::Authentication);
             }
         }
@@ -238,7 +238,7 @@ impl Model {
         }
     }
 
-    /// R102.
+    /// Answers any fault before WELCOME with BYE 50 (R102).
     fn hello(&mut self, frame: &Frame<'_>) -> Submits {
         let header = frame.header;
         if header.version != VERSION {
@@ -250,7 +250,7 @@ impl Model {
                 if hello.min_version > VERSION || hello.max_version < VERSION {
                     return self.bye(Code::Version);
                 }
-                self.said.push(Said::Challenge);
+                self.said.push(Reply::Challenge);
                 let known = KNOWN.iter().position(|known| known.hello == frame.bytes);
                 self.phase = Phase::AwaitAuth(known);
                 Submits::Nothing
@@ -259,7 +259,7 @@ impl Model {
         }
     }
 
-    /// Nobody guesses a MAC: only the bytes that were made with the key are right.
+    /// Accepts only the bytes made with the key: a random MAC is never valid.
     fn auth(&mut self, frame: &Frame<'_>, known: Option<usize>) -> Submits {
         if frame.header.version != VERSION {
             return self.bye(Code::Version);
@@ -297,7 +297,7 @@ impl Model {
             }
             types::PING if decode::<Ping<'_>>(payload).is_ok() => {
                 let mono_us = decode::<Ping<'_>>(payload).map_or(0, |ping| ping.mono_us);
-                self.said.push(Said::Pong { mono_us });
+                self.said.push(Reply::Pong { mono_us });
                 Submits::Nothing
             }
             types::BYE if decode::<Bye<'_>>(payload).is_ok() => {
@@ -308,7 +308,7 @@ impl Model {
         }
     }
 
-    /// R44, R62 to R64, R104 to R107, R117.
+    /// Processes a sequenced frame (R44, R62 to R64, R104 to R107, R117).
     fn sequenced(&mut self, frame: &Frame<'_>, now: Now, has_room: bool) -> Submits {
         let window_frames = self.settings.window_frames;
         let seq = frame.header.seq;
@@ -349,7 +349,7 @@ impl Model {
         } else {
             return self.ask(Code::PayloadCrc, seq, 0);
         };
-        let taken = Taken {
+        let taken = Accepted {
             first_seq,
             seq,
             frame_type: frame.header.frame_type,
@@ -362,17 +362,17 @@ impl Model {
         }
     }
 
-    fn take(&mut self, taken: Taken, now: Now) -> Submits {
+    fn take(&mut self, taken: Accepted, now: Now) -> Submits {
         let serving = self.serving();
         (serving.expected_seq, serving.taken_through) = (taken.seq + 1, taken.seq);
         serving.quarantine_full_since_us = None;
         if let Made::Readings { values, .. } = &taken.made {
             serving.pace(0, values.len() as u64, now);
         }
-        Submits::Taken(taken)
+        Submits::Accepted(taken)
     }
 
-    fn refuse(&mut self, mut taken: Taken, code: Code, now: Now, has_room: bool) -> Submits {
+    fn refuse(&mut self, mut taken: Accepted, code: Code, now: Now, has_room: bool) -> Submits {
         let serving = self.serving();
         let since_us = now.mono_us.saturating_sub(REFUSALS_WINDOW_US);
         let refused_at_us = serving.refused_at_us.iter();
@@ -387,7 +387,7 @@ impl Model {
         }
         serving.refused_at_us.push(now.mono_us);
         serving.refusals.push((taken.seq, code));
-        // A GAP may begin before it; what is taken already is not refused.
+        // A GAP may begin before it; frames that are accepted already are not rejected.
         taken.first_seq = serving.expected_seq;
         (serving.expected_seq, serving.taken_through) = (taken.seq + 1, taken.seq);
         serving.quarantine_full_since_us = None;
@@ -423,7 +423,7 @@ impl Model {
             return;
         };
         let durable_seq = admission.receipt.durable_seq();
-        self.said.push(Said::Welcome {
+        self.said.push(Reply::Welcome {
             durable_seq,
             schema_known: admission.schema.is_some(),
         });
@@ -443,7 +443,7 @@ impl Model {
             refusals: Vec::new(),
             refused_at_us: Vec::new(),
             schemas: admission.schema.iter().cloned().collect(),
-            allowance: self.allowances.of(admission.device, now.mono_us),
+            quota: self.quotas.of(admission.device, now.mono_us),
             paced_until_us: None,
             heard_at_us: now.mono_us,
             begun_at_us: None,
@@ -470,15 +470,17 @@ impl Model {
                 let nack = serving.nack(Code::SchemaConflict, 0, 0);
                 self.said.push(nack);
             }
-            DeclareOutcome::OverBound(_) => unreachable!("there are few schemas"),
+            DeclareOutcome::OverBound(_) => {
+                unreachable!("the number of schemas stays below the limit")
+            }
         }
         self.close_if_settled();
     }
 
-    /// Whether an operator hears of a DECLARE that was refused.
+    /// Returns whether a rejected DECLARE is reported to operators.
     pub(super) fn may_tell(&self, now: Now) -> bool {
         match &self.phase {
-            Phase::Serving(serving) => serving.allowance.may_tell(now.mono_us),
+            Phase::Serving(serving) => serving.quota.may_tell(now.mono_us),
             _ => false,
         }
     }
@@ -494,7 +496,7 @@ impl Model {
         let said: Vec<(u64, Code)> = serving.refusals.extract_if(.., is_durable).collect();
         let nack = |(seq, code)| serving.nack(code, seq, 0);
         self.said.extend(said.into_iter().map(nack));
-        // An older session's frame that does not continue the stream any more (R112).
+        // A frame of an older session that no longer continues the stream (R112).
         if durable_seq < through_seq {
             serving.expected_seq = serving.durable_seq + 1;
             serving.taken_through = serving.durable_seq;
@@ -504,7 +506,7 @@ impl Model {
         self.close_if_settled();
     }
 
-    /// Tells whether the device is let go on by an ACK of its own.
+    /// Returns whether the device needs a separate ACK to continue.
     pub(super) fn store_down(&mut self, is_down: bool, now: Now) -> bool {
         let Phase::Serving(serving) = &mut self.phase else {
             return false;
@@ -546,9 +548,9 @@ impl Model {
 }
 
 impl Serving {
-    /// Nothing more is wanted while more has come than the device may send.
+    /// Stops reading while the device has exceeded its quota.
     fn pace(&mut self, frames: u64, readings: u64, now: Now) {
-        let next_us = self.allowance.spend(frames, readings, now.mono_us);
+        let next_us = self.quota.consume(frames, readings, now.mono_us);
         if next_us > now.mono_us {
             self.paced_until_us = self.paced_until_us.max(Some(next_us));
         }
@@ -558,8 +560,8 @@ impl Serving {
         !self.is_declaring && self.expected_seq <= self.durable_seq + 1
     }
 
-    fn nack(&self, code: Code, seq: u64, retry_after_ms: u32) -> Said {
-        Said::Nack {
+    fn nack(&self, code: Code, seq: u64, retry_after_ms: u32) -> Reply {
+        Reply::Nack {
             code: code as u8,
             seq,
             expected_seq: self.expected_seq,
@@ -568,7 +570,7 @@ impl Serving {
     }
 }
 
-/// The first number that a frame covers (R45).
+/// Returns the first number that a frame covers (R45).
 fn first_seq(frame: &Frame<'_>) -> u64 {
     let seq = frame.header.seq;
     if frame.header.frame_type != types::GAP || !frame.intact {

@@ -1,18 +1,18 @@
-//! What is behind the sessions, step by step: a queue, the batcher, the memory store, and the answers;
-//! and what the store must hold, held against what it does.
+//! The components behind the sessions, step by step: queue, batcher, memory store, and answers; also the expected
+//! content of the store, with which the real content is compared.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use super::taken::Taken;
+use super::accepted::Accepted;
 use crate::ingest::answer;
 use crate::ingest::batcher::{BatchLimits, Batcher, Tagged};
 use crate::ingest::mailbox::Mailbox;
 use crate::ingest::registry::Registry;
 use crate::quota::quarantine::{DEVICE_SHARE, Gauge};
 use crate::session::Submission;
-use crate::store::kept::KeptBytes;
 use crate::store::memory::{MemoryStore, SeriesKey};
+use crate::store::quarantine_usage::QuarantineUsage;
 use crate::store::{
     Committed, Declare, DeclareOutcome, DeviceEventKind, DeviceId, Login, LoginOutcome, SchemaHash,
     Store, StoreError, StreamId,
@@ -20,7 +20,7 @@ use crate::store::{
 use crate::testing::fuzz::poll_once;
 use crate::time::Now;
 
-/// There is one way into the memory store.
+/// The memory store has a single shard.
 const LANE: usize = 0;
 const LIMITS: BatchLimits = BatchLimits {
     readings_max: 40,
@@ -29,15 +29,15 @@ const LIMITS: BatchLimits = BatchLimits {
     interval_quiet_us: 0,
 };
 
-/// How far the batch under way is.
+/// Progress of the current batch.
 enum Work {
     Idle,
-    Taken(Tagged<Arc<Mailbox>>),
-    /// Durable, and nobody knows.
+    Accepted(Tagged<Arc<Mailbox>>),
+    /// Durable, but not answered yet.
     Committed(Tagged<Arc<Mailbox>>, Committed),
 }
 
-/// A stream as far as it was found right.
+/// Verified part of a stream.
 #[derive(Default)]
 struct Found {
     rows: usize,
@@ -54,14 +54,14 @@ pub(super) struct StoreSide {
     batcher: Batcher<Arc<Mailbox>>,
     work: Work,
     is_down: bool,
-    /// Everything that was taken for a number, by whichever session.
-    expected: HashMap<(StreamId, u64), Vec<Taken>>,
+    /// All frames accepted under a number, by any session.
+    expected: HashMap<(StreamId, u64), Vec<Accepted>>,
     found: HashMap<StreamId, Found>,
     streams: HashMap<(String, u64), (DeviceId, StreamId)>,
     declared: HashMap<(DeviceId, u16), SchemaHash>,
     barred: HashSet<String>,
-    /// In quarantine, and not purged.
-    kept: KeptBytes,
+    /// Quarantined frames that were not purged.
+    kept: QuarantineUsage,
 }
 
 impl StoreSide {
@@ -80,11 +80,11 @@ impl StoreSide {
             streams: HashMap::new(),
             declared: HashMap::new(),
             barred: HashSet::new(),
-            kept: KeptBytes::new(),
+            kept: QuarantineUsage::new(),
         }
     }
 
-    /// Whether quarantine has no bound.
+    /// Returns whether quarantine is unlimited.
     pub(super) fn is_roomy(&self) -> bool {
         self.quarantine_bytes_max > u64::from(u32::MAX)
     }
@@ -93,19 +93,19 @@ impl StoreSide {
         self.found.get(&stream).map_or(0, |found| found.durable_seq)
     }
 
-    /// The code with which a number is in quarantine.
+    /// Returns the code with which a number is quarantined.
     pub(super) fn refusal(&self, stream: StreamId, seq: u64) -> Option<u8> {
         self.found.get(&stream)?.refusals.get(&seq).copied()
     }
 
-    /// Whether two sessions took a number before it was durable. Neither knows then whose was stored.
+    /// Returns whether two sessions accepted a number before it was durable. Neither then knows whose frame was stored.
     pub(super) fn is_taken_twice(&self, stream: StreamId, seq: u64) -> bool {
         let of_stream = self.expected.iter().filter(|((of, _), _)| *of == stream);
         let taken = of_stream.flat_map(|(_, taken)| taken);
         taken.filter(|taken| taken.covers(seq)).count() > 1
     }
 
-    pub(super) fn expect(&mut self, stream: StreamId, taken: Taken) {
+    pub(super) fn expect(&mut self, stream: StreamId, taken: Accepted) {
         let of_number = self.expected.entry((stream, taken.seq)).or_default();
         of_number.push(taken);
     }
@@ -114,7 +114,7 @@ impl StoreSide {
         self.queue.push_back((submission, Arc::clone(mailbox)));
     }
 
-    /// One step of the task that drives batcher and store; tells whether there was one to do.
+    /// Runs one step of the task that drives batcher and store; returns whether there was one.
     pub(super) fn work(&mut self, now: Now) -> bool {
         match std::mem::replace(&mut self.work, Work::Idle) {
             Work::Idle => {
@@ -124,12 +124,13 @@ impl StoreSide {
                     self.batcher.push(submission, mailbox);
                 }
                 match self.batcher.poll_batch(now.mono_us) {
-                    Some(tagged) => self.work = Work::Taken(tagged),
+                    Some(tagged) => self.work = Work::Accepted(tagged),
                     None => return false,
                 }
             }
-            Work::Taken(tagged) => {
-                let committed = poll_once(self.store.commit(&tagged.batch)).expect("at once");
+            Work::Accepted(tagged) => {
+                let committed =
+                    poll_once(self.store.commit(&tagged.batch)).expect("ready immediately");
                 self.work = match committed {
                     Ok(committed) => {
                         self.check_commit(&tagged, &committed);
@@ -140,7 +141,7 @@ impl StoreSide {
                     }
                     Err(StoreError::Transient(_)) => {
                         self.announce_down();
-                        Work::Taken(tagged)
+                        Work::Accepted(tagged)
                     }
                     Err(StoreError::Fatal(reason) | StoreError::Replaced(reason)) => {
                         panic!("{reason}")
@@ -158,10 +159,10 @@ impl StoreSide {
         }
     }
 
-    /// The next commits fail, or the one under way does not end in time.
+    /// Makes the next commits fail, or the current one time out.
     pub(super) fn fail(&mut self, pick: u8) {
         match pick % 4 {
-            0 if matches!(self.work, Work::Taken(_)) => self.announce_down(),
+            0 if matches!(self.work, Work::Accepted(_)) => self.announce_down(),
             0 => {}
             commits => self.store.fail_next_commits(u32::from(commits)),
         }
@@ -209,7 +210,7 @@ impl StoreSide {
         assert!(self.kept.values().all(|bytes| *bytes <= device_bytes_max));
     }
 
-    /// Each number once, in order, without holes, and as it was handed in.
+    /// Verifies that each number is stored once, in order, without holes, and equal to an accepted frame.
     fn check_rows(&mut self, stream: StreamId) {
         let found = self.found.entry(stream).or_default();
         let entries = self.store.entries(stream);
@@ -218,7 +219,7 @@ impl StoreSide {
             assert!(stored.first_seq <= *seq && *seq == stored.entry.seq);
             let expected = { self.expected.get(&(stream, *seq)) }
                 .and_then(|taken| taken.iter().find(|taken| taken.is(&stored.entry)))
-                .expect("what was handed in");
+                .expect("an accepted frame");
             if let Some((code, bytes)) = expected.refusal() {
                 found.refusals.insert(*seq, code);
                 *self.kept.entry(stored.entry.device).or_default() += bytes as u64;
@@ -228,7 +229,7 @@ impl StoreSide {
         found.rows = entries.len();
     }
 
-    /// The first DECLARE of a number holds.
+    /// Verifies that the first DECLARE of a number is the one stored.
     fn check_declare(&mut self, declare: &Declare, outcome: &DeclareOutcome) {
         let key = (declare.device, declare.schema);
         let hash = *self.declared.entry(key).or_insert(declare.hash);
@@ -249,7 +250,7 @@ impl StoreSide {
                 }
             }
             DeclareOutcome::Conflict => assert_ne!(declare.hash, hash),
-            DeclareOutcome::OverBound(_) => panic!("there are few schemas"),
+            DeclareOutcome::OverBound(_) => panic!("the number of schemas stays below the limit"),
         }
     }
 
@@ -272,12 +273,12 @@ impl StoreSide {
             LoginOutcome::Disabled => assert!(self.barred.contains(&login.device)),
             LoginOutcome::StreamConflict => assert!(login.next_seq <= durable_seq),
             LoginOutcome::Unregistered | LoginOutcome::KeyReplaced | LoginOutcome::OverBound(_) => {
-                panic!("none of them can happen here")
+                panic!("no other outcome is possible here")
             }
         }
     }
 
-    /// Every session that began has ended.
+    /// Verifies that every session that began has ended.
     pub(super) fn check_audit_trail(&self) {
         let events = self.store.events();
         let count = |kind| events.iter().filter(|event| event.kind == kind).count();

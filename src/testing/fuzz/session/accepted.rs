@@ -1,4 +1,4 @@
-//! What a sequenced frame says, and whether an entry says the same.
+//! Content of a sequenced frame, and its comparison with an entry.
 
 use std::sync::Arc;
 
@@ -9,9 +9,9 @@ use fieldgate_protocol::message::{Data, Event, Gap, Message, decode};
 
 use crate::store::{Content, Entry, Schema, SeriesId};
 
-/// A sequenced frame that was handed in and taken.
+/// A sequenced frame that the session accepted.
 #[derive(Clone, Debug)]
-pub(super) struct Taken {
+pub(super) struct Accepted {
     pub first_seq: u64,
     pub seq: u64,
     pub frame_type: u8,
@@ -19,7 +19,7 @@ pub(super) struct Taken {
     pub made: Made,
 }
 
-/// What it says, with the device's own times.
+/// Content of a frame, with the device's own times.
 #[derive(Clone, Debug)]
 pub(super) enum Made {
     Readings {
@@ -49,7 +49,7 @@ pub(super) fn refused(code: Code, frame: &Frame<'_>) -> Made {
     Made::Refused { code, bytes }
 }
 
-/// What an intact frame says; `None` if its schema is not known.
+/// Returns the content of an intact frame; `None` if its schema is unknown.
 pub(super) fn made(frame: &Frame<'_>, schemas: &[Arc<Schema>]) -> Result<Option<Made>, Violation> {
     fn read<'a, M: Message<'a>>(frame: &Frame<'a>) -> Result<M, Violation> {
         decode(frame.payload())
@@ -107,8 +107,8 @@ fn readings(data: &Data<'_>, schema: &Schema) -> Result<Made, Violation> {
     })
 }
 
-impl Taken {
-    /// The code with which it is refused for good, and its bytes.
+impl Accepted {
+    /// Returns the code with which the frame is permanently rejected, and its length in bytes.
     pub(super) fn refusal(&self) -> Option<(u8, usize)> {
         match &self.made {
             Made::Refused { code, bytes } => Some((*code as u8, bytes.len())),
@@ -120,7 +120,7 @@ impl Taken {
         (self.first_seq..=self.seq).contains(&seq)
     }
 
-    /// Whether the entry says what the frame said.
+    /// Returns whether the entry has the content of the frame.
     pub(super) fn is(&self, entry: &Entry) -> bool {
         let is_head_equal = (self.first_seq, self.seq) == (entry.first_seq, entry.seq)
             && self.frame_type == entry.frame_type

@@ -1,5 +1,5 @@
-//! The gateway without its sockets, its tasks and its disk: real sessions, mailboxes, registry, batcher
-//! and answers; what `connection` and `ingest` do around them is done here step by step, so that
+//! The gateway without its sockets, tasks and disk: real sessions, mailboxes, registry, batcher
+//! and answers. This module does step by step what `connection` and `ingest` do around them, so that
 //! anything can happen in between.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -10,7 +10,7 @@ use fieldgate_protocol::error::Code;
 use tokio_util::codec::Decoder;
 
 use super::LinkId;
-use super::field::FLEET_KEY;
+use super::device::FLEET_KEY;
 use super::random::Random;
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::FleetKey;
@@ -25,16 +25,16 @@ use crate::store::{Committed, Store, StoreError};
 use crate::testing::fuzz::poll_once;
 use crate::time::Now;
 
-/// There is one way into the memory store.
+/// The memory store has a single shard.
 const LANE: usize = 0;
-/// Submissions that may wait for the store.
+/// Maximum number of submissions that wait for the store.
 const ROOM: usize = 12;
 
-/// How far the batch under way is.
+/// Progress of the current batch.
 enum Work {
     Idle,
     Taken(Tagged<Arc<Mailbox>>),
-    /// Durable, and nobody knows.
+    /// Durable, but not answered yet.
     Committed(Tagged<Arc<Mailbox>>, Committed),
 }
 
@@ -97,7 +97,7 @@ impl House {
         }
     }
 
-    /// All is gone but the store; what was committed stays committed, whether anybody heard or not.
+    /// Crashes the gateway: only the store survives; commits remain, whether answered or not.
     pub(super) fn crash(&mut self) {
         let store = std::mem::take(&mut self.store);
         *self = House::open(store, Arc::clone(&self.settings), self.limits);
@@ -157,7 +157,7 @@ impl House {
         }
     }
 
-    /// There is room for a submission that found none; tells whether it was so.
+    /// Gives capacity to a submission that waits for it; returns whether there was one.
     pub(super) fn grant(&mut self, link: LinkId, now: Now) -> bool {
         let has_room = self.has_room();
         let Some(served) = self.served.get_mut(&link) else {
@@ -172,7 +172,7 @@ impl House {
         true
     }
 
-    /// A session empties its mailbox; tells whether there was anything in it.
+    /// Delivers a session's mail; returns whether there was any.
     pub(super) fn take_mail(&mut self, link: LinkId, now: Now) -> bool {
         let Some(served) = self.served.get_mut(&link) else {
             return false;
@@ -205,7 +205,7 @@ impl House {
         true
     }
 
-    /// What the session says, and whether it has ended; one that has is gone afterwards.
+    /// Returns the session's output and whether it has ended; an ended session is removed.
     pub(super) fn write(&mut self, link: LinkId, now: Now) -> (Vec<u8>, bool) {
         let Some(served) = self.served.get_mut(&link) else {
             return (Vec::new(), true);
@@ -228,7 +228,7 @@ impl House {
         (said, true)
     }
 
-    /// One step of the task that drives batcher and store; tells whether there was one to do.
+    /// Runs one step of the task that drives batcher and store; returns whether there was one.
     pub(super) fn work(&mut self, now: Now) -> bool {
         match std::mem::replace(&mut self.work, Work::Idle) {
             Work::Idle => {
@@ -247,7 +247,7 @@ impl House {
                 self.queue.len() < queued
             }
             Work::Taken(tagged) => {
-                let done = poll_once(self.store.commit(&tagged.batch)).expect("ready at once");
+                let done = poll_once(self.store.commit(&tagged.batch)).expect("ready immediately");
                 self.work = match done {
                     Ok(committed) => Work::Committed(tagged, committed),
                     Err(StoreError::Transient(_)) => {
@@ -277,7 +277,7 @@ impl House {
         matches!(self.work, Work::Committed(..))
     }
 
-    /// When something happens by itself.
+    /// Returns the next deadline of the gateway.
     pub(super) fn deadline_us(&self) -> Option<u64> {
         let sessions = self
             .served

@@ -1,4 +1,4 @@
-//! A connection: its session beside the model, and what is known of it without asking either.
+//! A connection: its session next to the model, with its own independent observations.
 
 use std::sync::Arc;
 
@@ -9,15 +9,15 @@ use fieldgate_protocol::frame::{self, Frame, FrameError, VERSION, types};
 use fieldgate_protocol::message::{self, Ack, Bye, Message, Nack, Pong, Welcome};
 
 use super::device::{BOOT, CHALLENGE, KNOWN, NONCE};
-use super::model::{Model, Said, Submits};
+use super::model::{Model, Reply, Submits};
 use super::store::StoreSide;
 use crate::ingest::mailbox::Mailbox;
-use crate::quota::device::Allowances;
+use crate::quota::device::DeviceQuotas;
 use crate::session::{Close, Session, SessionSettings, Submission};
 use crate::store::{self, DeclareOutcome, DeviceEventKind, Login, LoginOutcome, Receipt, StreamId};
 use crate::time::Now;
 
-/// An ACK, a NACK or PONG, and a BYE.
+/// Maximum output of a call: an ACK, a NACK or PONG, and a BYE.
 pub(super) const CALL_BYTES_MAX: usize = 350;
 /// A NACK with the longest detail.
 pub(super) const NACK_BYTES_MAX: usize = 150;
@@ -27,40 +27,36 @@ pub(super) struct Line {
     pub model: Model,
     pub mailbox: Arc<Mailbox>,
     pub input: BytesMut,
-    /// Of a frame that has come in part.
+    /// Bytes of an incomplete frame.
     pub held_back: Vec<u8>,
-    /// Whether the peer reads what it is told.
+    /// Whether the peer reads the session's output.
     pub reads: bool,
     /// The next number that the device sends.
     pub next_seq: u64,
-    /// When the latest PONG was sent.
+    /// Time at which the latest PONG was sent.
     pub pong_sent_us: i64,
     settings: Arc<SessionSettings>,
     stream: Option<StreamId>,
-    /// How much of the outbound bytes was looked at, and the calls since.
+    /// Number of outbound bytes that were checked; the next field counts the calls since.
     heard_bytes: usize,
     calls: usize,
-    /// The highest number that the session was told to be durable.
+    /// The highest number reported to the session as durable.
     told_seq: u64,
     first_receipt: Option<Receipt>,
     had_conflict: bool,
     latest_receipt: Option<(Receipt, u64)>,
     acked_seq: u64,
-    /// How many ACKs and NACKs of class 3 there is reason to say.
+    /// Number of ACKs and class 3 NACKs that the session may still send.
     acks_left: usize,
     refusals_left: usize,
 }
 
 impl Line {
-    pub(super) fn new(
-        settings: Arc<SessionSettings>,
-        allowances: Arc<Allowances>,
-        now: Now,
-    ) -> Line {
+    pub(super) fn new(settings: Arc<SessionSettings>, quotas: Arc<DeviceQuotas>, now: Now) -> Line {
         let peer = ([127, 0, 0, 1], 1000).into();
         Line {
             session: Session::new(Arc::clone(&settings), peer, NONCE, now),
-            model: Model::new(Arc::clone(&settings), allowances, now),
+            model: Model::new(Arc::clone(&settings), quotas, now),
             mailbox: Arc::default(),
             input: BytesMut::new(),
             held_back: Vec::new(),
@@ -100,14 +96,14 @@ impl Line {
             (Submits::Declare, Some(Submission::Declare(declare))) => {
                 check_declare(declare, frame);
             }
-            (Submits::Taken(taken), Some(Submission::Entry(entry)))
+            (Submits::Accepted(taken), Some(Submission::Entry(entry)))
             | (Submits::Refused(taken), Some(Submission::Quarantine(entry, _))) => {
                 assert!(taken.is(entry), "{taken:?} {entry:?}");
                 assert_eq!(self.stream, Some(entry.stream));
                 self.refusals_left += usize::from(taken.refusal().is_some());
                 store.expect(entry.stream, taken.clone());
             }
-            (expected, found) => panic!("{expected:?} expected, {found:?} submitted"),
+            (expected, found) => panic!("expected {expected:?}, but {found:?} was submitted"),
         }
         if let Some(submission) = submission {
             store.submit(submission, &self.mailbox);
@@ -161,7 +157,9 @@ impl Line {
             }
             LoginOutcome::Disabled => self.model.close(Some(Code::Disabled), 0),
             LoginOutcome::StreamConflict => self.model.close(Some(Code::StreamConflict), 0),
-            LoginOutcome::OverBound(_) => unreachable!("there are few streams"),
+            LoginOutcome::OverBound(_) => {
+                unreachable!("the number of streams stays below the limit")
+            }
         }
         match (self.session.handle_login_outcome(outcome, now), admitted) {
             (Some(Submission::Event(event)), Some(device)) => {
@@ -181,7 +179,7 @@ impl Line {
         store: &mut StoreSide,
     ) {
         self.calls += 1;
-        // An operator hears of the first conflict only.
+        // Operators get an event for the first conflict only.
         let is_conflict = matches!(outcome, DeclareOutcome::Conflict);
         let is_first = is_conflict && self.model.closed().is_none() && !self.had_conflict;
         self.had_conflict |= is_first;
@@ -231,7 +229,7 @@ impl Line {
         self.model.receipt(receipt.durable_seq(), through_seq);
     }
 
-    /// A receipt that comes after newer ones says nothing new.
+    /// Delivers a receipt that is older than one delivered before, which must change nothing.
     pub(super) fn tell_old_receipt(&mut self) {
         if let Some(receipt) = self.first_receipt {
             self.tell_receipt(receipt, receipt.durable_seq());
@@ -249,7 +247,7 @@ impl Line {
             let next_us = self.session.poll_deadline();
             assert!(!is_open || next_us.is_none_or(|at_us| at_us > now.mono_us));
         } else {
-            assert_eq!(is_open, was_open, "closed before its time");
+            assert_eq!(is_open, was_open, "closed too early");
         }
     }
 
@@ -258,7 +256,7 @@ impl Line {
         self.model.close(None, 0);
     }
 
-    /// The peer reads some of what it is told.
+    /// The peer reads some of the session's output.
     pub(super) fn read(&mut self, bytes: usize) {
         let outbound = self.session.outbound();
         let count = bytes.min(self.heard_bytes);
@@ -268,14 +266,14 @@ impl Line {
         self.heard_bytes -= count;
     }
 
-    /// Looks at what the session says and wants.
+    /// Checks the session's output and requests.
     pub(super) fn hear(&mut self, store: &StoreSide, now: Now) {
         let all = self.session.outbound().bytes().to_vec();
         let mut rest = &all[self.heard_bytes..];
         let (mut said, mut answers_bytes) = (Vec::new(), 0);
         while !rest.is_empty() {
             let frame = frame::decode(rest, frame::HANDSHAKE_FRAME_BYTES_MAX);
-            let frame = frame.expect("frames").expect("whole ones");
+            let frame = frame.expect("valid frames").expect("complete frames");
             rest = &rest[frame.bytes.len()..];
             let words = self.understand(&frame, store, now);
             if is_refusal(&words) {
@@ -292,7 +290,7 @@ impl Line {
         if self.reads {
             self.read(all.len());
         }
-        // As a connection does.
+        // As `server::connection` does.
         if self.heard_bytes > self.settings.outbound_bytes_max && self.model.closed().is_none() {
             self.lose();
             self.check_wants();
@@ -312,8 +310,8 @@ impl Line {
         }
     }
 
-    /// Holds a frame of the gateway against the store.
-    fn understand(&mut self, frame: &Frame<'_>, store: &StoreSide, now: Now) -> Said {
+    /// Checks a frame of the gateway against the store.
+    fn understand(&mut self, frame: &Frame<'_>, store: &StoreSide, now: Now) -> Reply {
         let header = frame.header;
         assert!(frame.intact && header.version == VERSION && header.flags == 0);
         let is_numbered = matches!(header.frame_type, types::ACK | types::NACK);
@@ -322,7 +320,7 @@ impl Line {
         match header.frame_type {
             types::CHALLENGE => {
                 assert_eq!(frame.bytes, *CHALLENGE);
-                Said::Challenge
+                Reply::Challenge
             }
             types::WELCOME => {
                 let welcome: Welcome<'_> = read(frame);
@@ -334,7 +332,7 @@ impl Line {
                 let known = &KNOWN[self.model.known().expect("proved")];
                 assert!(known.believes(frame.payload(), &welcome.mac));
                 self.next_seq = welcome.durable_seq + 1;
-                Said::Welcome {
+                Reply::Welcome {
                     durable_seq: welcome.durable_seq,
                     schema_known: welcome.schema_known == 1,
                 }
@@ -347,29 +345,29 @@ impl Line {
                 assert_eq!(ack.limit_seq, seq + window_frames);
                 self.acks_left = self.acks_left.checked_sub(1).expect("a reason");
                 self.acked_seq = seq;
-                Said::Ack { seq }
+                Reply::Ack { seq }
             }
             types::NACK => self.understand_nack(&read(frame), header.seq, store),
             types::PONG => {
                 let pong: Pong<'_> = read(frame);
                 assert_eq!((pong.received_us, pong.sent_us), (now.utc_us, now.utc_us));
                 self.pong_sent_us = pong.sent_us;
-                Said::Pong {
+                Reply::Pong {
                     mono_us: pong.mono_us,
                 }
             }
             types::BYE => {
                 let bye: Bye<'_> = read(frame);
-                Said::Bye {
+                Reply::Bye {
                     code: bye.code,
                     retry_after_ms: bye.retry_after_ms,
                 }
             }
-            other => panic!("a gateway does not say {other:#04x}"),
+            other => panic!("a gateway does not send {other:#04x}"),
         }
     }
 
-    fn understand_nack(&mut self, nack: &Nack<'_>, seq: u64, store: &StoreSide) -> Said {
+    fn understand_nack(&mut self, nack: &Nack<'_>, seq: u64, store: &StoreSide) -> Reply {
         let stream = self.stream.expect("admitted");
         assert!(nack.expected_seq > self.acked_seq);
         if Class::of(nack.code) == Class::Refused {
@@ -381,7 +379,7 @@ impl Line {
         } else if seq > 0 {
             self.next_seq = nack.expected_seq;
         }
-        Said::Nack {
+        Reply::Nack {
             code: nack.code,
             seq,
             expected_seq: nack.expected_seq,
@@ -389,7 +387,7 @@ impl Line {
         }
     }
 
-    /// Whatever comes late, a closed session stays as it is.
+    /// Calls a closed session, which must not change.
     pub(super) fn poke(&mut self, now: Now) {
         let said = self.session.outbound().bytes().to_vec();
         let closed = self.session.closed().cloned();
@@ -416,7 +414,7 @@ impl Line {
         assert_eq!(self.session.poll_deadline(), None);
     }
 
-    /// The connection is gone.
+    /// Ends the connection.
     pub(super) fn part(mut self, now: Now, store: &mut StoreSide) {
         assert_eq!(self.session.device().is_some(), self.stream.is_some());
         if let Some(device) = self.session.device() {
@@ -442,12 +440,12 @@ impl Line {
     }
 }
 
-fn is_refusal(said: &Said) -> bool {
-    matches!(said, Said::Nack { code, .. } if Class::of(*code) == Class::Refused)
+fn is_refusal(said: &Reply) -> bool {
+    matches!(said, Reply::Nack { code, .. } if Class::of(*code) == Class::Refused)
 }
 
 fn read<'a, M: Message<'a>>(frame: &Frame<'a>) -> M {
-    message::decode(frame.payload()).expect("a gateway's message is right")
+    message::decode(frame.payload()).expect("a gateway's message is valid")
 }
 
 fn check_declare(submitted: &store::Declare, frame: &Frame<'_>) {

@@ -1,22 +1,22 @@
-//! What a fleet looks like, as data, and what the bare loops put into tables in its place.
+//! Workloads of fleets, and the rows that the baselines insert for them.
 
 use serde::Serialize;
 
-/// A fleet under load.
+/// Workload of a fleet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Cell {
-    /// Devices.
+pub struct Workload {
+    /// Number of devices.
     pub devices: u32,
-    /// Channels of each device.
+    /// Channels per device.
     pub channels: u8,
-    /// Samples of each channel in a frame.
+    /// Samples per channel in a frame.
     pub samples: u16,
-    /// Most frames of a device in flight.
+    /// Maximum number of unacknowledged frames per device.
     pub window_frames: u16,
 }
 
-/// The one that the others are compared with.
-pub(super) const BASE: Cell = Cell {
+/// The workload that the others are compared with.
+pub(super) const BASE: Workload = Workload {
     devices: 1_000,
     channels: 4,
     samples: 15,
@@ -24,42 +24,42 @@ pub(super) const BASE: Cell = Cell {
 };
 
 /// Frames of one reading.
-pub(super) const SINGLE: Cell = Cell {
+pub(super) const SINGLE: Workload = Workload {
     channels: 1,
     samples: 1,
     ..BASE
 };
 
-/// A small one, which shows no more than that everything works.
-pub(super) const SMOKE: Cell = Cell {
+/// A small workload that only checks that everything works.
+pub(super) const SMOKE: Workload = Workload {
     devices: 10,
     ..SINGLE
 };
 
-/// Readings of a bare transaction, and its most frames. Half and twice as many of both were tried, two
-/// rounds each. With 60 and 240 readings in a frame neither differed by more than the rounds did; on
-/// Postgres that holds for 1 and 4 as well. On SQLite, frames of 1 and 4 readings were 10 to 20 % slower
-/// with half and 18 to 22 % faster with 40,000 frames at once; but that is more than a thousand devices
-/// have in flight, and no gateway could commit so many together.
+/// Readings per transaction of the baseline; the next constant is its maximum number of frames. Half and twice of
+/// both were tried, two rounds each. With 60 and 240 readings per frame neither differed by more than the rounds did;
+/// on Postgres that also holds for 1 and 4. On SQLite, frames of 1 and 4 readings were 10 to 20 % slower
+/// with half and 18 to 22 % faster with 40,000 frames at a time; but that is more than a thousand devices
+/// have in flight, and no gateway could commit that many together.
 const TRANSACTION_READINGS: usize = 204_000;
 const TRANSACTION_FRAMES_MAX: usize = 20_000;
 
-impl Cell {
-    /// All that are measured.
-    pub(super) fn all(is_quick: bool) -> Vec<Cell> {
-        let samples = |samples| Cell { samples, ..BASE };
-        let devices = |devices| Cell { devices, ..BASE };
-        let mut cells = vec![BASE, SINGLE, BASE.with_window(1)];
+impl Workload {
+    /// Returns all workloads to measure.
+    pub(super) fn all(is_quick: bool) -> Vec<Workload> {
+        let samples = |samples| Workload { samples, ..BASE };
+        let devices = |devices| Workload { devices, ..BASE };
+        let mut workloads = vec![BASE, SINGLE, BASE.with_window(1)];
         if !is_quick {
-            cells.extend([samples(1), samples(60)]);
-            cells.extend([devices(10), devices(100), devices(10_000)]);
-            cells.extend([BASE.with_window(4), SINGLE.with_window(1)]);
+            workloads.extend([samples(1), samples(60)]);
+            workloads.extend([devices(10), devices(100), devices(10_000)]);
+            workloads.extend([BASE.with_window(4), SINGLE.with_window(1)]);
         }
-        cells
+        workloads
     }
 
-    pub(super) const fn with_window(self, window_frames: u16) -> Cell {
-        Cell {
+    pub(super) const fn with_window(self, window_frames: u16) -> Workload {
+        Workload {
             window_frames,
             ..self
         }
@@ -69,26 +69,26 @@ impl Cell {
         usize::from(self.channels) * usize::from(self.samples)
     }
 
-    /// Frames in a transaction of a bare loop.
+    /// Returns the number of frames in a transaction of the baseline.
     pub(super) fn transaction_frames(self) -> usize {
         (TRANSACTION_READINGS / self.frame_readings()).clamp(1, TRANSACTION_FRAMES_MAX)
     }
 }
 
-/// A frame that a bare loop stores.
+/// A frame that the baseline stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Frame {
-    /// From 1.
+    /// Device number, from 1.
     pub(super) device: i64,
     pub(super) seq: i64,
     pub(super) id: i64,
 }
 
 /// The frames of every `stride`-th device, in the order in which they arrive in a burst: each device
-/// sends a window, and then it is the next one's turn.
+/// sends a window, followed by the next device.
 #[derive(Clone, Debug)]
 pub(super) struct Frames {
-    cell: Cell,
+    workload: Workload,
     first: usize,
     stride: usize,
     first_id: i64,
@@ -96,9 +96,9 @@ pub(super) struct Frames {
 }
 
 impl Frames {
-    pub(super) fn new(cell: Cell, first: usize, stride: usize, first_id: i64) -> Frames {
+    pub(super) fn new(workload: Workload, first: usize, stride: usize, first_id: i64) -> Frames {
         Frames {
-            cell,
+            workload,
             first,
             stride,
             first_id,
@@ -106,9 +106,9 @@ impl Frames {
         }
     }
 
-    /// Those of a transaction, sorted by device and number, as the gateway sorts them.
+    /// Returns the frames of a transaction, sorted by device and number, as in the gateway.
     pub(super) fn transaction(&mut self) -> Vec<Frame> {
-        let range = self.taken..self.taken + self.cell.transaction_frames();
+        let range = self.taken..self.taken + self.workload.transaction_frames();
         self.taken = range.end;
         let mut frames: Vec<Frame> = range.map(|n| self.nth(n)).collect();
         frames.sort_unstable();
@@ -116,8 +116,8 @@ impl Frames {
     }
 
     fn nth(&self, n: usize) -> Frame {
-        let devices = (self.cell.devices as usize - self.first).div_ceil(self.stride);
-        let window = usize::from(self.cell.window_frames);
+        let devices = (self.workload.devices as usize - self.first).div_ceil(self.stride);
+        let window = usize::from(self.workload.window_frames);
         let (turn, in_window) = (n / window, n % window);
         Frame {
             device: (self.first + turn % devices * self.stride) as i64 + 1,
@@ -136,9 +136,9 @@ pub(super) struct Row {
     pub(super) value: f64,
 }
 
-/// The readings of frames that are sorted, by series and time, as the gateway sorts them.
-pub(super) fn rows(cell: Cell, frames: &[Frame]) -> impl Iterator<Item = Row> {
-    let (channels, samples) = (i64::from(cell.channels), i64::from(cell.samples));
+/// Returns the readings of sorted frames by series and time, as in the gateway.
+pub(super) fn rows(workload: Workload, frames: &[Frame]) -> impl Iterator<Item = Row> {
+    let (channels, samples) = (i64::from(workload.channels), i64::from(workload.samples));
     let of_device = frames.chunk_by(|a, b| a.device == b.device);
     of_device.flat_map(move |frames| {
         (1..=channels).flat_map(move |channel| {
@@ -186,31 +186,35 @@ mod tests {
     }
 
     #[test]
-    fn readings_are_sorted_and_each_is_there_once() {
-        let cell = Cell {
+    fn readings_are_sorted_and_unique() {
+        let workload = Workload {
             devices: 10,
             ..BASE
         };
-        let frames = Frames::new(cell, 0, 1, 1).transaction();
-        let rows: Vec<Row> = rows(cell, &frames).collect();
-        assert_eq!(rows.len(), frames.len() * cell.frame_readings());
+        let frames = Frames::new(workload, 0, 1, 1).transaction();
+        let rows: Vec<Row> = rows(workload, &frames).collect();
+        assert_eq!(rows.len(), frames.len() * workload.frame_readings());
         let keys: Vec<_> = rows.iter().map(|row| (row.series, row.second)).collect();
         assert!(keys.is_sorted_by(|a, b| a < b));
         assert_eq!(keys.last().map(|key| key.0), Some(40));
     }
 
     #[test]
-    fn transactions_hold_about_as_many_readings_whatever_the_frames() {
-        let frames = |cell: Cell| cell.transaction_frames();
-        let samples = |samples| frames(Cell { samples, ..BASE });
+    fn transactions_hold_about_the_same_number_of_readings_for_any_frame_size() {
+        let frames = |workload: Workload| workload.transaction_frames();
+        let samples = |samples| frames(Workload { samples, ..BASE });
         assert_eq!((samples(15), samples(60)), (3_400, 850));
         assert_eq!((samples(1), frames(SINGLE)), (20_000, 20_000));
     }
 
     #[test]
-    fn quick_cells_are_among_all() {
-        let all = Cell::all(false);
-        assert!(Cell::all(true).iter().all(|cell| all.contains(cell)));
+    fn quick_workloads_are_a_subset_of_all() {
+        let all = Workload::all(false);
+        assert!(
+            Workload::all(true)
+                .iter()
+                .all(|workload| all.contains(workload))
+        );
         assert_eq!((all[0], all.len()), (BASE, 10));
     }
 }

@@ -1,11 +1,11 @@
-//! Readings that came last: shown once at every moment, and to the last bit.
+//! Level-0 readings: shown exactly once at any time, and bit for bit.
 
 use std::collections::BTreeSet;
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 use super::{OnDisk, frames, run};
-use crate::store::contract::{Harness, Peer, peer};
+use crate::store::conformance::{Harness, Peer, peer};
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
 use crate::store::{Batch, Store};
 
@@ -26,7 +26,7 @@ async fn show(h: &mut OnDisk) -> Vec<Vec<String>> {
     shown
 }
 
-/// A line for each row.
+/// Returns one line per row.
 async fn rows(h: &mut OnDisk, sql: &str) -> Vec<String> {
     let columns: Vec<String> = sqlx::query_scalar("SELECT name FROM pragma_table_info(?)")
         .bind(sql.rsplit(' ').next().unwrap())
@@ -45,8 +45,8 @@ async fn rows(h: &mut OnDisk, sql: &str) -> Vec<String> {
         .unwrap()
 }
 
-/// What a crash would leave of the store, opened again. (Nothing resets the log between two commits, so
-/// the database copied first and the log copied afterwards belong together.)
+/// Returns the store as a crash would leave it, opened again. (The log is never reset between two commits, so a
+/// copy of the database and a later copy of the log match.)
 async fn after_a_crash(h: &OnDisk) -> OnDisk {
     let directory = tempfile::tempdir().unwrap();
     for file in ["test.db", "test.db-wal"] {
@@ -61,7 +61,7 @@ async fn after_a_crash(h: &OnDisk) -> OnDisk {
     }
 }
 
-/// Commits frames one by one, few readings each: many of one stream would be sorted in at once.
+/// Commits frames one by one, with few readings each: many of one stream would bypass level 0.
 async fn commit_each(h: &mut OnDisk, peer: &Peer, seqs: std::ops::Range<u64>, rows: i64) {
     for seq in seqs {
         let batch = frames(peer, seq..seq + 1, rows);
@@ -96,7 +96,7 @@ async fn phase(h: &mut OnDisk) -> Phase {
 }
 
 #[tokio::test]
-async fn each_reading_is_there_once_after_a_crash_at_any_time() {
+async fn each_reading_is_stored_once_after_a_crash_at_any_time() {
     let mut h = OnDisk::create().await;
     let peers: [Peer; 3] = [
         peer(&mut h.store, "a").await,
@@ -107,15 +107,15 @@ async fn each_reading_is_there_once_after_a_crash_at_any_time() {
     let mut expected = 0;
     let mut next_seq = 1;
     for _ in 0..3 {
-        // Many readings, so that sorting in takes more than one commit.
+        // Enough readings that compaction takes more than one commit.
         for peer in &peers {
             commit_each(&mut h, peer, next_seq..next_seq + 40, 50).await;
             expected += 40 * 50;
         }
         next_seq += 40;
         for _ in 0..3 {
-            // Without anything else to do, a generation begins at once and is sorted in quickly; with
-            // something, in slices.
+            // When idle, a generation begins immediately and is compacted quickly; otherwise it is compacted in
+            // slices.
             h.store.commit(&Batch::default()).await.unwrap();
             for peer in &peers {
                 commit_each(&mut h, peer, next_seq..next_seq + 1, 50).await;
@@ -139,7 +139,7 @@ async fn each_reading_is_there_once_after_a_crash_at_any_time() {
 }
 
 #[tokio::test]
-async fn what_waits_as_text_keeps_its_bits() {
+async fn values_stored_as_text_keep_their_bits() {
     let mut h = OnDisk::create().await;
     let peer = peer(&mut h.store, "a").await;
     let mut random = StdRng::seed_from_u64(4);
@@ -158,17 +158,17 @@ async fn what_waits_as_text_keeps_its_bits() {
     }
     assert_eq!(phase(&mut h).await, Phase::Gathering, "nothing waits");
     let sent: Vec<_> = sent.iter().map(|(_, v)| Some(v.to_bits())).collect();
-    let bits = |dump: crate::store::contract::Dump| -> Vec<_> {
+    let bits = |dump: crate::store::conformance::Dump| -> Vec<_> {
         dump.readings.into_iter().map(|row| row.5).collect()
     };
     assert_eq!(bits(h.dump().await), sent, "as text");
     let mut crashed = after_a_crash(&h).await;
-    assert_eq!(bits(crashed.dump().await), sent, "sorted in by SQLite");
-    assert_eq!(bits(h.reopen().await.dump().await), sent, "sorted in");
+    assert_eq!(bits(crashed.dump().await), sent, "compacted by SQLite");
+    assert_eq!(bits(h.reopen().await.dump().await), sent, "compacted");
 }
 
 #[tokio::test]
-async fn what_cannot_be_said_in_text_is_sorted_in_at_once() {
+async fn values_without_exact_text_bypass_level_0() {
     let mut h = OnDisk::create().await;
     let peer = peer(&mut h.store, "a").await;
     let entries = vec![
@@ -191,7 +191,7 @@ async fn what_cannot_be_said_in_text_is_sorted_in_at_once() {
 }
 
 #[tokio::test]
-async fn many_readings_of_a_series_are_sorted_in_at_once() {
+async fn many_readings_of_a_series_bypass_level_0() {
     let mut h = OnDisk::create().await;
     let many = peer(&mut h.store, "many").await;
     let few = peer(&mut h.store, "few").await;
@@ -206,7 +206,7 @@ async fn many_readings_of_a_series_are_sorted_in_at_once() {
 }
 
 #[tokio::test]
-async fn a_closed_store_has_nothing_left_to_sort_in() {
+async fn a_closed_store_has_nothing_left_to_compact() {
     let mut h = OnDisk::create().await;
     let peer = peer(&mut h.store, "a").await;
     commit_each(&mut h, &peer, 1..400, 100).await;
@@ -217,13 +217,13 @@ async fn a_closed_store_has_nothing_left_to_sort_in() {
         rows(&mut h, "SELECT * FROM readings_sorted").await.len(),
         39_900
     );
-    // Numbers go on from where they were: none is taken for one that was sorted in.
+    // Ids continue from their last value: none looks already compacted.
     h.store.commit(&frames(&peer, 400..401, 7)).await.unwrap();
     assert_eq!(rows(&mut h, "SELECT * FROM readings").await.len(), 39_907);
 }
 
 #[tokio::test]
-async fn sorting_in_goes_on_after_a_transient_error() {
+async fn compaction_continues_after_a_transient_error() {
     let mut h = OnDisk::create().await;
     let peer = peer(&mut h.store, "a").await;
     commit_each(&mut h, &peer, 1..400, 100).await;

@@ -1,4 +1,4 @@
-//! What is kept of frames that were refused.
+//! Quarantined frames.
 
 use fieldgate_protocol::frame::{self, HEADER_BYTES, Header, types};
 use fieldgate_protocol::message::{self, Gap};
@@ -27,9 +27,9 @@ pub(in crate::store) async fn quarantine_moves_the_watermark<H: Harness>() {
     assert_eq!(dump.frames[0], ("a".into(), 1, 1, 0x11, None, None));
 }
 
-/// Nothing else ever says that these numbers were lost; and by them a spool, which hands on what it has kept,
-/// knows what continues a stream.
-pub(in crate::store) async fn a_refused_gap_covers_what_it_says<H: Harness>() {
+/// No other record says that these numbers were lost, and a spool needs the record to determine what continues
+/// a stream.
+pub(in crate::store) async fn a_quarantined_gap_covers_its_numbers<H: Harness>() {
     let mut h = H::create().await;
     let peer = peer(h.store(), "a").await;
     let content = Content::Quarantined {
@@ -52,7 +52,7 @@ pub(in crate::store) async fn a_refused_gap_covers_what_it_says<H: Harness>() {
     assert_eq!(dump.quarantine, [kept]);
 }
 
-/// A GAP with a flag that nobody knows.
+/// Returns a GAP with an unknown flag.
 fn flagged_gap(from_seq: u64, seq: u64) -> Vec<u8> {
     let gap = Gap {
         from_seq,

@@ -1,4 +1,4 @@
-//! The reference: what every number was given to, and the invariants held against the store.
+//! The reference: the content of every number, and the invariants checked against the store.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -6,20 +6,20 @@ use fieldgate_protocol::error::{Class, Code};
 use fieldgate_protocol::frame::{self, types};
 use fieldgate_protocol::message::{self, Nack, Welcome};
 
-use super::field::{Made, MadeContent, NAMES, SCHEMAS};
+use super::device::{Made, MadeContent, NAMES, SCHEMAS};
 use crate::store::memory::MemoryStore;
 use crate::store::{Content, SeriesId};
 
-/// How often something came about, over all seeds: a simulation that never meets it proves nothing.
+/// Number of occurrences of each event, over all seeds: a simulation that never meets one proves nothing.
 pub(super) type Tally = BTreeMap<&'static str, u64>;
 
 #[derive(Default)]
 struct DeviceRecord {
     made: BTreeMap<u64, Made>,
-    /// Overwritten before they were acknowledged.
+    /// Numbers overwritten before they were acknowledged.
     lost: BTreeSet<u64>,
     was_corrupted: bool,
-    /// Rows of the store found right so far, and the last number they cover.
+    /// Rows of the store verified so far; the next field is the last number they cover.
     rows: usize,
     durable_seq: u64,
     series: HashMap<&'static str, SeriesId>,
@@ -46,7 +46,7 @@ impl Record {
         let before = self.devices[device].made.insert(seq, made);
         assert!(
             before.is_none(),
-            "{}: number {seq} given twice",
+            "{}: number {seq} used twice",
             NAMES[device]
         );
     }
@@ -59,7 +59,7 @@ impl Record {
         self.devices[device].was_corrupted = true;
     }
 
-    /// I1: what a device was told to delete is stored.
+    /// I1: every frame that a device deletes on an ACK is stored.
     pub(super) fn check_deleted(&self, device: usize, through_seq: u64) {
         let durable_seq = self.devices[device].durable_seq;
         assert!(
@@ -69,13 +69,13 @@ impl Record {
         );
     }
 
-    /// What the gateway says of numbers is durable when it is said.
+    /// Verifies that numbers that the gateway reports as durable are.
     pub(super) fn check_said(&mut self, device: usize, mut said: &[u8]) {
         let durable_seq = self.devices[device].durable_seq;
         while !said.is_empty() {
             let frame = frame::decode(said, frame::FRAME_BYTES_MAX)
                 .unwrap()
-                .expect("whole frames");
+                .expect("complete frames");
             let (claimed_seq, what) = match frame.header.frame_type {
                 types::ACK => (frame.header.seq, "ack"),
                 types::WELCOME => {
@@ -104,7 +104,7 @@ impl Record {
         }
     }
 
-    /// I2, I3 and I4 for what was committed since the last time.
+    /// I2, I3 and I4 for everything committed since the last call.
     pub(super) fn check_store(&mut self, store: &MemoryStore) {
         for (record, name) in self.devices.iter_mut().zip(NAMES) {
             let rows = stored(store, name);
@@ -119,7 +119,7 @@ impl Record {
         }
     }
 
-    /// All that was made is stored, once; every row is looked at anew.
+    /// Verifies that everything made is stored, once; checks every row again.
     pub(super) fn check_whole(&mut self, store: &MemoryStore) {
         for record in &mut self.devices {
             (record.rows, record.durable_seq) = (0, 0);
@@ -129,13 +129,13 @@ impl Record {
             assert_eq!(
                 record.durable_seq,
                 record.made.len() as u64,
-                "{name}: not all is stored"
+                "{name}: not everything is stored"
             );
         }
     }
 }
 
-/// What is stored of a device's one stream: number, first number covered, content.
+/// Returns the stored content of a device's one stream: number, first number covered, content.
 fn stored(store: &MemoryStore, name: &str) -> Vec<(u64, u64, Content)> {
     let streams = store
         .streams()
@@ -159,7 +159,7 @@ impl DeviceRecord {
             for lost in first_seq..=seq {
                 assert!(
                     self.lost.contains(&lost),
-                    "{name}: {lost} called lost, but was not"
+                    "{name}: {lost} is reported as lost, but was not"
                 );
             }
             return "gap stored";
@@ -171,7 +171,7 @@ impl DeviceRecord {
         let made = self
             .made
             .get(&seq)
-            .unwrap_or_else(|| panic!("{name}: {seq} was invented"));
+            .unwrap_or_else(|| panic!("{name}: {seq} was never made"));
         match (content, &made.content) {
             (
                 Content::Readings(stored),
@@ -231,7 +231,7 @@ impl DeviceRecord {
                 assert_eq!(bytes, &made.frame, "{name}: bytes of {seq}");
                 "malformed stored"
             }
-            (stored, made) => panic!("{name}: {seq} was {made:?}, stored is {stored:?}"),
+            (stored, made) => panic!("{name}: {seq} was {made:?}, but {stored:?} is stored"),
         }
     }
 }

@@ -1,57 +1,59 @@
-//! What the bare loops of both stores have in common.
+//! Common code of the baselines for both stores.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::WARM_UP;
-use super::cell::Cell;
-use super::gateway::NAME_PREFIX;
+use super::workload::Workload;
 use crate::catalogue;
 
-/// What a bare loop is to do.
+/// Prefix of the device names.
+pub(super) const NAME_PREFIX: &str = "bench-";
+
+/// Task of a baseline run.
 #[derive(Clone, Debug)]
 pub(super) struct Job {
-    pub(super) cell: Cell,
+    pub(super) workload: Workload,
     pub(super) until: Until,
     /// Time of the first sample.
     pub(super) start_us: i64,
-    /// SQL that makes rows for devices, streams and series, where somebody is to find them.
+    /// SQL that inserts rows for devices, streams and series, if the store is to be used afterwards.
     pub(super) registry: Option<String>,
 }
 
 impl Job {
-    /// How long the samples go on, at one each second.
+    /// Returns the time that the samples cover, at one per second.
     pub(super) fn span_us(&self) -> i64 {
         match self.until {
-            // Nothing is so fast that ten devices would tell of more in the seconds of a round.
+            // No machine is fast enough for ten devices to store more than this in the seconds of a round.
             Until::Passed(_) => 10 * 86_400_000_000,
             Until::Stored(readings) => {
-                let series = u64::from(self.cell.devices) * u64::from(self.cell.channels);
+                let series = u64::from(self.workload.devices) * u64::from(self.workload.channels);
                 let seconds = readings.div_ceil(series).saturating_mul(1_000_000);
-                // A day more, as devices do not get quite as far as each other.
+                // One day more, because devices do not advance equally.
                 i64::try_from(seconds).unwrap_or(i64::MAX / 2) + 86_400_000_000
             }
         }
     }
 }
 
-/// When a bare loop ends.
+/// Stop condition of a baseline run.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Until {
-    /// After the warm-up and so long.
+    /// After the warm-up and this time.
     Passed(Duration),
     Stored(u64),
 }
 
-/// Counts what all connections of a bare loop have stored. An empty store is quicker than one that has
-/// been filled for a second, so the loop warms up as the gateway does before it counts.
+/// Counts what all connections of a baseline have stored. An empty store is faster than one that has
+/// been filled for a second, so the baseline warms up like the gateway before it counts.
 #[derive(Debug)]
 pub(super) struct Meter {
     until: Until,
     started: Instant,
     readings: AtomicU64,
-    /// When the warm-up was over, and what was stored by then.
+    /// End of the warm-up, and the number of readings stored by then.
     warm: OnceLock<(Instant, u64)>,
 }
 
@@ -65,7 +67,7 @@ impl Meter {
         }
     }
 
-    /// Tells of readings that are durable.
+    /// Counts durable readings.
     pub(super) fn add(&self, readings: usize) {
         let readings = readings as u64;
         let stored = self.readings.fetch_add(readings, Ordering::Relaxed) + readings;
@@ -81,7 +83,7 @@ impl Meter {
         }
     }
 
-    /// Readings per second since the warm-up, or in all if it was not over.
+    /// Returns readings per second since the warm-up, or since the start if the warm-up has not ended.
     pub(super) fn rate(&self) -> f64 {
         let (since, before) = self.warm.get().copied().unwrap_or((self.started, 0));
         let readings = self.readings.load(Ordering::Relaxed) - before;
@@ -89,14 +91,14 @@ impl Meter {
     }
 }
 
-/// Rows for the devices of a cell, as a gateway makes them when they log in: ids of devices, streams and
-/// series are what [`Frames`](super::cell::Frames) and [`rows`](super::cell::rows) say. The stream is
-/// another one than a fleet will have, so `created_at` (SQL for a time) is all that must be told.
-pub(super) fn registry(cell: Cell, created_at: &str) -> String {
-    let devices = || 1..=cell.devices;
+/// Returns SQL for the rows of a workload's devices, as a gateway inserts them at login. The ids of devices, streams
+/// and series match [`Frames`](super::workload::Frames) and [`rows`](super::workload::rows). The stream differs
+/// from those of a fleet, so `created_at` (SQL for a time) is the only other value needed.
+pub(super) fn registry(workload: Workload, created_at: &str) -> String {
+    let devices = || 1..=workload.devices;
     let names = devices().map(|id| format!("('{NAME_PREFIX}{:05}')", id - 1));
     let streams = devices().map(|id| format!("({id},1,{created_at})"));
-    let channels = catalogue::channels(cell.channels.into());
+    let channels = catalogue::channels(workload.channels.into());
     let series = devices().flat_map(|id| {
         channels.iter().map(move |channel| {
             let (name, unit, kind) = (&channel.name, &channel.unit, channel.kind.name());

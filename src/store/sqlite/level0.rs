@@ -1,15 +1,15 @@
-//! Readings that came last: stored in the order in which they came, and sorted in later.
+//! Level 0: recent readings in order of arrival, compacted later.
 //!
-//! In `readings_sorted` the few readings that a small commit has of each series would each rewrite a
-//! page of their own. So a commit puts them into `readings_recent`, a row for each run, and does a slice
-//! of the work that is left from earlier: a *generation* of recent runs is sorted as a whole, in memory,
-//! and goes into `readings_sorted` in the order of that table, many readings to a page. Commits thus stay
-//! short, and what is left over never grows beyond two generations.
+//! A small commit has only a few readings of each series, and each would rewrite a separate page of
+//! `readings_sorted`. So a commit inserts them into `readings_recent`, one row per run, and compacts a slice of
+//! earlier readings: a *generation* of level-0 runs is sorted as a whole, in memory, and is written to
+//! `readings_sorted` in that table's order, many readings to a page. This keeps commits short, and level 0
+//! never exceeds two generations.
 //!
 //! Invariants
-//! - At every commit, the view `readings` shows each reading once: the row of `readings_sorting` moves in
-//!   the transaction that sorts in.
-//! - What is kept in memory is what `readings_recent` has; it changes only after COMMIT.
+//! - After every commit, the view `readings` shows each reading once: the row of `readings_sorting` moves in
+//!   the transaction that compacts.
+//! - The cached runs match `readings_recent`; they change only after COMMIT.
 
 use std::iter;
 use std::time::{Duration, Instant};
@@ -23,82 +23,83 @@ use crate::store::hours::KnownHours;
 use crate::store::rows::{Frame, Run, sorted_runs};
 use crate::store::{Content, Readings};
 
-/// Readings of a generation. More would come to fewer page writes, and to more that a query has to
-/// read unsorted.
+/// Number of readings in a generation. A larger one would save page writes, but queries would read more
+/// unsorted rows.
 const GENERATION_READINGS: usize = 500_000;
-/// A generation of some size that takes longer to fill than this is sorted in as it is; a query reads all of it.
+/// A generation of at least [`SOME_READINGS`] that takes longer than this to fill is compacted early, because a
+/// query reads all of it.
 const GENERATION_AGE: Duration = Duration::from_secs(5);
 const SOME_READINGS: usize = 10_000;
-/// A smaller one is sorted in after so long: each time a page is written for each series.
+/// A smaller generation is compacted after this time; each compaction writes a page for each series.
 const GENERATION_AGE_MAX: Duration = Duration::from_secs(60);
-/// Readings that a commit sorts in at least; else five for each four that commits have lately brought,
-/// so that a generation is done before the next one is full.
+/// Minimum number of readings that a commit compacts. Above it, a commit compacts five readings for each four
+/// that recent commits added, so that a generation is done before the next one is full.
 const SLICE_READINGS: usize = 256;
-/// How many commits "lately" is. What one brings itself is not the measure: a commit that has much to
-/// store because the one before it took long would then take long, too.
+/// Number of recent commits in that average. The commit's own size is not used: a commit that is large because
+/// the one before it took long would then also take long.
 const LATELY_COMMITS: usize = 16;
-/// Readings that a commit without any sorts in.
+/// Number of readings that a commit without readings compacts.
 const IDLE_SLICE_READINGS: usize = 20_000;
-/// Sorted rows that a commit deletes at least.
+/// Minimum number of compacted rows that a commit deletes.
 const SLICE_DELETED: i64 = 500;
 
-/// Samples that a batch has of each series in a stream, for which sorting them in at once takes less
-/// time than doing it later: they fill a good part of a page.
+/// Number of samples per series and stream in a batch for which immediate sorting is faster than compaction:
+/// they fill a good part of a page.
 const DENSE_SAMPLES: usize = 120;
 
-/// Magnitudes whose shortest decimal SQLite reads back to the same bits, besides zero: it multiplies by
-/// powers of ten in pairs of doubles, and errs only where these are large. Other values are sorted in at
-/// once, as are times too far apart for a difference.
+/// Magnitudes, in addition to zero, whose shortest decimal SQLite reads back to the same bits. SQLite
+/// multiplies by powers of ten in pairs of doubles, and errs only where these are large. Other values bypass
+/// level 0, as do times too far apart for a difference.
 const EXACT: std::ops::RangeInclusive<f64> = 1e-9..=1e15;
 
-/// The recent readings.
-pub(super) struct Recent {
+/// State of level 0.
+pub(super) struct Level0 {
     insert: Bulk,
     sort_in: Bulk,
-    /// Came after the generation that is being sorted in.
-    gathering: Pile,
+    /// Runs that arrived after the generation that is being compacted.
+    gathering: SortedRun,
     gathering_since: Instant,
     sorting: Sorting,
-    /// What commits have lately brought, each, times [`LATELY_COMMITS`].
+    /// Average readings per recent commit, times [`LATELY_COMMITS`].
     lately_readings: usize,
     position: Position,
-    /// Rows up to this one are deleted.
+    /// Rows up to this id are deleted.
     deleted_id: i64,
     hours: KnownHours,
 }
 
-/// How far sorting in has come: the row of `readings_sorting`, and the last id in `readings_recent`.
+/// Progress of compaction: the row of `readings_sorting`, and the last id in `readings_recent`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Position {
     last_id: i64,
     sorted_id: i64,
     sorting_id: i64,
-    /// Series, time and frame of the last run that was sorted in.
+    /// Series, time and frame of the last compacted run.
     run: (i64, i64, i64),
 }
 
-/// The generation that is being sorted in.
+/// The generation that is being compacted.
 enum Sorting {
     Nothing,
-    /// Being put in order, by another thread, so that no commit waits for it.
-    Ordering(JoinHandle<Pile>),
-    /// In order; so many runs are sorted in.
-    Ordered(Pile, usize),
+    /// Being sorted by another thread, so that no commit waits for it.
+    Ordering(JoinHandle<SortedRun>),
+    /// Sorted, with the number of compacted runs.
+    Ordered(SortedRun, usize),
 }
 
-/// What a transaction does to the recent readings; it counts once it is committed.
+/// Changes that a transaction makes to level 0; they take effect after COMMIT.
 pub(super) struct Step<'a> {
-    /// Readings that it adds, and the frame of each.
+    /// Added readings and their frames.
     added: Vec<(i64, &'a Readings)>,
     position: Position,
     deleted_id: i64,
     begins_generation: bool,
     runs_sorted: usize,
-    /// Hours that it adds.
+    /// Added hours.
     hours: Vec<i64>,
 }
 
-impl Recent {
+impl Level0 {
     pub(super) fn new() -> Self {
         Self {
             insert: Bulk::new(
@@ -108,7 +109,7 @@ impl Recent {
             )
             .whole(),
             sort_in: readings_into("readings_sorted"),
-            gathering: Pile::default(),
+            gathering: SortedRun::default(),
             gathering_since: Instant::now(),
             sorting: Sorting::Nothing,
             lately_readings: 0,
@@ -118,15 +119,15 @@ impl Recent {
         }
     }
 
-    /// Whether anything is left to sort in or to delete.
+    /// Returns whether nothing is left to compact or to delete.
     pub(super) fn is_tidy(&self) -> bool {
         self.gathering.runs.is_empty()
             && matches!(self.sorting, Sorting::Nothing)
             && self.deleted_id == self.position.sorted_id
     }
 
-    /// Starts from what the file says. Where that is not what is kept in memory, as after a crash, all
-    /// there is gets sorted in at once.
+    /// Loads the state from the file. If it differs from the cached state, as after a crash, level 0 is
+    /// compacted as a whole.
     pub(super) async fn settle(&mut self, conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
         let in_file = Position::read(conn).await?;
         if in_file == self.position {
@@ -151,12 +152,13 @@ impl Recent {
         sqlx::query("COMMIT").execute(&mut *conn).await?;
         self.position = position;
         self.deleted_id = position.last_id;
-        self.gathering = Pile::default();
+        self.gathering = SortedRun::default();
         self.sorting = Sorting::Nothing;
         Ok(())
     }
 
-    /// Gets ready for a transaction; one that `is_idle` otherwise can wait for a generation's order.
+    /// Prepares for a transaction. A transaction that `is_idle` otherwise can wait for a generation to be
+    /// sorted.
     pub(super) async fn prepare(&mut self, is_idle: bool) {
         if let Sorting::Ordering(task) = &mut self.sorting
             && (is_idle || task.is_finished())
@@ -166,8 +168,8 @@ impl Recent {
         }
     }
 
-    /// Within a transaction: stores the readings of `frames` and does its share of what is left, which is
-    /// more where it `is_idle` otherwise.
+    /// Stores the readings of `frames` within a transaction, and does its share of the compaction, which is
+    /// larger if the transaction `is_idle` otherwise.
     pub(super) async fn store<'a>(
         &self,
         conn: &mut SqliteConnection,
@@ -202,7 +204,7 @@ impl Recent {
         Ok(step)
     }
 
-    /// After COMMIT: what the transaction did has happened.
+    /// Applies, after COMMIT, the changes of the transaction.
     pub(super) fn advance(&mut self, step: Step<'_>) {
         if step.begins_generation {
             let mut generation = std::mem::take(&mut self.gathering);
@@ -211,9 +213,9 @@ impl Recent {
                 generation
             }));
         }
-        if let Sorting::Ordered(pile, sorted) = &mut self.sorting {
+        if let Sorting::Ordered(generation, sorted) = &mut self.sorting {
             *sorted += step.runs_sorted;
-            if *sorted == pile.runs.len() {
+            if *sorted == generation.runs.len() {
                 self.sorting = Sorting::Nothing;
             }
         }
@@ -273,13 +275,13 @@ impl Recent {
         slice_readings: usize,
         step: &mut Step<'_>,
     ) -> Result<(), sqlx::Error> {
-        let Sorting::Ordered(pile, sorted) = &self.sorting else {
+        let Sorting::Ordered(generation, sorted) = &self.sorting else {
             return Ok(());
         };
-        let slice = pile.slice(*sorted, slice_readings);
+        let slice = generation.slice(*sorted, slice_readings);
         insert_runs(&self.sort_in, conn, &slice).await?;
         step.runs_sorted = slice.len();
-        if sorted + slice.len() == pile.runs.len() {
+        if sorted + slice.len() == generation.runs.len() {
             step.position.sorted_id = step.position.sorting_id;
         } else if let Some(last) = slice.last() {
             step.position.run = (last.series, last.times_us[0], last.frame);
@@ -339,13 +341,13 @@ impl Position {
         .map(drop)
     }
 
-    /// What is in `readings_sorting`.
+    /// Returns the columns of `readings_sorting`.
     fn row(self) -> (i64, i64, (i64, i64, i64)) {
         (self.sorted_id, self.sorting_id, self.run)
     }
 }
 
-/// Adds the hours that are not there yet.
+/// Inserts the hours that are missing.
 pub(super) async fn insert_hours(
     conn: &mut SqliteConnection,
     hours: &[i64],
@@ -361,8 +363,8 @@ pub(super) async fn insert_hours(
         .map(drop)
 }
 
-/// The readings that are to wait, and the frames whose readings are to be sorted in at once. `frames`
-/// are sorted by stream.
+/// Returns the readings for level 0, and the frames whose readings are sorted immediately. `frames` are sorted
+/// by stream.
 fn divide<'f, 'a>(frames: &'f [Frame<'a>]) -> (Vec<(i64, &'a Readings)>, Vec<&'f Frame<'a>>) {
     let (mut wait, mut at_once) = (Vec::new(), Vec::new());
     for of_stream in frames.chunk_by(|a, b| a.item.entry.stream == b.item.entry.stream) {
@@ -388,7 +390,7 @@ fn readings<'a>(frame: &Frame<'a>) -> Option<&'a Readings> {
     }
 }
 
-/// Whether text says exactly what the readings are.
+/// Returns whether decimal text represents the readings exactly.
 fn can_wait(
     Readings {
         times_us, values, ..
@@ -399,7 +401,7 @@ fn can_wait(
     spans.all(|span| span.is_some()) && values.iter().all(is_exact)
 }
 
-/// The samples of a run as JSON, NaN as null.
+/// Returns the samples of a run as JSON, NaN as null.
 fn samples(run: &Run<'_>) -> String {
     // An ordinary sample takes 8 digits of time, 6 of value and 4 of JSON.
     let mut text = String::with_capacity(2 + run.times_us.len() * 20);
@@ -419,15 +421,15 @@ fn samples(run: &Run<'_>) -> String {
     text
 }
 
-/// Runs, with what they hold in common vectors: a generation is large.
+/// Runs, stored in shared vectors because a generation is large.
 #[derive(Debug, Default)]
-struct Pile {
+struct SortedRun {
     runs: Vec<Piled>,
     times_us: Vec<i64>,
     values: Vec<f64>,
 }
 
-/// A run within a [`Pile`].
+/// A run within a [`SortedRun`].
 #[derive(Clone, Copy, Debug)]
 struct Piled {
     series: i64,
@@ -438,7 +440,7 @@ struct Piled {
     len: u32,
 }
 
-impl Pile {
+impl SortedRun {
     fn push(&mut self, frame: i64, readings: &Readings) {
         let times_at = self.times_us.len() as u32;
         for run in Run::of(frame, readings) {
@@ -460,13 +462,14 @@ impl Pile {
             .sort_unstable_by_key(|run| (run.series, run.first_us, run.frame));
     }
 
-    /// The runs from the `start`-th on that come to `readings`, at least one if there is any.
+    /// Returns runs, starting at index `start`, with `readings` readings in total; at least one run if any is
+    /// left.
     fn slice(&self, start: usize, readings: usize) -> Vec<Run<'_>> {
         let mut taken = 0;
         let runs = self.runs[start..].iter().take_while(|run| {
-            let is_room = taken < readings;
+            let fits = taken < readings;
             taken += run.len as usize;
-            is_room
+            fits
         });
         runs.map(|run| self.run(run)).collect()
     }

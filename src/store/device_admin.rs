@@ -1,8 +1,8 @@
-//! What operators change about devices: whether they may connect, and their keys. Commands write it,
-//! gateways read it.
+//! Operators' changes to devices: whether they may connect, and their keys. Commands write them, gateways read
+//! them.
 //!
 //! Invariants
-//! - Changes get their numbers in the order of their commits: whoever has seen one has seen all before it.
+//! - Changes are numbered in commit order: a reader that has seen one has seen all earlier ones.
 //! - A device's key changes only together with its `key_revision`.
 
 use std::collections::{HashMap, HashSet};
@@ -12,29 +12,29 @@ use super::editor::Editor;
 use super::reader::{Argument, ReadError, Reader, Row, Value};
 use super::steady::{SteadyError, SteadyReader};
 
-/// A device as operators have left it.
+/// State of a device as set by operators.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceState {
-    /// Its row.
+    /// Row id of the device.
     pub device: DeviceId,
-    /// Its name.
+    /// Name of the device.
     pub name: String,
-    /// Whether it may connect.
+    /// Whether the device may connect.
     pub is_enabled: bool,
-    /// Its key.
+    /// Stored key of the device.
     pub key: StoredKey,
-    /// The change that it had last; 0 if there was none.
+    /// Number of its latest change; 0 if there was none.
     pub revision: i64,
-    /// The change that gave its present key; 0 for the first one.
+    /// Number of the change that set its current key; 0 for the first key.
     pub key_revision: i64,
 }
 
-/// The key of a device, as the store has it.
+/// A device's key as stored.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StoredKey {
-    /// How often it was replaced.
+    /// Number of times it was replaced.
     pub version: u32,
-    /// The device's own, sealed; `None` if it derives from the fleet's key and the version.
+    /// Sealed individual key; `None` if the key is derived from the fleet key and the version.
     pub sealed: Option<Vec<u8>>,
 }
 
@@ -58,29 +58,30 @@ impl DeviceState {
         })
     }
 
-    /// The name that it had, if an operator removed it.
+    /// Returns its former name if an operator removed it.
     pub fn former_name(&self) -> Option<&str> {
         let (_, name) = self.name.strip_prefix('#')?.split_once(' ')?;
         Some(name)
     }
 }
 
-/// What has changed since it was last looked for.
+/// Changes since the previous call.
 #[derive(Debug)]
 pub struct Changes {
-    /// Each device once.
+    /// Changed devices, each once.
     pub devices: Vec<DeviceState>,
-    /// All devices that were ever changed are among them: nothing that was known before holds.
+    /// Whether these are all devices that were ever changed, so that earlier knowledge is invalid.
     pub is_all: bool,
 }
 
-/// A way to look for changes.
+/// Polls for changes.
 pub struct ChangeReader {
     reader: SteadyReader,
     seen: Option<Seen>,
 }
 
-/// How far a store was looked at, and which one: its mark is drawn again when it is found to be put back.
+/// Position in a store's changes, with the store's mark, which is regenerated when the store is found to be
+/// restored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
     latest: i64,
@@ -88,18 +89,18 @@ pub struct Seen {
 }
 
 impl ChangeReader {
-    /// Has seen nothing yet.
+    /// Creates a reader that has seen no changes.
     pub fn new(reader: SteadyReader) -> ChangeReader {
         ChangeReader { reader, seen: None }
     }
 
-    /// What is new; everything at first, and when the store is found to be another one (a backup).
+    /// Returns new changes; all changes on the first call and after the store was replaced by a backup.
     ///
     /// # Errors
-    /// The store does not answer; what was not given is given the next time.
+    /// The store is unavailable. The next call returns the same changes.
     ///
     /// # Cancel safety
-    /// As after an error.
+    /// The next call returns the same changes.
     pub async fn changes(&mut self) -> Result<Option<Changes>, SteadyError> {
         let sql = "SELECT latest, (SELECT mark FROM store_identity) FROM device_revision";
         let rows = self.reader.rows(sql, &[]).await?;
@@ -113,13 +114,13 @@ impl ChangeReader {
             return Ok(None);
         }
         let since = since.filter(|seen| *seen < latest);
-        // One that is being removed is in both, and alike.
+        // A device that is being removed is in both tables, with the same values.
         let sql = changes_sql();
         let since_revision = since.unwrap_or(0);
         let rows = self.reader.rows(&sql, &[since_revision.into()]).await?;
         let devices: Vec<DeviceState> =
             rows.iter().map(DeviceState::of).collect::<Result<_, _>>()?;
-        // More may have been committed since `latest` was read.
+        // More changes may have been committed since `latest` was read.
         let newest = devices.last().map_or(latest, |last| last.revision);
         self.seen = Some(Seen {
             latest: newest.max(latest),
@@ -131,19 +132,18 @@ impl ChangeReader {
         }))
     }
 
-    /// Has seen nothing any more: what was given last may get lost. Gives what it had seen.
+    /// Resets the position, because the last result may get lost; returns the previous position.
     pub fn forget(&mut self) -> Option<Seen> {
         self.seen.take()
     }
 
-    /// What was given last has arrived.
+    /// Restores the position after the last result has arrived.
     pub fn remember(&mut self, seen: Option<Seen>) {
         self.seen = seen;
     }
 }
 
-/// Returns the query for devices that were changed since `$1`. Most devices never are: the index has only those
-/// that were.
+/// Returns the query for devices changed since `$1`. Its index contains only changed devices, which are few.
 pub fn changes_sql() -> String {
     format!(
         "SELECT {COLUMNS} FROM devices WHERE revision > 0 AND revision > $1
@@ -155,20 +155,20 @@ pub fn changes_sql() -> String {
     )
 }
 
-/// A device; `None` if there is none of that name.
+/// Returns the device with a name, or `None`.
 ///
 /// # Errors
-/// The store does not answer.
+/// The store is unavailable.
 pub async fn find(reader: &mut Reader, name: &str) -> Result<Option<DeviceState>, ReadError> {
     let sql = format!("SELECT {COLUMNS} FROM devices WHERE name = $1");
     let rows = reader.rows(&sql, &[name.into()]).await?;
     rows.first().map(DeviceState::of).transpose()
 }
 
-/// Gives each device to `on_device`, by name, until that fails.
+/// Passes each device to `on_device`, by name, until that fails.
 ///
 /// # Errors
-/// The store does not answer, or as `on_device`.
+/// The store is unavailable, or `on_device` failed.
 pub async fn each(
     reader: &mut Reader,
     mut on_device: impl FnMut(DeviceState) -> Result<(), ReadError>,
@@ -186,10 +186,10 @@ pub struct DeviceEdit<'e> {
 }
 
 impl<'e> DeviceEdit<'e> {
-    /// Begins; waits for others who are at it.
+    /// Begins a transaction, after waiting for concurrent ones.
     ///
     /// # Errors
-    /// The store does not answer.
+    /// The store is unavailable.
     pub async fn begin(editor: &'e mut Editor, at_us: i64) -> Result<DeviceEdit<'e>, ReadError> {
         editor.begin().await?;
         let next = "UPDATE device_revision SET latest = latest + 1 RETURNING latest";
@@ -202,10 +202,10 @@ impl<'e> DeviceEdit<'e> {
         })
     }
 
-    /// Those of `names` that there are.
+    /// Returns the devices in `names` that exist.
     ///
     /// # Errors
-    /// The store does not answer.
+    /// The store is unavailable.
     pub async fn find<'n>(
         &mut self,
         names: impl Iterator<Item = &'n str>,
@@ -219,11 +219,11 @@ impl<'e> DeviceEdit<'e> {
         Ok(found)
     }
 
-    /// Makes a device, which was `before`, so, with a line in the audit trail for each thing that
-    /// changes; tells whether anything does.
+    /// Changes a device from the state `before`, with an audit event for each change; returns whether anything
+    /// changed.
     ///
     /// # Errors
-    /// The store does not answer.
+    /// The store is unavailable.
     pub async fn set(
         &mut self,
         name: &str,
@@ -241,7 +241,7 @@ impl<'e> DeviceEdit<'e> {
         }
         if put.has_new_key {
             let detail = match key.sealed {
-                Some(_) => "a key of its own".to_owned(),
+                Some(_) => "an individual key".to_owned(),
                 None => format!("derived from the fleet key, version {}", key.version),
             };
             self.note(device, "key_changed", &detail).await?;
@@ -253,11 +253,11 @@ impl<'e> DeviceEdit<'e> {
         Ok(true)
     }
 
-    /// Lets a device give up its name, keeps it out and ends its sessions: the first step of
+    /// Renames a device to free its name, disables it and ends its sessions: the first step of
     /// [`super::removal`].
     ///
     /// # Errors
-    /// The store does not answer.
+    /// The store is unavailable.
     pub async fn remove(&mut self, device: &DeviceState) -> Result<(), ReadError> {
         let (id, revision) = (device.device.0, self.revision);
         let name = format!("#{id} {}", device.name);
@@ -289,39 +289,39 @@ impl<'e> DeviceEdit<'e> {
         self.editor.execute(sql, &values).await.map(drop)
     }
 
-    /// Ends with everything that was set.
+    /// Commits all changes.
     ///
     /// # Errors
-    /// Nothing of it was done, or, if the connection was lost, nobody knows.
+    /// Nothing was changed or, if the connection was lost, the outcome is unknown.
     pub async fn commit(self) -> Result<(), ReadError> {
         self.editor.commit().await
     }
 
-    /// Ends with nothing.
+    /// Discards all changes.
     ///
     /// # Errors
-    /// The store does not answer; nothing is set all the same.
+    /// The store is unavailable; nothing is changed in that case either.
     pub async fn rollback(self) -> Result<(), ReadError> {
         self.editor.rollback().await
     }
 }
 
-/// Makes the devices of a spool what they have become in the database, as one change of the spool's own: a
-/// database that is put back to an earlier state counts from there, and sessions and logins are held against
-/// numbers that only rise.
+/// Updates the spool's devices to their state in the database and assigns the spool's own revision. A restored
+/// database reuses revisions, but sessions and logins are checked against revisions that only increase.
 ///
 /// # Errors
-/// The spool does not answer, and nothing was done.
+/// The spool is unavailable; nothing was changed.
 pub async fn adopt(spool: &mut Editor, changes: &Changes) -> Result<(), ReadError> {
     spool.begin().await?;
-    // Spools of before had the database's numbers, and after such a return one below their highest.
+    // Earlier spools used the database's numbers and, after such a restore, one below their highest.
     let next = "UPDATE device_revision SET latest = 1 + max(latest,
             (SELECT coalesce(max(revision), 0) FROM devices WHERE revision > 0))
         RETURNING latest";
     let rows = spool.rows(next, &[]).await?;
     let revision = rows.first().map_or(Ok(1), |row| row.integer(0))?;
     for device in &changes.devices {
-        // A spool does not know its id, and what it has of the name may be of the next device of that name.
+        // A spool does not know the device's id, and its rows under that name may belong to the name's next
+        // device.
         if device.former_name().is_some() {
             continue;
         }
@@ -344,7 +344,7 @@ pub async fn adopt(spool: &mut Editor, changes: &Changes) -> Result<(), ReadErro
     spool.commit().await
 }
 
-/// Makes all devices but these what they were before anybody changed them.
+/// Resets all other devices to their state before any change.
 async fn undo_others(
     spool: &mut Editor,
     changed: &HashSet<&str>,
@@ -361,14 +361,14 @@ async fn undo_others(
     Ok(())
 }
 
-/// What was done to a device.
+/// Changes made to a device.
 struct Put {
     device: i64,
     has_new_key: bool,
     is_let_in_or_out: bool,
 }
 
-/// Makes a device, which was `before`, so, by the change of this number; `None` if it is so already.
+/// Changes a device from the state `before`, with this change number; returns `None` if nothing differs.
 async fn put(
     editor: &mut Editor,
     name: &str,

@@ -1,29 +1,29 @@
-//! Whether the gateway is as fast when there is much in its store already.
+//! The gateway's speed with a store that already holds many readings.
 
 use serde::Serialize;
 
-use super::bare::{self, Job, Until};
-use super::cell::BASE;
+use super::baseline::{self, Job, Until};
 use super::gateway::Which;
 use super::load::{Sending, start_us};
 use super::throughput::{Compared, burst, burst_into_new};
+use super::workload::BASE;
 use super::{Bench, BenchError, Scope, say};
 
 const DAY_US: i64 = 86_400_000_000;
 
-/// A burst into an empty store, and one into a full one.
+/// A burst into an empty store and one into a full store.
 #[derive(Clone, Debug, Serialize)]
 pub struct Stored {
-    /// What the full one held.
+    /// Number of readings in the full store.
     pub readings: u64,
-    /// What it took on the disk.
+    /// Size of the full store on disk, in bytes.
     pub bytes: u64,
-    /// The empty one first.
+    /// Results, first of the empty store.
     #[serde(flatten)]
     pub compared: Compared,
 }
 
-/// Fills a store with what the burst's own devices measured before, and compares.
+/// Fills a store with earlier readings of the burst's devices and compares it with an empty one.
 pub(super) async fn measure(
     scope: &Scope<'_>,
     readings: u64,
@@ -35,12 +35,12 @@ pub(super) async fn measure(
         false => "0",
     };
     let mut job = Job {
-        cell: BASE,
+        workload: BASE,
         until: Until::Stored(readings),
         start_us: start_us(),
-        registry: Some(bare::registry(BASE, created_at)),
+        registry: Some(baseline::registry(BASE, created_at)),
     };
-    // It ends before the burst begins.
+    // These readings end before the burst begins.
     job.start_us -= job.span_us();
     let full = scope.site.new_store(Which::Stored).await?;
     full.bare(&job).await?;
@@ -51,7 +51,7 @@ pub(super) async fn measure(
         let into_empty = burst_into_new(scope, Sending::burst(BASE)).await?;
         say(&format!("round {round} of {}: full store", scope.rounds));
         let sending = Sending {
-            // Nothing is measured twice at the same time.
+            // No time is used for two measurements.
             start_us: start_us() + i64::from(round) * DAY_US,
             ..Sending::burst(BASE)
         };

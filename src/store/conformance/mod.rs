@@ -1,4 +1,4 @@
-//! What every store has to do, as tests that run over each of them.
+//! The conformance suite: tests that run over every store.
 
 use std::future::Future;
 
@@ -16,15 +16,15 @@ pub(super) use self::devices::*;
 pub(super) use self::quarantine::*;
 pub(super) use self::schemas::*;
 
-/// A store under test, and a way to look behind it.
+/// A store under test, with access to its content.
 pub(super) trait Harness: Sized + Send {
     type Store: Store;
-    /// A new, empty store.
+    /// Creates a new, empty store.
     fn create() -> impl Future<Output = Self>;
     fn store(&mut self) -> &mut Self::Store;
     /// Closes the store and opens it again.
     fn reopen(self) -> impl Future<Output = Self>;
-    /// Lets a device in or keeps it out, and replaces its key or not, as an operator does; gives the number of
+    /// Enables or disables a device, and optionally replaces its key, like an operator. Returns the number of
     /// the change.
     fn change(
         &mut self,
@@ -32,7 +32,7 @@ pub(super) trait Harness: Sized + Send {
         is_enabled: bool,
         replaces_key: bool,
     ) -> impl Future<Output = i64>;
-    /// Makes the next commit fail as a full disk does, half way if the store has such a thing.
+    /// Makes the next commit fail as on a full disk, half way if the store supports that.
     fn fill_disk(&mut self) -> impl Future<Output = ()>;
     fn free_disk(&mut self) -> impl Future<Output = ()>;
     fn dump(&mut self) -> impl Future<Output = Dump>;
@@ -41,14 +41,14 @@ pub(super) trait Harness: Sized + Send {
 type FrameRow = (String, i64, u64, u8, Option<u8>, Option<i64>);
 type ReadingRow = (String, String, String, i64, u64, Option<u64>);
 
-/// All that is stored, sorted, in terms that every store shares.
+/// All stored data, sorted, in a form that every store shares.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Dump {
     /// Device, stream, seq, type, quality, offset.
     pub(super) frames: Vec<FrameRow>,
     /// Device, channel, unit, time, seq, the value's bits.
     pub(super) readings: Vec<ReadingRow>,
-    /// Stream, from, to, reason.
+    /// Stream, first number, last number, reason.
     pub(super) gaps: Vec<(i64, u64, u64, u8)>,
     /// Stream, seq, code, detail, bytes.
     pub(super) quarantine: Vec<(i64, u64, u8, String, Vec<u8>)>,
@@ -58,7 +58,7 @@ pub(super) struct Dump {
     pub(super) clocks: Vec<(String, u32, i64, u64)>,
     /// Peer, claimed name, code, count, first and last time.
     pub(super) refusals: Vec<(String, String, u8, u64, i64, i64)>,
-    /// The addresses of sessions that are open.
+    /// Addresses of open sessions.
     pub(super) open_sessions: Vec<String>,
 }
 
@@ -212,7 +212,7 @@ fn seqs(dump: &Dump) -> Vec<u64> {
     dump.frames.iter().map(|frame| frame.2).collect()
 }
 
-pub(super) async fn what_arrives_twice_is_stored_once<H: Harness>() {
+pub(super) async fn duplicates_are_stored_once<H: Harness>() {
     let mut h = H::create().await;
     let peer = peer(h.store(), "a").await;
     let first = entries(vec![
@@ -232,7 +232,7 @@ pub(super) async fn what_arrives_twice_is_stored_once<H: Harness>() {
     assert_eq!(dump.frames[0], ("a".into(), 1, 1, 0x11, Some(1), Some(77)));
 }
 
-pub(super) async fn what_does_not_continue_the_stream_waits<H: Harness>() {
+pub(super) async fn entries_that_do_not_continue_the_stream_wait<H: Harness>() {
     let mut h = H::create().await;
     let peer = peer(h.store(), "a").await;
     let batch = entries(vec![
@@ -247,7 +247,7 @@ pub(super) async fn what_does_not_continue_the_stream_waits<H: Harness>() {
     assert_eq!(seqs(&h.dump().await), [1]);
 }
 
-pub(super) async fn a_gap_is_kept_from_what_is_durable_on<H: Harness>() {
+pub(super) async fn a_gap_is_stored_from_the_first_number_that_is_not_durable<H: Harness>() {
     let mut h = H::create().await;
     let peer = peer(h.store(), "a").await;
     let batch = entries(vec![peer.gap(1, 4), peer.gap(3, 9), peer.gap(2, 9)]);
@@ -255,7 +255,7 @@ pub(super) async fn a_gap_is_kept_from_what_is_durable_on<H: Harness>() {
     let dump = h.dump().await;
     assert_eq!(dump.gaps, [(1, 1, 4, 3), (1, 5, 9, 3)]);
     assert_eq!(seqs(&dump), [4, 9]);
-    // The longest gap that can be kept, and one that cannot.
+    // The longest gap that can be stored, and one that cannot.
     let batch = entries(vec![peer.gap(10, u64::MAX), peer.gap(10, ledger::SEQ_MAX)]);
     assert_eq!(durable(h.store(), &batch).await, [ledger::SEQ_MAX]);
 }
@@ -293,7 +293,7 @@ pub(super) async fn values_keep_their_bits<H: Harness>() {
     assert_eq!(stored, rows.iter().map(sent).collect::<Vec<_>>());
 }
 
-pub(super) async fn readings_of_one_instant_both_stay<H: Harness>() {
+pub(super) async fn readings_with_equal_times_are_both_stored<H: Harness>() {
     let mut h = H::create().await;
     let peer = peer(h.store(), "a").await;
     let batch = entries(vec![
@@ -384,9 +384,9 @@ pub(super) async fn a_schema_never_changes<H: Harness>() {
     assert!(matches!(other, DeclareOutcome::Conflict));
 }
 
-pub(super) async fn hostile_names_come_back_unchanged<H: Harness>() {
+pub(super) async fn hostile_names_are_stored_unchanged<H: Harness>() {
     let mut h = H::create().await;
-    // Without U+0000, which no frame can bring (R23).
+    // Without U+0000, which a frame cannot contain (R23).
     let names = [
         "'; DROP TABLE readings; --",
         "\"q\\u0041%_?1$1",
@@ -428,7 +428,7 @@ pub(super) async fn hostile_names_come_back_unchanged<H: Harness>() {
     assert_eq!(stored, sent);
 }
 
-pub(super) async fn watermarks_outlive_the_process<H: Harness>() {
+pub(super) async fn watermarks_survive_a_restart<H: Harness>() {
     let mut h = H::create().await;
     let peer = peer(h.store(), "a").await;
     durable(h.store(), &entries(vec![peer.readings(1, &[(1, 1.0)])])).await;
@@ -505,15 +505,15 @@ pub(super) async fn after_a_transient_error_the_same_batch_commits_once<H: Harne
     assert_eq!(dump.readings.len(), 20_002);
 }
 
-pub(super) async fn clocks_of_the_latest_boots_come_back<H: Harness>() {
+pub(super) async fn a_login_returns_the_clocks_of_the_latest_boots<H: Harness>() {
     let mut h = H::create().await;
     for boot in 1..=9_u32 {
         let mut login = login("a", 1, 1);
         login.clock = clock(boot, AT_US + i64::from(boot));
         admitted(h.store(), login).await;
     }
-    // The device forgot its count of boots: its latest is number 1 again, told to be worse than what
-    // is kept of that number, but years later.
+    // The device lost its boot count. Its latest boot is number 1 again, measured less precisely than the
+    // stored clock of that number, but years later.
     let mut again = login("a", 1, 1);
     again.clock = BootClock {
         offset_us: 6,
@@ -524,7 +524,7 @@ pub(super) async fn clocks_of_the_latest_boots_come_back<H: Harness>() {
     let boots: Vec<u32> = admission.clocks.iter().map(|clock| clock.boot).collect();
     assert_eq!(boots, [1, 9, 8, 7, 6, 5, 4, 3]);
     assert_eq!(admission.clocks[0], again.clock);
-    // A worse measurement right after it is not kept; what a session decided is.
+    // A worse measurement soon after it is not stored, but a clock that a session chose is.
     let mut worse = again.clone();
     worse.clock.delay_us = 50_000;
     assert_eq!(
@@ -539,8 +539,9 @@ pub(super) async fn clocks_of_the_latest_boots_come_back<H: Harness>() {
     assert!(h.dump().await.clocks.contains(&("a".into(), 1, 6, 50_000)));
 }
 
-/// The gateway's clock stood a day ahead for nine boots of a device, and was set right while it did not run.
-pub(super) async fn clocks_of_a_wrong_future_do_not_push_out_the_right_one<H: Harness>() {
+/// The gateway's clock was a day ahead for nine boots of a device, and was corrected while the gateway was
+/// stopped.
+pub(super) async fn clocks_from_a_wrong_future_do_not_displace_the_right_one<H: Harness>() {
     let mut h = H::create().await;
     admitted(h.store(), login("a", 1, 1)).await;
     for boot in 2..=10_u32 {
@@ -555,7 +556,8 @@ pub(super) async fn clocks_of_a_wrong_future_do_not_push_out_the_right_one<H: Ha
     let admission = admitted(h.store(), right.clone()).await;
     let boots: Vec<u32> = admission.clocks.iter().map(|clock| clock.boot).collect();
     assert_eq!(boots, [11, 1, 10, 9, 8, 7, 6, 5]);
-    // What contradicts the kept clock of the same boot replaces it, however precise that was.
+    // A clock that contradicts the stored clock of the same boot replaces it, however precise the stored one
+    // is.
     right.clock = BootClock {
         offset_us: 5 - DAY_US,
         delay_us: 900_000,
@@ -567,8 +569,8 @@ pub(super) async fn clocks_of_a_wrong_future_do_not_push_out_the_right_one<H: Ha
     );
 }
 
-/// A step moves what was measured on its timeline before it, and nothing else; it is on record once.
-pub(super) async fn a_step_of_the_clock_corrects_what_was_measured_before_it<H: Harness>() {
+/// A step corrects earlier measurements on its timeline and nothing else; it is recorded once.
+pub(super) async fn a_clock_step_corrects_earlier_measurements<H: Harness>() {
     let mut h = H::create().await;
     let before = Origin {
         timeline: 7,
@@ -601,7 +603,7 @@ pub(super) async fn a_step_of_the_clock_corrects_what_was_measured_before_it<H: 
         after_us: AT_US,
     };
     for _ in 0..2 {
-        // As after a COMMIT of which nothing is known.
+        // Repeat the batch, as after a COMMIT with unknown outcome.
         let batch = Batch {
             steps: vec![step],
             ..Batch::default()
@@ -612,13 +614,13 @@ pub(super) async fn a_step_of_the_clock_corrects_what_was_measured_before_it<H: 
     let offsets = admission.clocks.iter();
     let offsets: Vec<(u32, i64)> = offsets.map(|clock| (clock.boot, clock.offset_us)).collect();
     assert_eq!(offsets, [(3, 5), (1, 5), (2, 5 + DAY_US)]);
-    // The first boot again, as before: what it measures agrees with what is kept.
+    // The first boot again: its measurement agrees with the stored clock.
     let again = admitted(h.store(), at(1, after)).await;
     assert_eq!(again.clocks[0], at(1, after).clock);
 }
 
-/// The session did not get the clock of that boot: there were too many.
-pub(super) async fn a_chosen_clock_replaces_no_measured_one<H: Harness>() {
+/// The session did not receive the clock of that boot, because there were too many.
+pub(super) async fn a_chosen_clock_never_replaces_a_measured_one<H: Harness>() {
     let mut h = H::create().await;
     let peer = admitted(h.store(), login("a", 1, 1)).await;
     let chosen = BootClock {
@@ -636,7 +638,7 @@ pub(super) async fn a_chosen_clock_replaces_no_measured_one<H: Harness>() {
     h.store().commit(&batch).await.unwrap();
     let chosen = ("a".into(), 4, 77, UNMEASURED);
     assert_eq!(h.dump().await.clocks, [("a".into(), 1, 5, 1000), chosen]);
-    // It comes back like any other, and a measurement replaces it.
+    // A login receives it like any other clock, and a measurement replaces it.
     let mut measured = login("a", 1, 1);
     measured.clock = clock(4, AT_US);
     let admission = admitted(h.store(), measured.clone()).await;
@@ -689,8 +691,8 @@ pub(super) async fn events_are_kept<H: Harness>() {
     );
 }
 
-/// A session that was taken over, here or in another gateway, ends after the one that took over has begun.
-/// What a run of a gateway leaves open, its next one closes.
+/// A session that was taken over, in this gateway or another, ends after its successor has begun. The next run
+/// of a gateway closes sessions that the last run left open.
 pub(super) async fn a_device_is_connected_while_a_session_is_open<H: Harness>() {
     let mut h = H::create().await;
     let peer = peer(h.store(), "a").await;
@@ -703,7 +705,7 @@ pub(super) async fn a_device_is_connected_while_a_session_is_open<H: Harness>() 
         detail: format!("192.0.2.1:{session}"),
     };
     let (begins, ends) = (DeviceEventKind::Connected, DeviceEventKind::Disconnected);
-    // The clock steps back in between: the order is not that of the times.
+    // The clock steps back in between, so events are not in time order.
     for (events, open) in [
         (vec![event(1, begins, 900)], vec!["192.0.2.1:1"]),
         (
@@ -719,7 +721,7 @@ pub(super) async fn a_device_is_connected_while_a_session_is_open<H: Harness>() 
             vec![event(4, begins, 7), event(4, ends, 7)],
             vec!["192.0.2.1:3"],
         ),
-        // Once more, as after a COMMIT of which nothing is known.
+        // Repeat the batch, as after a COMMIT with unknown outcome.
         (vec![event(3, begins, 101)], vec!["192.0.2.1:3"]),
     ] {
         let batch = Batch {
@@ -736,7 +738,7 @@ pub(super) async fn a_device_is_connected_while_a_session_is_open<H: Harness>() 
     assert_eq!(closed.count(), 1);
 }
 
-/// The gateway's clock at either end of what it may show, and devices' times beyond by the 285 years of R50.
+/// The gateway's clock at either end of its valid range, and device times up to 285 years (R50) beyond it.
 pub(super) async fn times_at_the_edges_are_kept<H: Harness>() {
     let mut h = H::create().await;
     let peer = peer(h.store(), "a").await;
@@ -774,8 +776,8 @@ pub(super) async fn an_empty_batch_commits<H: Harness>() {
     assert!(committed.receipts.is_empty() && committed.logins.is_empty());
 }
 
-/// Such as that of a device which was removed while its frames waited for a store that took nothing.
-pub(super) async fn a_stream_that_is_gone_ends_sessions_and_not_the_store<H: Harness>() {
+/// For example, the stream of a device that was removed while its frames waited for an unavailable store.
+pub(super) async fn a_missing_stream_ends_sessions_but_not_the_store<H: Harness>() {
     let mut h = H::create().await;
     let good = peer(h.store(), "a").await;
     let mut gone = peer(h.store(), "b").await;
@@ -788,15 +790,15 @@ pub(super) async fn a_stream_that_is_gone_ends_sessions_and_not_the_store<H: Har
     assert_eq!(committed.receipts[0].durable_seq(), 1);
 }
 
-/// Such as two sessions of copies of one device took at the same time.
-pub(super) async fn a_number_that_comes_again_with_other_content_is_on_record<H: Harness>() {
+/// For example, when two sessions of copies of one device sent it at the same time.
+pub(super) async fn a_number_reused_with_different_content_is_recorded<H: Harness>() {
     let mut h = H::create().await;
     let peer = peer(h.store(), "a").await;
     let frame = |seq, crc| Entry {
         crc: Some(crc),
         ..peer.readings(seq, &[(seq.cast_signed(), 1.0)])
     };
-    // In one batch, and in the next.
+    // Duplicates within one batch and across two.
     for batch in [
         vec![frame(1, 10), frame(1, 10)],
         vec![frame(2, 20), frame(1, 10)],
@@ -815,57 +817,60 @@ pub(super) async fn a_number_that_comes_again_with_other_content_is_on_record<H:
         .collect();
     assert_eq!(
         kinds,
-        [("number_reused", "number 3 came again with other content")]
+        [(
+            "number_reused",
+            "number 3 was reused with different content"
+        )]
     );
 }
 
-/// The tests over one store.
-macro_rules! contract {
+/// Runs the suite over one store.
+macro_rules! conformance {
     ($(#[$attribute:meta])* $harness:ty) => {
-        $crate::store::contract::contract!(
+        $crate::store::conformance::conformance!(
             @each [$(#[$attribute])*] $harness:
-            what_arrives_twice_is_stored_once,
-            what_does_not_continue_the_stream_waits,
-            a_gap_is_kept_from_what_is_durable_on,
+            duplicates_are_stored_once,
+            entries_that_do_not_continue_the_stream_wait,
+            a_gap_is_stored_from_the_first_number_that_is_not_durable,
             quarantine_moves_the_watermark,
-            a_refused_gap_covers_what_it_says,
+            a_quarantined_gap_covers_its_numbers,
             values_keep_their_bits,
-            readings_of_one_instant_both_stay,
+            readings_with_equal_times_are_both_stored,
             a_login_sees_the_entries_before_it,
-            a_disabled_device_stays_out,
-            a_replaced_key_opens_no_more,
-            nobody_registers_where_that_is_closed,
-            refusals_are_on_record,
+            a_disabled_device_is_refused,
+            a_replaced_key_is_refused,
+            unknown_devices_are_refused_when_registration_is_closed,
+            refusals_are_recorded,
             the_latest_refusals_are_kept,
             a_schema_never_changes,
             a_schema_is_found_among_very_many,
-            a_device_has_what_it_may_and_no_more,
-            hostile_names_come_back_unchanged,
-            watermarks_outlive_the_process,
+            a_device_cannot_exceed_its_limits,
+            hostile_names_are_stored_unchanged,
+            watermarks_survive_a_restart,
             receipts_are_sorted_by_stream,
             after_a_transient_error_the_same_batch_commits_once,
-            clocks_of_the_latest_boots_come_back,
-            clocks_of_a_wrong_future_do_not_push_out_the_right_one,
-            a_step_of_the_clock_corrects_what_was_measured_before_it,
-            a_chosen_clock_replaces_no_measured_one,
+            a_login_returns_the_clocks_of_the_latest_boots,
+            clocks_from_a_wrong_future_do_not_displace_the_right_one,
+            a_clock_step_corrects_earlier_measurements,
+            a_chosen_clock_never_replaces_a_measured_one,
             events_are_kept,
             times_at_the_edges_are_kept,
             a_device_is_connected_while_a_session_is_open,
             an_empty_batch_commits,
-            a_stream_that_is_gone_ends_sessions_and_not_the_store,
+            a_missing_stream_ends_sessions_but_not_the_store,
         );
     };
     (@each $attributes:tt $harness:ty: $($test:ident,)*) => {
         $(
-            $crate::store::contract::contract!(@one $attributes $harness: $test);
+            $crate::store::conformance::conformance!(@one $attributes $harness: $test);
         )*
     };
     (@one [$(#[$attribute:meta])*] $harness:ty: $test:ident) => {
             #[tokio::test]
             $(#[$attribute])*
             async fn $test() {
-                $crate::store::contract::$test::<$harness>().await;
+                $crate::store::conformance::$test::<$harness>().await;
             }
     };
 }
-pub(super) use contract;
+pub(super) use conformance;

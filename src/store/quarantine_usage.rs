@@ -9,7 +9,7 @@ use super::steady::{SteadyError, SteadyReader};
 use super::url::StoreUrl;
 
 /// Bytes of the frames in quarantine, by device.
-pub type KeptBytes = HashMap<DeviceId, u64>;
+pub type QuarantineUsage = HashMap<DeviceId, u64>;
 
 const BYTES: &str = "SELECT device_id, CAST(sum(length(bytes)) AS BIGINT) FROM quarantine
     GROUP BY device_id";
@@ -18,7 +18,7 @@ const BYTES_BY_NAME: &str = "SELECT d.name, CAST(sum(length(q.bytes)) AS BIGINT)
     FROM quarantine AS q JOIN devices AS d ON d.id = q.device_id GROUP BY d.name";
 
 /// A way to look into quarantine.
-pub struct KeptFrames {
+pub struct UsageReader {
     store: SteadyReader,
     /// Where frames wait before they come to the store.
     spool: Option<Spool>,
@@ -30,10 +30,10 @@ struct Spool {
     drained: HashMap<String, u64>,
 }
 
-impl KeptFrames {
+impl UsageReader {
     /// Of `store`, and of the spool in front of it, if there is one.
-    pub fn new(store: StoreUrl, spool: Option<PathBuf>) -> KeptFrames {
-        KeptFrames {
+    pub fn new(store: StoreUrl, spool: Option<PathBuf>) -> UsageReader {
+        UsageReader {
             store: SteadyReader::new(store),
             spool: spool.map(|path| Spool {
                 reader: SteadyReader::of_spool(path),
@@ -48,7 +48,7 @@ impl KeptFrames {
     /// # Errors
     /// The store, or the spool, does not answer. While the store behind a spool is away, what it held
     /// last counts.
-    pub async fn bytes(&mut self) -> Result<KeptBytes, SteadyError> {
+    pub async fn bytes(&mut self) -> Result<QuarantineUsage, SteadyError> {
         let Some(spool) = &mut self.spool else {
             return by_device(&self.store.rows(BYTES, &[]).await?);
         };
@@ -65,14 +65,17 @@ impl KeptFrames {
     }
 }
 
-fn by_device(rows: &[Row]) -> Result<KeptBytes, SteadyError> {
+fn by_device(rows: &[Row]) -> Result<QuarantineUsage, SteadyError> {
     let bytes = |row: &Row| Ok((DeviceId(row.integer(0)?), row.integer(1)?.unsigned_abs()));
     rows.iter().map(bytes).collect()
 }
 
 impl Spool {
     /// Adds what is in the store, under the spool's ids.
-    async fn with_drained(&mut self, mut bytes: KeptBytes) -> Result<KeptBytes, SteadyError> {
+    async fn with_drained(
+        &mut self,
+        mut bytes: QuarantineUsage,
+    ) -> Result<QuarantineUsage, SteadyError> {
         // A device that the spool does not know is none of this gateway's, and has room of its own.
         let mut unknown = i64::MIN;
         for (name, drained) in &self.drained {

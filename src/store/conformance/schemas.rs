@@ -1,9 +1,9 @@
-//! A device that declares more than others, as every store sees it.
+//! Devices that exceed the limits, for every store.
 
 use super::*;
 use crate::store::bounds::{DeviceBounds, Reached};
 
-/// Schemas of as many channels as there may be, no two alike.
+/// Returns schemas with the maximum number of channels, all different.
 pub(in crate::store) fn very_many(device: DeviceId, schemas: std::ops::Range<u16>) -> Vec<Declare> {
     let declare = |schema| {
         let names: Vec<String> = (0..32).map(|n| format!("channel {schema}.{n}")).collect();
@@ -18,7 +18,7 @@ pub(in crate::store) async fn a_schema_is_found_among_very_many<H: Harness>() {
     let device = admitted(h.store(), login("a", 1, 1)).await.device;
     let other = admitted(h.store(), login("b", 1, 1)).await.device;
     let mut declares = very_many(device, 0..100);
-    // Alike but for unit or kind, and alike but for the device.
+    // Equal except for unit or kind, and equal except for the device.
     declares[1].channels = declares[0].channels.clone();
     declares[2].channels = declares[0].channels.clone();
     for n in 0..32 {
@@ -65,7 +65,7 @@ pub(in crate::store) async fn a_schema_is_found_among_very_many<H: Harness>() {
     }
 }
 
-pub(in crate::store) async fn a_device_has_what_it_may_and_no_more<H: Harness>() {
+pub(in crate::store) async fn a_device_cannot_exceed_its_limits<H: Harness>() {
     let DeviceBounds {
         series_max,
         schemas_max,
@@ -73,7 +73,7 @@ pub(in crate::store) async fn a_device_has_what_it_may_and_no_more<H: Harness>()
     } = DeviceBounds::DEFAULT;
     let mut h = H::create().await;
     let device = admitted(h.store(), login("a", 1, 1)).await.device;
-    // 32 channels each: as many series as it may have, and one schema more.
+    // 32 channels each: the maximum number of series, and then one more schema.
     let full = (series_max / 32) as u16;
     let declare_all = async |h: &mut H, declares| {
         let batch = Batch {
@@ -88,7 +88,7 @@ pub(in crate::store) async fn a_device_has_what_it_may_and_no_more<H: Harness>()
     assert!(kept.iter().all(is_kept));
     let over = |outcome: &DeclareOutcome, reached| matches!(outcome, DeclareOutcome::OverBound(found) if *found == reached);
     assert!(over(last, Reached::Series(series_max)), "{last:?}");
-    // What it has goes on, and so does a schema that needs no new series.
+    // Existing schemas stay usable, and a schema that needs no new series is accepted.
     let again = declared(h.store(), very_many(device, 0..1).remove(0)).await;
     assert!(is_kept(&again));
     let of_same = |schema| Declare {
@@ -120,7 +120,7 @@ pub(in crate::store) async fn a_device_has_what_it_may_and_no_more<H: Harness>()
         matches!(&found[streams_max as usize], LoginOutcome::OverBound(found) if *found == reached)
     );
     assert!(found[streams_max as usize + 1..].iter().all(is_let_in));
-    // Nothing of what was refused is there, and another commit finds the same.
+    // A rejected declaration stores nothing, and a later commit gives the same result.
     let found = declare_all(&mut h, very_many(device, 2000..2001)).await;
     assert!(over(&found[0], Reached::Schemas(schemas_max)));
     let batch = Batch {
@@ -131,8 +131,8 @@ pub(in crate::store) async fn a_device_has_what_it_may_and_no_more<H: Harness>()
     assert!(matches!(found[0], LoginOutcome::OverBound(_)));
 }
 
-/// A login with a schema that is known and a declare of one that is new: what is asked of a store when a
-/// device comes back and tells something new.
+/// Returns a login with a known schema and a declare of a new one: what a store receives when a device
+/// reconnects and declares something new.
 pub(in crate::store) fn comes_back(device: DeviceId, schema: u16) -> (Vec<Login>, Vec<Declare>) {
     let mut known = login("a", 1, 1);
     known.schema = Some((0, [1; 8]));

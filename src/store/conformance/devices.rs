@@ -1,11 +1,11 @@
-//! Who may come in: what operators change about devices, as every store sees it.
+//! Admission of devices: operators' changes to devices, for every store.
 
 use super::*;
+use crate::store::device_admin::{self, DeviceEdit, StoredKey};
 use crate::store::editor::Editor;
-use crate::store::lifecycle::{self, DeviceEdit, StoredKey};
 use crate::store::url::StoreUrl;
 
-/// Changes a device that is known, as the commands do.
+/// Changes a known device, like the commands.
 pub(in crate::store) async fn change(
     store: &StoreUrl,
     device: &str,
@@ -27,9 +27,9 @@ pub(in crate::store) async fn change(
     revision_of(&mut editor, device).await
 }
 
-/// The number of a device's latest change.
+/// Returns the number of a device's latest change.
 pub(in crate::store) async fn revision_of(editor: &mut Editor, device: &str) -> i64 {
-    let found = lifecycle::find(editor, device).await.unwrap();
+    let found = device_admin::find(editor, device).await.unwrap();
     found.unwrap().revision
 }
 
@@ -41,7 +41,7 @@ async fn outcomes<H: Harness>(h: &mut H, logins: Vec<Login>) -> Vec<LoginOutcome
     h.store().commit(&batch).await.unwrap().logins
 }
 
-pub(in crate::store) async fn a_disabled_device_stays_out<H: Harness>() {
+pub(in crate::store) async fn a_disabled_device_is_refused<H: Harness>() {
     let mut h = H::create().await;
     peer(h.store(), "a").await;
     h.change("a", false, false).await;
@@ -55,7 +55,7 @@ pub(in crate::store) async fn a_disabled_device_stays_out<H: Harness>() {
     }
 }
 
-pub(in crate::store) async fn a_replaced_key_opens_no_more<H: Harness>() {
+pub(in crate::store) async fn a_replaced_key_is_refused<H: Harness>() {
     let mut h = H::create().await;
     peer(h.store(), "a").await;
     let revision = h.change("a", true, true).await;
@@ -63,13 +63,13 @@ pub(in crate::store) async fn a_replaced_key_opens_no_more<H: Harness>() {
         key_revision,
         ..login("a", 1, 1)
     };
-    // In one batch, since nothing is known of one another in it.
+    // In one batch, because its logins are independent.
     let logins = vec![with_key(0), with_key(revision), with_key(revision + 1)];
     let found = outcomes(&mut h, logins).await;
     assert!(matches!(found[0], LoginOutcome::KeyReplaced));
     assert!(matches!(found[1], LoginOutcome::Admitted(_)), "{found:?}");
     assert!(matches!(found[2], LoginOutcome::KeyReplaced));
-    // Whoever has a key that is no more hears of nothing else.
+    // A device with a replaced key receives only that error.
     let later = h.change("a", false, false).await;
     let found = outcomes(&mut h, vec![with_key(0), with_key(revision)]).await;
     assert!(matches!(found[0], LoginOutcome::KeyReplaced));
@@ -77,7 +77,9 @@ pub(in crate::store) async fn a_replaced_key_opens_no_more<H: Harness>() {
     assert!(later > revision);
 }
 
-pub(in crate::store) async fn nobody_registers_where_that_is_closed<H: Harness>() {
+pub(in crate::store) async fn unknown_devices_are_refused_when_registration_is_closed<
+    H: Harness,
+>() {
     let mut h = H::create().await;
     peer(h.store(), "a").await;
     let closed = |device| Login {
@@ -94,7 +96,7 @@ pub(in crate::store) async fn nobody_registers_where_that_is_closed<H: Harness>(
     assert!(matches!(found[0], LoginOutcome::Admitted(_)));
 }
 
-pub(in crate::store) async fn refusals_are_on_record<H: Harness>() {
+pub(in crate::store) async fn refusals_are_recorded<H: Harness>() {
     let mut h = H::create().await;
     let refusal = |device: &str, at_us| Refusal {
         peer: "10.0.0.1".parse().unwrap(),
@@ -154,7 +156,7 @@ pub(in crate::store) async fn the_latest_refusals_are_kept<H: Harness>() {
         };
         h.store().commit(&batch).await.unwrap();
     };
-    // The clock was ahead once; that does not push out what comes later.
+    // A refusal from a time when the clock was ahead does not displace later ones.
     commit(&mut h, vec![refusal(9_999, 1_000_000_000)]).await;
     commit(&mut h, (0..700).map(|n| refusal(n, 10 + n)).collect()).await;
     commit(&mut h, (700..1100).map(|n| refusal(n, 10 + n)).collect()).await;

@@ -1,23 +1,24 @@
-//! A device in the field: the protocol's state machine over a queue in memory, and what it makes.
+//! A simulated device: the protocol's state machine over a queue in memory, and its generated data.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, derive_device_key, schema_hash};
-use fieldgate_protocol::column::{Kind, encode_f64, encode_integers, encoding, scaled};
+use fieldgate_protocol::column::{encode_f64, encode_integers, encoding, scaled};
 use fieldgate_protocol::device::{Config, Device, Fault, Queue};
 use fieldgate_protocol::frame::{Header, NoRoom, TRAILER_BYTES, VERSION, seal, types};
 use fieldgate_protocol::message::{Channel, Column, Data, Declare, Event, encode};
+use fieldgate_protocol::value::Kind;
 
 use super::LinkId;
 use super::random::Random;
 use crate::time::Now;
 
-/// Names are static, for the state machine borrows them.
+/// Device names; static, because the state machine borrows them.
 pub(super) const NAMES: [&str; 4] = ["sim-a", "sim-b", "sim-c", "sim-d"];
 pub(super) const FLEET_KEY: [u8; 32] = [7; 32];
 pub(super) const STEP_US: i64 = 1000;
-/// The longest wait between attempts to connect.
+/// Maximum delay between attempts to connect.
 pub(super) const RECONNECT_MAX_MS: u32 = 20_000;
 const FRAME_BYTES: usize = 512;
 
@@ -31,7 +32,7 @@ pub(super) const SCHEMAS: [&[(&str, Kind, i8)]; 2] = [
     ],
 ];
 
-/// What a number was given to.
+/// Content of a sequence number.
 #[derive(Clone, Debug)]
 pub(super) struct Made {
     pub frame: Vec<u8>,
@@ -50,7 +51,7 @@ pub(super) enum MadeContent {
         time_us: i64,
         text: String,
     },
-    /// Intact, and of a type that the gateway does not carry out.
+    /// Intact, but of a type that the gateway does not process.
     Malformed,
 }
 
@@ -79,7 +80,7 @@ fn framed(write: impl FnOnce(&mut [u8]) -> Result<usize, NoRoom>) -> Vec<u8> {
     frame
 }
 
-/// Makes something to send at a moment of the device's clock.
+/// Generates a frame at a moment of the device's clock.
 fn make(seq: u64, boot: u32, uptime_us: u64, utc_us: i64, random: &mut Random) -> Made {
     let clock = random.below(2) as u8;
     let time_us = if clock == 0 { uptime_us as i64 } else { utc_us };
@@ -188,11 +189,11 @@ fn make_data(
     }
 }
 
-/// A durable queue: it outlives reboots.
+/// A durable queue, which survives reboots.
 pub(super) struct MemoryQueue {
     frames: BTreeMap<u64, Made>,
     next_seq: u64,
-    /// The highest number it was told to delete.
+    /// The highest number that the gateway acknowledged.
     pub acked_through: u64,
     declares: Rc<[Vec<u8>; 2]>,
 }
@@ -202,7 +203,7 @@ impl MemoryQueue {
         self.frames.len()
     }
 
-    /// Forgets the oldest frame as if it were full; tells which.
+    /// Drops the oldest frame as if the queue were full; returns its number.
     pub(super) fn overwrite_oldest(&mut self) -> Option<u64> {
         self.frames.pop_first().map(|(seq, _)| seq)
     }
@@ -238,7 +239,10 @@ impl Queue for MemoryQueue {
     }
 
     fn delete_through(&mut self, seq: u64) {
-        assert!(seq < self.next_seq, "told to delete what was never made");
+        assert!(
+            seq < self.next_seq,
+            "asked to delete a frame that does not exist"
+        );
         self.frames = self.frames.split_off(&(seq + 1));
         self.acked_through = self.acked_through.max(seq);
     }
@@ -250,11 +254,11 @@ pub(super) struct FieldDevice {
     pub queue: MemoryQueue,
     pub machine: Device<'static>,
     pub link: Option<LinkId>,
-    /// What of the gateway's bytes holds no whole frame yet.
+    /// Received bytes of an incomplete frame.
     pub input: Vec<u8>,
     boot: u32,
     booted_at_us: u64,
-    /// When to connect again, on the simulation's clock.
+    /// Time to reconnect, on the simulation's clock.
     pub again_at_us: u64,
 }
 
@@ -279,7 +283,7 @@ impl FieldDevice {
         }
     }
 
-    /// Power came back: the queue is as it was, all else begins anew.
+    /// Restarts the device after a power failure: only the queue survives.
     pub(super) fn reboot(&mut self, now: Now, random: &mut Random) {
         self.boot += 1;
         self.booted_at_us = now.mono_us;
@@ -294,7 +298,7 @@ impl FieldDevice {
         now.mono_us - self.booted_at_us
     }
 
-    /// Takes a reading; tells its number.
+    /// Takes a reading; returns its number and content.
     pub(super) fn sample(&mut self, now: Now, random: &mut Random) -> (u64, Made) {
         let seq = self.queue.next_seq;
         let made = make(seq, self.boot, self.uptime_us(now), now.utc_us, random);
@@ -331,7 +335,7 @@ impl FieldDevice {
         Some(frame)
     }
 
-    /// What is unfinished, on the simulation's clock.
+    /// Returns the next deadline of the device, on the simulation's clock.
     pub(super) fn deadline_us(&self) -> Option<u64> {
         match self.link {
             None => Some(self.again_at_us),
