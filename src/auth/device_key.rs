@@ -59,7 +59,7 @@ impl DeviceKey {
 
     /// Returns the key as 64 hexadecimal digits, to configure the device.
     pub fn to_digits(&self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex::encode(self.0)
     }
 
     /// Encrypts the key for the store.

@@ -147,7 +147,7 @@ impl FleetKey {
             .expand(FINGERPRINT_LABEL, FingerprintLength)
             .and_then(|derived| derived.fill(&mut bytes))
             .expect("16 bytes are within the limit of HKDF-SHA256");
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex::encode(bytes)
     }
 
     /// Loads the key from the file `path`.
@@ -194,12 +194,7 @@ impl FleetKey {
     }
 
     fn store(&self, dir: &Path) -> io::Result<()> {
-        let mut text = String::with_capacity(KEY_DIGITS + 1);
-        for byte in self.0 {
-            text.push_str(&format!("{byte:02x}"));
-        }
-        text.push('\n');
-        create_secret(&dir.join(KEY_FILE), &text)
+        create_secret(&dir.join(KEY_FILE), &format!("{}\n", hex::encode(self.0)))
     }
 }
 
@@ -209,12 +204,7 @@ pub(crate) fn key_of_digits(digits: &[u8]) -> Result<[u8; KEY_BYTES], DigitsErro
         return Err(DigitsError::Length(digits.len()));
     }
     let mut key = [0; KEY_BYTES];
-    for (byte, pair) in key.iter_mut().zip(digits.chunks_exact(2)) {
-        let (Some(high), Some(low)) = (nibble(pair[0]), nibble(pair[1])) else {
-            return Err(DigitsError::NotHex);
-        };
-        *byte = high << 4 | low;
-    }
+    hex::decode_to_slice(digits, &mut key).map_err(|_| DigitsError::NotHex)?;
     Ok(key)
 }
 
@@ -242,12 +232,6 @@ pub fn create_data_dir(dir: &Path) -> Result<(), KeyError> {
         path: dir.to_owned(),
         source,
     })
-}
-
-fn nibble(digit: u8) -> Option<u8> {
-    char::from(digit)
-        .to_digit(16)
-        .and_then(|value| u8::try_from(value).ok())
 }
 
 #[cfg(test)]

@@ -25,22 +25,11 @@ pub fn nearest<'a>(wanted: &str, names: impl IntoIterator<Item = &'a str>) -> Op
 
 /// Returns the Levenshtein distance, ignoring case. If `b` begins with `a`, returns at most 1.
 fn difference(a: &str, b: &str) -> usize {
-    let a: Vec<char> = a.to_lowercase().chars().collect();
-    let b: Vec<char> = b.to_lowercase().chars().collect();
-    if !a.is_empty() && b.starts_with(&a) {
-        return usize::from(a != b);
+    let [a, b] = [a, b].map(str::to_lowercase);
+    match !a.is_empty() && b.starts_with(&a) {
+        true => usize::from(a != b),
+        false => strsim::levenshtein(&a, &b),
     }
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.iter().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(from != to);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 /// Returns the error for an unknown device, with similar names.

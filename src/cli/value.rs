@@ -1,7 +1,5 @@
 //! Formats values for tables, CSV and JSON.
 
-use std::fmt::Write;
-
 pub use fieldgate::store::reader::Value;
 
 /// Output formats of a value.
@@ -30,7 +28,7 @@ impl Written for Value {
             Value::Real(value) => real(*value),
             Value::Decimal(value) => value.clone(),
             Value::Text(value) => escape_controls(value),
-            Value::Blob(value) => hex(value),
+            Value::Blob(value) => hex::encode(value),
         }
     }
 
@@ -47,7 +45,7 @@ impl Written for Value {
             Value::Null => "null".to_owned(),
             Value::Real(value) if !value.is_finite() => json_text(&real(*value)),
             Value::Text(value) => json_text(value),
-            Value::Blob(value) => json_text(&hex(value)),
+            Value::Blob(value) => json_text(&hex::encode(value)),
             value => value.shown(),
         }
     }
@@ -65,16 +63,6 @@ pub fn csv_text(text: &str) -> String {
 /// Formats `text` as a JSON string.
 pub fn json_text(text: &str) -> String {
     serde_json::Value::from(text).to_string()
-}
-
-/// Formats bytes as lower-case hexadecimal digits, two per byte.
-pub fn hex(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(2 * bytes.len());
-    for byte in bytes {
-        // Writing to a String does not fail.
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
 }
 
 /// Formats a number with the fewest digits that parse to the same number, in a form that is always a REAL.

@@ -116,7 +116,7 @@ impl Recording {
         let mut bytes = Vec::new();
         input.read_to_end(&mut bytes)?;
         let file_bytes = bytes.len() as u64;
-        let sha256 = hex(digest(&SHA256, &bytes).as_ref());
+        let sha256 = hex::encode(digest(&SHA256, &bytes));
         let (text, encoding) = text::decode(bytes)?;
         let mut recording = rows::read(&text, encoding, options)?;
         recording.bytes = file_bytes;
@@ -204,10 +204,6 @@ fn even_step_us(times_us: &[i64]) -> u64 {
     } else {
         0
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

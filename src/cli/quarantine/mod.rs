@@ -18,7 +18,7 @@ use self::select::Selection;
 use self::show::ShowArgs;
 use super::Error;
 use super::output::{self, Grid, bytes_text, code_text, show_utc};
-use super::value::{Value, hex};
+use super::value::Value;
 
 #[derive(Debug, Subcommand)]
 pub enum QuarantineCommand {
@@ -85,7 +85,7 @@ async fn list(store: &StoreUrl, args: &ListArgs) -> Result<(), Error> {
         show_utc(&mut values, 1);
         values[4] = code.into();
         if let Value::Blob(bytes) = &values[7] {
-            values[7] = hex(bytes).into();
+            values[7] = hex::encode(bytes).into();
         }
         grid.push(values);
     }

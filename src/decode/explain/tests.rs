@@ -104,9 +104,7 @@ fn vectors() -> Vec<(String, Vec<u8>, Option<u64>)> {
         let json: serde_json::Value =
             serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
         for vector in json["vectors"].as_array().unwrap() {
-            let hex = vector["hex"].as_str().unwrap();
-            let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
-            let bytes: Vec<u8> = (0..hex.len()).step_by(2).map(byte).collect();
+            let bytes = hex::decode(vector["hex"].as_str().unwrap()).unwrap();
             if vector["state"] == "serving" && bytes.get(2).is_some_and(|t| types::is_sequenced(*t))
             {
                 let id = vector["id"].as_str().unwrap().to_owned();

@@ -10,10 +10,8 @@ use crate::net::codec::{CodecError, FrameCodec};
 
 const FILES: [&str; 3] = ["frames", "messages", "readings"];
 
-fn bytes_of(hex: &Value) -> Vec<u8> {
-    let digits = hex.as_str().unwrap().as_bytes();
-    let byte = |pair: &[u8]| u8::from_str_radix(str::from_utf8(pair).unwrap(), 16).unwrap();
-    digits.chunks(2).map(byte).collect()
+fn bytes_of(digits: &Value) -> Vec<u8> {
+    hex::decode(digits.as_str().unwrap()).unwrap()
 }
 
 fn sealed(frame_type: u8, payload: &[u8]) -> Vec<u8> {

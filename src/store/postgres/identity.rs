@@ -420,5 +420,5 @@ fn random_id() -> String {
     let mut bytes = [0; 16];
     // Without random numbers no session can begin either.
     getrandom::fill(&mut bytes).expect("the system provides random numbers");
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    hex::encode(bytes)
 }

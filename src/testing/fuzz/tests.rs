@@ -70,7 +70,7 @@ fn run(target: &str, check: fn(&[u8]), mutations: usize) {
 
 fn check_or_print(target: &str, check: fn(&[u8]), input: &[u8]) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(input))) {
-        let hex: String = input.iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex = hex::encode(input);
         eprintln!("target {target} fails with the input {hex}");
         resume_unwind(panic);
     }
