@@ -24,7 +24,7 @@ pub fn frame(input: &[u8]) {
     is_a_frame_by_its_own_bytes(bytes, frame_bytes_max);
     // Random input never has valid checksums, so repeat with corrected ones.
     let mut fixed = [0; FRAME_BYTES_MAX];
-    if let Some(len) = mend(bytes, &mut fixed) {
+    if let Some(len) = reseal(bytes, &mut fixed) {
         let found = frame::decode(&fixed[..len], FRAME_BYTES_MAX);
         assert!(found.is_ok_and(|found| found.is_some_and(|frame| frame.intact)));
         is_a_frame_by_its_own_bytes(&fixed[..len], frame_bytes_max);
@@ -55,7 +55,7 @@ fn is_a_frame_by_its_own_bytes(bytes: &[u8], frame_bytes_max: usize) {
 /// Copies the frame at the start of `bytes` into `out`, cut to the available bytes, with correct
 /// magic, length and checksums. Returns `None` if the bytes cannot hold a frame, or `out` is too
 /// small.
-pub fn mend(bytes: &[u8], out: &mut [u8]) -> Option<usize> {
+pub fn reseal(bytes: &[u8], out: &mut [u8]) -> Option<usize> {
     let room_bytes = bytes.len().min(out.len()).checked_sub(OVERHEAD_BYTES)?;
     let header = bytes.first_chunk::<HEADER_BYTES>()?;
     let wanted_bytes = usize::from(u16::from_le_bytes([header[4], header[5]]));

@@ -4,7 +4,7 @@
 use fieldgate::store::device_admin;
 use fieldgate::store::postgres;
 use fieldgate::store::reader::{Argument, Reader, Value};
-use fieldgate::store::replay::kept_frames_sql;
+use fieldgate::store::replay::quarantined_frames_sql;
 use fieldgate::store::sqlite::{self, SqliteSettings};
 use fieldgate::store::url::{PostgresUrl, StoreUrl};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
@@ -31,7 +31,7 @@ fn queries() -> Vec<(String, Vec<Argument<'static>>)> {
 fn queries_in_steps() -> [(String, &'static str, &'static str); 3] {
     [
         (
-            kept_frames_sql("1 = 1", 7, 64),
+            quarantined_frames_sql("1 = 1", 7, 64),
             "SEARCH q USING INTEGER PRIMARY KEY (rowid>?)",
             "Index Scan using quarantine_pkey",
         ),

@@ -497,7 +497,7 @@ async fn serve_into<S: Store>(
     // Created before the gateway is announced, since it may be stopped from then on.
     let drain = CancellationToken::new();
     let mut tasks = Supervisor::default();
-    tasks.spawn("signals", leave_when_told(drain.clone())?);
+    tasks.spawn("signals", drain_on_signal(drain.clone())?);
     match tls {
         Some(tls) => tasks.spawn("certificates", async move {
             tls.keep_current(hangup).await;
@@ -768,7 +768,7 @@ async fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io:
 }
 
 /// Starts the drain at the first Ctrl-C or SIGTERM, and exits at the second.
-fn leave_when_told(drain: CancellationToken) -> Result<impl Future<Output = ()>, Error> {
+fn drain_on_signal(drain: CancellationToken) -> Result<impl Future<Output = ()>, Error> {
     let mut interrupt = listen_to(SignalKind::interrupt())?;
     let mut terminate = listen_to(SignalKind::terminate())?;
     Ok(async move {

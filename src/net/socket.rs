@@ -31,7 +31,7 @@ pub struct Socket {
 struct Tls {
     conn: rustls::Connection,
     /// Whether [`Socket::take_channel`] has reported the end of the handshake.
-    is_told: bool,
+    is_close_sent: bool,
     /// Whether the peer has announced the end of its data.
     has_ended: bool,
     /// Number of bytes received from the TCP socket.
@@ -57,7 +57,7 @@ impl Socket {
     pub fn tls(tcp: TcpStream, conn: impl Into<rustls::Connection>) -> Socket {
         let tls = Tls {
             conn: conn.into(),
-            is_told: false,
+            is_close_sent: false,
             has_ended: false,
             received_bytes: 0,
         };
@@ -77,7 +77,7 @@ impl Socket {
     /// Returns the result of the handshake, once, as soon as it has ended.
     pub fn take_channel(&mut self) -> Option<Channel> {
         let tls = self.tls.as_mut()?;
-        if tls.is_told || tls.conn.is_handshaking() {
+        if tls.is_close_sent || tls.conn.is_handshaking() {
             return None;
         }
         let binding = [0; KEY_BYTES];
@@ -86,7 +86,7 @@ impl Socket {
             .conn
             .export_keying_material(binding, BINDING_LABEL, Some(&[]));
         let binding = exported.ok()?;
-        tls.is_told = true;
+        tls.is_close_sent = true;
         let certificates = tls.conn.peer_certificates();
         Some(Channel {
             binding,

@@ -108,7 +108,7 @@ impl DeviceQuota {
 
     /// Returns whether the operator is notified of another fault of the device: a few immediately,
     /// then one per minute, across all sessions.
-    pub fn may_tell(&self, now_us: u64) -> bool {
+    pub fn may_report(&self, now_us: u64) -> bool {
         let used = &mut *lock(&self.used);
         let mut notices = used.notices;
         let has_room = notices.consume(NOTICES, NOTICE, now_us) <= now_us;

@@ -304,7 +304,7 @@ impl AdmissionControl {
         if logged.len() + others.len() >= REFUSALS_MAX {
             return;
         }
-        if refusal.is_told {
+        if refusal.is_audited {
             return logged.push(refusal);
         }
         let key = (refusal.peer, refusal.device.clone(), refusal.code);

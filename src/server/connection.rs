@@ -313,7 +313,7 @@ impl Connection {
         if let Some(device) = self.session.device() {
             self.shared.registry.leave(device, &self.mailbox);
         }
-        let is_told = self.session.closed().is_some_and(|close| self.log(close));
+        let is_logged = self.session.closed().is_some_and(|close| self.log(close));
         let is_refused = self.is_refused();
         let mut is_gone = false;
         if self.has_failed() {
@@ -335,7 +335,7 @@ impl Connection {
         }
         drop(self.socket);
         let now = self.shared.clock.now();
-        match self.session.handle_disconnect(is_refused, is_told, now) {
+        match self.session.handle_disconnect(is_refused, is_logged, now) {
             Some(Submission::Refusal(refusal)) => self.permit.admission().note(refusal),
             Some(event) => drop(self.queue.submit(event, self.mailbox).await),
             None => {}

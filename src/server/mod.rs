@@ -211,7 +211,7 @@ async fn accept(
                 count: 1,
                 first_at_us: now.utc_us,
                 at_us: now.utc_us,
-                is_told: false,
+                is_audited: false,
             });
             continue;
         };

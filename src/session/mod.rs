@@ -536,11 +536,11 @@ impl Session {
     }
 
     /// Handles the end of the connection. Returns an audit event for a device after login. For another
-    /// peer, returns a refusal if it `is_refused`; if `is_told`, the refusal also goes to the audit trail.
+    /// peer, returns a refusal if it `is_refused`; if `is_audited`, the refusal also goes to the audit trail.
     pub fn handle_disconnect(
         &mut self,
         is_refused: bool,
-        is_told: bool,
+        is_audited: bool,
         now: Now,
     ) -> Option<Submission> {
         self.handle_loss("connection lost");
@@ -569,7 +569,7 @@ impl Session {
                 count: 1,
                 first_at_us: now.utc_us,
                 at_us: now.utc_us,
-                is_told,
+                is_audited,
             })
         })
     }

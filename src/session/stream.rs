@@ -254,7 +254,7 @@ impl Stream {
         };
         outbound.nack(code, 0, self.expected_seq, 0, &detail);
         let is_first = !std::mem::replace(&mut self.had_conflict, true);
-        let is_notified = is_first && self.quota.may_tell(now.mono_us);
+        let is_notified = is_first && self.quota.may_report(now.mono_us);
         if is_notified {
             let code = code as u8;
             tracing::info!(device = self.device.0, code, %detail, "DECLARE refused");

@@ -217,7 +217,7 @@ impl State {
         self.events.extend_from_slice(&batch.events);
         let refused = |refusal: &Refusal| {
             let device = self.device_ids.get(&refusal.device)?;
-            refusal.is_told.then(|| refusal.of(*device))
+            refusal.is_audited.then(|| refusal.of(*device))
         };
         let refusals = batch.refusals.iter().filter_map(refused);
         self.events.extend(refusals);

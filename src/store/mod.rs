@@ -363,7 +363,7 @@ pub struct Refusal {
     /// Time of the latest refusal, microseconds UTC.
     pub at_us: i64,
     /// Whether to add it to the device's audit trail also.
-    pub is_told: bool,
+    pub is_audited: bool,
 }
 
 /// Maximum number of refusals that a store keeps; the oldest are deleted first.

@@ -129,14 +129,14 @@ impl Pruner {
 
     /// Prunes in rounds for as long as it is polled.
     pub async fn watch<T>(self) -> T {
-        let mut is_told = false;
+        let mut is_logged = false;
         loop {
             tokio::time::sleep(ROUND_INTERVAL).await;
             let now_us = SystemClock::start().now().utc_us;
             match tokio::time::timeout(ROUND_TIMEOUT, self.round(now_us)).await {
                 Ok(Ok(0)) | Err(_) => {}
                 Ok(Ok(rows)) => tracing::debug!(rows, "pruned the audit trail and clocks"),
-                Ok(Err(error)) if !std::mem::replace(&mut is_told, true) => {
+                Ok(Err(error)) if !std::mem::replace(&mut is_logged, true) => {
                     tracing::warn!(%error, "could not prune the audit trail and clocks, retrying");
                 }
                 Ok(Err(error)) => tracing::debug!(%error, "could not prune"),

@@ -20,7 +20,7 @@ const OVERTAKEN_MAX: usize = 10;
 
 /// A quarantined frame.
 #[derive(Clone, Debug)]
-pub struct KeptFrame {
+pub struct QuarantinedFrame {
     /// Row id in the quarantine.
     pub id: i64,
     /// Device that sent it.
@@ -50,8 +50,8 @@ pub struct Understood {
     pub stamp: Option<Stamp>,
 }
 
-/// Returns the query of [`Reader::kept_frames`].
-pub fn kept_frames_sql(condition: &str, after: i64, count: u32) -> String {
+/// Returns the query of [`Reader::quarantined_frames`].
+pub fn quarantined_frames_sql(condition: &str, after: i64, count: u32) -> String {
     format!(
         "SELECT q.id, q.device_id, d.name, q.stream_id, q.seq, q.received_at, q.bytes
          FROM quarantine AS q LEFT JOIN devices AS d ON d.id = q.device_id
@@ -65,17 +65,17 @@ impl Reader {
     ///
     /// # Errors
     /// The store is unavailable, or a row has unexpected content.
-    pub async fn kept_frames(
+    pub async fn quarantined_frames(
         &mut self,
         condition: &str,
         arguments: &[Argument<'_>],
         after: i64,
         count: u32,
-    ) -> Result<Vec<KeptFrame>, ReadError> {
-        let sql = kept_frames_sql(condition, after, count);
+    ) -> Result<Vec<QuarantinedFrame>, ReadError> {
+        let sql = quarantined_frames_sql(condition, after, count);
         let rows = self.rows(&sql, arguments).await?;
         let frame = |row: &super::reader::Row| {
-            Ok(KeptFrame {
+            Ok(QuarantinedFrame {
                 id: row.integer(0)?,
                 device: DeviceId(row.integer(1)?),
                 device_name: row.text_or_null(2)?.unwrap_or_default().to_owned(),
@@ -91,7 +91,7 @@ impl Reader {
     /// Returns the stored clocks of all boots of a device.
     ///
     /// # Errors
-    /// As for [`Reader::kept_frames`].
+    /// As for [`Reader::quarantined_frames`].
     pub async fn clocks(&mut self, device: DeviceId) -> Result<Vec<BootClock>, ReadError> {
         let sql = "SELECT c.boot, c.offset_us, c.delay_us, c.measured_at, c.timeline, c.origin_us,
                 c.valid_from_us,
@@ -123,7 +123,7 @@ impl Reader {
     /// Returns a schema that a device declared; `None` if it did not, or if a series of the schema is missing.
     ///
     /// # Errors
-    /// As for [`Reader::kept_frames`].
+    /// As for [`Reader::quarantined_frames`].
     pub async fn schema(
         &mut self,
         device: DeviceId,
@@ -161,7 +161,7 @@ impl Editor {
     /// The store is unavailable, or the ledger lacks the frame; nothing was changed.
     pub async fn replay(
         &mut self,
-        frame: &KeptFrame,
+        frame: &QuarantinedFrame,
         understood: &Understood,
     ) -> Result<bool, ReadError> {
         for _ in 0..OVERTAKEN_MAX {
@@ -175,7 +175,7 @@ impl Editor {
 
     async fn try_replay(
         &mut self,
-        frame: &KeptFrame,
+        frame: &QuarantinedFrame,
         understood: &Understood,
     ) -> Result<bool, ReadError> {
         self.begin().await?;
@@ -192,7 +192,7 @@ impl Editor {
 
     async fn move_out(
         &mut self,
-        frame: &KeptFrame,
+        frame: &QuarantinedFrame,
         understood: &Understood,
     ) -> Result<bool, ReadError> {
         let delete = "DELETE FROM quarantine WHERE id = $1";
@@ -284,7 +284,7 @@ impl Editor {
     /// number.
     async fn add_gap(
         &mut self,
-        frame: &KeptFrame,
+        frame: &QuarantinedFrame,
         first_seq: u64,
         reason: u8,
     ) -> Result<(), ReadError> {

@@ -35,7 +35,7 @@ const LOOK: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug, Serialize)]
 pub struct Hostile {
     /// Attack of the peers.
-    pub misdeed: Attack,
+    pub attack: Attack,
     /// Number of peers; a peer that is disconnected reconnects after a second.
     pub peers: u32,
     /// Average number of connected peers.
@@ -45,24 +45,25 @@ pub struct Hostile {
     /// ACK latency of healthy devices without the hostile peers.
     pub alone_ms: Percentiles,
     /// The same with the hostile peers.
-    pub beside_ms: Percentiles,
+    pub attacked_ms: Percentiles,
     /// CPU cores used by the gateway without the hostile peers.
     pub alone_cores: f64,
     /// The same with the hostile peers.
-    pub beside_cores: f64,
+    pub attacked_cores: f64,
     /// Time until 20 devices that begin to connect are all welcomed.
     pub newcomers_s: f64,
     /// Highest resident memory of the gateway with the healthy devices alone.
     pub alone_resident_bytes: u64,
     /// The same with the hostile peers.
-    pub beside_resident_bytes: u64,
+    pub attacked_resident_bytes: u64,
 }
 
 impl Hostile {
     /// Returns the ratio of the p99 with the peers to that without.
     pub(super) fn ratio(&self) -> f64 {
-        let [alone, beside] = [self.alone_ms, self.beside_ms].map(|ms| ms.p99.unwrap_or(f64::NAN));
-        beside / alone
+        let [alone, attacked] =
+            [self.alone_ms, self.attacked_ms].map(|ms| ms.p99.unwrap_or(f64::NAN));
+        attacked / alone
     }
 }
 
@@ -78,30 +79,30 @@ struct Measured {
 
 /// Measures each attack with a separate baseline, on a separate gateway.
 pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), BenchError> {
-    for misdeed in Attack::ALL {
-        let peers = misdeed.peers(scope.is_quick);
+    for attack in Attack::ALL {
+        let peers = attack.peers(scope.is_quick);
         say(&format!("{HEALTHY} alone"));
         let alone = one(scope, None).await?;
-        say(&format!("with {peers} peers, {misdeed}"));
-        let beside = one(scope, Some((misdeed, peers))).await?;
+        say(&format!("with {peers} peers, {attack}"));
+        let attacked = one(scope, Some((attack, peers))).await?;
         bench.hostile.push(Hostile {
-            misdeed,
+            attack,
             peers,
-            open: beside.open,
-            closed_per_s: beside.closed_per_s,
+            open: attacked.open,
+            closed_per_s: attacked.closed_per_s,
             alone_ms: alone.ack_ms,
-            beside_ms: beside.ack_ms,
+            attacked_ms: attacked.ack_ms,
             alone_cores: alone.cores,
-            beside_cores: beside.cores,
-            newcomers_s: beside.newcomers_s,
+            attacked_cores: attacked.cores,
+            newcomers_s: attacked.newcomers_s,
             alone_resident_bytes: alone.resident_bytes,
-            beside_resident_bytes: beside.resident_bytes,
+            attacked_resident_bytes: attacked.resident_bytes,
         });
     }
     Ok(())
 }
 
-async fn one(scope: &Scope<'_>, misdeed: Option<(Attack, u32)>) -> Result<Measured, BenchError> {
+async fn one(scope: &Scope<'_>, attack: Option<(Attack, u32)>) -> Result<Measured, BenchError> {
     let healthy = Sending {
         profile: Profile::Steady,
         interval_us: FRAME_EVERY.as_micros() as u64 / u64::from(HEALTHY.samples),
@@ -112,7 +113,7 @@ async fn one(scope: &Scope<'_>, misdeed: Option<(Attack, u32)>) -> Result<Measur
     let mut load = Load::start(&gateway, &healthy)?;
     load.ready().await?;
     load.pass(WARM_UP).await?;
-    let peers = misdeed.map(|(misdeed, peers)| Peers::send(&gateway, misdeed, peers));
+    let peers = attack.map(|(attack, peers)| Peers::send(&gateway, attack, peers));
     // The same time without the peers, so that a store of the same age is compared.
     load.pass(SETTLING).await?;
 

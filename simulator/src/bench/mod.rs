@@ -193,7 +193,7 @@ pub async fn run(args: &BenchArgs) -> Result<Bench, BenchError> {
     };
     let measured = tokio::select! {
         measured = measure(&scope, &sections, args.stored) => measured,
-        stopped = told_to_stop() => Err(stopped.map_or_else(BenchError::Io, |()| BenchError::Stopped)),
+        stopped = stop_signal() => Err(stopped.map_or_else(BenchError::Io, |()| BenchError::Stopped)),
     };
     // The first failure is the one to report.
     let removed = site.remove().await;
@@ -202,7 +202,7 @@ pub async fn run(args: &BenchArgs) -> Result<Bench, BenchError> {
     Ok(measured)
 }
 
-async fn told_to_stop() -> io::Result<()> {
+async fn stop_signal() -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
         interrupted = tokio::signal::ctrl_c() => interrupted,

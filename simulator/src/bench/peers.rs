@@ -79,17 +79,17 @@ struct Counts {
 }
 
 struct Target {
-    misdeed: Attack,
+    attack: Attack,
     addr: SocketAddr,
     fleet_key: [u8; KEY_BYTES],
 }
 
 impl Peers {
     /// Starts this many peers, which connect one after the other and reconnect when they are disconnected.
-    pub(super) fn send(gateway: &Gateway, misdeed: Attack, peers: u32) -> Peers {
+    pub(super) fn send(gateway: &Gateway, attack: Attack, peers: u32) -> Peers {
         let target = Arc::new(Target {
-            misdeed,
-            addr: match misdeed {
+            attack,
+            addr: match attack {
                 Attack::HalfTls => gateway.tls_address,
                 _ => gateway.address,
             },
@@ -131,7 +131,7 @@ impl Target {
         let socket = TcpSocket::new_v4()?;
         let block = u8::try_from(1 + number / PEERS_OF_ADDRESS).unwrap_or(u8::MAX);
         socket.bind((IpAddr::V4(Ipv4Addr::new(127, 1, block, 1)), 0).into())?;
-        if self.misdeed == Attack::NeverReads {
+        if self.attack == Attack::NeverReads {
             socket.set_recv_buffer_size(DEAF_RECEIVE_BYTES)?;
         }
         let mut tcp = socket.connect(self.addr).await?;
@@ -143,7 +143,7 @@ impl Target {
     }
 
     async fn misbehave(&self, tcp: &mut TcpStream, number: u32) -> io::Result<()> {
-        match self.misdeed {
+        match self.attack {
             Attack::HalfTls => {
                 // A record of 512 bytes with a ClientHello, of which the first 64 are sent.
                 let mut hello = [0; 64];

@@ -47,7 +47,7 @@ impl Database {
     pub(super) async fn make_anew(&self) -> Result<(), BenchError> {
         self.remove().await?;
         let name = &self.name;
-        self.tell(format!(
+        self.execute(format!(
             "CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'"
         ))
         .await
@@ -56,7 +56,7 @@ impl Database {
     /// Removes the database and closes all connections to it.
     pub(super) async fn remove(&self) -> Result<(), BenchError> {
         let name = &self.name;
-        self.tell(format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
+        self.execute(format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
             .await
     }
 
@@ -73,7 +73,7 @@ impl Database {
         Ok(bytes.unsigned_abs())
     }
 
-    async fn tell(&self, sql: String) -> Result<(), BenchError> {
+    async fn execute(&self, sql: String) -> Result<(), BenchError> {
         let refused = |error: sqlx::Error| BenchError::Server {
             server: self.server.clone(),
             reason: match error.as_database_error() {

@@ -195,17 +195,17 @@ fn hostile(cases: &[Hostile]) -> impl Display {
     ];
     let rows = cases.iter().map(|case| {
         [
-            format!("{} {}", grouped(case.peers.into()), case.misdeed),
+            format!("{} {}", grouped(case.peers.into()), case.attack),
             whole(case.open),
             whole(case.closed_per_s),
             format!("{:.2}", case.ratio()),
-            ms(case.beside_ms.p99),
+            ms(case.attacked_ms.p99),
             ms(case.alone_ms.p99),
-            ms(case.beside_ms.p50),
+            ms(case.attacked_ms.p50),
             ms(case.alone_ms.p50),
-            format!("{:.2}", case.beside_cores),
+            format!("{:.2}", case.attacked_cores),
             format!("{:.2}", case.alone_cores),
-            mib(case.beside_resident_bytes),
+            mib(case.attacked_resident_bytes),
             mib(case.alone_resident_bytes),
             format!("{:.2} s", case.newcomers_s),
         ]

@@ -105,7 +105,7 @@ impl StoredDevice<'_> {
         let mut programs = self.owns.iter().map(|own| &own.run.ledger.program);
         let firmware = self.row.firmware.as_ref();
         if let Some(firmware) = firmware.filter(|firmware| programs.all(|of| of != *firmware)) {
-            verdict.stranger(is_mixed && self.others == Others::Any, || {
+            verdict.foreign(is_mixed && self.others == Others::Any, || {
                 self.say(&format!("firmware {firmware:?}: stored but not sent"))
             });
         }
@@ -182,7 +182,7 @@ impl StoredDevice<'_> {
                 }
             };
             if !is_equal {
-                verdict.stranger(is_mixed && own.is_none(), || {
+                verdict.foreign(is_mixed && own.is_none(), || {
                     self.say(&format!("schema {schema}: stored but not declared"))
                 });
             }
@@ -333,7 +333,7 @@ impl StoredDevice<'_> {
             let is_own = columns.iter().any(Option::is_some);
             if !is_own {
                 let readings = series.count(store).await?;
-                verdict.stranger(is_mixed, || {
+                verdict.foreign(is_mixed, || {
                     let series = series.describe();
                     self.say(&format!(
                         "series {series} with {readings} readings: stored but not sent"

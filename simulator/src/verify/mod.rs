@@ -104,7 +104,7 @@ impl Verdict {
     }
 
     /// Records data in the store that belongs to none of the runs.
-    fn stranger(&mut self, is_left_out: bool, what: impl FnOnce() -> String) {
+    fn foreign(&mut self, is_left_out: bool, what: impl FnOnce() -> String) {
         match is_left_out {
             true => self.others += 1,
             false => self.differ(what),

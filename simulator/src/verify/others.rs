@@ -45,7 +45,7 @@ impl StoredDevice<'_> {
         // A device that an operator added may never have connected.
         let is_added = self.row.revision > 0 && streams == 0 && series == 0;
         let is_allowed = is_added || agrees && streams > 0 && self.others.allow(is_older);
-        verdict.stranger(is_allowed, || {
+        verdict.foreign(is_allowed, || {
             let trouble = match agrees && streams > 0 {
                 true => HINT,
                 false => "its rows are inconsistent",
@@ -70,7 +70,7 @@ impl StoredDevice<'_> {
             let state = self.look_at(store, row).await?;
             let is_allowed = state.agrees && self.others.allow(state.is_older);
             is_mixed |= is_allowed;
-            verdict.stranger(is_allowed, || {
+            verdict.foreign(is_allowed, || {
                 let (stream, frames) = (row.stream, row.frames);
                 self.say(&format!(
                     "stream {stream} with {frames} frames: stored but not sent; {HINT}"

@@ -93,7 +93,7 @@ pub async fn add(
         ))),
     })
     .await?;
-    tell(&args.names, |name| {
+    print_each(&args.names, |name| {
         format!("added {name}; `fieldgate device key {name}` prints its key")
     })
 }
@@ -109,7 +109,7 @@ pub async fn set_enabled(
     })
     .await?;
     let now = if is_enabled { "enabled" } else { "disabled" };
-    tell(&args.names, |name| match changed[name] {
+    print_each(&args.names, |name| match changed[name] {
         true => format!("{name} is {now}"),
         false => format!("{name} is already {now}"),
     })
@@ -148,7 +148,7 @@ pub async fn rotate_key(
         Ok(Some((before.is_enabled, StoredKey { version, sealed })))
     })
     .await?;
-    tell(names, |name| {
+    print_each(names, |name| {
         format!("{name} has a new key ({kind}); `fieldgate device key {name}` prints it")
     })
 }
@@ -259,7 +259,7 @@ pub fn read_key(path: &Path) -> Result<DeviceKey, Error> {
     })
 }
 
-fn tell(names: &[String], line: impl Fn(&str) -> String) -> Result<(), Error> {
+fn print_each(names: &[String], line: impl Fn(&str) -> String) -> Result<(), Error> {
     let mut out = output::stdout();
     for name in names {
         writeln!(out, "{}", line(name))?;

@@ -83,7 +83,7 @@ struct Section {
     is_by_name: bool,
     headers: &'static [&'static str],
     /// Makes a row's values readable.
-    mend: fn(&mut [Value]),
+    format_row: fn(&mut [Value]),
     /// Maximum number of rows of `sql`, if it limits them.
     limit: Option<i64>,
 }
@@ -102,7 +102,7 @@ const SECTIONS: [&Section; 6] = [
             "value",
             "in the future",
         ],
-        mend: mend_channel,
+        format_row: format_channel,
         limit: None,
     },
     &Section {
@@ -110,7 +110,7 @@ const SECTIONS: [&Section; 6] = [
         is_by_name: false,
         sql: "SELECT schema, hash FROM schemas WHERE device_id = $1 ORDER BY schema",
         headers: &["schema", "hash"],
-        mend: |_| (),
+        format_row: |_| (),
         limit: None,
     },
     &Section {
@@ -119,7 +119,7 @@ const SECTIONS: [&Section; 6] = [
         sql: "SELECT stream, durable_seq, frames, readings, created_at FROM streams
               WHERE device_id = $1 ORDER BY id DESC LIMIT $2",
         headers: &["stream", "durable seq", "frames", "readings", "created"],
-        mend: |row| show_utc(row, 4),
+        format_row: |row| show_utc(row, 4),
         limit: Some(LINES_SHOWN),
     },
     &Section {
@@ -131,7 +131,7 @@ const SECTIONS: [&Section; 6] = [
               FROM streams AS st JOIN gaps AS g ON g.stream_id = st.id
               WHERE st.device_id = $1 ORDER BY g.received_at DESC, g.from_seq DESC LIMIT $2",
         headers: &["stream", "from seq", "to seq", "reason", "received"],
-        mend: |row| show_utc(row, 4),
+        format_row: |row| show_utc(row, 4),
         limit: Some(LINES_SHOWN),
     },
     &Section {
@@ -140,7 +140,7 @@ const SECTIONS: [&Section; 6] = [
         sql: "SELECT boot, offset_us, delay_us, measured_at FROM clocks
               WHERE device_id = $1 ORDER BY measured_at DESC LIMIT $2",
         headers: &["boot", "offset us", "delay us", "measured"],
-        mend: |row| show_utc(row, 3),
+        format_row: |row| show_utc(row, 3),
         limit: Some(LINES_SHOWN),
     },
     &Section {
@@ -149,7 +149,7 @@ const SECTIONS: [&Section; 6] = [
         sql: "SELECT at, kind, code, detail FROM device_events
               WHERE device_id = $1 ORDER BY id DESC LIMIT $2",
         headers: &["time", "kind", "code", "detail"],
-        mend: mend_event,
+        format_row: format_event,
         limit: Some(EVENTS_SHOWN),
     },
 ];
@@ -178,25 +178,25 @@ async fn write_section(
         String::new()
     };
     writeln!(out, "\n{}{cut}", section.title)?;
-    grid(section.headers.iter().copied(), rows, section.mend).write(out)?;
+    grid(section.headers.iter().copied(), rows, section.format_row).write(out)?;
     Ok(())
 }
 
 fn grid<'a>(
     headers: impl IntoIterator<Item = &'a str>,
     rows: Vec<Row>,
-    mend: fn(&mut [Value]),
+    format_row: fn(&mut [Value]),
 ) -> Grid {
     let mut grid = Grid::new(headers);
     for Row(mut values) in rows {
-        mend(&mut values);
+        format_row(&mut values);
         grid.push(values);
     }
     grid
 }
 
 /// Formats a row of channels. The view stops counting future readings at a bound, to limit the rows it reads.
-fn mend_channel(row: &mut [Value]) {
+fn format_channel(row: &mut [Value]) {
     show_utc(row, 3);
     if row[5] == Value::Integer(IN_FUTURE_MAX) {
         row[5] = format!("{IN_FUTURE_MAX} or more").into();
@@ -205,7 +205,7 @@ fn mend_channel(row: &mut [Value]) {
 
 /// Formats a row of events. Only the code of a session event is a protocol code; a device defines the codes of the
 /// events that it reports.
-fn mend_event(row: &mut [Value]) {
+fn format_event(row: &mut [Value]) {
     show_utc(row, 0);
     match (&row[1], &row[2]) {
         (Value::Text(kind), Value::Integer(code)) if kind != "event" => {

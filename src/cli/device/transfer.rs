@@ -29,7 +29,7 @@ const DEVICES_AT_ONCE: usize = 100;
 /// Names of the columns.
 const COLUMNS: [&str; 4] = ["name", "enabled", "key_version", "own_key"];
 /// Stands for an individual key that the file does not contain.
-const UNTOLD: &str = "-";
+const OMITTED: &str = "-";
 
 #[derive(Args, Debug)]
 pub struct ExportArgs {
@@ -88,14 +88,14 @@ pub async fn export(
         false => None,
     };
     let mut csv = csv::Writer::from_writer(Vec::new());
-    let mut untold = 0;
+    let mut omitted = 0;
     for device in devices {
         let own_key = match (&device.key.sealed, &fleet) {
             (None, _) => String::new(),
             (Some(_), Some(fleet)) => key::open(fleet, &device.name, &device.key)?.to_digits(),
             (Some(_), None) => {
-                untold += 1;
-                UNTOLD.to_owned()
+                omitted += 1;
+                OMITTED.to_owned()
             }
         };
         let line = Line {
@@ -120,9 +120,9 @@ pub async fn export(
             out.flush()?;
         }
     }
-    if untold > 0 {
+    if omitted > 0 {
         tracing::warn!(
-            keys = untold,
+            keys = omitted,
             "individual device keys omitted; use --with-keys to export them"
         );
     }
@@ -228,8 +228,8 @@ fn wanted_key(
             version: version_or(before.map_or(0, |before| before.version)),
             sealed: None,
         }),
-        (Some(UNTOLD), Some(kept)) => Ok(kept.clone()),
-        (Some(UNTOLD), None) => {
+        (Some(OMITTED), Some(kept)) => Ok(kept.clone()),
+        (Some(OMITTED), None) => {
             let fault =
                 "the file does not contain the device's individual key; export it with --with-keys";
             Err(Fault::Line(fault.to_owned()))
@@ -384,7 +384,7 @@ fn check(line: &Line) -> Result<(), Fault> {
         )));
     }
     if let Some(digits) = &line.own_key
-        && !["", UNTOLD].contains(&digits.as_str())
+        && !["", OMITTED].contains(&digits.as_str())
     {
         DeviceKey::parse(digits).map_err(no_key)?;
     }

@@ -10,7 +10,7 @@ use std::io::Write;
 use clap::{Args, Subcommand};
 use fieldgate::store::reader::Reader;
 #[cfg(test)]
-use fieldgate::store::replay::kept_frames_sql;
+use fieldgate::store::replay::quarantined_frames_sql;
 use fieldgate::store::url::StoreUrl;
 
 use self::purge::PurgeArgs;
@@ -128,7 +128,7 @@ pub fn queries() -> [String; 4] {
     [
         total_sql(of_device),
         newest_sql(of_device, 50),
-        kept_frames_sql(of_device, 7, 64),
+        quarantined_frames_sql(of_device, 7, 64),
         purge::purge_sql(of_device, 7, 1000),
     ]
 }

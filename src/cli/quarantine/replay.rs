@@ -7,7 +7,7 @@ use fieldgate::decode::Context;
 use fieldgate::store::Content;
 use fieldgate::store::editor::Editor;
 use fieldgate::store::reader::Reader;
-use fieldgate::store::replay::{KeptFrame, Known, Understood};
+use fieldgate::store::replay::{Known, QuarantinedFrame, Understood};
 use fieldgate::store::url::StoreUrl;
 use fieldgate::time::Origin;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
@@ -38,7 +38,7 @@ pub async fn replay(store: &StoreUrl, selection: &Selection) -> Result<(), Error
     let mut after = 0;
     loop {
         let frames = editor
-            .kept_frames(condition.sql(), &condition.arguments(), after, CHUNK_FRAMES)
+            .quarantined_frames(condition.sql(), &condition.arguments(), after, CHUNK_FRAMES)
             .await?;
         let Some(last) = frames.last() else {
             break;
@@ -69,7 +69,7 @@ pub async fn replay(store: &StoreUrl, selection: &Selection) -> Result<(), Error
             }
         }
     }
-    let written = tell(&outcome, &stayed);
+    let written = print_outcome(&outcome, &stayed);
     match outcome.stayed {
         0 => written,
         stayed => Err(Error::Failed(format!(
@@ -79,7 +79,7 @@ pub async fn replay(store: &StoreUrl, selection: &Selection) -> Result<(), Error
     }
 }
 
-fn tell(outcome: &Outcome, stayed: &Grid) -> Result<(), Error> {
+fn print_outcome(outcome: &Outcome, stayed: &Grid) -> Result<(), Error> {
     let mut out = output::stdout();
     if outcome.stayed > 0 {
         stayed.write(&mut out)?;
@@ -95,7 +95,7 @@ fn tell(outcome: &Outcome, stayed: &Grid) -> Result<(), Error> {
 pub async fn understand(
     reader: &mut Reader,
     known: &mut Known,
-    kept: &KeptFrame,
+    kept: &QuarantinedFrame,
 ) -> Result<Result<Understood, String>, Error> {
     let frame = match frame::decode(&kept.bytes, FRAME_BYTES_MAX) {
         Ok(Some(frame)) if frame.intact => frame,

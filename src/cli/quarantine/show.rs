@@ -6,7 +6,7 @@ use clap::Args;
 use fieldgate::decode::Context;
 use fieldgate::decode::explain::{Dissection, Part, dissect};
 use fieldgate::store::reader::Reader;
-use fieldgate::store::replay::{KeptFrame, Known};
+use fieldgate::store::replay::{Known, QuarantinedFrame};
 use fieldgate::store::url::StoreUrl;
 use fieldgate::time::Origin;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
@@ -31,7 +31,9 @@ pub struct ShowArgs {
 pub async fn show(store: &StoreUrl, args: &ShowArgs) -> Result<(), Error> {
     let mut reader = Reader::open(store).await?;
     let condition = format!("q.id = {}", args.id);
-    let frames = reader.kept_frames(&condition, &[], i64::MIN, 1).await?;
+    let frames = reader
+        .quarantined_frames(&condition, &[], i64::MIN, 1)
+        .await?;
     let Some(kept) = frames.first() else {
         return Err(no_frame(args.id));
     };
@@ -73,7 +75,7 @@ pub async fn show(store: &StoreUrl, args: &ShowArgs) -> Result<(), Error> {
 
 async fn facts(
     reader: &mut Reader,
-    kept: &KeptFrame,
+    kept: &QuarantinedFrame,
 ) -> Result<Vec<(&'static str, String)>, Error> {
     let sql = "SELECT code, detail, peer FROM quarantine WHERE id = $1";
     let rows = reader.rows(sql, &[kept.id.into()]).await?;

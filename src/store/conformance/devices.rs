@@ -106,10 +106,10 @@ pub(in crate::store) async fn refusals_are_recorded<H: Harness>() {
         count: 2,
         first_at_us: at_us - 1,
         at_us,
-        is_told: true,
+        is_audited: true,
     };
     let quiet = Refusal {
-        is_told: false,
+        is_audited: false,
         ..refusal("a", 5)
     };
     let batch = Batch {
@@ -147,7 +147,7 @@ pub(in crate::store) async fn the_latest_refusals_are_kept<H: Harness>() {
         count: 1,
         first_at_us: at_us,
         at_us,
-        is_told: false,
+        is_audited: false,
     };
     let commit = async |h: &mut H, refusals| {
         let batch = Batch {

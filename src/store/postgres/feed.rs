@@ -83,7 +83,7 @@ pub(in crate::store) struct Claimed {
     /// Count in the database, see [`SpoolClaim::drained`].
     pub(in crate::store) drained: i64,
     /// Whether the database lacks frames that the spool once drained.
-    pub(in crate::store) is_put_back: bool,
+    pub(in crate::store) is_restored: bool,
 }
 
 /// Makes this gateway the one that drains its spool into the database. Of several copies of one spool, the
@@ -128,19 +128,19 @@ pub(in crate::store) async fn claim(
     if !is_known || (request.is_other_file && is_fed && instance != *next) {
         return Err(OpenError::SpoolCopied { url: url() });
     }
-    let is_put_back = drained < *known;
+    let is_restored = drained < *known;
     let claimed = sqlx::query("UPDATE spool SET instance = $1")
         .bind(next)
         .execute(&mut conn);
     claimed.await.map_err(sql)?;
-    if is_put_back {
+    if is_restored {
         mark_replaced(&mut conn).await.map_err(sql)?;
     }
     run(&mut conn, "COMMIT").await.map_err(sql)?;
     conn.close().await;
     Ok(Claimed {
         drained,
-        is_put_back,
+        is_restored,
     })
 }
 

@@ -246,7 +246,7 @@ pub enum OpenError {
     #[error(
         "could not drain into {url}: this spool was restored to an earlier state; start the gateway again to continue from the state of the database"
     )]
-    SpoolPutBack {
+    SpoolRestored {
         /// Database URL.
         url: PostgresUrl,
     },

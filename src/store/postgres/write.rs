@@ -464,7 +464,7 @@ impl Writer {
         if refusals.is_empty() {
             return Ok(Vec::new());
         }
-        let refusals = refusals.iter().filter(|refusal| refusal.is_told);
+        let refusals = refusals.iter().filter(|refusal| refusal.is_audited);
         let names = refusals.clone().map(|refusal| refusal.device.as_str());
         let devices: Vec<(String, i64)> =
             sqlx::query_as("SELECT name, id FROM devices WHERE name = ANY($1)")

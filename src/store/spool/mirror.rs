@@ -131,7 +131,7 @@ mod tests {
         }
 
         /// As a backup from before the second change has it.
-        async fn put_back(&self) {
+        async fn restored(&self) {
             let mut editor = Editor::open(&self.database()).await.unwrap();
             let first =
                 "UPDATE devices SET enabled = 1, key_version = 0, revision = 0, key_revision = 0
@@ -169,7 +169,7 @@ mod tests {
         assert_eq!(changes.devices.len(), 3);
         let before = site.spooled("pump").await;
 
-        site.put_back().await;
+        site.restored().await;
         mirror.copy().await.unwrap();
         for (name, is_enabled) in [("valve", false), ("pump", true), ("fan", true)] {
             let spooled = site.spooled(name).await;

@@ -290,7 +290,7 @@ enum DrainError {
 struct Connected {
     store: PostgresStore,
     /// Whether the database was found to lack what the spool had brought to it.
-    is_put_back: bool,
+    is_restored: bool,
     devices: HashMap<DeviceId, DeviceId>,
     streams: HashMap<StreamId, StreamId>,
     series: HashMap<SeriesId, SeriesId>,
@@ -379,7 +379,7 @@ impl Feeder {
     /// database stands if the file is an earlier state of itself.
     async fn begin(&mut self) -> Result<Option<Connected>, SpoolError> {
         let mut connected = self.try_connect().await?;
-        if let Err(OpenError::SpoolPutBack { .. }) = connected {
+        if let Err(OpenError::SpoolRestored { .. }) = connected {
             tracing::error!(
                 "the spool was put back to an earlier state; what it had acknowledged since and not drained \
                  is lost, and devices go on from where the database stands"
@@ -408,7 +408,7 @@ impl Feeder {
     async fn connect(&mut self) -> Result<Connected, DrainError> {
         let mut connected = match self.try_connect().await? {
             Ok(connected) => connected,
-            Err(error @ (OpenError::SpoolCopied { .. } | OpenError::SpoolPutBack { .. })) => {
+            Err(error @ (OpenError::SpoolCopied { .. } | OpenError::SpoolRestored { .. })) => {
                 return Err(DrainError::Refused(error));
             }
             Err(error) => return Err(StoreError::Transient(error.to_string()).into()),
@@ -436,7 +436,7 @@ impl Feeder {
         // One more may be of a commit whose content was not forgotten before a crash.
         if claimed.drained > identity.drained + 1 {
             let url = self.settings.url.clone();
-            return Ok(Err(OpenError::SpoolPutBack { url }));
+            return Ok(Err(OpenError::SpoolRestored { url }));
         }
         let settings = PostgresSettings {
             spool: Some(SpoolClaim {
@@ -447,13 +447,13 @@ impl Feeder {
             }),
             ..self.settings.clone()
         };
-        Ok(Connected::open(settings, claimed.is_put_back).await)
+        Ok(Connected::open(settings, claimed.is_restored).await)
     }
 
     /// Brings to a database, if it was put back, all that it may lack besides readings, and a gap for each stream
     /// in place of those.
     async fn record_lost(&mut self, connected: &mut Connected) -> Result<(), StoreError> {
-        if !connected.is_put_back {
+        if !connected.is_restored {
             return Ok(());
         }
         tracing::error!(
@@ -479,11 +479,11 @@ async fn read(reader: &mut SpoolReader, after: Cursor) -> Result<Chunk, StoreErr
 }
 
 impl Connected {
-    async fn open(settings: PostgresSettings, is_put_back: bool) -> Result<Self, OpenError> {
+    async fn open(settings: PostgresSettings, is_restored: bool) -> Result<Self, OpenError> {
         let mut stores = PostgresStore::open(settings).await?;
         Ok(Self {
             store: stores.swap_remove(0),
-            is_put_back,
+            is_restored,
             devices: HashMap::new(),
             streams: HashMap::new(),
             series: HashMap::new(),

@@ -202,7 +202,7 @@ async fn a_database_that_was_put_back_gets_what_it_lost_as_gaps() {
     let c = peer(&mut h.store, "c").await;
     h.readings(&c, 1..2).await;
     h.drained().await;
-    h.database.put_back().await;
+    h.database.restored().await;
     // By nobody but b anything comes after that.
     h.readings(&b, 4..6).await;
     let dump = h.dump().await;

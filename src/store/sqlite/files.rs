@@ -42,7 +42,7 @@ impl HeldFiles {
     pub fn of_database(path: &Path) -> HeldFiles {
         let given = path.to_owned();
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let (log, index) = (beside(&path, "-wal"), beside(&path, "-shm"));
+        let (log, index) = (sibling(&path, "-wal"), sibling(&path, "-shm"));
         let directory = path.parent().map(Path::to_owned);
         let mut held = HeldFiles::new(
             [given, path, log.clone(), index]
@@ -189,16 +189,16 @@ pub(super) fn is_read_only(path: &Path) -> bool {
     }
     let is_writable = rustix::fs::access(directory, rustix::fs::Access::WRITE_OK).is_ok();
     // Both files exist while a gateway runs.
-    !is_writable && !beside(&path, "-shm").exists() && !beside(&path, "-wal").exists()
+    !is_writable && !sibling(&path, "-shm").exists() && !sibling(&path, "-wal").exists()
 }
 
 /// Returns whether a database has a write-ahead log that is not empty.
 pub(super) fn has_log(path: &Path) -> bool {
     let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    fs::metadata(beside(&path, "-wal")).is_ok_and(|log| log.len() > 0)
+    fs::metadata(sibling(&path, "-wal")).is_ok_and(|log| log.len() > 0)
 }
 
-fn beside(path: &Path, suffix: &str) -> PathBuf {
+fn sibling(path: &Path, suffix: &str) -> PathBuf {
     let mut path = path.to_owned().into_os_string();
     path.push(suffix);
     path.into()

@@ -14,7 +14,7 @@ use crate::store::ledger::UnknownStream;
 
 /// Interval at which transactions that assign no ids are counted.
 const COUNT_INTERVAL: Duration = Duration::from_secs(10);
-const PUT_BACK: &str = "the database was restored to an earlier state or used by another gateway while this one was \
+const RESTORED: &str = "the database was restored to an earlier state or used by another gateway while this one was \
     running; start the gateway again";
 
 const GONE: &str = "; its device may have been removed";
@@ -59,7 +59,7 @@ impl Identity {
         let found: i64 = self.find(conn).await?;
         // The count increases by one at a time.
         if self.count != 0 && found != self.count && found != self.count + 1 {
-            return Err(put_back());
+            return Err(restored());
         }
         self.count = found;
         Ok(())
@@ -71,7 +71,7 @@ impl Identity {
             .await?;
         match row {
             (owner, count) if owner == self.owner => Ok(count),
-            _ => Err(put_back()),
+            _ => Err(restored()),
         }
     }
 
@@ -101,7 +101,7 @@ impl Identity {
         if data_version != self.data_version
             && (self.find(conn).await? != self.count || self.lacks_newest(conn).await?)
         {
-            return Err(put_back());
+            return Err(restored());
         }
         let mut counted = Counted {
             count: self.count,
@@ -129,8 +129,8 @@ impl Identity {
     }
 }
 
-fn put_back() -> sqlx::Error {
-    sqlx::Error::Protocol(PUT_BACK.to_owned())
+fn restored() -> sqlx::Error {
+    sqlx::Error::Protocol(RESTORED.to_owned())
 }
 
 /// Returns the error for a missing stream, for example of a device that was removed while its frames waited.
@@ -144,6 +144,6 @@ pub(super) fn is_unknown_stream(error: &sqlx::Error) -> bool {
 }
 
 /// Returns whether it is the error for a file that lacks what was written to it.
-pub(super) fn is_put_back(error: &sqlx::Error) -> bool {
-    matches!(error, sqlx::Error::Protocol(reason) if reason == PUT_BACK)
+pub(super) fn is_restored(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Protocol(reason) if reason == RESTORED)
 }

@@ -426,7 +426,7 @@ fn extended_code(error: &sqlx::Error) -> Option<i32> {
 fn classify(error: &sqlx::Error, doing: &str) -> StoreError {
     let text = format!("{doing}: {error}");
     match is_transient(error) {
-        _ if identity::is_put_back(error) => StoreError::Fatal(error.to_string()),
+        _ if identity::is_restored(error) => StoreError::Fatal(error.to_string()),
         _ if identity::is_unknown_stream(error) => StoreError::Replaced(error.to_string()),
         true => StoreError::Transient(text),
         false => StoreError::Fatal(text),

@@ -221,7 +221,7 @@ impl Writer {
     /// Returns audit events for refusals of existing devices. Call it after the logins, which may create
     /// devices.
     async fn refusals(&mut self, refusals: &[Refusal]) -> Result<Vec<DeviceEvent>, sqlx::Error> {
-        let refusals = refusals.iter().filter(|refusal| refusal.is_told);
+        let refusals = refusals.iter().filter(|refusal| refusal.is_audited);
         let names = refusals.clone().map(|refusal| refusal.device.as_str());
         let devices = { &self.admissions }
             .find_devices(&mut self.conn, names.collect())

@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Waker};
 
 use bytes::BytesMut;
 use fieldgate_protocol::frame::{FRAME_BYTES_MAX, FrameError, Header};
-use fieldgate_protocol::fuzz::mend;
+use fieldgate_protocol::fuzz::reseal;
 use tokio_util::codec::Decoder;
 
 pub use self::session::session;
@@ -39,7 +39,7 @@ pub fn codec(input: &[u8]) {
     let sealed = if picks & 4 == 0 {
         bytes.to_vec()
     } else {
-        fix_all(bytes)
+        reseal_all(bytes)
     };
     let whole = received(frame_bytes_max, std::iter::once(sealed.as_slice()));
     let mut rest = sealed.as_slice();
@@ -56,10 +56,10 @@ pub fn codec(input: &[u8]) {
     assert!(whole.error.is_some() || framed.len() + whole.left_bytes == sealed.len());
 }
 
-fn fix_all(mut bytes: &[u8]) -> Vec<u8> {
+fn reseal_all(mut bytes: &[u8]) -> Vec<u8> {
     let mut sealed = Vec::with_capacity(bytes.len());
     let mut frame = [0; FRAME_BYTES_MAX];
-    while let Some(len) = mend(bytes, &mut frame) {
+    while let Some(len) = reseal(bytes, &mut frame) {
         sealed.extend_from_slice(&frame[..len]);
         bytes = &bytes[len..];
     }

@@ -51,7 +51,7 @@ impl Served {
     }
 }
 
-pub(super) struct House {
+pub(super) struct Gateway {
     pub store: MemoryStore,
     pub served: BTreeMap<LinkId, Served>,
     settings: Arc<SessionSettings>,
@@ -65,8 +65,8 @@ pub(super) struct House {
     registry: Registry,
 }
 
-impl House {
-    pub(super) fn new(random: &mut Random) -> House {
+impl Gateway {
+    pub(super) fn new(random: &mut Random) -> Gateway {
         let settings = SessionSettings {
             credentials: Arc::new(Credentials::new(FleetKey::from_bytes(FLEET_KEY))),
             window_frames: 1 + random.below(16),
@@ -78,11 +78,11 @@ impl House {
             interval_min_us: if random.takes(50) { 0 } else { 50_000 },
             interval_quiet_us: if random.takes(50) { 0 } else { 200_000 },
         };
-        House::open(MemoryStore::default(), Arc::new(settings), limits)
+        Gateway::open(MemoryStore::default(), Arc::new(settings), limits)
     }
 
-    fn open(store: MemoryStore, settings: Arc<SessionSettings>, limits: BatchLimits) -> House {
-        House {
+    fn open(store: MemoryStore, settings: Arc<SessionSettings>, limits: BatchLimits) -> Gateway {
+        Gateway {
             store,
             served: BTreeMap::new(),
             settings,
@@ -100,7 +100,7 @@ impl House {
     /// Crashes the gateway: only the store survives; commits remain, whether answered or not.
     pub(super) fn crash(&mut self) {
         let store = std::mem::take(&mut self.store);
-        *self = House::open(store, Arc::clone(&self.settings), self.limits);
+        *self = Gateway::open(store, Arc::clone(&self.settings), self.limits);
     }
 
     pub(super) fn accept(&mut self, link: LinkId, nonce: [u8; 16], now: Now) {

@@ -32,7 +32,7 @@ use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame;
 
 use self::device::{FieldDevice, NAMES, declare_frame};
-use self::gateway::House;
+use self::gateway::Gateway;
 use self::oracle::{Record, Tally};
 use self::random::Random;
 use crate::time::{Now, Origin};
@@ -58,7 +58,7 @@ struct Link {
     to_device: Vec<u8>,
     is_device_end_open: bool,
     /// Whether the gateway will see that the device's end is closed.
-    is_close_told: bool,
+    is_close_notified: bool,
     is_gateway_end_open: bool,
     was_damaged: bool,
     /// Number of frames that will be damaged, including resent ones.
@@ -70,7 +70,7 @@ struct World {
     random: Random,
     now: Now,
     devices: Vec<FieldDevice>,
-    house: House,
+    gateway: Gateway,
     links: BTreeMap<LinkId, Link>,
     next_link: LinkId,
     record: Record,
@@ -136,7 +136,7 @@ impl World {
             record.add_device();
         }
         World {
-            house: House::new(&mut random),
+            gateway: Gateway::new(&mut random),
             random,
             now: Now {
                 mono_us: 0,
@@ -159,12 +159,12 @@ impl World {
             self.check();
         }
         self.calm_down();
-        self.record.check_whole(&self.house.store);
+        self.record.check_whole(&self.gateway.store);
         self.record.tally
     }
 
     fn check(&mut self) {
-        self.record.check_store(&self.house.store);
+        self.record.check_store(&self.gateway.store);
         for (index, device) in self.devices.iter().enumerate() {
             self.record.check_deleted(index, device.queue.acked_through);
         }
@@ -186,7 +186,7 @@ impl World {
             45..60 => drop(self.deliver_to_device(link)),
             60..73 => drop(self.take_mail(link)),
             73..76 => drop(self.grant(link)),
-            76..96 => drop(self.house.work(self.now)),
+            76..96 => drop(self.gateway.work(self.now)),
             _ => self.let_time_pass(),
         }
         self.connect_who_is_due();
@@ -251,9 +251,9 @@ impl World {
                 }
             }
         }
-        let served: Vec<LinkId> = self.house.served.keys().copied().collect();
+        let served: Vec<LinkId> = self.gateway.served.keys().copied().collect();
         for link in served {
-            let served = self.house.served.get_mut(&link).expect("listed");
+            let served = self.gateway.served.get_mut(&link).expect("listed");
             served.session.handle_timeout(self.now);
             self.hear(link);
         }
@@ -279,7 +279,7 @@ impl World {
             5 => self.crash(),
             6 | 7 => {
                 let count = 1 + self.random.index(4);
-                self.house.store.fail_next_commits(count as u32);
+                self.gateway.store.fail_next_commits(count as u32);
             }
             8 => {
                 let count = 1 + self.random.below(5);
@@ -296,10 +296,10 @@ impl World {
 
     fn crash(&mut self) {
         self.record.count("crash");
-        if self.house.has_commit_unanswered() {
+        if self.gateway.has_commit_unanswered() {
             self.record.count("crash with an unanswered commit");
         }
-        self.house.crash();
+        self.gateway.crash();
         for link in self.links.values_mut() {
             link.is_gateway_end_open = false;
             link.to_gateway.clear();
@@ -315,7 +315,7 @@ impl World {
         device.disconnect(fault, self.now, &mut self.random);
         let link = self.links.get_mut(&id).expect("the device's link");
         link.is_device_end_open = false;
-        link.is_close_told = true;
+        link.is_close_notified = true;
         link.to_device.clear();
         if let Some(fault) = fault {
             check_fault(link, fault);
@@ -348,7 +348,7 @@ impl World {
         };
         link.to_gateway.clear();
         let index = link.device;
-        if let Some(served) = self.house.served.get_mut(&id) {
+        if let Some(served) = self.gateway.served.get_mut(&id) {
             served.session.handle_loss("reset");
             self.hear(id);
         }
@@ -393,13 +393,13 @@ impl World {
             let id = self.next_link;
             self.next_link += 1;
             device.connect(id, self.now, &mut self.random);
-            self.house.accept(id, self.random.nonce(), self.now);
+            self.gateway.accept(id, self.random.nonce(), self.now);
             let link = Link {
                 device: index,
                 to_gateway: Vec::new(),
                 to_device: Vec::new(),
                 is_device_end_open: true,
-                is_close_told: false,
+                is_close_notified: false,
                 is_gateway_end_open: true,
                 was_damaged: false,
                 noisy_frames: 0,
@@ -436,7 +436,7 @@ impl World {
     }
 
     fn take_mail(&mut self, id: LinkId) -> bool {
-        let is_taken = self.house.take_mail(id, self.now);
+        let is_taken = self.gateway.take_mail(id, self.now);
         if is_taken {
             self.hear(id);
         }
@@ -444,7 +444,7 @@ impl World {
     }
 
     fn grant(&mut self, id: LinkId) -> bool {
-        let is_granted = self.house.grant(id, self.now);
+        let is_granted = self.gateway.grant(id, self.now);
         if is_granted {
             self.hear(id);
         }
@@ -456,7 +456,7 @@ impl World {
             return false;
         };
         let Some(served) = self
-            .house
+            .gateway
             .served
             .get_mut(&id)
             .filter(|served| served.reads())
@@ -464,7 +464,7 @@ impl World {
             return false;
         };
         if link.to_gateway.is_empty() {
-            if link.is_close_told {
+            if link.is_close_notified {
                 served.session.handle_end_of_input();
                 self.hear(id);
             }
@@ -473,14 +473,14 @@ impl World {
         let len = link.to_gateway.len();
         let count = piece(&mut self.random, self.is_calm, len);
         let bytes: Vec<u8> = link.to_gateway.drain(..count).collect();
-        self.house.read(id, &bytes, self.now);
+        self.gateway.read(id, &bytes, self.now);
         self.hear(id);
         true
     }
 
     /// Sends a session's output.
     fn hear(&mut self, id: LinkId) {
-        let (said, is_over) = self.house.write(id, self.now);
+        let (said, is_over) = self.gateway.write(id, self.now);
         let Some(link) = self.links.get_mut(&id) else {
             return;
         };
@@ -547,7 +547,7 @@ impl World {
     /// Stops all faults and runs until nothing is pending.
     fn calm_down(&mut self) {
         self.is_calm = true;
-        self.house.store.fail_next_commits(0);
+        self.gateway.store.fail_next_commits(0);
         let began_us = self.now.mono_us;
         let mut steps = 0;
         while !self.devices.iter().all(FieldDevice::is_settled) {
@@ -559,7 +559,7 @@ impl World {
                 continue;
             }
             let devices = self.devices.iter().filter_map(FieldDevice::deadline_us);
-            let next_us = devices.chain(self.house.deadline_us()).min();
+            let next_us = devices.chain(self.gateway.deadline_us()).min();
             let next_us = next_us.expect("there is a deadline");
             self.advance(next_us.saturating_sub(self.now.mono_us).max(1));
             let calm_us = self.now.mono_us - began_us;
@@ -584,7 +584,7 @@ impl World {
             moved |= self.deliver_to_device(id);
         }
         // A commit is checked before it is answered.
-        moved |= self.house.work(self.now);
+        moved |= self.gateway.work(self.now);
         moved
     }
 }

@@ -25,7 +25,7 @@ impl Database {
     }
 
     /// Replaces the database by the copy.
-    pub(in crate::store) async fn put_back(&self) {
+    pub(in crate::store) async fn restored(&self) {
         let name = &self.name;
         let mut admin = self.server.options().connect().await.unwrap();
         for sql in [
@@ -72,7 +72,7 @@ async fn with_ids_of_another() -> (OnServer, Peer) {
     }
     let b = peer(&mut h.store, "b").await;
     commit(&mut h.store, &frames(&b, 1..=3)).await.unwrap();
-    h.database.put_back().await;
+    h.database.restored().await;
     let mut other = PostgresStore::open(h.database.settings()).await.unwrap();
     let c = peer(&mut other[0], "c").await;
     assert_eq!(
@@ -128,7 +128,7 @@ async fn frames_the_device_still_holds_are_not_recorded_as_lost() {
     commit(&mut h.store, &frames(&a, 1..=3)).await.unwrap();
     h.database.back_up().await;
     commit(&mut h.store, &frames(&a, 4..=6)).await.unwrap();
-    h.database.put_back().await;
+    h.database.restored().await;
     assert_replaced(&mut h.store, &frames(&a, 7..=7)).await;
     // The device received only the acknowledgement of 4.
     let again = Login {

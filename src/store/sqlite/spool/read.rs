@@ -330,7 +330,7 @@ impl SpoolReader {
                 count: count.unsigned_abs(),
                 first_at_us: row.try_get(6)?,
                 at_us: row.try_get(7)?,
-                is_told: false,
+                is_audited: false,
             });
         }
         Ok(())

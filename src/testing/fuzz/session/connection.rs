@@ -41,7 +41,7 @@ pub(super) struct Line {
     heard_bytes: usize,
     calls: usize,
     /// The highest number reported to the session as durable.
-    told_seq: u64,
+    answered_seq: u64,
     first_receipt: Option<Receipt>,
     had_conflict: bool,
     latest_receipt: Option<(Receipt, u64)>,
@@ -67,7 +67,7 @@ impl Line {
             stream: None,
             heard_bytes: 0,
             calls: 0,
-            told_seq: 0,
+            answered_seq: 0,
             first_receipt: None,
             had_conflict: false,
             latest_receipt: None,
@@ -82,7 +82,7 @@ impl Line {
         let frame_bytes_max = if self.stream.is_some() { 4096 } else { 512 };
         assert!(frame.bytes.len() <= frame_bytes_max);
         let is_sequenced = types::is_sequenced(frame.header.frame_type);
-        self.acks_left += usize::from(is_sequenced && frame.header.seq <= self.told_seq);
+        self.acks_left += usize::from(is_sequenced && frame.header.seq <= self.answered_seq);
         let submission = self.session.handle_frame(frame, now);
         let has_room = matches!(submission, Some(Submission::Quarantine(..)));
         let submits = self.model.frame(frame, now, has_room || store.is_roomy());
@@ -120,13 +120,13 @@ impl Line {
         assert_eq!((login.schema, login.at_us), (known.schema, now.utc_us));
     }
 
-    pub(super) fn tell_partial(&mut self, now: Now) {
+    pub(super) fn handle_partial(&mut self, now: Now) {
         let is_partial = !self.input.is_empty();
         self.session.handle_partial_frame(is_partial, now);
         self.model.partial(is_partial, now);
     }
 
-    pub(super) fn tell_frame_error(&mut self, error: FrameError) {
+    pub(super) fn handle_frame_error(&mut self, error: FrameError) {
         self.calls += 1;
         self.session.handle_frame_error(error);
         self.model.close(
@@ -139,14 +139,14 @@ impl Line {
         );
     }
 
-    pub(super) fn tell_login(&mut self, outcome: LoginOutcome, now: Now, store: &mut StoreSide) {
+    pub(super) fn handle_login(&mut self, outcome: LoginOutcome, now: Now, store: &mut StoreSide) {
         self.calls += 1;
         let is_awaited = self.model.closed().is_none();
         let mut admitted = None;
         match &outcome {
             LoginOutcome::Admitted(admission) if is_awaited => {
                 let receipt = admission.receipt;
-                (self.stream, self.told_seq) = (Some(receipt.stream()), receipt.durable_seq());
+                (self.stream, self.answered_seq) = (Some(receipt.stream()), receipt.durable_seq());
                 self.first_receipt = Some(receipt);
                 self.model.welcome(admission, now);
                 admitted = Some(admission.device);
@@ -172,7 +172,7 @@ impl Line {
         }
     }
 
-    pub(super) fn tell_declare(
+    pub(super) fn handle_declare(
         &mut self,
         outcome: DeclareOutcome,
         now: Now,
@@ -183,7 +183,7 @@ impl Line {
         let is_conflict = matches!(outcome, DeclareOutcome::Conflict);
         let is_first = is_conflict && self.model.closed().is_none() && !self.had_conflict;
         self.had_conflict |= is_first;
-        let is_news = is_first && self.model.may_tell(now);
+        let is_news = is_first && self.model.may_report(now);
         self.model.declared(&outcome, now);
         match self.session.handle_declare_outcome(outcome, now) {
             Some(Submission::Event(event)) if is_news => {
@@ -195,34 +195,34 @@ impl Line {
         }
     }
 
-    pub(super) fn tell_store_down(&mut self, is_down: bool, now: Now) {
+    pub(super) fn handle_store_down(&mut self, is_down: bool, now: Now) {
         self.calls += 1;
         let resumes = self.model.store_down(is_down, now);
         self.acks_left += usize::from(resumes);
         self.session.handle_store_down(is_down, now);
     }
 
-    pub(super) fn tell_close(&mut self, close: Close) {
+    pub(super) fn handle_close(&mut self, close: Close) {
         self.calls += 1;
         self.model.close(close.code, close.retry_after_ms);
         self.session.close(close);
     }
 
-    pub(super) fn tell_drain(&mut self) {
+    pub(super) fn handle_drain(&mut self) {
         self.calls += 1;
         self.model.leave(Some(Code::Shutdown));
         self.session.handle_drain();
     }
 
-    pub(super) fn tell_end_of_input(&mut self) {
+    pub(super) fn handle_end_of_input(&mut self) {
         self.calls += 1;
         self.model.leave(None);
         self.session.handle_end_of_input();
     }
 
-    pub(super) fn tell_receipt(&mut self, receipt: Receipt, through_seq: u64) {
+    pub(super) fn handle_receipt(&mut self, receipt: Receipt, through_seq: u64) {
         self.calls += 1;
-        self.told_seq = self.told_seq.max(receipt.durable_seq());
+        self.answered_seq = self.answered_seq.max(receipt.durable_seq());
         self.latest_receipt = Some((receipt, through_seq));
         self.acks_left += 1;
         self.session.handle_receipt(receipt, through_seq);
@@ -230,13 +230,13 @@ impl Line {
     }
 
     /// Delivers a receipt that is older than one delivered before, which must change nothing.
-    pub(super) fn tell_old_receipt(&mut self) {
+    pub(super) fn handle_old_receipt(&mut self) {
         if let Some(receipt) = self.first_receipt {
-            self.tell_receipt(receipt, receipt.durable_seq());
+            self.handle_receipt(receipt, receipt.durable_seq());
         }
     }
 
-    pub(super) fn tell_time(&mut self, now: Now) {
+    pub(super) fn handle_time(&mut self, now: Now) {
         self.calls += 1;
         let deadline_us = self.session.poll_deadline();
         let was_open = self.session.closed().is_none();
@@ -325,7 +325,7 @@ impl Line {
             types::WELCOME => {
                 let welcome: Welcome<'_> = read(frame);
                 let stream = self.stream.expect("admitted");
-                assert_eq!(welcome.durable_seq, self.told_seq);
+                assert_eq!(welcome.durable_seq, self.answered_seq);
                 assert!(welcome.durable_seq <= store.durable_seq(stream));
                 assert_eq!(welcome.limit_seq, welcome.durable_seq + window_frames);
                 assert_eq!(welcome.utc_us, now.utc_us);
@@ -340,7 +340,7 @@ impl Line {
             types::ACK => {
                 let ack: Ack<'_> = read(frame);
                 let seq = header.seq;
-                assert!((self.acked_seq..=self.told_seq).contains(&seq));
+                assert!((self.acked_seq..=self.answered_seq).contains(&seq));
                 assert!(seq <= store.durable_seq(self.stream.expect("admitted")));
                 assert_eq!(ack.limit_seq, seq + window_frames);
                 self.acks_left = self.acks_left.checked_sub(1).expect("a reason");
@@ -371,7 +371,7 @@ impl Line {
         let stream = self.stream.expect("admitted");
         assert!(nack.expected_seq > self.acked_seq);
         if Class::of(nack.code) == Class::Refused {
-            assert!(seq <= self.told_seq);
+            assert!(seq <= self.answered_seq);
             assert!(store.durable_seq(stream) >= seq);
             let is_kept = store.refusal(stream, seq) == Some(nack.code);
             assert!(is_kept || store.is_taken_twice(stream, seq));

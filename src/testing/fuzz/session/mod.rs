@@ -28,7 +28,7 @@ use tokio_util::codec::Decoder;
 use self::connection::Line;
 use self::device::{FLEET_KEY, KNOWN};
 use self::store::StoreSide;
-use super::{fix_all, poll_once};
+use super::{poll_once, reseal_all};
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::FleetKey;
 use crate::net::codec::{CodecError, FrameCodec};
@@ -172,7 +172,7 @@ impl World {
             }
             6 => self.send_made(line, input),
             7 => self.receive(line, input.bytes()),
-            8 => self.receive(line, &fix_all(input.bytes())),
+            8 => self.receive(line, &reseal_all(input.bytes())),
             9 => self.send(line, KNOWN[usize::from(input.byte() % 4)].hello.clone(), 0),
             10 => self.send(line, KNOWN[usize::from(input.byte() % 4)].auth.clone(), 0),
             11 => {
@@ -266,10 +266,10 @@ impl World {
                     line.hand_in(&frame.frame(), self.now, store);
                 }
                 Ok(None) => {
-                    self.lines[line].tell_partial(self.now);
+                    self.lines[line].handle_partial(self.now);
                     break;
                 }
-                Err(CodecError::Frame(error)) => self.lines[line].tell_frame_error(error),
+                Err(CodecError::Frame(error)) => self.lines[line].handle_frame_error(error),
                 Err(CodecError::Io(error)) => panic!("nothing here does I/O: {error}"),
             }
         }
@@ -284,23 +284,23 @@ impl World {
         };
         let (line_, store, now) = (&mut self.lines[line], &mut self.store, self.now);
         if let Some(outcome) = mail.login {
-            line_.tell_login(outcome, now, store);
+            line_.handle_login(outcome, now, store);
             line_.hear(store, now);
         }
         if let Some(outcome) = mail.declare {
-            line_.tell_declare(outcome, now, store);
+            line_.handle_declare(outcome, now, store);
             line_.hear(store, now);
         }
         if let Some((receipt, through_seq)) = mail.receipt {
-            line_.tell_receipt(receipt, through_seq);
+            line_.handle_receipt(receipt, through_seq);
             line_.hear(store, now);
         }
         if let Some(is_down) = mail.store_is_down {
-            line_.tell_store_down(is_down, now);
+            line_.handle_store_down(is_down, now);
             line_.hear(store, now);
         }
         if let Some(close) = mail.close {
-            line_.tell_close(close);
+            line_.handle_close(close);
         }
         self.take_frames(line);
         true
@@ -323,7 +323,7 @@ impl World {
         self.now.mono_us += us;
         self.now.utc_us += us as i64;
         for line in 0..self.lines.len() {
-            self.lines[line].tell_time(self.now);
+            self.lines[line].handle_time(self.now);
             self.take_frames(line);
         }
     }
@@ -338,8 +338,8 @@ impl World {
     fn leave(&mut self, line: usize, pick: u8) {
         let line_ = &mut self.lines[line];
         match pick % 4 {
-            0 if !line_.session.is_leaving() => line_.tell_drain(),
-            1 if line_.session.wants_input() => line_.tell_end_of_input(),
+            0 if !line_.session.is_leaving() => line_.handle_drain(),
+            1 if line_.session.wants_input() => line_.handle_end_of_input(),
             2 => return self.receive(line, &device::bye()),
             3 => return self.lose(line),
             _ => {}
@@ -365,7 +365,7 @@ impl World {
             6 => self
                 .store
                 .bar_or_let_in(KNOWN[usize::from(pick / 8 % 4)].name),
-            7 => line.tell_old_receipt(),
+            7 => line.handle_old_receipt(),
             _ => {
                 let step_us = (i64::from(pick) - 128) * 60_000_000;
                 self.now.utc_us += step_us;

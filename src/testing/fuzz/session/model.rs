@@ -478,9 +478,9 @@ impl Model {
     }
 
     /// Returns whether a rejected DECLARE is reported to operators.
-    pub(super) fn may_tell(&self, now: Now) -> bool {
+    pub(super) fn may_report(&self, now: Now) -> bool {
         match &self.phase {
-            Phase::Serving(serving) => serving.quota.may_tell(now.mono_us),
+            Phase::Serving(serving) => serving.quota.may_report(now.mono_us),
             _ => false,
         }
     }

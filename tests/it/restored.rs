@@ -80,7 +80,7 @@ fn a_live_session_stores_nothing_under_another_device() {
     let (mut valve, _) = gateway.connect("valve");
     (1..=3).for_each(|seq| valve.send(&readings(seq)));
     valve.expect_ack(3);
-    database.put_back(&backup);
+    database.restore(&backup);
     // Another gateway gives valve's ids to another device.
     let key = gateway.data_dir().join("fleet.key");
     let dir = TempDir::new().expect("a directory");
@@ -132,7 +132,7 @@ fn a_spool_stores_nothing_under_another_device() {
     while !spool_status(&url, gateway.data_dir()).contains("empty") {
         assert!(Instant::now() < deadline, "never drained");
     }
-    database.put_back(&backup);
+    database.restore(&backup);
     // In the database these two get their ids in reverse order.
     let (mut fan, _) = gateway.connect("fan");
     fan.send(&readings(1));
@@ -305,11 +305,11 @@ fn a_gateway_exits_if_its_database_is_restored() {
          UPDATE store_identity SET transactions = 0",
         "DELETE FROM frames; UPDATE streams SET durable_seq = 0, frames = 0, readings = 0",
     ] {
-        ends_when_put_back_by(statements);
+        ends_when_restored_by(statements);
     }
 }
 
-fn ends_when_put_back_by(statements: &'static str) {
+fn ends_when_restored_by(statements: &'static str) {
     let dir = TempDir::new().expect("a directory");
     let gateway = Gateway::start_in(dir.path(), &[]);
     let (mut pump, _) = gateway.connect("pump");
@@ -398,7 +398,7 @@ impl PgDatabase {
     }
 
     /// Replaces the database by a copy.
-    fn put_back(&mut self, copy: &str) {
+    fn restore(&mut self, copy: &str) {
         let name = self.name().to_owned();
         let mut admin = self.admin();
         admin.execute(&format!("DROP DATABASE {name} WITH (FORCE)"));
