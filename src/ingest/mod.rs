@@ -22,9 +22,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinError;
 
+use self::capacity::Capacity;
+pub use self::capacity::Space;
 use crate::ingest::batcher::{BatchLimits, Batcher, Size, Tagged};
 use crate::ingest::mailbox::Mailbox;
 use crate::ingest::registry::Registry;
@@ -33,6 +35,7 @@ use crate::store::{Committed, LoginOutcome, Store, StoreError};
 use crate::time::SystemClock;
 
 pub mod batcher;
+mod capacity;
 pub mod mailbox;
 pub mod registry;
 
@@ -71,22 +74,16 @@ pub struct IngestQueue {
 #[derive(Debug)]
 struct ShardEnd {
     jobs: mpsc::UnboundedSender<Job>,
-    room: Arc<Room>,
+    capacity: Capacity,
 }
 
+/// A submission with its space in the queue, which is released when the batch is answered. The space bounds the
+/// channel, which has no bound of its own.
 #[derive(Debug)]
 struct Job {
     submission: Submission,
     mailbox: Arc<Mailbox>,
-}
-
-/// Remaining capacity of a shard. Permits are acquired when a job enters and released when its
-/// batch is durable; they bound the channel, which has no bound of its own.
-#[derive(Debug)]
-struct Room {
-    limits: QueueLimits,
-    readings: Semaphore,
-    bytes: Semaphore,
+    space: Space,
 }
 
 /// State shared by all shards, so that an event that affects several is logged once.
@@ -106,20 +103,16 @@ pub fn queue(limits: QueueLimits, shards: usize) -> (IngestQueue, Vec<IngestRece
     };
     let neighbours = Arc::new(Neighbours::default());
     let shard = |shard| {
-        let room = Arc::new(Room {
-            limits,
-            readings: Semaphore::new(limits.readings_max),
-            bytes: Semaphore::new(limits.bytes_max),
-        });
+        let capacity = Capacity::new(limits);
         let (sender, jobs) = mpsc::unbounded_channel();
         let end = ShardEnd {
             jobs: sender,
-            room: Arc::clone(&room),
+            capacity: capacity.clone(),
         };
         let receiver = IngestReceiver {
             shard,
             jobs,
-            room,
+            limits,
             neighbours: Arc::clone(&neighbours),
         };
         (end, receiver)
@@ -146,97 +139,43 @@ impl IngestQueue {
         &self,
         submission: Submission,
         mailbox: &Arc<Mailbox>,
-        grant: Option<&mut BurstGrant>,
+        grant: Option<&mut Space>,
     ) -> Option<Submission> {
         let size = Size::of(&submission);
-        if !grant.is_some_and(|grant| grant.take(size)) {
-            let room = self.room();
-            let Ok(readings) = room.readings.try_acquire_many(size.readings as u32) else {
-                return Some(submission);
-            };
-            let Ok(bytes) = room.bytes.try_acquire_many(size.bytes as u32) else {
-                return Some(submission);
-            };
-            readings.forget();
-            bytes.forget();
+        let granted = grant.and_then(|grant| grant.split(size));
+        match granted.or_else(|| self.capacity().try_acquire(size)) {
+            Some(space) => self.send(submission, mailbox, space),
+            None => return Some(submission),
         }
-        self.send(submission, mailbox);
         None
     }
 
-    /// Queues a submission as soon as there is capacity; waiting callers are served in order. Also
-    /// returns capacity for further submissions.
+    /// Queues a submission as soon as there is capacity; waiting callers are served in order. Returns
+    /// the burst grant: space for further submissions.
     ///
     /// # Cancel safety
     /// A cancelled call queues nothing and drops the submission.
-    pub async fn submit(self, submission: Submission, mailbox: Arc<Mailbox>) -> BurstGrant {
+    pub async fn submit(self, submission: Submission, mailbox: Arc<Mailbox>) -> Space {
         let size = Size::of(&submission);
-        let QueueLimits {
-            readings_max,
-            bytes_max,
-        } = self.room().limits;
-        let mut grant = BurstGrant {
-            left: Size::default(),
-            room: Arc::clone(self.room()),
-        };
-        let readings = (size.readings + BURST_GRANT.readings).min(readings_max);
-        let bytes = (size.bytes + BURST_GRANT.bytes).min(bytes_max);
-        let readings_room = self.room().readings.acquire_many(readings as u32).await;
-        let bytes_room = self.room().bytes.acquire_many(bytes as u32).await;
-        if let (Ok(readings_room), Ok(bytes_room)) = (readings_room, bytes_room) {
-            readings_room.forget();
-            bytes_room.forget();
-            grant.left = Size { readings, bytes };
-            // The grant is at least that large.
-            grant.take(size);
-            self.send(submission, &mailbox);
-        }
+        let mut grant = BURST_GRANT;
+        grant += size;
+        let mut grant = self.capacity().acquire(grant).await;
+        let space = grant.split(size).expect("a grant holds its submission");
+        self.send(submission, &mailbox, space);
         grant
     }
 
-    fn room(&self) -> &Arc<Room> {
-        &self.shards[self.shard].room
+    fn capacity(&self) -> &Capacity {
+        &self.shards[self.shard].capacity
     }
 
-    fn send(&self, submission: Submission, mailbox: &Arc<Mailbox>) {
+    fn send(&self, submission: Submission, mailbox: &Arc<Mailbox>, space: Space) {
         // Fails only after a fatal failure of the store: the whole gateway is ending.
         let _ = self.shards[self.shard].jobs.send(Job {
             submission,
             mailbox: Arc::clone(mailbox),
+            space,
         });
-    }
-}
-
-/// Unused capacity of a connection; released on drop.
-#[derive(Debug)]
-pub struct BurstGrant {
-    left: Size,
-    room: Arc<Room>,
-}
-
-impl BurstGrant {
-    /// Consumes this much of the grant if it is large enough.
-    fn take(&mut self, size: Size) -> bool {
-        let readings = self.left.readings.checked_sub(size.readings);
-        let bytes = self.left.bytes.checked_sub(size.bytes);
-        let (Some(readings), Some(bytes)) = (readings, bytes) else {
-            return false;
-        };
-        self.left = Size { readings, bytes };
-        true
-    }
-}
-
-impl Drop for BurstGrant {
-    fn drop(&mut self) {
-        self.room.give_back(self.left);
-    }
-}
-
-impl Room {
-    fn give_back(&self, size: Size) {
-        self.readings.add_permits(size.readings);
-        self.bytes.add_permits(size.bytes);
     }
 }
 
@@ -245,7 +184,7 @@ impl Room {
 pub struct IngestReceiver {
     shard: usize,
     jobs: mpsc::UnboundedReceiver<Job>,
-    room: Arc<Room>,
+    limits: QueueLimits,
     neighbours: Arc<Neighbours>,
 }
 
@@ -260,19 +199,19 @@ impl IngestReceiver {
         registry: Arc<Registry>,
         clock: SystemClock,
     ) -> Result<(), StoreError> {
-        let room = self.room.limits;
+        let queue = self.limits;
         let limits = BatchLimits {
-            readings_max: limits.readings_max.min(room.readings_max),
+            readings_max: limits.readings_max.min(queue.readings_max),
             // One batch is committed while the next is collected, both within the limit.
-            bytes_max: limits.bytes_max.min(room.bytes_max / 2),
+            bytes_max: limits.bytes_max.min(queue.bytes_max / 2),
             ..limits
         };
         let (committed, to_answer) = mpsc::unbounded_channel();
-        let (shard, room) = (self.shard, Arc::clone(&self.room));
-        let mut answering = tokio::spawn(answer_all(shard, to_answer, room, Arc::clone(&registry)));
+        let mut answering = tokio::spawn(answer_all(self.shard, to_answer, Arc::clone(&registry)));
         let shard = Shard {
             queued: self,
             batcher: Batcher::new(limits),
+            space: None,
             committed,
             registry,
             replacements: 0,
@@ -294,6 +233,8 @@ impl IngestReceiver {
 struct Shard {
     queued: IngestReceiver,
     batcher: Batcher<Arc<Mailbox>>,
+    /// Space of the batch that is being collected.
+    space: Option<Space>,
     committed: mpsc::UnboundedSender<ToAnswer>,
     registry: Arc<Registry>,
     /// Number of store replacements that this shard has seen.
@@ -307,6 +248,8 @@ enum ToAnswer {
         committed: Committed,
         /// See [`Mailbox::set_epoch`].
         epoch: usize,
+        /// Released once the commit is answered.
+        space: Option<Space>,
     },
     /// Answered after all earlier requests.
     Flush(oneshot::Sender<()>),
@@ -360,6 +303,7 @@ impl Shard {
         let shard = self.queued.shard;
         let neighbours = Arc::clone(&self.queued.neighbours);
         let registry = Arc::clone(&self.registry);
+        let space = self.space.take();
         let mut retry_after = RETRY_MIN;
         let mut outage = Outage::new(shard, &neighbours.shards_down, &registry);
         let committed = loop {
@@ -381,6 +325,7 @@ impl Shard {
             tagged: Box::new(tagged),
             committed,
             epoch: self.replacements,
+            space,
         });
         Ok(())
     }
@@ -392,10 +337,13 @@ impl Shard {
             Submission::Login(_) | Submission::Refusal(_) | Submission::Step(_)
         );
         if has_ids && job.mailbox.epoch() < self.replacements {
-            let size = Size::of(&job.submission);
-            return self.queued.room.give_back(size);
+            return;
         }
         self.batcher.push(job.submission, job.mailbox);
+        match &mut self.space {
+            Some(space) => space.merge(job.space),
+            none => *none = Some(job.space),
+        }
     }
 
     /// Ends all sessions of the shard, and keeps only collected submissions without ids.
@@ -452,7 +400,6 @@ fn answering_ended(ended: Result<(), JoinError>) -> StoreError {
 async fn answer_all(
     shard: usize,
     mut to_answer: mpsc::UnboundedReceiver<ToAnswer>,
-    room: Arc<Room>,
     registry: Arc<Registry>,
 ) {
     while let Some(to_answer) = to_answer.recv().await {
@@ -461,13 +408,14 @@ async fn answer_all(
                 tagged,
                 committed,
                 epoch,
+                space,
             } => {
                 tagged
                     .logins
                     .iter()
                     .for_each(|mailbox| mailbox.set_epoch(epoch));
                 answer(shard, &tagged, committed, &registry);
-                room.give_back(tagged.size);
+                drop(space);
             }
             ToAnswer::Flush(flushed) => drop(flushed.send(())),
         }

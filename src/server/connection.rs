@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::ingest::mailbox::{Mail, Mailbox};
 use crate::ingest::registry::Registry;
-use crate::ingest::{BurstGrant, IngestQueue};
+use crate::ingest::{IngestQueue, Space};
 use crate::net::codec::{CodecError, FrameCodec};
 use crate::net::socket::Socket;
 use crate::net::tls;
@@ -64,7 +64,7 @@ pub struct Connection {
     /// Whether the peer has sent anything. Port probes send nothing.
     has_spoken: bool,
     /// A submission waiting for space in the ingest queue.
-    waiting: Option<Pin<Box<dyn Future<Output = BurstGrant> + Send>>>,
+    waiting: Option<Pin<Box<dyn Future<Output = Space> + Send>>>,
     queue: IngestQueue,
     shared: Arc<Shared>,
 }
@@ -216,7 +216,7 @@ impl Connection {
     }
 
     /// Passes frames to the session until none are left or a submission must wait for space.
-    fn take_frames(&mut self, mut grant: Option<BurstGrant>) {
+    fn take_frames(&mut self, mut grant: Option<Space>) {
         while self.waiting.is_none() && self.session.wants_input() {
             let mut codec = FrameCodec {
                 frame_bytes_max: self.session.frame_bytes_max(),
@@ -240,7 +240,7 @@ impl Connection {
         }
     }
 
-    fn submit(&mut self, submission: Submission, grant: Option<&mut BurstGrant>) {
+    fn submit(&mut self, submission: Submission, grant: Option<&mut Space>) {
         if let Submission::Login(login) = &submission {
             self.permit.prove();
             self.queue.pin_to_shard_of(&login.device);

@@ -1,0 +1,124 @@
+//! Capacity of a shard's queue, in readings and in bytes.
+//!
+//! Invariant: capacity that was acquired is released when its [`Space`] is dropped, wherever that is.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+use super::QueueLimits;
+use super::batcher::Size;
+
+/// Capacity of a shard. Clones share it.
+#[derive(Clone, Debug)]
+pub(super) struct Capacity(Arc<Semaphores>);
+
+#[derive(Debug)]
+struct Semaphores {
+    limits: QueueLimits,
+    readings: Semaphore,
+    bytes: Semaphore,
+}
+
+impl Capacity {
+    pub(super) fn new(limits: QueueLimits) -> Capacity {
+        Capacity(Arc::new(Semaphores {
+            limits,
+            readings: Semaphore::new(limits.readings_max),
+            bytes: Semaphore::new(limits.bytes_max),
+        }))
+    }
+
+    /// Acquires capacity if it is available now.
+    pub(super) fn try_acquire(&self, size: Size) -> Option<Space> {
+        let readings = self.0.readings.try_acquire_many(size.readings as u32);
+        let readings = readings.ok()?;
+        let bytes = self.0.bytes.try_acquire_many(size.bytes as u32).ok()?;
+        readings.forget();
+        bytes.forget();
+        Some(self.space(size))
+    }
+
+    /// Waits for capacity; waiting callers are served in order. A larger size than the whole capacity is cut to
+    /// it.
+    ///
+    /// # Cancel safety
+    /// A cancelled call acquires nothing.
+    pub(super) async fn acquire(&self, size: Size) -> Space {
+        let size = Size {
+            readings: size.readings.min(self.0.limits.readings_max),
+            bytes: size.bytes.min(self.0.limits.bytes_max),
+        };
+        let never_closed = "the semaphores are never closed";
+        let readings = self.0.readings.acquire_many(size.readings as u32);
+        let readings = readings.await.expect(never_closed);
+        let bytes = self.0.bytes.acquire_many(size.bytes as u32);
+        bytes.await.expect(never_closed).forget();
+        readings.forget();
+        self.space(size)
+    }
+
+    fn space(&self, size: Size) -> Space {
+        Space {
+            size,
+            capacity: self.clone(),
+        }
+    }
+}
+
+/// Acquired capacity; released on drop.
+#[derive(Debug)]
+pub struct Space {
+    size: Size,
+    capacity: Capacity,
+}
+
+impl Space {
+    /// Splits off this much, if the space is large enough.
+    pub(super) fn split(&mut self, size: Size) -> Option<Space> {
+        let readings = self.size.readings.checked_sub(size.readings)?;
+        let bytes = self.size.bytes.checked_sub(size.bytes)?;
+        self.size = Size { readings, bytes };
+        Some(self.capacity.space(size))
+    }
+
+    /// Adds the space of `other`, which is of the same shard.
+    pub(super) fn merge(&mut self, mut other: Space) {
+        debug_assert!(Arc::ptr_eq(&self.capacity.0, &other.capacity.0));
+        self.size += std::mem::take(&mut other.size);
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        self.capacity.0.readings.add_permits(self.size.readings);
+        self.capacity.0.bytes.add_permits(self.size.bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_capacity_comes_back() {
+        let limits = QueueLimits {
+            readings_max: 100,
+            bytes_max: 1000,
+        };
+        let size = |readings, bytes| Size { readings, bytes };
+        let capacity = Capacity::new(limits);
+        let mut grant = capacity.try_acquire(size(60, 600)).unwrap();
+        assert!(capacity.try_acquire(size(41, 1)).is_none());
+        assert!(capacity.try_acquire(size(1, 401)).is_none());
+        let mut first = grant.split(size(20, 100)).unwrap();
+        let second = grant.split(size(30, 400)).unwrap();
+        assert!(grant.split(size(11, 1)).is_none() && grant.split(size(1, 101)).is_none());
+        drop(grant);
+        first.merge(second);
+        assert!(capacity.try_acquire(size(51, 500)).is_none());
+        assert!(capacity.try_acquire(size(50, 500)).is_some());
+        drop(first);
+        assert!(capacity.try_acquire(size(100, 1000)).is_some());
+    }
+}
