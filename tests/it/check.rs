@@ -8,8 +8,8 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use crate::database::PgDatabase;
-use crate::gateway::{Ended, Gateway, run};
+use crate::support::database::PgDatabase;
+use crate::support::gateway::{Ended, Gateway, run};
 
 fn check(data_dir: &Path, flags: &[&str]) -> Ended {
     let data_dir = data_dir.to_str().expect("UTF-8");
@@ -125,7 +125,7 @@ fn a_database_is_checked_and_stays_unchanged() {
     for spool in [&[][..], &["--spool"]] {
         assert_fit(dir.path(), &[&["--store", &url], spool].concat());
     }
-    let mut session = crate::database::Session::open(&url);
+    let mut session = crate::support::database::Session::open(&url);
     assert_eq!(
         session.count("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"),
         0

@@ -25,14 +25,14 @@ use std::time::{Duration, Instant};
 
 use fieldgate_protocol::error::Code;
 
-use crate::client::{
+use crate::handshake::AT_ONCE;
+use crate::malformed::assert_serves;
+use crate::support::client::{
     Heard, Link, Login, SCHEMA, T0_US, bye, damaged, declare, event, gap, header, ping, readings,
     readings_at, sealed,
 };
-use crate::gateway::{Gateway, command};
-use crate::handshake::AT_ONCE;
-use crate::logs::keep_of;
-use crate::malformed::assert_serves;
+use crate::support::gateway::{Gateway, command};
+use crate::support::logs::keep_of;
 
 /// Tries common credentials on a new gateway: none of them is a key.
 #[test]

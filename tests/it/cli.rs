@@ -8,8 +8,8 @@ use std::process::Stdio;
 
 use fieldgate::store::{Batch, Store};
 
-use crate::fleet::simulator;
-use crate::site::{AT_US, DATABASE, Gateway, Said, Site, readings};
+use crate::support::fleet::simulator;
+use crate::support::site::{AT_US, DATABASE, Gateway, Said, Site, readings};
 use crate::tls::until;
 
 #[test]

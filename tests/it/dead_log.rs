@@ -8,9 +8,9 @@ use std::process::Stdio;
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 
-use crate::client::{Link, header, sealed};
-use crate::gateway::{Ended, Gateway, command, run};
 use crate::malformed::assert_serves;
+use crate::support::client::{Link, header, sealed};
+use crate::support::gateway::{Ended, Gateway, command, run};
 
 /// Number of rejected peers whose log lines fill more than a pipe.
 const STRANGERS: usize = 1000;

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use crate::database::{PgDatabase, Session};
-use crate::gateway::{Ended, Gateway, meddle, run};
 use crate::start::assert_refused;
+use crate::support::database::{PgDatabase, Session};
+use crate::support::gateway::{Ended, Gateway, meddle, run};
 
 /// A gateway's data directory and the flags that select its store.
 struct Site {

@@ -6,9 +6,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{HEADER_BYTES, MAGIC, types};
 
-use crate::client::{Heard, Link, header, readings, sealed};
-use crate::gateway::Gateway;
 use crate::handshake::AT_ONCE;
+use crate::support::client::{Heard, Link, header, readings, sealed};
+use crate::support::gateway::Gateway;
 
 /// Xorshift: the same numbers for the same seed.
 struct Random(u64);

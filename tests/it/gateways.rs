@@ -9,10 +9,10 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tempfile::TempDir;
 
-use crate::client::{Heard, Link, readings};
-use crate::database::PgDatabase;
-use crate::fleet::check_ledger;
-use crate::gateway::Gateway;
+use crate::support::client::{Heard, Link, readings};
+use crate::support::database::PgDatabase;
+use crate::support::fleet::check_ledger;
+use crate::support::gateway::Gateway;
 
 const DEVICES: u64 = 8;
 /// Number of moves between the gateways, before one is killed and after.

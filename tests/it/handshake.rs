@@ -3,12 +3,12 @@
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 
-use crate::client::{
+use crate::malformed::{Cases, assert_only, assert_serves};
+use crate::support::client::{
     Heard, Link, Login, SCHEMA, bye, damaged, declare, header, payload, ping, readings, reheaded,
     sealed,
 };
-use crate::gateway::Gateway;
-use crate::malformed::{Cases, assert_only, assert_serves};
+use crate::support::gateway::Gateway;
 
 /// No delay of failures, so that a hundred of them do not wait for each other.
 pub const AT_ONCE: [&str; 2] = ["--failure-delay-max-ms", "0"];

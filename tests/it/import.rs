@@ -3,13 +3,13 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Instant;
 
 use tempfile::TempDir;
 
-use crate::database::PgDatabase;
-use crate::gateway::{Gateway, PATIENCE, command};
-use crate::logs::keep_of;
+use crate::support::database::PgDatabase;
+use crate::support::gateway::{Gateway, command};
+use crate::support::logs::keep_of;
+use crate::support::{PATIENCE, eventually};
 
 /// Rows of the file: enough for an import to take some time, in about 680 frames.
 const ROWS: i64 = 120_000;
@@ -106,11 +106,10 @@ fn finish(mut import: Command) -> Output {
 fn begin(place: &mut impl Place, gateway: &Gateway, flags: &[String], file: &Path) -> Child {
     let before = place.durable_seq(gateway);
     let mut import = import(gateway, flags, file).spawn().expect("starts");
-    let deadline = Instant::now() + PATIENCE;
-    while place.durable_seq(gateway) <= before {
-        assert!(Instant::now() < deadline, "nothing is stored");
+    eventually("more is stored", PATIENCE, || {
         assert!(import.try_wait().expect("a child").is_none(), "ended early");
-    }
+        place.durable_seq(gateway) > before
+    });
     import
 }
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::database::PgDatabase;
-use crate::fleet::{File, Fleet, Place, rounds};
+use crate::support::database::PgDatabase;
+use crate::support::fleet::{File, Fleet, Place, rounds};
 
 /// Variable with the number of kills; `tests/run` sets 20, `tests/run --long` 200.
 const ROUNDS_VARIABLE: &str = "FIELDGATE_TEST_KILL_ROUNDS";

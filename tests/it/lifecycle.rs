@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use fieldgate_protocol::auth::derive_device_key;
 use fieldgate_protocol::error::Code;
 
-use crate::client::{Heard, Link, Login, T0_US, ping, readings, readings_at};
-use crate::database::PgDatabase;
-use crate::gateway::{Gateway, command};
 use crate::gateways::Pair;
 use crate::handshake::AT_ONCE;
-use crate::logs::{keep_key, keep_of};
+use crate::support::client::{Heard, Link, Login, T0_US, ping, readings, readings_at};
+use crate::support::database::PgDatabase;
+use crate::support::gateway::{Gateway, command};
+use crate::support::logs::{keep_key, keep_of};
 use crate::tls::until;
 
 /// A gateway, and its store as commands reach it.
@@ -292,7 +292,8 @@ fn c02_a_replaced_key_is_rejected() {
     assert!(place.gateway.wait().status.success());
     std::fs::remove_file(dir.path().join("fleet.key")).expect("removes");
     let data_dir = dir.path().to_str().expect("UTF-8");
-    let adopted = crate::gateway::run(&["fleet-key", "adopt", "--create", "--data-dir", data_dir]);
+    let adopted =
+        crate::support::gateway::run(&["fleet-key", "adopt", "--create", "--data-dir", data_dir]);
     assert!(adopted.status.success(), "{}", adopted.stderr);
     place.gateway = Gateway::start_in(dir.path(), &AT_ONCE);
     place.gateway.wait_for_line("wrong fleet key or damaged");

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 
-use crate::client::{Heard, Link, T0_US, header, ping, readings, readings_at, sealed};
-use crate::gateway::{Gateway, run};
 use crate::malformed::assert_serves;
+use crate::support::client::{Heard, Link, T0_US, header, ping, readings, readings_at, sealed};
+use crate::support::gateway::{Gateway, run};
 
 /// Maximum rate of 2,000 readings per second and device.
 const READINGS_2000: [&str; 4] = [

@@ -8,11 +8,11 @@ use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{HEADER_BYTES, types};
 use fieldgate_protocol::message::{Ack, Channel};
 
-use crate::client::{
+use crate::support::client::{
     Heard, Link, SCHEMA, T0_US, TEMPERATURE, bye, damaged, declare, declare_channels, event, frame,
     gap, header, ping, readings, readings_at, reheaded, sealed,
 };
-use crate::gateway::Gateway;
+use crate::support::gateway::Gateway;
 
 /// Cases of one session: name and frame of each.
 pub type Cases = Vec<(&'static str, Vec<u8>)>;
@@ -539,7 +539,7 @@ fn an_unknown_schema_is_requested() {
     pump.schema_hash = [9; 8];
     let (_, welcomed) = Link::login(gateway.addr, &pump);
     assert!(!welcomed.schema_known);
-    pump.schema_hash = crate::client::declared_hash(SCHEMA);
+    pump.schema_hash = crate::support::client::declared_hash(SCHEMA);
     let (mut link, welcomed) = Link::login(gateway.addr, &pump);
     assert!(welcomed.schema_known);
     link.send(&readings(3));

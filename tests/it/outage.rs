@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::client::readings;
-use crate::cluster::Cluster;
-use crate::database::{PgDatabase, Session};
-use crate::fleet::{Fleet, rounds};
-use crate::gateway::Gateway;
 use crate::store_down::{expect_store_down, resend_until_acked};
+use crate::support::client::readings;
+use crate::support::cluster::Cluster;
+use crate::support::database::{PgDatabase, Session};
+use crate::support::fleet::{Fleet, rounds};
+use crate::support::gateway::Gateway;
 
 /// Variable with the number of stops of Postgres; `tests/run` sets 10, `tests/run --long` 50.
 pub const ROUNDS_VARIABLE: &str = "FIELDGATE_TEST_OUTAGE_ROUNDS";

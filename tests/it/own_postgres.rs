@@ -5,10 +5,10 @@ use std::net::TcpListener;
 
 use tempfile::TempDir;
 
-use crate::cluster::Cluster;
-use crate::database::{PgDatabase, Session};
-use crate::gateway::{Gateway, run};
-use crate::logs::by_default;
+use crate::support::cluster::Cluster;
+use crate::support::database::{PgDatabase, Session};
+use crate::support::gateway::{Gateway, run};
+use crate::support::logs::by_default;
 
 /// Counts the tables that a store would have created.
 const TABLES: &str = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'";

@@ -4,16 +4,17 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fieldgate_protocol::error::Code;
 use tempfile::TempDir;
 
-use crate::client::{Heard, Link, T0_US, readings, readings_at};
-use crate::cluster::Cluster;
-use crate::database::{PgDatabase, Session};
-use crate::gateway::{Gateway, PATIENCE, run};
 use crate::store_down::{expect_store_down, resend_until_acked};
+use crate::support::client::{Heard, Link, T0_US, readings, readings_at};
+use crate::support::cluster::Cluster;
+use crate::support::database::{PgDatabase, Session};
+use crate::support::gateway::{Gateway, run};
+use crate::support::{PATIENCE, eventually};
 
 /// Maximum time from when the cause is removed to the first ACK.
 const BACK_WITHIN: Duration = Duration::from_secs(20);
@@ -287,11 +288,9 @@ fn a_gateway_with_a_spool_exits_in_time_despite_a_silent_server() {
     );
     cluster.thaw();
     let mut gateway = Gateway::start_in(dir.path(), &flags);
-    let deadline = Instant::now() + PATIENCE;
-    while database.frames("pump").len() < 2 {
-        assert!(Instant::now() < deadline, "not drained");
-        thread::yield_now();
-    }
+    eventually("the spool is drained", PATIENCE, || {
+        database.frames("pump").len() == 2
+    });
     gateway.terminate();
     assert!(gateway.wait().status.success());
 }

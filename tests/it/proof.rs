@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use crate::database::PgDatabase;
-use crate::fleet::{File, Fleet, simulator};
-use crate::gateway::{Gateway, meddle};
-use crate::logs::keep_of;
+use crate::support::database::PgDatabase;
+use crate::support::fleet::{File, Fleet, simulator};
+use crate::support::gateway::{Gateway, meddle};
+use crate::support::logs::keep_of;
 
 /// A change to a store, and the difference that the verifier must report.
 struct Falsification {

@@ -6,12 +6,12 @@ use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 use fieldgate_protocol::message::{Column, CommandResult, Data, Event, Gap};
 
-use crate::client::{
+use crate::malformed::{Cases, assert_only, assert_serves};
+use crate::support::client::{
     FLOW, LEVEL, OPEN, SCHEMA, T0_US, TEMPERATURE, event, frame, gap, header, no_columns, payload,
     raw, readings, reheaded, sealed, with_columns,
 };
-use crate::gateway::Gateway;
-use crate::malformed::{Cases, assert_only, assert_serves};
+use crate::support::gateway::Gateway;
 
 /// Asserts for frames with number 2 that are rejected permanently with `code`: each is quarantined completely and
 /// leaves no other data, and its stream continues.

@@ -8,9 +8,9 @@ use fieldgate_protocol::error::Code;
 
 use tempfile::TempDir;
 
-use crate::client::{Heard, Link, header, readings, sealed};
-use crate::database::PgDatabase;
-use crate::gateway::{Ended, Gateway, run};
+use crate::support::client::{Heard, Link, header, readings, sealed};
+use crate::support::database::PgDatabase;
+use crate::support::gateway::{Ended, Gateway, run};
 
 /// Eight of these fill the share of a device, 1 MiB / 8.
 const FRAME_BYTES: usize = 16_384;

@@ -2,12 +2,12 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::client::{Heard, Link, readings_at};
-use crate::gateway::{Gateway, command};
+use crate::support::client::{Heard, Link, readings_at};
+use crate::support::gateway::{Gateway, command};
+use crate::support::{PATIENCE, eventually};
 
-const PATIENCE: Duration = Duration::from_secs(60);
 /// A query that reads indefinitely, without a row to write.
 const ENDLESS: &str =
     "WITH RECURSIVE c(n) AS (SELECT count(*) FROM frames UNION ALL SELECT n + 1 FROM c)
@@ -73,10 +73,8 @@ fn a_removal_does_not_wait_for_a_gateway_that_was_killed() {
     let says = lines.map_while(Result::ok).next().unwrap_or_default();
     assert!(says.contains("waiting up to two minutes"), "{says}");
     let _ = gateway.kill();
-    let deadline = Instant::now() + PATIENCE;
-    while remove.try_wait().expect("waits").is_none() {
-        assert!(Instant::now() < deadline, "it still waits");
-        std::thread::yield_now();
-    }
+    eventually("the command ends", PATIENCE, || {
+        remove.try_wait().expect("a child").is_some()
+    });
     assert!(remove.wait().expect("ends").success());
 }

@@ -10,13 +10,13 @@ use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 use fieldgate_protocol::message::{Data, Event, Gap};
 
-use crate::client::{
+use crate::support::client::{
     Link, T0_US, TEMPERATURE, damaged, event, frame, gap, header, no_columns, raw, readings,
     readings_at, reheaded, sealed, with_columns,
 };
-use crate::database::PgDatabase;
-use crate::gateway::{Database, Ended, Gateway, command, meddle, run};
-use crate::logs::keep_of;
+use crate::support::database::PgDatabase;
+use crate::support::gateway::{Database, Ended, Gateway, command, meddle, run};
+use crate::support::logs::keep_of;
 
 /// Gets decodable `bytes` into quarantine as number `seq`: sends a frame of an unknown type under this
 /// number, and replaces its quarantined bytes.
@@ -326,7 +326,7 @@ fn replays_in_postgres_store_each_frame_once() {
     let url = database.url();
     let gateway = Gateway::start(&["--store", &url]);
     let sent = replays_beside_a_gateway(&gateway, &url, |seq, digits| {
-        crate::database::Session::open(&url).execute(&format!(
+        crate::support::database::Session::open(&url).execute(&format!(
             "UPDATE quarantine SET bytes = '\\x{digits}' WHERE seq = {seq}"
         ));
     });
@@ -420,7 +420,7 @@ fn show_marks_the_byte_that_breaks_a_rule() {
             link.expect_nack(5, Code::PayloadCrc, 5);
             link.send(bytes);
         }
-        while !matches!(link.hear(), crate::client::Heard::Ack { seq, .. } if seq == id) {}
+        while !matches!(link.hear(), crate::support::client::Heard::Ack { seq, .. } if seq == id) {}
         let shown = show(&gateway, id);
         let mark = shown
             .lines()

@@ -6,17 +6,18 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fieldgate_protocol::error::Code;
 use sqlx::ConnectOptions;
 use sqlx::sqlite::SqliteConnectOptions;
 use tempfile::TempDir;
 
-use crate::client::{Heard, Link, SCHEMA, declare, event, readings};
-use crate::database::{PgDatabase, Session};
-use crate::fleet::spool_status;
-use crate::gateway::{Ended, Gateway, PATIENCE, clean, command, run};
+use crate::support::client::{Heard, Link, SCHEMA, declare, event, readings};
+use crate::support::database::{PgDatabase, Session};
+use crate::support::fleet::spool_status;
+use crate::support::gateway::{Ended, Gateway, clean, command, run};
+use crate::support::{PATIENCE, eventually};
 
 /// Maximum time in which a gateway exits when its files are gone, on a busy machine.
 const ENDS_WITHIN: Duration = Duration::from_secs(10);
@@ -128,10 +129,9 @@ fn a_spool_stores_nothing_under_another_device() {
     (1..=3).for_each(|seq| valve.send(&readings(seq)));
     valve.expect_ack(3);
     // Otherwise the gateway would copy it again.
-    let deadline = Instant::now() + PATIENCE;
-    while !spool_status(&url, gateway.data_dir()).contains("empty") {
-        assert!(Instant::now() < deadline, "never drained");
-    }
+    eventually("the spool is empty", PATIENCE, || {
+        spool_status(&url, gateway.data_dir()).contains("empty")
+    });
     database.restore(&backup);
     // In the database these two get their ids in reverse order.
     let (mut fan, _) = gateway.connect("fan");
@@ -197,11 +197,7 @@ fn a_gateway_with_a_copied_spool_does_not_start() {
 
 /// Waits for a gateway that exits on its own.
 fn ends(mut gateway: Gateway) -> Ended {
-    let deadline = Instant::now() + ENDS_WITHIN;
-    while gateway.is_alive() {
-        assert!(Instant::now() < deadline, "it still runs");
-        std::thread::yield_now();
-    }
+    eventually("the gateway exits", ENDS_WITHIN, || !gateway.is_alive());
     gateway.wait()
 }
 

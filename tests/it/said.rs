@@ -5,8 +5,8 @@ use std::fs;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::gateway::{Gateway, command, run};
-use crate::logs::keep_of;
+use crate::support::gateway::{Gateway, command, run};
+use crate::support::logs::keep_of;
 
 /// Returns the events of a JSON log; every line has to be JSON.
 fn events(log: &str) -> Vec<Value> {

@@ -2,10 +2,11 @@
 
 use tempfile::TempDir;
 
-use crate::client::{bye, readings};
-use crate::database::{PgDatabase, Session};
-use crate::gateway::{Gateway, command};
 use crate::gateways::Pair;
+use crate::support::client::{bye, readings};
+use crate::support::database::{PgDatabase, Session};
+use crate::support::gateway::{Gateway, command};
+use crate::support::{PATIENCE, eventually};
 
 /// Returns the output of `fieldgate` about the devices in `data_dir`, or in the store that `flags` select.
 fn list(data_dir: &std::path::Path, flags: &[&str]) -> String {
@@ -60,9 +61,9 @@ fn a_device_with_a_replaced_session_is_still_connected() {
     assert_eq!(database.count(connected), 1);
     newer.send(&bye());
     newer.expect_closed();
-    while database.count(connected) == 1 {
-        std::thread::yield_now();
-    }
+    eventually("the device is disconnected", PATIENCE, || {
+        database.count(connected) == 0
+    });
 }
 
 #[test]

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use crate::database::PgDatabase;
-use crate::fleet::{simulator, verify};
-use crate::gateway::Gateway;
-use crate::logs::keep_of;
+use crate::support::database::PgDatabase;
+use crate::support::fleet::{simulator, verify};
+use crate::support::gateway::Gateway;
+use crate::support::logs::keep_of;
 
 /// Runs the simulator to its end and verifies the stored data.
 fn run(gateway: &Gateway, dir: &TempDir, journal: &str, flags: &[&str]) {

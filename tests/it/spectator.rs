@@ -9,9 +9,9 @@ use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::fleet::simulator;
-use crate::gateway::Gateway;
-use crate::logs::{collect, keep_of};
+use crate::support::fleet::simulator;
+use crate::support::gateway::Gateway;
+use crate::support::logs::{collect, keep_of};
 use crate::tls::until;
 
 /// Writes a file with a fleet key.
@@ -74,7 +74,7 @@ fn it_exits_if_no_device_can_connect() {
 #[test]
 fn it_exits_if_a_required_client_certificate_is_missing() {
     let dir = TempDir::new().expect("a directory");
-    let made = crate::gateway::run(&[
+    let made = crate::support::gateway::run(&[
         "tls",
         "init",
         "--data-dir",

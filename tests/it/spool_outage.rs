@@ -7,11 +7,11 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tempfile::TempDir;
 
-use crate::client::readings;
-use crate::cluster::Cluster;
-use crate::fleet::{Fleet, Place, Spooled, rounds, spool_status};
-use crate::gateway::{Gateway, run};
 use crate::outage::{ROUNDS_DEFAULT, ROUNDS_VARIABLE};
+use crate::support::client::readings;
+use crate::support::cluster::Cluster;
+use crate::support::fleet::{Fleet, Place, Spooled, rounds, spool_status};
+use crate::support::gateway::{Gateway, run};
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]

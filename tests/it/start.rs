@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use crate::gateway::{Gateway, meddle, run};
-use crate::logs::by_default;
 use crate::malformed::assert_serves;
+use crate::support::gateway::{Gateway, meddle, run};
+use crate::support::logs::by_default;
 
 /// Asserts that `serve` on `data_dir` with `flags` exits with `code` and prints an error that contains all `words`.
 pub fn assert_refused(data_dir: &Path, flags: &[&str], code: i32, words: &[&str]) {

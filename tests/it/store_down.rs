@@ -9,8 +9,8 @@ use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, SqliteConnection};
 use tokio::runtime::{Builder, Runtime};
 
-use crate::client::{Heard, Link, readings};
-use crate::gateway::Gateway;
+use crate::support::client::{Heard, Link, readings};
+use crate::support::gateway::Gateway;
 
 /// Expects the NACK of an outage: nothing past `durable_seq` is stored.
 pub fn expect_store_down(link: &mut Link, durable_seq: u64) {

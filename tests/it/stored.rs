@@ -5,11 +5,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use fieldgate_protocol::column::encoding;
 use fieldgate_protocol::message::{Channel, Column, Data, Event};
 
-use crate::client::{
+use crate::support::client::{
     FLOW, Heard, LEVEL, Link, OPEN, SCHEMA, T0_US, bye, declare_channels, event, frame, no_columns,
     ping, raw, readings, readings_at, with_columns,
 };
-use crate::gateway::Gateway;
+use crate::support::gateway::Gateway;
 
 fn now_us() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);

@@ -17,12 +17,12 @@ use rustls::{
 };
 use tempfile::TempDir;
 
-use crate::client::{Heard, Link, Login, SCHEMA, Welcomed, declare, readings};
-use crate::fleet::simulator;
-use crate::gateway::{Ended, Gateway, command, run};
-use crate::logs::{by_default, keep_key, keep_of};
 use crate::malformed::assert_serves;
-use crate::wire::connect;
+use crate::support::client::{Heard, Link, Login, SCHEMA, Welcomed, declare, readings};
+use crate::support::fleet::simulator;
+use crate::support::gateway::{Ended, Gateway, command, run};
+use crate::support::logs::{by_default, keep_key, keep_of};
+use crate::support::wire::connect;
 
 /// A data directory with a certificate, kept until dropped.
 pub struct Site(pub TempDir);

@@ -13,7 +13,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::oid_registry::OID_X509_EXT_SUBJECT_ALT_NAME;
 use x509_parser::prelude::FromDer;
 
-use crate::gateway::{Ended, command, run};
+use crate::support::gateway::{Ended, command, run};
 use crate::tls::{Site, private_key};
 
 /// Returns the content of every file of a directory, by name.

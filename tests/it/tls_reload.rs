@@ -6,8 +6,8 @@ use std::os::unix::fs::PermissionsExt;
 use rcgen::{CertificateParams, Issuer, KeyPair, date_time_ymd};
 use rustls::pki_types::CertificateDer;
 
-use crate::client::Link;
-use crate::gateway::{Ended, Gateway};
+use crate::support::client::Link;
+use crate::support::gateway::{Ended, Gateway};
 use crate::tls::{Site, until};
 
 const NOT_TAKEN: &str = "could not load new certificate, keeping the old one";

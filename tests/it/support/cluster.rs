@@ -8,15 +8,14 @@ use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use tempfile::TempDir;
 
-use crate::database::{PgDatabase, Session};
+use crate::support::database::{PgDatabase, Session};
+use crate::support::{PATIENCE, eventually};
 
 /// Longer than any start, including recovery after a crash.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The server programs.
 struct Programs {
@@ -132,15 +131,13 @@ impl Cluster {
         }
         command.stdout(log.try_clone().expect("a log")).stderr(log);
         let mut postmaster = command.spawn().expect("starts");
-        let deadline = Instant::now() + PATIENCE;
-        while Session::try_open(&self.url()).is_none() {
-            let ended = postmaster.try_wait().expect("a child");
-            if ended.is_some() || Instant::now() > deadline {
+        eventually("Postgres starts", PATIENCE, || {
+            if let Some(status) = postmaster.try_wait().expect("a child") {
                 let said = std::fs::read_to_string(&path).unwrap_or_default();
-                panic!("Postgres does not start: {ended:?}\n{said}");
+                panic!("Postgres does not start, {status}: {said}");
             }
-            std::thread::yield_now();
-        }
+            Session::try_open(&self.url()).is_some()
+        });
         self.postmaster = Some(postmaster);
     }
 

@@ -14,8 +14,8 @@ use fieldgate::time::{BootClock, Origin, Quality, ResolvedTime};
 use fieldgate_protocol::frame::types;
 use fieldgate_protocol::value::Kind;
 
-use crate::gateway::command;
-use crate::logs::{Stderr, by_default, collect, keep_of};
+use crate::support::gateway::command;
+use crate::support::logs::{Stderr, by_default, collect, keep_of};
 
 /// 2026-02-25T06:13:20Z
 pub const AT_US: i64 = 1_772_000_000_000_000;

@@ -20,8 +20,8 @@ use fieldgate_protocol::message::{
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
-use crate::logs::{keep_frame, keep_key};
-use crate::wire::{Wire, connect};
+use crate::support::logs::{keep_frame, keep_key};
+use crate::support::wire::{Wire, connect};
 
 /// Number of the schema that [`declare`] declares and [`readings`] uses.
 pub const SCHEMA: u16 = 1;

@@ -2,18 +2,19 @@
 
 use std::borrow::Cow;
 use std::io::ErrorKind;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, FromRow, PgConnection};
 use tokio::runtime::{Builder, Runtime};
+
+use crate::support::{PATIENCE, eventually};
 
 /// Variable with the URL of the server that tests share; `tests/run` sets it.
 const SERVER_VARIABLE: &str = "FIELDGATE_TEST_POSTGRES_URL";
 /// A frozen server accepts no connections.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// Longer than any query of a test takes.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection to Postgres.
 pub struct Session {
@@ -96,10 +97,7 @@ impl Session {
 
     /// Waits until a query returns true.
     pub fn wait_for(&mut self, sql: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        while !self.rows::<(bool,)>(sql)[0].0 {
-            assert!(Instant::now() < deadline, "never true: {sql}");
-        }
+        eventually(sql, PATIENCE, || self.rows::<(bool,)>(sql)[0].0);
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 
-use crate::gateway::PATIENCE;
+use crate::support::PATIENCE;
 
 /// Files with the logs, and with a line of hexadecimal digits for each secret. Both grow by whole lines, because
 /// many tests write to them at the same time.

@@ -4,13 +4,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::database::PgDatabase;
-use crate::gateway::{Database, Gateway, clean, command};
-use crate::logs::{Stderr, collect, keep_of};
+use crate::support::database::PgDatabase;
+use crate::support::eventually;
+use crate::support::gateway::{Database, Gateway, clean, command};
+use crate::support::logs::{Stderr, collect, keep_of};
 
 /// Maximum time from a restart of the gateway or database to the next acknowledgement.
 const READY_AGAIN: Duration = Duration::from_secs(20);
@@ -110,10 +111,9 @@ impl Place for Spooled {
     }
 
     fn settle(&mut self, data_dir: &Path) {
-        let deadline = Instant::now() + DRAINED_WITHIN;
-        while !spool_status(&self.url(), data_dir).contains("empty") {
-            assert!(Instant::now() < deadline, "the spool is never empty");
-        }
+        eventually("the spool is empty", DRAINED_WITHIN, || {
+            spool_status(&self.url(), data_dir).contains("empty")
+        });
     }
 }
 
@@ -208,25 +208,18 @@ impl<P: Place> Fleet<P> {
     }
 
     pub fn await_progress_within(&mut self, patience: Duration, round: u64) {
-        let deadline = Instant::now() + patience;
-        loop {
-            let durable = self.place.poll(DURABLE);
-            if let Some(durable) = durable.filter(|durable| *durable > self.durable) {
-                self.durable = durable;
-                return;
-            }
+        let before = self.durable;
+        eventually(&format!("progress in round {round}"), patience, || {
             if let Some(status) = self.process.try_wait().expect("a child") {
                 panic!(
                     "round {round}: the simulator ended, {status}: {}",
                     self.said()
                 );
             }
-            assert!(
-                Instant::now() < deadline,
-                "round {round}: no further progress"
-            );
-            std::thread::yield_now();
-        }
+            let durable = self.place.poll(DURABLE);
+            self.durable = durable.unwrap_or(before).max(before);
+            self.durable > before
+        });
     }
 
     /// Stops fleet and gateway, and verifies that every acknowledged frame is stored, once, with

@@ -8,7 +8,6 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::sync::mpsc::channel;
 use std::thread;
-use std::time::Duration;
 
 use fieldgate::store::sqlite::open_reader;
 use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING, derive_device_key};
@@ -17,11 +16,11 @@ use sqlx::{AssertSqlSafe, ConnectOptions, FromRow, SqliteConnection};
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 
-use crate::client::{Link, Login, Welcomed, declare};
-use crate::logs::{Stderr, collect, keep_key};
+use crate::support::PATIENCE;
+use crate::support::client::{Link, Login, Welcomed, declare};
+use crate::support::logs::{Stderr, collect, keep_key};
 
 /// Longer than a start or an end takes on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Returns `fieldgate` with `args`, not started yet, in a clean environment.
 pub fn command(args: &[&str]) -> Command {
@@ -185,7 +184,7 @@ impl Gateway {
     /// Logs in as a device and declares its schema.
     pub fn connect(&self, name: &str) -> (Link, Welcomed) {
         let (mut link, welcomed) = Link::login(self.addr, &self.device(name));
-        link.send(&declare(crate::client::SCHEMA));
+        link.send(&declare(crate::support::client::SCHEMA));
         (link, welcomed)
     }
 
