@@ -3,7 +3,7 @@
 //!
 //! Times that a gateway stores, or compares with a device's times, come from [`SystemClock`] as
 //! arguments; waits, deadlines and commands read the machine's clocks directly. [`Origin`] reveals
-//! a step of the wall clock, [`watch`] records it, and [`BootClock::corrected`] corrects offsets
+//! a step of the wall clock, [`watch()`] records it, and [`BootClock::corrected`] corrects offsets
 //! that were measured before it.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
