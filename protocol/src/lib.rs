@@ -4,7 +4,7 @@
 //!
 //! - [`frame`]: frames with their headers, checksums and limits.
 //! - [`message`]: the payload of each frame type.
-//! - [`column`]: encoding of readings and their times.
+//! - [`mod@column`]: encoding of readings and their times.
 //! - [`auth`]: keys and the MACs of the handshake.
 //! - [`error`]: codes of refusals, and how the device must react to each.
 //! - [`device`]: the device side as a state machine for firmware.

@@ -48,7 +48,7 @@ impl Kind {
         }
     }
 
-    /// Returns the size of a value in [`encoding::RAW`], in bytes.
+    /// Returns the size of a value in [`RAW`](crate::column::encoding::RAW), in bytes.
     pub(crate) const fn width_bytes(self) -> usize {
         match self {
             Kind::Integer | Kind::F64 => 8,

@@ -227,7 +227,7 @@ impl Reader {
     /// Returns the rows of a query of this program's own.
     ///
     /// # Errors
-    /// The store does not answer, or a file has not given all rows within 10 seconds.
+    /// The store does not answer, or a file has not given all rows within [`OWN_QUERY_MAX`].
     pub async fn rows(
         &mut self,
         sql: &str,
