@@ -16,7 +16,7 @@
 //! After the faults stop, everything is acknowledged within [`CALM_US_MAX`], and no connection opened from then on
 //! times out: no side waits for something that the other never sends.
 //!
-//! `FIELDGATE_TEST_SEED` repeats one run.
+//! `FIELDGATE_TEST_SEED` repeats one run. `FIELDGATE_TEST_FIRST_SEED` selects other seeds.
 
 mod device;
 mod gateway;
@@ -82,9 +82,14 @@ struct World {
 #[test]
 fn nothing_is_lost_doubled_invented_or_stuck() {
     let mut tally = Tally::new();
-    let seeds = match std::env::var("FIELDGATE_TEST_SEED") {
-        Ok(seed) => vec![seed.parse().expect("the seed is a number")],
-        Err(_) => (0..SEEDS).collect(),
+    let seed = |variable| {
+        let seed = std::env::var(variable).ok()?;
+        Some(seed.parse::<u64>().expect("the seed is a number"))
+    };
+    let first = seed("FIELDGATE_TEST_FIRST_SEED").unwrap_or(0);
+    let seeds = match seed("FIELDGATE_TEST_SEED") {
+        Some(seed) => vec![seed],
+        None => (first..first + SEEDS).collect(),
     };
     for seed in &seeds {
         let run = catch_unwind(AssertUnwindSafe(|| World::new(*seed).run()));
@@ -99,7 +104,8 @@ fn nothing_is_lost_doubled_invented_or_stuck() {
         }
     }
     eprintln!("{tally:?}");
-    if seeds.len() as u64 == SEEDS {
+    // Other seeds may miss a rare event.
+    if seeds == Vec::from_iter(0..SEEDS) {
         let expected = [
             "readings stored",
             "event stored",
