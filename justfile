@@ -1,0 +1,25 @@
+# Recipes for daily work: `just RECIPE`. Each is a command that works without just as well.
+
+# Build both programs into target/release
+build:
+    cargo build --release --locked
+
+# Run the quick tests; `tests/run` runs all of them
+test *ARGS:
+    cargo test --workspace --locked -q {{ ARGS }}
+
+# Run what needs no tests: format, spelling, dependencies, lints
+check:
+    cargo fmt --all --check
+    tests/spelling
+    cargo clippy --workspace --all-targets --locked -- -D warnings
+
+# Measure the gateway on this machine, in two to three minutes
+bench *ARGS: build
+    target/release/fieldgate-sim bench --quick {{ ARGS }}
+
+# Build the documentation of the code, and check the documents
+docs:
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --locked
+    cargo build --workspace --locked
+    tests/docs target/debug/fieldgate target/debug/fieldgate-sim
