@@ -15,8 +15,6 @@ use tempfile::TempDir;
 use crate::support::database::{PgDatabase, Session};
 use crate::support::{PATIENCE, eventually};
 
-/// Longer than any start, including recovery after a crash.
-
 /// The server programs.
 struct Programs {
     dir: PathBuf,

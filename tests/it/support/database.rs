@@ -14,8 +14,6 @@ use crate::support::{PATIENCE, eventually};
 const SERVER_VARIABLE: &str = "FIELDGATE_TEST_POSTGRES_URL";
 /// A frozen server accepts no connections.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
-/// Longer than any query of a test takes.
-
 /// A connection to Postgres.
 pub struct Session {
     runtime: Runtime,

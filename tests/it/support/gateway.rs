@@ -20,8 +20,6 @@ use crate::support::PATIENCE;
 use crate::support::client::{Link, Login, Welcomed, declare};
 use crate::support::logs::{Stderr, collect, keep_key};
 
-/// Longer than a start or an end takes on a busy machine.
-
 /// Returns `fieldgate` with `args`, not started yet, in a clean environment.
 pub fn command(args: &[&str]) -> Command {
     let mut command = clean(env!("CARGO_BIN_EXE_fieldgate"));
