@@ -178,7 +178,7 @@ fn c04_a_peer_without_the_key_learns_nothing() {
 fn a_known_device_with_another_version_is_in_the_audit_trail() {
     let mut gateway = Gateway::start(&[]);
     gateway.connect("pump");
-    for name in ["pump", "nobody"] {
+    for name in ["pump", "absent"] {
         let mut link = Link::open(gateway.addr);
         let mut login = gateway.device(name);
         login.versions = (2, 9);

@@ -375,7 +375,7 @@ fn rejections_are_recorded_for_existing_devices_only() {
         key: [7; 32],
         ..place.gateway.device(name)
     };
-    assert_refused(&place.gateway, &wrong("nobody"), Code::Authentication);
+    assert_refused(&place.gateway, &wrong("absent"), Code::Authentication);
     for _ in 0..10 {
         assert_refused(&place.gateway, &wrong("pump"), Code::Authentication);
     }
@@ -386,8 +386,8 @@ fn rejections_are_recorded_for_existing_devices_only() {
         assert!(begun.elapsed() < Duration::from_secs(60));
     }
     assert_eq!(place.events("pump").matches("refused,50").count(), 2);
-    assert_eq!(place.events("nobody").lines().count(), 1);
-    assert!(!place.device(&["list"]).contains("nobody"));
+    assert_eq!(place.events("absent").lines().count(), 1);
+    assert!(!place.device(&["list"]).contains("absent"));
 }
 
 #[test]
@@ -538,11 +538,11 @@ fn failed_device_commands_print_one_line() {
         (&["add"], 2, &["NAME"]),
         (&["disable", "pumq"], 1, &["did you mean pump?"]),
         (
-            &["enable", "pump", "nobody"],
+            &["enable", "pump", "absent"],
             1,
-            &["unknown device", "nobody"],
+            &["unknown device", "absent"],
         ),
-        (&["rotate-key", "nobody"], 1, &["unknown device"]),
+        (&["rotate-key", "absent"], 1, &["unknown device"]),
         (
             &["rotate-key", "pump", "--own-key", "--derived-key"],
             2,
@@ -619,7 +619,7 @@ fn a_removed_device_starts_as_a_new_one(place: &Place) {
     assert!(!listed.contains('#'), "{listed}");
     let sql = "SELECT device, count(*) AS n FROM telemetry GROUP BY device";
     assert_eq!(place.query(sql), "device,n\npump,260\n");
-    let says = place.device_fails(&["remove", "nobody", "--yes"], 1);
+    let says = place.device_fails(&["remove", "absent", "--yes"], 1);
     assert!(says.contains("unknown device"), "{says}");
 }
 

@@ -117,13 +117,7 @@ fn a_live_session_stores_nothing_under_another_device() {
 fn a_spool_stores_nothing_under_another_device() {
     let mut database = PgDatabase::create();
     let url = database.url();
-    let gateway = Gateway::start(&["--store", &url, "--spool"]);
-    let (mut pump, _) = gateway.connect("pump");
-    pump.send(&readings(1));
-    pump.expect_ack(1);
-    database
-        .session()
-        .wait_for("SELECT count(*) = 1 FROM frames");
+    let (gateway, mut pump) = start_with_spool(&mut database);
     let backup = database.back_up();
     let (mut valve, _) = gateway.connect("valve");
     (1..=3).for_each(|seq| valve.send(&readings(seq)));
@@ -156,13 +150,7 @@ fn a_spool_stores_nothing_under_another_device() {
 fn a_gateway_with_a_copied_spool_does_not_start() {
     let mut database = PgDatabase::create();
     let url = database.url();
-    let gateway = Gateway::start(&["--store", &url, "--spool"]);
-    let (mut pump, _) = gateway.connect("pump");
-    pump.send(&readings(1));
-    pump.expect_ack(1);
-    database
-        .session()
-        .wait_for("SELECT count(*) = 1 FROM frames");
+    let (gateway, mut pump) = start_with_spool(&mut database);
     let copy = TempDir::new().expect("a directory");
     for file in fs::read_dir(gateway.data_dir()).expect("a directory") {
         let file = file.expect("a file");
@@ -193,6 +181,18 @@ fn a_gateway_with_a_copied_spool_does_not_start() {
     database
         .session()
         .wait_for("SELECT count(*) = 2 FROM frames");
+}
+
+/// Starts a gateway with a spool that has drained the first frame of `pump`.
+fn start_with_spool(database: &mut PgDatabase) -> (Gateway, Link) {
+    let gateway = Gateway::start(&["--store", &database.url(), "--spool"]);
+    let (mut pump, _) = gateway.connect("pump");
+    pump.send(&readings(1));
+    pump.expect_ack(1);
+    database
+        .session()
+        .wait_for("SELECT count(*) = 1 FROM frames");
+    (gateway, pump)
 }
 
 /// Waits for a gateway that exits on its own.

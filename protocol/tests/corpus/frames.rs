@@ -111,7 +111,7 @@ fn checksums() -> Vec<Vector> {
             "R6: the checksum itself is damaged",
         ),
         vector("payload-crc-again", CRC_FAILED, &bad(5), refused(35), "R63: the second time: quarantined as received"),
-        vector("payload-crc-mended", CRC_FAILED, &data_frame(5), Expect::Taken, "R63: resent intact"),
+        vector("payload-crc-resent", CRC_FAILED, &data_frame(5), Expect::Taken, "R63: resent intact"),
         vector("payload-crc-dropping", DROPPING, &bad(5), refused(22), "R62: the awaited number, damaged"),
         vector("payload-crc-durable", SERVING, &bad(3), Expect::Ack { seq: 3 }, "R105: a duplicate, with any payload"),
         vector("payload-crc-duplicate", SERVING, &bad(4), Expect::Dropped, "R105"),

@@ -74,8 +74,8 @@ fn frames_of_all_types() -> Vec<(Vec<u8>, Vec<At>)> {
         (message_frame(&corpus::data(), 1), vec![]),
         (message_frame(&messages::result(), 1), vec![]),
     ];
-    for known_to_nobody in [0x00, 0x08, 0x10, 0x1F, 0x30, 0x40, 0x55, 0x7E] {
-        out.push((frame_of(known_to_nobody, 0, &[]), vec![]));
+    for unassigned in [0x00, 0x08, 0x10, 0x1F, 0x30, 0x40, 0x55, 0x7E] {
+        out.push((frame_of(unassigned, 0, &[]), vec![]));
     }
     for skippable in [0x80, 0xFF] {
         out.push((frame_with(9, skippable, 9, 9, &[1, 2, 3]), STATES.to_vec()));

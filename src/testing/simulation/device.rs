@@ -7,11 +7,12 @@ use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, derive_device_key, schema_has
 use fieldgate_protocol::column::{encode_f64, encode_integers, encoding, scaled};
 use fieldgate_protocol::device::{Config, Device, Fault, Queue};
 use fieldgate_protocol::frame::{Header, NoRoom, TRAILER_BYTES, VERSION, seal, types};
-use fieldgate_protocol::message::{Channel, Column, Data, Declare, Event, encode};
+use fieldgate_protocol::message::{Column, Data, Event, encode};
 use fieldgate_protocol::value::Kind;
 
 use super::LinkId;
 use super::random::Random;
+use crate::testing;
 use crate::time::Now;
 
 /// Device names; static, because the state machine borrows them.
@@ -56,20 +57,7 @@ pub(super) enum MadeContent {
 }
 
 pub(super) fn declare_frame(schema: u16) -> Vec<u8> {
-    let channels = SCHEMAS[usize::from(schema) - 1].iter().zip(1..);
-    let declare = Declare {
-        schema,
-        channels: channels
-            .map(|((name, kind, exp10), id)| Channel {
-                id,
-                name,
-                unit: "1",
-                kind: *kind as u8,
-                exp10: *exp10,
-            })
-            .collect(),
-        ext: &[],
-    };
+    let declare = testing::declare(schema, SCHEMAS[usize::from(schema) - 1]);
     framed(|out| encode(&declare, 0, out))
 }
 

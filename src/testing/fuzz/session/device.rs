@@ -10,9 +10,11 @@ use fieldgate_protocol::frame::{
     DEFAULT_FRAME_BYTES_MAX, HANDSHAKE_FRAME_BYTES_MAX, HEADER_BYTES, TRAILER_BYTES, VERSION,
 };
 use fieldgate_protocol::message::{
-    Auth, Bye, Challenge, Channel, Column, Data, Declare, Event, Gap, Hello, Message, Ping, encode,
+    Auth, Bye, Challenge, Column, Data, Event, Gap, Hello, Message, Ping, encode,
 };
 use fieldgate_protocol::value::Kind;
+
+use crate::testing;
 
 pub(super) const FLEET_KEY: [u8; KEY_BYTES] = [7; KEY_BYTES];
 /// Nonce of every connection, so that AUTH is the same in each.
@@ -141,21 +143,7 @@ fn channels(pick: u8) -> (u16, [(&'static str, Kind, i8); 2]) {
 /// Returns a DECLARE; `pick` selects number and content.
 pub(super) fn declare(pick: u8) -> Vec<u8> {
     let (schema, channels) = channels(pick);
-    let channels = channels.iter().zip(1..);
-    let declare = Declare {
-        schema,
-        channels: channels
-            .map(|((name, kind, exp10), id)| Channel {
-                id,
-                name,
-                unit: "1",
-                kind: *kind as u8,
-                exp10: *exp10,
-            })
-            .collect(),
-        ext: &[],
-    };
-    framed(&declare, 0)
+    framed(&testing::declare(schema, &channels), 0)
 }
 
 /// Returns DATA that is valid if the schema of `pick` was declared; each byte of `raw` is a row.
