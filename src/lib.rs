@@ -22,13 +22,13 @@ pub mod auth;
 
 pub mod quota;
 
-pub mod config;
-
 pub mod net;
 
 pub mod store;
 
 pub mod recording;
+
+pub mod config;
 
 pub mod time;
 

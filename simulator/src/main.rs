@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use clap::error::{ContextKind, ContextValue};
 use fieldgate::auth::fleet_key::FleetKey;
-use fieldgate::store::url;
+use fieldgate::config::store_url;
 use fieldgate::sys::secret_file::SecretReaders;
 use fieldgate_simulator::args::{self, BenchArgs, Command, RunArgs, RunOptions, VerifyArgs};
 use fieldgate_simulator::bench;
@@ -347,7 +347,7 @@ async fn bench(args: &BenchArgs) -> Result<ExitCode, Failure> {
 fn without_password(mut error: clap::Error) -> clap::Error {
     for kind in [ContextKind::InvalidValue, ContextKind::InvalidArg] {
         if let Some(ContextValue::String(value)) = error.get(kind) {
-            let shown = ContextValue::String(url::without_password(value));
+            let shown = ContextValue::String(store_url::without_password(value));
             error.insert(kind, shown);
         }
     }

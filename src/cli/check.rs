@@ -5,9 +5,9 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::Path;
 
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::config::{Config, Settings};
 use fieldgate::store::reader::{OpenError, Reader};
-use fieldgate::store::url::StoreUrl;
 use fieldgate::store::{postgres, spool, sqlite};
 use fieldgate::sys::log;
 use rustix::fs::{Access, access};

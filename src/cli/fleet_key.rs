@@ -8,11 +8,11 @@ use clap::{Args, Subcommand};
 use fieldgate::auth::claim::{Mismatch, Standing, adopt, claim, standing};
 use fieldgate::auth::device_key::DeviceKey;
 use fieldgate::auth::fleet_key::{FleetKey, KEY_FILE, Origin, create_data_dir};
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::config::{Config, SPOOL_FILE};
 use fieldgate::store::device_admin;
 use fieldgate::store::editor::Editor;
 use fieldgate::store::reader::Reader;
-use fieldgate::store::url::StoreUrl;
 use fieldgate::sys::secret_file::SecretReaders;
 use tokio::time::timeout;
 

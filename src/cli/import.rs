@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::import::{History, ImportError, Progress, Target, send};
 use fieldgate::recording::{DeviceRows, ReadOptions, Recording};
-use fieldgate::store::url::StoreUrl;
 
 use super::Error;
 use super::device::{device_name, keys_of, read_key};

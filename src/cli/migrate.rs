@@ -4,8 +4,9 @@ use std::io::Write;
 use std::path::Path;
 
 use fieldgate::auth::fleet_key;
+use fieldgate::config::store_url::StoreUrl;
+use fieldgate::store::postgres;
 use fieldgate::store::sqlite::{self, SqliteSettings};
-use fieldgate::store::{postgres, url::StoreUrl};
 
 use super::{Error, output};
 

@@ -1,12 +1,12 @@
 //! Checks the query plan of each command: large tables are read through their indexes, in stores with and without
 //! statistics.
 
+use fieldgate::config::store_url::{PostgresUrl, StoreUrl};
 use fieldgate::store::device_admin;
 use fieldgate::store::postgres;
 use fieldgate::store::reader::{Argument, Reader, Value};
 use fieldgate::store::replay::quarantined_frames_sql;
 use fieldgate::store::sqlite::{self, SqliteSettings};
-use fieldgate::store::url::{PostgresUrl, StoreUrl};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
 
 use super::{device, quarantine, status};

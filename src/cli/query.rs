@@ -10,9 +10,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::store::reader::{ReadError, Reader, Row};
 use fieldgate::store::sqlite::readers;
-use fieldgate::store::url::StoreUrl;
 
 use super::Error;
 use super::output::{self, Grid};

@@ -9,8 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, Command};
+use fieldgate::config::store_url::without_password;
 use fieldgate::config::units::Unit;
-use fieldgate::store::url::without_password;
 use toml::{Table, Value};
 
 use super::nearest::nearest;

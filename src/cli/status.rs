@@ -8,9 +8,9 @@ use std::io::Write;
 use std::path::Path;
 
 use fieldgate::config::SPOOL_FILE;
+use fieldgate::config::store_url::{PostgresUrl, StoreUrl};
 use fieldgate::store::reader::Reader;
 use fieldgate::store::spool;
-use fieldgate::store::url::{PostgresUrl, StoreUrl};
 use fieldgate::time::SystemClock;
 
 use super::Error;

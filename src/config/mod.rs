@@ -13,11 +13,10 @@ use fieldgate_protocol::frame::{
     DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, HANDSHAKE_FRAME_BYTES_MAX,
 };
 
-use crate::net::tls::TlsFiles;
-use crate::store::bounds::DeviceBounds;
-use crate::store::url::StoreUrl;
+use self::store_url::StoreUrl;
 use crate::sys::secret_file::SecretReaders;
 
+pub mod store_url;
 pub mod units;
 
 /// Name of the database in the data directory, unless `store` is set.
@@ -45,6 +44,47 @@ pub enum Registration {
     Open,
     /// Only devices that were registered before.
     Closed,
+}
+
+/// Limits for each device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceBounds {
+    /// Maximum number of series, over all schemas.
+    pub series_max: u32,
+    /// Maximum number of schemas.
+    pub schemas_max: u32,
+    /// Maximum number of streams.
+    pub streams_max: u32,
+}
+
+impl DeviceBounds {
+    /// Suffices for a device with 100 channels that renames all of them 40 times, and for one that starts a new
+    /// stream at each boot and boots each hour for two years.
+    pub const DEFAULT: DeviceBounds = DeviceBounds {
+        series_max: 4096,
+        schemas_max: 1024,
+        streams_max: 16_384,
+    };
+}
+
+impl Default for DeviceBounds {
+    fn default() -> Self {
+        DeviceBounds::DEFAULT
+    }
+}
+
+/// Paths of the TLS files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The gateway's certificate, followed by intermediate certificates up to a CA known to
+    /// devices.
+    pub cert: PathBuf,
+    /// The certificate's private key.
+    pub key: PathBuf,
+    /// CA certificates that sign client certificates; `None` if devices need none.
+    pub client_ca: Option<PathBuf>,
+    /// Users other than the owner who may read the key.
+    pub key_readers: SecretReaders,
 }
 
 /// Settings of the gateway, not yet validated; see [`Config::new`].

@@ -25,6 +25,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 
+use crate::config::TlsFiles;
 use crate::sys::secret_file::{SecretError, SecretReaders, open_secret};
 use crate::time::utc_now;
 
@@ -38,20 +39,6 @@ const DAY: SignedDuration = SignedDuration::from_hours(24);
 const TLS_CA_FILE: &str = "ca.pem";
 /// A certificate that expires sooner causes a warning each day.
 const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
-
-/// Paths of the files.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TlsFiles {
-    /// The gateway's certificate, followed by intermediate certificates up to a CA known to
-    /// devices.
-    pub cert: PathBuf,
-    /// The certificate's private key.
-    pub key: PathBuf,
-    /// CA certificates that sign client certificates; `None` if devices need none.
-    pub client_ca: Option<PathBuf>,
-    /// Users other than the owner who may read the key.
-    pub key_readers: SecretReaders,
-}
 
 /// Reason why TLS cannot be used.
 #[derive(Debug, thiserror::Error)]

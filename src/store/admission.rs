@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use super::bounds::{DeviceBounds, Reached};
+use super::bounds::Reached;
 use super::schemas::{
     SeriesIndex, SeriesKey, StoredSchemas, parse_declaration, series_keys, unreturned,
 };
@@ -11,6 +11,7 @@ use super::{
     Admission, DeclaredChannel, DeviceId, Login, LoginOutcome, Receipt, Schema, SchemaHash,
     StreamId,
 };
+use crate::config::DeviceBounds;
 use crate::time::{BootClock, Origin};
 
 /// A device's row.

@@ -7,27 +7,9 @@ use std::collections::HashMap;
 use std::fmt;
 
 use super::DeviceId;
-
-/// Limits for each device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeviceBounds {
-    /// Maximum number of series, over all schemas.
-    pub series_max: u32,
-    /// Maximum number of schemas.
-    pub schemas_max: u32,
-    /// Maximum number of streams.
-    pub streams_max: u32,
-}
+use crate::config::DeviceBounds;
 
 impl DeviceBounds {
-    /// Suffices for a device with 100 channels that renames all of them 40 times, and for one that starts a new
-    /// stream at each boot and boots each hour for two years.
-    pub const DEFAULT: DeviceBounds = DeviceBounds {
-        series_max: 4096,
-        schemas_max: 1024,
-        streams_max: 16_384,
-    };
-
     /// Returns the limit that one more schema with `new_series` would exceed, for a device with `counts`.
     pub(super) fn reached(&self, counts: Counts, new_series: u64) -> Option<Reached> {
         if counts.schemas >= u64::from(self.schemas_max) {
@@ -35,12 +17,6 @@ impl DeviceBounds {
         }
         let is_over = new_series > 0 && counts.series + new_series > u64::from(self.series_max);
         is_over.then_some(Reached::Series(self.series_max))
-    }
-}
-
-impl Default for DeviceBounds {
-    fn default() -> Self {
-        DeviceBounds::DEFAULT
     }
 }
 

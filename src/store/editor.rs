@@ -12,8 +12,8 @@ use sqlx::{AssertSqlSafe, Executor};
 
 use super::reader::{Argument, OpenError, ReadError, Reader, postgres_arguments, sqlite_arguments};
 use super::sqlite::turn::Turn;
-use super::url::StoreUrl;
 use super::{postgres, sqlite};
+use crate::config::store_url::StoreUrl;
 
 /// A connection that writes; it reads as a [`Reader`] does.
 pub struct Editor {

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::admission::KeptClocks;
-use super::bounds::{Counts, DeviceBounds, Reached};
+use super::bounds::{Counts, Reached};
 use super::ledger::Watermarks;
 use super::rows::sessions;
 use super::{
@@ -17,6 +17,7 @@ use super::{
     DeviceId, Entry, Kind, Login, LoginOutcome, REFUSALS_MAX, Receipt, Refusal, Schema,
     SchemaChannel, SchemaHash, SeriesId, SessionId, Store, StoreError, StreamId,
 };
+use crate::config::DeviceBounds;
 use crate::time::UNMEASURED;
 
 /// The store; see the module.

@@ -43,7 +43,6 @@ mod schemas;
 pub mod spool;
 pub mod sqlite;
 pub mod steady;
-pub mod url;
 mod value;
 
 /// Row id of a device.

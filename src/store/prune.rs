@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::editor::Editor;
 use super::reader::{Argument, ReadError};
 use super::steady::SteadyError;
-use super::url::StoreUrl;
+use crate::config::store_url::StoreUrl;
 use crate::time::SystemClock;
 
 /// Interval between rounds.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::DeviceId;
 use super::reader::Row;
 use super::steady::{SteadyError, SteadyReader};
-use super::url::StoreUrl;
+use crate::config::store_url::StoreUrl;
 
 /// Bytes of the frames in quarantine, by device.
 pub type QuarantineUsage = HashMap<DeviceId, u64>;

@@ -12,9 +12,9 @@ use sqlx::postgres::{PgArguments, PgDatabaseError};
 use sqlx::sqlite::SqliteArguments;
 use sqlx::{Arguments, AssertSqlSafe, Column, Executor, SqlSafeStr, SqliteConnection, Statement};
 
-use super::url::StoreUrl;
 pub use super::value::Value;
 use super::{postgres, sqlite, value};
+use crate::config::store_url::StoreUrl;
 
 /// How long a query of this program's own may read from a file. The gateway cannot shorten its write-ahead log
 /// past a reader, and stops storing when the log is full.

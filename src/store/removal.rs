@@ -239,10 +239,10 @@ async fn is_bare(editor: &mut Editor, device: i64) -> Result<bool, ReadError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::store_url::StoreUrl;
     use crate::store::conformance::{Peer, admitted, login, peer};
     use crate::store::device_admin::{DeviceEdit, find};
     use crate::store::sqlite::{SqliteSettings, SqliteStore};
-    use crate::store::url::StoreUrl;
     use crate::store::{Batch, Content, DeviceEvent, DeviceEventKind, Entry, SessionId, Store};
 
     fn content(peer: &Peer, seq: u64, content: Content) -> Entry {

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use fieldgate_protocol::value::Kind;
 use serde::{Deserialize, Serialize};
 
-use super::bounds::{Counts, DeviceBounds, Reached};
+use super::bounds::{Counts, Reached};
 use super::{Declare, DeclareOutcome, DeclaredChannel, DeviceId, Schema, SchemaChannel, SeriesId};
+use crate::config::DeviceBounds;
 
 /// A channel in `schemas.declaration`.
 #[derive(Serialize, Deserialize)]

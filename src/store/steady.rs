@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::reader::{Argument, OpenError, ReadError, Reader, Row};
 use super::sqlite::spool::open_beside;
-use super::url::StoreUrl;
+use crate::config::store_url::StoreUrl;
 
 /// Connects when it is used, and again after an error.
 pub struct SteadyReader {

@@ -7,8 +7,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use fieldgate::auth::fleet_key::{FleetKey, KEY_FILE};
+use fieldgate::config::store_url::{PostgresUrl, StoreUrl};
 use fieldgate::config::{DATABASE_FILE, Settings};
-use fieldgate::store::url::{PostgresUrl, StoreUrl};
 use fieldgate::sys::secret_file::SecretReaders;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};

@@ -13,8 +13,8 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use fieldgate::auth::fleet_key::KeyError;
+use fieldgate::config::store_url::PostgresUrl;
 use fieldgate::store::reader::OpenError;
-use fieldgate::store::url::PostgresUrl;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 

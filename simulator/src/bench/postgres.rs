@@ -4,9 +4,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use fieldgate::config::store_url::PostgresUrl;
 use fieldgate::store::postgres::migrate;
 use fieldgate::store::reader::OpenError;
-use fieldgate::store::url::PostgresUrl;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection};
 use tokio::task::JoinSet;
 

@@ -24,8 +24,8 @@ mod rest;
 use std::fmt;
 use std::sync::Arc;
 
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::store::reader::{OpenError, ReadError, Reader};
-use fieldgate::store::url::StoreUrl;
 
 use self::device::{DeviceRow, StoredDevice};
 use crate::journal::{DeviceLedger, Ledger};

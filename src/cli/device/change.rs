@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use fieldgate::auth::device_key::DeviceKey;
 use fieldgate::auth::fleet_key::FleetKey;
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::store::device_admin::{DeviceEdit, DeviceState, StoredKey};
 use fieldgate::store::editor::Editor;
-use fieldgate::store::url::StoreUrl;
 use fieldgate::sys::secret_file::{SecretReaders, open_secret};
 use fieldgate::time::SystemClock;
 

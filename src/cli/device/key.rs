@@ -5,11 +5,11 @@ use std::io::Write;
 use clap::Args;
 use fieldgate::auth::device_key::DeviceKey;
 use fieldgate::auth::fleet_key::FleetKey;
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::store::device_admin::{self, StoredKey};
 use fieldgate::store::postgres;
 use fieldgate::store::reader::{OpenError, Reader};
 use fieldgate::store::sqlite;
-use fieldgate::store::url::StoreUrl;
 
 use super::device_name;
 use crate::cli::fleet_key::FleetKeyFile;

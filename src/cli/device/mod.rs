@@ -9,8 +9,8 @@ mod show;
 mod transfer;
 
 use clap::Subcommand;
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::store::reader::Reader;
-use fieldgate::store::url::StoreUrl;
 use fieldgate_protocol::message::check_name;
 
 pub use self::change::read_key;

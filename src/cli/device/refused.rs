@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use clap::Args;
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::store::reader::Reader;
-use fieldgate::store::url::StoreUrl;
 
 use crate::cli::Error;
 use crate::cli::output::{self, code_text, show_utc};

@@ -3,11 +3,11 @@
 use std::io::{self, Write};
 
 use clap::Args;
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::store::device_admin::{self, DeviceEdit};
 use fieldgate::store::editor::Editor;
 use fieldgate::store::removal::{self, Belongings};
 use fieldgate::store::sqlite;
-use fieldgate::store::url::StoreUrl;
 use jiff::Timestamp;
 
 use crate::cli::Error;

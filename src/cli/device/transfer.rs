@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use fieldgate::auth::device_key::DeviceKey;
 use fieldgate::auth::fleet_key::FleetKey;
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::store::device_admin::{self, DeviceState, StoredKey};
 use fieldgate::store::reader::Reader;
-use fieldgate::store::url::StoreUrl;
 use fieldgate::sys::secret_file::create_secret;
 use serde::{Deserialize, Deserializer, Serialize};
 

@@ -8,10 +8,10 @@ mod show;
 use std::io::Write;
 
 use clap::{Args, Subcommand};
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::store::reader::Reader;
 #[cfg(test)]
 use fieldgate::store::replay::quarantined_frames_sql;
-use fieldgate::store::url::StoreUrl;
 
 use self::purge::PurgeArgs;
 use self::select::Selection;

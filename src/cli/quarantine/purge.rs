@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use clap::Args;
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::store::editor::Editor;
-use fieldgate::store::url::StoreUrl;
 
 use super::select::{Condition, Selection};
 use crate::cli::Error;

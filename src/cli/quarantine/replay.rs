@@ -3,12 +3,12 @@
 
 use std::io::Write;
 
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::decode::Context;
 use fieldgate::store::Content;
 use fieldgate::store::editor::Editor;
 use fieldgate::store::reader::Reader;
 use fieldgate::store::replay::{Known, QuarantinedFrame, Understood};
-use fieldgate::store::url::StoreUrl;
 use fieldgate::time::Origin;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
 use fieldgate_protocol::message::first_seq;

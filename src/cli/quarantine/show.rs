@@ -3,11 +3,11 @@
 use std::io::{self, Write};
 
 use clap::Args;
+use fieldgate::config::store_url::StoreUrl;
 use fieldgate::decode::Context;
 use fieldgate::decode::explain::{Dissection, Part, dissect};
 use fieldgate::store::reader::Reader;
 use fieldgate::store::replay::{Known, QuarantinedFrame};
-use fieldgate::store::url::StoreUrl;
 use fieldgate::time::Origin;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
 use fieldgate_protocol::message::{Data, decode};

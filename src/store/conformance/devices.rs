@@ -1,9 +1,9 @@
 //! Admission of devices: operators' changes to devices, for every store.
 
 use super::*;
+use crate::config::store_url::StoreUrl;
 use crate::store::device_admin::{self, DeviceEdit, StoredKey};
 use crate::store::editor::Editor;
-use crate::store::url::StoreUrl;
 
 /// Changes a known device, like the commands.
 pub(in crate::store) async fn change(

@@ -1,7 +1,8 @@
 //! Devices that exceed the limits, for every store.
 
 use super::*;
-use crate::store::bounds::{DeviceBounds, Reached};
+use crate::config::DeviceBounds;
+use crate::store::bounds::Reached;
 
 /// Returns schemas with the maximum number of channels, all different.
 pub(in crate::store) fn very_many(device: DeviceId, schemas: std::ops::Range<u16>) -> Vec<Declare> {

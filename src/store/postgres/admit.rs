@@ -11,10 +11,11 @@ use sqlx::postgres::PgRow;
 
 use super::link::Link;
 use super::timestamp::Timestamp;
+use crate::config::DeviceBounds;
 use crate::store::admission::{
     CLOCKS_MAX, Found, FoundDevice, KeptClocks, MEASURED_AHEAD_MAX_US, NamedSchemas, StreamRow,
 };
-use crate::store::bounds::{Counts, DeviceBounds, StreamRoom};
+use crate::store::bounds::{Counts, StreamRoom};
 use crate::store::schemas::{DeclareVerdict, judge_declares, new_declares};
 use crate::store::schemas::{
     SeriesIndex, SeriesKey, StoredSchema, StoredSchemas, declaration, series_keys,

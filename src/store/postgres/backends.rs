@@ -25,7 +25,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 use super::errors::reason;
-use crate::store::url::PostgresUrl;
+use crate::config::store_url::PostgresUrl;
 
 /// Maximum time for the server to accept a connection, and for each step of its setup.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

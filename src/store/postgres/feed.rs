@@ -17,10 +17,10 @@ use super::open::{OpenError, bring_up_to_date, connect, open_error};
 use super::timestamp::Timestamp;
 use super::write::{Writer, close_sessions};
 use super::{PostgresSettings, PostgresStore, SpoolClaim, classify, run};
+use crate::config::store_url::PostgresUrl;
 use crate::store::sqlite::spool::{
     DeviceRow, SchemaRow, SeriesRow, SpoolIdentity, Standing, StreamRow,
 };
-use crate::store::url::PostgresUrl;
 use crate::store::{DeviceId, SeriesId, StoreError, StreamId};
 use crate::time::{ClockStep, Origin, SystemClock};
 

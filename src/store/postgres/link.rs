@@ -18,7 +18,7 @@ use sqlx::{Connection, Describe, Either, Execute, Executor, PgConnection, Postgr
 use tokio::time::{Sleep, timeout};
 
 use super::backends::{Backend, Backends, Tenure, is_unknown, no_answer};
-use crate::store::url::PostgresUrl;
+use crate::config::store_url::PostgresUrl;
 
 /// Maximum time to close a connection cleanly, which is optional.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);

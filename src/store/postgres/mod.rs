@@ -33,10 +33,10 @@ use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
 use self::write::{CommitError, Writer};
 pub(super) use self::write::{insert_hours, insert_readings};
-use super::bounds::DeviceBounds;
 use super::cut::{Cut, Sum};
 use super::{Batch, Committed, Store, StoreError};
-use crate::store::url::PostgresUrl;
+use crate::config::DeviceBounds;
+use crate::config::store_url::PostgresUrl;
 use crate::time::{SystemClock, warn_at_start};
 
 mod admit;

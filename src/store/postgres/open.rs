@@ -14,7 +14,7 @@ use super::backends::Backends;
 use super::errors::reason;
 use super::link::{Link, Patience};
 use super::{code, run};
-use crate::store::url::PostgresUrl;
+use crate::config::store_url::PostgresUrl;
 
 /// Table of applied migrations. It has its own name because other programs in the same database may also use
 /// sqlx.

@@ -33,7 +33,7 @@ use super::open::{OpenError, open_error};
 use super::run;
 use super::timestamp::Timestamp;
 
-use crate::store::url::PostgresUrl;
+use crate::config::store_url::PostgresUrl;
 use crate::store::{Content, Entry};
 use crate::time::utc_now;
 

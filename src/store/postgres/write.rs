@@ -17,7 +17,7 @@ use super::link::Link;
 use super::newest::Newest;
 use super::timestamp::Timestamp;
 use super::{PostgresSettings, run};
-use crate::store::bounds::DeviceBounds;
+use crate::config::DeviceBounds;
 use crate::store::hours::KnownHours;
 use crate::store::ledger::{self, UnknownStream, Watermarks};
 use crate::store::reuse::{self, Repeat, Reuse};

@@ -4,11 +4,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::config::store_url::StoreUrl;
 use crate::store::device_admin::{ChangeReader, adopt};
 use crate::store::editor::Editor;
 use crate::store::reader::{OpenError, ReadError};
 use crate::store::steady::{SteadyError, SteadyReader};
-use crate::store::url::StoreUrl;
 
 /// From one look for changes to the next. The gateway looks as often again, and within a second a
 /// change shall have got through.

@@ -5,10 +5,10 @@ use tempfile::TempDir;
 
 use super::mirror::Mirror;
 use super::*;
+use crate::config::store_url::StoreUrl;
 use crate::store::conformance::{Dump, Harness, Peer, change, conformance, peer, revision_of};
 use crate::store::editor::Editor;
 use crate::store::postgres::tests::{Database, dump};
-use crate::store::url::StoreUrl;
 
 conformance!(
     #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]

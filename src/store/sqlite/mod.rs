@@ -24,11 +24,11 @@ use self::readers::Readers;
 use self::reserve::{LOG_BYTES, RESERVE_BYTES, Reserve};
 use self::turn::Turns;
 use self::write::Writer;
-use super::bounds::DeviceBounds;
 use super::cut::{Cut, Sum};
 use super::hours::hours_of;
 use super::rows::Run;
 use super::{Batch, Committed, Content, Store, StoreError};
+use crate::config::DeviceBounds;
 use crate::time::{SystemClock, warn_at_start};
 
 mod admit;

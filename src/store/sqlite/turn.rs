@@ -75,9 +75,9 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
+    use crate::config::store_url::StoreUrl;
     use crate::store::editor::Editor;
     use crate::store::sqlite::{SqliteSettings, SqliteStore};
-    use crate::store::url::StoreUrl;
     use crate::store::{Batch, Store};
 
     const MOMENT: Duration = Duration::from_millis(20);

@@ -17,7 +17,7 @@ use super::identity::{self, Identity};
 use super::level0::{Level0, Step};
 use super::open::Purpose;
 use super::rows::{Rows, insert_runs, readings_into};
-use crate::store::bounds::DeviceBounds;
+use crate::config::DeviceBounds;
 use crate::store::ledger::Watermarks;
 use crate::store::reuse::{self, Repeat, Reuse};
 use crate::store::rows::{Frame, sorted_runs};

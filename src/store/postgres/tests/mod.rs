@@ -5,8 +5,8 @@
 use sqlx::{ConnectOptions, Executor, PgConnection, Postgres, Row};
 
 use super::*;
+use crate::config::store_url::StoreUrl;
 use crate::store::conformance::{Dump, Harness, change, conformance, peer};
-use crate::store::url::StoreUrl;
 
 mod answers;
 mod declares;

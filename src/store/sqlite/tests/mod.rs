@@ -6,8 +6,8 @@ use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 use tempfile::TempDir;
 
 use super::*;
+use crate::config::store_url::StoreUrl;
 use crate::store::conformance::{Dump, Harness, Peer, change, conformance, peer};
-use crate::store::url::StoreUrl;
 use crate::store::{Entry, Login};
 
 mod declares;
