@@ -18,6 +18,10 @@ check:
 bench *ARGS: build
     target/release/fieldgate-sim bench --quick {{ ARGS }}
 
+# Write docs/configuration.md and fieldgate.example.toml from the settings in src/config/groups.rs
+reference:
+    FIELDGATE_TEST_WRITE=1 cargo test --workspace --bin fieldgate --locked -q cli::reference
+
 # Build the documentation of the code, and check the documents
 docs:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --locked

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use fieldgate::config::SessionLimits;
 use fieldgate::ingest::batcher::Batcher;
 use fieldgate::session::{Session, SessionSettings};
 use fieldgate::store::Store;
@@ -103,7 +104,10 @@ impl Queue for Alike {
 /// receipts.
 pub fn session() -> Session {
     let settings = SessionSettings {
-        window_frames: 1 << 60,
+        limits: SessionLimits {
+            window_frames: 1 << 60,
+            ..SessionLimits::default()
+        },
         ..SessionSettings::default()
     };
     let key = *settings.credentials.of("pump").key.as_bytes();

@@ -15,8 +15,8 @@ use crate::replay::ReplayOptions;
 use crate::verify::Others;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use fieldgate::config::Location;
 use fieldgate::config::store_url::{StoreUrl, StoreUrlError};
-use fieldgate::config::{self, Settings};
 use fieldgate::recording::ReadOptions;
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
@@ -246,7 +246,12 @@ pub struct VerifyArgs {
 impl VerifyArgs {
     /// Returns the URL of the gateway's store.
     pub fn store(&self) -> StoreUrl {
-        config::store_url(&self.data_dir, self.store.as_ref())
+        let location = Location {
+            data_dir: self.data_dir.clone(),
+            store: self.store.clone(),
+            ..Location::default()
+        };
+        location.store()
     }
 }
 
@@ -426,7 +431,7 @@ impl RunArgs {
 }
 
 fn data_dir() -> PathBuf {
-    Settings::default().data_dir
+    Location::default().data_dir
 }
 
 fn address(text: &str) -> Result<String, String> {

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use fieldgate::config::store_url::StoreUrl;
-use fieldgate::config::{Config, Settings};
+use fieldgate::config::{Config, Location, Settings};
 use fieldgate::store::reader::{OpenError, Reader};
 use fieldgate::store::{postgres, spool, sqlite};
 use fieldgate::sys::log;
@@ -16,14 +16,12 @@ use tokio::net::TcpSocket;
 use super::serve::load_tls;
 use super::{Error, LogFormat, fleet_key, output};
 
-/// Prints a line for each problem. The exit code is that of the first problem. While settings are invalid, reports the
-/// first problem of each kind and checks nothing else.
-pub async fn check(settings: Settings, format: LogFormat) -> Result<(), Error> {
-    let faults = Config::faults(&settings);
-    let problems = if faults.is_empty() {
-        problems(&Config::new(settings)?).await
-    } else {
-        faults.into_iter().map(Error::Config).collect()
+/// Prints a line for each problem. The exit code is that of the first problem. While settings are invalid, checks
+/// nothing else.
+pub async fn check(settings: Settings, location: Location, format: LogFormat) -> Result<(), Error> {
+    let problems = match Config::new(settings, location) {
+        Ok(config) => problems(&config).await,
+        Err(faults) => faults.into_iter().map(Error::Config).collect(),
     };
     let Some(first) = problems.first() else {
         let mut out = output::stdout();
@@ -39,7 +37,7 @@ pub async fn check(settings: Settings, format: LogFormat) -> Result<(), Error> {
 async fn problems(config: &Config) -> Vec<Error> {
     let mut problems = Vec::new();
     let mut note = |checked: Result<(), Error>| problems.extend(checked.err());
-    note(data_dir(&config.data_dir));
+    note(data_dir(&config.location.data_dir));
     note(listen("--listen", config.listen));
     if let Some(address) = config.tls_listen {
         note(listen("--tls-listen", address));
@@ -107,21 +105,21 @@ fn tls(config: &Config) -> Result<(), Error> {
 }
 
 async fn waiting_frames(config: &Config) -> Result<(), Error> {
-    match config.spool {
-        true => spool::waiting(&config.spool_path()).await.map(drop)?,
-        false => spool::refuse_undrained(&config.spool_path()).await?,
+    match config.spool.spool {
+        true => spool::waiting(&config.location.spool()).await.map(drop)?,
+        false => spool::refuse_undrained(&config.location.spool()).await?,
     }
     Ok(())
 }
 
 /// Checks that the store can be opened or created.
 async fn store(config: &Config) -> Result<(), Error> {
-    match config.store() {
-        StoreUrl::Sqlite(path) => match Reader::open(config.store()).await {
+    match &config.store {
+        StoreUrl::Sqlite(path) => match Reader::open(&config.store).await {
             Err(OpenError::Sqlite(sqlite::OpenError::Missing(_))) => {
                 let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
                 let dir = dir.unwrap_or(Path::new("."));
-                match dir == config.data_dir || dir.is_dir() {
+                match dir == config.location.data_dir || dir.is_dir() {
                     true => Ok(()),
                     false => Err(sqlite::OpenError::NoDirectory(dir.to_owned()).into()),
                 }
@@ -131,7 +129,7 @@ async fn store(config: &Config) -> Result<(), Error> {
             opened => opened.map(drop).map_err(Error::Open),
         },
         StoreUrl::Postgres(url) => {
-            postgres::check(url, config.allow_postgres_data_loss).await?;
+            postgres::check(url, config.postgres.allow_postgres_data_loss).await?;
             Ok(())
         }
     }

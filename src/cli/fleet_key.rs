@@ -102,8 +102,8 @@ impl FleetKeyFile<'_> {
 /// Returns the location of a gateway's fleet key.
 fn file_of(config: &Config) -> FleetKeyFile<'_> {
     FleetKeyFile {
-        data_dir: &config.data_dir,
-        readers: config.secret_readers,
+        data_dir: &config.location.data_dir,
+        readers: config.location.secret_readers(),
     }
 }
 
@@ -112,8 +112,8 @@ fn file_of(config: &Config) -> FleetKeyFile<'_> {
 pub async fn find(config: &Config) -> Result<Option<FleetKey>, Error> {
     let file = file_of(config);
     let key = file.find()?;
-    let url = config.store();
-    if !config.spool {
+    let url = &config.store;
+    if !config.spool.spool {
         return Ok(key);
     }
     let reader = timeout(DATABASE_TIMEOUT, Reader::open(url)).await;
@@ -129,14 +129,14 @@ pub async fn find(config: &Config) -> Result<Option<FleetKey>, Error> {
 /// Checks that `found` is the fleet key of the open store, and creates a key for a store without devices.
 pub async fn settle(config: &Config, found: Option<FleetKey>) -> Result<(FleetKey, Origin), Error> {
     let file = file_of(config);
-    let spool = config.spool.then(|| config.spool_path());
+    let spool = config.spool();
     let name = match &spool {
         Some(path) => path.display().to_string(),
-        None => config.store().to_string(),
+        None => config.store.to_string(),
     };
     let mut editor = match &spool {
         Some(path) => Editor::open_spool(path).await?,
-        None => Editor::open(config.store()).await?,
+        None => Editor::open(&config.store).await?,
     };
     let before = standing(&mut editor).await?;
     file.compare(&before, found.as_ref(), &name)?;
@@ -156,12 +156,11 @@ pub async fn settle(config: &Config, found: Option<FleetKey>) -> Result<(FleetKe
 pub async fn compare_all(config: &Config) -> Result<(), Error> {
     let file = file_of(config);
     let key = file.find()?;
-    if let Ok(mut reader) = Reader::open(config.store()).await {
+    if let Ok(mut reader) = Reader::open(&config.store).await {
         let standing = standing(&mut reader).await?;
-        file.compare(&standing, key.as_ref(), config.store())?;
+        file.compare(&standing, key.as_ref(), &config.store)?;
     }
-    let spool = config.spool_path();
-    if config.spool && spool.exists() {
+    if let Some(spool) = config.spool().filter(|path| path.exists()) {
         let standing = standing(&mut *Editor::open_spool(&spool).await?).await?;
         file.compare(&standing, key.as_ref(), spool.display())?;
     }
@@ -170,7 +169,7 @@ pub async fn compare_all(config: &Config) -> Result<(), Error> {
 
 /// Records the key of a gateway with a spool in the database, if the database is available.
 async fn claim_database(config: &Config, key: &FleetKey) -> Result<(), Error> {
-    let url = config.store();
+    let url = &config.store;
     let Ok(Ok(mut editor)) = timeout(DATABASE_TIMEOUT, Editor::open(url)).await else {
         return Ok(());
     };

@@ -9,7 +9,6 @@
 //! - Results go to stdout, everything else to stderr.
 //! - An error is one line, at most two, and names the operation, its object and the remedy.
 
-mod address;
 mod check;
 mod device;
 mod fleet_key;
@@ -21,6 +20,8 @@ mod output;
 mod plans;
 mod quarantine;
 mod query;
+#[cfg(test)]
+mod reference;
 mod serve;
 mod settings_file;
 mod statement;
@@ -28,7 +29,6 @@ mod status;
 mod tls;
 mod value;
 
-use std::any::TypeId;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::PathBuf;
@@ -37,14 +37,12 @@ use clap::builder::BoolishValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use fieldgate::auth::fleet_key::KeyError;
-use fieldgate::config::store_url::{StoreUrl, without_password};
-use fieldgate::config::units::Unit;
-use fieldgate::config::{self, ConfigError, Settings};
+use fieldgate::config::store_url::without_password;
+use fieldgate::config::{ConfigError, Location};
 use fieldgate::net::tls::TlsError;
 use fieldgate::store::reader::{OpenError, ReadError};
 use fieldgate::store::spool::SpoolError;
 use fieldgate::store::{postgres, sqlite};
-use fieldgate::sys::secret_file::SecretReaders;
 use jiff::Timestamp;
 
 use self::fleet_key::FleetKeyFile;
@@ -85,20 +83,8 @@ struct GlobalArgs {
     #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Directory of the fleet key and the database. Set it to the service's data directory, such as
-    /// /var/lib/fieldgate
-    #[arg(long, global = true, value_name = "DIR", default_value_os_t = Settings::default().data_dir)]
-    data_dir: PathBuf,
-
-    /// Database URL: sqlite://PATH or postgres://USER@HOST/DATABASE [default: fieldgate.db in the data
-    /// directory]. Put the password in PGPASSWORD or ~/.pgpass instead
-    #[arg(long, global = true, value_name = "URL")]
-    store: Option<StoreUrl>,
-
-    /// Accept a fleet key and a TLS key that the file's group may read (mode 0640), if this process belongs to
-    /// that group, as with Kubernetes' fsGroup or Debian's ssl-cert
-    #[arg(long, global = true)]
-    allow_group_read: bool,
+    #[command(flatten)]
+    location: Location,
 
     /// Format of the log lines on stderr. Use json for log collectors
     #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Text)]
@@ -110,21 +96,10 @@ struct GlobalArgs {
 }
 
 impl GlobalArgs {
-    fn store(&self) -> StoreUrl {
-        config::store_url(&self.data_dir, self.store.as_ref())
-    }
-
-    fn secret_readers(&self) -> SecretReaders {
-        match self.allow_group_read {
-            true => SecretReaders::Group,
-            false => SecretReaders::Owner,
-        }
-    }
-
     fn fleet_key(&self) -> FleetKeyFile<'_> {
         FleetKeyFile {
-            data_dir: &self.data_dir,
-            readers: self.secret_readers(),
+            data_dir: &self.location.data_dir,
+            readers: self.location.secret_readers(),
         }
     }
 }
@@ -278,6 +253,8 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Shown(code) => *code,
+            // A name server may answer later.
+            Error::Config(ConfigError::Unresolved { .. }) => 1,
             Error::Usage(_) | Error::File(_) | Error::Config(_) => 2,
             Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
             _ => 1,
@@ -349,7 +326,7 @@ fn command() -> clap::Command {
     with_environment(Cli::command())
 }
 
-/// Adds an environment variable to each setting, and units to those that are sizes or durations.
+/// Adds an environment variable to each setting.
 fn with_environment(command: clap::Command) -> clap::Command {
     command
         .mut_args(as_setting)
@@ -361,10 +338,6 @@ fn as_setting(arg: Arg) -> Arg {
         return arg;
     };
     let long = long.to_owned();
-    let arg = match Unit::of_setting(&long) {
-        Some(unit) => with_unit(arg, unit),
-        None => arg,
-    };
     let variable = env_name(&long);
     // Compose files and unit files leave a setting out by setting its variable to an empty string.
     if std::env::var_os(&variable).is_some_and(|value| value.is_empty()) {
@@ -375,18 +348,6 @@ fn as_setting(arg: Arg) -> Arg {
         // People set such variables to 1 as often as to true.
         ArgAction::SetTrue => arg.value_parser(BoolishValueParser::new()),
         _ => arg,
-    }
-}
-
-/// Replaces a numeric parser with one that also accepts units.
-fn with_unit(arg: Arg, unit: Unit) -> Arg {
-    let number = arg.get_value_parser().type_id();
-    if number == TypeId::of::<u16>() {
-        arg.value_parser(move |text: &str| unit.parse::<u16>(text))
-    } else if number == TypeId::of::<usize>() {
-        arg.value_parser(move |text: &str| unit.parse::<usize>(text))
-    } else {
-        arg.value_parser(move |text: &str| unit.parse::<u64>(text))
     }
 }
 
@@ -495,13 +456,13 @@ impl Cli {
         for variable in unknown_variables(std::env::vars_os().map(|(name, _)| name)) {
             tracing::warn!(%variable, "unknown environment variable ignored");
         }
-        let (store, format) = (self.global.store(), self.global.log_format);
+        let (store, format) = (self.global.location.store(), self.global.log_format);
         match self.command {
             Command::Serve(args) if args.check => {
-                check::check(args.into_settings(self.global)?, format).await
+                check::check(args.settings, self.global.location, format).await
             }
             Command::Serve(args) => {
-                serve::serve(args.into_settings(self.global)?, &self.changed, format).await
+                serve::serve(args.settings, self.global.location, &self.changed, format).await
             }
             Command::Query(args) => query::query(&store, &args).await,
             Command::Device(command) => {
@@ -511,10 +472,10 @@ impl Cli {
                 fleet_key::fleet_key(self.global.fleet_key(), &store, &command).await
             }
             Command::Quarantine(command) => quarantine::quarantine(&store, &command).await,
-            Command::Tls(command) => tls::tls(&self.global.data_dir, &command),
+            Command::Tls(command) => tls::tls(&self.global.location.data_dir, &command),
             Command::Import(args) => import::import(self.global.fleet_key(), &store, &args).await,
-            Command::Migrate => migrate::migrate(&self.global.data_dir, &store).await,
-            Command::Status => status::status(&store, &self.global.data_dir).await,
+            Command::Migrate => migrate::migrate(&self.global.location.data_dir, &store).await,
+            Command::Status => status::status(&store, &self.global.location.data_dir).await,
         }
     }
 }

@@ -126,7 +126,7 @@ pub fn settings(command: &Command) -> impl Iterator<Item = &str> {
 }
 
 /// Returns the flags that are settings, except `--config`.
-fn setting_flags(command: &Command) -> impl Iterator<Item = &Arg> {
+pub(super) fn setting_flags(command: &Command) -> impl Iterator<Item = &Arg> {
     let serve = command.find_subcommand(SETTINGS_COMMAND);
     let serve = serve.into_iter().flat_map(Command::get_arguments);
     command.get_arguments().chain(serve).filter(|arg| {
@@ -175,7 +175,7 @@ fn shown(value: &Value) -> String {
 }
 
 /// Checks a value with the flag's own parser. Errors in a default value would be reported as errors of the program.
-fn try_out(flag: &Arg, text: &str) -> Result<(), String> {
+pub(super) fn try_out(flag: &Arg, text: &str) -> Result<(), String> {
     let name = flag.get_long().unwrap_or_default();
     let flag = flag
         .clone()

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use fieldgate::auth::fleet_key::create_data_dir;
+use fieldgate::config::address::host_name;
 use fieldgate::config::{TLS_CERT_FILE, TLS_DIR, TLS_KEY_FILE};
 use fieldgate::sys::secret_file::{create_private_dir, create_secret, replace_secret};
 use fieldgate::time::utc_now;
@@ -24,7 +25,6 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 
-use super::address::host_name;
 use super::device::device_name;
 use super::{Error, output};
 

@@ -1,19 +1,43 @@
+use std::path::Path;
+
+use clap::Parser;
+
 use super::*;
 
-fn refusal(change: impl FnOnce(&mut Settings)) -> Option<String> {
-    let mut settings = Settings::default();
-    change(&mut settings);
-    Config::new(settings).err().map(|error| error.to_string())
+#[derive(Parser)]
+#[command(no_binary_name = true)]
+struct Flags {
+    #[command(flatten)]
+    settings: Settings,
+    #[command(flatten)]
+    location: Location,
+}
+
+fn config(flags: &str) -> Result<Config, String> {
+    let flags =
+        Flags::try_parse_from(flags.split_whitespace()).map_err(|error| error.to_string())?;
+    Config::new(flags.settings, flags.location).map_err(|faults| {
+        let faults: Vec<_> = faults.iter().map(ToString::to_string).collect();
+        faults.join("\n")
+    })
+}
+
+fn refusal(flags: &str) -> String {
+    config(flags).expect_err(flags)
 }
 
 #[test]
 fn defaults_are_valid() {
-    let config = Config::new(Settings::default()).unwrap();
+    let config = config("").unwrap();
     assert_eq!(
-        config.store().to_string(),
+        config.store.to_string(),
         "sqlite://./fieldgate-data/fieldgate.db"
     );
-    assert_eq!(config.window_frames, 64);
+    assert_eq!(config.session, SessionLimits::default());
+    assert_eq!(
+        (config.session.window_frames, config.sqlite.cache_bytes),
+        (64, 256 << 20)
+    );
 }
 
 #[test]
@@ -27,15 +51,11 @@ fn plaintext_is_limited_to_loopback_unless_allowed() {
         ("[::]:7300", false),
         ("192.168.1.2:7300", false),
     ] {
-        let refused = refusal(|s| s.listen = listen.parse().unwrap());
-        assert_eq!(refused.is_none(), is_loopback, "{listen}: {refused:?}");
-        let refused = refusal(|s| {
-            s.listen = listen.parse().unwrap();
-            s.allow_plaintext = true;
-        });
-        assert_eq!(refused, None, "{listen}");
+        let listen = format!("--listen {listen}");
+        assert_eq!(config(&listen).is_ok(), is_loopback, "{listen}");
+        config(&format!("{listen} --allow-plaintext")).expect(&listen);
     }
-    let refused = refusal(|s| s.listen = "0.0.0.0:7300".parse().unwrap()).unwrap();
+    let refused = refusal("--listen 0.0.0.0:7300");
     assert!(
         refused.contains("0.0.0.0:7300") && refused.contains("--allow-plaintext"),
         "{refused}"
@@ -43,113 +63,115 @@ fn plaintext_is_limited_to_loopback_unless_allowed() {
 }
 
 #[test]
-fn each_limit_has_bounds() {
-    type Change = fn(&mut Settings);
-    let changes: [(&str, Change); 17] = [
-        ("connections-max", |s| s.connections_max = 0),
-        ("handshake-timeout-s", |s| s.handshake_timeout_s = 0),
-        ("frame-timeout-s", |s| s.frame_timeout_s = 0),
-        ("idle-timeout-s", |s| s.idle_timeout_s = u64::MAX),
-        ("keepalive-s", |s| s.keepalive_s = 0),
-        ("ack-timeout-s", |s| s.ack_timeout_s = 0),
-        ("window-frames", |s| s.window_frames = 0),
-        ("frame-bytes-max", |s| s.frame_bytes_max = 511),
-        ("frame-bytes-max", |s| s.frame_bytes_max = 16_385),
-        ("batch-readings-max", |s| s.batch_readings_max = 0),
-        ("commit-interval-min-ms", |s| {
-            s.commit_interval_min_ms = 600_001
-        }),
-        ("queue-readings-max", |s| s.queue_readings_max = 8191),
-        ("queue-bytes-max", |s| s.queue_bytes_max = 1000),
-        ("drain-timeout-s", |s| s.drain_timeout_s = u64::MAX),
-        ("quarantine-bytes-max", |s| s.quarantine_bytes_max = 1000),
-        ("cache-bytes", |s| s.cache_bytes = 0),
-        ("wal-bytes-max", |s| s.wal_bytes_max = 0),
-    ];
-    for (name, change) in changes {
-        let refused = refusal(change).unwrap_or_default();
-        assert!(
-            refused.starts_with(&format!("{name} must be from")),
-            "{name}: {refused}"
-        );
+fn numbers_have_units_and_ranges() {
+    for (flags, fault) in [
+        ("--connections-max 0", "from 1 to 1000000"),
+        ("--idle-timeout-s 8days", "from 1 to 604800"),
+        ("--keepalive-s 65536", "from 1 to 65535"),
+        ("--frame-bytes-max 511", "from 4096 to 16384"),
+        ("--frame-bytes-max 16385", "from 4096 to 16384"),
+        ("--window-frames 1.5", "must be a whole number"),
+        ("--window-frames 64KiB", "must be a whole number"),
+        ("--commit-interval-min-ms 11min", "from 0 to 600000"),
+        ("--queue-readings-max 8191", "from 8192 to 4294967295"),
+        ("--queue-bytes-max 1000", "from 1048576 to 1099511627776"),
+        ("--queue-bytes-max 30s", "must be a size"),
+        (
+            "--drain-timeout-s 99999999999999999999",
+            "must be whole seconds",
+        ),
+    ] {
+        let refused = refusal(flags);
+        assert!(refused.contains(fault), "{flags}: {refused}");
     }
-    assert_eq!(refusal(|s| s.frame_bytes_max = 16_384), None);
-    assert_eq!(refusal(|s| s.drain_timeout_s = 0), None);
+    let config =
+        config("--frame-bytes-max 16KiB --drain-timeout-s 0 --idle-timeout-s 5min").unwrap();
+    assert_eq!(
+        (config.session.frame_bytes_max, config.drain_timeout_s),
+        (16_384, 0)
+    );
+    assert_eq!(config.session.idle_timeout_s, 300);
 }
 
 #[test]
 fn a_certificate_requires_a_tls_listener() {
-    let path = || Some(PathBuf::from("x.pem"));
-    let listen = Some(SocketAddr::from(([0, 0, 0, 0], 7301)));
-    let files = |change: fn(&mut Settings)| {
-        let mut settings = Settings {
-            tls_listen: Some(SocketAddr::from(([0, 0, 0, 0], 7301))),
-            ..Settings::default()
-        };
-        change(&mut settings);
-        Config::new(settings).map(|config| config.tls_files().unwrap())
-    };
-    let refused = refusal(|s| s.tls_client_ca = path()).unwrap();
-    assert!(
-        refused.starts_with("--tls-client-ca requires TLS"),
-        "{refused}"
-    );
-    let refused = refusal(|s| (s.tls_cert, s.tls_key) = (path(), path())).unwrap();
-    assert!(refused.starts_with("--tls-cert requires TLS"), "{refused}");
-    let refused = refusal(|s| (s.tls_listen, s.tls_cert) = (listen, path())).unwrap();
-    assert!(refused.contains("belong together"), "{refused}");
-    let usual = files(|_| {}).unwrap();
+    let files = |flags: &str| config(flags).unwrap().tls_files();
+    assert!(refusal("--tls-client-ca x.pem").starts_with("--tls-client-ca requires TLS"));
+    assert!(refusal("--tls-cert x.pem --tls-key x.pem").starts_with("--tls-cert requires TLS"));
+    assert!(refusal("--tls-listen :7301 --tls-cert x.pem").contains("belong together"));
+    let usual = files("--tls-listen :7301").unwrap();
     assert_eq!(usual.cert, Path::new("./fieldgate-data/tls/server.pem"));
     assert_eq!(usual.key, Path::new("./fieldgate-data/tls/server.key"));
-    let given = files(|s| (s.tls_cert, s.tls_key) = (Some("c".into()), Some("k".into()))).unwrap();
+    let given = files("--tls-listen :7301 --tls-cert c --tls-key k").unwrap();
     assert_eq!((given.cert, given.key), ("c".into(), "k".into()));
-    assert!(
-        Config::new(Settings::default())
-            .unwrap()
-            .tls_files()
-            .is_none()
-    );
+    assert_eq!(files(""), None);
 }
 
 #[test]
 fn settings_do_not_contradict_each_other() {
-    let refused = refusal(|s| s.keepalive_s = 120).unwrap();
-    assert!(
-        refused.starts_with("idle-timeout-s (120) must be more than keepalive-s (120)"),
-        "{refused}"
+    for (flags, fault) in [
+        (
+            "--keepalive-s 120",
+            "idle-timeout-s (120) must be more than keepalive-s (120)",
+        ),
+        (
+            "--queue-readings-max 199999",
+            "at least batch-readings-max (200000)",
+        ),
+        (
+            "--postgres-writers 64 --queue-readings-max 524287",
+            "at least postgres-writers times 8192 (524288)",
+        ),
+        (
+            "--postgres-writers 64 --queue-bytes-max 31MiB",
+            "postgres-writers times 512 KiB (33554432)",
+        ),
+        (
+            "--commit-interval-min-ms 30s",
+            "more than commit-interval-min-ms (30000)",
+        ),
+        (
+            "--commit-interval-quiet-ms 30s",
+            "more than commit-interval-quiet-ms (30000)",
+        ),
+        ("--spool", "--spool requires Postgres"),
+    ] {
+        let refused = refusal(flags);
+        assert!(refused.contains(fault), "{flags}: {refused}");
+    }
+    for flags in [
+        "--keepalive-s 119",
+        "--queue-readings-max 200000",
+        "--postgres-writers 64",
+        "--commit-interval-min-ms 29999",
+        "--spool --store postgres://u@h/d",
+    ] {
+        config(flags).expect(flags);
+    }
+}
+
+#[test]
+fn every_fault_is_found() {
+    let refused = refusal(
+        "--listen nowhere.invalid:1 --tls-cert x --keepalive-s 120 --commit-interval-min-ms 30s --spool",
     );
-    assert_eq!(refusal(|s| s.keepalive_s = 119), None);
-    let refused = refusal(|s| s.queue_readings_max = 199_999).unwrap();
-    assert!(
-        refused.contains("at least batch-readings-max (200000)"),
-        "{refused}"
-    );
-    assert_eq!(refusal(|s| s.queue_readings_max = 200_000), None);
-    let refused = refusal(|s| (s.postgres_writers, s.queue_readings_max) = (64, 524_287)).unwrap();
-    assert!(
-        refused.contains("at least postgres-writers times 8192 (524288)"),
-        "{refused}"
-    );
-    assert_eq!(refusal(|s| s.postgres_writers = 64), None);
-    let refused = refusal(|s| (s.postgres_writers, s.queue_bytes_max) = (64, 31 << 20)).unwrap();
-    assert!(
-        refused.contains("postgres-writers times 512 KiB (33554432)"),
-        "{refused}"
-    );
-    let refused = refusal(|s| s.commit_interval_min_ms = 30_000).unwrap();
-    assert!(
-        refused.contains("more than commit-interval-min-ms (30000)"),
-        "{refused}"
-    );
-    assert_eq!(refusal(|s| s.commit_interval_min_ms = 29_999), None);
+    let found: Vec<_> = refused
+        .lines()
+        .map(|line| line.split([' ', ',']).next().unwrap())
+        .collect();
+    let expected = [
+        "could",
+        "--spool",
+        "--tls-cert",
+        "--tls-cert",
+        "idle-timeout-s",
+        "ack-timeout-s",
+    ];
+    assert_eq!(found, expected, "{refused}");
 }
 
 #[test]
 fn the_store_may_be_elsewhere_than_the_key() {
-    let settings = Settings {
-        store: Some("sqlite:///other/x.db".parse().unwrap()),
-        ..Settings::default()
-    };
-    let config = Config::new(settings).unwrap();
-    assert_eq!(config.store().to_string(), "sqlite:///other/x.db");
+    let config = config("--store sqlite:///other/x.db").unwrap();
+    assert_eq!(config.store.to_string(), "sqlite:///other/x.db");
 }

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 
-use super::QueueLimits;
 use super::batcher::Size;
 
 /// Capacity of a shard. Clones share it.
@@ -15,17 +14,17 @@ pub(super) struct Capacity(Arc<Semaphores>);
 
 #[derive(Debug)]
 struct Semaphores {
-    limits: QueueLimits,
+    limits: Size,
     readings: Semaphore,
     bytes: Semaphore,
 }
 
 impl Capacity {
-    pub(super) fn new(limits: QueueLimits) -> Capacity {
+    pub(super) fn new(limits: Size) -> Capacity {
         Capacity(Arc::new(Semaphores {
             limits,
-            readings: Semaphore::new(limits.readings_max),
-            bytes: Semaphore::new(limits.bytes_max),
+            readings: Semaphore::new(limits.readings),
+            bytes: Semaphore::new(limits.bytes),
         }))
     }
 
@@ -46,8 +45,8 @@ impl Capacity {
     /// A cancelled call acquires nothing.
     pub(super) async fn acquire(&self, size: Size) -> Space {
         let size = Size {
-            readings: size.readings.min(self.0.limits.readings_max),
-            bytes: size.bytes.min(self.0.limits.bytes_max),
+            readings: size.readings.min(self.0.limits.readings),
+            bytes: size.bytes.min(self.0.limits.bytes),
         };
         let never_closed = "the semaphores are never closed";
         let readings = self.0.readings.acquire_many(size.readings as u32);
@@ -102,9 +101,9 @@ mod tests {
 
     #[test]
     fn all_capacity_comes_back() {
-        let limits = QueueLimits {
-            readings_max: 100,
-            bytes_max: 1000,
+        let limits = Size {
+            readings: 100,
+            bytes: 1000,
         };
         let size = |readings, bytes| Size { readings, bytes };
         let capacity = Capacity::new(limits);

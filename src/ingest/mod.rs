@@ -27,6 +27,7 @@ use tokio::task::JoinError;
 
 use self::capacity::Capacity;
 pub use self::capacity::Space;
+use crate::config::IngestSettings;
 use crate::ingest::batcher::{BatchLimits, Batcher, Size, Tagged};
 use crate::ingest::mailbox::Mailbox;
 use crate::ingest::registry::Registry;
@@ -52,15 +53,6 @@ const BURST_GRANT: Size = Size {
     readings: 4096,
     bytes: 128 << 10,
 };
-
-/// Limits of the queue. Each shard's part must be large enough for the largest frame.
-#[derive(Clone, Copy, Debug)]
-pub struct QueueLimits {
-    /// Maximum number of readings waiting.
-    pub readings_max: usize,
-    /// Maximum memory of waiting submissions, in bytes.
-    pub bytes_max: usize,
-}
 
 /// Sender of the queue. Clones share one queue; it closes when the last is dropped.
 #[derive(Clone, Debug)]
@@ -95,15 +87,22 @@ struct Neighbours {
     replacements: AtomicUsize,
 }
 
-/// Creates a queue and the receivers of its shards.
-pub fn queue(limits: QueueLimits, shards: usize) -> (IngestQueue, Vec<IngestReceiver>) {
-    let limits = QueueLimits {
-        readings_max: limits.readings_max / shards,
-        bytes_max: limits.bytes_max / shards,
+/// Creates a queue and the receivers of its shards. Each shard has an equal part of the limits.
+pub fn queue(settings: &IngestSettings, shards: usize) -> (IngestQueue, Vec<IngestReceiver>) {
+    let queued_max = Size {
+        readings: settings.queue_readings_max / shards,
+        bytes: settings.queue_bytes_max / shards,
+    };
+    let limits = BatchLimits {
+        readings_max: settings.batch_readings_max.min(queued_max.readings),
+        // One batch is committed while the next is collected, both within the limit.
+        bytes_max: queued_max.bytes / 2,
+        interval_min_us: settings.commit_interval_min_ms * 1000,
+        interval_quiet_us: settings.commit_interval_quiet_ms * 1000,
     };
     let neighbours = Arc::new(Neighbours::default());
     let shard = |shard| {
-        let capacity = Capacity::new(limits);
+        let capacity = Capacity::new(queued_max);
         let (sender, jobs) = mpsc::unbounded_channel();
         let end = ShardEnd {
             jobs: sender,
@@ -184,7 +183,7 @@ impl IngestQueue {
 pub struct IngestReceiver {
     shard: usize,
     jobs: mpsc::UnboundedReceiver<Job>,
-    limits: QueueLimits,
+    limits: BatchLimits,
     neighbours: Arc<Neighbours>,
 }
 
@@ -195,17 +194,10 @@ impl IngestReceiver {
     pub async fn run<S: Store>(
         self,
         store: S,
-        limits: BatchLimits,
         registry: Arc<Registry>,
         clock: SystemClock,
     ) -> Result<(), StoreError> {
-        let queue = self.limits;
-        let limits = BatchLimits {
-            readings_max: limits.readings_max.min(queue.readings_max),
-            // One batch is committed while the next is collected, both within the limit.
-            bytes_max: limits.bytes_max.min(queue.bytes_max / 2),
-            ..limits
-        };
+        let limits = self.limits;
         let (committed, to_answer) = mpsc::unbounded_channel();
         let mut answering = tokio::spawn(answer_all(self.shard, to_answer, Arc::clone(&registry)));
         let shard = Shard {

@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::config::DeviceRates;
 use crate::quota::rate::{Gcra, Rate};
 use crate::store::DeviceId;
 
@@ -53,24 +54,22 @@ struct Used {
 
 impl Default for DeviceQuotas {
     fn default() -> DeviceQuotas {
-        let frames = Rate {
-            per_s: 20_000,
-            burst: 200_000,
-        };
-        let readings = Rate {
-            per_s: 250_000,
-            burst: 2_000_000,
-        };
-        DeviceQuotas::new(frames, readings)
+        DeviceQuotas::new(&DeviceRates::default())
     }
 }
 
 impl DeviceQuotas {
-    /// Creates quotas with these rates for each device; `frames` counts frames of any type.
-    pub fn new(frames: Rate, readings: Rate) -> DeviceQuotas {
+    /// Creates quotas with these rates for each device; a frame of any type counts.
+    pub fn new(rates: &DeviceRates) -> DeviceQuotas {
         DeviceQuotas {
-            frames,
-            readings,
+            frames: Rate {
+                per_s: rates.device_frames_per_s,
+                burst: rates.device_frames_burst,
+            },
+            readings: Rate {
+                per_s: rates.device_readings_per_s,
+                burst: rates.device_readings_burst,
+            },
             devices: Mutex::new(Devices {
                 known: HashMap::new(),
                 tidy_at: TIDY_AT_MIN,
@@ -135,8 +134,12 @@ mod tests {
     use super::*;
 
     fn quotas() -> DeviceQuotas {
-        let rate = |per_s, burst| Rate { per_s, burst };
-        DeviceQuotas::new(rate(10, 20), rate(100, 200))
+        DeviceQuotas::new(&DeviceRates {
+            device_frames_per_s: 10,
+            device_frames_burst: 20,
+            device_readings_per_s: 100,
+            device_readings_burst: 200,
+        })
     }
 
     #[test]

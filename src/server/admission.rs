@@ -16,6 +16,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::{sleep, timeout};
 
+use crate::config::AdmissionLimits;
 use crate::ingest::mailbox::Mailbox;
 use crate::quota::rate::{Gcra, Rate};
 use crate::session::Close;
@@ -36,25 +37,6 @@ const LINES_MAX: u32 = 1000;
 const REFUSALS_MAX: usize = 1024;
 /// Maximum number of addresses remembered without a connection.
 const REMEMBERED_MAX: usize = 4096;
-
-/// Limits for peers.
-#[derive(Clone, Copy, Debug)]
-pub struct AdmissionLimits {
-    /// Maximum number of open connections. At the limit, a new connection waits or evicts the
-    /// oldest handshake.
-    pub connections_max: usize,
-    /// Maximum number of open connections per address. Further ones are closed.
-    pub connections_per_address_max: usize,
-    /// Maximum number of unauthenticated connections. At the limit, a new connection waits or
-    /// evicts the oldest handshake.
-    pub handshakes_max: usize,
-    /// Maximum number of connections accepted per second.
-    pub accepts_per_s_max: u64,
-    /// Longest delay before the reply to a failed authentication.
-    pub failure_delay_max: Duration,
-    /// Maximum number of log lines per minute about one address.
-    pub log_lines_per_address_max: u32,
-}
 
 /// Admission control shared by all connections.
 #[derive(Debug)]
@@ -158,8 +140,8 @@ impl AdmissionControl {
     /// Creates admission control without connections.
     pub fn new(limits: AdmissionLimits) -> AdmissionControl {
         AdmissionControl {
-            limits,
             places: Semaphore::new(limits.connections_max),
+            limits,
             handshake_ended: Notify::new(),
             tables: Mutex::default(),
             refusals: Mutex::default(),
@@ -369,7 +351,9 @@ impl ConnectionPermit {
         let known = tables.known(self.address, now_us, self.admission.limits.connections_max);
         known.failures = known.failures.saturating_add(1);
         let doublings = (known.failures - 1).min(16);
-        (FAILURE_DELAY_MIN * (1 << doublings)).min(self.admission.limits.failure_delay_max)
+        (FAILURE_DELAY_MIN * (1 << doublings)).min(Duration::from_millis(
+            self.admission.limits.failure_delay_max_ms,
+        ))
     }
 
     /// Returns the admission control that issued the permit.
@@ -447,7 +431,7 @@ mod tests {
         connections_per_address_max: 3,
         handshakes_max: 5,
         accepts_per_s_max: 1_000_000,
-        failure_delay_max: Duration::from_secs(5),
+        failure_delay_max_ms: 5000,
         log_lines_per_address_max: 2,
     };
 

@@ -293,7 +293,7 @@ impl Connection {
         if let Err(error) = self.socket.try_flush() {
             return self.lose(&error);
         }
-        if outbound.bytes().len() > self.shared.settings.outbound_bytes_max {
+        if outbound.bytes().len() > self.shared.settings.limits.outbound_bytes_max {
             self.session.handle_loss("peer does not read replies");
         }
     }

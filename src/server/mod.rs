@@ -12,12 +12,12 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::ingest::batcher::BatchLimits;
+use crate::config::{AdmissionLimits, IngestSettings};
 use crate::ingest::registry::Registry;
-use crate::ingest::{self, IngestQueue, QueueLimits};
+use crate::ingest::{self, IngestQueue};
 use crate::net::socket::Socket;
 use crate::net::tls::Tls;
-use crate::server::admission::{AdmissionControl, AdmissionLimits};
+use crate::server::admission::AdmissionControl;
 use crate::server::connection::{Connection, Shared};
 use crate::session::{SessionSettings, Submission};
 use crate::store::{Refusal, Store, StoreError};
@@ -43,14 +43,12 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 pub struct ServerSettings {
     /// Settings of sessions.
     pub session: SessionSettings,
-    /// Limits of batches.
-    pub batch: BatchLimits,
-    /// Limits of the ingest queue.
-    pub queue: QueueLimits,
+    /// The queue for the store.
+    pub ingest: IngestSettings,
     /// Limits for peers that connect.
     pub admission: AdmissionLimits,
-    /// Longest duration of a drain.
-    pub drain_timeout: Duration,
+    /// Longest duration of a drain, in seconds.
+    pub drain_timeout_s: u64,
 }
 
 /// Why the gateway stopped without being asked to.
@@ -114,10 +112,10 @@ pub async fn serve<S: Store>(
     drain: CancellationToken,
 ) -> Result<(), ServeError> {
     let clock = SystemClock::start();
-    let (queue, receivers) = ingest::queue(settings.queue, stores.len());
+    let (queue, receivers) = ingest::queue(&settings.ingest, stores.len());
     let mut ingest = JoinSet::new();
     for (receiver, store) in receivers.into_iter().zip(stores) {
-        ingest.spawn(receiver.run(store, settings.batch, Arc::clone(&registry), clock));
+        ingest.spawn(receiver.run(store, Arc::clone(&registry), clock));
     }
     // The task holds the queue, which keeps the shards running, so it ends with the listeners.
     let watching = watch_clock(clock, queue.clone());
@@ -146,7 +144,7 @@ pub async fn serve<S: Store>(
         drop(queue);
         all_ended(&mut ingest).await
     };
-    match timeout(settings.drain_timeout, drained).await {
+    match timeout(Duration::from_secs(settings.drain_timeout_s), drained).await {
         Ok(ended) => ended,
         Err(_) => Err(ServeError::DrainTimeout),
     }

@@ -63,7 +63,7 @@ impl AwaitHello {
         let challenge = Challenge {
             version: VERSION,
             nonce: self.nonce,
-            rx_bytes_max: settings.frame_bytes_max,
+            rx_bytes_max: settings.limits.frame_bytes_max,
             caps: 0,
             ext: &[],
         };
@@ -192,9 +192,9 @@ impl AwaitAdmission {
             }
         };
         let terms = WelcomeTerms {
-            window_frames: settings.window_frames,
-            keepalive_s: settings.keepalive_s,
-            ack_timeout_s: settings.ack_timeout_s,
+            window_frames: settings.limits.window_frames,
+            keepalive_s: settings.limits.keepalive_s,
+            ack_timeout_s: settings.limits.ack_timeout_s,
             utc_us: now.utc_us,
             schema_known: admission.schema.is_some(),
         };
@@ -206,7 +206,7 @@ impl AwaitAdmission {
             self.boot,
             self.peer,
             admission,
-            settings.window_frames,
+            settings.limits.window_frames,
             Arc::clone(&settings.quarantine),
             quota,
         ))

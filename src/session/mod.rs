@@ -22,15 +22,14 @@ use std::sync::Arc;
 
 use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING, NONCE_BYTES};
 use fieldgate_protocol::error::Code;
-use fieldgate_protocol::frame::{
-    DEFAULT_FRAME_BYTES_MAX, Frame, FrameError, HANDSHAKE_FRAME_BYTES_MAX, types,
-};
+use fieldgate_protocol::frame::{Frame, FrameError, HANDSHAKE_FRAME_BYTES_MAX, types};
 
 use self::handshake::{AwaitAdmission, AwaitAuth, AwaitHello, Secured};
 use self::reply::Outbound;
 use self::stream::Stream;
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::FleetKey;
+use crate::config::SessionLimits;
 use crate::quota::device::DeviceQuotas;
 use crate::quota::quarantine::{Gauge, Reservation};
 use crate::store::reuse::Repeat;
@@ -40,6 +39,8 @@ use crate::store::{
 };
 use crate::time::{BootClock, ClockStep, Now};
 
+const SECOND_US: u64 = 1_000_000;
+
 /// Settings of sessions.
 #[derive(Clone)]
 pub struct SessionSettings {
@@ -47,28 +48,29 @@ pub struct SessionSettings {
     pub credentials: Arc<Credentials>,
     /// Whether unknown devices may register.
     pub may_register: bool,
-    /// Longest frame after authentication, in bytes.
-    pub frame_bytes_max: u16,
-    /// Maximum number of frames in flight per device.
-    pub window_frames: u64,
-    /// Maximum time from the first byte to WELCOME.
-    pub handshake_timeout_us: u64,
-    /// Maximum time from a frame's first byte to its last.
-    pub frame_timeout_us: u64,
-    /// Maximum time without a whole frame.
-    pub idle_timeout_us: u64,
-    /// Keepalive interval announced to devices, in seconds.
-    pub keepalive_s: u16,
-    /// Acknowledgement timeout announced to devices, in seconds.
-    pub ack_timeout_s: u16,
-    /// Maximum bytes from a peer before it has proved its key.
-    pub preauth_bytes_max: usize,
+    /// Limits of a connection.
+    pub limits: SessionLimits,
     /// Data quotas of devices; frames over the quota are not refused but read later.
     pub quotas: Arc<DeviceQuotas>,
-    /// Maximum bytes waiting for a peer to read them.
-    pub outbound_bytes_max: usize,
     /// Usage of quarantine, which limits what a session may add.
     pub quarantine: Arc<Gauge>,
+}
+
+impl SessionLimits {
+    /// Returns the maximum time from the accept to WELCOME.
+    pub(crate) fn handshake_timeout_us(&self) -> u64 {
+        self.handshake_timeout_s * SECOND_US
+    }
+
+    /// Returns the maximum time from a frame's first byte to its last.
+    pub(crate) fn frame_timeout_us(&self) -> u64 {
+        self.frame_timeout_s * SECOND_US
+    }
+
+    /// Returns the maximum time without a whole frame.
+    pub(crate) fn idle_timeout_us(&self) -> u64 {
+        self.idle_timeout_s * SECOND_US
+    }
 }
 
 impl Default for SessionSettings {
@@ -76,16 +78,8 @@ impl Default for SessionSettings {
         SessionSettings {
             credentials: Arc::new(Credentials::new(FleetKey::from_bytes([0; KEY_BYTES]))),
             may_register: true,
-            frame_bytes_max: DEFAULT_FRAME_BYTES_MAX as u16,
-            window_frames: 64,
-            handshake_timeout_us: 10_000_000,
-            frame_timeout_us: 30_000_000,
-            idle_timeout_us: 120_000_000,
-            keepalive_s: 40,
-            ack_timeout_s: 30,
-            preauth_bytes_max: 4096,
+            limits: SessionLimits::default(),
             quotas: Arc::default(),
-            outbound_bytes_max: 16 * 1024,
             quarantine: Arc::default(),
         }
     }
@@ -225,7 +219,7 @@ impl Session {
     /// Returns the longest frame accepted now, in bytes; a longer one is refused by its header.
     pub fn frame_bytes_max(&self) -> usize {
         match self.state {
-            State::Serving(_) => usize::from(self.settings.frame_bytes_max),
+            State::Serving(_) => usize::from(self.settings.limits.frame_bytes_max),
             _ => HANDSHAKE_FRAME_BYTES_MAX,
         }
     }
@@ -265,7 +259,7 @@ impl Session {
             return Ok(());
         }
         self.preauth_bytes = self.preauth_bytes.saturating_add(frame_bytes);
-        match self.preauth_bytes > self.settings.preauth_bytes_max {
+        match self.preauth_bytes > self.settings.limits.preauth_bytes_max {
             true => Err(Close::bye(
                 Code::Authentication,
                 "too many bytes before AUTH",
@@ -474,17 +468,19 @@ impl Session {
     /// Returns the deadline, on the monotonic clock, at which [`Session::handle_timeout`] ends the
     /// session unless something else happens first.
     pub fn poll_deadline(&self) -> Option<u64> {
-        let idle_us = self.heard_at_us + self.settings.idle_timeout_us;
+        let idle_us = self.heard_at_us + self.settings.limits.idle_timeout_us();
         match &self.state {
             State::Closed(_) => None,
             State::Serving(stream) if stream.paced_until_us().is_some() => stream.paced_until_us(),
             // Silence counts against the peer only while input is accepted.
             State::Serving(_) if !self.wants_input() => None,
             State::Serving(_) => Some(match self.frame_begun_at_us {
-                Some(begun_at_us) => idle_us.min(begun_at_us + self.settings.frame_timeout_us),
+                Some(begun_at_us) => {
+                    idle_us.min(begun_at_us + self.settings.limits.frame_timeout_us())
+                }
                 None => idle_us,
             }),
-            _ => Some(self.opened_at_us + self.settings.handshake_timeout_us),
+            _ => Some(self.opened_at_us + self.settings.limits.handshake_timeout_us()),
         }
     }
 

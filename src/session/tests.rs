@@ -316,7 +316,7 @@ async fn a_device_whose_input_is_paused_is_not_silent() {
     };
     let sent = message::encode(&declare, 0, &mut out).expect("fits");
     bench.take(&out[..sent]);
-    let idle_us = SessionSettings::default().idle_timeout_us;
+    let idle_us = SessionLimits::default().idle_timeout_us();
     let later = Now {
         mono_us: NOW.mono_us + 2 * idle_us,
         ..NOW

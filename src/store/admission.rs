@@ -142,7 +142,7 @@ impl Found {
         let device = found.id;
         // A login creates its stream unless the device has too many.
         let Some(stream) = self.streams.get(&(device, login.stream)) else {
-            let reached = Reached::Streams(self.bounds.streams_max);
+            let reached = Reached::Streams(self.bounds.device_streams_max);
             return Ok(LoginOutcome::OverBound(reached));
         };
         if login.next_seq <= stream.durable_seq {

@@ -12,22 +12,23 @@ use crate::config::DeviceBounds;
 impl DeviceBounds {
     /// Returns the limit that one more schema with `new_series` would exceed, for a device with `counts`.
     pub(super) fn reached(&self, counts: Counts, new_series: u64) -> Option<Reached> {
-        if counts.schemas >= u64::from(self.schemas_max) {
-            return Some(Reached::Schemas(self.schemas_max));
+        if counts.schemas >= u64::from(self.device_schemas_max) {
+            return Some(Reached::Schemas(self.device_schemas_max));
         }
-        let is_over = new_series > 0 && counts.series + new_series > u64::from(self.series_max);
-        is_over.then_some(Reached::Series(self.series_max))
+        let is_over =
+            new_series > 0 && counts.series + new_series > u64::from(self.device_series_max);
+        is_over.then_some(Reached::Series(self.device_series_max))
     }
 }
 
 /// A limit that a device has reached, with its value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reached {
-    /// [`DeviceBounds::series_max`].
+    /// [`DeviceBounds::device_series_max`].
     Series(u32),
-    /// [`DeviceBounds::schemas_max`].
+    /// [`DeviceBounds::device_schemas_max`].
     Schemas(u32),
-    /// [`DeviceBounds::streams_max`].
+    /// [`DeviceBounds::device_streams_max`].
     Streams(u32),
 }
 
@@ -67,7 +68,7 @@ impl StreamRoom {
     /// Reserves one more stream; returns whether the limit allows it.
     pub(super) fn take(&mut self, device: DeviceId) -> bool {
         let count = self.counts.entry(device).or_default();
-        let fits = *count < i64::from(self.bounds.streams_max);
+        let fits = *count < i64::from(self.bounds.device_streams_max);
         *count += i64::from(fits);
         fits
     }

@@ -346,7 +346,7 @@ impl State {
             return LoginOutcome::Disabled;
         }
         if !self.stream_ids.contains_key(&(device, login.stream)) {
-            let streams_max = self.bounds.streams_max;
+            let streams_max = self.bounds.device_streams_max;
             let of_device = self.stream_ids.keys().filter(|(of, _)| *of == device);
             if of_device.count() >= streams_max as usize {
                 return LoginOutcome::OverBound(Reached::Streams(streams_max));

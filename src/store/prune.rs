@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::editor::Editor;
 use super::reader::{Argument, ReadError};
 use super::steady::SteadyError;
+use crate::config::EventRetention;
 use crate::config::store_url::StoreUrl;
 use crate::time::SystemClock;
 
@@ -29,15 +30,6 @@ const NEWEST: i64 = 100;
 /// Number of boot clocks that stay; a login uses the latest 8.
 const CLOCKS: i64 = 64;
 const DAY_US: i64 = 86_400_000_000;
-
-/// Limits for each device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Retention {
-    /// Maximum number of session events: connects, disconnects, refusals.
-    pub lines_max: u32,
-    /// Maximum age of events and clocks in days, except for the newest.
-    pub days: u32,
-}
 
 /// A table to prune. The parameters of its statements: the device's id; the number of rows newer than the
 /// oldest that stays; the time before which rows are deleted; the number of rows that stay at any age; and a
@@ -114,12 +106,12 @@ const BOOTS: Table = Table {
 pub struct Pruner {
     store: StoreUrl,
     spool: Option<PathBuf>,
-    retention: Retention,
+    retention: EventRetention,
 }
 
 impl Pruner {
     /// Creates a pruner for a gateway's store and spool.
-    pub fn new(store: StoreUrl, spool: Option<PathBuf>, retention: Retention) -> Pruner {
+    pub fn new(store: StoreUrl, spool: Option<PathBuf>, retention: EventRetention) -> Pruner {
         Pruner {
             store,
             spool,
@@ -152,7 +144,8 @@ impl Pruner {
     /// # Cancel safety
     /// The next round continues.
     pub async fn round(&self, now_us: i64) -> Result<u64, SteadyError> {
-        let before_us = now_us.saturating_sub(i64::from(self.retention.days) * DAY_US);
+        let before_us =
+            now_us.saturating_sub(i64::from(self.retention.device_events_days) * DAY_US);
         let mut rows = 0;
         if let Some(spool) = &self.spool {
             let mut editor = Editor::open_spool(spool).await?;
@@ -164,7 +157,7 @@ impl Pruner {
     }
 
     async fn prune(&self, editor: &mut Editor, before_us: i64) -> Result<u64, ReadError> {
-        let lines_max = i64::from(self.retention.lines_max);
+        let lines_max = i64::from(self.retention.device_events_max);
         let lines = prune(editor, &LINES, lines_max, before_us).await?;
         Ok(lines + prune(editor, &BOOTS, CLOCKS, before_us).await?)
     }
@@ -227,9 +220,9 @@ mod tests {
     use crate::store::sqlite::{SqliteSettings, SqliteStore};
 
     const NOW_US: i64 = 1_700_000_000_000_000;
-    const RETENTION: Retention = Retention {
-        lines_max: 300,
-        days: 90,
+    const RETENTION: EventRetention = EventRetention {
+        device_events_max: 300,
+        device_events_days: 90,
     };
 
     async fn run(store: &StoreUrl, sql: &str, arguments: &[Argument<'_>]) {

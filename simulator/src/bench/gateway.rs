@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use fieldgate::auth::fleet_key::{FleetKey, KEY_FILE};
 use fieldgate::config::store_url::{PostgresUrl, StoreUrl};
-use fieldgate::config::{DATABASE_FILE, Settings};
+use fieldgate::config::{DATABASE_FILE, PostgresOptions};
 use fieldgate::sys::secret_file::SecretReaders;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
@@ -108,7 +108,7 @@ impl Store {
         match &self.database {
             None => sqlite::bare(&self.dir.join(DATABASE_FILE), job).await,
             Some(database) => {
-                let connections = Settings::default().postgres_writers;
+                let connections = PostgresOptions::default().postgres_writers;
                 postgres::bare(database.url(), connections, job).await
             }
         }

@@ -25,7 +25,8 @@ pub struct ListArgs {
 }
 
 fn seconds(text: &str) -> Result<i64, String> {
-    Unit::Seconds.parse(text)
+    let seconds = Unit::Seconds.parse(text)?;
+    i64::try_from(seconds).map_err(|_| format!("must be at most {}", i64::MAX))
 }
 
 /// Finds a device's last frame through its streams, so that no large table is scanned. Shows one of several

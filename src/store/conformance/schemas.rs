@@ -68,10 +68,10 @@ pub(in crate::store) async fn a_schema_is_found_among_very_many<H: Harness>() {
 
 pub(in crate::store) async fn a_device_cannot_exceed_its_limits<H: Harness>() {
     let DeviceBounds {
-        series_max,
-        schemas_max,
-        streams_max,
-    } = DeviceBounds::DEFAULT;
+        device_series_max: series_max,
+        device_schemas_max: schemas_max,
+        device_streams_max: streams_max,
+    } = DeviceBounds::default();
     let mut h = H::create().await;
     let device = admitted(h.store(), login("a", 1, 1)).await.device;
     // 32 channels each: the maximum number of series, and then one more schema.

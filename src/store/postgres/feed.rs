@@ -97,7 +97,7 @@ pub(in crate::store) async fn claim(
 ) -> Result<Claimed, OpenError> {
     let url = &settings.url;
     let sql = |error| open_error(url, error);
-    let mut conn = connect(url, settings.allows_data_loss).await?;
+    let mut conn = connect(url, settings.options.allow_postgres_data_loss).await?;
     bring_up_to_date(&mut conn, url).await?;
     // On an error, the dropped connection rolls this back.
     run(&mut conn, "BEGIN").await.map_err(sql)?;
@@ -152,7 +152,7 @@ pub(in crate::store) async fn read_standing(
     settings: &PostgresSettings,
 ) -> Result<Standing, OpenError> {
     let url = &settings.url;
-    let mut conn = connect(url, settings.allows_data_loss).await?;
+    let mut conn = connect(url, settings.options.allow_postgres_data_loss).await?;
     let standing = standing(&mut conn).await;
     standing.map_err(|error| open_error(url, error))
 }
@@ -166,7 +166,7 @@ pub(in crate::store) async fn register(
     spool: &str,
 ) -> Result<Standing, OpenError> {
     let url = &settings.url;
-    let mut conn = connect(url, settings.allows_data_loss).await?;
+    let mut conn = connect(url, settings.options.allow_postgres_data_loss).await?;
     bring_up_to_date(&mut conn, url).await?;
     await_writers(&mut conn, url).await?;
     let taken = sqlx::query(
@@ -205,7 +205,7 @@ pub(in crate::store) async fn release(
     spool: &SpoolIdentity,
 ) -> Result<(), OpenError> {
     let url = &settings.url;
-    let mut conn = connect(url, settings.allows_data_loss).await?;
+    let mut conn = connect(url, settings.options.allow_postgres_data_loss).await?;
     bring_up_to_date(&mut conn, url).await?;
     // A copy of the spool may have taken over.
     let released = sqlx::query("DELETE FROM spool WHERE id = $1 AND instance IN ($2, $3)")

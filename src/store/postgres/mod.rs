@@ -35,8 +35,8 @@ use self::write::{CommitError, Writer};
 pub(super) use self::write::{insert_hours, insert_readings};
 use super::cut::{Cut, Sum};
 use super::{Batch, Committed, Store, StoreError};
-use crate::config::DeviceBounds;
 use crate::config::store_url::PostgresUrl;
+use crate::config::{DeviceBounds, PostgresOptions};
 use crate::time::{SystemClock, warn_at_start};
 
 mod admit;
@@ -66,10 +66,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct PostgresSettings {
     /// Database URL.
     pub url: PostgresUrl,
-    /// Number of connections that write.
-    pub writers: usize,
-    /// Whether to accept a server that may lose committed transactions.
-    pub allows_data_loss: bool,
+    /// Connections, and what is required of the server.
+    pub options: PostgresOptions,
     /// Limits for each device.
     pub bounds: DeviceBounds,
     /// Identity of this gateway in the database.
@@ -116,8 +114,9 @@ impl PostgresStore {
     /// [`OpenError`] states in one line what is wrong and what to do.
     pub async fn open(settings: PostgresSettings) -> Result<Vec<Self>, OpenError> {
         let settings = Arc::new(settings);
-        Backends::of(&settings.url).allow_writers(settings.writers);
-        let mut first = open::connect(&settings.url, settings.allows_data_loss).await?;
+        Backends::of(&settings.url).allow_writers(settings.options.postgres_writers);
+        let mut first =
+            open::connect(&settings.url, settings.options.allow_postgres_data_loss).await?;
         open::bring_up_to_date(&mut first, &settings.url).await?;
         let pruned = identity::prune(&mut first).await;
         pruned.map_err(|error| open::open_error(&settings.url, error))?;
@@ -132,8 +131,8 @@ impl PostgresStore {
         }
         let partitions = Partitions::new(first, settings.url.clone());
         let partitions = Arc::new(partitions.await?);
-        let mut stores = Vec::with_capacity(settings.writers);
-        for number in 0..settings.writers {
+        let mut stores = Vec::with_capacity(settings.options.postgres_writers);
+        for number in 0..settings.options.postgres_writers {
             let conn = connect(&settings).await?;
             stores.push(Self {
                 settings: Arc::clone(&settings),
@@ -201,7 +200,7 @@ impl PostgresStore {
 
 /// Opens a connection that may write.
 async fn connect(settings: &PostgresSettings) -> Result<Link, OpenError> {
-    let mut conn = open::connect(&settings.url, settings.allows_data_loss).await?;
+    let mut conn = open::connect(&settings.url, settings.options.allow_postgres_data_loss).await?;
     feed::enter(&mut conn, &settings.url, settings.spool.as_ref()).await?;
     Ok(conn)
 }

@@ -89,7 +89,7 @@ impl Writer {
             series: OwnedSeries::default(),
             reuse: Reuse::default(),
             bounds: settings.bounds,
-            keeps: !settings.allows_data_loss,
+            keeps: !settings.options.allow_postgres_data_loss,
             counts_readings,
             compared_at: Instant::now(),
             gateway: settings.gateway.clone(),

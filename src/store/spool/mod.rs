@@ -32,6 +32,7 @@ pub use super::sqlite::spool::Waiting;
 use super::sqlite::spool::{Change, Chunk, Cursor, SpoolReader};
 use super::sqlite::{self, SqliteSettings, SqliteStore};
 use super::{Batch, Committed, Content, DeviceId, Entry, SeriesId, Store, StoreError, StreamId};
+use crate::config::PostgresOptions;
 use crate::time::SystemClock;
 
 pub mod mirror;
@@ -106,7 +107,10 @@ impl SpoolStore {
         }
         let mut feeder = Feeder {
             settings: PostgresSettings {
-                writers: 1,
+                options: PostgresOptions {
+                    postgres_writers: 1,
+                    ..postgres.options
+                },
                 ..postgres
             },
             reader: SpoolReader::open(path).await?,

@@ -28,7 +28,7 @@ use super::cut::{Cut, Sum};
 use super::hours::hours_of;
 use super::rows::Run;
 use super::{Batch, Committed, Content, Store, StoreError};
-use crate::config::DeviceBounds;
+use crate::config::{DeviceBounds, SqliteOptions};
 use crate::time::{SystemClock, warn_at_start};
 
 mod admit;
@@ -103,16 +103,23 @@ pub struct SqliteSettings {
 /// slower than other sizes. The log is checkpointed in small steps, because commits wait while the database is
 /// synced. At 1,000 frames per second the p99 of ACKs was 37 ms with steps of 4 MiB and 42 to 49 ms with 64
 /// MiB, at the same throughput.
+impl SqliteSettings {
+    /// Returns the settings with these options, and with the limits `bounds` for each device.
+    pub fn new(options: &SqliteOptions, bounds: DeviceBounds) -> Self {
+        SqliteSettings {
+            cache_bytes: options.cache_bytes,
+            page_bytes: 8192,
+            wal_checkpoint_bytes: (4 << 20).min(options.wal_bytes_max / 4),
+            wal_soft_bytes: (128 << 20).min(options.wal_bytes_max / 2),
+            wal_hard_bytes: options.wal_bytes_max,
+            bounds,
+        }
+    }
+}
+
 impl Default for SqliteSettings {
     fn default() -> Self {
-        Self {
-            cache_bytes: 256 << 20,
-            page_bytes: 8192,
-            wal_checkpoint_bytes: 4 << 20,
-            wal_soft_bytes: 128 << 20,
-            wal_hard_bytes: 1 << 30,
-            bounds: DeviceBounds::default(),
-        }
+        SqliteSettings::new(&SqliteOptions::default(), DeviceBounds::default())
     }
 }
 

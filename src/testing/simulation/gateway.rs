@@ -14,6 +14,7 @@ use super::device::FLEET_KEY;
 use super::random::Random;
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::FleetKey;
+use crate::config::SessionLimits;
 use crate::ingest::answer;
 use crate::ingest::batcher::{BatchLimits, Batcher, Tagged};
 use crate::ingest::mailbox::Mailbox;
@@ -69,7 +70,10 @@ impl Gateway {
     pub(super) fn new(random: &mut Random) -> Gateway {
         let settings = SessionSettings {
             credentials: Arc::new(Credentials::new(FleetKey::from_bytes(FLEET_KEY))),
-            window_frames: 1 + random.below(16),
+            limits: SessionLimits {
+                window_frames: 1 + random.below(16),
+                ..SessionLimits::default()
+            },
             ..SessionSettings::default()
         };
         let limits = BatchLimits {

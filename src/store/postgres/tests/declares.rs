@@ -35,8 +35,8 @@ async fn earlier_schemas_add_no_cost() {
     let (logins, declares) = comes_back(device, 6);
     let conn = &mut h.store.writer.as_mut().unwrap().conn;
     let bounds = DeviceBounds {
-        series_max: u32::MAX,
-        ..DeviceBounds::DEFAULT
+        device_series_max: u32::MAX,
+        ..DeviceBounds::default()
     };
     let many = very_many(device, 1000..1700);
     run(&mut *conn, "BEGIN").await.unwrap();
@@ -47,11 +47,11 @@ async fn earlier_schemas_add_no_cost() {
     run(&mut *conn, "COMMIT").await.unwrap();
     run(&mut *conn, "BEGIN").await.unwrap();
     let before = rows_read(conn).await;
-    Admissions::new(conn, DeviceBounds::DEFAULT)
+    Admissions::new(conn, DeviceBounds::default())
         .declare(&declares, &[])
         .await
         .unwrap();
-    Admissions::new(conn, DeviceBounds::DEFAULT)
+    Admissions::new(conn, DeviceBounds::default())
         .login(&logins)
         .await
         .unwrap();

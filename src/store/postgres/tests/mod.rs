@@ -5,6 +5,7 @@
 use sqlx::{ConnectOptions, Executor, PgConnection, Postgres, Row};
 
 use super::*;
+use crate::config::PostgresOptions;
 use crate::config::store_url::StoreUrl;
 use crate::store::conformance::{Dump, Harness, change, conformance, peer};
 
@@ -61,8 +62,11 @@ impl Database {
     pub(in crate::store) fn settings(&self) -> PostgresSettings {
         PostgresSettings {
             url: self.url(),
-            writers: 1,
-            allows_data_loss: true,
+            options: PostgresOptions {
+                postgres_writers: 1,
+                allow_postgres_data_loss: true,
+                ..PostgresOptions::default()
+            },
             bounds: DeviceBounds::default(),
             gateway: "one".to_owned(),
             spool: None,

@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::*;
+use crate::config::PostgresOptions;
 use crate::store::editor::Editor;
 use crate::store::reader::Reader;
 use crate::store::steady::SteadyReader;
@@ -80,9 +81,12 @@ impl Way {
     pub(in crate::store) fn settings(&self) -> PostgresSettings {
         PostgresSettings {
             url: self.url.clone(),
-            writers: 1,
-            allows_data_loss: true,
-            bounds: DeviceBounds::DEFAULT,
+            options: PostgresOptions {
+                postgres_writers: 1,
+                allow_postgres_data_loss: true,
+                ..PostgresOptions::default()
+            },
+            bounds: DeviceBounds::default(),
             gateway: "one".to_owned(),
             spool: None,
         }

@@ -4,6 +4,7 @@
 use tokio::time::timeout;
 
 use super::*;
+use crate::config::PostgresOptions;
 use crate::store::Content;
 use crate::store::conformance::Peer;
 use crate::store::reader::Reader;
@@ -113,7 +114,7 @@ async fn limits_of_the_role_do_not_apply_to_the_gateway() {
         run(&mut server, set).await.unwrap();
     }
     let settings = PostgresSettings {
-        allows_data_loss: false,
+        options: PostgresOptions::default(),
         ..database.settings()
     };
     let mut store = PostgresStore::open(settings).await.unwrap().remove(0);

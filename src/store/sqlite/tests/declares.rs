@@ -48,7 +48,7 @@ async fn earlier_schemas_add_no_cost() {
     h.store.commit(&many).await.unwrap();
     assert_eq!(steps(&mut h, &batch(1)).await, known_before);
     // A new one is checked against the limits: the device's series are counted, at a few steps each.
-    let counted = 4 * u64::from(DeviceBounds::DEFAULT.series_max);
+    let counted = 4 * u64::from(DeviceBounds::default().device_series_max);
     let new = steps(&mut h, &batch(3)).await;
     assert!(new <= new_before + counted, "{new} {new_before}");
 }

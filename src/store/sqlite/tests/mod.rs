@@ -6,6 +6,7 @@ use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 use tempfile::TempDir;
 
 use super::*;
+use crate::config::DeviceBounds;
 use crate::config::store_url::StoreUrl;
 use crate::store::conformance::{Dump, Harness, Peer, change, conformance, peer};
 use crate::store::{Entry, Login};
@@ -170,20 +171,23 @@ fn frames(peer: &Peer, seqs: std::ops::Range<u64>, rows: i64) -> Batch {
     }
 }
 
-const SMALL_LOG: SqliteSettings = SqliteSettings {
-    cache_bytes: 1 << 20,
-    page_bytes: 4096,
-    wal_checkpoint_bytes: 128 << 10,
-    wal_soft_bytes: 512 << 10,
-    wal_hard_bytes: 2 << 20,
-    bounds: DeviceBounds::DEFAULT,
-};
+fn small_log() -> SqliteSettings {
+    SqliteSettings {
+        cache_bytes: 1 << 20,
+        page_bytes: 4096,
+        wal_checkpoint_bytes: 128 << 10,
+        wal_soft_bytes: 512 << 10,
+        wal_hard_bytes: 2 << 20,
+        bounds: DeviceBounds::default(),
+    }
+}
+
 /// More than a batch of `frames` below adds to the log.
 const BATCH_BYTES: u64 = 512 << 10;
 
 #[tokio::test]
 async fn the_log_stays_short_under_load() {
-    let mut h = OnDisk::with(&SMALL_LOG).await;
+    let mut h = OnDisk::with(&small_log()).await;
     let peer = peer(&mut h.store, "a").await;
     for n in 0..120 {
         h.store
@@ -191,7 +195,7 @@ async fn the_log_stays_short_under_load() {
             .await
             .unwrap();
         assert!(
-            h.log_bytes() <= SMALL_LOG.wal_soft_bytes + BATCH_BYTES,
+            h.log_bytes() <= small_log().wal_soft_bytes + BATCH_BYTES,
             "{}",
             h.log_bytes()
         );
@@ -200,7 +204,7 @@ async fn the_log_stays_short_under_load() {
 
 #[tokio::test]
 async fn a_reader_cannot_make_the_log_grow_without_bound() {
-    let mut h = OnDisk::with(&SMALL_LOG).await;
+    let mut h = OnDisk::with(&small_log()).await;
     let peer = peer(&mut h.store, "a").await;
     let mut reader = open_reader(&h.path()).await.unwrap();
     run(&mut reader, "BEGIN; SELECT count(*) FROM readings").await;
@@ -219,7 +223,7 @@ async fn a_reader_cannot_make_the_log_grow_without_bound() {
             Err(fatal) => panic!("{fatal}"),
         }
         assert!(
-            h.log_bytes() <= SMALL_LOG.wal_hard_bytes + BATCH_BYTES,
+            h.log_bytes() <= small_log().wal_hard_bytes + BATCH_BYTES,
             "{}",
             h.log_bytes()
         );
@@ -234,7 +238,7 @@ async fn a_reader_cannot_make_the_log_grow_without_bound() {
         seq += 10;
     }
     assert!(
-        h.log_bytes() <= SMALL_LOG.wal_soft_bytes + BATCH_BYTES,
+        h.log_bytes() <= small_log().wal_soft_bytes + BATCH_BYTES,
         "{}",
         h.log_bytes()
     );

@@ -291,7 +291,9 @@ impl Line {
             self.read(all.len());
         }
         // As `server::connection` does.
-        if self.heard_bytes > self.settings.outbound_bytes_max && self.model.closed().is_none() {
+        if self.heard_bytes > self.settings.limits.outbound_bytes_max
+            && self.model.closed().is_none()
+        {
             self.lose();
             self.check_wants();
         }
@@ -316,7 +318,7 @@ impl Line {
         assert!(frame.intact && header.version == VERSION && header.flags == 0);
         let is_numbered = matches!(header.frame_type, types::ACK | types::NACK);
         assert!(is_numbered || header.seq == 0);
-        let window_frames = self.settings.window_frames;
+        let window_frames = self.settings.limits.window_frames;
         match header.frame_type {
             types::CHALLENGE => {
                 assert_eq!(frame.bytes, *CHALLENGE);

@@ -31,18 +31,15 @@ use self::store::StoreSide;
 use super::{poll_once, reseal_all};
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::FleetKey;
+use crate::config::{DeviceRates, SessionLimits};
 use crate::net::codec::{CodecError, FrameCodec};
 use crate::quota::device::DeviceQuotas;
 use crate::quota::quarantine::Gauge;
-use crate::quota::rate::Rate;
 use crate::session::SessionSettings;
 use crate::time::{Now, Origin};
 
 /// More than a device can use up here.
-const PLENTY: Rate = Rate {
-    per_s: 1_000_000,
-    burst: 1_000_000,
-};
+const PLENTY: u64 = 1_000_000;
 const OPERATIONS_MAX: usize = 300;
 /// Maximum number of sessions at a time; one more replaces the oldest.
 const LINES_MAX: usize = 3;
@@ -97,17 +94,26 @@ impl World {
         let is_roomy = picks & 1 == 0;
         // A device may use an eighth: a few short frames.
         let bytes_max = if is_roomy { u64::MAX / 2 } else { 8 * 200 };
-        let rate = |is_plenty, per_s, burst| match is_plenty {
-            true => PLENTY,
-            false => Rate { per_s, burst },
+        let mut rates = DeviceRates {
+            device_frames_per_s: PLENTY,
+            device_frames_burst: PLENTY,
+            device_readings_per_s: PLENTY,
+            device_readings_burst: PLENTY,
         };
-        let frames = rate(picks & 8 == 0, 2, 9);
-        let readings = rate(picks & 4 == 0, 10, 40);
+        if picks & 8 != 0 {
+            (rates.device_frames_per_s, rates.device_frames_burst) = (2, 9);
+        }
+        if picks & 4 != 0 {
+            (rates.device_readings_per_s, rates.device_readings_burst) = (10, 40);
+        }
         let settings = SessionSettings {
             credentials: Arc::new(Credentials::new(FleetKey::from_bytes(FLEET_KEY))),
-            window_frames: if picks & 2 == 0 { 64 } else { 3 },
-            quotas: Arc::new(DeviceQuotas::new(frames, readings)),
-            outbound_bytes_max: OUTBOUND_BYTES_MAX,
+            limits: SessionLimits {
+                window_frames: if picks & 2 == 0 { 64 } else { 3 },
+                outbound_bytes_max: OUTBOUND_BYTES_MAX,
+                ..SessionLimits::default()
+            },
+            quotas: Arc::new(DeviceQuotas::new(&rates)),
             quarantine: Arc::new(Gauge::new(bytes_max)),
             ..SessionSettings::default()
         };
@@ -123,7 +129,7 @@ impl World {
             },
             store: StoreSide::new(Arc::clone(&settings.quarantine), bytes_max),
             settings,
-            quotas: Arc::new(DeviceQuotas::new(frames, readings)),
+            quotas: Arc::new(DeviceQuotas::new(&rates)),
             lines: Vec::new(),
         }
     }
@@ -221,7 +227,10 @@ impl World {
         match twist % 16 {
             8 => header.seq = header.seq.wrapping_sub(1),
             9 => header.seq += 1 + u64::from(twist / 16),
-            10 => header.seq = [0, u64::MAX, self.settings.window_frames][usize::from(twist / 86)],
+            10 => {
+                header.seq =
+                    [0, u64::MAX, self.settings.limits.window_frames][usize::from(twist / 86)]
+            }
             12 => header.flags = 1 << (twist / 32),
             13 => header.payload_bytes = header.payload_bytes.saturating_sub(1),
             15 => header.version = twist / 16 % 3,

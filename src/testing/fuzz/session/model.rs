@@ -153,12 +153,13 @@ impl Model {
             Phase::Closed(_) => None,
             Phase::Serving(serving) if serving.paced_until_us.is_some() => serving.paced_until_us,
             Phase::Serving(serving) => {
-                let idle_us = serving.heard_at_us + self.settings.idle_timeout_us;
-                let begun_us = { serving.begun_at_us }
-                    .map_or(u64::MAX, |at_us| at_us + self.settings.frame_timeout_us);
+                let idle_us = serving.heard_at_us + self.settings.limits.idle_timeout_us();
+                let begun_us = { serving.begun_at_us }.map_or(u64::MAX, |at_us| {
+                    at_us + self.settings.limits.frame_timeout_us()
+                });
                 self.wants_input().then_some(idle_us.min(begun_us))
             }
-            _ => Some(self.opened_at_us + self.settings.handshake_timeout_us),
+            _ => Some(self.opened_at_us + self.settings.limits.handshake_timeout_us()),
         }
     }
 
@@ -216,7 +217,7 @@ impl Model {
     pub(super) fn frame(&mut self, frame: &Frame<'_>, now: Now, has_room: bool) -> Submits {
         if matches!(self.phase, Phase::AwaitHello | Phase::AwaitAuth(_)) {
             self.preauth_bytes += frame.bytes.len();
-            if self.preauth_bytes > self.settings.preauth_bytes_max {
+            if self.preauth_bytes > self.settings.limits.preauth_bytes_max {
                 return self.bye(Code::Authentication);
             }
         }
@@ -310,7 +311,7 @@ impl Model {
 
     /// Processes a sequenced frame (R44, R62 to R64, R104 to R107, R117).
     fn sequenced(&mut self, frame: &Frame<'_>, now: Now, has_room: bool) -> Submits {
-        let window_frames = self.settings.window_frames;
+        let window_frames = self.settings.limits.window_frames;
         let seq = frame.header.seq;
         if frame.header.version != VERSION {
             return self.bye(Code::Version);
