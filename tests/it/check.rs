@@ -93,8 +93,14 @@ fn each_problem_has_a_line() {
 
     fs::remove_file(&key).expect("removes");
     assert_problems(dir.path(), &[], 1, &["could not find fleet key"]);
-    let flags = ["--window-frames", "0", "--idle-timeout-s", "1", "--spool"];
-    let problems = ["window-frames", "idle-timeout-s", "--spool"];
+    let flags = [
+        "--idle-timeout-s",
+        "1",
+        "--commit-interval-min-ms",
+        "30s",
+        "--spool",
+    ];
+    let problems = ["--spool", "idle-timeout-s", "ack-timeout-s"];
     assert_problems(dir.path(), &flags, 2, &problems);
     let file = dir.path().join("file");
     fs::write(&file, "no database").expect("writes");

@@ -127,7 +127,7 @@ fn a_wrong_file_is_one_line_that_names_it() {
         ),
         ("connections-max = \"5\"", &["\"5\"", "a whole number"]),
         ("connections-max = -5", &["connections-max = -5"]),
-        ("frame-bytes-max = 70000", &["70000", "65535"]),
+        ("frame-bytes-max = 70000", &["70000", "from 4096 to 16384"]),
         ("allow-plaintext = 1", &["true or false"]),
         (
             "format = \"csv\"",
