@@ -14,6 +14,7 @@ use fieldgate_protocol::column::encode_integers;
 use fieldgate_protocol::device::{Config, Device, Queue};
 use fieldgate_protocol::frame::{self, NoRoom};
 use fieldgate_protocol::message::{Channel, Column, Data, Declare, encode};
+use fieldgate_protocol::value::{Clock, Kind, TimeUnit};
 
 use crate::LIMITS;
 
@@ -44,8 +45,8 @@ pub fn data_frame(seq: u64) -> Vec<u8> {
     };
     let data = Data {
         schema: 1,
-        clock: 1,
-        time_unit: 2,
+        clock: Clock::Utc,
+        time_unit: TimeUnit::Seconds,
         boot: 1,
         t0: NOW.utc_us / 1_000_000,
         rows: ROWS as u16,
@@ -84,7 +85,7 @@ impl Queue for Alike {
             id,
             name,
             unit: "",
-            kind: 0,
+            kind: Kind::Integer,
             exp10: -2,
         };
         encode(

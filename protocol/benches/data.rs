@@ -9,7 +9,7 @@ use fieldgate_protocol::column::{
 };
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX, OVERHEAD_BYTES, types};
 use fieldgate_protocol::message::{self, CHANNELS_MAX, Column, Data};
-use fieldgate_protocol::value::Kind;
+use fieldgate_protocol::value::{Clock, Kind, TimeUnit};
 
 /// Channels and rows of the frames.
 const SHAPES: [(usize, usize); 5] = [(1, 1), (1, 60), (4, 1), (4, 15), (4, 60)];
@@ -48,8 +48,8 @@ fn write_frame(samples: &[Vec<i64>], packed: &mut [u8], out: &mut [u8]) -> usize
     }
     let data = Data {
         schema: 1,
-        clock: 1,
-        time_unit: 1,
+        clock: Clock::Utc,
+        time_unit: TimeUnit::Milliseconds,
         boot: 7,
         t0: 1_760_000_000_000,
         rows: samples[0].len() as u16,

@@ -115,7 +115,23 @@ impl Transcript {
 /// Returns the identifier of a schema's content: the first 8 bytes of the SHA-256 of DECLARE's
 /// payload (R41).
 pub fn schema_hash(declare_payload: &[u8]) -> [u8; 8] {
-    let digest: [u8; 32] = Sha256::digest(declare_payload).into();
-    let [a, b, c, d, e, f, g, h, ..] = digest;
-    [a, b, c, d, e, f, g, h]
+    SchemaHasher(Sha256::new_with_prefix(declare_payload)).finish()
+}
+
+/// [`schema_hash`] of a payload that comes in parts.
+#[derive(Default)]
+pub(crate) struct SchemaHasher(Sha256);
+
+impl SchemaHasher {
+    pub(crate) fn finish(self) -> [u8; 8] {
+        let digest: [u8; 32] = self.0.finalize().into();
+        let [a, b, c, d, e, f, g, h, ..] = digest;
+        [a, b, c, d, e, f, g, h]
+    }
+}
+
+impl Extend<u8> for SchemaHasher {
+    fn extend<I: IntoIterator<Item = u8>>(&mut self, bytes: I) {
+        bytes.into_iter().for_each(|byte| self.0.update([byte]));
+    }
 }

@@ -28,11 +28,7 @@ pub fn decode_times(data: &Data<'_>, out: &mut [i64]) -> Result<(), Violation> {
     if out.is_empty() || out.len() > ROWS_MAX {
         return Err(Violation::Rows);
     }
-    let unit_us = match data.time_unit {
-        0 => 1,
-        1 => 1_000,
-        _ => 1_000_000,
-    };
+    let unit_us = data.time_unit.us();
     let mut time_us = data.t0.checked_mul(unit_us).ok_or(Violation::TimeRange)?;
     let mut dt = Bytes { rest: data.dt };
     out[0] = time_us;
@@ -372,6 +368,19 @@ pub fn encode_integers(values: &[i64], out: &mut [u8]) -> Result<(u8, usize), No
         out.byte(window as u8)?;
     }
     Ok((encoding::DELTA_PACKED, out.used))
+}
+
+impl<'a> Column<'a> {
+    /// Encodes the integers of all rows (or bools as 0 and 1) into `out`, and returns the column.
+    pub fn integers(channel: u8, values: &[i64], out: &'a mut [u8]) -> Result<Self, NoRoom> {
+        let (encoding, len) = encode_integers(values, out)?;
+        Ok(Column {
+            channel,
+            encoding,
+            nulls: &[],
+            data: &out[..len],
+        })
+    }
 }
 
 /// Encodes doubles unchanged; returns the number of bytes written.

@@ -14,15 +14,15 @@
 //!
 //! # A device
 //!
-//! This example keeps a queue of 4 frames of up to 128 bytes in arrays. A real queue is in flash and survives
-//! power loss.
+//! `examples/device.rs` is a whole device on TCP. This one keeps a queue of 4 frames of up to 128 bytes in
+//! arrays. A real queue is in flash and survives power loss.
 //!
 //! ```
-//! use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, schema_hash};
-//! use fieldgate_protocol::column::encode_integers;
+//! use fieldgate_protocol::auth::NO_CHANNEL_BINDING;
 //! use fieldgate_protocol::device::{Config, Device, Queue};
-//! use fieldgate_protocol::frame::{HEADER_BYTES, NoRoom, TRAILER_BYTES};
+//! use fieldgate_protocol::frame::NoRoom;
 //! use fieldgate_protocol::message::{Channel, Column, Data, Declare, encode};
+//! use fieldgate_protocol::value::{Clock, Kind, TimeUnit};
 //!
 //! const SLOTS: u64 = 4;
 //!
@@ -37,18 +37,17 @@
 //!     /// Queues 21.57, 21.58 and 21.56 degrees, one second apart; overwrites the oldest frame.
 //!     fn push_readings(&mut self, t0: i64) -> Result<(), NoRoom> {
 //!         let mut packed = [0; 32];
-//!         let (encoding, len) = encode_integers(&[2157, 2158, 2156], &mut packed)?;
-//!         let column = Column { channel: 1, encoding, nulls: &[], data: &packed[..len] };
+//!         let column = Column::integers(1, &[2157, 2158, 2156], &mut packed)?;
 //!         let data = Data {
 //!             schema: 1,
-//!             clock: 0,
-//!             time_unit: 2,
+//!             clock: Clock::Boot,
+//!             time_unit: TimeUnit::Seconds,
 //!             boot: 7,
 //!             t0,
 //!             rows: 3,
 //!             step: 1,
 //!             dt: &[],
-//!             columns: [column].into_iter().collect(),
+//!             columns: [column].into(),
 //!             ext: &[],
 //!         };
 //!         let slot = (self.next_seq % SLOTS) as usize;
@@ -59,10 +58,10 @@
 //!     }
 //! }
 //!
-//! fn write_schema(out: &mut [u8]) -> Result<usize, NoRoom> {
-//!     let channel = Channel { id: 1, name: "temperature", unit: "Cel", kind: 0, exp10: -2 };
-//!     let channels = [channel].into_iter().collect();
-//!     encode(&Declare { schema: 1, channels, ext: &[] }, 0, out)
+//! fn schema() -> Declare<'static> {
+//!     let (name, unit, kind) = ("temperature", "Cel", Kind::Integer);
+//!     let channel = Channel { id: 1, name, unit, kind, exp10: -2 };
+//!     Declare { schema: 1, channels: [channel].into(), ext: &[] }
 //! }
 //!
 //! impl Queue for Ring {
@@ -79,40 +78,25 @@
 //!         Ok(frame.len())
 //!     }
 //!     fn write_declare(&mut self, _: u64, out: &mut [u8]) -> Result<usize, NoRoom> {
-//!         write_schema(out)
+//!         encode(&schema(), 0, out)
 //!     }
 //!     fn delete_through(&mut self, seq: u64) {
 //!         self.oldest_seq = self.oldest_seq.max(seq + 1);
 //!     }
 //! }
 //!
-//! let mut out = [0; 512];
-//! let len = write_schema(&mut out)?;
-//! let hash = schema_hash(&out[HEADER_BYTES..len - TRAILER_BYTES]);
-//! let mut device = Device::new(Config {
-//!     name: "pump-07",
-//!     key: [0x11; 32],
-//!     firmware: "2.4.1",
-//!     stream: 0x1122_3344_5566_7788,
-//!     boot: 7,
-//!     schema: 1,
-//!     schema_hash: hash,
-//!     rx_bytes_max: 512,
-//!     window_frames: 4,
-//!     reconnect_min_ms: 1_000,
-//!     reconnect_max_ms: 300_000,
-//!     handshake_timeout_ms: 10_000,
-//! });
+//! let (key, stream, boot) = ([0x11; 32], 0x1122_3344_5566_7788, 7);
+//! let mut device = Device::new(Config::new("pump-07", key, stream, boot, &schema()));
 //! let mut ring = Ring { frames: [[0; 128]; 4], lens: [0; 4], oldest_seq: 1, next_seq: 1 };
 //! ring.push_readings(5)?;
 //!
 //! // The connection is established; `now_us` counts from boot. Send all output of `poll_transmit`.
-//! let (nonce, now_us) = ([0x22; 16], 9_000_000);
+//! let (nonce, now_us, mut out) = ([0x22; 16], 9_000_000, [0; 512]);
 //! device.connect(nonce, NO_CHANNEL_BINDING, now_us, 0);
 //! let hello = device.poll_transmit(&mut ring, now_us, &mut out).map(|len| &out[..len]);
 //! assert_eq!(hello.map(|frame| frame[2]), Some(0x01));
-//! // Then decode the input with frame::decode, call device.handle_frame and poll_transmit, and call
-//! // device.handle_timeout at device.poll_deadline.
+//! // Then pass received bytes to device.handle_input, call poll_transmit again, and call device.handle_timeout
+//! // at device.poll_deadline.
 //! # Ok::<(), NoRoom>(())
 //! ```
 

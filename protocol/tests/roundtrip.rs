@@ -10,8 +10,7 @@ use fieldgate_protocol::message::{
     Ack, Auth, Bye, Challenge, Channel, Column, Command, CommandResult, Data, Declare, Event, Gap,
     Hello, Message, Nack, Ping, Pong, Welcome, decode, encode,
 };
-use fieldgate_protocol::value::Kind;
-use fieldgate_protocol::value::MONO_US_MAX;
+use fieldgate_protocol::value::{Clock, Kind, MONO_US_MAX, TimeUnit};
 use proptest::prelude::*;
 
 fn same<'a, M: Message<'a> + PartialEq + std::fmt::Debug>(
@@ -24,6 +23,10 @@ fn same<'a, M: Message<'a> + PartialEq + std::fmt::Debug>(
     assert!(frame.intact);
     assert_eq!((frame.header.frame_type, frame.header.seq), (M::TYPE, seq));
     assert_eq!(decode::<M>(frame.payload()).as_ref(), Ok(message));
+}
+
+fn any_of<T: Copy + std::fmt::Debug + 'static>(values: &'static [T]) -> impl Strategy<Value = T> {
+    prop::sample::select(values)
 }
 
 fn ext() -> impl Strategy<Value = Vec<u8>> {
@@ -86,11 +89,11 @@ proptest! {
     #[test]
     fn declare(
         schema in 1..=u16::MAX, ext in ext(),
-        channels in prop::collection::btree_map(any::<u8>(), (text(24), text(16), 0..4u8, -22..=22i8), 1..=32),
+        channels in prop::collection::btree_map(any::<u8>(), (text(24), text(16), any_of(&Kind::ALL), -22..=22i8), 1..=32),
     ) {
         let names: Vec<String> = channels.iter().map(|(id, (name, ..))| format!("{id:03}{name}")).collect();
         let channels = channels.iter().zip(&names).map(|((id, (_, unit, kind, exp10)), name)| Channel {
-            id: *id, name, unit, kind: *kind, exp10: if *kind == 0 { *exp10 } else { 0 },
+            id: *id, name, unit, kind: *kind, exp10: if *kind == Kind::Integer { *exp10 } else { 0 },
         });
         same(&Declare { schema, channels: channels.collect(), ext: &ext }, 0, &mut [0; 4096]);
     }
@@ -99,7 +102,7 @@ proptest! {
     fn data(
         ext in ext(), dt in prop::collection::vec(any::<u8>(), 0..40), seq in any::<u64>(),
         (schema, boot, t0, rows, step) in any::<(u16, u32, i64, u16, u32)>(),
-        (clock, time_unit) in (0..=1u8, 0..=2u8),
+        (clock, time_unit) in (any_of(&Clock::ALL), any_of(&TimeUnit::ALL)),
         columns in prop::collection::vec(any::<(u8, u8, Vec<u8>, Vec<u8>)>(), 0..=32),
     ) {
         let columns = columns.iter().map(|(channel, encoding, nulls, data)| Column {
@@ -115,12 +118,12 @@ proptest! {
     fn other_messages(
         ext in ext(), body in prop::collection::vec(any::<u8>(), 0..64), words in text(96), event in text(128),
         (a, b, c, d, seq) in any::<(u64, u32, u16, u8, u64)>(),
-        (clock, level, status, mono_us) in (0..=1u8, 0..=4u8, 0..=3u8, 0..=MONO_US_MAX),
+        (clock, level, status, mono_us) in (any_of(&Clock::ALL), 0..=4u8, 0..=3u8, 0..=MONO_US_MAX),
         (utc_us, sent_us, pong_mono) in (utc(), utc(), any::<u64>()),
     ) {
         let out = &mut [0; 1024];
         same(&Gap { from_seq: a.max(1), reason: d, ext: &ext }, seq, out);
-        let time_us = if clock == 0 { mono_us as i64 } else { utc_us };
+        let time_us = if clock == Clock::Boot { mono_us as i64 } else { utc_us };
         let message = Event { clock, boot: b, time_us, level, code: c, text: &event, ext: &ext };
         same(&message, seq, &mut [0; 1024]);
         same(&CommandResult { id: a, status, body: &body, ext: &ext }, seq, &mut [0; 1024]);
@@ -140,7 +143,7 @@ proptest! {
 
 /// Compares [`decode`] with rule R22: a valid message is encoded to the same bytes again.
 fn is_judged_by_its_form<'a, M: Message<'a>>(payload: &'a [u8]) {
-    let is_longer = match postcard::take_from_bytes::<M>(payload) {
+    let is_longer = match postcard::take_from_bytes::<M::Wire>(payload) {
         Ok((message, [])) => postcard::to_slice(&message, &mut [0; 512]).unwrap() != payload,
         _ => false,
     };
@@ -158,9 +161,9 @@ proptest! {
         let column = |channel| Column { channel, encoding: 1, nulls: &[], data: &bytes };
         let columns = [column(1), column(2)].into_iter().collect();
         let data = Data {
-            schema, clock: 1, time_unit: 1, boot, t0, rows, step, dt: &bytes, columns, ext: &[],
+            schema, clock: Clock::Utc, time_unit: TimeUnit::Milliseconds, boot, t0, rows, step, dt: &bytes, columns, ext: &[],
         };
-        let channel = Channel { id: 1, name: "name", unit: "unit", kind: 0, exp10: -1 };
+        let channel = Channel { id: 1, name: "name", unit: "unit", kind: Kind::Integer, exp10: -1 };
         let declare = Declare { schema, channels: [channel].into_iter().collect(), ext: &[] };
         let mut out = [[0; 512]; 2];
         let [data_out, declare_out] = &mut out;
@@ -303,7 +306,7 @@ proptest! {
         let mut dt = [0; 1024];
         let len = encode_times(&times, &mut dt).unwrap();
         let data = Data {
-            schema: 1, clock: 1, time_unit: 1, boot: 0, t0, rows: times.len() as u16, step: 0,
+            schema: 1, clock: Clock::Utc, time_unit: TimeUnit::Milliseconds, boot: 0, t0, rows: times.len() as u16, step: 0,
             dt: &dt[..len], columns: Default::default(), ext: &[],
         };
         let mut out = vec![0; times.len()];

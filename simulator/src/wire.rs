@@ -3,7 +3,7 @@
 
 use fieldgate_protocol::auth::schema_hash;
 use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, HEADER_BYTES, NoRoom, TRAILER_BYTES};
-use fieldgate_protocol::message;
+use fieldgate_protocol::{message, value};
 
 use crate::encode::{DataTerms, Encoder, data_frame};
 use crate::plan::{Clock, DeviceScript, FrameContent};
@@ -28,7 +28,7 @@ pub fn declare_frame(channels: &[Channel], schema: u16) -> Vec<u8> {
         id: i as u8 + 1,
         name: &channel.name,
         unit: &channel.unit,
-        kind: channel.kind as u8,
+        kind: channel.kind,
         exp10: channel.exp10,
     });
     let declare = message::Declare {
@@ -46,8 +46,8 @@ pub fn declare_frame(channels: &[Channel], schema: u16) -> Vec<u8> {
 /// Returns the fields of a device's DATA frames other than the readings.
 pub fn terms(device: &DeviceScript, schema: u16) -> DataTerms {
     let clock = match device.clock() {
-        Clock::Boot => 0,
-        Clock::Utc => 1,
+        Clock::Boot => value::Clock::Boot,
+        Clock::Utc => value::Clock::Utc,
     };
     DataTerms {
         schema,

@@ -7,6 +7,7 @@ use fieldgate_protocol::column::{check_shape, decode_times, decode_values};
 use fieldgate_protocol::error::Violation;
 use fieldgate_protocol::frame::{Frame, types};
 use fieldgate_protocol::message::{Data, Event, Gap, decode};
+use fieldgate_protocol::value::Clock;
 
 use crate::store::{Content, Readings, Schema};
 use crate::time::{BootClocks, Origin, Stamp, resolve_utc};
@@ -101,15 +102,18 @@ impl Context<'_> {
         Ok((Content::Readings(readings), Some(stamp)))
     }
 
-    fn stamp(&self, clock: u8, boot: u32, (oldest_us, newest_us): (i64, i64)) -> Stamp {
-        let (boot, (time, chosen)) = if clock == 0 {
-            let rows = (oldest_us, newest_us);
-            let clocks = self.clocks;
-            let resolved = clocks.resolve_boot(boot, rows, self.received_at_us, self.origin);
-            (Some(boot), resolved)
-        } else {
-            let time = resolve_utc(oldest_us, newest_us, self.received_at_us);
-            (None, (time, None))
+    fn stamp(&self, clock: Clock, boot: u32, (oldest_us, newest_us): (i64, i64)) -> Stamp {
+        let (boot, (time, chosen)) = match clock {
+            Clock::Boot => {
+                let rows = (oldest_us, newest_us);
+                let clocks = self.clocks;
+                let resolved = clocks.resolve_boot(boot, rows, self.received_at_us, self.origin);
+                (Some(boot), resolved)
+            }
+            Clock::Utc => {
+                let time = resolve_utc(oldest_us, newest_us, self.received_at_us);
+                (None, (time, None))
+            }
         };
         Stamp {
             boot,

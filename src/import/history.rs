@@ -6,6 +6,7 @@ use fieldgate_protocol::auth::schema_hash;
 use fieldgate_protocol::device::Queue;
 use fieldgate_protocol::frame::{HEADER_BYTES, NoRoom, TRAILER_BYTES};
 use fieldgate_protocol::message::{self, CHANNELS_MAX, Declare};
+use fieldgate_protocol::value::Clock;
 use ring::digest::{Context, SHA256};
 
 use crate::recording::encode::{DataTerms, Encoder};
@@ -166,7 +167,7 @@ impl<'r> History<'r> {
                 id: id as u8 + 1,
                 name: &channel.name,
                 unit: &channel.unit,
-                kind: channel.kind as u8,
+                kind: channel.kind,
                 exp10: channel.exp10,
             };
             channels.push(declaration).map_err(|_| NoRoom)?;
@@ -204,7 +205,7 @@ impl Queue for History<'_> {
         self.recording.fill(rows, channels, 0, &mut self.readings);
         let terms = DataTerms {
             schema: self.schema_of(at),
-            clock: 1,
+            clock: Clock::Utc,
             boot: self.boot,
         };
         self.encoder

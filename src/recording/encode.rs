@@ -4,6 +4,7 @@
 use fieldgate_protocol::column::{encode_f32, encode_f64, encode_integers, encode_times, encoding};
 use fieldgate_protocol::frame::{FRAME_BYTES_MAX, NoRoom};
 use fieldgate_protocol::message::{self, CHANNELS_MAX, Data};
+use fieldgate_protocol::value::{Clock, TimeUnit};
 
 use super::readings::{Column, Readings, Values};
 
@@ -12,8 +13,8 @@ use super::readings::{Column, Readings, Values};
 pub struct DataTerms {
     /// Schema of the columns; channel ids are 1, 2, … in column order.
     pub schema: u16,
-    /// 0: times count from boot; 1: times are UTC.
-    pub clock: u8,
+    /// Clock of the times.
+    pub clock: Clock,
     /// The boot that times count from.
     pub boot: u32,
 }
@@ -63,7 +64,8 @@ impl Encoder {
         for (place, column) in packed.iter_mut().zip(&readings.columns) {
             *place = self.pack(column, readings.rows, &mut used)?;
         }
-        let (time_unit, unit_us) = time_unit(readings);
+        let time_unit = time_unit(readings);
+        let unit_us = time_unit.us();
         let step = u32::try_from(readings.step_us / unit_us as u64).unwrap_or(0);
         let dt_start = used;
         if step == 0 && readings.rows > 1 {
@@ -160,10 +162,10 @@ fn pack_each(
     Ok(used)
 }
 
-/// Returns the coarsest unit in which every time of the frame is a whole number: its protocol
-/// number, and its length in microseconds.
-fn time_unit(readings: &Readings) -> (u8, i64) {
-    let is_exact = |unit_us: i64| {
+/// Returns the coarsest unit in which every time of the frame is a whole number.
+fn time_unit(readings: &Readings) -> TimeUnit {
+    let is_exact = |unit: &TimeUnit| {
+        let unit_us = unit.us();
         readings.t0_us % unit_us == 0
             && readings.step_us.is_multiple_of(unit_us as u64)
             && readings
@@ -171,8 +173,8 @@ fn time_unit(readings: &Readings) -> (u8, i64) {
                 .iter()
                 .all(|offset_us| offset_us.is_multiple_of(unit_us as u64))
     };
-    [(2, 1_000_000), (1, 1_000)]
+    [TimeUnit::Seconds, TimeUnit::Milliseconds]
         .into_iter()
-        .find(|(_, unit_us)| is_exact(*unit_us))
-        .unwrap_or((0, 1))
+        .find(is_exact)
+        .unwrap_or(TimeUnit::Microseconds)
 }

@@ -21,7 +21,6 @@ use fieldgate_protocol::auth::schema_hash;
 use fieldgate_protocol::error::{Code, Violation};
 use fieldgate_protocol::frame::{Frame, SEQ_MAX, VERSION, types};
 use fieldgate_protocol::message::{Bye, Declare, Ping, Pong, decode, first_seq};
-use fieldgate_protocol::value::Kind;
 
 use super::reply::Outbound;
 use super::retry::retry_after_ms;
@@ -555,7 +554,7 @@ fn declared(channel: &fieldgate_protocol::message::Channel<'_>) -> DeclaredChann
         id: channel.id,
         name: channel.name.to_owned(),
         unit: channel.unit.to_owned(),
-        kind: Kind::from_wire(channel.kind).expect("checked when it was decoded"),
+        kind: channel.kind,
         exp10: channel.exp10,
     }
 }

@@ -8,6 +8,7 @@ use fieldgate_protocol::auth::NO_CHANNEL_BINDING;
 use fieldgate_protocol::device::{Config, Device, Queue};
 use fieldgate_protocol::frame::{self, HEADER_BYTES, NoRoom, types};
 use fieldgate_protocol::message::{self, Ack, Channel, Event, Gap, Nack};
+use fieldgate_protocol::value::{Clock, Kind};
 use proptest::prelude::*;
 
 use super::*;
@@ -270,7 +271,7 @@ fn frame_for(input: Input, first: u64, seq: u64) -> Vec<u8> {
             &mut out,
         )
     } else {
-        let (clock, boot, time_us) = (1, 1, NOW.utc_us);
+        let (clock, boot, time_us) = (Clock::Utc, 1, NOW.utc_us);
         let event = Event {
             clock,
             boot,
@@ -307,7 +308,7 @@ async fn a_device_whose_input_is_paused_is_not_silent() {
             id: 1,
             name: "level",
             unit: "",
-            kind: 2,
+            kind: Kind::F64,
             exp10: 0,
         }]
         .into_iter()

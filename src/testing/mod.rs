@@ -13,7 +13,7 @@ fn declare<'a>(schema: u16, channels: &[(&'a str, Kind, i8)]) -> Declare<'a> {
         id,
         name,
         unit: "1",
-        kind: kind as u8,
+        kind,
         exp10,
     };
     Declare {

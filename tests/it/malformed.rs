@@ -7,10 +7,11 @@ use std::time::Instant;
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{HEADER_BYTES, types};
 use fieldgate_protocol::message::{Ack, Channel};
+use fieldgate_protocol::value::Kind;
 
 use crate::support::client::{
     Heard, Link, SCHEMA, T0_US, TEMPERATURE, bye, damaged, declare, declare_channels, event, frame,
-    gap, header, ping, readings, readings_at, reheaded, sealed,
+    gap, header, ping, readings, readings_at, reheaded, sealed, with_byte,
 };
 use crate::support::gateway::Gateway;
 
@@ -218,7 +219,7 @@ fn unsequenced_frames_that_are_not_allowed_end_the_connection() {
     let gateway = Gateway::start(&[]);
     let pump = gateway.device("pump");
     let of_type = |frame_type: u8, payload: &[u8]| sealed(header(frame_type, 0), payload);
-    let channel = |name: &'static str, unit: &'static str, kind: u8, exp10: i8| Channel {
+    let channel = |name: &'static str, unit: &'static str, kind: Kind, exp10: i8| Channel {
         id: 1,
         name,
         unit,
@@ -268,39 +269,60 @@ fn unsequenced_frames_that_are_not_allowed_end_the_connection() {
         ("DECLARE of 33", of_type(types::DECLARE, &[2, 33])),
         (
             "DECLARE, one id twice",
-            declare_channels(2, &[channel("a", "", 0, 0), channel("b", "", 0, 0)]),
+            declare_channels(
+                2,
+                &[
+                    channel("a", "", Kind::Integer, 0),
+                    channel("b", "", Kind::Integer, 0),
+                ],
+            ),
         ),
         (
             "DECLARE, one name twice",
             declare_channels(
                 2,
                 &[
-                    channel("a", "", 0, 0),
+                    channel("a", "", Kind::Integer, 0),
                     Channel {
                         id: 2,
-                        ..channel("a", "", 0, 0)
+                        ..channel("a", "", Kind::Integer, 0)
                     },
                 ],
             ),
         ),
-        ("DECLARE, no name", one(channel("", "", 0, 0))),
-        ("DECLARE, U+0000", one(channel("a\0b", "", 0, 0))),
-        ("DECLARE, kind", one(channel("a", "", 4, 0))),
-        ("DECLARE, exponent 23", one(channel("a", "", 0, 23))),
-        ("DECLARE, exponent -23", one(channel("a", "", 0, -23))),
-        ("DECLARE, exponent of a float", one(channel("a", "", 2, 1))),
+        ("DECLARE, no name", one(channel("", "", Kind::Integer, 0))),
+        (
+            "DECLARE, U+0000",
+            one(channel("a\0b", "", Kind::Integer, 0)),
+        ),
+        (
+            "DECLARE, kind",
+            with_byte(&one(channel("a", "", Kind::Integer, 0)), 6, 4),
+        ),
+        (
+            "DECLARE, exponent 23",
+            one(channel("a", "", Kind::Integer, 23)),
+        ),
+        (
+            "DECLARE, exponent -23",
+            one(channel("a", "", Kind::Integer, -23)),
+        ),
+        (
+            "DECLARE, exponent of a float",
+            one(channel("a", "", Kind::F64, 1)),
+        ),
         (
             "DECLARE, long name",
             one(Channel {
                 name: &long_name,
-                ..channel("", "", 0, 0)
+                ..channel("", "", Kind::Integer, 0)
             }),
         ),
         (
             "DECLARE, long unit",
             one(Channel {
                 unit: &long_unit,
-                ..channel("a", "", 0, 0)
+                ..channel("a", "", Kind::Integer, 0)
             }),
         ),
         ("BYE cut short", of_type(types::BYE, &[0])),
@@ -517,7 +539,7 @@ fn an_unknown_schema_is_requested() {
         id: TEMPERATURE,
         name: "other",
         unit: "K",
-        kind: 2,
+        kind: Kind::F64,
         exp10: 0,
     };
     for _ in 0..2 {

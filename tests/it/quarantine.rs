@@ -5,11 +5,12 @@ use fieldgate_protocol::column::encoding;
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 use fieldgate_protocol::message::{Column, CommandResult, Data, Event, Gap};
+use fieldgate_protocol::value::{Clock, TimeUnit};
 
 use crate::malformed::{Cases, assert_only, assert_serves};
 use crate::support::client::{
     FLOW, LEVEL, OPEN, SCHEMA, T0_US, TEMPERATURE, event, frame, gap, header, no_columns, payload,
-    raw, readings, reheaded, sealed, with_columns,
+    raw, readings, reheaded, sealed, with_byte, with_columns,
 };
 use crate::support::gateway::Gateway;
 
@@ -131,20 +132,8 @@ fn numbers_out_of_range_are_quarantined() {
         )
     };
     let cases: Cases = vec![
-        (
-            "clock 2",
-            with(Data {
-                clock: 2,
-                ..good.clone()
-            }),
-        ),
-        (
-            "time unit 3",
-            with(Data {
-                time_unit: 3,
-                ..good.clone()
-            }),
-        ),
+        ("clock 2", with_byte(&with(good.clone()), 1, 2)),
+        ("time unit 3", with_byte(&with(good.clone()), 2, 3)),
         (
             "no rows",
             with(Data {
@@ -176,7 +165,7 @@ fn numbers_out_of_range_are_quarantined() {
             "year 0, seconds",
             with(Data {
                 t0: -62_135_596_801,
-                time_unit: 2,
+                time_unit: TimeUnit::Seconds,
                 ..good.clone()
             }),
         ),
@@ -184,14 +173,14 @@ fn numbers_out_of_range_are_quarantined() {
             "overflow",
             with(Data {
                 t0: i64::MAX,
-                time_unit: 2,
+                time_unit: TimeUnit::Seconds,
                 ..good.clone()
             }),
         ),
         (
             "before boot",
             with(Data {
-                clock: 0,
+                clock: Clock::Boot,
                 t0: -1,
                 ..good.clone()
             }),
@@ -199,7 +188,7 @@ fn numbers_out_of_range_are_quarantined() {
         (
             "long after boot",
             with(Data {
-                clock: 0,
+                clock: Clock::Boot,
                 t0: (1 << 53) + 1,
                 ..good.clone()
             }),
@@ -216,9 +205,12 @@ fn numbers_out_of_range_are_quarantined() {
         }),
         ("level 5", event(2, 5, 1, "")),
         ("text of 129 bytes", event(2, 1, 1, &long_text)),
-        ("event in year 10000", event_at(1, last_us + 1)),
-        ("event before boot", event_at(0, -1)),
-        ("event of clock 2", event_at(2, 0)),
+        ("event in year 10000", event_at(Clock::Utc, last_us + 1)),
+        ("event before boot", event_at(Clock::Boot, -1)),
+        (
+            "event of clock 2",
+            with_byte(&event_at(Clock::Utc, 0), 0, 2),
+        ),
         ("GAP from 0", gap(0, 2, 0)),
         ("GAP from behind itself", gap(3, 2, 0)),
     ];

@@ -9,6 +9,7 @@ use std::thread;
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 use fieldgate_protocol::message::{Data, Event, Gap};
+use fieldgate_protocol::value::Clock;
 
 use crate::support::client::{
     Link, T0_US, TEMPERATURE, damaged, event, frame, gap, header, no_columns, raw, readings,
@@ -45,7 +46,7 @@ fn replay(store: &str, args: &[&str]) -> Ended {
 
 fn since_boot(seq: u64, boot: u32, t0: i64) -> Vec<u8> {
     let data = Data {
-        clock: 0,
+        clock: Clock::Boot,
         boot,
         t0,
         ..no_columns(2)
@@ -121,7 +122,7 @@ fn replayed_frames_equal_directly_stored_ones() {
         gateway.data_dir().join("fieldgate.db").display()
     );
     let at_boot = Event {
-        clock: 0,
+        clock: Clock::Boot,
         boot: 7,
         time_us: 500_000,
         level: 2,

@@ -4,6 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use fieldgate_protocol::column::encoding;
 use fieldgate_protocol::message::{Channel, Column, Data, Event};
+use fieldgate_protocol::value::{Clock, Kind};
 
 use crate::support::client::{
     FLOW, Heard, LEVEL, Link, OPEN, SCHEMA, T0_US, bye, declare_channels, event, frame, no_columns,
@@ -35,7 +36,7 @@ fn c16_hostile_texts_are_stored_unchanged() {
             id: i as u8,
             name: names[i],
             unit: units[i],
-            kind: 3,
+            kind: Kind::Bool,
             exp10: 0,
         })
         .collect();
@@ -176,7 +177,7 @@ fn times_get_the_correct_quality() {
         link.expect_ack(seq);
     };
     let since_boot = |boot: u32, t0: i64, rows: u16| Data {
-        clock: 0,
+        clock: Clock::Boot,
         boot,
         t0,
         ..no_columns(rows)
@@ -197,7 +198,7 @@ fn times_get_the_correct_quality() {
     send(&mut link, 8, utc(-62_135_596_800_000_000));
     send(&mut link, 9, utc(253_402_300_799_999_999));
     let stamped = Event {
-        clock: 0,
+        clock: Clock::Boot,
         boot: 7,
         time_us: 500_000,
         level: 1,

@@ -4,6 +4,7 @@ use fieldgate_protocol::auth::schema_hash;
 use fieldgate_protocol::column::encoding;
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::message::{Channel, Column};
+use fieldgate_protocol::value::Kind;
 use tempfile::TempDir;
 
 use crate::support::client::{
@@ -156,7 +157,7 @@ fn c16_hostile_texts_are_stored_unchanged() {
         id: i as u8,
         name: names[i],
         unit: units[i],
-        kind: 3,
+        kind: Kind::Bool,
         exp10: 0,
     };
     let channels: Vec<Channel<'_>> = (0..4).map(channel).collect();

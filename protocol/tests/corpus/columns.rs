@@ -1,7 +1,6 @@
 //! Vectors of single columns and times, with their decoded values.
 
 use fieldgate_protocol::column::{decode_times, decode_values};
-use fieldgate_protocol::value::Kind;
 
 use super::*;
 
@@ -259,8 +258,8 @@ pub fn column_outcome(case: &Value) -> Result<Vec<Value>, u8> {
 pub fn time_outcome(case: &Value) -> Result<Vec<Value>, u8> {
     let dt = unhex(case["dt"].as_str().unwrap());
     let data = Data {
-        clock: 1,
-        time_unit: case["time_unit"].as_u64().unwrap() as u8,
+        clock: Clock::Utc,
+        time_unit: TimeUnit::from_wire(case["time_unit"].as_u64().unwrap() as u8).unwrap(),
         t0: case["t0"].as_str().unwrap().parse().unwrap(),
         step: case["step"].as_u64().unwrap() as u32,
         dt: &dt,

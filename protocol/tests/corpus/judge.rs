@@ -9,7 +9,6 @@ use fieldgate_protocol::frame::{self, Frame, FrameError, SEQ_MAX, VERSION, types
 use fieldgate_protocol::message::{
     Ack, Auth, Bye, Challenge, Data, Declare, Event, Gap, Hello, Nack, Ping, Pong, Welcome, decode,
 };
-use fieldgate_protocol::value::Kind;
 
 use super::{
     AWAIT_AUTH, AWAIT_HELLO, CRC_FAILED, DEVICE, DROPPING, DURABLE_SEQ, EXPECTED_SEQ, Expect,
@@ -207,8 +206,7 @@ fn readings(data: &Data<'_>) -> Result<bool, Violation> {
             .iter()
             .find(|channel| channel.id == column.channel)
             .ok_or(Violation::ColumnChannel(column.channel))?;
-        let kind = Kind::from_wire(channel.kind).unwrap();
-        decode_values(column, kind, channel.exp10, &mut vec![0.0; rows])?;
+        decode_values(column, channel.kind, channel.exp10, &mut vec![0.0; rows])?;
     }
     Ok(true)
 }

@@ -28,7 +28,7 @@ pub fn pong() -> Pong<'static> {
 }
 
 fn event() -> Event<'static> {
-    Event { clock: 0, boot: 7, time_us: 5_000_000, level: 2, code: 300, text: "battery low", ext: &[] }
+    Event { clock: Clock::Boot, boot: 7, time_us: 5_000_000, level: 2, code: 300, text: "battery low", ext: &[] }
 }
 
 fn nacked() -> Nack<'static> {
@@ -44,7 +44,7 @@ fn with_fields(mut vector: Vector, fields: Value) -> Vector {
 fn whole() -> Vec<Vector> {
     let taken = |id: &str, state, frame: &[u8], fields| with_fields(vector(id, state, frame, Expect::Taken, "complete, with every field"), fields);
     let schema_hash = hello().schema_hash;
-    let channels: Vec<Value> = declare().channels.iter().map(|c| json!({ "id": c.id, "name": c.name, "unit": c.unit, "kind": c.kind, "exp10": c.exp10 })).collect();
+    let channels: Vec<Value> = declare().channels.iter().map(|c| json!({ "id": c.id, "name": c.name, "unit": c.unit, "kind": c.kind as u8, "exp10": c.exp10 })).collect();
     vec![
         taken(
             "hello",
@@ -200,7 +200,7 @@ fn texts() -> Vec<Vector> {
 }
 
 fn declares() -> Vec<Vector> {
-    let one = Channel { id: 1, name: "t", unit: "Cel", kind: 0, exp10: 0 };
+    let one = Channel { id: 1, name: "t", unit: "Cel", kind: Kind::Integer, exp10: 0 };
     let mut out = Vec::new();
     let mut say = |id: String, channels: &[Channel<'_>], expect, note| {
         let declare = Declare { schema: 2, channels: channels.iter().copied().collect(), ext: &[] };
@@ -233,7 +233,9 @@ fn declares() -> Vec<Vector> {
         (4, 0, bye(44)),
         (255, 0, bye(44)),
     ] {
-        say(format!("kind-{kind}-exp-{exp10}"), &[Channel { kind, exp10, ..one }], expect, "R43");
+        let declare = Declare { schema: 2, channels: [Channel { exp10, ..one }].into(), ext: &[] };
+        let frame = with_byte(&message_frame(&declare, 0), 9, Kind::Integer as u8, kind);
+        out.push(vector(format!("declare-kind-{kind}-exp-{exp10}"), SERVING, &frame, expect, "R43"));
     }
     let schema_0 = Declare { schema: 0, ..declare() };
     out.push(vector("declare-schema-0", SERVING, &message_frame(&schema_0, 0), bye(44), "R24"));
@@ -255,17 +257,17 @@ fn declares() -> Vec<Vector> {
 fn events() -> Vec<Vector> {
     let say = |id: &str, event: Event<'_>, expect, note| vector(format!("event-{id}"), SERVING, &message_frame(&event, 5), expect, note);
     vec![
-        say("clock-2", Event { clock: 2, ..event() }, refused(33), "R24"),
+        vector("event-clock-2", SERVING, &with_byte(&message_frame(&event(), 5), 0, 0, 2), refused(33), "R24"),
         say("level-4", Event { level: 4, ..event() }, Expect::Taken, "R46"),
         say("level-5", Event { level: 5, ..event() }, refused(33), "R24"),
         say("boot-time-top", Event { time_us: 1 << 53, ..event() }, Expect::Taken, "R50"),
         say("boot-time-over", Event { time_us: (1 << 53) + 1, ..event() }, refused(33), "R50"),
         say("boot-time-negative", Event { time_us: -1, ..event() }, refused(33), "R50"),
-        say("utc-first", Event { clock: 1, time_us: -62_135_596_800_000_000, ..event() }, Expect::Taken, "R50: year 1"),
-        say("utc-before", Event { clock: 1, time_us: -62_135_596_800_000_001, ..event() }, refused(33), "R50"),
-        say("utc-last", Event { clock: 1, time_us: 253_402_300_799_999_999, ..event() }, Expect::Taken, "R50: year 9999"),
-        say("utc-after", Event { clock: 1, time_us: 253_402_300_800_000_000, ..event() }, refused(33), "R50"),
-        say("utc-1970", Event { clock: 1, time_us: 0, ..event() }, Expect::Taken, "R75: suspect, not refused"),
+        say("utc-first", Event { clock: Clock::Utc, time_us: -62_135_596_800_000_000, ..event() }, Expect::Taken, "R50: year 1"),
+        say("utc-before", Event { clock: Clock::Utc, time_us: -62_135_596_800_000_001, ..event() }, refused(33), "R50"),
+        say("utc-last", Event { clock: Clock::Utc, time_us: 253_402_300_799_999_999, ..event() }, Expect::Taken, "R50: year 9999"),
+        say("utc-after", Event { clock: Clock::Utc, time_us: 253_402_300_800_000_000, ..event() }, refused(33), "R50"),
+        say("utc-1970", Event { clock: Clock::Utc, time_us: 0, ..event() }, Expect::Taken, "R75: suspect, not refused"),
     ]
 }
 

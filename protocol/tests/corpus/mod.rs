@@ -22,6 +22,7 @@ pub mod times;
 
 use fieldgate_protocol::frame::{self, HEADER_BYTES, Header, OVERHEAD_BYTES, VERSION};
 use fieldgate_protocol::message::{self, Channel, Column, Data, Declare, Message};
+use fieldgate_protocol::value::{Clock, Kind, TimeUnit};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -175,10 +176,10 @@ pub fn declare() -> Declare<'static> {
     Declare {
         schema: 1,
         channels: [
-            channel(1, "temperature", "Cel", 0, -2),
-            channel(2, "battery", "V", 1, 0),
-            channel(3, "pressure", "hPa", 2, 0),
-            channel(4, "door", "", 3, 0),
+            channel(1, "temperature", "Cel", Kind::Integer, -2),
+            channel(2, "battery", "V", Kind::F32, 0),
+            channel(3, "pressure", "hPa", Kind::F64, 0),
+            channel(4, "door", "", Kind::Bool, 0),
         ]
         .into_iter()
         .collect(),
@@ -190,8 +191,8 @@ pub fn declare() -> Declare<'static> {
 pub fn data() -> Data<'static> {
     Data {
         schema: 1,
-        clock: 1,
-        time_unit: 2,
+        clock: Clock::Utc,
+        time_unit: TimeUnit::Seconds,
         boot: 7,
         t0: 1_760_000_000,
         rows: 3,
@@ -207,6 +208,13 @@ pub fn data() -> Data<'static> {
         .collect(),
         ext: &[],
     }
+}
+
+/// Replaces the byte `old` in the payload of a frame, for a value that no message can have.
+pub fn with_byte(frame: &[u8], at: usize, old: u8, new: u8) -> Vec<u8> {
+    let header = frame::decode_header(frame, usize::MAX).unwrap().unwrap();
+    let payload = replaced(payload_of(frame), at, &[old], &[new]);
+    frame_of(header.frame_type, header.seq, &payload)
 }
 
 /// Replaces the bytes `old` in a payload.

@@ -57,8 +57,8 @@ fn shapes() -> Vec<Vector> {
         say("channel-twice", with(&[TEMPERATURE, TEMPERATURE]), refused(31), "R53"),
         say("channels-some", with(&[Column { channel: 4, encoding: 0, nulls: &[], data: &[0, 1, 1] }, TEMPERATURE]), Expect::Taken, "R53: any of the schema's channels, in any order"),
         say("atomic", with(&[TEMPERATURE, Column { channel: 4, encoding: 0, nulls: &[], data: &[0, 1, 2] }]), refused(31), "R59: one bad column refuses all"),
-        say("clock-2", Data { clock: 2, ..data() }, refused(33), "R24"),
-        say("unit-3", Data { time_unit: 3, ..data() }, refused(33), "R24"),
+        vector("data-clock-2", SERVING, &with_byte(&message_frame(&data(), 5), 1, 1, 2), refused(33), "R24"),
+        vector("data-unit-3", SERVING, &with_byte(&message_frame(&data(), 5), 2, 2, 3), refused(33), "R24"),
         say("ext-even", Data { ext: &[2, 0], ..data() }, refused(34), "R26"),
         say("ext-odd", Data { ext: &[1, 0], ..data() }, Expect::Taken, "R26"),
         say("ext-even-schema-2", Data { schema: 2, ext: &[2, 0], ..data() }, refused(34), "R44: content comes before schema"),
@@ -67,9 +67,9 @@ fn shapes() -> Vec<Vector> {
 
 fn times() -> Vec<Vector> {
     let (first, last) = (-62_135_596_800_000_000, 253_402_300_799_999_999);
-    let us = |t0, step| Data { time_unit: 0, t0, step, ..data() };
+    let us = |t0, step| Data { time_unit: TimeUnit::Microseconds, t0, step, ..data() };
     let dt = |dt| Data { step: 0, dt, ..data() };
-    let boot = |t0, step| Data { clock: 0, time_unit: 0, t0, step, ..data() };
+    let boot = |t0, step| Data { clock: Clock::Boot, time_unit: TimeUnit::Microseconds, t0, step, ..data() };
     vec![
         say("dt", dt(&[1, 0xAC, 0x02]), Expect::Taken, "R51: 1 s, then 300 s"),
         say("dt-short", dt(&[1]), refused(31), "R51: a step is missing"),

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use fieldgate_protocol::column::READINGS_MAX;
 use fieldgate_protocol::frame::{FRAME_BYTES_MAX, NoRoom};
+use fieldgate_protocol::value::Clock;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -372,7 +373,7 @@ fn check_frames(script: &Arc<Script>) -> Result<(), FleetError> {
     };
     let terms = DataTerms {
         schema,
-        clock: 0,
+        clock: Clock::Boot,
         boot: 0,
     };
     let mut out = vec![0; FRAME_BYTES_MAX];

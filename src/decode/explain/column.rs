@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use fieldgate_protocol::column::encoding;
-use fieldgate_protocol::value::{Kind, check_time};
+use fieldgate_protocol::value::Kind;
 
 use super::walk::{ColumnFields, DataFields, unzigzag};
 
@@ -67,7 +67,7 @@ pub(super) fn times_fault(bytes: &[u8], data: &DataFields) -> Option<usize> {
         };
         time_us = later;
         // Reported only if the steps themselves are correct.
-        if out_of_range.is_none() && check_time(data.clock, time_us).is_err() {
+        if out_of_range.is_none() && !data.is_in_range(time_us) {
             out_of_range = Some(start);
         }
     }

@@ -11,7 +11,6 @@ use std::ops::Range;
 use fieldgate_protocol::error::Violation;
 use fieldgate_protocol::frame::{Frame, HEADER_BYTES, TRAILER_BYTES, types};
 use fieldgate_protocol::message::EVENT_TEXT_BYTES_MAX;
-use fieldgate_protocol::value::check_time;
 
 use self::walk::{Fields, Walk};
 use crate::decode::Context;
@@ -141,7 +140,7 @@ fn locate(
 /// Returns whether the time of the first row is out of range.
 fn check_first_time(data: &walk::DataFields) -> bool {
     let first_us = data.t0.checked_mul(data.unit_us());
-    first_us.is_none_or(|first_us| check_time(data.clock, first_us).is_err())
+    !first_us.is_some_and(|first_us| data.is_in_range(first_us))
 }
 
 /// Returns the tag or length in `ext` that violates a rule.

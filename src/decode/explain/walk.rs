@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use fieldgate_protocol::frame::{Frame, HEADER_BYTES, TRAILER_BYTES, types};
 use fieldgate_protocol::message::CHANNELS_MAX;
+use fieldgate_protocol::value::{Clock, TimeUnit, check_time};
 
 use super::Part;
 
@@ -71,11 +72,11 @@ impl Fields {
 
 impl DataFields {
     pub(super) fn unit_us(&self) -> i64 {
-        match self.time_unit {
-            0 => 1,
-            1 => 1_000,
-            _ => 1_000_000,
-        }
+        TimeUnit::from_wire(self.time_unit).map_or(1, TimeUnit::us)
+    }
+
+    pub(super) fn is_in_range(&self, time_us: i64) -> bool {
+        Clock::from_wire(self.clock).is_ok_and(|clock| check_time(clock, time_us).is_ok())
     }
 
     pub(super) fn column(&self, channel: u8) -> Option<&ColumnFields> {

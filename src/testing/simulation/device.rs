@@ -8,7 +8,7 @@ use fieldgate_protocol::column::{encode_f64, encode_integers, encoding, scaled};
 use fieldgate_protocol::device::{Config, Device, Fault, Queue};
 use fieldgate_protocol::frame::{Header, NoRoom, TRAILER_BYTES, VERSION, seal, types};
 use fieldgate_protocol::message::{Column, Data, Event, encode};
-use fieldgate_protocol::value::Kind;
+use fieldgate_protocol::value::{Clock, Kind, TimeUnit};
 
 use super::LinkId;
 use super::random::Random;
@@ -70,8 +70,10 @@ fn framed(write: impl FnOnce(&mut [u8]) -> Result<usize, NoRoom>) -> Vec<u8> {
 
 /// Generates a frame at a moment of the device's clock.
 fn make(seq: u64, boot: u32, uptime_us: u64, utc_us: i64, random: &mut Random) -> Made {
-    let clock = random.below(2) as u8;
-    let time_us = if clock == 0 { uptime_us as i64 } else { utc_us };
+    let (clock, time_us) = match random.below(2) {
+        0 => (Clock::Boot, uptime_us as i64),
+        _ => (Clock::Utc, utc_us),
+    };
     match random.below(20) {
         0 => {
             let text = format!("event {seq}");
@@ -114,7 +116,7 @@ fn make(seq: u64, boot: u32, uptime_us: u64, utc_us: i64, random: &mut Random) -
 fn make_data(
     seq: u64,
     boot: u32,
-    clock: u8,
+    clock: Clock,
     time_us: i64,
     schema: u16,
     random: &mut Random,
@@ -145,7 +147,7 @@ fn make_data(
     let data = Data {
         schema,
         clock,
-        time_unit: 0,
+        time_unit: TimeUnit::Microseconds,
         boot,
         t0: time_us,
         rows: rows as u16,

@@ -17,6 +17,7 @@ use fieldgate_protocol::message::{
     self, Ack, Auth, Bye, Challenge, Channel, Column, Data, Declare, Event, Gap, Hello, Message,
     Nack, Ping, Pong, Welcome,
 };
+use fieldgate_protocol::value::{Clock, Kind, TimeUnit};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
@@ -468,11 +469,22 @@ pub fn reheaded(frame: &[u8], change: impl FnOnce(&mut Header)) -> Vec<u8> {
     sealed(changed, payload(frame))
 }
 
+/// Returns the frame with another byte in its payload, for values that no message can have.
+pub fn with_byte(frame: &[u8], at: usize, byte: u8) -> Vec<u8> {
+    let mut payload = payload(frame).to_vec();
+    payload[at] = byte;
+    let header = decode(frame, FRAME_BYTES_MAX)
+        .expect("a frame")
+        .expect("whole")
+        .header;
+    sealed(header, &payload)
+}
+
 fn channel(
     id: u8,
     name: &'static str,
     unit: &'static str,
-    kind: u8,
+    kind: Kind,
     exp10: i8,
 ) -> Channel<'static> {
     Channel {
@@ -500,10 +512,10 @@ pub fn declare_channels(schema: u16, channels: &[Channel<'_>]) -> Vec<u8> {
 /// Returns a DECLARE of the usual channels.
 pub fn declare(schema: u16) -> Vec<u8> {
     let channels = [
-        channel(TEMPERATURE, "temperature", "Cel", 0, -2),
-        channel(LEVEL, "level", "m", 2, 0),
-        channel(OPEN, "open", "", 3, 0),
-        channel(FLOW, "flow", "l/s", 1, 0),
+        channel(TEMPERATURE, "temperature", "Cel", Kind::Integer, -2),
+        channel(LEVEL, "level", "m", Kind::F64, 0),
+        channel(OPEN, "open", "", Kind::Bool, 0),
+        channel(FLOW, "flow", "l/s", Kind::F32, 0),
     ];
     declare_channels(schema, &channels)
 }
@@ -517,8 +529,8 @@ pub fn declared_hash(schema: u16) -> [u8; 8] {
 pub fn no_columns(rows: u16) -> Data<'static> {
     Data {
         schema: SCHEMA,
-        clock: 1,
-        time_unit: 0,
+        clock: Clock::Utc,
+        time_unit: TimeUnit::Microseconds,
         boot: 7,
         t0: T0_US,
         rows,
@@ -576,7 +588,7 @@ pub fn gap(from_seq: u64, seq: u64, reason: u8) -> Vec<u8> {
 pub fn event(seq: u64, level: u8, code: u16, text: &str) -> Vec<u8> {
     frame(
         &Event {
-            clock: 1,
+            clock: Clock::Utc,
             boot: 7,
             time_us: T0_US,
             level,

@@ -6,6 +6,7 @@ use fieldgate_protocol::column::{check_shape, decode_times, decode_values};
 use fieldgate_protocol::error::{Code, Violation};
 use fieldgate_protocol::frame::{Frame, types};
 use fieldgate_protocol::message::{Data, Event, Gap, Message, decode};
+use fieldgate_protocol::value::Clock;
 
 use crate::store::{Content, Entry, Schema, SeriesId};
 
@@ -72,7 +73,7 @@ pub(super) fn made(frame: &Frame<'_>, schemas: &[Arc<Schema>]) -> Result<Option<
         types::EVENT => {
             let event: Event<'_> = read(frame)?;
             Ok(Some(Made::Event {
-                is_utc: event.clock == 1,
+                is_utc: event.clock == Clock::Utc,
                 time_us: event.time_us,
                 level: event.level,
                 code: event.code,
@@ -100,7 +101,7 @@ fn readings(data: &Data<'_>, schema: &Schema) -> Result<Made, Violation> {
         values.extend(decoded.into_iter().map(f64::to_bits));
     }
     Ok(Made::Readings {
-        is_utc: data.clock == 1,
+        is_utc: data.clock == Clock::Utc,
         times_us,
         series,
         values,

@@ -456,7 +456,7 @@ fn check_declare(submitted: &store::Declare, frame: &Frame<'_>) {
     assert_eq!(submitted.hash, schema_hash(frame.payload()));
     let submitted = submitted.channels.iter().map(|channel| {
         let (name, unit) = (channel.name.as_str(), channel.unit.as_str());
-        (channel.id, name, unit, channel.kind as u8, channel.exp10)
+        (channel.id, name, unit, channel.kind, channel.exp10)
     });
     let declared = declare.channels.iter();
     assert!(submitted.eq(declared.map(|channel| {

@@ -12,7 +12,7 @@ use fieldgate_protocol::frame::{
 use fieldgate_protocol::message::{
     Auth, Bye, Challenge, Column, Data, Event, Gap, Hello, Message, Ping, encode,
 };
-use fieldgate_protocol::value::Kind;
+use fieldgate_protocol::value::{Clock, Kind, TimeUnit};
 
 use crate::testing;
 
@@ -178,8 +178,8 @@ pub(super) fn data(seq: u64, pick: u8, utc_us: Option<i64>, raw: &[u8]) -> Vec<u
     });
     let data = Data {
         schema,
-        clock: u8::from(utc_us.is_some()),
-        time_unit: 1,
+        clock: utc_us.map_or(Clock::Boot, |_| Clock::Utc),
+        time_unit: TimeUnit::Milliseconds,
         boot: BOOT + u32::from(pick / 128),
         t0: utc_us.map_or(1_100, |us| us / 1_000),
         rows: raw.len() as u16,
@@ -202,7 +202,7 @@ pub(super) fn data(seq: u64, pick: u8, utc_us: Option<i64>, raw: &[u8]) -> Vec<u
 
 pub(super) fn event(seq: u64, code: u8, utc_us: i64) -> Vec<u8> {
     let event = Event {
-        clock: 1,
+        clock: Clock::Utc,
         boot: BOOT,
         time_us: utc_us,
         level: code % 5,
