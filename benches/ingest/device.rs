@@ -1,10 +1,11 @@
-//! A device with a frame to send, and the session that serves it.
+//! A device with a frame to send, and the inbox of the session that serves it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use fieldgate::config::SessionLimits;
 use fieldgate::ingest::batcher::Batcher;
+use fieldgate::session::inbox::{Inbox, Mail};
 use fieldgate::session::{Session, SessionSettings};
 use fieldgate::store::Store;
 use fieldgate::store::memory::MemoryStore;
@@ -101,9 +102,9 @@ impl Queue for Alike {
     fn delete_through(&mut self, _seq: u64) {}
 }
 
-/// Returns a session that was welcomed and knows the schema. It accepts any number of frames without
-/// receipts.
-pub fn session() -> Session {
+/// Returns the inbox of a session that was welcomed and knows the schema. It accepts any number of
+/// frames without receipts.
+pub fn inbox() -> Inbox {
     let settings = SessionSettings {
         limits: SessionLimits {
             window_frames: 1 << 60,
@@ -113,7 +114,7 @@ pub fn session() -> Session {
     };
     let key = *settings.credentials.of("pump").key.as_bytes();
     let peer = SocketAddr::from(([127, 0, 0, 1], 9));
-    let mut session = Session::new(Arc::new(settings), peer, [7; 16], NOW);
+    let mut inbox = Inbox::new(Session::new(Arc::new(settings), peer, [7; 16], NOW));
     let mut device = Device::new(Config {
         name: "pump",
         key,
@@ -136,24 +137,25 @@ pub fn session() -> Session {
     for _step in ["HELLO", "AUTH", "DECLARE"] {
         let mut out = [0; 512];
         let len = device.poll_transmit(&mut Alike, 0, &mut out).unwrap();
-        let frame = frame::decode(&out[..len], 512).unwrap().unwrap();
-        if let Some(submission) = session.handle_frame(&frame, NOW) {
+        inbox.input().extend_from_slice(&out[..len]);
+        while let Some(submission) = inbox.poll_submission(NOW) {
+            inbox.handle_queued();
             let mut batcher = Batcher::new(LIMITS);
             batcher.push(submission, ());
             let batch = batcher.poll_batch(0).unwrap().batch;
-            let committed = runtime.block_on(store.commit(&batch)).unwrap();
-            for outcome in committed.logins {
-                session.handle_login_outcome(outcome, NOW);
-            }
-            for outcome in committed.declares {
-                session.handle_declare_outcome(outcome, NOW);
-            }
+            let mut committed = runtime.block_on(store.commit(&batch)).unwrap();
+            let mail = Mail {
+                login: committed.logins.pop(),
+                declare: committed.declares.pop(),
+                ..Mail::default()
+            };
+            inbox.handle_mail(mail, NOW);
         }
-        let said = session.outbound().bytes().to_vec();
-        session.outbound().consume(said.len());
+        let said = inbox.session.outbound().bytes().to_vec();
+        inbox.session.outbound().consume(said.len());
         if let Some(frame) = frame::decode(&said, 512).unwrap() {
             device.handle_frame(&frame, &mut Alike, 0).unwrap();
         }
     }
-    session
+    inbox
 }

@@ -9,14 +9,15 @@ use bytes::BytesMut;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use fieldgate::ingest::batcher::{BatchLimits, Batcher};
 use fieldgate::net::codec::FrameCodec;
-use fieldgate::session::{Session, Submission};
+use fieldgate::session::Submission;
+use fieldgate::session::inbox::Inbox;
 use fieldgate::store::ledger::Appended;
 use fieldgate::store::rows::{Frame, Run, sorted_runs};
 use fieldgate::store::{Content, Entry, SeriesId};
-use fieldgate_protocol::frame::{self, DEFAULT_FRAME_BYTES_MAX};
+use fieldgate_protocol::frame::DEFAULT_FRAME_BYTES_MAX;
 use tokio_util::codec::Decoder;
 
-use device::{CHANNELS, NOW, ROWS, data_frame, session};
+use device::{CHANNELS, NOW, ROWS, data_frame, inbox};
 
 const READINGS: u64 = (CHANNELS.len() * ROWS) as u64;
 const LIMITS: BatchLimits = BatchLimits {
@@ -49,34 +50,36 @@ fn codec(c: &mut Criterion) {
 }
 
 /// Checks a frame's bytes and returns the entry to be queued.
-fn take_in(session: &mut Session, bytes: &[u8], seq: u64) -> Entry {
-    let mut frame = frame::decode(bytes, DEFAULT_FRAME_BYTES_MAX)
-        .unwrap()
-        .unwrap();
-    frame.header.seq = seq;
-    match session.handle_frame(&frame, NOW) {
-        Some(Submission::Entry(entry)) => entry,
+fn take_in(inbox: &mut Inbox, bytes: &[u8]) -> Entry {
+    inbox.input().extend_from_slice(bytes);
+    match inbox.poll_submission(NOW) {
+        Some(Submission::Entry(entry)) => {
+            inbox.handle_queued();
+            entry
+        }
         other => panic!("not an entry: {other:?}"),
     }
 }
 
 fn sessions(c: &mut Criterion) {
-    let (mut session, bytes, mut seq) = (session(), data_frame(1), 0);
+    let (mut inbox, mut seq) = (inbox(), 0);
     let mut group = c.benchmark_group("session");
     group.throughput(Throughput::Elements(READINGS));
+    let mut next_frame = || {
+        seq += 1;
+        data_frame(seq)
+    };
     group.bench_function("data", |b| {
-        b.iter(|| {
-            seq += 1;
-            take_in(&mut session, black_box(&bytes), seq)
-        });
+        let take_in = |bytes: Vec<u8>| take_in(&mut inbox, &bytes);
+        b.iter_batched(&mut next_frame, take_in, BatchSize::SmallInput);
     });
 }
 
 /// Collects frames of 200 devices, 12,000 readings, and turns them into rows by series and time.
 fn batches(c: &mut Criterion) {
-    let (mut session, bytes) = (session(), data_frame(1));
+    let mut inbox = inbox();
     let entry = |seq| {
-        let mut entry = take_in(&mut session, &bytes, seq);
+        let mut entry = take_in(&mut inbox, &data_frame(seq));
         if let Content::Readings(readings) = &mut entry.content {
             let device = seq as i64 * 77 % 200;
             readings.series = (0..4)

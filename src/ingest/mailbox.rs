@@ -1,5 +1,4 @@
-//! Messages to a session from outside its connection: receipts, outcomes from the store, requests
-//! to close.
+//! Carries mail to a session from other tasks.
 //!
 //! Invariant: bounded however slow its reader is, because the newest message of a kind replaces all
 //! earlier ones.
@@ -9,33 +8,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-use crate::session::Close;
-use crate::store::{DeclareOutcome, LoginOutcome, Receipt};
+use crate::session::inbox::Mail;
 
 /// A session's mailbox.
 #[derive(Debug, Default)]
 pub struct Mailbox {
+    /// Mail since the mailbox was last emptied.
     mail: Mutex<Mail>,
     arrived: Notify,
     /// See [`Mailbox::set_epoch`].
     epoch: AtomicUsize,
-}
-
-/// Messages since the mailbox was last emptied.
-#[derive(Debug, Default)]
-pub struct Mail {
-    /// Outcome of the session's login.
-    pub login: Option<LoginOutcome>,
-    /// Outcome of the session's DECLARE.
-    pub declare: Option<DeclareOutcome>,
-    /// The latest commit, and the last number of this session that it covered.
-    pub receipt: Option<(Receipt, u64)>,
-    /// Change of the store's availability.
-    pub store_is_down: Option<bool>,
-    /// Whether the store that the session logged in to was replaced.
-    pub store_is_replaced: bool,
-    /// Request to end the session.
-    pub close: Option<Close>,
 }
 
 impl Mailbox {

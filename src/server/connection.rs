@@ -1,8 +1,7 @@
 //! Connects sockets to sessions: one task with one select loop for each connection.
 //!
-//! The task carries bytes to and from the session, waits for space in the ingest queue for each
-//! submission before it reads on, and empties the session's mailbox. Only the session interprets
-//! them.
+//! The task carries bytes, mail and time to the session's inbox, its submissions to the ingest queue,
+//! and its replies to the socket. While it waits for space in the queue, the inbox wants no input.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -10,22 +9,20 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::BytesMut;
 use fieldgate_protocol::auth::NONCE_BYTES;
 use fieldgate_protocol::error::Code;
-use tokio::io::Interest;
+use tokio::io::{Interest, Ready};
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
-use tokio_util::codec::Decoder;
 use tokio_util::sync::CancellationToken;
 
-use crate::ingest::mailbox::{Mail, Mailbox};
+use crate::ingest::mailbox::Mailbox;
 use crate::ingest::registry::Registry;
 use crate::ingest::{IngestQueue, Space};
-use crate::net::codec::{CodecError, FrameCodec};
 use crate::net::socket::Socket;
 use crate::net::tls;
 use crate::server::admission::ConnectionPermit;
 use crate::session::handshake::Secured;
+use crate::session::inbox::Inbox;
 use crate::session::{Close, Session, SessionSettings, Submission};
 use crate::time::SystemClock;
 
@@ -53,14 +50,12 @@ pub struct Shared {
     pub drain: CancellationToken,
 }
 
-/// One connection: its socket, session and buffers.
+/// One connection: its socket, and its session in its inbox.
 pub struct Connection {
     socket: Socket,
     permit: ConnectionPermit,
-    session: Session,
+    inbox: Inbox,
     mailbox: Arc<Mailbox>,
-    /// Bytes received but not processed; holds no memory while the peer is idle.
-    input: BytesMut,
     /// Whether the peer has sent anything. Port probes send nothing.
     has_spoken: bool,
     /// A submission waiting for space in the ingest queue.
@@ -85,12 +80,12 @@ impl Connection {
         let mut nonce = [0; NONCE_BYTES];
         getrandom::fill(&mut nonce).map_err(std::io::Error::other)?;
         let settings = Arc::clone(&shared.settings);
+        let session = Session::new(settings, peer, nonce, shared.clock.now());
         Ok(Connection {
             socket,
             permit,
-            session: Session::new(settings, peer, nonce, shared.clock.now()),
+            inbox: Inbox::new(session),
             mailbox,
-            input: BytesMut::new(),
             has_spoken: false,
             waiting: None,
             queue,
@@ -117,32 +112,38 @@ impl Connection {
         let timer = sleep_until(self.deadline());
         tokio::pin!(timer);
         let drain = self.shared.drain.clone();
-        while self.session.closed().is_none() {
+        while self.inbox.session.closed().is_none() {
             self.rearm(timer.as_mut());
             let interest = self.interest();
-            tokio::select! {
+            let grant = tokio::select! {
                 // Mail has priority over peer input, so that a session that is being ended accepts
                 // no more frames.
                 biased;
-                mail = self.mailbox.take() => self.handle_mail(mail),
-                () = drain.cancelled(), if !self.session.is_leaving() => self.session.handle_drain(),
+                mail = self.mailbox.take() => {
+                    self.inbox.handle_mail(mail, self.shared.clock.now());
+                    None
+                }
+                () = drain.cancelled(), if !self.inbox.session.is_leaving() => {
+                    self.inbox.session.handle_drain();
+                    None
+                }
                 () = timer.as_mut() => {
-                    self.session.handle_timeout(self.shared.clock.now());
-                    // Frames may have waited for the rate limit.
-                    self.take_frames(None);
+                    self.inbox.session.handle_timeout(self.shared.clock.now());
+                    None
                 }
                 grant = async { self.waiting.as_mut().expect("checked").await },
                     if self.waiting.is_some() => {
                     self.waiting = None;
-                    self.take_frames(Some(grant));
+                    self.inbox.handle_queued();
+                    Some(grant)
                 }
                 ready = self.socket.ready(interest.unwrap_or(Interest::READABLE)),
-                    if interest.is_some() => match ready {
-                    Ok(ready) if ready.is_readable() => self.read(),
-                    Ok(_) => {}
-                    Err(error) => self.lose(&error),
-                },
-            }
+                    if interest.is_some() => {
+                    self.handle_ready(ready);
+                    None
+                }
+            };
+            self.submit_all(grant);
             if !self.has_failed() {
                 self.write();
             }
@@ -151,14 +152,14 @@ impl Connection {
 
     /// Returns whether the peer failed authentication and its reply is delayed.
     fn has_failed(&self) -> bool {
-        let code = self.session.closed().and_then(|close| close.code);
-        code == Some(Code::Authentication) && self.session.device().is_none()
+        let code = self.inbox.session.closed().and_then(|close| close.code);
+        code == Some(Code::Authentication) && self.inbox.session.device().is_none()
     }
 
     /// Returns the socket events to wait for.
     fn interest(&mut self) -> Option<Interest> {
-        let reads = self.waiting.is_none() && self.session.wants_input();
-        let writes = self.socket.wants_write() || !self.session.outbound().bytes().is_empty();
+        let reads = self.inbox.wants_input();
+        let writes = self.socket.wants_write() || !self.inbox.session.outbound().bytes().is_empty();
         match (reads, writes) {
             (true, true) => Some(Interest::READABLE | Interest::WRITABLE),
             (true, false) => Some(Interest::READABLE),
@@ -169,7 +170,7 @@ impl Connection {
 
     /// Returns the session's deadline.
     fn deadline(&self) -> Instant {
-        match self.session.poll_deadline() {
+        match self.inbox.session.poll_deadline() {
             Some(deadline_us) => self.shared.clock.instant(deadline_us).into(),
             None => Instant::now() + NO_DEADLINE,
         }
@@ -184,105 +185,64 @@ impl Connection {
         }
     }
 
+    fn handle_ready(&mut self, ready: std::io::Result<Ready>) {
+        match ready {
+            Ok(ready) if ready.is_readable() => self.read(),
+            Ok(_) => {}
+            Err(error) => self.lose(&error),
+        }
+    }
+
     fn read(&mut self) {
-        let bytes_max = match self.session.device() {
+        let Connection { socket, inbox, .. } = self;
+        let bytes_max = match inbox.session.device() {
             Some(_) => READ_BYTES,
             None => PREAUTH_READ_BYTES,
         };
-        let result = self.socket.try_read(&mut self.input, bytes_max);
-        self.has_spoken |= !self.input.is_empty() || self.socket.tls_bytes() > 0;
-        if let Some(channel) = self.socket.take_channel() {
-            self.session.handle_secured(Secured {
+        let result = socket.try_read(inbox.input(), bytes_max);
+        self.has_spoken |= !inbox.input().is_empty() || socket.tls_bytes() > 0;
+        if let Some(channel) = socket.take_channel() {
+            inbox.session.handle_secured(Secured {
                 binding: channel.binding,
                 names: channel.certificate.as_ref().map(tls::names),
             });
         }
+        if inbox.session.device().is_none() && socket.tls_bytes() > PREAUTH_TLS_BYTES_MAX {
+            inbox.session.handle_loss("too many TLS bytes before AUTH");
+        }
         match result {
-            Ok(0) if self.socket.is_handshaking() => {
+            Ok(0) if socket.is_handshaking() => {
                 let detail = "peer closed the connection during the TLS handshake";
-                self.session.handle_loss(detail);
+                inbox.session.handle_loss(detail);
             }
-            Ok(0) => self.session.handle_end_of_input(),
-            Ok(_) => self.take_frames(None),
+            Ok(0) => inbox.session.handle_end_of_input(),
+            Ok(_) => {}
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => self.lose(&error),
         }
-        if self.session.device().is_none() && self.socket.tls_bytes() > PREAUTH_TLS_BYTES_MAX {
-            self.session.handle_loss("too many TLS bytes before AUTH");
-        }
-        if self.input.is_empty() {
-            self.input = BytesMut::new();
-        }
     }
 
-    /// Passes frames to the session until none are left or a submission must wait for space.
-    fn take_frames(&mut self, mut grant: Option<Space>) {
-        while self.waiting.is_none() && self.session.wants_input() {
-            let mut codec = FrameCodec {
-                frame_bytes_max: self.session.frame_bytes_max(),
-            };
-            match codec.decode(&mut self.input) {
-                Ok(Some(frame)) => {
-                    let now = self.shared.clock.now();
-                    if let Some(submission) = self.session.handle_frame(&frame.frame(), now) {
-                        self.submit(submission, grant.as_mut());
-                    }
+    /// Queues submissions until there is none or one must wait for space.
+    fn submit_all(&mut self, mut grant: Option<Space>) {
+        while let Some(submission) = self.inbox.poll_submission(self.shared.clock.now()) {
+            if let Submission::Login(login) = &submission {
+                self.permit.prove();
+                self.queue.pin_to_shard_of(&login.device);
+            }
+            let queue = &self.queue;
+            match queue.try_submit(submission, &self.mailbox, grant.as_mut()) {
+                None => self.inbox.handle_queued(),
+                Some(submission) => {
+                    let submit = queue.clone().submit(submission, Arc::clone(&self.mailbox));
+                    self.waiting = Some(Box::pin(submit));
                 }
-                Ok(None) => {
-                    let is_partial = !self.input.is_empty();
-                    self.session
-                        .handle_partial_frame(is_partial, self.shared.clock.now());
-                    break;
-                }
-                Err(CodecError::Frame(error)) => self.session.handle_frame_error(error),
-                Err(CodecError::Io(error)) => self.lose(&error),
             }
         }
-    }
-
-    fn submit(&mut self, submission: Submission, grant: Option<&mut Space>) {
-        if let Submission::Login(login) = &submission {
-            self.permit.prove();
-            self.queue.pin_to_shard_of(&login.device);
-        }
-        if let Some(submission) = self.queue.try_submit(submission, &self.mailbox, grant) {
-            let queue = self.queue.clone();
-            let mailbox = Arc::clone(&self.mailbox);
-            self.waiting = Some(Box::pin(queue.submit(submission, mailbox)));
-        }
-    }
-
-    fn handle_mail(&mut self, mail: Mail) {
-        let now = self.shared.clock.now();
-        if mail.store_is_replaced {
-            return self.session.handle_store_replaced();
-        }
-        if let Some(outcome) = mail.login
-            && let Some(submission) = self.session.handle_login_outcome(outcome, now)
-        {
-            self.submit(submission, None);
-        }
-        if let Some(outcome) = mail.declare
-            && let Some(submission) = self.session.handle_declare_outcome(outcome, now)
-        {
-            self.submit(submission, None);
-        }
-        if let Some((receipt, through_seq)) = mail.receipt {
-            self.session.handle_receipt(receipt, through_seq);
-        }
-        if let Some(is_down) = mail.store_is_down {
-            self.session.handle_store_down(is_down, now);
-        }
-        if let Some(close) = mail.close {
-            self.session.close(close);
-        }
-        // Processes frames received while a reply was pending.
-        self.take_frames(None);
     }
 
     /// Writes as much output as the socket accepts now.
     fn write(&mut self) {
-        let outbound = self.session.outbound();
+        let outbound = self.inbox.session.outbound();
         while !outbound.bytes().is_empty() {
             match self.socket.try_write(outbound.bytes()) {
                 Ok(count) => outbound.consume(count),
@@ -294,7 +254,7 @@ impl Connection {
             return self.lose(&error);
         }
         if outbound.bytes().len() > self.shared.settings.limits.outbound_bytes_max {
-            self.session.handle_loss("peer does not read replies");
+            self.inbox.session.handle_loss("peer does not read replies");
         }
     }
 
@@ -303,17 +263,21 @@ impl Connection {
             Some(failure) => format!("TLS failed: {failure}"),
             None => format!("connection lost: {error}"),
         };
-        self.session.handle_loss(detail);
+        self.inbox.session.handle_loss(detail);
     }
 
     /// Sends the last reply, frees the device's session, and completes the audit record.
     async fn finish(mut self) {
         // A waiting submission has no acknowledgement, so the device resends it.
         self.waiting = None;
-        if let Some(device) = self.session.device() {
+        if let Some(device) = self.inbox.session.device() {
             self.shared.registry.leave(device, &self.mailbox);
         }
-        let is_logged = self.session.closed().is_some_and(|close| self.log(close));
+        let is_logged = self
+            .inbox
+            .session
+            .closed()
+            .is_some_and(|close| self.log(close));
         let is_refused = self.is_refused();
         let mut is_gone = false;
         if self.has_failed() {
@@ -328,14 +292,18 @@ impl Connection {
                 _ = self.socket.wait_for_end() => is_gone = true,
             }
         }
-        match self.session.closed().and_then(|close| close.code) {
+        match self.inbox.session.closed().and_then(|close| close.code) {
             Some(_) if is_gone => {}
             Some(_) => drop(timeout(LINGER, self.linger()).await),
             None => self.socket.try_end(),
         }
         drop(self.socket);
         let now = self.shared.clock.now();
-        match self.session.handle_disconnect(is_refused, is_logged, now) {
+        match self
+            .inbox
+            .session
+            .handle_disconnect(is_refused, is_logged, now)
+        {
             Some(Submission::Refusal(refusal)) => self.permit.admission().note(refusal),
             Some(event) => drop(self.queue.submit(event, self.mailbox).await),
             None => {}
@@ -346,7 +314,7 @@ impl Connection {
     /// would reset the connection, and the last reply could be lost.
     async fn linger(&mut self) -> std::io::Result<()> {
         self.socket
-            .write_all(self.session.outbound().bytes())
+            .write_all(self.inbox.session.outbound().bytes())
             .await?;
         self.socket.shutdown().await?;
         self.socket.wait_for_end().await
@@ -355,7 +323,7 @@ impl Connection {
     /// Returns whether the end of the connection is logged for the operator: it was refused, or the
     /// peer sent data and ended before it proved a key.
     fn is_refused(&self) -> bool {
-        let Some(close) = self.session.closed() else {
+        let Some(close) = self.inbox.session.closed() else {
             return false;
         };
         match close.code {
@@ -369,7 +337,7 @@ impl Connection {
     /// client is logged at debug level, a refused one at info level within the limits of admission
     /// control.
     fn log(&self, close: &Close) -> bool {
-        let (peer, detail) = (self.session.peer(), &close.detail);
+        let (peer, detail) = (self.inbox.session.peer(), &close.detail);
         let code = close.code.map_or(0, |code| code as u8);
         if !self.is_refused() {
             tracing::debug!(%peer, code, %detail, "connection closed");
@@ -379,7 +347,7 @@ impl Connection {
         let Some(not_logged) = self.permit.admission().may_log(peer.ip(), now.mono_us) else {
             return false;
         };
-        match self.session.claimed() {
+        match self.inbox.session.claimed() {
             "" => tracing::info!(%peer, code, %detail, not_logged, "connection refused"),
             claimed => {
                 tracing::info!(%peer, code, %detail, claimed, not_logged, "connection refused");

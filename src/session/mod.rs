@@ -11,6 +11,7 @@
 //! - Only numbers from a `Receipt` are acknowledged (see [`reply`]).
 
 pub mod handshake;
+pub mod inbox;
 pub mod reply;
 pub(crate) mod retry;
 pub mod stream;
@@ -217,7 +218,7 @@ impl Session {
     }
 
     /// Returns the longest frame accepted now, in bytes; a longer one is refused by its header.
-    pub fn frame_bytes_max(&self) -> usize {
+    fn frame_bytes_max(&self) -> usize {
         match self.state {
             State::Serving(_) => usize::from(self.settings.limits.frame_bytes_max),
             _ => HANDSHAKE_FRAME_BYTES_MAX,
@@ -225,7 +226,7 @@ impl Session {
     }
 
     /// Returns whether frames are accepted now.
-    pub fn wants_input(&self) -> bool {
+    fn wants_input(&self) -> bool {
         match &self.state {
             State::AwaitHello(_) | State::AwaitAuth(_) => true,
             State::Serving(stream) => {
@@ -237,7 +238,7 @@ impl Session {
     }
 
     /// Handles a frame from the device. Called only while [`Session::wants_input`] returns true.
-    pub fn handle_frame(&mut self, frame: &Frame<'_>, now: Now) -> Option<Submission> {
+    fn handle_frame(&mut self, frame: &Frame<'_>, now: Now) -> Option<Submission> {
         self.heard_at_us = now.mono_us;
         self.frame_begun_at_us = None;
         let step = self.count_preauth_bytes(frame.bytes.len());
@@ -287,7 +288,7 @@ impl Session {
     }
 
     /// Handles bytes that do not start a valid frame.
-    pub fn handle_frame_error(&mut self, error: FrameError) {
+    fn handle_frame_error(&mut self, error: FrameError) {
         let detail = error.to_string();
         self.close(match error {
             FrameError::Magic(byte) => Close::silent(format!("{detail}{}", guess(byte))),
@@ -298,7 +299,7 @@ impl Session {
 
     /// Updates the frame timeout: `is_partial` says whether an incomplete frame is left after all
     /// whole ones were handled.
-    pub fn handle_partial_frame(&mut self, is_partial: bool, now: Now) {
+    fn handle_partial_frame(&mut self, is_partial: bool, now: Now) {
         if !is_partial {
             self.frame_begun_at_us = None;
         } else if self.frame_begun_at_us.is_none() {
@@ -307,7 +308,7 @@ impl Session {
     }
 
     /// Handles the store's outcome of this session's login.
-    pub fn handle_login_outcome(&mut self, outcome: LoginOutcome, now: Now) -> Option<Submission> {
+    fn handle_login_outcome(&mut self, outcome: LoginOutcome, now: Now) -> Option<Submission> {
         let State::AwaitAdmission(state) = &mut self.state else {
             return None;
         };
@@ -336,11 +337,7 @@ impl Session {
     }
 
     /// Handles the store's outcome of this session's DECLARE.
-    pub fn handle_declare_outcome(
-        &mut self,
-        outcome: DeclareOutcome,
-        now: Now,
-    ) -> Option<Submission> {
+    fn handle_declare_outcome(&mut self, outcome: DeclareOutcome, now: Now) -> Option<Submission> {
         let mut event = None;
         if let State::Serving(stream) = &mut self.state {
             // Input was paused, so the device was not silent.
@@ -356,7 +353,7 @@ impl Session {
     }
 
     /// Handles a commit of entries of this session, the last of them `through_seq`.
-    pub fn handle_receipt(&mut self, receipt: Receipt, through_seq: u64) {
+    fn handle_receipt(&mut self, receipt: Receipt, through_seq: u64) {
         if let State::Serving(stream) = &mut self.state {
             stream.handle_receipt(receipt, through_seq, &mut self.outbound);
         }
@@ -364,7 +361,7 @@ impl Session {
     }
 
     /// Handles a change of the store's availability.
-    pub fn handle_store_down(&mut self, is_down: bool, now: Now) {
+    fn handle_store_down(&mut self, is_down: bool, now: Now) {
         match &mut self.state {
             State::Serving(stream) if is_down => {
                 stream.handle_store_down(now, &mut self.outbound);
@@ -377,7 +374,7 @@ impl Session {
     /// Handles the loss of the store that the session logged in to: ends the session without
     /// acknowledging anything, even if committed, so that the device resends the frames it still
     /// has.
-    pub fn handle_store_replaced(&mut self) {
+    fn handle_store_replaced(&mut self) {
         if let State::Serving(stream) = &mut self.state {
             stream.forget_due_ack();
         }
@@ -420,7 +417,7 @@ impl Session {
     }
 
     /// Ends the session; [`Session::outbound`] holds the last reply.
-    pub fn close(&mut self, close: Close) {
+    fn close(&mut self, close: Close) {
         let whose = match &mut self.state {
             State::Closed(_) => return,
             State::AwaitHello(state) if state.device.is_empty() => Whose::Nobodys,

@@ -11,6 +11,7 @@ use fieldgate_protocol::message::{self, Ack, Channel, Event, Gap, Nack};
 use fieldgate_protocol::value::{Clock, Kind};
 use proptest::prelude::*;
 
+use super::inbox::{Inbox, Mail};
 use super::*;
 use crate::store::memory::MemoryStore;
 use crate::store::{Batch, Store};
@@ -122,7 +123,7 @@ impl Model {
 
 /// A session after WELCOME, with a store in memory.
 struct Bench {
-    session: Session,
+    inbox: Inbox,
     store: MemoryStore,
     waiting: Batch,
 }
@@ -152,6 +153,15 @@ impl Queue for Empty {
 }
 
 impl Bench {
+    fn accepted(settings: Arc<SessionSettings>) -> Bench {
+        let peer = SocketAddr::from(([127, 0, 0, 1], 9));
+        Bench {
+            inbox: Inbox::new(Session::new(settings, peer, [7; 16], NOW)),
+            store: MemoryStore::new(),
+            waiting: Batch::default(),
+        }
+    }
+
     async fn welcomed() -> Bench {
         let settings = Arc::new(SessionSettings::default());
         let key = *settings.credentials.of("pump").key.as_bytes();
@@ -169,13 +179,7 @@ impl Bench {
             reconnect_max_ms: 1,
             handshake_timeout_ms: 1000,
         });
-        let peer = SocketAddr::from(([127, 0, 0, 1], 9));
-        let session = Session::new(settings, peer, [7; 16], NOW);
-        let mut bench = Bench {
-            session,
-            store: MemoryStore::new(),
-            waiting: Batch::default(),
-        };
+        let mut bench = Bench::accepted(settings);
         device.connect([9; 16], NO_CHANNEL_BINDING, 0, 0);
         for _ in 0..2 {
             let mut out = [0; 512];
@@ -197,35 +201,45 @@ impl Bench {
     }
 
     fn take(&mut self, bytes: &[u8]) {
-        let frame = frame::decode(bytes, 4096).unwrap().expect("whole");
-        match self.session.handle_frame(&frame, NOW) {
-            Some(Submission::Login(login)) => self.waiting.logins.push(login),
-            Some(Submission::Declare(declare)) => self.waiting.declares.push(declare),
-            Some(Submission::Entry(entry) | Submission::Quarantine(entry, _)) => {
+        self.inbox.input().extend_from_slice(bytes);
+        while let Some(submission) = self.inbox.poll_submission(NOW) {
+            self.queue(submission);
+        }
+    }
+
+    fn queue(&mut self, submission: Submission) {
+        match submission {
+            Submission::Login(login) => self.waiting.logins.push(login),
+            Submission::Declare(declare) => self.waiting.declares.push(declare),
+            Submission::Entry(entry) | Submission::Quarantine(entry, _) => {
                 self.waiting.entries.push(entry);
             }
-            Some(Submission::Repeat(_)) => {}
-            Some(other) => panic!("unexpected: {other:?}"),
-            None => {}
+            Submission::Repeat(_) | Submission::Event(_) => {}
+            other => panic!("unexpected: {other:?}"),
+        }
+        self.inbox.handle_queued();
+    }
+
+    /// Commits what was submitted; returns the answer.
+    async fn answer(&mut self) -> Mail {
+        let batch = std::mem::take(&mut self.waiting);
+        let mut committed = self.store.commit(&batch).await.expect("commits");
+        let last = batch.entries.last();
+        Mail {
+            login: committed.logins.pop(),
+            declare: committed.declares.pop(),
+            receipt: last.map(|last| (committed.receipts[0], last.seq)),
+            ..Mail::default()
         }
     }
 
     async fn commit(&mut self) {
-        let batch = std::mem::take(&mut self.waiting);
-        let committed = self.store.commit(&batch).await.expect("commits");
-        for outcome in committed.logins {
-            self.session.handle_login_outcome(outcome, NOW);
-        }
-        for outcome in committed.declares {
-            self.session.handle_declare_outcome(outcome, NOW);
-        }
-        if let Some(last) = batch.entries.last() {
-            self.session.handle_receipt(committed.receipts[0], last.seq);
-        }
+        let mail = self.answer().await;
+        self.inbox.handle_mail(mail, NOW);
     }
 
     fn say(&mut self) -> Vec<u8> {
-        let outbound = self.session.outbound();
+        let outbound = self.inbox.session.outbound();
         let said = outbound.bytes().to_vec();
         outbound.consume(said.len());
         said
@@ -297,38 +311,63 @@ fn frame_for(input: Input, first: u64, seq: u64) -> Vec<u8> {
     out
 }
 
+fn declare() -> Vec<u8> {
+    let channel = Channel {
+        id: 1,
+        name: "level",
+        unit: "",
+        kind: Kind::F64,
+        exp10: 0,
+    };
+    let declare = message::Declare {
+        schema: 1,
+        channels: [channel].into_iter().collect(),
+        ext: &[],
+    };
+    let mut out = vec![0; 512];
+    let written = message::encode(&declare, 0, &mut out).expect("fits");
+    out.truncate(written);
+    out
+}
+
+/// All of it arrives at once.
+#[tokio::test]
+async fn input_waits_for_the_queue_and_for_outcomes() {
+    let mut bench = Bench::welcomed().await;
+    bench.take(&[]);
+    let event = |seq| frame_for(Input::Good(0), seq, seq);
+    let input = [event(1), declare(), event(2)].concat();
+    bench.inbox.input().extend_from_slice(&input);
+    let first = bench.inbox.poll_submission(NOW).expect("the event");
+    assert!(bench.inbox.poll_submission(NOW).is_none() && !bench.inbox.wants_input());
+    bench.queue(first);
+    bench.take(&[]);
+    let taken = |bench: &Bench| (bench.waiting.entries.len(), bench.waiting.declares.len());
+    assert_eq!(taken(&bench), (1, 1));
+    assert!(!bench.inbox.wants_input() && *bench.inbox.input() == event(2));
+    bench.commit().await;
+    bench.take(&[]);
+    assert_eq!(taken(&bench), (1, 0));
+    assert!(bench.inbox.wants_input());
+    assert_eq!(bench.inbox.input().capacity(), 0);
+}
+
 /// A DECLARE takes longer in the store than a device may be silent, and input is paused meanwhile.
 #[tokio::test]
 async fn a_device_whose_input_is_paused_is_not_silent() {
     let mut bench = Bench::welcomed().await;
-    let mut out = [0; 512];
-    let declare = message::Declare {
-        schema: 1,
-        channels: [Channel {
-            id: 1,
-            name: "level",
-            unit: "",
-            kind: Kind::F64,
-            exp10: 0,
-        }]
-        .into_iter()
-        .collect(),
-        ext: &[],
-    };
-    let sent = message::encode(&declare, 0, &mut out).expect("fits");
-    bench.take(&out[..sent]);
+    bench.take(&declare());
     let idle_us = SessionLimits::default().idle_timeout_us();
     let later = Now {
         mono_us: NOW.mono_us + 2 * idle_us,
         ..NOW
     };
-    let committed = bench.store.commit(&bench.waiting).await.expect("commits");
-    for outcome in committed.declares {
-        bench.session.handle_declare_outcome(outcome, later);
-    }
-    bench.session.handle_timeout(later);
-    assert_eq!(bench.session.closed(), None);
-    assert_eq!(bench.session.poll_deadline(), Some(later.mono_us + idle_us));
+    let mail = bench.answer().await;
+    bench.inbox.handle_mail(mail, later);
+    let session = &mut bench.inbox.session;
+    session.handle_timeout(later);
+    assert_eq!(session.closed(), None);
+    assert_eq!(session.poll_deadline(), Some(later.mono_us + idle_us));
 }
 
 /// The second NACK reports more missing frames than the first one.
@@ -336,12 +375,19 @@ async fn a_device_whose_input_is_paused_is_not_silent() {
 async fn frames_lost_in_an_outage_are_requested_despite_an_earlier_request() {
     let mut bench = Bench::welcomed().await;
     bench.take(&frame_for(Input::Good(0), 1, 1));
-    let committed = bench.store.commit(&bench.waiting).await.expect("commits");
-    bench.session.handle_receipt(committed.receipts[0], 1);
+    let mail = bench.answer().await;
+    let receipt = mail.receipt.map(|(receipt, _)| (receipt, 2));
+    bench.inbox.handle_mail(mail, NOW);
     bench.take(&frame_for(Input::Good(0), 2, 2));
     bench.take(&frame_for(Input::Good(0), 4, 4));
     bench.replies();
-    bench.session.handle_receipt(committed.receipts[0], 2);
+    bench.inbox.handle_mail(
+        Mail {
+            receipt,
+            ..Mail::default()
+        },
+        NOW,
+    );
     let nack = Reply::Nack {
         code: Code::SeqGap as u8,
         seq: 2,
@@ -356,8 +402,13 @@ async fn frames_in_flight_to_an_unavailable_store_are_not_checked_again() {
     let mut bench = Bench::welcomed().await;
     bench.take(&frame_for(Input::Good(0), 1, 1));
     bench.take(&frame_for(Input::Malformed(0), 2, 2));
-    bench.session.handle_store_down(true, NOW);
-    bench.session.handle_store_down(false, NOW);
+    for is_down in [true, false] {
+        let mail = Mail {
+            store_is_down: Some(is_down),
+            ..Mail::default()
+        };
+        bench.inbox.handle_mail(mail, NOW);
+    }
     let nack = |code: Code, seq, expected_seq| Reply::Nack {
         code: code as u8,
         seq,

@@ -1,12 +1,9 @@
 //! Compares a session with the protocol's published vectors, which specify how a gateway handles a
 //! frame.
 
-use bytes::BytesMut;
 use serde_json::{Value, json};
-use tokio_util::codec::Decoder;
 
 use super::*;
-use crate::net::codec::{CodecError, FrameCodec};
 
 const FILES: [&str; 3] = ["frames", "messages", "readings"];
 
@@ -48,43 +45,20 @@ async fn serving(declare: &[u8], state: &str) -> Bench {
     bench
 }
 
-fn await_hello() -> Bench {
-    let settings = Arc::new(SessionSettings::default());
-    let peer = SocketAddr::from(([127, 0, 0, 1], 9));
-    Bench {
-        session: Session::new(settings, peer, [7; 16], NOW),
-        store: MemoryStore::new(),
-        waiting: Batch::default(),
-    }
-}
-
 /// Returns the outcome for `bytes`, in the terms of the vectors.
 async fn judge(bench: &mut Bench, bytes: &[u8]) -> Value {
-    let mut codec = FrameCodec {
-        frame_bytes_max: bench.session.frame_bytes_max(),
-    };
-    let mut frame_type = 0;
-    let (mut is_submitted, mut is_refused) = (false, false);
-    match codec.decode(&mut BytesMut::from(bytes)) {
+    let frame_type = match frame::decode(bytes, bench.inbox.session.frame_bytes_max()) {
+        Ok(Some(frame)) => frame.header.frame_type,
         Ok(None) => return json!({"outcome": "incomplete"}),
-        Err(CodecError::Frame(error)) => bench.session.handle_frame_error(error),
-        Err(CodecError::Io(error)) => panic!("nothing here does I/O: {error}"),
-        Ok(Some(frame)) => {
-            frame_type = frame.frame().header.frame_type;
-            let submission = bench.session.handle_frame(&frame.frame(), NOW);
-            // A repeated number is not an outcome.
-            is_submitted = !matches!(submission, None | Some(Submission::Repeat(_)));
-            match submission {
-                Some(Submission::Declare(declare)) => bench.waiting.declares.push(declare),
-                Some(Submission::Quarantine(entry, _)) => {
-                    is_refused = true;
-                    bench.waiting.entries.push(entry);
-                }
-                _ => {}
-            }
-        }
-    }
-    match bench.session.closed().map(|close| close.code) {
+        Err(_) => 0,
+    };
+    bench.inbox.input().extend_from_slice(bytes);
+    let submission = bench.inbox.poll_submission(NOW);
+    // A repeated number is not an outcome.
+    let is_submitted = !matches!(submission, None | Some(Submission::Repeat(_)));
+    let is_refused = matches!(submission, Some(Submission::Quarantine(..)));
+    submission.into_iter().for_each(|it| bench.queue(it));
+    match bench.inbox.session.closed().map(|close| close.code) {
         // The device disconnects normally.
         Some(None) if frame_type == types::BYE => return json!({"outcome": "taken"}),
         Some(None) => return json!({"outcome": "close"}),
@@ -136,7 +110,7 @@ async fn a_session_matches_the_vectors() {
         for vector in vectors["vectors"].as_array().unwrap() {
             let mut bench = match vector["state"].as_str().unwrap() {
                 "device" | "await_auth" => continue,
-                "await_hello" => await_hello(),
+                "await_hello" => Bench::accepted(Arc::default()),
                 state => serving(&declare, state).await,
             };
             let found = judge(&mut bench, &bytes_of(&vector["hex"])).await;

@@ -1,13 +1,11 @@
 //! The gateway without its sockets, tasks and disk: real sessions, mailboxes, registry, batcher
-//! and answers. This module does step by step what `connection` and `ingest` do around them, so that
-//! anything can happen in between.
+//! and answers. This module carries bytes, mail and submissions step by step, as `connection` and
+//! `ingest` do, so that anything can happen in between.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use bytes::BytesMut;
 use fieldgate_protocol::error::Code;
-use tokio_util::codec::Decoder;
 
 use super::LinkId;
 use super::device::FLEET_KEY;
@@ -19,7 +17,7 @@ use crate::ingest::answer;
 use crate::ingest::batcher::{BatchLimits, Batcher, Tagged};
 use crate::ingest::mailbox::Mailbox;
 use crate::ingest::registry::Registry;
-use crate::net::codec::{CodecError, FrameCodec};
+use crate::session::inbox::Inbox;
 use crate::session::{Session, SessionSettings, Submission};
 use crate::store::memory::MemoryStore;
 use crate::store::{Committed, Store, StoreError};
@@ -40,16 +38,10 @@ enum Work {
 }
 
 pub(super) struct Served {
-    pub session: Session,
+    pub inbox: Inbox,
     mailbox: Arc<Mailbox>,
-    input: BytesMut,
+    /// A submission that waits for room.
     waiting: Option<Submission>,
-}
-
-impl Served {
-    pub(super) fn reads(&self) -> bool {
-        self.waiting.is_none() && self.session.wants_input()
-    }
 }
 
 pub(super) struct Gateway {
@@ -109,10 +101,10 @@ impl Gateway {
 
     pub(super) fn accept(&mut self, link: LinkId, nonce: [u8; 16], now: Now) {
         let peer = ([127, 0, 0, 1], 1000).into();
+        let session = Session::new(Arc::clone(&self.settings), peer, nonce, now);
         let served = Served {
-            session: Session::new(Arc::clone(&self.settings), peer, nonce, now),
+            inbox: Inbox::new(session),
             mailbox: Arc::default(),
-            input: BytesMut::new(),
             waiting: None,
         };
         self.served.insert(link, served);
@@ -122,90 +114,47 @@ impl Gateway {
         self.queue.len() + self.in_batcher + self.in_work < ROOM
     }
 
-    pub(super) fn read(&mut self, link: LinkId, bytes: &[u8], now: Now) {
-        self.served
-            .get_mut(&link)
-            .expect("still served")
-            .input
-            .extend_from_slice(bytes);
-        self.take_frames(link, now);
-    }
-
-    fn take_frames(&mut self, link: LinkId, now: Now) {
+    /// Queues a session's submissions until there is none or one must wait for room.
+    pub(super) fn submit_all(&mut self, link: LinkId, now: Now) {
         loop {
             let has_room = self.has_room();
-            let served = self.served.get_mut(&link).expect("still served");
-            if !served.reads() {
+            let Some(served) = self.served.get_mut(&link) else {
                 return;
-            }
-            let frame_bytes_max = served.session.frame_bytes_max();
-            match (FrameCodec { frame_bytes_max }).decode(&mut served.input) {
-                Ok(Some(frame)) => {
-                    let submitted = served.session.handle_frame(&frame.frame(), now);
-                    if let Some(submission) = submitted {
-                        if has_room {
-                            self.queue
-                                .push_back((submission, Arc::clone(&served.mailbox)));
-                        } else {
-                            served.waiting = Some(submission);
-                        }
-                    }
-                }
-                Ok(None) => {
-                    let is_partial = !served.input.is_empty();
-                    return served.session.handle_partial_frame(is_partial, now);
-                }
-                Err(CodecError::Frame(error)) => return served.session.handle_frame_error(error),
-                Err(CodecError::Io(error)) => panic!("{error}"),
+            };
+            match served.inbox.poll_submission(now) {
+                None => return,
+                Some(submission) if has_room => self.queue(link, submission),
+                waiting => served.waiting = waiting,
             }
         }
     }
 
-    /// Gives capacity to a submission that waits for it; returns whether there was one.
-    pub(super) fn grant(&mut self, link: LinkId, now: Now) -> bool {
+    fn queue(&mut self, link: LinkId, submission: Submission) {
+        let served = self.served.get_mut(&link).expect("still served");
+        served.inbox.handle_queued();
+        let mailbox = Arc::clone(&served.mailbox);
+        self.queue.push_back((submission, mailbox));
+    }
+
+    /// Gives room to a submission that waits for it; returns whether there was one.
+    pub(super) fn grant(&mut self, link: LinkId) -> bool {
         let has_room = self.has_room();
-        let Some(served) = self.served.get_mut(&link) else {
-            return false;
-        };
-        let Some(submission) = served.waiting.take_if(|_| has_room) else {
-            return false;
-        };
-        self.queue
-            .push_back((submission, Arc::clone(&served.mailbox)));
-        self.take_frames(link, now);
+        let served = self.served.get_mut(&link).filter(|_| has_room);
+        match served.and_then(|served| served.waiting.take()) {
+            Some(submission) => self.queue(link, submission),
+            None => return false,
+        }
         true
     }
 
     /// Delivers a session's mail; returns whether there was any.
     pub(super) fn take_mail(&mut self, link: LinkId, now: Now) -> bool {
-        let Some(served) = self.served.get_mut(&link) else {
+        let served = self.served.get_mut(&link);
+        let mail = served.and_then(|served| Some((poll_once(served.mailbox.take())?, served)));
+        let Some((mail, served)) = mail else {
             return false;
         };
-        let Some(mail) = poll_once(served.mailbox.take()) else {
-            return false;
-        };
-        if let Some(outcome) = mail.login
-            && let Some(submission) = served.session.handle_login_outcome(outcome, now)
-        {
-            self.queue
-                .push_back((submission, Arc::clone(&served.mailbox)));
-        }
-        if let Some(outcome) = mail.declare
-            && let Some(submission) = served.session.handle_declare_outcome(outcome, now)
-        {
-            self.queue
-                .push_back((submission, Arc::clone(&served.mailbox)));
-        }
-        if let Some((receipt, through_seq)) = mail.receipt {
-            served.session.handle_receipt(receipt, through_seq);
-        }
-        if let Some(is_down) = mail.store_is_down {
-            served.session.handle_store_down(is_down, now);
-        }
-        if let Some(close) = mail.close {
-            served.session.close(close);
-        }
-        self.take_frames(link, now);
+        served.inbox.handle_mail(mail, now);
         true
     }
 
@@ -214,19 +163,23 @@ impl Gateway {
         let Some(served) = self.served.get_mut(&link) else {
             return (Vec::new(), true);
         };
-        let outbound = served.session.outbound();
+        let outbound = served.inbox.session.outbound();
         let said = outbound.bytes().to_vec();
         outbound.consume(said.len());
-        if served.session.closed().is_none() {
+        if served.inbox.session.closed().is_none() {
             return (said, false);
         }
         let mut served = self.served.remove(&link).expect("found above");
-        if let Some(device) = served.session.device() {
+        if let Some(device) = served.inbox.session.device() {
             self.registry.leave(device, &served.mailbox);
         }
-        let code = served.session.closed().and_then(|close| close.code);
+        let code = served.inbox.session.closed().and_then(|close| close.code);
         let is_refused = code.is_some_and(|code| code >= Code::Protocol);
-        if let Some(event) = served.session.handle_disconnect(is_refused, true, now) {
+        if let Some(event) = served
+            .inbox
+            .session
+            .handle_disconnect(is_refused, true, now)
+        {
             self.queue.push_back((event, served.mailbox));
         }
         (said, true)
@@ -286,7 +239,7 @@ impl Gateway {
         let sessions = self
             .served
             .values()
-            .filter_map(|served| served.session.poll_deadline());
+            .filter_map(|served| served.inbox.session.poll_deadline());
         let batch = self
             .batcher
             .poll_deadline()

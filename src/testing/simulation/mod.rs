@@ -260,7 +260,7 @@ impl World {
         let served: Vec<LinkId> = self.gateway.served.keys().copied().collect();
         for link in served {
             let served = self.gateway.served.get_mut(&link).expect("listed");
-            served.session.handle_timeout(self.now);
+            served.inbox.session.handle_timeout(self.now);
             self.hear(link);
         }
     }
@@ -355,7 +355,7 @@ impl World {
         link.to_gateway.clear();
         let index = link.device;
         if let Some(served) = self.gateway.served.get_mut(&id) {
-            served.session.handle_loss("reset");
+            served.inbox.session.handle_loss("reset");
             self.hear(id);
         }
         if self.devices[index].link == Some(id) {
@@ -450,7 +450,7 @@ impl World {
     }
 
     fn grant(&mut self, id: LinkId) -> bool {
-        let is_granted = self.gateway.grant(id, self.now);
+        let is_granted = self.gateway.grant(id);
         if is_granted {
             self.hear(id);
         }
@@ -465,27 +465,27 @@ impl World {
             .gateway
             .served
             .get_mut(&id)
-            .filter(|served| served.reads())
+            .filter(|served| served.inbox.wants_input())
         else {
             return false;
         };
         if link.to_gateway.is_empty() {
             if link.is_close_notified {
-                served.session.handle_end_of_input();
+                served.inbox.session.handle_end_of_input();
                 self.hear(id);
             }
             return link_is_gone(&self.links, id);
         }
         let len = link.to_gateway.len();
         let count = piece(&mut self.random, self.is_calm, len);
-        let bytes: Vec<u8> = link.to_gateway.drain(..count).collect();
-        self.gateway.read(id, &bytes, self.now);
+        served.inbox.input().extend(link.to_gateway.drain(..count));
         self.hear(id);
         true
     }
 
-    /// Sends a session's output.
+    /// Queues a session's submissions and sends its output.
     fn hear(&mut self, id: LinkId) {
+        self.gateway.submit_all(id, self.now);
         let (said, is_over) = self.gateway.write(id, self.now);
         let Some(link) = self.links.get_mut(&id) else {
             return;

@@ -1,8 +1,7 @@
-//! A connection: its session next to the model, with its own independent observations.
+//! A connection: its inbox and session next to the model, with its own independent observations.
 
 use std::sync::Arc;
 
-use bytes::BytesMut;
 use fieldgate_protocol::auth::schema_hash;
 use fieldgate_protocol::error::{Class, Code};
 use fieldgate_protocol::frame::{self, Frame, FrameError, VERSION, types};
@@ -13,8 +12,11 @@ use super::model::{Model, Reply, Submits};
 use super::store::StoreSide;
 use crate::ingest::mailbox::Mailbox;
 use crate::quota::device::DeviceQuotas;
+use crate::session::inbox::{Inbox, Mail};
 use crate::session::{Close, Session, SessionSettings, Submission};
-use crate::store::{self, DeclareOutcome, DeviceEventKind, Login, LoginOutcome, Receipt, StreamId};
+use crate::store::{
+    self, Content, DeclareOutcome, DeviceEventKind, Login, LoginOutcome, Receipt, StreamId,
+};
 use crate::time::Now;
 
 /// Maximum output of a call: an ACK, a NACK or PONG, and a BYE.
@@ -23,10 +25,13 @@ pub(super) const CALL_BYTES_MAX: usize = 350;
 pub(super) const NACK_BYTES_MAX: usize = 150;
 
 pub(super) struct Line {
-    pub session: Session,
+    pub inbox: Inbox,
     pub model: Model,
     pub mailbox: Arc<Mailbox>,
-    pub input: BytesMut,
+    /// Bytes that the model has not processed.
+    unread: Vec<u8>,
+    /// The event that mail must cause.
+    expected_event: Option<Submits>,
     /// Bytes of an incomplete frame.
     pub held_back: Vec<u8>,
     /// Whether the peer reads the session's output.
@@ -36,6 +41,8 @@ pub(super) struct Line {
     /// Time at which the latest PONG was sent.
     pub pong_sent_us: i64,
     settings: Arc<SessionSettings>,
+    /// The device that logged in.
+    known: Option<usize>,
     stream: Option<StreamId>,
     /// Number of outbound bytes that were checked; the next field counts the calls since.
     heard_bytes: usize,
@@ -54,16 +61,19 @@ pub(super) struct Line {
 impl Line {
     pub(super) fn new(settings: Arc<SessionSettings>, quotas: Arc<DeviceQuotas>, now: Now) -> Line {
         let peer = ([127, 0, 0, 1], 1000).into();
+        let session = Session::new(Arc::clone(&settings), peer, NONCE, now);
         Line {
-            session: Session::new(Arc::clone(&settings), peer, NONCE, now),
+            inbox: Inbox::new(session),
             model: Model::new(Arc::clone(&settings), quotas, now),
             mailbox: Arc::default(),
-            input: BytesMut::new(),
+            unread: Vec::new(),
+            expected_event: None,
             held_back: Vec::new(),
             reads: true,
             next_seq: 1,
             pong_sent_us: 0,
             settings,
+            known: None,
             stream: None,
             heard_bytes: 0,
             calls: 0,
@@ -77,27 +87,108 @@ impl Line {
         }
     }
 
-    pub(super) fn hand_in(&mut self, frame: &Frame<'_>, now: Now, store: &mut StoreSide) {
-        self.calls += 1;
-        let frame_bytes_max = if self.stream.is_some() { 4096 } else { 512 };
-        assert!(frame.bytes.len() <= frame_bytes_max);
-        let is_sequenced = types::is_sequenced(frame.header.frame_type);
-        self.acks_left += usize::from(is_sequenced && frame.header.seq <= self.answered_seq);
-        let submission = self.session.handle_frame(frame, now);
-        let has_room = matches!(submission, Some(Submission::Quarantine(..)));
-        let submits = self.model.frame(frame, now, has_room || store.is_roomy());
-        match (&submits, &submission) {
-            (Submits::Nothing, None | Some(Submission::Repeat(_))) => {}
-            (Submits::Nothing, Some(Submission::Clock(_, clock))) => {
-                assert_eq!(frame.header.frame_type, types::PING);
+    pub(super) fn receive(&mut self, bytes: &[u8]) {
+        self.inbox.input().extend_from_slice(bytes);
+        self.unread.extend_from_slice(bytes);
+    }
+
+    /// Processes everything that may be processed now, and checks it.
+    pub(super) fn process(&mut self, now: Now, store: &mut StoreSide) {
+        loop {
+            let submission = self.inbox.poll_submission(now);
+            let is_roomy = store.is_roomy();
+            let submits = self.next_expected(submission.as_ref(), is_roomy, now);
+            let Some(submission) = submission else {
+                assert!(matches!(submits, Submits::Nothing), "expected {submits:?}");
+                break;
+            };
+            self.check_submission(submits, &submission, now, store);
+            // Nothing is processed until it is queued.
+            assert!(!self.inbox.wants_input() && self.inbox.poll_submission(now).is_none());
+            store.submit(submission, &self.mailbox);
+            self.inbox.handle_queued();
+        }
+        self.hear(store, now);
+    }
+
+    /// Returns the next submission that the model expects; it processes its own copy of the bytes up to there. The
+    /// session submitted `found`: the model does not know whether a PING improves a clock, nor the rest of a
+    /// quarantine that is not roomy.
+    fn next_expected(&mut self, found: Option<&Submission>, is_roomy: bool, now: Now) -> Submits {
+        if let Some(event) = self.expected_event.take() {
+            return event;
+        }
+        let unread = std::mem::take(&mut self.unread);
+        let (mut rest, mut submits) = (unread.as_slice(), Submits::Nothing);
+        while matches!(submits, Submits::Nothing) && self.model.wants_input() {
+            let frame_bytes_max = if self.stream.is_some() { 4096 } else { 512 };
+            self.calls += 1;
+            match frame::decode(rest, frame_bytes_max) {
+                Ok(Some(frame)) => {
+                    rest = &rest[frame.bytes.len()..];
+                    submits = self.expect(&frame, found, is_roomy, now);
+                }
+                Ok(None) => {
+                    self.model.partial(!rest.is_empty(), now);
+                    break;
+                }
+                Err(FrameError::Magic(_)) => self.model.close(None, 0),
+                Err(FrameError::HeaderCrc) => self.model.close(Some(Code::Header), 0),
+                Err(FrameError::TooLarge { .. }) => self.model.close(Some(Code::TooLarge), 0),
+            }
+        }
+        self.unread = rest.to_vec();
+        submits
+    }
+
+    fn expect(
+        &mut self,
+        frame: &Frame<'_>,
+        found: Option<&Submission>,
+        is_roomy: bool,
+        now: Now,
+    ) -> Submits {
+        let header = frame.header;
+        let is_sequenced = types::is_sequenced(header.frame_type);
+        self.acks_left += usize::from(is_sequenced && header.seq <= self.answered_seq);
+        let has_room = is_roomy || found.is_some_and(|found| is_quarantined(frame, found));
+        match self.model.frame(frame, now, has_room) {
+            Submits::Nothing
+                if header.frame_type == types::PING
+                    && matches!(found, Some(Submission::Clock(..))) =>
+            {
+                Submits::Clock
+            }
+            submits => submits,
+        }
+    }
+
+    fn check_submission(
+        &mut self,
+        submits: Submits,
+        submission: &Submission,
+        now: Now,
+        store: &mut StoreSide,
+    ) {
+        match (&submits, submission) {
+            (Submits::Clock, Submission::Clock(_, clock)) => {
                 assert_eq!((clock.boot, clock.measured_at_us), (BOOT, now.utc_us));
             }
-            (Submits::Login, Some(Submission::Login(login))) => self.check_login(login, now),
-            (Submits::Declare, Some(Submission::Declare(declare))) => {
-                check_declare(declare, frame);
+            (Submits::Repeat { seq, crc }, Submission::Repeat(repeat)) => {
+                assert_eq!(self.stream, Some(repeat.stream));
+                let found = (repeat.seq, repeat.crc, repeat.at_us);
+                assert_eq!(found, (*seq, *crc, now.utc_us));
             }
-            (Submits::Accepted(taken), Some(Submission::Entry(entry)))
-            | (Submits::Refused(taken), Some(Submission::Quarantine(entry, _))) => {
+            (Submits::Login, Submission::Login(login)) => self.check_login(login, now),
+            (Submits::Declare(bytes), Submission::Declare(declare)) => {
+                check_declare(declare, bytes);
+            }
+            (Submits::Event(kind, code), Submission::Event(event)) => {
+                let found = (event.kind, event.code, event.at_us);
+                assert_eq!(found, (*kind, *code, now.utc_us));
+            }
+            (Submits::Accepted(taken), Submission::Entry(entry))
+            | (Submits::Refused(taken), Submission::Quarantine(entry, _)) => {
                 assert!(taken.is(entry), "{taken:?} {entry:?}");
                 assert_eq!(self.stream, Some(entry.stream));
                 self.refusals_left += usize::from(taken.refusal().is_some());
@@ -105,13 +196,11 @@ impl Line {
             }
             (expected, found) => panic!("expected {expected:?}, but {found:?} was submitted"),
         }
-        if let Some(submission) = submission {
-            store.submit(submission, &self.mailbox);
-        }
     }
 
-    fn check_login(&self, login: &Login, now: Now) {
-        let known = &KNOWN[self.model.known().expect("proved")];
+    fn check_login(&mut self, login: &Login, now: Now) {
+        self.known = self.model.known();
+        let known = &KNOWN[self.known.expect("proved")];
         assert_eq!(login.device, known.name);
         assert_eq!(
             (login.stream, login.next_seq),
@@ -120,36 +209,42 @@ impl Line {
         assert_eq!((login.schema, login.at_us), (known.schema, now.utc_us));
     }
 
-    pub(super) fn handle_partial(&mut self, now: Now) {
-        let is_partial = !self.input.is_empty();
-        self.session.handle_partial_frame(is_partial, now);
-        self.model.partial(is_partial, now);
+    /// Delivers mail, of which the model gets each kind by itself.
+    pub(super) fn handle_mail(&mut self, mail: Mail, now: Now) {
+        if let Some(outcome) = &mail.login {
+            self.calls += 1;
+            self.expect_login(outcome, now);
+        }
+        if let Some(outcome) = &mail.declare {
+            self.calls += 1;
+            self.expect_declared(outcome, now);
+        }
+        if let Some((receipt, through_seq)) = mail.receipt {
+            self.answered_seq = self.answered_seq.max(receipt.durable_seq());
+            self.latest_receipt = Some((receipt, through_seq));
+            (self.calls, self.acks_left) = (self.calls + 1, self.acks_left + 1);
+            self.model.receipt(receipt.durable_seq(), through_seq);
+        }
+        if let Some(is_down) = mail.store_is_down {
+            self.calls += 1;
+            let resumes = self.model.store_down(is_down, now);
+            self.acks_left += usize::from(resumes);
+        }
+        if let Some(close) = &mail.close {
+            self.calls += 1;
+            self.model.close(close.code, close.retry_after_ms);
+        }
+        self.inbox.handle_mail(mail, now);
     }
 
-    pub(super) fn handle_frame_error(&mut self, error: FrameError) {
-        self.calls += 1;
-        self.session.handle_frame_error(error);
-        self.model.close(
-            match error {
-                FrameError::Magic(_) => None,
-                FrameError::HeaderCrc => Some(Code::Header),
-                FrameError::TooLarge { .. } => Some(Code::TooLarge),
-            },
-            0,
-        );
-    }
-
-    pub(super) fn handle_login(&mut self, outcome: LoginOutcome, now: Now, store: &mut StoreSide) {
-        self.calls += 1;
-        let is_awaited = self.model.closed().is_none();
-        let mut admitted = None;
-        match &outcome {
-            LoginOutcome::Admitted(admission) if is_awaited => {
+    fn expect_login(&mut self, outcome: &LoginOutcome, now: Now) {
+        match outcome {
+            LoginOutcome::Admitted(admission) if self.model.closed().is_none() => {
                 let receipt = admission.receipt;
                 (self.stream, self.answered_seq) = (Some(receipt.stream()), receipt.durable_seq());
                 self.first_receipt = Some(receipt);
                 self.model.welcome(admission, now);
-                admitted = Some(admission.device);
+                self.expected_event = Some(Submits::Event(DeviceEventKind::Connected, 0));
             }
             LoginOutcome::Admitted(_) => {}
             LoginOutcome::Unregistered | LoginOutcome::KeyReplaced => {
@@ -161,90 +256,52 @@ impl Line {
                 unreachable!("the number of streams stays below the limit")
             }
         }
-        match (self.session.handle_login_outcome(outcome, now), admitted) {
-            (Some(Submission::Event(event)), Some(device)) => {
-                assert_eq!((event.device, event.at_us), (device, now.utc_us));
-                assert_eq!(event.kind, DeviceEventKind::Connected);
-                store.submit(Submission::Event(event), &self.mailbox);
-            }
-            (None, None) => {}
-            (found, _) => panic!("{found:?} submitted, admitted: {admitted:?}"),
-        }
     }
 
-    pub(super) fn handle_declare(
-        &mut self,
-        outcome: DeclareOutcome,
-        now: Now,
-        store: &mut StoreSide,
-    ) {
-        self.calls += 1;
+    fn expect_declared(&mut self, outcome: &DeclareOutcome, now: Now) {
         // Operators get an event for the first conflict only.
         let is_conflict = matches!(outcome, DeclareOutcome::Conflict);
         let is_first = is_conflict && self.model.closed().is_none() && !self.had_conflict;
         self.had_conflict |= is_first;
-        let is_news = is_first && self.model.may_report(now);
-        self.model.declared(&outcome, now);
-        match self.session.handle_declare_outcome(outcome, now) {
-            Some(Submission::Event(event)) if is_news => {
-                let refused = (DeviceEventKind::Refused, Code::SchemaConflict as u8);
-                assert_eq!((event.kind, event.code), refused);
-                store.submit(Submission::Event(event), &self.mailbox);
-            }
-            found => assert!(found.is_none() && !is_news, "{found:?}"),
+        if is_first && self.model.may_report(now) {
+            let code = Code::SchemaConflict as u8;
+            self.expected_event = Some(Submits::Event(DeviceEventKind::Refused, code));
         }
-    }
-
-    pub(super) fn handle_store_down(&mut self, is_down: bool, now: Now) {
-        self.calls += 1;
-        let resumes = self.model.store_down(is_down, now);
-        self.acks_left += usize::from(resumes);
-        self.session.handle_store_down(is_down, now);
-    }
-
-    pub(super) fn handle_close(&mut self, close: Close) {
-        self.calls += 1;
-        self.model.close(close.code, close.retry_after_ms);
-        self.session.close(close);
+        self.model.declared(outcome, now);
     }
 
     pub(super) fn handle_drain(&mut self) {
         self.calls += 1;
         self.model.leave(Some(Code::Shutdown));
-        self.session.handle_drain();
+        self.inbox.session.handle_drain();
     }
 
     pub(super) fn handle_end_of_input(&mut self) {
         self.calls += 1;
         self.model.leave(None);
-        self.session.handle_end_of_input();
-    }
-
-    pub(super) fn handle_receipt(&mut self, receipt: Receipt, through_seq: u64) {
-        self.calls += 1;
-        self.answered_seq = self.answered_seq.max(receipt.durable_seq());
-        self.latest_receipt = Some((receipt, through_seq));
-        self.acks_left += 1;
-        self.session.handle_receipt(receipt, through_seq);
-        self.model.receipt(receipt.durable_seq(), through_seq);
+        self.inbox.session.handle_end_of_input();
     }
 
     /// Delivers a receipt that is older than one delivered before, which must change nothing.
-    pub(super) fn handle_old_receipt(&mut self) {
+    pub(super) fn handle_old_receipt(&mut self, now: Now) {
         if let Some(receipt) = self.first_receipt {
-            self.handle_receipt(receipt, receipt.durable_seq());
+            let mail = Mail {
+                receipt: Some((receipt, receipt.durable_seq())),
+                ..Mail::default()
+            };
+            self.handle_mail(mail, now);
         }
     }
 
     pub(super) fn handle_time(&mut self, now: Now) {
         self.calls += 1;
-        let deadline_us = self.session.poll_deadline();
-        let was_open = self.session.closed().is_none();
-        self.session.handle_timeout(now);
+        let deadline_us = self.inbox.session.poll_deadline();
+        let was_open = self.inbox.session.closed().is_none();
+        self.inbox.session.handle_timeout(now);
         self.model.timeout(now);
-        let is_open = self.session.closed().is_none();
+        let is_open = self.inbox.session.closed().is_none();
         if deadline_us.is_some_and(|at_us| at_us <= now.mono_us) {
-            let next_us = self.session.poll_deadline();
+            let next_us = self.inbox.session.poll_deadline();
             assert!(!is_open || next_us.is_none_or(|at_us| at_us > now.mono_us));
         } else {
             assert_eq!(is_open, was_open, "closed too early");
@@ -252,13 +309,13 @@ impl Line {
     }
 
     pub(super) fn lose(&mut self) {
-        self.session.handle_loss("reset");
+        self.inbox.session.handle_loss("reset");
         self.model.close(None, 0);
     }
 
     /// The peer reads some of the session's output.
     pub(super) fn read(&mut self, bytes: usize) {
-        let outbound = self.session.outbound();
+        let outbound = self.inbox.session.outbound();
         let count = bytes.min(self.heard_bytes);
         let rest = outbound.bytes()[count..].to_vec();
         outbound.consume(count);
@@ -267,8 +324,8 @@ impl Line {
     }
 
     /// Checks the session's output and requests.
-    pub(super) fn hear(&mut self, store: &StoreSide, now: Now) {
-        let all = self.session.outbound().bytes().to_vec();
+    fn hear(&mut self, store: &StoreSide, now: Now) {
+        let all = self.inbox.session.outbound().bytes().to_vec();
         let mut rest = &all[self.heard_bytes..];
         let (mut said, mut answers_bytes) = (Vec::new(), 0);
         while !rest.is_empty() {
@@ -300,8 +357,8 @@ impl Line {
     }
 
     fn check_wants(&self) {
-        let (session, model) = (&self.session, &self.model);
-        assert_eq!(session.wants_input(), model.wants_input());
+        let (session, model) = (&self.inbox.session, &self.model);
+        assert_eq!(self.inbox.wants_input(), model.wants_input());
         assert_eq!(session.poll_deadline(), model.deadline_us());
         let closed = session
             .closed()
@@ -331,7 +388,7 @@ impl Line {
                 assert!(welcome.durable_seq <= store.durable_seq(stream));
                 assert_eq!(welcome.limit_seq, welcome.durable_seq + window_frames);
                 assert_eq!(welcome.utc_us, now.utc_us);
-                let known = &KNOWN[self.model.known().expect("proved")];
+                let known = &KNOWN[self.known.expect("proved")];
                 assert!(known.believes(frame.payload(), &welcome.mac));
                 self.next_seq = welcome.durable_seq + 1;
                 Reply::Welcome {
@@ -391,39 +448,43 @@ impl Line {
 
     /// Calls a closed session, which must not change.
     pub(super) fn poke(&mut self, now: Now) {
-        let said = self.session.outbound().bytes().to_vec();
-        let closed = self.session.closed().cloned();
-        if let Some((receipt, through_seq)) = self.latest_receipt {
-            self.session.handle_receipt(receipt, through_seq);
-        }
-        self.session.handle_store_down(true, now);
-        self.session.handle_frame_error(FrameError::HeaderCrc);
+        let session = &mut self.inbox.session;
+        let said = session.outbound().bytes().to_vec();
+        let closed = session.closed().cloned();
         let later = Now {
             mono_us: now.mono_us + (1 << 40),
             ..now
         };
-        self.session.handle_timeout(later);
-        self.session.handle_drain();
-        self.session.handle_end_of_input();
-        self.session.close(Close {
-            code: Some(Code::TakenOver),
-            retry_after_ms: 1,
-            detail: String::new(),
-        });
-        assert_eq!(self.session.outbound().bytes(), said);
-        assert_eq!(self.session.closed().cloned(), closed);
-        assert!(!self.session.wants_input());
-        assert_eq!(self.session.poll_deadline(), None);
+        session.handle_timeout(later);
+        session.handle_drain();
+        session.handle_end_of_input();
+        let mail = Mail {
+            receipt: self.latest_receipt,
+            store_is_down: Some(true),
+            close: Some(Close {
+                code: Some(Code::TakenOver),
+                retry_after_ms: 1,
+                detail: String::new(),
+            }),
+            ..Mail::default()
+        };
+        self.inbox.handle_mail(mail, now);
+        self.inbox.input().extend_from_slice(&KNOWN[0].hello);
+        assert!(self.inbox.poll_submission(now).is_none() && !self.inbox.wants_input());
+        let session = &mut self.inbox.session;
+        assert_eq!(session.outbound().bytes(), said);
+        assert_eq!(session.closed().cloned(), closed);
+        assert_eq!(session.poll_deadline(), None);
     }
 
     /// Ends the connection.
     pub(super) fn part(mut self, now: Now, store: &mut StoreSide) {
-        assert_eq!(self.session.device().is_some(), self.stream.is_some());
-        if let Some(device) = self.session.device() {
+        assert_eq!(self.inbox.session.device().is_some(), self.stream.is_some());
+        if let Some(device) = self.inbox.session.device() {
             store.registry.leave(device, &self.mailbox);
         }
         let code = self.model.closed().expect("it is closed").unwrap_or(0);
-        match self.session.handle_disconnect(true, true, now) {
+        match self.inbox.session.handle_disconnect(true, true, now) {
             Some(Submission::Event(event)) => {
                 assert!(self.stream.is_some());
                 assert_eq!(
@@ -450,10 +511,21 @@ fn read<'a, M: Message<'a>>(frame: &Frame<'a>) -> M {
     message::decode(frame.payload()).expect("a gateway's message is valid")
 }
 
-fn check_declare(submitted: &store::Declare, frame: &Frame<'_>) {
-    let declare: message::Declare<'_> = read(frame);
+/// Returns whether `found` puts this frame into quarantine.
+fn is_quarantined(frame: &Frame<'_>, found: &Submission) -> bool {
+    match found {
+        Submission::Quarantine(entry, _) => match &entry.content {
+            Content::Quarantined { bytes, .. } => bytes == frame.bytes,
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+fn check_declare(submitted: &store::Declare, payload: &[u8]) {
+    let declare: message::Declare<'_> = message::decode(payload).expect("checked by the model");
     assert_eq!(submitted.schema, declare.schema);
-    assert_eq!(submitted.hash, schema_hash(frame.payload()));
+    assert_eq!(submitted.hash, schema_hash(payload));
     let submitted = submitted.channels.iter().map(|channel| {
         let (name, unit) = (channel.name.as_str(), channel.unit.as_str());
         (channel.id, name, unit, channel.kind, channel.exp10)

@@ -1,7 +1,7 @@
-//! The target `session`: the input selects actions of devices, network and store. Sessions, mailboxes, registry,
-//! batcher and memory store are the real ones.
+//! The target `session`: the input selects actions of devices, network and store. Sessions with their inboxes,
+//! mailboxes, registry, batcher and memory store are the real ones.
 //!
-//! After every call, the output, requests and accepted frames of a session must equal those of [`model`].
+//! After every call, the output, requests and submissions of a session must equal those of [`model`].
 //! Independently of the model:
 //! - numbers in an ACK, WELCOME or class 3 NACK (for a quarantined frame) are in the store when the message is
 //!   sent;
@@ -23,7 +23,6 @@ mod store;
 use std::sync::Arc;
 
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX, Header, types};
-use tokio_util::codec::Decoder;
 
 use self::connection::Line;
 use self::device::{FLEET_KEY, KNOWN};
@@ -32,7 +31,6 @@ use super::{poll_once, reseal_all};
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::FleetKey;
 use crate::config::{DeviceRates, SessionLimits};
-use crate::net::codec::{CodecError, FrameCodec};
 use crate::quota::device::DeviceQuotas;
 use crate::quota::quarantine::Gauge;
 use crate::session::SessionSettings;
@@ -257,61 +255,21 @@ impl World {
 
     /// Sends bytes; the rest of a frame that an operation leaves is sent with the next one.
     fn receive(&mut self, line: usize, bytes: &[u8]) {
-        let Line {
-            held_back, input, ..
-        } = &mut self.lines[line];
-        input.extend_from_slice(&std::mem::take(held_back));
-        input.extend_from_slice(bytes);
-        self.take_frames(line);
-    }
-
-    fn take_frames(&mut self, line: usize) {
-        while self.lines[line].session.wants_input() {
-            let Line { session, input, .. } = &mut self.lines[line];
-            let frame_bytes_max = session.frame_bytes_max();
-            match (FrameCodec { frame_bytes_max }).decode(input) {
-                Ok(Some(frame)) => {
-                    let (line, store) = (&mut self.lines[line], &mut self.store);
-                    line.hand_in(&frame.frame(), self.now, store);
-                }
-                Ok(None) => {
-                    self.lines[line].handle_partial(self.now);
-                    break;
-                }
-                Err(CodecError::Frame(error)) => self.lines[line].handle_frame_error(error),
-                Err(CodecError::Io(error)) => panic!("nothing here does I/O: {error}"),
-            }
-        }
-        self.lines[line].hear(&self.store, self.now);
+        let line = &mut self.lines[line];
+        let held_back = std::mem::take(&mut line.held_back);
+        line.receive(&held_back);
+        line.receive(bytes);
+        line.process(self.now, &mut self.store);
     }
 
     /// Delivers a session's mail; returns whether there was any.
     fn take_mail(&mut self, line: usize) -> bool {
-        let mailbox = Arc::clone(&self.lines[line].mailbox);
-        let Some(mail) = poll_once(mailbox.take()) else {
+        let line = &mut self.lines[line];
+        let Some(mail) = poll_once(line.mailbox.take()) else {
             return false;
         };
-        let (line_, store, now) = (&mut self.lines[line], &mut self.store, self.now);
-        if let Some(outcome) = mail.login {
-            line_.handle_login(outcome, now, store);
-            line_.hear(store, now);
-        }
-        if let Some(outcome) = mail.declare {
-            line_.handle_declare(outcome, now, store);
-            line_.hear(store, now);
-        }
-        if let Some((receipt, through_seq)) = mail.receipt {
-            line_.handle_receipt(receipt, through_seq);
-            line_.hear(store, now);
-        }
-        if let Some(is_down) = mail.store_is_down {
-            line_.handle_store_down(is_down, now);
-            line_.hear(store, now);
-        }
-        if let Some(close) = mail.close {
-            line_.handle_close(close);
-        }
-        self.take_frames(line);
+        line.handle_mail(mail, self.now);
+        line.process(self.now, &mut self.store);
         true
     }
 
@@ -331,14 +289,14 @@ impl World {
     fn pass(&mut self, us: u64) {
         self.now.mono_us += us;
         self.now.utc_us += us as i64;
-        for line in 0..self.lines.len() {
-            self.lines[line].handle_time(self.now);
-            self.take_frames(line);
+        for line in &mut self.lines {
+            line.handle_time(self.now);
+            line.process(self.now, &mut self.store);
         }
     }
 
     fn pass_until_deadline(&mut self, line: usize, pick: u8) {
-        if let Some(at_us) = self.lines[line].session.poll_deadline() {
+        if let Some(at_us) = self.lines[line].inbox.session.poll_deadline() {
             let at_us = (at_us + u64::from(pick)).saturating_sub(1);
             self.pass(at_us.saturating_sub(self.now.mono_us));
         }
@@ -347,19 +305,19 @@ impl World {
     fn leave(&mut self, line: usize, pick: u8) {
         let line_ = &mut self.lines[line];
         match pick % 4 {
-            0 if !line_.session.is_leaving() => line_.handle_drain(),
-            1 if line_.session.wants_input() => line_.handle_end_of_input(),
+            0 if !line_.inbox.session.is_leaving() => line_.handle_drain(),
+            1 if line_.inbox.wants_input() => line_.handle_end_of_input(),
             2 => return self.receive(line, &device::bye()),
             3 => return self.lose(line),
             _ => {}
         }
-        line_.hear(&self.store, self.now);
+        line_.process(self.now, &mut self.store);
     }
 
     fn lose(&mut self, line: usize) {
         let line = &mut self.lines[line];
         line.lose();
-        line.hear(&self.store, self.now);
+        line.process(self.now, &mut self.store);
     }
 
     /// Runs an event that neither device nor store causes.
@@ -374,18 +332,18 @@ impl World {
             6 => self
                 .store
                 .bar_or_let_in(KNOWN[usize::from(pick / 8 % 4)].name),
-            7 => line.handle_old_receipt(),
+            7 => line.handle_old_receipt(self.now),
             _ => {
                 let step_us = (i64::from(pick) - 128) * 60_000_000;
                 self.now.utc_us += step_us;
                 self.now.origin.at_us += step_us;
             }
         }
-        line.hear(&self.store, self.now);
+        line.process(self.now, &mut self.store);
     }
 
     fn forget_closed(&mut self) {
-        let is_closed = |line: &mut Line| line.session.closed().is_some();
+        let is_closed = |line: &mut Line| line.inbox.session.closed().is_some();
         for mut line in self.lines.extract_if(.., is_closed) {
             line.poke(self.now);
             line.part(self.now, &mut self.store);
@@ -398,7 +356,7 @@ impl World {
         self.settle();
         self.forget_closed();
         for line in &self.lines {
-            let session = &line.session;
+            let session = &line.inbox.session;
             assert!(
                 !session.is_leaving(),
                 "waits for something already committed and answered"

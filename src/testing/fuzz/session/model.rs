@@ -12,7 +12,7 @@ use super::device::KNOWN;
 use crate::quota::device::{DeviceQuota, DeviceQuotas};
 use crate::session::SessionSettings;
 use crate::session::retry::retry_after_ms;
-use crate::store::{Admission, DeclareOutcome, Schema};
+use crate::store::{Admission, DeclareOutcome, DeviceEventKind, Schema};
 use crate::time::Now;
 
 const SCHEMAS_MAX: usize = 8;
@@ -46,12 +46,20 @@ pub(super) enum Reply {
     },
 }
 
-/// Required result of a frame, other than replies.
+/// Required submission.
 #[derive(Debug)]
 pub(super) enum Submits {
     Nothing,
     Login,
-    Declare,
+    /// With the payload of the frame.
+    Declare(Vec<u8>),
+    Clock,
+    Repeat {
+        seq: u64,
+        crc: u32,
+    },
+    /// With its code.
+    Event(DeviceEventKind, u8),
     Accepted(Accepted),
     Refused(Accepted),
 }
@@ -67,7 +75,6 @@ enum Phase {
 }
 
 struct Serving {
-    known: usize,
     durable_seq: u64,
     expected_seq: u64,
     taken_through: u64,
@@ -124,11 +131,10 @@ impl Model {
         }
     }
 
-    /// Returns the device whose handshake was valid.
+    /// Returns the device whose login awaits its outcome.
     pub(super) fn known(&self) -> Option<usize> {
         match &self.phase {
             Phase::AwaitAdmission(known) => Some(*known),
-            Phase::Serving(serving) => Some(serving.known),
             _ => None,
         }
     }
@@ -294,7 +300,7 @@ impl Model {
             _ if header.flags != 0 => self.bye(Code::Protocol),
             types::DECLARE if decode::<Declare<'_>>(payload).is_ok() => {
                 serving.is_declaring = true;
-                Submits::Declare
+                Submits::Declare(payload.to_vec())
             }
             types::PING if decode::<Ping<'_>>(payload).is_ok() => {
                 let mono_us = decode::<Ping<'_>>(payload).map_or(0, |ping| ping.mono_us);
@@ -326,7 +332,11 @@ impl Model {
         }
         if seq < serving.expected_seq {
             serving.is_ack_due |= seq <= serving.durable_seq;
-            return Submits::Nothing;
+            if !frame.intact || frame.header.frame_type == types::GAP {
+                return Submits::Nothing;
+            }
+            let crc = frame.crc();
+            return Submits::Repeat { seq, crc };
         }
         if first_seq > serving.expected_seq {
             return self.ask(Code::SeqGap, seq, 0);
@@ -420,16 +430,12 @@ impl Model {
     }
 
     pub(super) fn welcome(&mut self, admission: &Admission, now: Now) {
-        let Some(known) = self.known() else {
-            return;
-        };
         let durable_seq = admission.receipt.durable_seq();
         self.said.push(Reply::Welcome {
             durable_seq,
             schema_known: admission.schema.is_some(),
         });
         self.phase = Phase::Serving(Box::new(Serving {
-            known,
             durable_seq,
             expected_seq: durable_seq + 1,
             taken_through: 0,
