@@ -337,6 +337,7 @@ async fn input_waits_for_the_queue_and_for_outcomes() {
     bench.take(&[]);
     let event = |seq| frame_for(Input::Good(0), seq, seq);
     let input = [event(1), declare(), event(2)].concat();
+    bench.inbox.input().reserve(1024);
     bench.inbox.input().extend_from_slice(&input);
     let first = bench.inbox.poll_submission(NOW).expect("the event");
     assert!(bench.inbox.poll_submission(NOW).is_none() && !bench.inbox.wants_input());
