@@ -180,8 +180,8 @@ pub struct Session {
     /// When the first byte of an incomplete frame arrived.
     frame_begun_at_us: Option<u64>,
     /// Set when no more input is accepted: the session closes like this once all accepted frames
-    /// are acknowledged.
-    leaving: Option<Close>,
+    /// are acknowledged. Boxed, because an idle connection has none.
+    leaving: Option<Box<Close>>,
 }
 
 impl Session {
@@ -402,7 +402,7 @@ impl Session {
     }
 
     fn leave(&mut self, close: Close) {
-        self.leaving = Some(close);
+        self.leaving = Some(Box::new(close));
         self.close_if_settled();
     }
 
@@ -412,7 +412,7 @@ impl Session {
             _ => true,
         };
         if is_settled && let Some(close) = self.leaving.take() {
-            self.close(close);
+            self.close(*close);
         }
     }
 
