@@ -2,8 +2,7 @@
 //! another key does not start, because no device could authenticate to it.
 
 use crate::auth::fleet_key::FleetKey;
-use crate::store::editor::Editor;
-use crate::store::reader::{ReadError, Reader};
+use crate::store::admin::{Connection, QueryError};
 
 /// Fleet key state of a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,15 +29,17 @@ pub enum Mismatch {
 ///
 /// # Errors
 /// The store is unavailable.
-pub async fn standing(reader: &mut Reader) -> Result<Standing, ReadError> {
-    let rows = reader
+pub async fn standing(connection: &mut Connection) -> Result<Standing, QueryError> {
+    let rows = connection
         .rows("SELECT fingerprint FROM fleet_key", &[])
         .await?;
     if let Some(row) = rows.first() {
         let fingerprint = row.text_or_null(0)?.unwrap_or_default();
         return Ok(Standing::Claimed(fingerprint.to_owned()));
     }
-    let device = reader.rows("SELECT id FROM devices LIMIT 1", &[]).await?;
+    let device = connection
+        .rows("SELECT id FROM devices LIMIT 1", &[])
+        .await?;
     let has_devices = !device.is_empty();
     Ok(Standing::Unclaimed { has_devices })
 }
@@ -62,28 +63,28 @@ impl Standing {
 ///
 /// # Errors
 /// The store is unavailable or cannot be written.
-pub async fn claim(editor: &mut Editor, key: &FleetKey) -> Result<Standing, ReadError> {
-    if let claimed @ Standing::Claimed(_) = standing(editor).await? {
+pub async fn claim(connection: &mut Connection, key: &FleetKey) -> Result<Standing, QueryError> {
+    if let claimed @ Standing::Claimed(_) = standing(connection).await? {
         return Ok(claimed);
     }
     let fingerprint = key.fingerprint();
     let insert = "INSERT INTO fleet_key (is_only, fingerprint) VALUES (true, $1)
         ON CONFLICT (is_only) DO NOTHING";
-    editor
+    connection
         .execute(insert, &[fingerprint.as_str().into()])
         .await?;
-    standing(editor).await
+    standing(connection).await
 }
 
 /// Stores the fingerprint of `key`, replacing any other.
 ///
 /// # Errors
 /// The store is unavailable or cannot be written.
-pub async fn adopt(editor: &mut Editor, key: &FleetKey) -> Result<(), ReadError> {
+pub async fn adopt(connection: &mut Connection, key: &FleetKey) -> Result<(), QueryError> {
     let fingerprint = key.fingerprint();
     let upsert = "INSERT INTO fleet_key (is_only, fingerprint) VALUES (true, $1)
         ON CONFLICT (is_only) DO UPDATE SET fingerprint = excluded.fingerprint";
-    editor
+    connection
         .execute(upsert, &[fingerprint.as_str().into()])
         .await
         .map(drop)

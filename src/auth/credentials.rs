@@ -8,7 +8,7 @@ use std::sync::{PoisonError, RwLock};
 
 use crate::auth::device_key::DeviceKey;
 use crate::auth::fleet_key::FleetKey;
-use crate::store::device_admin::{Changes, DeviceState};
+use crate::store::admin::device::{Changes, DeviceState};
 
 /// Credentials of all devices.
 #[derive(Debug)]
@@ -91,7 +91,7 @@ impl Credentials {
 mod tests {
     use super::*;
     use crate::store::DeviceId;
-    use crate::store::device_admin::StoredKey;
+    use crate::store::admin::device::{Position, StoredKey};
 
     fn fleet() -> FleetKey {
         FleetKey::from_bytes([7; 32])
@@ -109,7 +109,11 @@ mod tests {
     }
 
     fn changes(is_all: bool, devices: Vec<DeviceState>) -> Changes {
-        Changes { devices, is_all }
+        Changes {
+            devices,
+            is_all,
+            position: Position::default(),
+        }
     }
 
     #[test]

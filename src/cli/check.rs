@@ -7,7 +7,7 @@ use std::path::Path;
 
 use fieldgate::config::store_url::StoreUrl;
 use fieldgate::config::{Config, Location, Settings};
-use fieldgate::store::reader::{OpenError, Reader};
+use fieldgate::store::admin::{self, Connection, OpenError};
 use fieldgate::store::{postgres, spool, sqlite};
 use fieldgate::sys::log;
 use rustix::fs::{Access, access};
@@ -115,19 +115,21 @@ async fn waiting_frames(config: &Config) -> Result<(), Error> {
 /// Checks that the store can be opened or created.
 async fn store(config: &Config) -> Result<(), Error> {
     match &config.store {
-        StoreUrl::Sqlite(path) => match Reader::open(&config.store).await {
-            Err(OpenError::Sqlite(sqlite::OpenError::Missing(_))) => {
-                let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
-                let dir = dir.unwrap_or(Path::new("."));
-                match dir == config.location.data_dir || dir.is_dir() {
-                    true => Ok(()),
-                    false => Err(sqlite::OpenError::NoDirectory(dir.to_owned()).into()),
+        StoreUrl::Sqlite(path) => {
+            match Connection::open(&config.store, admin::Access::Read).await {
+                Err(OpenError::Sqlite(sqlite::OpenError::Missing(_))) => {
+                    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+                    let dir = dir.unwrap_or(Path::new("."));
+                    match dir == config.location.data_dir || dir.is_dir() {
+                        true => Ok(()),
+                        false => Err(sqlite::OpenError::NoDirectory(dir.to_owned()).into()),
+                    }
                 }
+                // `serve` upgrades it at startup.
+                Err(OpenError::Sqlite(sqlite::OpenError::Older(_))) => Ok(()),
+                opened => opened.map(drop).map_err(Error::Open),
             }
-            // `serve` upgrades it at startup.
-            Err(OpenError::Sqlite(sqlite::OpenError::Older(_))) => Ok(()),
-            opened => opened.map(drop).map_err(Error::Open),
-        },
+        }
         StoreUrl::Postgres(url) => {
             postgres::check(url, config.postgres.allow_postgres_data_loss).await?;
             Ok(())

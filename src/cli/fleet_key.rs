@@ -10,9 +10,7 @@ use fieldgate::auth::device_key::DeviceKey;
 use fieldgate::auth::fleet_key::{FleetKey, KEY_FILE, Origin, create_data_dir};
 use fieldgate::config::store_url::StoreUrl;
 use fieldgate::config::{Config, SPOOL_FILE};
-use fieldgate::store::device_admin;
-use fieldgate::store::editor::Editor;
-use fieldgate::store::reader::Reader;
+use fieldgate::store::admin::{Access, Connection, Source, device};
 use fieldgate::sys::secret_file::SecretReaders;
 use tokio::time::timeout;
 
@@ -65,8 +63,8 @@ impl FleetKeyFile<'_> {
             )));
         };
         // A command that needs the store reports its errors itself.
-        if let Ok(mut reader) = Reader::open(store).await {
-            let standing = standing(&mut reader).await?;
+        if let Ok(mut connection) = Connection::open(store, Access::Read).await {
+            let standing = standing(&mut connection).await?;
             self.compare(&standing, Some(&key), store)?;
         }
         Ok(key)
@@ -116,10 +114,10 @@ pub async fn find(config: &Config) -> Result<Option<FleetKey>, Error> {
     if !config.spool.spool {
         return Ok(key);
     }
-    let reader = timeout(DATABASE_TIMEOUT, Reader::open(url)).await;
+    let connection = timeout(DATABASE_TIMEOUT, Connection::open(url, Access::Read)).await;
     // The store reports an unavailable database itself.
-    if let Ok(Ok(mut reader)) = reader
-        && let Ok(standing) = standing(&mut reader).await
+    if let Ok(Ok(mut connection)) = connection
+        && let Ok(standing) = standing(&mut connection).await
     {
         file.compare(&standing, key.as_ref(), url)?;
     }
@@ -134,17 +132,18 @@ pub async fn settle(config: &Config, found: Option<FleetKey>) -> Result<(FleetKe
         Some(path) => path.display().to_string(),
         None => config.store.to_string(),
     };
-    let mut editor = match &spool {
-        Some(path) => Editor::open_spool(path).await?,
-        None => Editor::open(&config.store).await?,
+    let source = match spool.clone() {
+        Some(path) => Source::Spool(path),
+        None => (&config.store).into(),
     };
-    let before = standing(&mut editor).await?;
+    let mut connection = Connection::open(source, Access::Write).await?;
+    let before = standing(&mut connection).await?;
     file.compare(&before, found.as_ref(), &name)?;
     let (key, origin) = match found {
         Some(key) => (key, Origin::Loaded),
         None => FleetKey::create(file.data_dir, file.readers)?,
     };
-    let after = claim(&mut editor, &key).await?;
+    let after = claim(&mut connection, &key).await?;
     file.compare(&after, Some(&key), &name)?;
     if spool.is_some() {
         claim_database(config, &key).await?;
@@ -156,12 +155,14 @@ pub async fn settle(config: &Config, found: Option<FleetKey>) -> Result<(FleetKe
 pub async fn compare_all(config: &Config) -> Result<(), Error> {
     let file = file_of(config);
     let key = file.find()?;
-    if let Ok(mut reader) = Reader::open(&config.store).await {
-        let standing = standing(&mut reader).await?;
+    if let Ok(mut connection) = Connection::open(&config.store, Access::Read).await {
+        let standing = standing(&mut connection).await?;
         file.compare(&standing, key.as_ref(), &config.store)?;
     }
     if let Some(spool) = config.spool().filter(|path| path.exists()) {
-        let standing = standing(&mut *Editor::open_spool(&spool).await?).await?;
+        let standing =
+            standing(&mut Connection::open(Source::Spool(spool.clone()), Access::Read).await?)
+                .await?;
         file.compare(&standing, key.as_ref(), spool.display())?;
     }
     Ok(())
@@ -170,10 +171,12 @@ pub async fn compare_all(config: &Config) -> Result<(), Error> {
 /// Records the key of a gateway with a spool in the database, if the database is available.
 async fn claim_database(config: &Config, key: &FleetKey) -> Result<(), Error> {
     let url = &config.store;
-    let Ok(Ok(mut editor)) = timeout(DATABASE_TIMEOUT, Editor::open(url)).await else {
+    let Ok(Ok(mut connection)) =
+        timeout(DATABASE_TIMEOUT, Connection::open(url, Access::Write)).await
+    else {
         return Ok(());
     };
-    match claim(&mut editor, key).await {
+    match claim(&mut connection, key).await {
         Ok(standing) => file_of(config).compare(&standing, Some(key), url),
         Err(error) => {
             tracing::warn!(%error, "could not record fleet key fingerprint in database");
@@ -196,7 +199,7 @@ pub async fn fleet_key(
 
 async fn show(file: FleetKeyFile<'_>, store: &StoreUrl) -> Result<(), Error> {
     let key = file.find()?;
-    let standing = standing(&mut Reader::open(store).await?).await?;
+    let standing = standing(&mut Connection::open(store, Access::Read).await?).await?;
     let ours = key.map_or_else(|| "none".to_owned(), |key| key.fingerprint());
     let theirs = match standing {
         Standing::Claimed(fingerprint) => fingerprint,
@@ -218,7 +221,7 @@ async fn adopt_key(
 ) -> Result<(), Error> {
     let path = file.path();
     let path = path.display();
-    let mut editor = Editor::open(store).await?;
+    let mut connection = Connection::open(store, Access::Write).await?;
     let key = match (file.find()?, args.create) {
         (Some(key), false) => key,
         (Some(_), true) => {
@@ -238,11 +241,12 @@ async fn adopt_key(
     };
     let spool = file.data_dir.join(SPOOL_FILE);
     if spool.exists() {
-        adopt(&mut Editor::open_spool(&spool).await?, &key).await?;
+        let spool = Connection::open(Source::Spool(spool), Access::Write).await;
+        adopt(&mut spool?, &key).await?;
     }
-    adopt(&mut editor, &key).await?;
+    adopt(&mut connection, &key).await?;
     let mut sealed = 0;
-    device_admin::each(&mut editor, |device| {
+    device::each(&mut connection, |device| {
         let own = device.key.sealed.as_ref();
         let is_lost = |own: &Vec<u8>| DeviceKey::unseal(&key, &device.name, own).is_err();
         sealed += u64::from(own.is_some_and(is_lost));

@@ -40,7 +40,7 @@ use fieldgate::auth::fleet_key::KeyError;
 use fieldgate::config::store_url::without_password;
 use fieldgate::config::{ConfigError, Location};
 use fieldgate::net::tls::TlsError;
-use fieldgate::store::reader::{OpenError, ReadError};
+use fieldgate::store::admin::{OpenError, QueryError};
 use fieldgate::store::spool::SpoolError;
 use fieldgate::store::{postgres, sqlite};
 use jiff::Timestamp;
@@ -197,7 +197,7 @@ pub enum Error {
     Spool(#[from] SpoolError),
     /// A query to the store failed.
     #[error("could not query the store: {0}")]
-    Store(#[from] ReadError),
+    Store(#[from] QueryError),
     /// The output's reader is gone, or the disk is full.
     #[error("could not write the output: {0}")]
     Output(#[from] io::Error),

@@ -1,6 +1,6 @@
 //! Suggests similar names for unknown ones.
 
-use fieldgate::store::reader::Reader;
+use fieldgate::store::admin::Connection;
 
 use super::Error;
 
@@ -33,8 +33,8 @@ fn difference(a: &str, b: &str) -> usize {
 }
 
 /// Returns the error for an unknown device, with similar names.
-pub async fn unknown_device(reader: &mut Reader, name: &str) -> Result<Error, Error> {
-    let rows = reader.rows("SELECT name FROM devices", &[]).await?;
+pub async fn unknown_device(connection: &mut Connection, name: &str) -> Result<Error, Error> {
+    let rows = connection.rows("SELECT name FROM devices", &[]).await?;
     let mut names = Vec::with_capacity(rows.len());
     for row in &rows {
         names.extend(row.text_or_null(0)?);

@@ -2,12 +2,12 @@
 //! statistics.
 
 use fieldgate::config::store_url::{PostgresUrl, StoreUrl};
-use fieldgate::store::device_admin;
+use fieldgate::store::admin::device::changes_sql;
+use fieldgate::store::admin::replay::quarantined_frames_sql;
+use fieldgate::store::admin::{Access, Argument, Connection, Value};
 use fieldgate::store::postgres;
-use fieldgate::store::reader::{Argument, Reader, Value};
-use fieldgate::store::replay::quarantined_frames_sql;
 use fieldgate::store::sqlite::{self, SqliteSettings};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection as _, Executor};
 
 use super::{device, quarantine, status};
 
@@ -41,15 +41,22 @@ fn queries_in_steps() -> [(String, &'static str, &'static str); 3] {
             "Index Scan using quarantine_pkey",
         ),
         (
-            device_admin::changes_sql(),
+            changes_sql(),
             "SEARCH devices USING INDEX devices_by_revision (revision>?)",
             "devices_by_revision",
         ),
     ]
 }
 
-async fn plan(reader: &mut Reader, explain: &str, sql: &str, arguments: &[Argument<'_>]) -> String {
-    let rows = reader.rows(&format!("{explain} {sql}"), arguments).await;
+async fn plan(
+    connection: &mut Connection,
+    explain: &str,
+    sql: &str,
+    arguments: &[Argument<'_>],
+) -> String {
+    let rows = connection
+        .rows(&format!("{explain} {sql}"), arguments)
+        .await;
     let lines = rows.expect(sql).into_iter().map(|row| {
         let text = row.0.into_iter().filter_map(|value| match value {
             Value::Text(text) => Some(text),
@@ -92,11 +99,13 @@ async fn command_queries_use_sqlite_indexes() {
         if has_statistics {
             conn.execute("ANALYZE").await.unwrap();
         }
-        let mut reader = Reader::open(&StoreUrl::Sqlite(path.clone())).await.unwrap();
+        let mut connection = Connection::open(&StoreUrl::Sqlite(path.clone()), Access::Read)
+            .await
+            .unwrap();
         for (sql, key, _) in queries_in_steps() {
             let arguments = sql.contains("$1").then(|| 7.into());
             let plan = plan(
-                &mut reader,
+                &mut connection,
                 "EXPLAIN QUERY PLAN",
                 &sql,
                 arguments.as_slice(),
@@ -105,7 +114,7 @@ async fn command_queries_use_sqlite_indexes() {
             assert!(plan.contains(key), "{sql}\n{plan}");
         }
         for (sql, arguments) in queries() {
-            let plan = plan(&mut reader, "EXPLAIN QUERY PLAN", &sql, &arguments).await;
+            let plan = plan(&mut connection, "EXPLAIN QUERY PLAN", &sql, &arguments).await;
             // Recent readings are few, and so are devices, series, streams and gaps.
             let large = [
                 "r",
@@ -174,22 +183,22 @@ async fn command_queries_use_postgres_indexes() {
         if has_statistics {
             conn.execute("ANALYZE").await.unwrap();
         }
-        let mut reader = Reader::open(&StoreUrl::Postgres(url.clone()))
+        let mut connection = Connection::open(&StoreUrl::Postgres(url.clone()), Access::Read)
             .await
             .unwrap();
         // The planner rightly scans tables as small as these. Without sequential scans, it scans a table only if no
         // index fits.
-        reader
+        connection
             .rows("SELECT set_config('enable_seqscan', 'off', false)", &[])
             .await
             .unwrap();
         for (sql, _, key) in queries_in_steps() {
             let arguments = sql.contains("$1").then(|| 7.into());
-            let plan = plan(&mut reader, "EXPLAIN", &sql, arguments.as_slice()).await;
+            let plan = plan(&mut connection, "EXPLAIN", &sql, arguments.as_slice()).await;
             assert!(plan.contains(key), "{sql}\n{plan}");
         }
         for (sql, arguments) in queries() {
-            let plan = plan(&mut reader, "EXPLAIN", &sql, &arguments).await;
+            let plan = plan(&mut connection, "EXPLAIN", &sql, &arguments).await;
             for table in LARGE {
                 // `status` counts quarantine, which is bounded.
                 let is_read = plan.contains(&format!("Seq Scan on {table}"));
@@ -199,7 +208,7 @@ async fn command_queries_use_postgres_indexes() {
         }
         // `latest`, also used by `device show`, reads no partition.
         let latest = "SELECT * FROM latest WHERE device = $1";
-        let plan = plan(&mut reader, "EXPLAIN", latest, &["d7".into()]).await;
+        let plan = plan(&mut connection, "EXPLAIN", latest, &["d7".into()]).await;
         assert!(!plan.contains("readings"), "{plan}");
     }
     conn.close().await.unwrap();

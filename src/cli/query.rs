@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::reader::{ReadError, Reader, Row};
+use fieldgate::store::admin::{Access, Connection, QueryError, Row};
 use fieldgate::store::sqlite::readers;
 
 use super::Error;
@@ -100,24 +100,24 @@ async fn log_grows(store: &StoreUrl) {
 }
 
 async fn write_rows(store: StoreUrl, args: QueryArgs) -> Result<(), Error> {
-    let mut reader = Reader::open(&store).await?;
-    let headers = reader.columns(&args.sql).await.map_err(query_error)?;
+    let mut connection = Connection::open(&store, Access::Read).await?;
+    let headers = connection.columns(&args.sql).await.map_err(query_error)?;
     // Stdout is not locked, because a lock could be held for as long as the output's reader pauses.
     let mut out = io::BufWriter::with_capacity(1 << 16, io::stdout());
     match args.format {
         Format::Table => {
             let mut sink = Sheet::new(headers);
-            run(&mut reader, &args.sql, &mut sink).await?;
+            run(&mut connection, &args.sql, &mut sink).await?;
             sink.write(&mut out)?;
         }
         Format::Csv => {
             let mut sink = Csv { out: &mut out };
             sink.headers(&headers)?;
-            run(&mut reader, &args.sql, &mut sink).await?;
+            run(&mut connection, &args.sql, &mut sink).await?;
         }
         Format::Json => {
             let mut sink = Json::new(&mut out, &headers);
-            run(&mut reader, &args.sql, &mut sink).await?;
+            run(&mut connection, &args.sql, &mut sink).await?;
             sink.end()?;
         }
     }
@@ -156,17 +156,17 @@ pub fn write_at_hand(
     }
 }
 
-async fn run(reader: &mut Reader, sql: &str, sink: &mut impl Sink) -> Result<(), Error> {
+async fn run(connection: &mut Connection, sql: &str, sink: &mut impl Sink) -> Result<(), Error> {
     let on_row = |Row(values)| match sink.row(values) {
         Ok(true) => ControlFlow::Continue(()),
         Ok(false) => ControlFlow::Break(Ok(())),
         Err(error) => ControlFlow::Break(Err(error)),
     };
-    let broken_off = reader.run(sql, on_row).await.map_err(query_error)?;
+    let broken_off = connection.run(sql, on_row).await.map_err(query_error)?;
     broken_off.unwrap_or(Ok(())).map_err(Error::Output)
 }
 
-fn query_error(error: ReadError) -> Error {
+fn query_error(error: QueryError) -> Error {
     if error.is_write() {
         return Error::Failed("query is read-only; this statement would write".to_owned());
     }

@@ -16,21 +16,20 @@ use fieldgate::config::{Config, Location, Registration, Settings};
 use fieldgate::ingest::registry::Registry;
 use fieldgate::net::tls::Tls;
 use fieldgate::quota::device::DeviceQuotas;
-use fieldgate::quota::quarantine::{self, Gauge};
-use fieldgate::server::device_watch;
+use fieldgate::quota::quarantine::{Gauge, UsageWatch};
+use fieldgate::server::device_watch::DeviceWatch;
 use fieldgate::server::supervisor::Supervisor;
 use fieldgate::server::{self, Listeners, ServerSettings, TlsListener};
 use fieldgate::session::SessionSettings;
 use fieldgate::store::Store;
-use fieldgate::store::device_admin::ChangeReader;
+use fieldgate::store::admin::mirror::Mirror;
+use fieldgate::store::admin::prune::Pruner;
+use fieldgate::store::admin::quarantine_usage::UsageReader;
+use fieldgate::store::admin::{Poll, Source, poll_once};
 use fieldgate::store::postgres::{PostgresSettings, PostgresStore};
-use fieldgate::store::prune::Pruner;
-use fieldgate::store::quarantine_usage::UsageReader;
-use fieldgate::store::spool::mirror::Mirror;
 use fieldgate::store::spool::{self, SpoolError, SpoolStore};
 use fieldgate::store::sqlite::files::HeldFiles;
 use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
-use fieldgate::store::steady::SteadyReader;
 use fieldgate::sys::gateway_id;
 use fieldgate::sys::log;
 use fieldgate::sys::open_files;
@@ -206,13 +205,15 @@ async fn serve_into<S: Store>(
         Some(path) => Some(filled_mirror(&config.store, path).await),
         None => None,
     };
-    let mut changes = ChangeReader::new(match &spool {
-        Some(path) => SteadyReader::of_spool(path.clone()),
-        None => SteadyReader::new(config.store.clone()),
-    });
+    let source = match spool.clone() {
+        Some(path) => Source::Spool(path),
+        None => (&config.store).into(),
+    };
     let credentials = Arc::new(Credentials::new(key));
-    let loaded = device_watch::load(&credentials, &mut changes).await;
-    loaded.map_err(|error| Error::Failed(format!("could not read devices: {error}")))?;
+    let registry = Arc::new(Registry::default());
+    let devices = DeviceWatch::load(source, Arc::clone(&credentials), Arc::clone(&registry)).await;
+    let devices =
+        devices.map_err(|error| Error::Failed(format!("could not read devices: {error}")))?;
     let listeners = bind(config, tls.as_ref())?;
     // Created before the gateway is announced, since it may be stopped from then on.
     let drain = CancellationToken::new();
@@ -230,23 +231,20 @@ async fn serve_into<S: Store>(
         tracing::warn!(%listen, "listener accepts unencrypted connections");
     }
     let gauge = Arc::new(Gauge::new(config.devices.quarantine_bytes_max));
-    let pruner = Pruner::new(
-        config.store.clone(),
-        spool.clone(),
-        config.devices.retention,
-    );
-    let mut kept = UsageReader::new(config.store.clone(), spool);
-    quarantine::read(&gauge, &mut kept).await;
-    let mut settings = server_settings(config, Arc::clone(&credentials), Arc::clone(&gauge));
+    let pruner = Pruner::new(&config.store, spool.clone(), config.devices.retention);
+    let mut usage = UsageWatch {
+        gauge: Arc::clone(&gauge),
+        usage: UsageReader::new(&config.store, spool),
+    };
+    poll_once(&mut usage).await;
+    let mut settings = server_settings(config, credentials, gauge);
     settings.admission.connections_max = connections_within_limit(config.admission.connections_max);
-    let registry = Arc::new(Registry::default());
-    tasks.spawn("quarantine", quarantine::watch(gauge, kept));
-    let watch_credentials = device_watch::watch(credentials, Arc::clone(&registry), changes);
-    tasks.spawn("device changes", watch_credentials);
+    tasks.spawn_poller(usage);
+    tasks.spawn_poller(devices);
     tasks.spawn("fleet key", async move { key_file.watch_only().await });
-    tasks.spawn("pruner", pruner.watch());
+    tasks.spawn_poller(pruner);
     if let Some(mirror) = mirror {
-        tasks.spawn("mirror", mirror.watch());
+        tasks.spawn_poller(mirror);
     }
     let failed = |error: &dyn Display| Error::Failed(error.to_string());
     let mut serving = pin!(server::serve(
@@ -282,8 +280,8 @@ fn end_without_closing(reason: &str, format: LogFormat) -> Result<(), Error> {
 /// Returns the mirror that copies operator changes from the database to the spool. Copies all changes so far, if
 /// the database is available.
 async fn filled_mirror(database: &StoreUrl, spool: &Path) -> Mirror {
-    let mut mirror = Mirror::new(database.clone(), spool.to_owned());
-    match timeout(MIRROR_TIMEOUT, mirror.copy()).await {
+    let mut mirror = Mirror::new(database, spool.to_owned());
+    match timeout(MIRROR_TIMEOUT, mirror.poll()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
             tracing::warn!(%error, "Postgres unavailable, using last known device list");

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use fieldgate::config::SPOOL_FILE;
 use fieldgate::config::store_url::{PostgresUrl, StoreUrl};
-use fieldgate::store::reader::Reader;
+use fieldgate::store::admin::{Access, Connection};
 use fieldgate::store::spool;
 use fieldgate::time::SystemClock;
 
@@ -36,13 +36,13 @@ pub async fn status(store: &StoreUrl, data_dir: &Path) -> Result<(), Error> {
         StoreUrl::Sqlite(_) => Vec::new(),
         StoreUrl::Postgres(_) => spooled(&data_dir.join(SPOOL_FILE), now_us).await?,
     };
-    match Reader::open(store).await {
-        Ok(mut reader) => {
+    match Connection::open(store, Access::Read).await {
+        Ok(mut connection) => {
             facts.extend(match store {
                 StoreUrl::Sqlite(path) => file(path),
-                StoreUrl::Postgres(url) => database(&mut reader, url).await?,
+                StoreUrl::Postgres(url) => database(&mut connection, url).await?,
             });
-            facts.extend(counted(&mut reader, now_us).await?);
+            facts.extend(counted(&mut connection, now_us).await?);
             write_facts(&facts, &mut out)?;
         }
         Err(error) => {
@@ -85,10 +85,10 @@ fn file(path: &Path) -> Vec<Fact> {
     vec![("store", path.display().to_string()), ("size", size)]
 }
 
-async fn database(reader: &mut Reader, url: &PostgresUrl) -> Result<Vec<Fact>, Error> {
+async fn database(connection: &mut Connection, url: &PostgresUrl) -> Result<Vec<Fact>, Error> {
     // For the default partition, read the planner's estimate (-1 before the first ANALYZE) and the size: counting
     // would scan the partition.
-    let rows = reader
+    let rows = connection
         .rows(
             "SELECT pg_database_size(current_database()),
                  count(c.oid) FILTER (WHERE c.relname <> 'readings_default'),
@@ -122,11 +122,11 @@ async fn database(reader: &mut Reader, url: &PostgresUrl) -> Result<Vec<Fact>, E
     Ok(facts)
 }
 
-async fn counted(reader: &mut Reader, now_us: i64) -> Result<Vec<Fact>, Error> {
+async fn counted(connection: &mut Connection, now_us: i64) -> Result<Vec<Fact>, Error> {
     // Streams keep running totals, so no large table is counted. The newest frame may not have the highest id if
     // several connections write. Frames in gaps are summed as doubles: a device may report a gap so long that
     // integers would overflow.
-    let rows = reader.rows(COUNTS, &[]).await?;
+    let rows = connection.rows(COUNTS, &[]).await?;
     let mut facts = Vec::new();
     for row in &rows {
         let number = |column| row.integer(column).map(|n| n.to_string());

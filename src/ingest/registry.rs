@@ -13,7 +13,7 @@ use fieldgate_protocol::error::Code;
 use crate::ingest::mailbox::Mailbox;
 use crate::session::Close;
 use crate::store::DeviceId;
-use crate::store::device_admin::Changes;
+use crate::store::admin::device::Changes;
 
 /// Live sessions by device.
 #[derive(Debug, Default)]
@@ -181,7 +181,7 @@ impl Live {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::device_admin::{DeviceState, StoredKey};
+    use crate::store::admin::device::{DeviceState, Position, StoredKey};
 
     const PUMP: DeviceId = DeviceId(1);
 
@@ -197,6 +197,7 @@ mod tests {
         Changes {
             devices: vec![pump],
             is_all: false,
+            position: Position::default(),
         }
     }
 
@@ -239,6 +240,7 @@ mod tests {
         let other_store = Changes {
             devices: vec![],
             is_all: true,
+            position: Position::default(),
         };
         registry.change(&other_store);
         let mailbox = Arc::default();

@@ -15,23 +15,16 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fieldgate_protocol::frame::FRAME_BYTES_MAX;
 
 use crate::store::DeviceId;
-use crate::store::quarantine_usage::{QuarantineUsage, UsageReader};
+use crate::store::admin::quarantine_usage::{QuarantineUsage, UsageReader};
+use crate::store::admin::{Pace, Poll, QueryError};
 
 /// Divisor for the share of quarantine that one device may use.
 pub const DEVICE_SHARE: u64 = 8;
-
-/// Minimum interval between usage queries.
-const READ_INTERVAL: Duration = Duration::from_secs(1);
-/// Usage queries take at most one part in this of the time, so that a large quarantine costs no
-/// more than a small one.
-const READ_SHARE: u32 = 20;
-/// A usage query that takes longer is abandoned, and the previous usage remains.
-const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Usage of quarantine.
 #[derive(Debug)]
@@ -187,24 +180,27 @@ impl Drop for Reservation {
     }
 }
 
-/// Queries the usage of quarantine once.
-pub async fn read(gauge: &Gauge, kept: &mut UsageReader) {
-    gauge.begin_reading();
-    match tokio::time::timeout(READ_TIMEOUT, kept.bytes()).await {
-        Ok(Ok(bytes)) => gauge.end_reading(bytes),
-        // The previous usage remains; the writers report that the store is unavailable.
-        Ok(Err(error)) => tracing::debug!(%error, "could not read quarantine usage"),
-        Err(_) => tracing::debug!("reading quarantine usage timed out"),
-    }
+/// Queries the usage of quarantine; the previous usage remains if that fails.
+pub struct UsageWatch {
+    /// Gauge to update.
+    pub gauge: Arc<Gauge>,
+    /// Source of the usage.
+    pub usage: UsageReader,
 }
 
-/// Queries the usage of quarantine repeatedly, for as long as the future is polled.
-pub async fn watch<T>(gauge: Arc<Gauge>, mut kept: UsageReader) -> T {
-    loop {
-        let began = Instant::now();
-        read(&gauge, &mut kept).await;
-        let pause = READ_INTERVAL.max(began.elapsed() * (READ_SHARE - 1));
-        tokio::time::sleep(pause).await;
+impl Poll for UsageWatch {
+    const TASK: &'static str = "quarantine";
+    /// The share of the time is limited, so that a large quarantine costs no more than a small one.
+    const PACE: Pace = Pace {
+        interval: Duration::from_secs(1),
+        timeout: Duration::from_secs(5),
+        share: 20,
+    };
+
+    async fn poll(&mut self) -> Result<(), QueryError> {
+        self.gauge.begin_reading();
+        self.gauge.end_reading(self.usage.bytes().await?);
+        Ok(())
     }
 }
 

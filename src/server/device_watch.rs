@@ -2,51 +2,54 @@
 //! disabled or its key was replaced after login.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::auth::credentials::Credentials;
 use crate::ingest::registry::Registry;
-use crate::store::device_admin::ChangeReader;
-use crate::store::steady::SteadyError;
+use crate::store::admin::device::{CHANGES_PACE, Position, changes_since};
+use crate::store::admin::{Pace, Poll, QueryError, Reconnecting, Source};
 
-/// Poll interval: a session must end within a second.
-const LOOK_INTERVAL: Duration = Duration::from_millis(250);
-/// Timeout of one poll.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Loads device changes once, before any device connects.
-///
-/// # Errors
-/// The store is unavailable, so the device list is unknown.
-pub async fn load(
-    credentials: &Credentials,
-    changes: &mut ChangeReader,
-) -> Result<(), SteadyError> {
-    if let Some(changes) = changes.changes().await? {
-        credentials.take_in(&changes);
-    }
-    Ok(())
-}
-
-/// Polls for changes and ends the sessions of affected devices, for as long as the future is
-/// polled.
-pub async fn watch<T>(
+/// Applies device changes to credentials and sessions.
+pub struct DeviceWatch {
+    store: Reconnecting,
+    seen: Option<Position>,
     credentials: Arc<Credentials>,
     registry: Arc<Registry>,
-    mut changes: ChangeReader,
-) -> T {
-    loop {
-        tokio::time::sleep(LOOK_INTERVAL).await;
-        match tokio::time::timeout(LOOK_TIMEOUT, changes.changes()).await {
-            Ok(Ok(None)) => {}
-            Ok(Ok(Some(changes))) => {
-                // Credentials first: a session that is ended must not reconnect with the old key.
-                credentials.take_in(&changes);
-                registry.change(&changes);
-            }
-            // The writers report that the store is unavailable.
-            Ok(Err(error)) => tracing::debug!(%error, "could not read device changes"),
-            Err(_) => tracing::debug!("reading device changes timed out"),
+}
+
+impl DeviceWatch {
+    /// Creates a watch and loads all changes so far, before any device connects.
+    ///
+    /// # Errors
+    /// The store is unavailable, so the device list is unknown.
+    pub async fn load(
+        source: Source,
+        credentials: Arc<Credentials>,
+        registry: Arc<Registry>,
+    ) -> Result<DeviceWatch, QueryError> {
+        let mut watch = DeviceWatch {
+            store: Reconnecting::new(source),
+            seen: None,
+            credentials,
+            registry,
+        };
+        watch.poll().await?;
+        Ok(watch)
+    }
+}
+
+impl Poll for DeviceWatch {
+    const TASK: &'static str = "device changes";
+    const PACE: Pace = CHANGES_PACE;
+
+    /// Updates the credentials, and ends the sessions of affected devices.
+    async fn poll(&mut self) -> Result<(), QueryError> {
+        let changes = changes_since(&mut self.store, self.seen.as_ref()).await?;
+        if let Some(changes) = changes {
+            // Credentials first: a session that is ended must not reconnect with the old key.
+            self.credentials.take_in(&changes);
+            self.registry.change(&changes);
+            self.seen = Some(changes.position);
         }
+        Ok(())
     }
 }

@@ -6,6 +6,8 @@ use std::future::Future;
 
 use tokio::task::{Id, JoinSet};
 
+use crate::store::admin::{Poll, poll_every};
+
 /// Named tasks, aborted when this is dropped.
 #[derive(Debug, Default)]
 pub struct Supervisor {
@@ -28,6 +30,11 @@ impl Supervisor {
     pub fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let id = self.tasks.spawn(task).id();
         self.names.insert(id, name);
+    }
+
+    /// Starts a task that polls.
+    pub fn spawn_poller<P: Poll + 'static>(&mut self, poller: P) {
+        self.spawn(P::TASK, poll_every(poller));
     }
 
     /// Waits until a task has ended or panicked; never returns if there are no tasks.

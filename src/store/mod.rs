@@ -21,29 +21,21 @@ use self::bounds::Reached;
 use self::reuse::Repeat;
 use crate::time::{BootClock, ClockStep, ResolvedTime};
 
+pub mod admin;
 mod admission;
 pub mod bounds;
 #[cfg(test)]
 mod conformance;
 mod cut;
-pub mod device_admin;
-pub mod editor;
 mod hours;
 pub mod ledger;
 pub mod memory;
 pub mod postgres;
-pub mod prune;
-pub mod quarantine_usage;
-pub mod reader;
-pub mod removal;
-pub mod replay;
 pub mod reuse;
 pub mod rows;
 mod schemas;
 pub mod spool;
 pub mod sqlite;
-pub mod steady;
-mod value;
 
 /// Row id of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use fieldgate::auth::fleet_key::KeyError;
 use fieldgate::config::store_url::PostgresUrl;
-use fieldgate::store::reader::OpenError;
+use fieldgate::store::admin::OpenError;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 

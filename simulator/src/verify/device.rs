@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 
-use fieldgate::store::reader::{ReadError, Reader, Row};
+use fieldgate::store::admin::{Connection, QueryError, Row};
 
 use super::ledger::{Frame, StreamProof, StreamRow};
 use super::readings::{SeriesProof, SeriesRow};
@@ -27,7 +27,7 @@ pub(super) struct DeviceRow {
 }
 
 impl DeviceRow {
-    pub(super) fn read(row: &Row) -> Result<DeviceRow, ReadError> {
+    pub(super) fn read(row: &Row) -> Result<DeviceRow, QueryError> {
         Ok(DeviceRow {
             id: row.integer(0)?,
             name: row.text_or_null(1)?.unwrap_or_default().to_owned(),
@@ -51,9 +51,9 @@ pub(super) struct StoredDevice<'a> {
 impl StoredDevice<'_> {
     pub(super) async fn prove(
         &self,
-        store: &mut Reader,
+        store: &mut Connection,
         verdict: &mut Verdict,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), QueryError> {
         if self.owns.is_empty() {
             return self.prove_stranger(store, verdict).await;
         }
@@ -164,10 +164,10 @@ impl StoredDevice<'_> {
     /// Verifies that every schema was declared, channel by channel.
     async fn prove_schemas(
         &self,
-        store: &mut Reader,
+        store: &mut Connection,
         is_mixed: bool,
         verdict: &mut Verdict,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), QueryError> {
         let sql = "SELECT schema, hash, declaration FROM schemas WHERE device_id = $1";
         for row in store.rows(sql, &[self.row.id.into()]).await? {
             let schema = row.integer(0)?;
@@ -193,10 +193,10 @@ impl StoredDevice<'_> {
     /// Verifies that every clock belongs to a boot of the device and is within the possible error.
     async fn prove_clocks(
         &self,
-        store: &mut Reader,
+        store: &mut Connection,
         is_mixed: bool,
         verdict: &mut Verdict,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), QueryError> {
         let sql = "SELECT boot, offset_us, measured_at FROM clocks WHERE device_id = $1";
         for row in store.rows(sql, &[self.row.id.into()]).await? {
             let (boot, offset_us) = (row.integer(0)?, row.integer(1)?);
@@ -222,10 +222,10 @@ impl StoredDevice<'_> {
     /// Verifies that the device made every stored login. Returns the device's addresses, if all are known.
     async fn prove_events(
         &self,
-        store: &mut Reader,
+        store: &mut Connection,
         is_mixed: bool,
         verdict: &mut Verdict,
-    ) -> Result<Option<HashSet<SocketAddr>>, ReadError> {
+    ) -> Result<Option<HashSet<SocketAddr>>, QueryError> {
         let is_torn = self.owns.iter().any(|own| !own.run.ledger.complete);
         if is_torn || is_mixed && self.others == Others::Any {
             return Ok(None);
@@ -277,7 +277,7 @@ impl StoredDevice<'_> {
 
     /// Returns whether an event is plausible: simulated devices report none, and only devices that an operator
     /// changed have operator events.
-    fn is_event(&self, kind: &str, row: &Row, verdict: &mut Verdict) -> Result<bool, ReadError> {
+    fn is_event(&self, kind: &str, row: &Row, verdict: &mut Verdict) -> Result<bool, QueryError> {
         let at_us = row.integer(1)?;
         let is_plain = row.integer_or_null(2)?.is_none() && row.integer_or_null(5)?.is_none();
         let code = row.integer(3)?;
@@ -319,11 +319,11 @@ impl StoredDevice<'_> {
 
     async fn prove_series(
         &self,
-        store: &mut Reader,
+        store: &mut Connection,
         frames: &[Frame],
         is_mixed: bool,
         verdict: &mut Verdict,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), QueryError> {
         let sql = "SELECT id, channel, unit, kind FROM series WHERE device_id = $1 ORDER BY id";
         let mut found = HashSet::new();
         for row in store.rows(sql, &[self.row.id.into()]).await? {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 
-use fieldgate::store::reader::{ReadError, Reader, Row};
+use fieldgate::store::admin::{Connection, QueryError, Row};
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{FRAME_BYTES_MAX, HEADER_BYTES, types};
 
@@ -50,7 +50,7 @@ impl StreamRow {
     pub(super) const SQL: &str = "SELECT id, stream, durable_seq, frames, readings, created_at \
                                   FROM streams WHERE device_id = $1 ORDER BY id";
 
-    pub(super) fn read(row: &Row) -> Result<StreamRow, ReadError> {
+    pub(super) fn read(row: &Row) -> Result<StreamRow, QueryError> {
         Ok(StreamRow {
             id: row.integer(0)?,
             stream: row.integer(1)?.cast_unsigned(),
@@ -86,10 +86,10 @@ impl StreamProof<'_> {
     /// Verifies the stream's rows and appends its frames to `frames`.
     pub(super) async fn prove(
         &self,
-        store: &mut Reader,
+        store: &mut Connection,
         frames: &mut Vec<Frame>,
         verdict: &mut Verdict,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), QueryError> {
         let gaps = self.prove_gaps(store, verdict).await?;
         let codes = self.prove_quarantine(store, verdict).await?;
         let mut walk = Walk {
@@ -129,9 +129,9 @@ impl StreamProof<'_> {
     /// end.
     async fn prove_gaps(
         &self,
-        store: &mut Reader,
+        store: &mut Connection,
         verdict: &mut Verdict,
-    ) -> Result<HashMap<u64, u64>, ReadError> {
+    ) -> Result<HashMap<u64, u64>, QueryError> {
         let sql =
             "SELECT from_seq, to_seq, reason FROM gaps WHERE stream_id = $1 ORDER BY from_seq";
         let rows = store.rows(sql, &[self.row.id.into()]).await?;
@@ -159,9 +159,9 @@ impl StreamProof<'_> {
     /// Compares quarantined frames with those sent; returns the code of each frame.
     async fn prove_quarantine(
         &self,
-        store: &mut Reader,
+        store: &mut Connection,
         verdict: &mut Verdict,
-    ) -> Result<HashMap<u64, i64>, ReadError> {
+    ) -> Result<HashMap<u64, i64>, QueryError> {
         let sql = "SELECT q.seq, q.code, q.received_at, q.peer, q.bytes, f.received_at \
                    FROM quarantine AS q \
                    LEFT JOIN frames AS f ON f.stream_id = q.stream_id AND f.seq = q.seq \

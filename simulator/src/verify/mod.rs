@@ -25,7 +25,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::reader::{OpenError, ReadError, Reader};
+use fieldgate::store::admin::{Access, Connection, OpenError, QueryError};
 
 use self::device::{DeviceRow, StoredDevice};
 use crate::journal::{DeviceLedger, Ledger};
@@ -54,7 +54,7 @@ pub enum VerifyError {
     Open(#[from] OpenError),
     /// The store could not be read.
     #[error("could not read the store: {0}")]
-    Read(#[from] ReadError),
+    Read(#[from] QueryError),
 }
 
 /// Result of the comparison.
@@ -290,7 +290,7 @@ pub async fn verify(
     let runs = runs?;
     let began_us = runs.iter().filter_map(Run::began_us).min();
     let began_us = began_us.unwrap_or(i64::MAX);
-    let mut store = Reader::open(store).await?;
+    let mut store = Connection::open(store, Access::Read).await?;
     let mut verdict = Verdict::default();
     rest::look_for_orphans(&mut store, &mut verdict).await?;
     rest::prove_clock_steps(&mut store, &runs, &mut verdict).await?;

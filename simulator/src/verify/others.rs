@@ -3,7 +3,7 @@
 //! Excluded data must be consistent: as many frames and readings as its totals state, and no reading without a
 //! frame of the same device.
 
-use fieldgate::store::reader::{ReadError, Reader};
+use fieldgate::store::admin::{Connection, QueryError};
 
 use super::Verdict;
 use super::device::StoredDevice;
@@ -17,9 +17,9 @@ impl StoredDevice<'_> {
     /// Verifies a device that belongs to none of the runs.
     pub(super) async fn prove_stranger(
         &self,
-        store: &mut Reader,
+        store: &mut Connection,
         verdict: &mut Verdict,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), QueryError> {
         let id = self.row.id;
         let sql = "SELECT (SELECT count(*) FROM series WHERE device_id = $1), \
                    (SELECT count(*) FROM readings AS r JOIN series AS s ON s.id = r.series_id \
@@ -61,10 +61,10 @@ impl StoredDevice<'_> {
     /// Verifies streams of none of the runs. Returns whether any of them are allowed.
     pub(super) async fn prove_strange_streams(
         &self,
-        store: &mut Reader,
+        store: &mut Connection,
         streams: &[StreamRow],
         verdict: &mut Verdict,
-    ) -> Result<bool, ReadError> {
+    ) -> Result<bool, QueryError> {
         let mut is_mixed = false;
         for row in streams {
             let state = self.look_at(store, row).await?;
@@ -80,7 +80,7 @@ impl StoredDevice<'_> {
         Ok(is_mixed)
     }
 
-    async fn look_at(&self, store: &mut Reader, row: &StreamRow) -> Result<State, ReadError> {
+    async fn look_at(&self, store: &mut Connection, row: &StreamRow) -> Result<State, QueryError> {
         let sql = "SELECT count(*), CAST(coalesce(sum(readings), 0) AS BIGINT), coalesce(max(seq), 0), \
                    max(received_at) FROM frames WHERE stream_id = $1";
         let found = only_row(store, sql, &[row.id.into()]).await?;

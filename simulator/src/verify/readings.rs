@@ -3,7 +3,7 @@
 //! Readings are streamed. For each frame, the verifier keeps the number of readings seen and the row of the last one.
 //! Readings of a frame arrive in row order, so none can be stored twice, and all are stored if the count matches.
 
-use fieldgate::store::reader::{ReadError, Reader, Row, Value};
+use fieldgate::store::admin::{Connection, QueryError, Row, Value};
 use fieldgate_protocol::column::scaled;
 
 use super::ledger::Frame;
@@ -43,8 +43,8 @@ pub(super) struct SeriesRow {
 }
 
 impl SeriesRow {
-    pub(super) fn read(row: &Row) -> Result<SeriesRow, ReadError> {
-        let text = |column| -> Result<String, ReadError> {
+    pub(super) fn read(row: &Row) -> Result<SeriesRow, QueryError> {
+        let text = |column| -> Result<String, QueryError> {
             Ok(row.text_or_null(column)?.unwrap_or_default().to_owned())
         };
         Ok(SeriesRow {
@@ -56,7 +56,7 @@ impl SeriesRow {
     }
 
     /// Returns its number of readings.
-    pub(super) async fn count(&self, store: &mut Reader) -> Result<i64, ReadError> {
+    pub(super) async fn count(&self, store: &mut Connection) -> Result<i64, QueryError> {
         let sql = "SELECT count(*) FROM readings WHERE series_id = $1";
         only_row(store, sql, &[self.id.into()]).await?.integer(0)
     }
@@ -106,12 +106,12 @@ struct Stored<'a> {
 impl SeriesProof<'_> {
     pub(super) async fn prove(
         &self,
-        store: &mut Reader,
+        store: &mut Connection,
         verdict: &mut Verdict,
-    ) -> Result<(), ReadError> {
-        let sql = match store {
-            Reader::Sqlite(_) => SQLITE,
-            Reader::Postgres(_) => POSTGRES,
+    ) -> Result<(), QueryError> {
+        let sql = match store.is_sqlite() {
+            true => SQLITE,
+            false => POSTGRES,
         };
         let mut walk = Walk {
             proof: self,
@@ -140,10 +140,10 @@ impl SeriesProof<'_> {
     /// Verifies that readings of unknown frames belong to other streams of the device.
     async fn explain(
         &self,
-        store: &mut Reader,
+        store: &mut Connection,
         strange: u64,
         verdict: &mut Verdict,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), QueryError> {
         let streams: Vec<String> = self
             .owns
             .iter()

@@ -1,6 +1,6 @@
 //! Verification of rows without a parent, which a walk from the devices down does not reach.
 
-use fieldgate::store::reader::{Argument, ReadError, Reader, Row};
+use fieldgate::store::admin::{Argument, Connection, QueryError, Row};
 
 use super::{Run, Verdict};
 
@@ -77,10 +77,10 @@ const SLACK_US: u64 = 100_000;
 
 /// Finds rows without a device, stream or series.
 pub(super) async fn look_for_orphans(
-    store: &mut Reader,
+    store: &mut Connection,
     verdict: &mut Verdict,
-) -> Result<(), ReadError> {
-    let is_sqlite = matches!(store, Reader::Sqlite(_));
+) -> Result<(), QueryError> {
+    let is_sqlite = store.is_sqlite();
     let readings = match is_sqlite {
         true => "readings_sorted",
         false => "readings",
@@ -97,10 +97,10 @@ pub(super) async fn look_for_orphans(
 
 /// Verifies that devices observed every step of the gateway's clock during the runs.
 pub(super) async fn prove_clock_steps(
-    store: &mut Reader,
+    store: &mut Connection,
     runs: &[Run],
     verdict: &mut Verdict,
-) -> Result<(), ReadError> {
+) -> Result<(), QueryError> {
     let spans: Vec<(i64, i64)> = runs.iter().filter_map(Run::span_us).collect();
     let clocks = runs.iter().filter_map(|run| run.ledger.clock_us);
     let seen_us = clocks.map(|(least_us, most_us)| most_us - least_us).max();
@@ -126,10 +126,10 @@ pub(super) async fn prove_clock_steps(
 
 /// Returns the one row of a query, without a time limit: counting a large store takes minutes.
 pub(super) async fn only_row(
-    store: &mut Reader,
+    store: &mut Connection,
     sql: &str,
     arguments: &[Argument<'_>],
-) -> Result<Row, ReadError> {
+) -> Result<Row, QueryError> {
     let mut found = None;
     let on_row = |row| {
         found = Some(row);

@@ -8,8 +8,8 @@ use clap::Args;
 use fieldgate::auth::device_key::DeviceKey;
 use fieldgate::auth::fleet_key::FleetKey;
 use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::device_admin::{DeviceEdit, DeviceState, StoredKey};
-use fieldgate::store::editor::Editor;
+use fieldgate::store::admin::device::{DeviceEdit, DeviceState, StoredKey};
+use fieldgate::store::admin::{Access, Connection};
 use fieldgate::sys::secret_file::{SecretReaders, open_secret};
 use fieldgate::time::SystemClock;
 
@@ -169,9 +169,9 @@ pub async fn edit(
     names: &[String],
     wanted: impl FnMut(&str, Option<&DeviceState>) -> Result<Option<Wanted>, Error>,
 ) -> Result<HashMap<String, bool>, Error> {
-    let mut editor = Editor::open(store).await?;
+    let mut connection = Connection::open(store, Access::Write).await?;
     let now_us = SystemClock::start().now().utc_us;
-    let mut edit = DeviceEdit::begin(&mut editor, now_us).await?;
+    let mut edit = DeviceEdit::begin(&mut connection, now_us).await?;
     match set_all(&mut edit, names, wanted).await {
         Ok(Set::All(changed)) if changed.values().any(|is_changed| *is_changed) => {
             edit.commit().await?;
@@ -183,7 +183,7 @@ pub async fn edit(
         }
         Ok(Set::Unknown(name)) => {
             edit.rollback().await?;
-            Err(unknown_device(&mut editor, &name).await?)
+            Err(unknown_device(&mut connection, &name).await?)
         }
         Err(error) => {
             // Report the first error. A failed rollback is harmless: closing the connection rolls back, too.

@@ -6,9 +6,9 @@ use clap::Args;
 use fieldgate::auth::device_key::DeviceKey;
 use fieldgate::auth::fleet_key::FleetKey;
 use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::device_admin::{self, StoredKey};
+use fieldgate::store::admin::device::{self, StoredKey};
+use fieldgate::store::admin::{Access, Connection, OpenError};
 use fieldgate::store::postgres;
-use fieldgate::store::reader::{OpenError, Reader};
 use fieldgate::store::sqlite;
 
 use super::device_name;
@@ -47,8 +47,8 @@ pub async fn keys_of(
     names: &[String],
 ) -> Result<Vec<DeviceKey>, Error> {
     let fleet = key_file.load(store).await?;
-    let mut reader = match Reader::open(store).await {
-        Ok(reader) => Some(reader),
+    let mut connection = match Connection::open(store, Access::Read).await {
+        Ok(connection) => Some(connection),
         // Before the first run of a gateway, every device has its first key. Warn, because --store or --data-dir
         // may be wrong.
         Err(
@@ -62,8 +62,8 @@ pub async fn keys_of(
     };
     let mut keys = Vec::with_capacity(names.len());
     for name in names {
-        let stored = match &mut reader {
-            Some(reader) => device_admin::find(reader, name).await?,
+        let stored = match &mut connection {
+            Some(connection) => device::find(connection, name).await?,
             None => None,
         };
         let stored = stored.map_or_else(StoredKey::default, |device| device.key);

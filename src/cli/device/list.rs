@@ -4,7 +4,7 @@ use std::io::Write;
 
 use clap::Args;
 use fieldgate::config::units::Unit;
-use fieldgate::store::reader::{Argument, Reader, Row};
+use fieldgate::store::admin::{Argument, Connection, Row};
 use fieldgate::time::SystemClock;
 
 use crate::cli::Error;
@@ -64,7 +64,7 @@ const HEADERS: [&str; 10] = [
 ];
 
 /// Lists devices.
-pub async fn list(reader: &mut Reader, args: &ListArgs) -> Result<(), Error> {
+pub async fn list(connection: &mut Connection, args: &ListArgs) -> Result<(), Error> {
     let mut sql = DEVICES.to_owned();
     let mut arguments = Vec::new();
     if let Some(silent_s) = args.silent {
@@ -74,7 +74,7 @@ pub async fn list(reader: &mut Reader, args: &ListArgs) -> Result<(), Error> {
         arguments.push(Argument::Time(since_us));
     }
     sql += " ORDER BY name COLLATE \"C\"";
-    let rows = reader.rows(&sql, &arguments).await?;
+    let rows = connection.rows(&sql, &arguments).await?;
     let rows: Vec<Vec<Value>> = { rows.into_iter() }
         .map(|Row(mut values)| {
             show_utc(&mut values, LAST_FRAME);

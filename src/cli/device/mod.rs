@@ -10,7 +10,7 @@ mod transfer;
 
 use clap::Subcommand;
 use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::reader::Reader;
+use fieldgate::store::admin::{Access, Connection};
 use fieldgate_protocol::message::check_name;
 
 pub use self::change::read_key;
@@ -61,8 +61,12 @@ pub async fn device(
     command: &DeviceCommand,
 ) -> Result<(), Error> {
     match command {
-        DeviceCommand::List(args) => list::list(&mut Reader::open(store).await?, args).await,
-        DeviceCommand::Show { name } => show::show(&mut Reader::open(store).await?, name).await,
+        DeviceCommand::List(args) => {
+            list::list(&mut Connection::open(store, Access::Read).await?, args).await
+        }
+        DeviceCommand::Show { name } => {
+            show::show(&mut Connection::open(store, Access::Read).await?, name).await
+        }
         DeviceCommand::Refused(args) => refused::refused(store, args).await,
         DeviceCommand::Add(args) => change::add(key, store, args).await,
         DeviceCommand::Disable(args) => change::set_enabled(store, args, false).await,

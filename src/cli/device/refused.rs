@@ -4,7 +4,7 @@ use std::io::Write;
 
 use clap::Args;
 use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::reader::Reader;
+use fieldgate::store::admin::{Access, Connection};
 
 use crate::cli::Error;
 use crate::cli::output::{self, code_text, show_utc};
@@ -23,11 +23,11 @@ const HEADERS: [&str; 7] = [
 
 /// Lists refused logins, the latest first.
 pub async fn refused(store: &StoreUrl, args: &RefusedArgs) -> Result<(), Error> {
-    let mut reader = Reader::open(store).await?;
+    let mut connection = Connection::open(store, Access::Read).await?;
     let sql = "SELECT last_at, first_at, count, peer, device, code, reason FROM refusals
         ORDER BY last_at DESC, id DESC";
     let mut rows = Vec::new();
-    for row in reader.rows(sql, &[]).await? {
+    for row in connection.rows(sql, &[]).await? {
         let code = row.integer(5)?;
         let mut row = row.0;
         show_utc(&mut row, 0);

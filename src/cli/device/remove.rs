@@ -4,9 +4,9 @@ use std::io::{self, Write};
 
 use clap::Args;
 use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::device_admin::{self, DeviceEdit};
-use fieldgate::store::editor::Editor;
-use fieldgate::store::removal::{self, Belongings};
+use fieldgate::store::admin::device::{self, DeviceEdit};
+use fieldgate::store::admin::removal::{self, Belongings};
+use fieldgate::store::admin::{Access, Connection};
 use fieldgate::store::sqlite;
 use jiff::Timestamp;
 
@@ -26,19 +26,19 @@ pub struct RemoveArgs {
 
 /// Shows what is stored for a device, or deletes the device with all of it.
 pub async fn remove(store: &StoreUrl, args: &RemoveArgs) -> Result<(), Error> {
-    let mut editor = Editor::open(store).await?;
-    refuse_spooled(&mut editor, store).await?;
+    let mut connection = Connection::open(store, Access::Write).await?;
+    refuse_spooled(&mut connection, store).await?;
     let name = &args.name;
-    let begun = begun(&mut editor, name).await?;
-    let device = device_admin::find(&mut editor, name).await?;
+    let begun = begun(&mut connection, name).await?;
+    let device = device::find(&mut connection, name).await?;
     let mut rows = begun.clone();
     rows.extend(device.as_ref().map(|device| device.device.0));
     if rows.is_empty() {
-        return Err(unknown_device(&mut editor, name).await?);
+        return Err(unknown_device(&mut connection, name).await?);
     }
     let mut goes = Belongings::default();
     for device in &rows {
-        goes.add(removal::belongings(&mut editor, *device).await?);
+        goes.add(removal::belongings(&mut connection, *device).await?);
     }
     let mut out = output::stdout();
     let counts = { goes.counts.iter() }
@@ -54,7 +54,7 @@ pub async fn remove(store: &StoreUrl, args: &RemoveArgs) -> Result<(), Error> {
     }
     out.flush()?;
     if device.is_some() {
-        give_up_name(&mut editor, name).await?;
+        give_up_name(&mut connection, name).await?;
     }
     // Held until the end: a gateway that starts meanwhile would cache the rows that are being deleted.
     let mut alone = keep_alone(store)?;
@@ -72,7 +72,7 @@ pub async fn remove(store: &StoreUrl, args: &RemoveArgs) -> Result<(), Error> {
         alone.is_some()
     };
     for device in rows {
-        removal::take_out(&mut editor, device, &mut is_alone).await?;
+        removal::take_out(&mut connection, device, &mut is_alone).await?;
     }
     writeln!(out, "removed {name}")?;
     out.flush().map_err(Error::Output)
@@ -89,19 +89,19 @@ fn keep_alone(store: &StoreUrl) -> Result<Option<impl Sized + use<>>, Error> {
 }
 
 /// Returns the devices of this name whose removal was interrupted.
-async fn begun(editor: &mut Editor, name: &str) -> Result<Vec<i64>, Error> {
+async fn begun(connection: &mut Connection, name: &str) -> Result<Vec<i64>, Error> {
     let sql = "SELECT d.id FROM devices AS d JOIN removed_devices AS r ON r.device_id = d.id
         WHERE r.name = $1 ORDER BY d.id";
-    let rows = editor.rows(sql, &[name.into()]).await?;
+    let rows = connection.rows(sql, &[name.into()]).await?;
     Ok(rows
         .iter()
         .map(|row| row.integer(0))
         .collect::<Result<_, _>>()?)
 }
 
-async fn give_up_name(editor: &mut Editor, name: &str) -> Result<(), Error> {
+async fn give_up_name(connection: &mut Connection, name: &str) -> Result<(), Error> {
     let now_us = Timestamp::now().as_microsecond();
-    let mut edit = DeviceEdit::begin(editor, now_us).await?;
+    let mut edit = DeviceEdit::begin(connection, now_us).await?;
     let found = edit.find([name].into_iter()).await?;
     let removed = match found.get(name) {
         Some(device) => edit.remove(device).await,
@@ -118,11 +118,11 @@ async fn give_up_name(editor: &mut Editor, name: &str) -> Result<(), Error> {
 }
 
 /// Fails if the database has a spool: it may hold frames of the device and would restore the device with them.
-async fn refuse_spooled(editor: &mut Editor, store: &StoreUrl) -> Result<(), Error> {
+async fn refuse_spooled(connection: &mut Connection, store: &StoreUrl) -> Result<(), Error> {
     if let StoreUrl::Sqlite(_) = store {
         return Ok(());
     }
-    let spools = editor.rows("SELECT host FROM spool", &[]).await?;
+    let spools = connection.rows("SELECT host FROM spool", &[]).await?;
     let Some(spool) = spools.first() else {
         return Ok(());
     };

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use fieldgate::store::reader::{Argument, Reader, Row};
+use fieldgate::store::admin::{Argument, Connection, Row};
 
 use crate::cli::Error;
 use crate::cli::nearest::unknown_device;
@@ -26,10 +26,10 @@ const DEVICE: &str =
     FROM devices AS d WHERE d.name = $1";
 
 /// Shows what is known about a device, with the newest events of its audit trail.
-pub async fn show(reader: &mut Reader, name: &str) -> Result<(), Error> {
-    let device = reader.rows(DEVICE, &[name.into()]).await?;
+pub async fn show(connection: &mut Connection, name: &str) -> Result<(), Error> {
+    let device = connection.rows(DEVICE, &[name.into()]).await?;
     let Some(device) = device.first() else {
-        return Err(unknown_device(reader, name).await?);
+        return Err(unknown_device(connection, name).await?);
     };
     let id = device.integer(0)?;
     let mut out = output::stdout();
@@ -40,7 +40,7 @@ pub async fn show(reader: &mut Reader, name: &str) -> Result<(), Error> {
         } else {
             id.into()
         };
-        write_section(reader, key, section, &mut out).await?;
+        write_section(connection, key, section, &mut out).await?;
     }
     out.flush()?;
     Ok(())
@@ -155,14 +155,14 @@ const SECTIONS: [&Section; 6] = [
 ];
 
 async fn write_section(
-    reader: &mut Reader,
+    connection: &mut Connection,
     device: Argument<'_>,
     section: &Section,
     out: &mut impl Write,
 ) -> Result<(), Error> {
     let mut arguments = vec![device];
     arguments.extend(section.limit.map(Argument::from));
-    let rows = reader.rows(section.sql, &arguments).await?;
+    let rows = connection.rows(section.sql, &arguments).await?;
     if rows.is_empty() {
         writeln!(
             out,

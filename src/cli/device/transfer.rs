@@ -13,8 +13,8 @@ use clap::Args;
 use fieldgate::auth::device_key::DeviceKey;
 use fieldgate::auth::fleet_key::FleetKey;
 use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::device_admin::{self, DeviceState, StoredKey};
-use fieldgate::store::reader::Reader;
+use fieldgate::store::admin::device::{self, DeviceState, StoredKey};
+use fieldgate::store::admin::{Access, Connection};
 use fieldgate::sys::secret_file::create_secret;
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -75,9 +75,9 @@ pub async fn export(
     store: &StoreUrl,
     args: &ExportArgs,
 ) -> Result<(), Error> {
-    let mut reader = Reader::open(store).await?;
+    let mut connection = Connection::open(store, Access::Read).await?;
     let mut devices = Vec::new();
-    device_admin::each(&mut reader, |device| {
+    device::each(&mut connection, |device| {
         devices.push(device);
         Ok(())
     })

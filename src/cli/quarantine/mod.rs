@@ -9,9 +9,9 @@ use std::io::Write;
 
 use clap::{Args, Subcommand};
 use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::reader::Reader;
 #[cfg(test)]
-use fieldgate::store::replay::quarantined_frames_sql;
+use fieldgate::store::admin::replay::quarantined_frames_sql;
+use fieldgate::store::admin::{Access, Connection};
 
 use self::purge::PurgeArgs;
 use self::select::Selection;
@@ -58,16 +58,18 @@ pub async fn quarantine(store: &StoreUrl, command: &QuarantineCommand) -> Result
 }
 
 async fn list(store: &StoreUrl, args: &ListArgs) -> Result<(), Error> {
-    let mut reader = Reader::open(store).await?;
+    let mut connection = Connection::open(store, Access::Read).await?;
     let selection = Selection {
         device: args.device.clone(),
         ..Selection::default()
     };
-    let condition = selection.condition(&mut reader).await?;
+    let condition = selection.condition(&mut connection).await?;
     let arguments = condition.arguments();
-    let total = reader.rows(&total_sql(condition.sql()), &arguments).await?;
+    let total = connection
+        .rows(&total_sql(condition.sql()), &arguments)
+        .await?;
     let newest = newest_sql(condition.sql(), args.limit);
-    let rows = reader.rows(&newest, &arguments).await?;
+    let rows = connection.rows(&newest, &arguments).await?;
     let shown = rows.len();
     let mut grid = Grid::new([
         "id",

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use clap::Args;
 use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::editor::Editor;
+use fieldgate::store::admin::{Access, Connection};
 
 use super::select::{Condition, Selection};
 use crate::cli::Error;
@@ -31,13 +31,13 @@ pub async fn purge(store: &StoreUrl, args: &PurgeArgs) -> Result<(), Error> {
         let what = "select what to purge: IDs, --device NAME, --before TIME, or --all";
         return Err(Error::Usage(what.to_owned()));
     }
-    let mut editor = Editor::open(store).await?;
-    let condition = args.selection.condition(&mut editor).await?;
-    let newest = editor.rows(NEWEST, &[]).await?;
+    let mut connection = Connection::open(store, Access::Write).await?;
+    let condition = args.selection.condition(&mut connection).await?;
+    let newest = connection.rows(NEWEST, &[]).await?;
     let newest = newest.first().map_or(Ok(0), |row| row.integer(0))?;
     let (mut after, mut frames, mut bytes) = (i64::MIN, 0, 0);
     loop {
-        let purged = step(&mut editor, &condition, after, newest).await?;
+        let purged = step(&mut connection, &condition, after, newest).await?;
         let Some(last) = purged.last else {
             break;
         };
@@ -64,21 +64,15 @@ struct Purged {
 /// Deletes the oldest frames after `after` and up to `newest` in a separate transaction. While a transaction is
 /// open, a gateway on SQLite acknowledges nothing.
 async fn step(
-    editor: &mut Editor,
+    connection: &mut Connection,
     condition: &Condition,
     after: i64,
     newest: i64,
 ) -> Result<Purged, Error> {
     let purge = purge_sql(condition.sql(), after, newest);
-    editor.begin().await?;
-    let rows = match editor.rows(&purge, &condition.arguments()).await {
-        Ok(rows) => rows,
-        Err(error) => {
-            let _ = editor.rollback().await;
-            return Err(error.into());
-        }
-    };
-    editor.commit().await?;
+    connection.begin().await?;
+    let deleted = connection.rows(&purge, &condition.arguments()).await;
+    let rows = connection.end(deleted).await?;
     let mut purged = Purged::default();
     for row in &rows {
         purged.frames += 1;

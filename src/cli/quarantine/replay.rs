@@ -6,9 +6,8 @@ use std::io::Write;
 use fieldgate::config::store_url::StoreUrl;
 use fieldgate::decode::Context;
 use fieldgate::store::Content;
-use fieldgate::store::editor::Editor;
-use fieldgate::store::reader::Reader;
-use fieldgate::store::replay::{Known, QuarantinedFrame, Understood};
+use fieldgate::store::admin::replay::{DecodeCache, QuarantinedFrame, Understood};
+use fieldgate::store::admin::{Access, Connection};
 use fieldgate::time::Origin;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
 use fieldgate_protocol::message::first_seq;
@@ -30,14 +29,14 @@ struct Outcome {
 
 /// Stores the frames that this version can decode, and lists the others with the reason.
 pub async fn replay(store: &StoreUrl, selection: &Selection) -> Result<(), Error> {
-    let mut editor = Editor::open(store).await?;
-    let condition = selection.condition(&mut editor).await?;
-    let mut known = Known::default();
+    let mut connection = Connection::open(store, Access::Write).await?;
+    let condition = selection.condition(&mut connection).await?;
+    let mut cache = DecodeCache::default();
     let mut outcome = Outcome::default();
     let mut stayed = Grid::new(["id", "device", "seq", "reason"]);
     let mut after = 0;
     loop {
-        let frames = editor
+        let frames = connection
             .quarantined_frames(condition.sql(), &condition.arguments(), after, CHUNK_FRAMES)
             .await?;
         let Some(last) = frames.last() else {
@@ -45,11 +44,11 @@ pub async fn replay(store: &StoreUrl, selection: &Selection) -> Result<(), Error
         };
         after = last.id;
         for frame in &frames {
-            match understand(&mut editor, &mut known, frame).await? {
-                Ok(understood) if editor.replay(frame, &understood).await? => {
+            match understand(&mut connection, &mut cache, frame).await? {
+                Ok(understood) if connection.replay(frame, &understood).await? => {
                     outcome.frames += 1;
                     if let Some(stamp) = &understood.stamp {
-                        known.advance(frame.device, stamp);
+                        cache.advance(frame.device, stamp);
                     }
                     if let Content::Readings(readings) = &understood.content {
                         outcome.readings += readings.values.len() as u64;
@@ -93,8 +92,8 @@ fn print_outcome(outcome: &Outcome, stayed: &Grid) -> Result<(), Error> {
 /// Decodes a frame with the code that decodes received frames. Returns the content, or the reason why the frame
 /// cannot be decoded.
 pub async fn understand(
-    reader: &mut Reader,
-    known: &mut Known,
+    connection: &mut Connection,
+    cache: &mut DecodeCache,
     kept: &QuarantinedFrame,
 ) -> Result<Result<Understood, String>, Error> {
     let frame = match frame::decode(&kept.bytes, FRAME_BYTES_MAX) {
@@ -103,7 +102,7 @@ pub async fn understand(
         Ok(None) => return Ok(Err("truncated (R7)".to_owned())),
         Err(error) => return Ok(Err(error.to_string())),
     };
-    let clocks = known.clocks(reader, kept.device).await?;
+    let clocks = cache.clocks(connection, kept.device).await?;
     let context = Context {
         clocks: &clocks,
         received_at_us: kept.received_at_us,
@@ -119,7 +118,7 @@ pub async fn understand(
     let read = match wanted {
         None => first,
         Some(wanted) => {
-            let schema = known.schema(reader, kept.device, wanted).await?;
+            let schema = cache.schema(connection, kept.device, wanted).await?;
             context.read(&frame, |_| schema)
         }
     };

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use clap::Args;
-use fieldgate::store::reader::{Argument, Reader};
+use fieldgate::store::admin::{Argument, Connection};
 use jiff::Timestamp;
 
 use crate::cli::Error;
@@ -42,9 +42,9 @@ impl Selection {
     ///
     /// # Errors
     /// A selected device or frame does not exist, or a query fails.
-    pub async fn condition(&self, reader: &mut Reader) -> Result<Condition, Error> {
+    pub async fn condition(&self, connection: &mut Connection) -> Result<Condition, Error> {
         let device = match &self.device {
-            Some(name) => Some(device_id(reader, name).await?),
+            Some(name) => Some(device_id(connection, name).await?),
             None => None,
         };
         let before_us = self.before.map(Timestamp::as_microsecond);
@@ -52,7 +52,7 @@ impl Selection {
         if !self.ids.is_empty() {
             let ids: Vec<String> = self.ids.iter().map(i64::to_string).collect();
             let named = format!("q.id IN ({})", ids.join(", "));
-            check_ids(reader, &self.ids, &named).await?;
+            check_ids(connection, &self.ids, &named).await?;
             conditions.push(named);
         }
         let mut count = 0;
@@ -88,10 +88,10 @@ impl Condition {
     }
 }
 
-async fn check_ids(reader: &mut Reader, ids: &[i64], named: &str) -> Result<(), Error> {
+async fn check_ids(connection: &mut Connection, ids: &[i64], named: &str) -> Result<(), Error> {
     let sql = format!("SELECT q.id FROM quarantine AS q WHERE {named}");
     let mut found = HashSet::new();
-    for row in reader.rows(&sql, &[]).await? {
+    for row in connection.rows(&sql, &[]).await? {
         found.insert(row.integer(0)?);
     }
     match ids.iter().find(|id| !found.contains(id)) {
@@ -107,12 +107,12 @@ pub fn no_frame(id: i64) -> Error {
     ))
 }
 
-async fn device_id(reader: &mut Reader, name: &str) -> Result<i64, Error> {
-    let rows = reader
+async fn device_id(connection: &mut Connection, name: &str) -> Result<i64, Error> {
+    let rows = connection
         .rows("SELECT id FROM devices WHERE name = $1", &[name.into()])
         .await?;
     match rows.first() {
         Some(row) => Ok(row.integer(0)?),
-        None => Err(unknown_device(reader, name).await?),
+        None => Err(unknown_device(connection, name).await?),
     }
 }

@@ -6,8 +6,8 @@ use clap::Args;
 use fieldgate::config::store_url::StoreUrl;
 use fieldgate::decode::Context;
 use fieldgate::decode::explain::{Dissection, Part, dissect};
-use fieldgate::store::reader::Reader;
-use fieldgate::store::replay::{Known, QuarantinedFrame};
+use fieldgate::store::admin::replay::QuarantinedFrame;
+use fieldgate::store::admin::{Access, Connection};
 use fieldgate::time::Origin;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
 use fieldgate_protocol::message::{Data, decode};
@@ -29,15 +29,15 @@ pub struct ShowArgs {
 
 /// Shows the frame.
 pub async fn show(store: &StoreUrl, args: &ShowArgs) -> Result<(), Error> {
-    let mut reader = Reader::open(store).await?;
+    let mut connection = Connection::open(store, Access::Read).await?;
     let condition = format!("q.id = {}", args.id);
-    let frames = reader
+    let frames = connection
         .quarantined_frames(&condition, &[], i64::MIN, 1)
         .await?;
     let Some(kept) = frames.first() else {
         return Err(no_frame(args.id));
     };
-    let mut facts = facts(&mut reader, kept).await?;
+    let mut facts = facts(&mut connection, kept).await?;
     let mut out = output::stdout();
     let Ok(Some(frame)) = frame::decode(&kept.bytes, FRAME_BYTES_MAX) else {
         facts.push(("now", "not a complete frame with a valid header".to_owned()));
@@ -52,17 +52,16 @@ pub async fn show(store: &StoreUrl, args: &ShowArgs) -> Result<(), Error> {
         out.flush()?;
         return Ok(());
     };
-    let mut known = Known::default();
-    let clocks = known.clocks(&mut reader, kept.device).await?;
+    let clocks = connection.clocks(kept.device).await?;
     let wanted = decode::<Data<'_>>(frame.payload()).map_or(0, |data| data.schema);
-    let schema = known.schema(&mut reader, kept.device, wanted).await?;
+    let schema = connection.schema(kept.device, wanted).await?;
     let context = Context {
         clocks: &clocks,
         received_at_us: kept.received_at_us,
         origin: Origin::default(),
     };
     let found = dissect(&frame, &context, |number| {
-        schema.filter(|schema| schema.schema == number)
+        schema.as_ref().filter(|schema| schema.schema == number)
     });
     let verdict = verdict(&found);
     facts.push(("now", verdict.clone()));
@@ -74,11 +73,11 @@ pub async fn show(store: &StoreUrl, args: &ShowArgs) -> Result<(), Error> {
 }
 
 async fn facts(
-    reader: &mut Reader,
+    connection: &mut Connection,
     kept: &QuarantinedFrame,
 ) -> Result<Vec<(&'static str, String)>, Error> {
     let sql = "SELECT code, detail, peer FROM quarantine WHERE id = $1";
-    let rows = reader.rows(sql, &[kept.id.into()]).await?;
+    let rows = connection.rows(sql, &[kept.id.into()]).await?;
     let mut facts = vec![
         ("frame", kept.id.to_string()),
         ("device", kept.device_name.clone()),

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::config::store_url::StoreUrl;
-use crate::store::device_admin::{self, DeviceEdit, StoredKey};
-use crate::store::editor::Editor;
+use crate::store::admin::device::{self, DeviceEdit, StoredKey};
+use crate::store::admin::{Access, Connection};
 
 /// Changes a known device, like the commands.
 pub(in crate::store) async fn change(
@@ -12,8 +12,8 @@ pub(in crate::store) async fn change(
     is_enabled: bool,
     replaces_key: bool,
 ) -> i64 {
-    let mut editor = Editor::open(store).await.unwrap();
-    let mut edit = DeviceEdit::begin(&mut editor, AT_US).await.unwrap();
+    let mut connection = Connection::open(store, Access::Write).await.unwrap();
+    let mut edit = DeviceEdit::begin(&mut connection, AT_US).await.unwrap();
     let before = edit.find([device].into_iter()).await.unwrap();
     let before = &before[device];
     let key = StoredKey {
@@ -24,12 +24,12 @@ pub(in crate::store) async fn change(
     let is_set = edit.set(device, Some(before), is_enabled, key);
     assert!(is_set.await.unwrap());
     edit.commit().await.unwrap();
-    revision_of(&mut editor, device).await
+    revision_of(&mut connection, device).await
 }
 
 /// Returns the number of a device's latest change.
-pub(in crate::store) async fn revision_of(editor: &mut Editor, device: &str) -> i64 {
-    let found = device_admin::find(editor, device).await.unwrap();
+pub(in crate::store) async fn revision_of(connection: &mut Connection, device: &str) -> i64 {
+    let found = device::find(connection, device).await.unwrap();
     found.unwrap().revision
 }
 

@@ -15,6 +15,7 @@ use super::errors::reason;
 use super::link::{Link, Patience};
 use super::{code, run};
 use crate::config::store_url::PostgresUrl;
+use crate::store::admin::Access;
 
 /// Table of applied migrations. It has its own name because other programs in the same database may also use
 /// sqlx.
@@ -68,8 +69,8 @@ const LOCK_TIMEOUT: &str = "20s";
 /// link cannot end, and are far longer than a batch needs.
 const WRITER_SETTINGS: &str = "SET default_transaction_read_only = off;
     SET idle_in_transaction_session_timeout = '30s'; SET statement_timeout = '5min';";
-/// Settings of a gateway's repeated queries, which time out after 5 s.
-const WATCHER_SETTINGS: &str =
+/// Settings of a gateway that polls; it abandons a poll after 5 s.
+const POLLER_SETTINGS: &str =
     "SET default_transaction_read_only = on; SET statement_timeout = '10s';";
 /// Settings of a reader. The database's administrator decides how long its statements may run. It displays
 /// values as text, so settings of role or database must not change their format.
@@ -92,7 +93,7 @@ enum Role {
     /// Writes; `keeps` is whether each commit must wait for the disk.
     Writer { keeps: bool },
     /// Polls while the gateway runs.
-    Watcher,
+    Poller,
     /// Reads for an operator.
     Reader,
 }
@@ -102,7 +103,7 @@ impl Role {
         match self {
             Role::Writer { keeps: true } => format!("{WRITER_SETTINGS}{KEEP_SYNCHRONOUS}"),
             Role::Writer { keeps: false } => WRITER_SETTINGS.to_owned(),
-            Role::Watcher => WATCHER_SETTINGS.to_owned(),
+            Role::Poller => POLLER_SETTINGS.to_owned(),
             Role::Reader => READER_SETTINGS.to_owned(),
         }
     }
@@ -403,41 +404,30 @@ pub(super) async fn bring_up_to_date(conn: &mut Link, url: &PostgresUrl) -> Resu
     Ok(before)
 }
 
-/// Opens a connection whose transactions cannot write.
+/// Connects to an existing store with the current schema, while gateways run. A connection that writes must not
+/// add frames or move streams: only the registered writer may (see `feed`).
 ///
 /// # Errors
 /// The server rejects the connection, or the database is not a store with the current schema.
-pub async fn open_reader(url: &PostgresUrl) -> Result<Link, OpenError> {
-    open_present(url, Role::Reader).await
-}
-
-/// Opens a connection like [`open_reader`], for a gateway that polls.
-///
-/// # Errors
-/// As for [`open_reader`].
-pub async fn open_watcher(url: &PostgresUrl) -> Result<Link, OpenError> {
-    open_present(url, Role::Watcher).await
-}
-
-/// Opens a connection that writes while gateways run. It must not add frames or move streams: only the
-/// registered writer may (see `feed`).
-///
-/// # Errors
-/// As for [`open_reader`].
-pub async fn open_editor(url: &PostgresUrl) -> Result<Link, OpenError> {
-    let mut conn = open_present(url, Role::Writer { keeps: true }).await?;
-    refuse_unfit(&mut conn, url).await?;
-    Ok(conn)
-}
-
-/// Connects to an existing store with the current schema.
-async fn open_present(url: &PostgresUrl, role: Role) -> Result<Link, OpenError> {
+pub(in crate::store) async fn open_existing(
+    url: &PostgresUrl,
+    access: Access,
+) -> Result<Link, OpenError> {
+    let role = match access {
+        Access::Read => Role::Reader,
+        Access::Poll => Role::Poller,
+        Access::Write => Role::Writer { keeps: true },
+    };
     let mut conn = session(url, role).await?;
     match refuse_foreign(&mut conn, url).await? {
-        0 => Err(OpenError::Missing { url: url.clone() }),
-        found if found < latest_known() => Err(OpenError::Older { url: url.clone() }),
-        _ => Ok(conn),
+        0 => return Err(OpenError::Missing { url: url.clone() }),
+        found if found < latest_known() => return Err(OpenError::Older { url: url.clone() }),
+        _ => {}
     }
+    if access == Access::Write {
+        refuse_unfit(&mut conn, url).await?;
+    }
+    Ok(conn)
 }
 
 /// Connects and applies the session settings.

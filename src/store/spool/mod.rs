@@ -35,7 +35,6 @@ use super::{Batch, Committed, Content, DeviceId, Entry, SeriesId, Store, StoreEr
 use crate::config::PostgresOptions;
 use crate::time::SystemClock;
 
-pub mod mirror;
 #[cfg(test)]
 mod tests;
 

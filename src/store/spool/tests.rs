@@ -3,11 +3,11 @@
 use sqlx::{AssertSqlSafe, PgConnection};
 use tempfile::TempDir;
 
-use super::mirror::Mirror;
 use super::*;
 use crate::config::store_url::StoreUrl;
+use crate::store::admin::mirror::Mirror;
+use crate::store::admin::{Access, Connection, Poll, Source};
 use crate::store::conformance::{Dump, Harness, Peer, change, conformance, peer, revision_of};
-use crate::store::editor::Editor;
 use crate::store::postgres::tests::{Database, dump};
 
 conformance!(
@@ -105,8 +105,9 @@ impl Harness for Spooled {
         let database = StoreUrl::Postgres(self.database.settings().url);
         change(&database, device, is_enabled, replaces_key).await;
         let path = self.directory.path().join("spool.db");
-        Mirror::new(database, path.clone()).copy().await.unwrap();
-        revision_of(&mut Editor::open_spool(&path).await.unwrap(), device).await
+        Mirror::new(&database, path.clone()).poll().await.unwrap();
+        let spool = Connection::open(Source::Spool(path), Access::Read).await;
+        revision_of(&mut spool.unwrap(), device).await
     }
 
     async fn fill_disk(&mut self) {

@@ -18,8 +18,8 @@ use sqlx::Connection;
 
 use self::checkpoint::{Checkpoints, Limits};
 use self::files::{Header, HeldFiles};
-use self::open::{Locks, Purpose, WriterSettings};
-pub use self::open::{OpenError, migrate, open_editor, open_reader};
+use self::open::{Locks, WriterSettings};
+pub use self::open::{OpenError, Purpose, migrate, open_existing};
 use self::readers::Readers;
 use self::reserve::{LOG_BYTES, RESERVE_BYTES, Reserve};
 use self::turn::Turns;

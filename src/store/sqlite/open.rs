@@ -16,6 +16,7 @@ use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, SqliteConnection};
 
 use super::{SqliteSettings, checkpoint, files};
+use crate::store::admin::Access;
 
 /// All versions of the tables and views of a store.
 static STORE_MIGRATIONS: LazyLock<Migrator> =
@@ -45,9 +46,9 @@ const STATEMENTS_MAX: usize = 256;
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
-/// How long an editor waits for the write lock. Under load the gateway begins its next transaction immediately,
-/// so a waiting editor gets the lock between two transactions only by chance.
-const EDITOR_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a command waits for the write lock. Under load the gateway begins its next transaction immediately,
+/// so a waiting command gets the lock between two transactions only by chance.
+const WRITE_LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Reason why a database could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -137,7 +138,7 @@ pub enum OpenError {
 
 /// Purpose of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Purpose {
+pub enum Purpose {
     /// Keeps received data permanently.
     Store,
     /// Keeps received data until it is in another store.
@@ -356,20 +357,25 @@ pub async fn migrate(path: &Path, settings: &SqliteSettings) -> Result<(i64, i64
     Ok((before, Purpose::Store.latest_known()))
 }
 
-/// Opens a connection that cannot write, for use while a gateway runs.
+/// Opens a connection to an existing database, for use while a gateway runs.
 ///
-/// Keep its transactions short: while one is open, the gateway's write-ahead log grows.
+/// Keep its transactions short: while one is open, the gateway's write-ahead log grows, and if it writes, the
+/// gateway waits. It must not change what the gateway caches: the ledger's ids, watermarks, and level-0 readings.
 ///
 /// # Errors
 /// There is no database at `path`, or its schema is not current.
-pub async fn open_reader(path: &Path) -> Result<SqliteConnection, OpenError> {
-    open_reader_of(path, Purpose::Store).await
-}
-
-pub(super) async fn open_reader_of(
+pub async fn open_existing(
     path: &Path,
     purpose: Purpose,
+    access: Access,
 ) -> Result<SqliteConnection, OpenError> {
+    match access {
+        Access::Read | Access::Poll => open_to_read(path, purpose).await,
+        Access::Write => open_to_write(path, purpose).await,
+    }
+}
+
+async fn open_to_read(path: &Path, purpose: Purpose) -> Result<SqliteConnection, OpenError> {
     let opened = open_present(path, purpose, |options| options.read_only(true)).await;
     let mut conn = match opened {
         // SQLite needs to create a file next to the database, which registers the readers of the log.
@@ -388,20 +394,8 @@ pub(super) async fn open_reader_of(
     Ok(conn)
 }
 
-/// Opens a connection that writes while a gateway runs; the two take turns. No other connection may. It must
-/// not change what the gateway caches: the ledger's ids, watermarks, and level-0 readings.
-///
-/// # Errors
-/// As for [`open_reader`].
-pub async fn open_editor(path: &Path) -> Result<SqliteConnection, OpenError> {
-    open_editor_of(path, Purpose::Store).await
-}
-
-pub(super) async fn open_editor_of(
-    path: &Path,
-    purpose: Purpose,
-) -> Result<SqliteConnection, OpenError> {
-    let patient = |options: SqliteConnectOptions| options.busy_timeout(EDITOR_PATIENCE);
+async fn open_to_write(path: &Path, purpose: Purpose) -> Result<SqliteConnection, OpenError> {
+    let patient = |options: SqliteConnectOptions| options.busy_timeout(WRITE_LOCK_TIMEOUT);
     let mut conn = open_present(path, purpose, patient).await?;
     refuse_old_sqlite(&mut conn)
         .await

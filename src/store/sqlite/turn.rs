@@ -76,7 +76,7 @@ mod tests {
 
     use super::*;
     use crate::config::store_url::StoreUrl;
-    use crate::store::editor::Editor;
+    use crate::store::admin::{Access, Connection};
     use crate::store::sqlite::{SqliteSettings, SqliteStore};
     use crate::store::{Batch, Store};
 
@@ -97,19 +97,20 @@ mod tests {
         let link = directory.path().join("link.db");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         for path in [&path, &link] {
-            let mut editor = Editor::open(&StoreUrl::Sqlite(path.clone())).await.unwrap();
+            let url = StoreUrl::Sqlite(path.clone());
+            let mut connection = Connection::open(&url, Access::Write).await.unwrap();
             assert!(takes_turn(&turns).await);
-            editor.begin().await.unwrap();
+            connection.begin().await.unwrap();
             assert!(!takes_turn(&turns).await);
-            editor.commit().await.unwrap();
+            connection.commit().await.unwrap();
             assert!(takes_turn(&turns).await);
-            editor.begin().await.unwrap();
+            connection.begin().await.unwrap();
             assert!(!takes_turn(&turns).await);
-            editor.rollback().await.unwrap();
+            connection.rollback().await.unwrap();
             store.commit(&Batch::default()).await.unwrap();
             // A command that ends abnormally releases its turn.
-            editor.begin().await.unwrap();
-            drop(editor);
+            connection.begin().await.unwrap();
+            drop(connection);
             turns.give_way().await;
             assert!(takes_turn(&turns).await);
         }

@@ -9,7 +9,8 @@ use std::sync::Mutex;
 use std::sync::mpsc::channel;
 use std::thread;
 
-use fieldgate::store::sqlite::open_reader;
+use fieldgate::store::admin::Access;
+use fieldgate::store::sqlite::{Purpose, open_existing};
 use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING, derive_device_key};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, FromRow, SqliteConnection};
@@ -295,7 +296,8 @@ impl Database {
             .enable_all()
             .build()
             .expect("a runtime");
-        let connection = runtime.block_on(open_reader(path)).expect("a database");
+        let opened = open_existing(path, Purpose::Store, Access::Read);
+        let connection = runtime.block_on(opened).expect("a database");
         Database {
             runtime,
             connection,

@@ -1,8 +1,8 @@
 //! The same queries return the same answers in SQLite and in Postgres.
 
 use super::*;
+use crate::store::admin::{Access, Connection, Row, Value};
 use crate::store::conformance::{login, peer};
-use crate::store::reader::{Reader, Value};
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
 use crate::store::{Content, DeviceEvent, DeviceEventKind};
 use crate::time::{Quality, ResolvedTime};
@@ -108,13 +108,13 @@ async fn fill(store: &mut impl Store) {
     }
 }
 
-async fn answer(reader: &mut Reader, sql: &str) -> Vec<Vec<Value>> {
+async fn answer(connection: &mut Connection, sql: &str) -> Vec<Vec<Value>> {
     let mut rows = Vec::new();
-    let on_row = |row: crate::store::reader::Row| {
+    let on_row = |row: Row| {
         rows.push(row.0);
         std::ops::ControlFlow::<()>::Continue(())
     };
-    reader.run(sql, on_row).await.expect(sql);
+    connection.run(sql, on_row).await.expect(sql);
     rows
 }
 
@@ -129,9 +129,13 @@ async fn both_stores_return_the_same_answers() {
     let mut on_server = OnServer::create().await;
     fill(&mut in_file).await;
     fill(on_server.store()).await;
-    let mut file = Reader::open(&StoreUrl::Sqlite(path)).await.unwrap();
+    let mut file = Connection::open(&StoreUrl::Sqlite(path), Access::Read)
+        .await
+        .unwrap();
     let url = on_server.database.url();
-    let mut server = Reader::open(&StoreUrl::Postgres(url)).await.unwrap();
+    let mut server = Connection::open(&StoreUrl::Postgres(url), Access::Read)
+        .await
+        .unwrap();
     let readme = question_of_the_readme();
     for question in QUESTIONS.into_iter().chain([readme.as_str()]) {
         let (expected, found) = (

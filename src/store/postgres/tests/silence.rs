@@ -12,9 +12,7 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::config::PostgresOptions;
-use crate::store::editor::Editor;
-use crate::store::reader::Reader;
-use crate::store::steady::SteadyReader;
+use crate::store::admin::{Access, Connection, Reconnecting};
 
 /// Maximum time for the server to accept a connection and for each response, in these tests.
 const CONNECT: Duration = Duration::from_millis(1500);
@@ -155,14 +153,16 @@ async fn use_all(settings: PostgresSettings) {
         let _ = gateway.commit(&batch).await;
         let _ = gateway.close().await;
     }
-    let _ = SteadyReader::new(store.clone()).rows(query, &[]).await;
-    if let Ok(mut reader) = Reader::open(&store).await {
-        let _ = reader.rows(query, &[]).await;
+    let _ = Reconnecting::new(&store).rows(query, &[]).await;
+    if let Ok(mut connection) = Connection::open(&store, Access::Read).await {
+        let _ = connection.rows(query, &[]).await;
     }
-    if let Ok(mut editor) = Editor::open(&store).await {
-        let _ = editor.begin().await;
-        let _ = editor.execute("UPDATE devices SET enabled = 1", &[]).await;
-        let _ = editor.commit().await;
+    if let Ok(mut connection) = Connection::open(&store, Access::Write).await {
+        let _ = connection.begin().await;
+        let _ = connection
+            .execute("UPDATE devices SET enabled = 1", &[])
+            .await;
+        let _ = connection.commit().await;
     }
 }
 

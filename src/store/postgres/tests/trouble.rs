@@ -6,8 +6,8 @@ use tokio::time::timeout;
 use super::*;
 use crate::config::PostgresOptions;
 use crate::store::Content;
+use crate::store::admin::{Access, Connection};
 use crate::store::conformance::Peer;
-use crate::store::reader::Reader;
 use crate::time::{Quality, ResolvedTime};
 
 /// Far longer than the server needs on a busy machine.
@@ -80,15 +80,15 @@ async fn a_query_that_is_dropped_ends_at_the_server() {
     open::migrate(&database.url()).await.unwrap();
     let mut server = database.connect().await;
     let store = StoreUrl::Postgres(database.url());
-    let mut reader = Reader::open(&store).await.unwrap();
-    let sleep = reader.rows("SELECT CAST(pg_sleep(600) AS TEXT)", &[]);
+    let mut connection = Connection::open(&store, Access::Read).await.unwrap();
+    let sleep = connection.rows("SELECT CAST(pg_sleep(600) AS TEXT)", &[]);
     let sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(600)%'
         AND state = 'active' AND pid <> pg_backend_pid() AND datname = current_database()";
     tokio::select! {
         rows = sleep => panic!("{rows:?}"),
         () = async { while count(&mut server, sleeping).await == 0 {} } => {}
     }
-    drop(reader);
+    drop(connection);
     comes_down_to(&mut server, sleeping, 0).await;
 }
 

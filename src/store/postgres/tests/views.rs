@@ -2,8 +2,8 @@
 //! fail.
 
 use super::*;
+use crate::store::admin::{Access, Connection, Value};
 use crate::store::conformance::{admitted, login, peer};
-use crate::store::reader::{Reader, Value};
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
 use crate::store::{
     Content, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent, DeviceEventKind, Entry,
@@ -79,18 +79,18 @@ impl Both {
         }
     }
 
-    async fn readers(&self) -> [Reader; 2] {
+    async fn readers(&self) -> [Connection; 2] {
         let file = StoreUrl::Sqlite(self.directory.path().join("test.db"));
         let server = StoreUrl::Postgres(self.server.database.url());
         [
-            Reader::open(&file).await.unwrap(),
-            Reader::open(&server).await.unwrap(),
+            Connection::open(&file, Access::Read).await.unwrap(),
+            Connection::open(&server, Access::Read).await.unwrap(),
         ]
     }
 }
 
 /// Asserts that both stores return the same names and rows; returns them.
-async fn same(readers: &mut [Reader; 2], sql: &str) -> (Vec<String>, Vec<Vec<Value>>) {
+async fn same(readers: &mut [Connection; 2], sql: &str) -> (Vec<String>, Vec<Vec<Value>>) {
     let [file, server] = readers;
     let columns = file.columns(sql).await.expect(sql);
     assert_eq!(server.columns(sql).await.expect(sql), columns, "{sql}");

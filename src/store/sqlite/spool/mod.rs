@@ -8,7 +8,7 @@ use std::path::Path;
 use sqlx::SqliteConnection;
 
 pub(in crate::store) use self::read::SpoolReader;
-use super::open::{OpenError, Purpose, open_editor_of, open_reader_of};
+use super::open::{OpenError, Purpose};
 use super::reserve::Reserve;
 use super::{SqliteSettings, SqliteStore, classify};
 use crate::store::{DeviceEvent, DeviceId, Entry, Refusal, StoreError};
@@ -17,16 +17,6 @@ use crate::time::{BootClock, ClockStep};
 #[cfg(test)]
 mod plans;
 mod read;
-
-/// Opens the spool at `path` beside its writer.
-pub(in crate::store) async fn open_beside(path: &Path) -> Result<SqliteConnection, OpenError> {
-    open_reader_of(path, Purpose::Spool).await
-}
-
-/// Opens a connection to the spool at `path` that writes beside the one that owns it.
-pub(in crate::store) async fn open_editor(path: &Path) -> Result<SqliteConnection, OpenError> {
-    open_editor_of(path, Purpose::Spool).await
-}
 
 /// Who a spool is to the store it feeds.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,6 +4,8 @@ use sqlx::{AssertSqlSafe, Executor, Row};
 
 use super::read::OF_A_CHUNK;
 use super::*;
+use crate::store::admin::Access;
+use crate::store::sqlite::open_existing;
 
 /// Frames of one stream, among them many gaps and refused ones.
 const FILL: &str = "
@@ -27,7 +29,9 @@ async fn a_chunk_is_read_and_forgotten_by_indexes() {
     use crate::store::Store;
     let spool = SqliteStore::open_spool(&path, &SqliteSettings::default()).await;
     spool.unwrap().close().await.unwrap();
-    let mut conn = open_editor(&path).await.unwrap();
+    let mut conn = open_existing(&path, Purpose::Spool, Access::Write)
+        .await
+        .unwrap();
     conn.execute(sqlx::raw_sql(FILL)).await.unwrap();
     for has_statistics in [false, true] {
         if has_statistics {

@@ -8,7 +8,8 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
 use super::{Change, Chunk, Cursor, DeviceRow, SchemaRow, SeriesRow, StreamRow, Waiting};
-use crate::store::sqlite::open::{OpenError, Purpose, open_reader_of};
+use crate::store::admin::Access;
+use crate::store::sqlite::open::{OpenError, Purpose, open_existing};
 use crate::store::{
     Content, DeviceEvent, DeviceEventKind, DeviceId, Entry, Readings, Refusal, SeriesId, SessionId,
     StreamId,
@@ -57,7 +58,7 @@ struct Ledger {
 
 impl SpoolReader {
     pub(in crate::store) async fn open(path: &Path) -> Result<Self, OpenError> {
-        let conn = open_reader_of(path, Purpose::Spool).await?;
+        let conn = open_existing(path, Purpose::Spool, Access::Read).await?;
         Ok(Self { conn })
     }
 

@@ -8,6 +8,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::config::DeviceBounds;
 use crate::config::store_url::StoreUrl;
+use crate::store::admin::Access;
 use crate::store::conformance::{Dump, Harness, Peer, change, conformance, peer};
 use crate::store::{Entry, Login};
 
@@ -17,6 +18,10 @@ mod open;
 mod views;
 
 conformance!(OnDisk);
+
+async fn open_reader(path: &Path) -> Result<SqliteConnection, OpenError> {
+    open_existing(path, Purpose::Store, Access::Read).await
+}
 
 struct OnDisk {
     directory: TempDir,

@@ -11,8 +11,8 @@ use crate::ingest::mailbox::Mailbox;
 use crate::ingest::registry::Registry;
 use crate::quota::quarantine::{DEVICE_SHARE, Gauge};
 use crate::session::Submission;
+use crate::store::admin::quarantine_usage::QuarantineUsage;
 use crate::store::memory::{MemoryStore, SeriesKey};
-use crate::store::quarantine_usage::QuarantineUsage;
 use crate::store::{
     Committed, Declare, DeclareOutcome, DeviceEventKind, DeviceId, Login, LoginOutcome, SchemaHash,
     Store, StoreError, StreamId,

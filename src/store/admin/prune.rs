@@ -7,17 +7,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::editor::Editor;
-use super::reader::{Argument, ReadError};
-use super::steady::SteadyError;
+use super::{Access, Argument, Connection, Pace, Poll, QueryError, Source};
 use crate::config::EventRetention;
 use crate::config::store_url::StoreUrl;
 use crate::time::SystemClock;
 
-/// Interval between rounds.
-const ROUND_INTERVAL: Duration = Duration::from_secs(600);
-/// Maximum duration of a round; the next one continues.
-const ROUND_TIMEOUT: Duration = Duration::from_secs(300);
 /// Number of devices per query.
 const DEVICES_AT_ONCE: i64 = 64;
 /// Rows deleted by one statement; each statement is a transaction.
@@ -104,35 +98,19 @@ const BOOTS: Table = Table {
 
 /// Prunes a store, and the spool in front of it.
 pub struct Pruner {
-    store: StoreUrl,
-    spool: Option<PathBuf>,
+    sources: Vec<Source>,
     retention: EventRetention,
+    is_failure_logged: bool,
 }
 
 impl Pruner {
     /// Creates a pruner for a gateway's store and spool.
-    pub fn new(store: StoreUrl, spool: Option<PathBuf>, retention: EventRetention) -> Pruner {
+    pub fn new(store: &StoreUrl, spool: Option<PathBuf>, retention: EventRetention) -> Pruner {
+        let spool = spool.map(Source::Spool);
         Pruner {
-            store,
-            spool,
+            sources: spool.into_iter().chain([store.into()]).collect(),
             retention,
-        }
-    }
-
-    /// Prunes in rounds for as long as it is polled.
-    pub async fn watch<T>(self) -> T {
-        let mut is_logged = false;
-        loop {
-            tokio::time::sleep(ROUND_INTERVAL).await;
-            let now_us = SystemClock::start().now().utc_us;
-            match tokio::time::timeout(ROUND_TIMEOUT, self.round(now_us)).await {
-                Ok(Ok(0)) | Err(_) => {}
-                Ok(Ok(rows)) => tracing::debug!(rows, "pruned the audit trail and clocks"),
-                Ok(Err(error)) if !std::mem::replace(&mut is_logged, true) => {
-                    tracing::warn!(%error, "could not prune the audit trail and clocks, retrying");
-                }
-                Ok(Err(error)) => tracing::debug!(%error, "could not prune"),
-            }
+            is_failure_logged: false,
         }
     }
 
@@ -143,32 +121,53 @@ impl Pruner {
     ///
     /// # Cancel safety
     /// The next round continues.
-    pub async fn round(&self, now_us: i64) -> Result<u64, SteadyError> {
+    pub async fn round(&self, now_us: i64) -> Result<u64, QueryError> {
         let before_us =
             now_us.saturating_sub(i64::from(self.retention.device_events_days) * DAY_US);
         let mut rows = 0;
-        if let Some(spool) = &self.spool {
-            let mut editor = Editor::open_spool(spool).await?;
-            rows += self.prune(&mut editor, before_us).await?;
+        for source in &self.sources {
+            let mut connection = Connection::open(source.clone(), Access::Write).await?;
+            rows += self.prune(&mut connection, before_us).await?;
         }
-        let mut editor = Editor::open(&self.store).await?;
-        rows += self.prune(&mut editor, before_us).await?;
         Ok(rows)
     }
 
-    async fn prune(&self, editor: &mut Editor, before_us: i64) -> Result<u64, ReadError> {
+    async fn prune(&self, connection: &mut Connection, before_us: i64) -> Result<u64, QueryError> {
         let lines_max = i64::from(self.retention.device_events_max);
-        let lines = prune(editor, &LINES, lines_max, before_us).await?;
-        Ok(lines + prune(editor, &BOOTS, CLOCKS, before_us).await?)
+        let lines = prune(connection, &LINES, lines_max, before_us).await?;
+        Ok(lines + prune(connection, &BOOTS, CLOCKS, before_us).await?)
+    }
+}
+
+impl Poll for Pruner {
+    const TASK: &'static str = "pruner";
+    /// One round; the next one continues one that was abandoned.
+    const PACE: Pace = Pace {
+        interval: Duration::from_secs(600),
+        timeout: Duration::from_secs(300),
+        share: 1,
+    };
+
+    async fn poll(&mut self) -> Result<(), QueryError> {
+        let rows = self.round(SystemClock::start().now().utc_us).await;
+        match &rows {
+            Ok(0) => {}
+            Ok(rows) => tracing::debug!(rows, "pruned the audit trail and clocks"),
+            Err(error) if !std::mem::replace(&mut self.is_failure_logged, true) => {
+                tracing::warn!(%error, "could not prune the audit trail and clocks, retrying");
+            }
+            Err(_) => {}
+        }
+        rows.map(drop)
     }
 }
 
 async fn prune(
-    editor: &mut Editor,
+    connection: &mut Connection,
     table: &Table,
     max: i64,
     before_us: i64,
-) -> Result<u64, ReadError> {
+) -> Result<u64, QueryError> {
     let max = max - 1;
     let newest = (table.newest - 1).min(max);
     let mut rows = 0;
@@ -189,7 +188,7 @@ async fn prune(
                 limit.into(),
             ]
         };
-        let devices = editor
+        let devices = connection
             .rows(&sql, &arguments(after, DEVICES_AT_ONCE))
             .await?;
         let Some(last) = devices.last() else {
@@ -202,7 +201,7 @@ async fn prune(
             }
             let arguments = arguments(device.integer(0)?, ROWS_AT_ONCE);
             loop {
-                let deleted = editor.step(table.delete, &arguments).await?;
+                let deleted = connection.step(table.delete, &arguments).await?;
                 rows += deleted;
                 tokio::time::sleep(PAUSE).await;
                 if deleted < ROWS_AT_ONCE as u64 {
@@ -226,27 +225,30 @@ mod tests {
     };
 
     async fn run(store: &StoreUrl, sql: &str, arguments: &[Argument<'_>]) {
-        let mut editor = Editor::open(store).await.unwrap();
-        editor.execute(sql, arguments).await.unwrap();
+        let mut connection = Connection::open(store, Access::Write).await.unwrap();
+        connection.execute(sql, arguments).await.unwrap();
     }
 
     /// Creates a device with events, the oldest first, each of the given age in days.
     async fn device(store: &StoreUrl, id: i64, kind: &str, days_ago: impl Iterator<Item = i64>) {
-        let mut editor = Editor::open(store).await.unwrap();
+        let mut connection = Connection::open(store, Access::Write).await.unwrap();
         let sql = "INSERT INTO devices (name) VALUES ($1) ON CONFLICT DO NOTHING";
         let name = format!("device-{id}");
-        editor.execute(sql, &[name.as_str().into()]).await.unwrap();
-        editor.begin().await.unwrap();
+        connection
+            .execute(sql, &[name.as_str().into()])
+            .await
+            .unwrap();
+        connection.begin().await.unwrap();
         for days in days_ago {
             let sql = "INSERT INTO device_events (device_id, at, kind, code, detail)
                 VALUES ($1, $2, $3, 0, '')";
             let at = Argument::Time(NOW_US - days * DAY_US);
-            editor
+            connection
                 .execute(sql, &[id.into(), at, kind.into()])
                 .await
                 .unwrap();
         }
-        editor.commit().await.unwrap();
+        connection.commit().await.unwrap();
     }
 
     async fn clocks(store: &StoreUrl, device: i64, days_ago: impl Iterator<Item = i64>) {
@@ -260,8 +262,8 @@ mod tests {
 
     /// Returns the number of rows and the time of the oldest.
     async fn left(store: &StoreUrl, sql: &str) -> (i64, i64) {
-        let mut editor = Editor::open(store).await.unwrap();
-        let rows = editor.rows(sql, &[]).await.unwrap();
+        let mut connection = Connection::open(store, Access::Write).await.unwrap();
+        let rows = connection.rows(sql, &[]).await.unwrap();
         let days_ago = (NOW_US - rows[0].integer(1).unwrap()) / DAY_US;
         (rows[0].integer(0).unwrap(), days_ago)
     }
@@ -282,7 +284,7 @@ mod tests {
         clocks(&store, 2, (0..20).rev().map(|n| 85 + n)).await;
         clocks(&store, 3, (0..8).map(|_| 1000)).await;
 
-        let pruner = Pruner::new(store.clone(), None, RETENTION);
+        let pruner = Pruner::new(&store, None, RETENTION);
         let rows = pruner.round(NOW_US).await.unwrap();
         let lines = async |device: i64, kind| {
             let sql = format!(
@@ -332,17 +334,24 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("spool.db");
         let spool = SqliteStore::open_spool(&path, &SqliteSettings::default()).await;
-        let mut editor = Editor::open_spool(&path).await.unwrap();
+        let mut connection = Connection::open(Source::Spool(path), Access::Write)
+            .await
+            .unwrap();
         for sql in [
             "INSERT INTO devices (name) VALUES ('pump')",
             "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at)
              SELECT 1, n.value, 0, 0, n.value FROM json_each('[1,2,3,4,5,6,7,8,9,10]') AS n",
         ] {
-            editor.execute(sql, &[]).await.unwrap();
+            connection.execute(sql, &[]).await.unwrap();
         }
-        assert_eq!(prune(&mut editor, &BOOTS, CLOCKS, NOW_US).await.unwrap(), 2);
+        assert_eq!(
+            prune(&mut connection, &BOOTS, CLOCKS, NOW_US)
+                .await
+                .unwrap(),
+            2
+        );
         let sql = "SELECT count(*) FROM changes WHERE what = 'clock'";
-        let rows = editor.rows(sql, &[]).await.unwrap();
+        let rows = connection.rows(sql, &[]).await.unwrap();
         assert_eq!(rows[0].integer(0).unwrap(), 8);
         spool.unwrap().close().await.unwrap();
     }

@@ -7,12 +7,12 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use super::editor::Editor;
-use super::hours::hours_of;
-use super::reader::{Argument, ReadError, Reader};
-use super::rows::Run;
-use super::schemas::{parse_declaration, series_key};
-use super::{Content, DeviceId, Schema, SeriesId, StreamId, postgres, sqlite};
+use super::connection::Driver;
+use super::{Argument, Connection, QueryError, Row};
+use crate::store::hours::hours_of;
+use crate::store::rows::Run;
+use crate::store::schemas::{parse_declaration, series_key};
+use crate::store::{Content, DeviceId, Schema, SeriesId, StreamId, postgres, sqlite};
 use crate::time::{BootClock, BootClocks, Origin, ResolvedTime, Stamp};
 
 /// Maximum number of retries of a frame because a gateway created the partition of its readings meanwhile.
@@ -50,7 +50,7 @@ pub struct Understood {
     pub stamp: Option<Stamp>,
 }
 
-/// Returns the query of [`Reader::quarantined_frames`].
+/// Returns the query of [`Connection::quarantined_frames`].
 pub fn quarantined_frames_sql(condition: &str, after: i64, count: u32) -> String {
     format!(
         "SELECT q.id, q.device_id, d.name, q.stream_id, q.seq, q.received_at, q.bytes
@@ -59,7 +59,7 @@ pub fn quarantined_frames_sql(condition: &str, after: i64, count: u32) -> String
     )
 }
 
-impl Reader {
+impl Connection {
     /// Returns up to `count` quarantined frames, oldest first, with ids above `after` and matching `condition`,
     /// an SQL expression over `quarantine AS q`.
     ///
@@ -71,10 +71,10 @@ impl Reader {
         arguments: &[Argument<'_>],
         after: i64,
         count: u32,
-    ) -> Result<Vec<QuarantinedFrame>, ReadError> {
+    ) -> Result<Vec<QuarantinedFrame>, QueryError> {
         let sql = quarantined_frames_sql(condition, after, count);
         let rows = self.rows(&sql, arguments).await?;
-        let frame = |row: &super::reader::Row| {
+        let frame = |row: &Row| {
             Ok(QuarantinedFrame {
                 id: row.integer(0)?,
                 device: DeviceId(row.integer(1)?),
@@ -88,19 +88,19 @@ impl Reader {
         rows.iter().map(frame).collect()
     }
 
-    /// Returns the stored clocks of all boots of a device.
+    /// Returns the clocks of a device's boots.
     ///
     /// # Errors
-    /// As for [`Reader::quarantined_frames`].
-    pub async fn clocks(&mut self, device: DeviceId) -> Result<Vec<BootClock>, ReadError> {
+    /// As for [`Connection::quarantined_frames`].
+    pub async fn clocks(&mut self, device: DeviceId) -> Result<BootClocks, QueryError> {
         let sql = "SELECT c.boot, c.offset_us, c.delay_us, c.measured_at, c.timeline, c.origin_us,
                 c.valid_from_us,
                 (SELECT s.origin_us FROM clock_steps AS s WHERE s.timeline = c.timeline
                     ORDER BY s.id DESC LIMIT 1)
             FROM clocks AS c WHERE c.device_id = $1";
         let rows = self.rows(sql, &[device.0.into()]).await?;
-        let clock = |row: &super::reader::Row| {
-            let origin = |at_us| -> Result<Origin, ReadError> {
+        let clock = |row: &Row| {
+            let origin = |at_us| -> Result<Origin, QueryError> {
                 Ok(Origin {
                     timeline: row.integer(4)?,
                     at_us,
@@ -117,18 +117,19 @@ impl Reader {
             let latest_us = row.integer_or_null(7)?.unwrap_or(clock.origin.at_us);
             Ok(clock.corrected(origin(latest_us)?))
         };
-        rows.iter().map(clock).collect()
+        let clocks: Result<_, QueryError> = rows.iter().map(clock).collect();
+        Ok(BootClocks::new(clocks?))
     }
 
     /// Returns a schema that a device declared; `None` if it did not, or if a series of the schema is missing.
     ///
     /// # Errors
-    /// As for [`Reader::quarantined_frames`].
+    /// As for [`Connection::quarantined_frames`].
     pub async fn schema(
         &mut self,
         device: DeviceId,
         schema: u16,
-    ) -> Result<Option<Schema>, ReadError> {
+    ) -> Result<Option<Schema>, QueryError> {
         let sql = "SELECT declaration FROM schemas WHERE device_id = $1 AND schema = $2";
         let rows = self
             .rows(sql, &[device.0.into(), i64::from(schema).into()])
@@ -151,9 +152,7 @@ impl Reader {
         }
         Ok(Some(Schema { schema, channels }))
     }
-}
 
-impl Editor {
     /// Stores the content of a quarantined frame under its number and with its time of arrival from the ledger,
     /// and removes it from quarantine, in one transaction. Returns `false` if it is no longer in quarantine.
     ///
@@ -163,29 +162,16 @@ impl Editor {
         &mut self,
         frame: &QuarantinedFrame,
         understood: &Understood,
-    ) -> Result<bool, ReadError> {
-        for _ in 0..OVERTAKEN_MAX {
-            match self.try_replay(frame, understood).await {
-                Err(ReadError::Sql(error)) if postgres::is_overtaken(&error) => {}
+    ) -> Result<bool, QueryError> {
+        let mut retries = OVERTAKEN_MAX;
+        loop {
+            self.begin().await?;
+            let moved = self.move_out(frame, understood).await;
+            match self.end(moved).await {
+                Err(QueryError::Sql(error)) if retries > 0 && postgres::is_overtaken(&error) => {
+                    retries -= 1;
+                }
                 done => return done,
-            }
-        }
-        self.try_replay(frame, understood).await
-    }
-
-    async fn try_replay(
-        &mut self,
-        frame: &QuarantinedFrame,
-        understood: &Understood,
-    ) -> Result<bool, ReadError> {
-        self.begin().await?;
-        match self.move_out(frame, understood).await {
-            Ok(true) => self.commit().await.map(|()| true),
-            Ok(false) => self.rollback().await.map(|()| false),
-            Err(error) => {
-                // This error is more useful than one from the rollback.
-                let _ = self.rollback().await;
-                Err(error)
             }
         }
     }
@@ -194,7 +180,10 @@ impl Editor {
         &mut self,
         frame: &QuarantinedFrame,
         understood: &Understood,
-    ) -> Result<bool, ReadError> {
+    ) -> Result<bool, QueryError> {
+        if let Content::Quarantined { .. } = understood.content {
+            return Ok(false);
+        }
         let delete = "DELETE FROM quarantine WHERE id = $1";
         if self.execute(delete, &[frame.id.into()]).await? == 0 {
             return Ok(false);
@@ -216,16 +205,16 @@ impl Editor {
                 let sql = "UPDATE frames SET readings = $1 WHERE id = $2";
                 self.execute(sql, &[count.into(), id.into()]).await?;
                 let runs: Vec<Run<'_>> = Run::of(id, readings).collect();
-                match &mut **self {
-                    Reader::Sqlite(conn) => sqlite::insert_sorted(conn, &runs).await?,
-                    Reader::Postgres(conn) => {
+                match &mut self.driver {
+                    Driver::Sqlite(conn) => sqlite::insert_sorted(conn, &runs).await?,
+                    Driver::Postgres(conn) => {
                         postgres::insert_readings(conn, &runs).await?;
                     }
                 }
                 let sql = "UPDATE streams SET readings = readings + $1 WHERE id = $2";
                 self.execute(sql, &[count.into(), frame.stream.0.into()])
                     .await?;
-                if let Reader::Postgres(conn) = &mut **self {
+                if let Driver::Postgres(conn) = &mut self.driver {
                     // Last, like a gateway.
                     postgres::insert_hours(conn, &hours_of(&runs)).await?;
                     postgres::insert_newest(conn, id, frame.received_at_us, readings).await?;
@@ -253,13 +242,13 @@ impl Editor {
                 ];
                 self.execute(sql, &values).await?;
             }
-            Content::Quarantined { .. } => return Ok(false),
+            Content::Quarantined { .. } => {}
         }
         Ok(true)
     }
 
     /// Stores the clock chosen for a boot, unless a clock has been stored meanwhile.
-    async fn keep_chosen(&mut self, device: DeviceId, clock: &BootClock) -> Result<(), ReadError> {
+    async fn keep_chosen(&mut self, device: DeviceId, clock: &BootClock) -> Result<(), QueryError> {
         let sql = "INSERT INTO clocks (device_id, boot, offset_us, delay_us, measured_at)
             VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING";
         let values = [
@@ -272,7 +261,7 @@ impl Editor {
         self.execute(sql, &values).await.map(drop)
     }
 
-    async fn resolve(&mut self, id: i64, time: ResolvedTime) -> Result<(), ReadError> {
+    async fn resolve(&mut self, id: i64, time: ResolvedTime) -> Result<(), QueryError> {
         let sql = "UPDATE frames SET quality = $1, clock_offset_us = $2 WHERE id = $3";
         let quality = i64::from(time.quality as u8);
         let values = [quality.into(), time.offset_us.into(), id.into()];
@@ -287,7 +276,7 @@ impl Editor {
         frame: &QuarantinedFrame,
         first_seq: u64,
         reason: u8,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), QueryError> {
         let of_frame = [frame.stream.0.into(), frame.seq.cast_signed().into()];
         let before = "SELECT coalesce(max(seq), 0) FROM frames WHERE stream_id = $1 AND seq < $2";
         let mut from_seq = first_seq.cast_signed();
@@ -309,27 +298,27 @@ impl Editor {
     }
 }
 
-/// Cached clocks and schemas of devices.
+/// Cache of the clocks and schemas that decoding needs.
 #[derive(Debug, Default)]
-pub struct Known {
+pub struct DecodeCache {
     clocks: HashMap<DeviceId, BootClocks>,
     schemas: HashMap<(DeviceId, u16), Option<Schema>>,
 }
 
-impl Known {
+impl DecodeCache {
     /// Returns the clocks of a device's boots.
     ///
     /// # Errors
-    /// As for [`Reader::clocks`].
+    /// As for [`Connection::clocks`].
     pub async fn clocks(
         &mut self,
-        reader: &mut Reader,
+        connection: &mut Connection,
         device: DeviceId,
-    ) -> Result<BootClocks, ReadError> {
+    ) -> Result<BootClocks, QueryError> {
         if let Some(clocks) = self.clocks.get(&device) {
             return Ok(clocks.clone());
         }
-        let clocks = BootClocks::new(reader.clocks(device).await?);
+        let clocks = connection.clocks(device).await?;
         self.clocks.insert(device, clocks.clone());
         Ok(clocks)
     }
@@ -344,16 +333,16 @@ impl Known {
     /// Returns a schema of a device.
     ///
     /// # Errors
-    /// As for [`Reader::schema`].
+    /// As for [`Connection::schema`].
     pub async fn schema(
         &mut self,
-        reader: &mut Reader,
+        connection: &mut Connection,
         device: DeviceId,
         schema: u16,
-    ) -> Result<Option<&Schema>, ReadError> {
+    ) -> Result<Option<&Schema>, QueryError> {
         let known = match self.schemas.entry((device, schema)) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(reader.schema(device, schema).await?),
+            Entry::Vacant(new) => new.insert(connection.schema(device, schema).await?),
         };
         Ok(known.as_ref())
     }

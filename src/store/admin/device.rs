@@ -5,12 +5,19 @@
 //! - Changes are numbered in commit order: a reader that has seen one has seen all earlier ones.
 //! - A device's key changes only together with its `key_revision`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::time::Duration;
 
-use super::DeviceId;
-use super::editor::Editor;
-use super::reader::{Argument, ReadError, Reader, Row, Value};
-use super::steady::{SteadyError, SteadyReader};
+use super::{Argument, Connection, Pace, QueryError, Reconnecting, Row, Value};
+use crate::store::DeviceId;
+
+/// Pace of polls for changes: a disabled device's session must end within a second, also behind a spool, where a
+/// change takes two polls.
+pub const CHANGES_PACE: Pace = Pace {
+    interval: Duration::from_millis(250),
+    timeout: Duration::from_secs(5),
+    share: 1,
+};
 
 /// State of a device as set by operators.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,10 +45,11 @@ pub struct StoredKey {
     pub sealed: Option<Vec<u8>>,
 }
 
-const COLUMNS: &str = "id, name, enabled, key_version, sealed_key, revision, key_revision";
+pub(super) const COLUMNS: &str =
+    "id, name, enabled, key_version, sealed_key, revision, key_revision";
 
 impl DeviceState {
-    fn of(row: &Row) -> Result<DeviceState, ReadError> {
+    pub(super) fn of(row: &Row) -> Result<DeviceState, QueryError> {
         Ok(DeviceState {
             device: DeviceId(row.integer(0)?),
             name: row.text_or_null(1)?.unwrap_or_default().to_owned(),
@@ -65,82 +73,60 @@ impl DeviceState {
     }
 }
 
-/// Changes since the previous call.
+/// Changes since a position.
 #[derive(Debug)]
 pub struct Changes {
     /// Changed devices, each once.
     pub devices: Vec<DeviceState>,
     /// Whether these are all devices that were ever changed, so that earlier knowledge is invalid.
     pub is_all: bool,
-}
-
-/// Polls for changes.
-pub struct ChangeReader {
-    reader: SteadyReader,
-    seen: Option<Seen>,
+    /// Position after these changes.
+    pub position: Position,
 }
 
 /// Position in a store's changes, with the store's mark, which is regenerated when the store is found to be
 /// restored.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seen {
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Position {
     latest: i64,
     mark: String,
 }
 
-impl ChangeReader {
-    /// Creates a reader that has seen no changes.
-    pub fn new(reader: SteadyReader) -> ChangeReader {
-        ChangeReader { reader, seen: None }
+/// Returns the changes after a position, or `None` if there are none. Returns all changes without a position, and
+/// after the store was replaced by a backup.
+///
+/// # Errors
+/// The store is unavailable.
+pub async fn changes_since(
+    store: &mut Reconnecting,
+    seen: Option<&Position>,
+) -> Result<Option<Changes>, QueryError> {
+    let sql = "SELECT latest, (SELECT mark FROM store_identity) FROM device_revision";
+    let rows = store.rows(sql, &[]).await?;
+    let (latest, mark) = match rows.first() {
+        Some(row) => (row.integer(0)?, row.text_or_null(1)?.unwrap_or_default()),
+        None => (0, ""),
+    };
+    let seen = seen.filter(|seen| seen.mark == mark);
+    let since = seen.map(|seen| seen.latest);
+    if since == Some(latest) {
+        return Ok(None);
     }
-
-    /// Returns new changes; all changes on the first call and after the store was replaced by a backup.
-    ///
-    /// # Errors
-    /// The store is unavailable. The next call returns the same changes.
-    ///
-    /// # Cancel safety
-    /// The next call returns the same changes.
-    pub async fn changes(&mut self) -> Result<Option<Changes>, SteadyError> {
-        let sql = "SELECT latest, (SELECT mark FROM store_identity) FROM device_revision";
-        let rows = self.reader.rows(sql, &[]).await?;
-        let (latest, mark) = match rows.first() {
-            Some(row) => (row.integer(0)?, row.text_or_null(1)?.unwrap_or_default()),
-            None => (0, ""),
-        };
-        let seen = self.seen.as_ref().filter(|seen| seen.mark == mark);
-        let since = seen.map(|seen| seen.latest);
-        if since == Some(latest) {
-            return Ok(None);
-        }
-        let since = since.filter(|seen| *seen < latest);
-        // A device that is being removed is in both tables, with the same values.
-        let sql = changes_sql();
-        let since_revision = since.unwrap_or(0);
-        let rows = self.reader.rows(&sql, &[since_revision.into()]).await?;
-        let devices: Vec<DeviceState> =
-            rows.iter().map(DeviceState::of).collect::<Result<_, _>>()?;
-        // More changes may have been committed since `latest` was read.
-        let newest = devices.last().map_or(latest, |last| last.revision);
-        self.seen = Some(Seen {
+    let since = since.filter(|seen| *seen < latest);
+    // A device that is being removed is in both tables, with the same values.
+    let after = [since.unwrap_or(0).into()];
+    let rows = store.rows(&changes_sql(), &after).await?;
+    let devices: Vec<DeviceState> = rows.iter().map(DeviceState::of).collect::<Result<_, _>>()?;
+    // More changes may have been committed since `latest` was read.
+    let newest = devices.last().map_or(latest, |last| last.revision);
+    Ok(Some(Changes {
+        devices,
+        is_all: since.is_none(),
+        position: Position {
             latest: newest.max(latest),
             mark: mark.to_owned(),
-        });
-        Ok(Some(Changes {
-            devices,
-            is_all: since.is_none(),
-        }))
-    }
-
-    /// Resets the position, because the last result may get lost; returns the previous position.
-    pub fn forget(&mut self) -> Option<Seen> {
-        self.seen.take()
-    }
-
-    /// Restores the position after the last result has arrived.
-    pub fn remember(&mut self, seen: Option<Seen>) {
-        self.seen = seen;
-    }
+        },
+    }))
 }
 
 /// Returns the query for devices changed since `$1`. Its index contains only changed devices, which are few.
@@ -159,9 +145,12 @@ pub fn changes_sql() -> String {
 ///
 /// # Errors
 /// The store is unavailable.
-pub async fn find(reader: &mut Reader, name: &str) -> Result<Option<DeviceState>, ReadError> {
+pub async fn find(
+    connection: &mut Connection,
+    name: &str,
+) -> Result<Option<DeviceState>, QueryError> {
     let sql = format!("SELECT {COLUMNS} FROM devices WHERE name = $1");
-    let rows = reader.rows(&sql, &[name.into()]).await?;
+    let rows = connection.rows(&sql, &[name.into()]).await?;
     rows.first().map(DeviceState::of).transpose()
 }
 
@@ -170,17 +159,17 @@ pub async fn find(reader: &mut Reader, name: &str) -> Result<Option<DeviceState>
 /// # Errors
 /// The store is unavailable, or `on_device` failed.
 pub async fn each(
-    reader: &mut Reader,
-    mut on_device: impl FnMut(DeviceState) -> Result<(), ReadError>,
-) -> Result<(), ReadError> {
+    connection: &mut Connection,
+    mut on_device: impl FnMut(DeviceState) -> Result<(), QueryError>,
+) -> Result<(), QueryError> {
     let sql = format!("SELECT {COLUMNS} FROM devices ORDER BY name COLLATE \"C\"");
     let on_row = |row: Row| on_device(DeviceState::of(&row)?);
-    reader.each(&sql, &[], on_row).await
+    connection.each(&sql, &[], on_row).await
 }
 
 /// An open transaction that changes devices.
 pub struct DeviceEdit<'e> {
-    editor: &'e mut Editor,
+    connection: &'e mut Connection,
     revision: i64,
     at_us: i64,
 }
@@ -190,14 +179,14 @@ impl<'e> DeviceEdit<'e> {
     ///
     /// # Errors
     /// The store is unavailable.
-    pub async fn begin(editor: &'e mut Editor, at_us: i64) -> Result<DeviceEdit<'e>, ReadError> {
-        editor.begin().await?;
-        let next = "UPDATE device_revision SET latest = latest + 1 RETURNING latest";
-        let rows = editor.rows(next, &[]).await?;
-        let revision = rows.first().map_or(Ok(1), |row| row.integer(0))?;
+    pub async fn begin(
+        connection: &'e mut Connection,
+        at_us: i64,
+    ) -> Result<DeviceEdit<'e>, QueryError> {
+        connection.begin().await?;
         Ok(DeviceEdit {
-            editor,
-            revision,
+            revision: next_revision(connection).await?,
+            connection,
             at_us,
         })
     }
@@ -209,10 +198,10 @@ impl<'e> DeviceEdit<'e> {
     pub async fn find<'n>(
         &mut self,
         names: impl Iterator<Item = &'n str>,
-    ) -> Result<HashMap<String, DeviceState>, ReadError> {
+    ) -> Result<HashMap<String, DeviceState>, QueryError> {
         let mut found = HashMap::new();
         for name in names {
-            if let Some(device) = find(self.editor, name).await? {
+            if let Some(device) = find(self.connection, name).await? {
                 found.insert(name.to_owned(), device);
             }
         }
@@ -230,8 +219,16 @@ impl<'e> DeviceEdit<'e> {
         before: Option<&DeviceState>,
         is_enabled: bool,
         key: &StoredKey,
-    ) -> Result<bool, ReadError> {
-        let put = put(self.editor, name, before, is_enabled, key, self.revision).await?;
+    ) -> Result<bool, QueryError> {
+        let put = put(
+            self.connection,
+            name,
+            before,
+            is_enabled,
+            key,
+            self.revision,
+        )
+        .await?;
         let Some(put) = put else {
             return Ok(false);
         };
@@ -258,14 +255,14 @@ impl<'e> DeviceEdit<'e> {
     ///
     /// # Errors
     /// The store is unavailable.
-    pub async fn remove(&mut self, device: &DeviceState) -> Result<(), ReadError> {
+    pub async fn remove(&mut self, device: &DeviceState) -> Result<(), QueryError> {
         let (id, revision) = (device.device.0, self.revision);
         let name = format!("#{id} {}", device.name);
         let sql = "UPDATE devices SET name = $1, enabled = 0, key_version = 0, sealed_key = NULL,
                 revision = $2, key_revision = $2
             WHERE id = $3";
         let values = [name.as_str().into(), revision.into(), id.into()];
-        self.editor.execute(sql, &values).await?;
+        self.connection.execute(sql, &values).await?;
         let sql = "INSERT INTO removed_devices (device_id, name, revision, removed_at)
             VALUES ($1, $2, $3, $4)";
         let values = [
@@ -274,10 +271,10 @@ impl<'e> DeviceEdit<'e> {
             revision.into(),
             Argument::Time(self.at_us),
         ];
-        self.editor.execute(sql, &values).await.map(drop)
+        self.connection.execute(sql, &values).await.map(drop)
     }
 
-    async fn note(&mut self, device: i64, kind: &str, detail: &str) -> Result<(), ReadError> {
+    async fn note(&mut self, device: i64, kind: &str, detail: &str) -> Result<(), QueryError> {
         let sql = "INSERT INTO device_events (device_id, at, kind, code, detail)
             VALUES ($1, $2, $3, 0, $4)";
         let values = [
@@ -286,97 +283,49 @@ impl<'e> DeviceEdit<'e> {
             kind.into(),
             detail.into(),
         ];
-        self.editor.execute(sql, &values).await.map(drop)
+        self.connection.execute(sql, &values).await.map(drop)
     }
 
     /// Commits all changes.
     ///
     /// # Errors
     /// Nothing was changed or, if the connection was lost, the outcome is unknown.
-    pub async fn commit(self) -> Result<(), ReadError> {
-        self.editor.commit().await
+    pub async fn commit(self) -> Result<(), QueryError> {
+        self.connection.commit().await
     }
 
     /// Discards all changes.
     ///
     /// # Errors
     /// The store is unavailable; nothing is changed in that case either.
-    pub async fn rollback(self) -> Result<(), ReadError> {
-        self.editor.rollback().await
+    pub async fn rollback(self) -> Result<(), QueryError> {
+        self.connection.rollback().await
     }
 }
 
-/// Updates the spool's devices to their state in the database and assigns the spool's own revision. A restored
-/// database reuses revisions, but sessions and logins are checked against revisions that only increase.
-///
-/// # Errors
-/// The spool is unavailable; nothing was changed.
-pub async fn adopt(spool: &mut Editor, changes: &Changes) -> Result<(), ReadError> {
-    spool.begin().await?;
-    // Earlier spools used the database's numbers and, after such a restore, one below their highest.
-    let next = "UPDATE device_revision SET latest = 1 + max(latest,
-            (SELECT coalesce(max(revision), 0) FROM devices WHERE revision > 0))
-        RETURNING latest";
-    let rows = spool.rows(next, &[]).await?;
-    let revision = rows.first().map_or(Ok(1), |row| row.integer(0))?;
-    for device in &changes.devices {
-        // A spool does not know the device's id, and its rows under that name may belong to the name's next
-        // device.
-        if device.former_name().is_some() {
-            continue;
-        }
-        let before = find(spool, &device.name).await?;
-        let DeviceState { name, key, .. } = device;
-        put(
-            spool,
-            name,
-            before.as_ref(),
-            device.is_enabled,
-            key,
-            revision,
-        )
-        .await?;
-    }
-    if changes.is_all {
-        let changed = changes.devices.iter().map(|device| device.name.as_str());
-        undo_others(spool, &changed.collect(), revision).await?;
-    }
-    spool.commit().await
-}
-
-/// Resets all other devices to their state before any change.
-async fn undo_others(
-    spool: &mut Editor,
-    changed: &HashSet<&str>,
-    revision: i64,
-) -> Result<(), ReadError> {
-    let sql = format!("SELECT {COLUMNS} FROM devices WHERE revision > 0");
-    for row in &spool.rows(&sql, &[]).await? {
-        let device = DeviceState::of(row)?;
-        if !changed.contains(device.name.as_str()) {
-            let first = StoredKey::default();
-            put(spool, &device.name, Some(&device), true, &first, revision).await?;
-        }
-    }
-    Ok(())
+/// Returns the number of the change that the open transaction makes, and locks the counter until its end.
+pub(super) async fn next_revision(connection: &mut Connection) -> Result<i64, QueryError> {
+    let next = "UPDATE device_revision SET latest = latest + 1 RETURNING latest";
+    let rows = connection.rows(next, &[]).await?;
+    rows.first().map_or(Ok(1), |row| row.integer(0))
 }
 
 /// Changes made to a device.
-struct Put {
+pub(super) struct Put {
     device: i64,
     has_new_key: bool,
     is_let_in_or_out: bool,
 }
 
 /// Changes a device from the state `before`, with this change number; returns `None` if nothing differs.
-async fn put(
-    editor: &mut Editor,
+pub(super) async fn put(
+    connection: &mut Connection,
     name: &str,
     before: Option<&DeviceState>,
     is_enabled: bool,
     key: &StoredKey,
     revision: i64,
-) -> Result<Option<Put>, ReadError> {
+) -> Result<Option<Put>, QueryError> {
     let has_new_key = before.map_or(*key != StoredKey::default(), |before| before.key != *key);
     let is_let_in_or_out = before.map_or(!is_enabled, |before| before.is_enabled != is_enabled);
     if before.is_some() && !has_new_key && !is_let_in_or_out {
@@ -401,7 +350,7 @@ async fn put(
         revision.into(),
         key_revision.into(),
     ];
-    let rows = editor.rows(sql, &values).await?;
+    let rows = connection.rows(sql, &values).await?;
     Ok(Some(Put {
         device: rows.first().map_or(Ok(0), |row| row.integer(0))?,
         has_new_key,

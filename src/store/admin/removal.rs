@@ -2,15 +2,14 @@
 //! not block commits, and it can resume after an interruption.
 //!
 //! The first transaction renames the device's row and makes a change that ends its sessions
-//! ([`super::device_admin::DeviceEdit::remove`]). From then on the name is free, and the device's rows are
+//! ([`super::device::DeviceEdit::remove`]). From then on the name is free, and the device's rows are
 //! found by its id. Later transactions delete rows, a limited number at a time. The device's own row goes last,
 //! in a transaction that checks that nothing else is left. Ids are never reused, and `removed_devices` keeps
 //! them.
 
 use std::time::Duration;
 
-use super::editor::Editor;
-use super::reader::{Argument, ReadError, Reader};
+use super::{Argument, Connection, QueryError};
 
 /// Rows deleted by one statement; each statement is a transaction.
 const ROWS_AT_ONCE: i64 = 5000;
@@ -20,7 +19,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// that it ended.
 const QUIET: Duration = Duration::from_secs(3);
 /// Interval between two checks whether a gateway has compacted the device's level-0 readings.
-const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Rows stored for a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,7 +45,10 @@ impl Belongings {
 ///
 /// # Errors
 /// The store is unavailable.
-pub async fn belongings(reader: &mut Reader, device: i64) -> Result<Belongings, ReadError> {
+pub async fn belongings(
+    connection: &mut Connection,
+    device: i64,
+) -> Result<Belongings, QueryError> {
     let of_device =
         |table: &str| format!("SELECT CAST(count(*) AS BIGINT) FROM {table} WHERE device_id = $1");
     let of_streams = |what: &str| {
@@ -67,7 +69,7 @@ pub async fn belongings(reader: &mut Reader, device: i64) -> Result<Belongings, 
         ("audit events", of_device("device_events")),
         ("boot clocks", of_device("clocks")),
     ] {
-        let rows = reader.rows(&sql, &[device.into()]).await?;
+        let rows = connection.rows(&sql, &[device.into()]).await?;
         let count = rows.first().map_or(Ok(0), |row| row.integer(0))?;
         counts.push((what, count.unsigned_abs()));
     }
@@ -106,23 +108,25 @@ const BY_DEVICE: [&str; 5] = [
 /// # Cancel safety
 /// The next call resumes the removal.
 pub async fn take_out(
-    editor: &mut Editor,
+    connection: &mut Connection,
     device: i64,
     is_alone: &mut impl FnMut() -> bool,
-) -> Result<(), ReadError> {
+) -> Result<(), QueryError> {
     if !is_alone() {
         tokio::time::sleep(QUIET).await;
     }
     loop {
-        await_sorting(editor, device, is_alone).await?;
-        delete_readings(editor, device).await?;
+        await_compaction(connection, device, is_alone).await?;
+        delete_readings(connection, device).await?;
         for sql in BY_DEVICE {
             let arguments = [device.into(), ROWS_AT_ONCE.into()];
-            while editor.step(sql, &arguments).await? == ROWS_AT_ONCE as u64 {
+            while connection.step(sql, &arguments).await? == ROWS_AT_ONCE as u64 {
                 tokio::time::sleep(PAUSE).await;
             }
         }
-        if finish(editor, device).await? {
+        connection.begin().await?;
+        let finished = finish(connection, device).await;
+        if connection.end(finished).await? {
             return Ok(());
         }
         // A gateway may still have been storing the device's last frames.
@@ -131,66 +135,63 @@ pub async fn take_out(
 }
 
 /// Returns the table that holds readings permanently, and whether the store has a level 0 in front of it.
-fn readings_table(reader: &Reader) -> (&'static str, bool) {
-    match reader {
-        Reader::Sqlite(_) => ("readings_sorted", true),
-        Reader::Postgres(_) => ("readings", false),
+fn readings_table(connection: &Connection) -> (&'static str, bool) {
+    match connection.is_sqlite() {
+        true => ("readings_sorted", true),
+        false => ("readings", false),
     }
 }
 
 /// Waits until a gateway has compacted the device's level-0 readings, which it caches; deletes them if no gateway runs.
-async fn await_sorting(
-    editor: &mut Editor,
+async fn await_compaction(
+    connection: &mut Connection,
     device: i64,
     is_alone: &mut impl FnMut() -> bool,
-) -> Result<(), ReadError> {
+) -> Result<(), QueryError> {
     const OF_DEVICE: &str = "series_id IN (SELECT id FROM series WHERE device_id = $1)";
-    if !readings_table(editor).1 {
+    if !readings_table(connection).1 {
         return Ok(());
     }
     let sql = format!("SELECT EXISTS (SELECT 1 FROM readings_recent WHERE {OF_DEVICE})");
-    while editor.rows(&sql, &[device.into()]).await?[0].integer(0)? != 0 {
+    while connection.rows(&sql, &[device.into()]).await?[0].integer(0)? != 0 {
         if is_alone() {
             let sql = format!("DELETE FROM readings_recent WHERE {OF_DEVICE}");
-            return editor.step(&sql, &[device.into()]).await.map(drop);
+            return connection.step(&sql, &[device.into()]).await.map(drop);
         }
-        tokio::time::sleep(LOOK_INTERVAL).await;
+        tokio::time::sleep(CHECK_INTERVAL).await;
     }
     Ok(())
 }
 
-async fn delete_readings(editor: &mut Editor, device: i64) -> Result<(), ReadError> {
-    let (table, _) = readings_table(editor);
+async fn delete_readings(connection: &mut Connection, device: i64) -> Result<(), QueryError> {
+    let (table, _) = readings_table(connection);
     let series = "SELECT id FROM series WHERE device_id = $1 ORDER BY id";
     let find = format!(
         "SELECT ts FROM {table} WHERE series_id = $1 ORDER BY ts LIMIT 1 OFFSET {ROWS_AT_ONCE}"
     );
     let some = format!("DELETE FROM {table} WHERE series_id = $1 AND ts <= $2");
     let rest = format!("DELETE FROM {table} WHERE series_id = $1");
-    for row in editor.rows(series, &[device.into()]).await? {
+    for row in connection.rows(series, &[device.into()]).await? {
         let series = row.integer(0)?;
-        while let Some(row) = editor.rows(&find, &[series.into()]).await?.first() {
+        while let Some(row) = connection.rows(&find, &[series.into()]).await?.first() {
             let through = Argument::Time(row.integer(0)?);
-            editor.step(&some, &[series.into(), through]).await?;
+            connection.step(&some, &[series.into(), through]).await?;
             tokio::time::sleep(PAUSE).await;
         }
-        editor.step(&rest, &[series.into()]).await?;
+        connection.step(&rest, &[series.into()]).await?;
     }
     Ok(())
 }
 
-/// Deletes the device itself, unless new rows have arrived for it.
-async fn finish(editor: &mut Editor, device: i64) -> Result<bool, ReadError> {
-    editor.begin().await?;
-    let is_last = is_bare(editor, device).await;
-    if !matches!(is_last, Ok(true)) {
-        editor.rollback().await?;
-        return is_last;
+/// Deletes the device itself, unless new rows have arrived for it; returns whether it did.
+async fn finish(connection: &mut Connection, device: i64) -> Result<bool, QueryError> {
+    if !is_bare(connection, device).await? {
+        return Ok(false);
     }
     let newest =
         "DELETE FROM newest WHERE series_id IN (SELECT id FROM series WHERE device_id = $1)";
-    let (_, is_sqlite) = readings_table(editor);
-    for sql in (!is_sqlite).then_some(newest).into_iter().chain([
+    let newest = (!connection.is_sqlite()).then_some(newest);
+    for sql in newest.into_iter().chain([
         "DELETE FROM sessions WHERE device_id = $1",
         "DELETE FROM device_events WHERE device_id = $1",
         "DELETE FROM clocks WHERE device_id = $1",
@@ -199,22 +200,18 @@ async fn finish(editor: &mut Editor, device: i64) -> Result<bool, ReadError> {
         "DELETE FROM schemas WHERE device_id = $1",
         "DELETE FROM devices WHERE id = $1",
     ]) {
-        if let Err(error) = editor.execute(sql, &[device.into()]).await {
-            let _ = editor.rollback().await;
-            return Err(error);
-        }
+        connection.execute(sql, &[device.into()]).await?;
     }
-    editor.commit().await?;
     Ok(true)
 }
 
 /// Returns whether no rows remain in the tables that grow with a device's data. In Postgres this also locks the
 /// device's streams until the transaction ends.
-async fn is_bare(editor: &mut Editor, device: i64) -> Result<bool, ReadError> {
-    let (table, has_recent) = readings_table(editor);
+async fn is_bare(connection: &mut Connection, device: i64) -> Result<bool, QueryError> {
+    let (table, has_recent) = readings_table(connection);
     if !has_recent {
         let lock = "SELECT id FROM streams WHERE device_id = $1 ORDER BY id FOR UPDATE";
-        editor.rows(lock, &[device.into()]).await?;
+        connection.rows(lock, &[device.into()]).await?;
     }
     let recent = match has_recent {
         true => {
@@ -232,7 +229,7 @@ async fn is_bare(editor: &mut Editor, device: i64) -> Result<bool, ReadError> {
              + (SELECT count(*) FROM quarantine AS q WHERE q.device_id = $1)
              {recent} AS BIGINT)"
     );
-    let rows = editor.rows(&sql, &[device.into()]).await?;
+    let rows = connection.rows(&sql, &[device.into()]).await?;
     Ok(rows.first().map_or(Ok(0), |row| row.integer(0))? == 0)
 }
 
@@ -240,8 +237,9 @@ async fn is_bare(editor: &mut Editor, device: i64) -> Result<bool, ReadError> {
 mod tests {
     use super::*;
     use crate::config::store_url::StoreUrl;
+    use crate::store::admin::Access;
+    use crate::store::admin::device::{DeviceEdit, find};
     use crate::store::conformance::{Peer, admitted, login, peer};
-    use crate::store::device_admin::{DeviceEdit, find};
     use crate::store::sqlite::{SqliteSettings, SqliteStore};
     use crate::store::{Batch, Content, DeviceEvent, DeviceEventKind, Entry, SessionId, Store};
 
@@ -290,7 +288,7 @@ mod tests {
 
     /// Returns the row counts of all tables that refer to a device, stream or series, except `removed_devices`.
     async fn left(store: &StoreUrl, peer: &Peer) -> Vec<(String, i64)> {
-        let mut editor = Editor::open(store).await.unwrap();
+        let mut connection = Connection::open(store, Access::Write).await.unwrap();
         let columns = match store {
             StoreUrl::Sqlite(_) => {
                 "SELECT m.name, c.name FROM sqlite_master AS m CROSS JOIN pragma_table_info(m.name) AS c
@@ -304,7 +302,7 @@ mod tests {
             }
         };
         let mut left = Vec::new();
-        for row in editor.rows(columns, &[]).await.unwrap() {
+        for row in connection.rows(columns, &[]).await.unwrap() {
             let text = |n| row.text_or_null(n).unwrap().unwrap().to_owned();
             let (table, column) = (text(0), text(1));
             let id = match (table.as_str(), column.as_str()) {
@@ -315,7 +313,7 @@ mod tests {
                 _ => continue,
             };
             let sql = format!("SELECT CAST(count(*) AS BIGINT) FROM {table} WHERE {column} = $1");
-            let rows = editor.rows(&sql, &[id.into()]).await.unwrap();
+            let rows = connection.rows(&sql, &[id.into()]).await.unwrap();
             left.push((format!("{table}.{column}"), rows[0].integer(0).unwrap()));
         }
         left.sort();
@@ -323,8 +321,8 @@ mod tests {
     }
 
     async fn give_up_name(store: &StoreUrl, name: &str) -> i64 {
-        let mut editor = Editor::open(store).await.unwrap();
-        let mut edit = DeviceEdit::begin(&mut editor, 5).await.unwrap();
+        let mut connection = Connection::open(store, Access::Write).await.unwrap();
+        let mut edit = DeviceEdit::begin(&mut connection, 5).await.unwrap();
         let found = edit.find([name].into_iter()).await.unwrap();
         edit.remove(&found[name]).await.unwrap();
         edit.commit().await.unwrap();
@@ -350,21 +348,21 @@ mod tests {
         // The name is free immediately, and ids are not reused.
         let again = fill(&mut writer, "gone").await;
         assert!(again.device != gone.device && again.series != gone.series);
-        let mut editor = Editor::open(store).await.unwrap();
+        let mut connection = Connection::open(store, Access::Write).await.unwrap();
         assert_eq!(
-            find(&mut editor, "gone").await.unwrap().unwrap().device,
+            find(&mut connection, "gone").await.unwrap().unwrap().device,
             again.device
         );
-        let counts = belongings(&mut editor, id).await.unwrap().counts;
+        let counts = belongings(&mut connection, id).await.unwrap().counts;
         assert_eq!(counts[0], ("readings", ROWS_AT_ONCE as u64 + 11));
         // An interrupted run, and a frame that a session stores after it ended.
         let mut is_alone = || true;
-        let broken_off = take_out(&mut editor, id, &mut is_alone);
+        let broken_off = take_out(&mut connection, id, &mut is_alone);
         drop(tokio::time::timeout(Duration::from_millis(30), broken_off).await);
         // The removal may have been interrupted while it held the write turn.
-        drop(editor);
-        let mut editor = Editor::open(store).await.unwrap();
-        take_out(&mut editor, id, &mut is_alone).await.unwrap();
+        drop(connection);
+        let mut connection = Connection::open(store, Access::Write).await.unwrap();
+        take_out(&mut connection, id, &mut is_alone).await.unwrap();
         let left_of = left(store, &gone).await;
         assert!(left_of.iter().all(|(_, rows)| *rows == 0), "{left_of:?}");
         assert_eq!(left(store, &stays).await, before);

@@ -6,7 +6,7 @@ use sqlx::postgres::{PgRow, PgValueFormat, PgValueRef};
 use sqlx::sqlite::{SqliteRow, SqliteValueRef};
 use sqlx::{Postgres, Row, Sqlite, TypeInfo, ValueRef};
 
-use super::postgres::Timestamp;
+use crate::store::postgres::Timestamp;
 
 /// Value of one column.
 #[derive(Clone, Debug, PartialEq)]

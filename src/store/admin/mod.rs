@@ -1,0 +1,18 @@
+//! Queries and changes by commands and by the pollers of a gateway, on separate connections while gateways write.
+
+pub mod device;
+pub mod mirror;
+pub mod prune;
+pub mod quarantine_usage;
+pub mod removal;
+pub mod replay;
+
+mod connection;
+mod poll;
+mod row;
+mod value;
+
+pub use self::connection::{Access, Connection, OpenError, QueryError, Source};
+pub use self::poll::{Pace, Poll, Reconnecting, poll_every, poll_once};
+pub use self::row::{Argument, Row};
+pub use self::value::Value;

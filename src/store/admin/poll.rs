@@ -1,0 +1,151 @@
+//! The loop of everything that a gateway does at an interval, and the connection for it.
+
+use std::time::{Duration, Instant};
+
+use tokio::time::{sleep, timeout};
+
+use super::{Access, Argument, Connection, QueryError, Row, Source};
+
+/// How often to poll.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// Minimum pause between two polls.
+    pub interval: Duration,
+    /// A poll that takes longer is abandoned.
+    pub timeout: Duration,
+    /// Polls take at most one part in this of the time; at least 1.
+    pub share: u32,
+}
+
+impl Pace {
+    fn pause_after(self, took: Duration) -> Duration {
+        self.interval.max(took * (self.share - 1))
+    }
+}
+
+/// Something that a gateway does at an interval.
+pub trait Poll: Send {
+    /// Name in the log.
+    const TASK: &'static str;
+    /// How often to poll.
+    const PACE: Pace;
+
+    /// Polls once.
+    ///
+    /// # Cancel safety
+    /// The next poll must work as if this one had failed.
+    fn poll(&mut self) -> impl Future<Output = Result<(), QueryError>> + Send;
+}
+
+/// Polls after each pause, for as long as the future is polled.
+pub async fn poll_every<T, P: Poll>(mut poller: P) -> T {
+    let mut pause = P::PACE.interval;
+    loop {
+        sleep(pause).await;
+        let began = Instant::now();
+        poll_once(&mut poller).await;
+        pause = P::PACE.pause_after(began.elapsed());
+    }
+}
+
+/// Polls once. A failure is logged at level DEBUG, because the writers report that the store is unavailable.
+pub async fn poll_once<P: Poll>(poller: &mut P) {
+    let task = P::TASK;
+    match timeout(P::PACE.timeout, poller.poll()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(task, %error, "poll failed, retrying"),
+        Err(_) => tracing::debug!(task, "poll timed out, retrying"),
+    }
+}
+
+/// A connection that reads, opened when it is needed and again after a failure.
+pub struct Reconnecting {
+    source: Source,
+    connection: Option<Connection>,
+}
+
+impl Reconnecting {
+    /// Creates it without connecting.
+    pub fn new(source: impl Into<Source>) -> Reconnecting {
+        Reconnecting {
+            source: source.into(),
+            connection: None,
+        }
+    }
+
+    /// Returns the rows of a query, like [`Connection::rows`].
+    ///
+    /// # Errors
+    /// The store cannot be opened or queried; the next call reconnects.
+    ///
+    /// # Cancel safety
+    /// After a cancelled call the next one reconnects.
+    pub async fn rows(
+        &mut self,
+        sql: &str,
+        arguments: &[Argument<'_>],
+    ) -> Result<Vec<Row>, QueryError> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => Connection::open(self.source.clone(), Access::Poll).await?,
+        };
+        let rows = connection.rows(sql, arguments).await?;
+        self.connection = Some(connection);
+        Ok(rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    struct Retried {
+        polls: u32,
+        third: Option<oneshot::Sender<()>>,
+    }
+
+    impl Poll for Retried {
+        const TASK: &'static str = "test";
+        const PACE: Pace = Pace {
+            interval: Duration::from_millis(1),
+            timeout: Duration::from_millis(20),
+            share: 20,
+        };
+
+        async fn poll(&mut self) -> Result<(), QueryError> {
+            self.polls += 1;
+            match (self.polls, self.third.take()) {
+                (2, third) => {
+                    self.third = third;
+                    std::future::pending().await
+                }
+                (3, Some(third)) => third.send(()).unwrap(),
+                (_, third) => self.third = third,
+            }
+            Err(sqlx::Error::WorkerCrashed.into())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_poll_that_fails_or_hangs_is_retried() {
+        let (third, retried) = oneshot::channel();
+        let poller = Retried {
+            polls: 0,
+            third: Some(third),
+        };
+        tokio::select! {
+            () = poll_every(poller) => unreachable!(),
+            retried = retried => retried.unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_slow_poll_is_followed_by_a_long_pause() {
+        for (took_us, pause_us) in [(0, 1000), (50, 1000), (1000, 19_000)] {
+            let pause = Retried::PACE.pause_after(Duration::from_micros(took_us));
+            assert_eq!(pause, Duration::from_micros(pause_us));
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Parameters and rows of queries, the same types for every store.
+
+use sqlx::Arguments;
+use sqlx::postgres::PgArguments;
+use sqlx::sqlite::SqliteArguments;
+
+use super::{QueryError, Value};
+use crate::store::postgres;
+
+/// A parameter of a query.
+#[derive(Clone, Copy, Debug)]
+pub enum Argument<'a> {
+    /// An integer.
+    Integer(i64),
+    /// Text.
+    Text(&'a str),
+    /// A time, microseconds UTC.
+    Time(i64),
+    /// Bytes, or NULL.
+    Bytes(Option<&'a [u8]>),
+}
+
+impl From<i64> for Argument<'_> {
+    fn from(value: i64) -> Self {
+        Argument::Integer(value)
+    }
+}
+
+impl<'a> From<&'a str> for Argument<'a> {
+    fn from(value: &'a str) -> Self {
+        Argument::Text(value)
+    }
+}
+
+pub(super) fn sqlite_arguments(values: &[Argument<'_>]) -> Result<SqliteArguments, sqlx::Error> {
+    let mut arguments = SqliteArguments::default();
+    for value in values {
+        match value {
+            Argument::Integer(value) | Argument::Time(value) => arguments.add(*value),
+            Argument::Text(value) => arguments.add((*value).to_owned()),
+            Argument::Bytes(value) => arguments.add(value.map(<[u8]>::to_vec)),
+        }
+        .map_err(sqlx::Error::Encode)?;
+    }
+    Ok(arguments)
+}
+
+pub(super) fn postgres_arguments(values: &[Argument<'_>]) -> Result<PgArguments, sqlx::Error> {
+    let mut arguments = PgArguments::default();
+    for value in values {
+        match value {
+            Argument::Integer(value) => arguments.add(*value),
+            Argument::Text(value) => arguments.add(*value),
+            Argument::Time(value) => arguments.add(postgres::Timestamp(*value)),
+            Argument::Bytes(value) => arguments.add(*value),
+        }
+        .map_err(sqlx::Error::Encode)?;
+    }
+    Ok(arguments)
+}
+
+/// A row: its values in column order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row(pub Vec<Value>);
+
+impl Row {
+    /// Returns the integer in a column.
+    pub fn integer(&self, column: usize) -> Result<i64, QueryError> {
+        match self.0[column] {
+            Value::Integer(value) => Ok(value),
+            _ => Err(self.unexpected(column)),
+        }
+    }
+
+    /// Returns the integer in a column, or `None` for NULL.
+    pub fn integer_or_null(&self, column: usize) -> Result<Option<i64>, QueryError> {
+        match self.0[column] {
+            Value::Null => Ok(None),
+            _ => self.integer(column).map(Some),
+        }
+    }
+
+    /// Returns the double in a column, or `None` for NULL.
+    pub fn real_or_null(&self, column: usize) -> Result<Option<f64>, QueryError> {
+        match self.0[column] {
+            Value::Null => Ok(None),
+            Value::Real(value) => Ok(Some(value)),
+            _ => Err(self.unexpected(column)),
+        }
+    }
+
+    /// Returns the text in a column, or `None` for NULL.
+    pub fn text_or_null(&self, column: usize) -> Result<Option<&str>, QueryError> {
+        match &self.0[column] {
+            Value::Null => Ok(None),
+            Value::Text(value) => Ok(Some(value)),
+            _ => Err(self.unexpected(column)),
+        }
+    }
+
+    /// Returns the bytes in a column.
+    pub fn bytes(&self, column: usize) -> Result<&[u8], QueryError> {
+        match &self.0[column] {
+            Value::Blob(value) => Ok(value),
+            _ => Err(self.unexpected(column)),
+        }
+    }
+
+    fn unexpected(&self, column: usize) -> QueryError {
+        QueryError::Unexpected {
+            column,
+            found: self.0[column].clone(),
+        }
+    }
+}
