@@ -1,4 +1,5 @@
-//! The order of the folders of `src`: each imports only from folders below it in `src/lib.rs`.
+//! The order of the folders of `src`: each imports only from folders below it in `src/lib.rs`. And what the
+//! simulator may import from there.
 
 use std::collections::HashMap;
 use std::fs;
@@ -54,6 +55,61 @@ fn folders_import_only_from_those_below() {
         });
     }
     assert!(files > 100, "{files}");
+}
+
+/// Modules of the gateway that the simulator may import, by its folders: the first whose folder contains the file.
+/// The verifier shares no code that judges, stores or reads frames.
+const SIMULATOR_MAY_IMPORT: [(&str, &[&str]); 3] = [
+    ("verify", &["config::store_url::"]),
+    (
+        "bench",
+        &[
+            "auth::fleet_key::",
+            "config::",
+            "store::postgres::",
+            "store::sqlite::",
+            "sys::",
+        ],
+    ),
+    (
+        "",
+        &[
+            "auth::fleet_key::",
+            "config::",
+            "net::",
+            "recording::",
+            "sys::",
+        ],
+    ),
+];
+
+/// Returns the lines of `source`, the simulator's file `path`, that import what it may not.
+fn not_shared<'s>(path: &Path, source: &'s str) -> Vec<&'s str> {
+    let rule = { SIMULATOR_MAY_IMPORT.iter() }.find(|(folder, _)| path.starts_with(folder));
+    let (_, allowed) = rule.expect("the last one contains every file");
+    let is_not_shared = |line: &&str| {
+        let mut imports = line.split("fieldgate::").skip(1);
+        imports.any(|import| !allowed.iter().any(|module| import.starts_with(module)))
+    };
+    source.lines().filter(is_not_shared).collect()
+}
+
+#[test]
+fn the_simulator_imports_nothing_that_it_proves() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("simulator/src");
+    let mut files = 0;
+    each_file(&src, &mut |path| {
+        files += 1;
+        let source = fs::read_to_string(path).expect("a source");
+        let lines = not_shared(path.strip_prefix(&src).expect("below it"), &source);
+        let path = path.display();
+        assert!(lines.is_empty(), "{path} must not import: {lines:?}");
+    });
+    assert!(files > 30, "{files}");
+    let planted = "use fieldgate::store::reader::Reader;";
+    for path in ["verify/store.rs", "bench/mod.rs", "plan.rs"] {
+        assert_eq!(not_shared(Path::new(path), planted), [planted], "{path}");
+    }
 }
 
 #[test]

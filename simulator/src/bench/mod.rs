@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use fieldgate::auth::fleet_key::KeyError;
 use fieldgate::config::store_url::PostgresUrl;
-use fieldgate::store::admin::OpenError;
+use fieldgate::store::postgres::OpenError as PostgresError;
+use fieldgate::store::sqlite::OpenError as SqliteError;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -79,9 +80,12 @@ pub enum BenchError {
     /// An operation on files or processes failed.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// The store could not be created.
+    /// The file could not be created.
     #[error(transparent)]
-    Open(#[from] OpenError),
+    Sqlite(#[from] SqliteError),
+    /// The tables could not be created on the server.
+    #[error(transparent)]
+    Postgres(#[from] PostgresError),
     /// A statement on the store failed.
     #[error("the baseline failed: {0}")]
     Bare(#[from] sqlx::Error),

@@ -108,7 +108,7 @@ pub(super) async fn bare(
     connections: usize,
     job: &Job,
 ) -> Result<f64, BenchError> {
-    migrate(url).await.map_err(OpenError::from)?;
+    migrate(url).await?;
     let mut conn = connect(url).await?;
     make_partitions(&mut conn, job).await?;
     if let Some(sql) = &job.registry {

@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use fieldgate::store::admin::OpenError;
 use fieldgate::store::sqlite::{SqliteSettings, migrate};
 use sqlx::sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{Arguments, AssertSqlSafe, ConnectOptions, Connection, Row as _, SqliteConnection};
@@ -20,8 +19,7 @@ const LOG_PAGES: i64 = (128 << 20) / 8192;
 
 /// Inserts what a fleet would have stored, and nothing else; returns readings per second.
 pub(super) async fn bare(path: &Path, job: &Job) -> Result<f64, BenchError> {
-    let migrated = migrate(path, &SqliteSettings::default()).await;
-    migrated.map_err(OpenError::from)?;
+    migrate(path, &SqliteSettings::default()).await?;
     let options = SqliteConnectOptions::new()
         .filename(path)
         .journal_mode(SqliteJournalMode::Wal)

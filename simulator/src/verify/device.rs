@@ -3,10 +3,9 @@
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 
-use fieldgate::store::admin::{Connection, QueryError, Row};
-
 use super::ledger::{Frame, StreamProof, StreamRow};
 use super::readings::{SeriesProof, SeriesRow};
+use super::store::{ReadError, Row, Store};
 use super::{Others, Own, Verdict};
 use crate::readings::Channel;
 
@@ -27,7 +26,7 @@ pub(super) struct DeviceRow {
 }
 
 impl DeviceRow {
-    pub(super) fn read(row: &Row) -> Result<DeviceRow, QueryError> {
+    pub(super) fn read(row: &Row) -> Result<DeviceRow, ReadError> {
         Ok(DeviceRow {
             id: row.integer(0)?,
             name: row.text_or_null(1)?.unwrap_or_default().to_owned(),
@@ -51,9 +50,9 @@ pub(super) struct StoredDevice<'a> {
 impl StoredDevice<'_> {
     pub(super) async fn prove(
         &self,
-        store: &mut Connection,
+        store: &mut Store,
         verdict: &mut Verdict,
-    ) -> Result<(), QueryError> {
+    ) -> Result<(), ReadError> {
         if self.owns.is_empty() {
             return self.prove_stranger(store, verdict).await;
         }
@@ -62,7 +61,7 @@ impl StoredDevice<'_> {
             verdict.frames_acked += own.journaled.acked;
         }
         let mut streams = Vec::new();
-        for row in store.rows(StreamRow::SQL, &[self.row.id.into()]).await? {
+        for row in store.rows(StreamRow::SQL, &[self.row.id]).await? {
             streams.push(StreamRow::read(&row)?);
         }
         let (own, strange): (Vec<_>, Vec<_>) = streams
@@ -164,12 +163,12 @@ impl StoredDevice<'_> {
     /// Verifies that every schema was declared, channel by channel.
     async fn prove_schemas(
         &self,
-        store: &mut Connection,
+        store: &mut Store,
         is_mixed: bool,
         verdict: &mut Verdict,
-    ) -> Result<(), QueryError> {
+    ) -> Result<(), ReadError> {
         let sql = "SELECT schema, hash, declaration FROM schemas WHERE device_id = $1";
-        for row in store.rows(sql, &[self.row.id.into()]).await? {
+        for row in store.rows(sql, &[self.row.id]).await? {
             let schema = row.integer(0)?;
             let mut owns = self.owns.iter();
             let own = owns.find(|own| i64::from(own.run.schema) == schema);
@@ -193,12 +192,12 @@ impl StoredDevice<'_> {
     /// Verifies that every clock belongs to a boot of the device and is within the possible error.
     async fn prove_clocks(
         &self,
-        store: &mut Connection,
+        store: &mut Store,
         is_mixed: bool,
         verdict: &mut Verdict,
-    ) -> Result<(), QueryError> {
+    ) -> Result<(), ReadError> {
         let sql = "SELECT boot, offset_us, measured_at FROM clocks WHERE device_id = $1";
-        for row in store.rows(sql, &[self.row.id.into()]).await? {
+        for row in store.rows(sql, &[self.row.id]).await? {
             let (boot, offset_us) = (row.integer(0)?, row.integer(1)?);
             let at_us = row.integer(2)?;
             let mut owns = self.owns.iter();
@@ -222,10 +221,10 @@ impl StoredDevice<'_> {
     /// Verifies that the device made every stored login. Returns the device's addresses, if all are known.
     async fn prove_events(
         &self,
-        store: &mut Connection,
+        store: &mut Store,
         is_mixed: bool,
         verdict: &mut Verdict,
-    ) -> Result<Option<HashSet<SocketAddr>>, QueryError> {
+    ) -> Result<Option<HashSet<SocketAddr>>, ReadError> {
         let is_torn = self.owns.iter().any(|own| !own.run.ledger.complete);
         if is_torn || is_mixed && self.others == Others::Any {
             return Ok(None);
@@ -266,7 +265,7 @@ impl StoredDevice<'_> {
             }
             Ok(())
         };
-        store.each(sql, &[self.row.id.into()], on_row).await?;
+        store.each(sql, &[self.row.id], on_row).await?;
         if is_mixed {
             // A session of an older run may have ended late.
             counts.remove("disconnected");
@@ -277,7 +276,7 @@ impl StoredDevice<'_> {
 
     /// Returns whether an event is plausible: simulated devices report none, and only devices that an operator
     /// changed have operator events.
-    fn is_event(&self, kind: &str, row: &Row, verdict: &mut Verdict) -> Result<bool, QueryError> {
+    fn is_event(&self, kind: &str, row: &Row, verdict: &mut Verdict) -> Result<bool, ReadError> {
         let at_us = row.integer(1)?;
         let is_plain = row.integer_or_null(2)?.is_none() && row.integer_or_null(5)?.is_none();
         let code = row.integer(3)?;
@@ -319,14 +318,14 @@ impl StoredDevice<'_> {
 
     async fn prove_series(
         &self,
-        store: &mut Connection,
+        store: &mut Store,
         frames: &[Frame],
         is_mixed: bool,
         verdict: &mut Verdict,
-    ) -> Result<(), QueryError> {
+    ) -> Result<(), ReadError> {
         let sql = "SELECT id, channel, unit, kind FROM series WHERE device_id = $1 ORDER BY id";
         let mut found = HashSet::new();
-        for row in store.rows(sql, &[self.row.id.into()]).await? {
+        for row in store.rows(sql, &[self.row.id]).await? {
             let series = SeriesRow::read(&row)?;
             let columns: Vec<Option<usize>> =
                 self.owns.iter().map(|own| series.column(own)).collect();

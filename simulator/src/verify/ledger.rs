@@ -3,10 +3,10 @@
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 
-use fieldgate::store::admin::{Connection, QueryError, Row};
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{FRAME_BYTES_MAX, HEADER_BYTES, types};
 
+use super::store::{ReadError, Row, Store};
 use super::{Own, Verdict};
 use crate::encode::refusal_code;
 use crate::plan::{Clock, FrameContent};
@@ -50,7 +50,7 @@ impl StreamRow {
     pub(super) const SQL: &str = "SELECT id, stream, durable_seq, frames, readings, created_at \
                                   FROM streams WHERE device_id = $1 ORDER BY id";
 
-    pub(super) fn read(row: &Row) -> Result<StreamRow, QueryError> {
+    pub(super) fn read(row: &Row) -> Result<StreamRow, ReadError> {
         Ok(StreamRow {
             id: row.integer(0)?,
             stream: row.integer(1)?.cast_unsigned(),
@@ -86,10 +86,10 @@ impl StreamProof<'_> {
     /// Verifies the stream's rows and appends its frames to `frames`.
     pub(super) async fn prove(
         &self,
-        store: &mut Connection,
+        store: &mut Store,
         frames: &mut Vec<Frame>,
         verdict: &mut Verdict,
-    ) -> Result<(), QueryError> {
+    ) -> Result<(), ReadError> {
         let gaps = self.prove_gaps(store, verdict).await?;
         let codes = self.prove_quarantine(store, verdict).await?;
         let mut walk = Walk {
@@ -116,7 +116,7 @@ impl StreamProof<'_> {
             frames.push(walk.take(&row, verdict));
             Ok(())
         };
-        store.each(sql, &[self.row.id.into()], on_row).await?;
+        store.each(sql, &[self.row.id], on_row).await?;
         walk.finish(verdict);
         Ok(())
     }
@@ -129,12 +129,12 @@ impl StreamProof<'_> {
     /// end.
     async fn prove_gaps(
         &self,
-        store: &mut Connection,
+        store: &mut Store,
         verdict: &mut Verdict,
-    ) -> Result<HashMap<u64, u64>, QueryError> {
+    ) -> Result<HashMap<u64, u64>, ReadError> {
         let sql =
             "SELECT from_seq, to_seq, reason FROM gaps WHERE stream_id = $1 ORDER BY from_seq";
-        let rows = store.rows(sql, &[self.row.id.into()]).await?;
+        let rows = store.rows(sql, &[self.row.id]).await?;
         let mut gaps = HashMap::new();
         for row in &rows {
             let (first, last) = (
@@ -159,9 +159,9 @@ impl StreamProof<'_> {
     /// Compares quarantined frames with those sent; returns the code of each frame.
     async fn prove_quarantine(
         &self,
-        store: &mut Connection,
+        store: &mut Store,
         verdict: &mut Verdict,
-    ) -> Result<HashMap<u64, i64>, QueryError> {
+    ) -> Result<HashMap<u64, i64>, ReadError> {
         let sql = "SELECT q.seq, q.code, q.received_at, q.peer, q.bytes, f.received_at \
                    FROM quarantine AS q \
                    LEFT JOIN frames AS f ON f.stream_id = q.stream_id AND f.seq = q.seq \
@@ -206,7 +206,7 @@ impl StreamProof<'_> {
             }
             Ok(())
         };
-        store.each(sql, &[self.row.id.into()], on_row).await?;
+        store.each(sql, &[self.row.id], on_row).await?;
         for (seq, code) in &self.own.journaled.quarantined {
             if codes.get(seq) != Some(&i64::from(*code)) {
                 verdict.differ(|| {

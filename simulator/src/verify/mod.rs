@@ -9,8 +9,8 @@
 //! is stored exactly. The time of a device that only counts from its boot may be off by the error of its clock
 //! measurement: half of the longest handshake that the device itself observed.
 //!
-//! The verifier has its own queries. It compares values from the tables themselves; on SQLite, counts of readings come
-//! from the view `readings`. Its memory grows with the frames of one device, not with the store.
+//! The verifier has its own connection and its own queries ([`store`]). It compares values from the tables themselves;
+//! on SQLite, counts of readings come from the view `readings`. Its memory grows with the frames of one device, not with the store.
 //!
 //! This file covers the store as a whole; [`device`] verifies one device, [`ledger`] one of its streams, [`readings`]
 //! one of its series, [`others`] data of other runs, and [`rest`] rows without a parent.
@@ -20,14 +20,15 @@ mod ledger;
 mod others;
 mod readings;
 mod rest;
+mod store;
 
 use std::fmt;
 use std::sync::Arc;
 
 use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::admin::{Access, Connection, OpenError, QueryError};
 
 use self::device::{DeviceRow, StoredDevice};
+use self::store::{OpenError, ReadError, Store};
 use crate::journal::{DeviceLedger, Ledger};
 use crate::pace::Pace;
 use crate::plan::{DeviceScript, PlanError, Script};
@@ -54,7 +55,7 @@ pub enum VerifyError {
     Open(#[from] OpenError),
     /// The store could not be read.
     #[error("could not read the store: {0}")]
-    Read(#[from] QueryError),
+    Read(#[from] ReadError),
 }
 
 /// Result of the comparison.
@@ -290,7 +291,7 @@ pub async fn verify(
     let runs = runs?;
     let began_us = runs.iter().filter_map(Run::began_us).min();
     let began_us = began_us.unwrap_or(i64::MAX);
-    let mut store = Connection::open(store, Access::Read).await?;
+    let mut store = Store::open(store).await?;
     let mut verdict = Verdict::default();
     rest::look_for_orphans(&mut store, &mut verdict).await?;
     rest::prove_clock_steps(&mut store, &runs, &mut verdict).await?;

@@ -3,12 +3,10 @@
 //! Excluded data must be consistent: as many frames and readings as its totals state, and no reading without a
 //! frame of the same device.
 
-use fieldgate::store::admin::{Connection, QueryError};
-
 use super::Verdict;
 use super::device::StoredDevice;
 use super::ledger::StreamRow;
-use super::rest::only_row;
+use super::store::{ReadError, Store};
 
 /// Advice for data that belongs to none of the runs.
 const HINT: &str = "if they are from another run, add its journal or use --others any";
@@ -17,9 +15,9 @@ impl StoredDevice<'_> {
     /// Verifies a device that belongs to none of the runs.
     pub(super) async fn prove_stranger(
         &self,
-        store: &mut Connection,
+        store: &mut Store,
         verdict: &mut Verdict,
-    ) -> Result<(), QueryError> {
+    ) -> Result<(), ReadError> {
         let id = self.row.id;
         let sql = "SELECT (SELECT count(*) FROM series WHERE device_id = $1), \
                    (SELECT count(*) FROM readings AS r JOIN series AS s ON s.id = r.series_id \
@@ -28,12 +26,12 @@ impl StoredDevice<'_> {
                     JOIN frames AS f ON f.id = r.frame_id \
                     JOIN streams AS st ON st.id = f.stream_id AND st.device_id = s.device_id \
                     WHERE s.device_id = $1)";
-        let counts = only_row(store, sql, &[id.into()]).await?;
+        let counts = store.row(sql, &[id]).await?;
         let (series, readings, owned) =
             (counts.integer(0)?, counts.integer(1)?, counts.integer(2)?);
         let (mut is_older, mut totals, mut streams) = (true, 0, 0);
         let mut agrees = readings == owned;
-        for row in store.rows(StreamRow::SQL, &[id.into()]).await? {
+        for row in store.rows(StreamRow::SQL, &[id]).await? {
             let row = StreamRow::read(&row)?;
             let state = self.look_at(store, &row).await?;
             is_older &= state.is_older;
@@ -61,10 +59,10 @@ impl StoredDevice<'_> {
     /// Verifies streams of none of the runs. Returns whether any of them are allowed.
     pub(super) async fn prove_strange_streams(
         &self,
-        store: &mut Connection,
+        store: &mut Store,
         streams: &[StreamRow],
         verdict: &mut Verdict,
-    ) -> Result<bool, QueryError> {
+    ) -> Result<bool, ReadError> {
         let mut is_mixed = false;
         for row in streams {
             let state = self.look_at(store, row).await?;
@@ -80,10 +78,10 @@ impl StoredDevice<'_> {
         Ok(is_mixed)
     }
 
-    async fn look_at(&self, store: &mut Connection, row: &StreamRow) -> Result<State, QueryError> {
+    async fn look_at(&self, store: &mut Store, row: &StreamRow) -> Result<State, ReadError> {
         let sql = "SELECT count(*), CAST(coalesce(sum(readings), 0) AS BIGINT), coalesce(max(seq), 0), \
                    max(received_at) FROM frames WHERE stream_id = $1";
-        let found = only_row(store, sql, &[row.id.into()]).await?;
+        let found = store.row(sql, &[row.id]).await?;
         let agrees = found.integer(0)? == row.frames
             && found.integer(1)? == row.readings
             && found.integer(2)?.cast_unsigned() == row.durable_seq;

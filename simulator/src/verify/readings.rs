@@ -3,11 +3,10 @@
 //! Readings are streamed. For each frame, the verifier keeps the number of readings seen and the row of the last one.
 //! Readings of a frame arrive in row order, so none can be stored twice, and all are stored if the count matches.
 
-use fieldgate::store::admin::{Connection, QueryError, Row, Value};
 use fieldgate_protocol::column::scaled;
 
 use super::ledger::Frame;
-use super::rest::only_row;
+use super::store::{ReadError, Row, Store, Value};
 use super::{Own, Verdict};
 use crate::plan::FrameContent;
 use crate::readings::{Readings, Values};
@@ -43,8 +42,8 @@ pub(super) struct SeriesRow {
 }
 
 impl SeriesRow {
-    pub(super) fn read(row: &Row) -> Result<SeriesRow, QueryError> {
-        let text = |column| -> Result<String, QueryError> {
+    pub(super) fn read(row: &Row) -> Result<SeriesRow, ReadError> {
+        let text = |column| -> Result<String, ReadError> {
             Ok(row.text_or_null(column)?.unwrap_or_default().to_owned())
         };
         Ok(SeriesRow {
@@ -56,9 +55,9 @@ impl SeriesRow {
     }
 
     /// Returns its number of readings.
-    pub(super) async fn count(&self, store: &mut Connection) -> Result<i64, QueryError> {
+    pub(super) async fn count(&self, store: &mut Store) -> Result<i64, ReadError> {
         let sql = "SELECT count(*) FROM readings WHERE series_id = $1";
-        only_row(store, sql, &[self.id.into()]).await?.integer(0)
+        store.row(sql, &[self.id]).await?.integer(0)
     }
 
     pub(super) fn describe(&self) -> String {
@@ -106,12 +105,12 @@ struct Stored<'a> {
 impl SeriesProof<'_> {
     pub(super) async fn prove(
         &self,
-        store: &mut Connection,
+        store: &mut Store,
         verdict: &mut Verdict,
-    ) -> Result<(), QueryError> {
-        let sql = match store.is_sqlite() {
-            true => SQLITE,
-            false => POSTGRES,
+    ) -> Result<(), ReadError> {
+        let sql = match store {
+            Store::Sqlite(_) => SQLITE,
+            Store::Postgres(_) => POSTGRES,
         };
         let mut walk = Walk {
             proof: self,
@@ -129,7 +128,7 @@ impl SeriesProof<'_> {
             walk.take(&stored, verdict);
             Ok(())
         };
-        store.each(sql, &[self.series.id.into()], on_row).await?;
+        store.each(sql, &[self.series.id], on_row).await?;
         let strange = walk.finish(verdict);
         if self.is_mixed && strange > 0 {
             self.explain(store, strange, verdict).await?;
@@ -140,18 +139,18 @@ impl SeriesProof<'_> {
     /// Verifies that readings of unknown frames belong to other streams of the device.
     async fn explain(
         &self,
-        store: &mut Connection,
+        store: &mut Store,
         strange: u64,
         verdict: &mut Verdict,
-    ) -> Result<(), QueryError> {
+    ) -> Result<(), ReadError> {
         let streams: Vec<String> = self
             .owns
             .iter()
             .map(|own| own.device.stream().to_string())
             .collect();
         let sql = format!("{OTHERS} ({})", streams.join(", "));
-        let arguments = [self.series.id.into(), self.device.into()];
-        let others = only_row(store, &sql, &arguments).await?.integer(0)?;
+        let arguments = [self.series.id, self.device];
+        let others = store.row(&sql, &arguments).await?.integer(0)?;
         let invented = strange.abs_diff(others.cast_unsigned());
         if invented > 0 {
             verdict.differ(|| {

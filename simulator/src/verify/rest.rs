@@ -1,7 +1,6 @@
 //! Verification of rows without a parent, which a walk from the devices down does not reach.
 
-use fieldgate::store::admin::{Argument, Connection, QueryError, Row};
-
+use super::store::{ReadError, Store};
 use super::{Run, Verdict};
 
 /// Kinds of orphaned rows, with the queries that count them.
@@ -77,17 +76,17 @@ const SLACK_US: u64 = 100_000;
 
 /// Finds rows without a device, stream or series.
 pub(super) async fn look_for_orphans(
-    store: &mut Connection,
+    store: &mut Store,
     verdict: &mut Verdict,
-) -> Result<(), QueryError> {
-    let is_sqlite = store.is_sqlite();
+) -> Result<(), ReadError> {
+    let is_sqlite = matches!(store, Store::Sqlite(_));
     let readings = match is_sqlite {
         true => "readings_sorted",
         false => "readings",
     };
     for (what, sql) in ORPHANS.iter().chain(is_sqlite.then_some(&RECENT)) {
         let sql = sql.replace("READINGS", readings);
-        let found = only_row(store, &sql, &[]).await?.integer(0)?;
+        let found = store.row(&sql, &[]).await?.integer(0)?;
         if found > 0 {
             verdict.differ(|| format!("{found} {what}: stored but not sent"));
         }
@@ -97,10 +96,10 @@ pub(super) async fn look_for_orphans(
 
 /// Verifies that devices observed every step of the gateway's clock during the runs.
 pub(super) async fn prove_clock_steps(
-    store: &mut Connection,
+    store: &mut Store,
     runs: &[Run],
     verdict: &mut Verdict,
-) -> Result<(), QueryError> {
+) -> Result<(), ReadError> {
     let spans: Vec<(i64, i64)> = runs.iter().filter_map(Run::span_us).collect();
     let clocks = runs.iter().filter_map(|run| run.ledger.clock_us);
     let seen_us = clocks.map(|(least_us, most_us)| most_us - least_us).max();
@@ -122,19 +121,4 @@ pub(super) async fn prove_clock_steps(
         }
     }
     Ok(())
-}
-
-/// Returns the one row of a query, without a time limit: counting a large store takes minutes.
-pub(super) async fn only_row(
-    store: &mut Connection,
-    sql: &str,
-    arguments: &[Argument<'_>],
-) -> Result<Row, QueryError> {
-    let mut found = None;
-    let on_row = |row| {
-        found = Some(row);
-        Ok(())
-    };
-    store.each(sql, arguments, on_row).await?;
-    Ok(found.expect("an aggregate gives a row"))
 }
