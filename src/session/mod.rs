@@ -1,20 +1,27 @@
 //! One device's connection as a state machine: frames and receipts in, replies and submissions out.
 //!
-//! `connection` owns the socket, the clocks and the queue, and `store` makes data durable. A
-//! session waits for HELLO, then AUTH, then the store's login outcome, then serves the stream until
-//! it is closed. [`handshake`] contains the states before WELCOME, [`stream`] the state after it.
+//! `connection` owns the socket, the clocks and the queue, and `store` makes data durable. Bytes and
+//! mail reach a session through its [`inbox`]. A session waits for HELLO, then AUTH, then the store's
+//! login outcome, then serves the stream until it is closed. [`handshake`] contains the states before
+//! WELCOME, `stream` the state after it, with a part for each concern: `order` judges the numbers of
+//! frames, `refusals` bounds what is refused for good, `schemas` keeps what was declared, `clock`
+//! measures the device's clocks, and `pacing` holds the device to its quota.
 //!
 //! Invariants
-//! - A call returns at most one [`Submission`], and `connection` reads nothing more from the peer
-//!   until it is queued.
+//! - A call returns at most one [`Submission`], and nothing more is processed until it is queued.
 //! - While the outcome of a login or DECLARE is pending, no frame is accepted.
 //! - Only numbers from a `Receipt` are acknowledged (see [`reply`]).
 
+mod clock;
 pub mod handshake;
 pub mod inbox;
+mod order;
+mod pacing;
+mod refusals;
 pub mod reply;
 pub(crate) mod retry;
-pub mod stream;
+mod schemas;
+mod stream;
 #[cfg(test)]
 mod tests;
 
@@ -89,11 +96,11 @@ impl Default for SessionSettings {
 /// A request from a session to the ingest queue.
 #[derive(Debug)]
 pub enum Submission {
-    /// Look up the device's stream. Answered by [`Session::handle_login_outcome`].
+    /// Look up the device's stream. Answered by [`inbox::Mail::login`].
     Login(Login),
-    /// Store this schema. Answered by [`Session::handle_declare_outcome`].
+    /// Store this schema. Answered by [`inbox::Mail::declare`].
     Declare(Declare),
-    /// Store this entry. Answered by [`Session::handle_receipt`].
+    /// Store this entry. Answered by [`inbox::Mail::receipt`].
     Entry(Entry),
     /// Put this entry into quarantine, using the reserved space. Answered like an entry.
     Quarantine(Entry, Reservation),
@@ -157,8 +164,7 @@ struct Closed {
 
 /// Owner of a session, for the audit trail.
 enum Whose {
-    Nobodys,
-    /// An unauthenticated peer that claimed this name.
+    /// An unauthenticated peer that claimed this name; empty if it claimed none.
     Claimed(String),
     Admitted(DeviceId),
 }
@@ -229,10 +235,7 @@ impl Session {
     fn wants_input(&self) -> bool {
         match &self.state {
             State::AwaitHello(_) | State::AwaitAuth(_) => true,
-            State::Serving(stream) => {
-                let is_paced = stream.paced_until_us().is_some();
-                self.leaving.is_none() && !stream.awaits_declare() && !is_paced
-            }
+            State::Serving(stream) => self.leaving.is_none() && stream.wants_input(),
             State::AwaitAdmission(_) | State::Closed(_) => false,
         }
     }
@@ -249,7 +252,7 @@ impl Session {
         };
         if let State::Serving(stream) = &mut self.state {
             let taken = step.as_ref().ok().and_then(Option::as_ref);
-            stream.pace(taken, now);
+            stream.pacing.count(taken, now.mono_us);
         }
         self.finish_step(step)
     }
@@ -317,19 +320,12 @@ impl Session {
         let outbound = &mut self.outbound;
         let step = match state.handle_outcome(outcome, &self.settings, &binding, now, outbound) {
             Ok(mut stream) => {
-                stream.pace(None, now);
-                let device = stream.device();
+                stream.pacing.count(None, now.mono_us);
+                let (device, kind) = (stream.device, DeviceEventKind::Connected);
                 let peer = self.peer.to_string();
                 self.heard_at_us = now.mono_us;
                 self.state = State::Serving(Box::new(stream));
-                Ok(Some(audit(
-                    device,
-                    Some(self.id),
-                    DeviceEventKind::Connected,
-                    0,
-                    peer,
-                    now,
-                )))
+                Ok(Some(audit(device, Some(self.id), kind, 0, peer, now)))
             }
             Err(close) => Err(close),
         };
@@ -344,7 +340,7 @@ impl Session {
             self.heard_at_us = now.mono_us;
             let refused = stream.handle_declare_outcome(outcome, now, &mut self.outbound);
             if let Some((code, detail)) = refused {
-                let (device, kind) = (stream.device(), DeviceEventKind::Refused);
+                let (device, kind) = (stream.device, DeviceEventKind::Refused);
                 event = Some(audit(device, None, kind, code as u8, detail, now));
             }
         }
@@ -372,13 +368,14 @@ impl Session {
     }
 
     /// Handles the loss of the store that the session logged in to: ends the session without
-    /// acknowledging anything, even if committed, so that the device resends the frames it still
-    /// has.
+    /// acknowledging anything, even if committed, so that the device reconnects and resends the
+    /// frames it still has.
     fn handle_store_replaced(&mut self) {
         if let State::Serving(stream) = &mut self.state {
-            stream.forget_due_ack();
+            stream.order.forget_due_ack();
         }
-        self.close(store_replaced());
+        let detail = "the store was restored to an earlier state";
+        self.close(Close::bye(Code::Shutdown, detail));
     }
 
     /// Handles shutdown: accepts no more input and closes once all accepted frames are
@@ -420,13 +417,12 @@ impl Session {
     fn close(&mut self, close: Close) {
         let whose = match &mut self.state {
             State::Closed(_) => return,
-            State::AwaitHello(state) if state.device.is_empty() => Whose::Nobodys,
             State::AwaitHello(state) => Whose::Claimed(std::mem::take(&mut state.device)),
             State::AwaitAuth(state) => Whose::Claimed(std::mem::take(&mut state.device)),
             State::AwaitAdmission(state) => Whose::Claimed(std::mem::take(&mut state.device)),
             State::Serving(stream) => {
-                stream.write_due_ack(&mut self.outbound);
-                Whose::Admitted(stream.device())
+                stream.order.write_due_ack(&mut self.outbound);
+                Whose::Admitted(stream.device)
             }
         };
         if let Some(code) = close.code {
@@ -443,7 +439,7 @@ impl Session {
     /// Handles the passing of time.
     pub fn handle_timeout(&mut self, now: Now) {
         if let State::Serving(stream) = &mut self.state
-            && stream.end_pace(now)
+            && stream.pacing.resume(now.mono_us)
         {
             // Input was paused, so the device was not silent.
             self.heard_at_us = now.mono_us;
@@ -468,9 +464,8 @@ impl Session {
         let idle_us = self.heard_at_us + self.settings.limits.idle_timeout_us();
         match &self.state {
             State::Closed(_) => None,
-            State::Serving(stream) if stream.paced_until_us().is_some() => stream.paced_until_us(),
             // Silence counts against the peer only while input is accepted.
-            State::Serving(_) if !self.wants_input() => None,
+            State::Serving(stream) if !self.wants_input() => stream.pacing.until_us(),
             State::Serving(_) => Some(match self.frame_begun_at_us {
                 Some(begun_at_us) => {
                     idle_us.min(begun_at_us + self.settings.limits.frame_timeout_us())
@@ -484,7 +479,7 @@ impl Session {
     /// Returns the outbound buffer, after writing any due ACK.
     pub fn outbound(&mut self) -> &mut Outbound {
         if let State::Serving(stream) = &mut self.state {
-            stream.write_due_ack(&mut self.outbound);
+            stream.order.write_due_ack(&mut self.outbound);
         }
         &mut self.outbound
     }
@@ -497,7 +492,7 @@ impl Session {
     /// Returns the device after login.
     pub fn device(&self) -> Option<DeviceId> {
         match &self.state {
-            State::Serving(stream) => Some(stream.device()),
+            State::Serving(stream) => Some(stream.device),
             State::Closed(closed) => match closed.whose {
                 Whose::Admitted(device) => Some(device),
                 _ => None,
@@ -514,17 +509,15 @@ impl Session {
         }
     }
 
-    /// Returns the name claimed by a peer that did not log in; empty if it claimed none.
+    /// Returns the name claimed by the peer of a closed session that did not log in; empty if it
+    /// claimed none.
     pub fn claimed(&self) -> &str {
         match &self.state {
-            State::AwaitHello(state) => &state.device,
-            State::AwaitAuth(state) => &state.device,
-            State::AwaitAdmission(state) => &state.device,
             State::Closed(closed) => match &closed.whose {
                 Whose::Claimed(device) => device,
-                Whose::Nobodys | Whose::Admitted(_) => "",
+                Whose::Admitted(_) => "",
             },
-            State::Serving(_) => "",
+            _ => "",
         }
     }
 
@@ -541,30 +534,25 @@ impl Session {
             return None;
         };
         let Close { code, detail, .. } = &closed.close;
-        let code = code.map_or(0, |code| code as u8);
-        if let Whose::Admitted(device) = &closed.whose {
-            let kind = DeviceEventKind::Disconnected;
-            return Some(audit(
-                *device,
-                Some(self.id),
-                kind,
-                code,
-                detail.clone(),
-                now,
-            ));
+        let (code, detail) = (code.map_or(0, |code| code as u8), detail.clone());
+        match &closed.whose {
+            Whose::Admitted(device) => {
+                let (session, kind) = (Some(self.id), DeviceEventKind::Disconnected);
+                Some(audit(*device, session, kind, code, detail, now))
+            }
+            Whose::Claimed(device) => is_refused.then(|| {
+                Submission::Refusal(Refusal {
+                    peer: self.peer.ip().to_canonical(),
+                    device: device.clone(),
+                    code,
+                    detail,
+                    count: 1,
+                    first_at_us: now.utc_us,
+                    at_us: now.utc_us,
+                    is_audited,
+                })
+            }),
         }
-        is_refused.then(|| {
-            Submission::Refusal(Refusal {
-                peer: self.peer.ip().to_canonical(),
-                device: self.claimed().to_owned(),
-                code,
-                detail: detail.clone(),
-                count: 1,
-                first_at_us: now.utc_us,
-                at_us: now.utc_us,
-                is_audited,
-            })
-        })
     }
 
     fn finish_step(&mut self, step: Step) -> Option<Submission> {
@@ -576,11 +564,6 @@ impl Session {
             }
         }
     }
-}
-
-/// Returns the close reason for a replaced store; the device reconnects.
-fn store_replaced() -> Close {
-    Close::bye(Code::Shutdown, "the store was restored to an earlier state")
 }
 
 /// Guesses the peer's protocol from its first byte.
