@@ -106,7 +106,7 @@ fn the_simulator_imports_nothing_that_it_proves() {
         assert!(lines.is_empty(), "{path} must not import: {lines:?}");
     });
     assert!(files > 30, "{files}");
-    let planted = "use fieldgate::store::reader::Reader;";
+    let planted = "use fieldgate::store::admin::Connection;";
     for path in ["verify/store.rs", "bench/mod.rs", "plan.rs"] {
         assert_eq!(not_shared(Path::new(path), planted), [planted], "{path}");
     }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fieldgate::config::store_url::PostgresUrl;
-use fieldgate::store::admin::OpenError;
 use fieldgate::store::postgres::migrate;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection};
 use tokio::task::JoinSet;
