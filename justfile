@@ -20,7 +20,7 @@ bench *ARGS: build
 
 # Write docs/configuration.md and fieldgate.example.toml from the settings in src/config/groups.rs
 reference:
-    FIELDGATE_TEST_WRITE=1 cargo test --workspace --bin fieldgate --locked -q cli::reference
+    FIELDGATE_TEST_WRITE=1 cargo test --workspace --lib --locked -q cli::reference
 
 # Build the documentation of the code, and check the documents
 docs:

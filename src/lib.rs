@@ -8,28 +8,53 @@
 #[doc(hidden)]
 pub mod testing;
 
-pub mod server;
+pub mod cli;
 
-pub mod import;
+mod server;
 
-pub mod ingest;
+mod import;
 
-pub mod session;
+mod ingest;
 
-pub mod decode;
+mod session;
+
+mod decode;
 
 pub mod auth;
 
-pub mod quota;
+mod quota;
 
 pub mod net;
 
-pub mod store;
+mod store;
 
 pub mod recording;
 
 pub mod config;
 
-pub mod time;
+mod time;
 
 pub mod sys;
+
+/// Parts that the benchmarks and tests of this repository use.
+#[doc(hidden)]
+pub mod internals {
+    pub use crate::ingest::batcher::{BatchLimits, Batcher};
+    pub use crate::session::inbox::{Inbox, Mail};
+    pub use crate::session::{Session, SessionSettings, Submission};
+    pub use crate::store::admin::Access;
+    pub use crate::store::ledger::Appended;
+    pub use crate::store::memory::MemoryStore;
+    pub use crate::store::postgres::{OpenError as PostgresError, migrate as migrate_postgres};
+    pub use crate::store::rows::{Frame, Run, sorted_runs};
+    pub use crate::store::sqlite::{
+        OpenError as SqliteError, Purpose, SqliteSettings, SqliteStore, migrate as migrate_sqlite,
+        open_existing,
+    };
+    pub use crate::store::{
+        Admission, Batch, Content, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
+        DeviceEventKind, DeviceId, Entry, Login, LoginOutcome, Readings, Receipt, SeriesId, Store,
+        StreamId,
+    };
+    pub use crate::time::{BootClock, Now, Origin, Quality, ResolvedTime};
+}

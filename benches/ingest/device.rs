@@ -4,12 +4,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use fieldgate::config::SessionLimits;
-use fieldgate::ingest::batcher::Batcher;
-use fieldgate::session::inbox::{Inbox, Mail};
-use fieldgate::session::{Session, SessionSettings};
-use fieldgate::store::Store;
-use fieldgate::store::memory::MemoryStore;
-use fieldgate::time::{Now, Origin};
+use fieldgate::internals::{
+    Batcher, Inbox, Mail, MemoryStore, Now, Origin, Session, SessionSettings, Store,
+};
 use fieldgate_protocol::auth::NO_CHANNEL_BINDING;
 use fieldgate_protocol::column::encode_integers;
 use fieldgate_protocol::device::{Config, Device, Queue};

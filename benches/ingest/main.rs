@@ -7,13 +7,11 @@ use std::hint::black_box;
 
 use bytes::BytesMut;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use fieldgate::ingest::batcher::{BatchLimits, Batcher};
+use fieldgate::internals::{
+    Appended, BatchLimits, Batcher, Content, Entry, Frame, Inbox, Run, SeriesId, Submission,
+    sorted_runs,
+};
 use fieldgate::net::codec::FrameCodec;
-use fieldgate::session::Submission;
-use fieldgate::session::inbox::Inbox;
-use fieldgate::store::ledger::Appended;
-use fieldgate::store::rows::{Frame, Run, sorted_runs};
-use fieldgate::store::{Content, Entry, SeriesId};
 use fieldgate_protocol::frame::DEFAULT_FRAME_BYTES_MAX;
 use tokio_util::codec::Decoder;
 

@@ -5,11 +5,11 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::Path;
 
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::config::{Config, Location, Settings};
-use fieldgate::store::admin::{self, Connection, OpenError};
-use fieldgate::store::{postgres, spool, sqlite};
-use fieldgate::sys::log;
+use crate::config::store_url::StoreUrl;
+use crate::config::{Config, Location, Settings};
+use crate::store::admin::{self, Connection, OpenError};
+use crate::store::{postgres, spool, sqlite};
+use crate::sys::log;
 use rustix::fs::{Access, access};
 use tokio::net::TcpSocket;
 

@@ -4,14 +4,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::auth::claim::{Mismatch, Standing, adopt, claim, standing};
+use crate::auth::device_key::DeviceKey;
+use crate::auth::fleet_key::{FleetKey, KEY_FILE, Origin, create_data_dir};
+use crate::config::store_url::StoreUrl;
+use crate::config::{Config, SPOOL_FILE};
+use crate::store::admin::{Access, Connection, Source, device};
+use crate::sys::secret_file::SecretReaders;
 use clap::{Args, Subcommand};
-use fieldgate::auth::claim::{Mismatch, Standing, adopt, claim, standing};
-use fieldgate::auth::device_key::DeviceKey;
-use fieldgate::auth::fleet_key::{FleetKey, KEY_FILE, Origin, create_data_dir};
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::config::{Config, SPOOL_FILE};
-use fieldgate::store::admin::{Access, Connection, Source, device};
-use fieldgate::sys::secret_file::SecretReaders;
 use tokio::time::timeout;
 
 use super::{Error, output};

@@ -6,10 +6,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::config::store_url::StoreUrl;
+use crate::import::{History, ImportError, Progress, Target, send};
+use crate::recording::{DeviceRows, ReadOptions, Recording};
 use clap::Args;
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::import::{History, ImportError, Progress, Target, send};
-use fieldgate::recording::{DeviceRows, ReadOptions, Recording};
 
 use super::Error;
 use super::device::{device_name, keys_of, read_key};

@@ -3,10 +3,10 @@
 use std::io::Write;
 use std::path::Path;
 
-use fieldgate::auth::fleet_key;
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::postgres;
-use fieldgate::store::sqlite::{self, SqliteSettings};
+use crate::auth::fleet_key;
+use crate::config::store_url::StoreUrl;
+use crate::store::postgres;
+use crate::store::sqlite::{self, SqliteSettings};
 
 use super::{Error, output};
 

@@ -18,6 +18,7 @@ mod nearest;
 mod output;
 #[cfg(test)]
 mod plans;
+mod program;
 mod quarantine;
 mod query;
 #[cfg(test)]
@@ -33,26 +34,27 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::PathBuf;
 
+use crate::auth::fleet_key::KeyError;
+use crate::config::store_url::without_password;
+use crate::config::{ConfigError, Location};
+use crate::net::tls::TlsError;
+use crate::store::admin::{OpenError, QueryError};
+use crate::store::spool::SpoolError;
+use crate::store::{postgres, sqlite};
 use clap::builder::BoolishValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use fieldgate::auth::fleet_key::KeyError;
-use fieldgate::config::store_url::without_password;
-use fieldgate::config::{ConfigError, Location};
-use fieldgate::net::tls::TlsError;
-use fieldgate::store::admin::{OpenError, QueryError};
-use fieldgate::store::spool::SpoolError;
-use fieldgate::store::{postgres, sqlite};
 use jiff::Timestamp;
 
 use self::fleet_key::FleetKeyFile;
 use self::nearest::near;
+pub use self::program::main;
 use self::settings_file::FileError;
 
 /// Stores sensor readings from field devices in a SQL database, each exactly once.
 #[derive(Debug, Parser)]
 #[command(name = "fieldgate", version, after_help = PRECEDENCE)]
-pub struct Cli {
+struct Cli {
     #[command(flatten)]
     global: GlobalArgs,
     #[command(subcommand)]
@@ -106,7 +108,7 @@ impl GlobalArgs {
 
 /// Format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
+enum LogFormat {
     /// Human-readable lines.
     Text,
     /// One JSON object per line.
@@ -170,7 +172,7 @@ enum Command {
 
 /// Reason why the program does not end with success.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+enum Error {
     /// Wrong arguments or environment.
     #[error("{0}")]
     Usage(String),
@@ -264,7 +266,7 @@ impl Error {
 
 /// Returns the log format as far as it can be found before the arguments are parsed. Errors in the arguments are
 /// reported in it.
-pub fn log_format(args: &[OsString]) -> LogFormat {
+fn log_format(args: &[OsString]) -> LogFormat {
     let flag = args.iter().enumerate().rev().find_map(|(at, arg)| {
         let value = arg.to_str()?.strip_prefix("--log-format")?;
         match value.strip_prefix('=') {
@@ -279,7 +281,7 @@ pub fn log_format(args: &[OsString]) -> LogFormat {
 }
 
 /// Reads the arguments, the environment and the settings file. Prints help if it is requested.
-pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Error> {
+fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Error> {
     let args: Vec<OsString> = args.into_iter().collect();
     // Parse once to find the settings file, then again with its values as defaults.
     let matches = match_args(command(), &args)?;
@@ -439,12 +441,12 @@ fn environment_of(error: &clap::Error, args: &[OsString]) -> Option<String> {
 
 impl Cli {
     /// Returns the format of the log.
-    pub fn log_format(&self) -> LogFormat {
+    fn log_format(&self) -> LogFormat {
         self.global.log_format
     }
 
     /// Returns the log levels as RUST_LOG directives.
-    pub fn log_levels(&self) -> String {
+    fn log_levels(&self) -> String {
         match std::env::var("RUST_LOG") {
             Ok(levels) if !levels.is_empty() => levels,
             _ => self.global.log_level.directives().to_owned(),
@@ -452,7 +454,7 @@ impl Cli {
     }
 
     /// Runs the subcommand.
-    pub async fn carry_out(self) -> Result<(), Error> {
+    async fn carry_out(self) -> Result<(), Error> {
         for variable in unknown_variables(std::env::vars_os().map(|(name, _)| name)) {
             tracing::warn!(%variable, "unknown environment variable ignored");
         }

@@ -1,6 +1,6 @@
 //! Suggests similar names for unknown ones.
 
-use fieldgate::store::admin::Connection;
+use crate::store::admin::Connection;
 
 use super::Error;
 

@@ -1,12 +1,12 @@
 //! Checks the query plan of each command: large tables are read through their indexes, in stores with and without
 //! statistics.
 
-use fieldgate::config::store_url::{PostgresUrl, StoreUrl};
-use fieldgate::store::admin::device::changes_sql;
-use fieldgate::store::admin::replay::quarantined_frames_sql;
-use fieldgate::store::admin::{Access, Argument, Connection, Value};
-use fieldgate::store::postgres;
-use fieldgate::store::sqlite::{self, SqliteSettings};
+use crate::config::store_url::{PostgresUrl, StoreUrl};
+use crate::store::admin::device::changes_sql;
+use crate::store::admin::replay::quarantined_frames_sql;
+use crate::store::admin::{Access, Argument, Connection, Value};
+use crate::store::postgres;
+use crate::store::sqlite::{self, SqliteSettings};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection as _, Executor};
 
 use super::{device, quarantine, status};

@@ -9,10 +9,10 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::config::store_url::StoreUrl;
+use crate::store::admin::{Access, Connection, QueryError, Row};
+use crate::store::sqlite::readers;
 use clap::{Args, ValueEnum};
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::admin::{Access, Connection, QueryError, Row};
-use fieldgate::store::sqlite::readers;
 
 use super::Error;
 use super::output::{self, Grid};

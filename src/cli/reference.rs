@@ -6,8 +6,8 @@ use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+use crate::config::{Location, Settings};
 use clap::{Arg, ArgAction, Command};
-use fieldgate::config::{Location, Settings};
 use toml::Value;
 
 use super::command;

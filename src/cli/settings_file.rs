@@ -8,9 +8,9 @@ use std::any::TypeId;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::config::store_url::without_password;
+use crate::config::units::Unit;
 use clap::{Arg, ArgAction, Command};
-use fieldgate::config::store_url::without_password;
-use fieldgate::config::units::Unit;
 use toml::{Table, Value};
 
 use super::nearest::nearest;

@@ -3,7 +3,7 @@
 //! A read-only connection is not enough: `VACUUM INTO` writes a file, `ATTACH` opens other databases, `SET` makes a
 //! Postgres session writable, and several statements in one text would return rows of different shapes.
 
-use fieldgate::config::store_url::StoreUrl;
+use crate::config::store_url::StoreUrl;
 
 /// SQL dialect of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

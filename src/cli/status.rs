@@ -7,11 +7,11 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
 
-use fieldgate::config::SPOOL_FILE;
-use fieldgate::config::store_url::{PostgresUrl, StoreUrl};
-use fieldgate::store::admin::{Access, Connection};
-use fieldgate::store::spool;
-use fieldgate::time::SystemClock;
+use crate::config::SPOOL_FILE;
+use crate::config::store_url::{PostgresUrl, StoreUrl};
+use crate::store::admin::{Access, Connection};
+use crate::store::spool;
+use crate::time::SystemClock;
 
 use super::Error;
 use super::output::{self, age, bytes_text, count, utc_text, write_facts};

@@ -7,12 +7,12 @@ use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::auth::fleet_key::create_data_dir;
+use crate::config::address::host_name;
+use crate::config::{TLS_CERT_FILE, TLS_DIR, TLS_KEY_FILE};
+use crate::sys::secret_file::{create_private_dir, create_secret, replace_secret};
+use crate::time::utc_now;
 use clap::{Args, Subcommand};
-use fieldgate::auth::fleet_key::create_data_dir;
-use fieldgate::config::address::host_name;
-use fieldgate::config::{TLS_CERT_FILE, TLS_DIR, TLS_KEY_FILE};
-use fieldgate::sys::secret_file::{create_private_dir, create_secret, replace_secret};
-use fieldgate::time::utc_now;
 use jiff::ToSpan;
 use jiff::civil::Date;
 use rcgen::{

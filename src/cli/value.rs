@@ -1,6 +1,6 @@
 //! Formats values for tables, CSV and JSON.
 
-pub use fieldgate::store::admin::Value;
+pub use crate::store::admin::Value;
 
 /// Output formats of a value.
 pub trait Written {

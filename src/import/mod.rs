@@ -11,5 +11,5 @@
 mod history;
 mod send;
 
-pub use self::history::{FORMAT, History, HistoryError};
+pub use self::history::History;
 pub use self::send::{ImportError, Progress, Target, send};

@@ -379,7 +379,7 @@ impl Refusal {
 /// Only a store can create one, and an ACK can be created only from one:
 ///
 /// ```compile_fail
-/// use fieldgate::store::{Receipt, StreamId};
+/// use fieldgate::internals::{Receipt, StreamId};
 /// let forged = Receipt { stream: StreamId(1), durable_seq: 7 };
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
 
-use fieldgate::store::{Batch, Store};
+use fieldgate::internals::{Batch, Store};
 
 use crate::support::fleet::simulator;
 use crate::support::site::{AT_US, DATABASE, Gateway, Said, Site, readings};

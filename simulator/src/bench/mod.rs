@@ -14,8 +14,7 @@ use std::time::{Duration, Instant};
 
 use fieldgate::auth::fleet_key::KeyError;
 use fieldgate::config::store_url::PostgresUrl;
-use fieldgate::store::postgres::OpenError as PostgresError;
-use fieldgate::store::sqlite::OpenError as SqliteError;
+use fieldgate::internals::{PostgresError, SqliteError};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fieldgate::config::store_url::PostgresUrl;
-use fieldgate::store::postgres::migrate;
+use fieldgate::internals::migrate_postgres;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection};
 use tokio::task::JoinSet;
 
@@ -107,7 +107,7 @@ pub(super) async fn bare(
     connections: usize,
     job: &Job,
 ) -> Result<f64, BenchError> {
-    migrate(url).await?;
+    migrate_postgres(url).await?;
     let mut conn = connect(url).await?;
     make_partitions(&mut conn, job).await?;
     if let Some(sql) = &job.registry {

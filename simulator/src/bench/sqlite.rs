@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use fieldgate::store::sqlite::{SqliteSettings, migrate};
+use fieldgate::internals::{SqliteSettings, migrate_sqlite};
 use sqlx::sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{Arguments, AssertSqlSafe, ConnectOptions, Connection, Row as _, SqliteConnection};
 
@@ -19,7 +19,7 @@ const LOG_PAGES: i64 = (128 << 20) / 8192;
 
 /// Inserts what a fleet would have stored, and nothing else; returns readings per second.
 pub(super) async fn bare(path: &Path, job: &Job) -> Result<f64, BenchError> {
-    migrate(path, &SqliteSettings::default()).await?;
+    migrate_sqlite(path, &SqliteSettings::default()).await?;
     let options = SqliteConnectOptions::new()
         .filename(path)
         .journal_mode(SqliteJournalMode::Wal)

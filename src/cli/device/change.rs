@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use crate::auth::device_key::DeviceKey;
+use crate::auth::fleet_key::FleetKey;
+use crate::config::store_url::StoreUrl;
+use crate::store::admin::device::{DeviceEdit, DeviceState, StoredKey};
+use crate::store::admin::{Access, Connection};
+use crate::sys::secret_file::{SecretReaders, open_secret};
+use crate::time::SystemClock;
 use clap::Args;
-use fieldgate::auth::device_key::DeviceKey;
-use fieldgate::auth::fleet_key::FleetKey;
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::admin::device::{DeviceEdit, DeviceState, StoredKey};
-use fieldgate::store::admin::{Access, Connection};
-use fieldgate::sys::secret_file::{SecretReaders, open_secret};
-use fieldgate::time::SystemClock;
 
 use super::device_name;
 use crate::cli::fleet_key::FleetKeyFile;

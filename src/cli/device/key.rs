@@ -2,14 +2,14 @@
 
 use std::io::Write;
 
+use crate::auth::device_key::DeviceKey;
+use crate::auth::fleet_key::FleetKey;
+use crate::config::store_url::StoreUrl;
+use crate::store::admin::device::{self, StoredKey};
+use crate::store::admin::{Access, Connection, OpenError};
+use crate::store::postgres;
+use crate::store::sqlite;
 use clap::Args;
-use fieldgate::auth::device_key::DeviceKey;
-use fieldgate::auth::fleet_key::FleetKey;
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::admin::device::{self, StoredKey};
-use fieldgate::store::admin::{Access, Connection, OpenError};
-use fieldgate::store::postgres;
-use fieldgate::store::sqlite;
 
 use super::device_name;
 use crate::cli::fleet_key::FleetKeyFile;

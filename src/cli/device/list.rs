@@ -2,10 +2,10 @@
 
 use std::io::Write;
 
+use crate::config::units::Unit;
+use crate::store::admin::{Argument, Connection, Row};
+use crate::time::SystemClock;
 use clap::Args;
-use fieldgate::config::units::Unit;
-use fieldgate::store::admin::{Argument, Connection, Row};
-use fieldgate::time::SystemClock;
 
 use crate::cli::Error;
 use crate::cli::output::{self, count, show_utc};

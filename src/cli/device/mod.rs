@@ -8,9 +8,9 @@ mod remove;
 mod show;
 mod transfer;
 
+use crate::config::store_url::StoreUrl;
+use crate::store::admin::{Access, Connection};
 use clap::Subcommand;
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::admin::{Access, Connection};
 use fieldgate_protocol::message::check_name;
 
 pub use self::change::read_key;

@@ -2,9 +2,9 @@
 
 use std::io::Write;
 
+use crate::config::store_url::StoreUrl;
+use crate::store::admin::{Access, Connection};
 use clap::Args;
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::admin::{Access, Connection};
 
 use crate::cli::Error;
 use crate::cli::output::{self, code_text, show_utc};

@@ -2,12 +2,12 @@
 
 use std::io::{self, Write};
 
+use crate::config::store_url::StoreUrl;
+use crate::store::admin::device::{self, DeviceEdit};
+use crate::store::admin::removal::{self, Belongings};
+use crate::store::admin::{Access, Connection};
+use crate::store::sqlite;
 use clap::Args;
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::admin::device::{self, DeviceEdit};
-use fieldgate::store::admin::removal::{self, Belongings};
-use fieldgate::store::admin::{Access, Connection};
-use fieldgate::store::sqlite;
 use jiff::Timestamp;
 
 use crate::cli::Error;

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use fieldgate::store::admin::{Argument, Connection, Row};
+use crate::store::admin::{Argument, Connection, Row};
 
 use crate::cli::Error;
 use crate::cli::nearest::unknown_device;

@@ -9,13 +9,13 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use crate::auth::device_key::DeviceKey;
+use crate::auth::fleet_key::FleetKey;
+use crate::config::store_url::StoreUrl;
+use crate::store::admin::device::{self, DeviceState, StoredKey};
+use crate::store::admin::{Access, Connection};
+use crate::sys::secret_file::create_secret;
 use clap::Args;
-use fieldgate::auth::device_key::DeviceKey;
-use fieldgate::auth::fleet_key::FleetKey;
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::store::admin::device::{self, DeviceState, StoredKey};
-use fieldgate::store::admin::{Access, Connection};
-use fieldgate::sys::secret_file::create_secret;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::change::{Wanted, edit, next_version, seal};

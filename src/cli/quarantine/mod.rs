@@ -7,11 +7,11 @@ mod show;
 
 use std::io::Write;
 
-use clap::{Args, Subcommand};
-use fieldgate::config::store_url::StoreUrl;
+use crate::config::store_url::StoreUrl;
 #[cfg(test)]
-use fieldgate::store::admin::replay::quarantined_frames_sql;
-use fieldgate::store::admin::{Access, Connection};
+use crate::store::admin::replay::quarantined_frames_sql;
+use crate::store::admin::{Access, Connection};
+use clap::{Args, Subcommand};
 
 use self::purge::PurgeArgs;
 use self::select::Selection;

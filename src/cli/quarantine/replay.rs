@@ -3,12 +3,12 @@
 
 use std::io::Write;
 
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::decode::Context;
-use fieldgate::store::Content;
-use fieldgate::store::admin::replay::{DecodeCache, QuarantinedFrame, Understood};
-use fieldgate::store::admin::{Access, Connection};
-use fieldgate::time::Origin;
+use crate::config::store_url::StoreUrl;
+use crate::decode::Context;
+use crate::store::Content;
+use crate::store::admin::replay::{DecodeCache, QuarantinedFrame, Understood};
+use crate::store::admin::{Access, Connection};
+use crate::time::Origin;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
 use fieldgate_protocol::message::first_seq;
 

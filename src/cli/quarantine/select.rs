@@ -2,8 +2,8 @@
 
 use std::collections::HashSet;
 
+use crate::store::admin::{Argument, Connection};
 use clap::Args;
-use fieldgate::store::admin::{Argument, Connection};
 use jiff::Timestamp;
 
 use crate::cli::Error;

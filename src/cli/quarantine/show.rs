@@ -2,13 +2,13 @@
 
 use std::io::{self, Write};
 
+use crate::config::store_url::StoreUrl;
+use crate::decode::Context;
+use crate::decode::explain::{Dissection, Part, dissect};
+use crate::store::admin::replay::QuarantinedFrame;
+use crate::store::admin::{Access, Connection};
+use crate::time::Origin;
 use clap::Args;
-use fieldgate::config::store_url::StoreUrl;
-use fieldgate::decode::Context;
-use fieldgate::decode::explain::{Dissection, Part, dissect};
-use fieldgate::store::admin::replay::QuarantinedFrame;
-use fieldgate::store::admin::{Access, Connection};
-use fieldgate::time::Origin;
 use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
 use fieldgate_protocol::message::{Data, decode};
 

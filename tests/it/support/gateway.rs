@@ -9,8 +9,7 @@ use std::sync::Mutex;
 use std::sync::mpsc::channel;
 use std::thread;
 
-use fieldgate::store::admin::Access;
-use fieldgate::store::sqlite::{Purpose, open_existing};
+use fieldgate::internals::{Access, Purpose, open_existing};
 use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING, derive_device_key};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, FromRow, SqliteConnection};

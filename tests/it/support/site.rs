@@ -5,12 +5,12 @@ use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use fieldgate::store::sqlite::{SqliteSettings, SqliteStore};
-use fieldgate::store::{
+use fieldgate::internals::{
     Admission, Batch, Content, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,
     DeviceEventKind, DeviceId, Entry, Login, LoginOutcome, Readings, SeriesId, Store, StreamId,
 };
-use fieldgate::time::{BootClock, Origin, Quality, ResolvedTime};
+use fieldgate::internals::{BootClock, Origin, Quality, ResolvedTime};
+use fieldgate::internals::{SqliteSettings, SqliteStore};
 use fieldgate_protocol::frame::types;
 use fieldgate_protocol::value::Kind;
 
