@@ -6,11 +6,13 @@ use std::rc::Rc;
 use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, derive_device_key, schema_hash};
 use fieldgate_protocol::column::{encode_f64, encode_integers, encoding, scaled};
 use fieldgate_protocol::device::{Config, Device, Fault, Queue};
-use fieldgate_protocol::frame::{Header, NoRoom, TRAILER_BYTES, VERSION, seal, types};
+use fieldgate_protocol::frame::{
+    self, DEFAULT_FRAME_BYTES_MAX, Header, NoRoom, TRAILER_BYTES, VERSION, seal, types,
+};
 use fieldgate_protocol::message::{Column, Data, Event, encode};
 use fieldgate_protocol::value::{Clock, Kind, TimeUnit};
 
-use super::LinkId;
+use super::link::LinkId;
 use super::random::Random;
 use crate::testing;
 use crate::time::Now;
@@ -245,7 +247,7 @@ pub(super) struct FieldDevice {
     pub machine: Device<'static>,
     pub link: Option<LinkId>,
     /// Received bytes of an incomplete frame.
-    pub input: Vec<u8>,
+    input: Vec<u8>,
     boot: u32,
     booted_at_us: u64,
     /// Time to reconnect, on the simulation's clock.
@@ -323,6 +325,28 @@ impl FieldDevice {
             .poll_transmit(&mut self.queue, uptime_us, &mut frame)?;
         frame.truncate(frame_bytes);
         Some(frame)
+    }
+
+    /// Receives bytes and processes the whole frames.
+    pub(super) fn receive(
+        &mut self,
+        bytes: impl Iterator<Item = u8>,
+        now: Now,
+    ) -> Result<(), Fault> {
+        self.input.extend(bytes);
+        let uptime_us = self.uptime_us(now);
+        let mut taken = 0;
+        loop {
+            let found = frame::decode(&self.input[taken..], DEFAULT_FRAME_BYTES_MAX);
+            let Some(frame) = found.map_err(|_| Fault::Protocol("not a frame"))? else {
+                break;
+            };
+            taken += frame.bytes.len();
+            self.machine
+                .handle_frame(&frame, &mut self.queue, uptime_us)?;
+        }
+        self.input.drain(..taken);
+        Ok(())
     }
 
     /// Returns the next deadline of the device, on the simulation's clock.

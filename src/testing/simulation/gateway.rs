@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use fieldgate_protocol::error::Code;
 
-use super::LinkId;
 use super::device::FLEET_KEY;
+use super::link::LinkId;
 use super::random::Random;
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::FleetKey;

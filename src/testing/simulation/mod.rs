@@ -20,6 +20,7 @@
 
 mod device;
 mod gateway;
+mod link;
 mod oracle;
 pub(crate) mod random;
 
@@ -28,11 +29,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 
 use fieldgate_protocol::device::Fault;
-use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame;
 
 use self::device::{FieldDevice, NAMES, declare_frame};
 use self::gateway::Gateway;
+use self::link::{Link, LinkId};
 use self::oracle::{Record, Tally};
 use self::random::Random;
 use crate::time::{Now, Origin};
@@ -45,26 +46,7 @@ const CALM_US_MAX: u64 = 600_000_000;
 const CALM_STEPS_MAX: u64 = 20_000;
 /// 2026-01-01T00:00:00Z.
 const START_UTC_US: i64 = 1_767_225_600_000_000;
-/// Capacity of a socket, in bytes.
-const LINK_BYTES_MAX: usize = 2_000;
 const QUEUE_FRAMES_MAX: usize = 60;
-
-type LinkId = u64;
-
-/// A connection's bytes in transit.
-struct Link {
-    device: usize,
-    to_gateway: Vec<u8>,
-    to_device: Vec<u8>,
-    is_device_end_open: bool,
-    /// Whether the gateway will see that the device's end is closed.
-    is_close_notified: bool,
-    is_gateway_end_open: bool,
-    was_damaged: bool,
-    /// Number of frames that will be damaged, including resent ones.
-    noisy_frames: u64,
-    is_calm: bool,
-}
 
 struct World {
     random: Random,
@@ -307,8 +289,7 @@ impl World {
         }
         self.gateway.crash();
         for link in self.links.values_mut() {
-            link.is_gateway_end_open = false;
-            link.to_gateway.clear();
+            link.close_gateway_end();
         }
     }
 
@@ -320,11 +301,10 @@ impl World {
         };
         device.disconnect(fault, self.now, &mut self.random);
         let link = self.links.get_mut(&id).expect("the device's link");
-        link.is_device_end_open = false;
+        link.close_device_end();
         link.is_close_notified = true;
-        link.to_device.clear();
         if let Some(fault) = fault {
-            check_fault(link, fault);
+            link.check_fault(fault);
         }
         self.forget_dead_links();
     }
@@ -341,8 +321,7 @@ impl World {
             device.again_at_us = self.now.mono_us;
         }
         let link = self.links.get_mut(&id).expect("the device's link");
-        link.is_device_end_open = false;
-        link.to_device.clear();
+        link.close_device_end();
         self.record.count("left half open");
         self.forget_dead_links();
     }
@@ -400,18 +379,7 @@ impl World {
             self.next_link += 1;
             device.connect(id, self.now, &mut self.random);
             self.gateway.accept(id, self.random.nonce(), self.now);
-            let link = Link {
-                device: index,
-                to_gateway: Vec::new(),
-                to_device: Vec::new(),
-                is_device_end_open: true,
-                is_close_notified: false,
-                is_gateway_end_open: true,
-                was_damaged: false,
-                noisy_frames: 0,
-                is_calm: self.is_calm,
-            };
-            self.links.insert(id, link);
+            self.links.insert(id, Link::new(index, self.is_calm));
         }
     }
 
@@ -422,7 +390,7 @@ impl World {
             let Some(link) = device.link.and_then(|id| self.links.get_mut(&id)) else {
                 break;
             };
-            if link.to_gateway.len() >= LINK_BYTES_MAX {
+            if link.is_full() {
                 break;
             }
             let Some(mut frame) = device.transmit(self.now) else {
@@ -443,17 +411,13 @@ impl World {
 
     fn take_mail(&mut self, id: LinkId) -> bool {
         let is_taken = self.gateway.take_mail(id, self.now);
-        if is_taken {
-            self.hear(id);
-        }
+        self.hear(id);
         is_taken
     }
 
     fn grant(&mut self, id: LinkId) -> bool {
         let is_granted = self.gateway.grant(id);
-        if is_granted {
-            self.hear(id);
-        }
+        self.hear(id);
         is_granted
     }
 
@@ -474,7 +438,7 @@ impl World {
                 served.inbox.session.handle_end_of_input();
                 self.hear(id);
             }
-            return link_is_gone(&self.links, id);
+            return !self.links.contains_key(&id);
         }
         let len = link.to_gateway.len();
         let count = piece(&mut self.random, self.is_calm, len);
@@ -495,15 +459,13 @@ impl World {
             link.to_device.extend_from_slice(&said);
         }
         if is_over {
-            link.is_gateway_end_open = false;
-            link.to_gateway.clear();
+            link.close_gateway_end();
         }
         self.forget_dead_links();
     }
 
     fn forget_dead_links(&mut self) {
-        self.links
-            .retain(|_, link| link.is_device_end_open || link.is_gateway_end_open);
+        self.links.retain(|_, link| link.is_open());
     }
 
     fn deliver_to_device(&mut self, id: LinkId) -> bool {
@@ -524,30 +486,11 @@ impl World {
         }
         let len = link.to_device.len();
         let count = piece(&mut self.random, self.is_calm, len);
-        let device = &mut self.devices[index];
-        device.input.extend(link.to_device.drain(..count));
-        if let Err(fault) = self.take_frames(index) {
+        let bytes = link.to_device.drain(..count);
+        if let Err(fault) = self.devices[index].receive(bytes, self.now) {
             self.hang_up(index, Some(fault));
         }
         true
-    }
-
-    fn take_frames(&mut self, index: usize) -> Result<(), Fault> {
-        let device = &mut self.devices[index];
-        let uptime_us = device.uptime_us(self.now);
-        let mut taken = 0;
-        loop {
-            let found = frame::decode(&device.input[taken..], frame::DEFAULT_FRAME_BYTES_MAX);
-            let Some(frame) = found.map_err(|_| Fault::Protocol("not a frame"))? else {
-                break;
-            };
-            taken += frame.bytes.len();
-            device
-                .machine
-                .handle_frame(&frame, &mut device.queue, uptime_us)?;
-        }
-        device.input.drain(..taken);
-        Ok(())
     }
 
     /// Stops all faults and runs until nothing is pending.
@@ -601,32 +544,5 @@ fn piece(random: &mut Random, is_calm: bool, len: usize) -> usize {
         len
     } else {
         1 + random.index(len)
-    }
-}
-
-fn link_is_gone(links: &BTreeMap<LinkId, Link>, id: LinkId) -> bool {
-    !links.contains_key(&id)
-}
-
-/// Verifies that on an undamaged connection a device detects no fault, and receives only the BYEs that
-/// its own silence, reboots and malformed frames explain.
-fn check_fault(link: &Link, fault: Fault) {
-    if link.was_damaged {
-        return;
-    }
-    match fault {
-        Fault::Timeout => assert!(!link.is_calm, "a timeout on a connection without faults"),
-        Fault::Bye {
-            code,
-            retry_after_ms,
-        } => {
-            let is_explained = match Code::from_wire(code) {
-                Some(Code::TakenOver | Code::Idle) => true,
-                Some(Code::Protocol) => retry_after_ms > 0,
-                _ => false,
-            };
-            assert!(is_explained, "BYE {code} on a connection without faults");
-        }
-        fault => panic!("{fault:?} on a connection without faults"),
     }
 }
