@@ -5,15 +5,13 @@ mod device;
 
 use std::hint::black_box;
 
-use bytes::BytesMut;
+use bytes::{Buf, BytesMut};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use fieldgate::internals::{
     Appended, BatchLimits, Batcher, Content, Entry, Frame, Inbox, Run, SeriesId, Submission,
     sorted_runs,
 };
-use fieldgate::net::codec::FrameCodec;
-use fieldgate_protocol::frame::DEFAULT_FRAME_BYTES_MAX;
-use tokio_util::codec::Decoder;
+use fieldgate_protocol::frame::{self, DEFAULT_FRAME_BYTES_MAX};
 
 use device::{CHANNELS, NOW, ROWS, data_frame, inbox};
 
@@ -27,9 +25,6 @@ const LIMITS: BatchLimits = BatchLimits {
 
 fn codec(c: &mut Criterion) {
     let stream: Vec<u8> = (1..=1000).flat_map(data_frame).collect();
-    let mut codec = FrameCodec {
-        frame_bytes_max: DEFAULT_FRAME_BYTES_MAX,
-    };
     let mut group = c.benchmark_group("codec");
     group.throughput(Throughput::Bytes(stream.len() as u64));
     for chunk_bytes in [1, 1024, 65536] {
@@ -38,8 +33,10 @@ fn codec(c: &mut Criterion) {
                 let mut input = BytesMut::new();
                 for chunk in black_box(&stream).chunks(chunk_bytes) {
                     input.extend_from_slice(chunk);
-                    while let Some(frame) = codec.decode(&mut input).unwrap() {
-                        black_box(frame);
+                    while let Some(frame) = frame::decode(&input, DEFAULT_FRAME_BYTES_MAX).unwrap()
+                    {
+                        let frame_bytes = black_box(frame).bytes.len();
+                        input.advance(frame_bytes);
                     }
                 }
             });

@@ -5,19 +5,17 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Buf, BytesMut};
 use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING, NONCE_BYTES};
 use fieldgate_protocol::device::{Config, Device, Fault, Notice};
 use fieldgate_protocol::error::{Class, Code};
-use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX};
+use fieldgate_protocol::frame::{self, DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX};
 use fieldgate_protocol::message::{self, Bye};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
-use tokio_util::codec::Decoder;
 
 use super::History;
-use crate::net::codec::FrameCodec;
 use crate::net::socket::Socket;
 use crate::time::SystemClock;
 
@@ -312,16 +310,16 @@ impl<'t> Sender<'t> {
         input: &mut BytesMut,
         progress: &mut impl FnMut(Progress),
     ) -> Result<(), Fault> {
-        let mut codec = FrameCodec {
-            frame_bytes_max: DEFAULT_FRAME_BYTES_MAX,
-        };
         loop {
-            let frame = match codec.decode(input) {
+            let frame = match frame::decode(input, DEFAULT_FRAME_BYTES_MAX) {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Ok(()),
                 Err(_) => return Err(Fault::Protocol("not a frame")),
             };
-            match device.handle_frame(&frame.frame(), history, self.now_us())? {
+            let frame_bytes = frame.bytes.len();
+            let notice = device.handle_frame(&frame, history, self.now_us())?;
+            input.advance(frame_bytes);
+            match notice {
                 Some(Notice::Welcomed { .. }) => {
                     self.was_welcomed = true;
                     self.progress_at = Instant::now();

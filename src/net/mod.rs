@@ -1,5 +1,4 @@
-//! Sockets, TLS and the frame codec.
+//! Sockets and TLS.
 
-pub mod codec;
 pub mod socket;
 pub mod tls;

@@ -8,19 +8,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::BytesMut;
-use fieldgate::net::codec::FrameCodec;
+use bytes::{Buf, BytesMut};
 use fieldgate::net::socket::Socket;
 use fieldgate_protocol::auth::{NONCE_BYTES, derive_device_key, schema_hash};
 use fieldgate_protocol::device::{Config, Device, Fault, Notice};
 use fieldgate_protocol::error::{Class, Code};
 use fieldgate_protocol::frame::{
-    DEFAULT_FRAME_BYTES_MAX, HEADER_BYTES, NoRoom, TRAILER_BYTES, types,
+    self, DEFAULT_FRAME_BYTES_MAX, HEADER_BYTES, NoRoom, TRAILER_BYTES, types,
 };
 use tokio::io::Interest;
 use tokio::task::yield_now;
 use tokio::time::{sleep_until, timeout};
-use tokio_util::codec::Decoder;
 
 use super::link::{Connected, Handshake, Link, connect};
 use super::outbox::Outbox;
@@ -530,11 +528,8 @@ impl DeviceTask {
         link: &mut Link,
     ) -> Result<Result<(), Fault>, FleetError> {
         let index = self.outbox.script.index();
-        let mut codec = FrameCodec {
-            frame_bytes_max: DEFAULT_FRAME_BYTES_MAX,
-        };
         loop {
-            let frame = match codec.decode(&mut link.input) {
+            let frame = match frame::decode(&link.input, DEFAULT_FRAME_BYTES_MAX) {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Ok(Ok(())),
                 Err(_) => {
@@ -546,10 +541,12 @@ impl DeviceTask {
             self.was_heard = true;
             let uptime_us = self.uptime_us();
             let known_seq = self.outbox.durable_seq;
-            let notice = match device.handle_frame(&frame.frame(), &mut self.outbox, uptime_us) {
+            let frame_bytes = frame.bytes.len();
+            let notice = match device.handle_frame(&frame, &mut self.outbox, uptime_us) {
                 Ok(notice) => notice,
                 Err(fault) => return Ok(Err(fault)),
             };
+            link.input.advance(frame_bytes);
             match notice {
                 Some(Notice::Acked { .. }) => {
                     let deleted_seq = self.outbox.deleted_seq;

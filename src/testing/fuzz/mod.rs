@@ -9,13 +9,10 @@ use std::future::Future;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
-use bytes::BytesMut;
-use fieldgate_protocol::frame::{FRAME_BYTES_MAX, FrameError, Header};
+use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX, FrameError, Header};
 use fieldgate_protocol::fuzz::reseal;
-use tokio_util::codec::Decoder;
 
 pub use self::session::session;
-use crate::net::codec::{CodecError, FrameCodec};
 
 /// Returns the output of a future that completes without waiting.
 pub(crate) fn poll_once<F: Future>(future: F) -> Option<F::Output> {
@@ -79,26 +76,26 @@ struct Received {
 }
 
 fn received<'a>(frame_bytes_max: usize, pieces: impl Iterator<Item = &'a [u8]>) -> Received {
-    let mut codec = FrameCodec { frame_bytes_max };
-    let (mut buffer, mut received) = (BytesMut::new(), Received::default());
+    let (mut buffer, mut received) = (Vec::new(), Received::default());
     for piece in pieces {
         buffer.extend_from_slice(piece);
+        let mut rest = buffer.as_slice();
         loop {
-            match codec.decode(&mut buffer) {
-                Ok(Some(owned)) => {
-                    let frame = owned.frame();
+            match frame::decode(rest, frame_bytes_max) {
+                Ok(Some(frame)) => {
                     assert!(frame.bytes.len() <= frame_bytes_max);
                     let found = (frame.header, frame.intact, frame.bytes.to_vec());
                     received.frames.push(found);
+                    rest = &rest[frame.bytes.len()..];
                 }
                 Ok(None) => break,
-                Err(CodecError::Frame(error)) => {
+                Err(error) => {
                     received.error = Some(error);
                     return received;
                 }
-                Err(CodecError::Io(error)) => panic!("nothing here does I/O: {error}"),
             }
         }
+        buffer = rest.to_vec();
     }
     received.left_bytes = buffer.len();
     received
