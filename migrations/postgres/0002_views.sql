@@ -6,7 +6,7 @@
 --
 -- `kind` is the device's encoding of a channel. A channel whose kind changes becomes a new series.
 --
--- This file may be run again by hand after `readings` was replaced by a table of another scheme.
+-- This file may be run again by hand after `readings` has been replaced by a table with another scheme.
 
 CREATE OR REPLACE FUNCTION utc_text(at timestamptz) RETURNS text
 LANGUAGE sql STABLE PARALLEL SAFE
@@ -20,9 +20,9 @@ CREATE OR REPLACE FUNCTION utc_text_h(at timestamptz) RETURNS text
 LANGUAGE sql STABLE PARALLEL SAFE
 RETURN to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24":00Z"');
 
--- The mean of n values, which never fails. `total` is the sum of those below 1e288, `huge` that of the others
--- times 2^-64, so both sums are finite. avg() fails from 1e154 on, sum() near 1e308, and a quotient fails if it
--- is too small for a double. NULL if both infinities are among the values.
+-- Returns the mean of n values and never fails. `total` is the sum of those below 1e288, `huge` that of the
+-- others times 2^-64, so both sums are finite. (avg() fails from 1e154 on, sum() near 1e308, and a quotient
+-- fails if it is too small for a double.) Returns NULL if both infinities are among the values.
 CREATE OR REPLACE FUNCTION mean_of(
     n bigint, total double precision, huge double precision, min double precision, max double precision
 ) RETURNS double precision
@@ -68,8 +68,8 @@ JOIN readings AS r ON r.series_id = s.id
 LEFT JOIN frames AS f ON f.id = r.frame_id;
 
 -- One row for each series: its newest reading. A reading whose time is more than a day after its receipt is
--- skipped, so that a device whose clock was once in the future does not freeze here. A series without any other
--- reading shows NULL. Readings of a busy gateway appear a second or two after they were stored.
+-- skipped, so that a device whose clock was once in the future does not freeze the view. A series without any
+-- other reading shows NULL. Readings of a busy gateway appear a second or two after they are stored.
 CREATE OR REPLACE VIEW latest AS
 SELECT
     d.name AS device,
@@ -142,14 +142,14 @@ CROSS JOIN LATERAL (
 ) AS r
 WHERE r.readings > 0;
 
--- For a table with readings that replaced `readings`.
+-- For the case that a table with existing readings has replaced `readings`.
 INSERT INTO reading_hours
 SELECT DISTINCT date_trunc('hour', ts, 'UTC') FROM readings
 ON CONFLICT DO NOTHING;
 
--- One row for each device. `missing` is the number of frames that the device lost, `quarantined` that of frames
--- that could not be decoded. `state` is 'connected' during a session, and 'new' before the first login.
--- `last_seen_at` is the later of its last login and its last frame.
+-- One row for each device. `missing` is the number of lost frames, `quarantined` that of frames that could not
+-- be decoded. `state` is 'connected' during a session, and 'new' before the first login. `last_seen_at` is the
+-- later of its last login and its last frame.
 CREATE OR REPLACE VIEW device_status AS
 SELECT
     device,
@@ -198,7 +198,8 @@ FROM (
     FROM devices AS d
 ) AS status;
 
--- Enabled devices without a frame in the last hour, or ever; `silent_s` is the time since the last one.
+-- Enabled devices that sent no frame in the last hour, or none at all; `silent_s` is the time since the last
+-- one, in seconds.
 CREATE OR REPLACE VIEW silent_devices AS
 SELECT
     device,
@@ -209,7 +210,7 @@ SELECT
 FROM device_status
 WHERE enabled = 1 AND (last_frame_at IS NULL OR last_frame_at < now() - interval '1 hour');
 
--- Audit events and events that devices reported (kind 'event'); `code` of a session's end is a BYE code.
+-- Audit events and events that devices reported (kind 'event'). For the end of a session, `code` is a BYE code.
 CREATE OR REPLACE VIEW events AS
 SELECT
     d.name AS device,
@@ -228,7 +229,7 @@ SELECT
 FROM devices AS d
 JOIN device_events AS e ON e.device_id = d.id;
 
--- Frames that devices lost before they could send them.
+-- Frames that devices lost before they could send them, or that the store lost.
 CREATE OR REPLACE VIEW missing_frames AS
 SELECT
     d.name AS device,

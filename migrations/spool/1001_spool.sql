@@ -1,5 +1,5 @@
--- The tables that a spool adds to those that it shares with a store. A spool keeps readings until they are in another
--- store. They are read by frame, in order of arrival, and deleted in the same order.
+-- The tables that a spool adds to those that it shares with a store. A spool keeps readings until they are
+-- drained into Postgres. They are read by frame, in order of arrival, and deleted in the same order.
 
 -- "FGsp": distinguishes a spool from a store.
 PRAGMA application_id = 1179087728;
@@ -21,13 +21,13 @@ CREATE TABLE spool (
     id            TEXT NOT NULL DEFAULT (lower(hex(randomblob(16)))),
     -- 1 if the store knows this spool and the spool knows the positions of the store's streams.
     is_registered INTEGER NOT NULL DEFAULT 0,
-    -- Marks by which the store knows the gateway that last started with this file, and the one that is starting. A
-    -- copy of the file does not learn of later marks.
+    -- Marks that identify, in the store, the gateway that last started with this file and the one that is
+    -- starting. A copy of the file does not receive later marks.
     instance      TEXT NOT NULL DEFAULT '',
     next_instance TEXT NOT NULL DEFAULT '',
     -- Inode of the file.
     inode         INTEGER NOT NULL DEFAULT 0,
-    -- Number of commits whose content this spool has since deleted; the store counts them also.
+    -- Number of commits whose content this spool has since deleted; the store also counts them.
     drained       INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 INSERT INTO spool DEFAULT VALUES;

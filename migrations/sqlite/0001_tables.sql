@@ -16,7 +16,8 @@ CREATE TABLE devices (
     first_seen_at INTEGER,
     last_seen_at  INTEGER,
     -- The device's key is derived from the fleet key, its name and key_version, which is 0 until the key is
-    -- replaced. Or it is an individual key, stored here encrypted with a key derived from the fleet key.
+    -- replaced. If sealed_key is not NULL, it holds an individual key instead, encrypted with a key derived
+    -- from the fleet key.
     key_version   INTEGER NOT NULL DEFAULT 0,
     sealed_key    BLOB,
     -- Numbers of the last change by an operator (see device_revision) and of the change that set the key.
@@ -33,7 +34,7 @@ CREATE TABLE device_revision (
 INSERT INTO device_revision (latest) VALUES (0);
 
 -- Devices removed with `fieldgate device remove`, so that a gateway that has cached one finds the change. While
--- rows of one are left, its row in `devices` is named '#', its id, a space and its former name, which is not a
+-- rows of a removed device remain, its row in `devices` has the name '#<id> <former name>', which is not a
 -- valid device name.
 CREATE TABLE removed_devices (
     device_id  INTEGER PRIMARY KEY,
@@ -101,7 +102,8 @@ CREATE TABLE frames (
     UNIQUE (stream_id, seq)
 ) STRICT;
 
--- Frames that the device lost before it could send them, from_seq to to_seq inclusive.
+-- Frames that the device lost before it could send them, or that the store lost (reason 254), from_seq to
+-- to_seq inclusive.
 CREATE TABLE gaps (
     stream_id   INTEGER NOT NULL REFERENCES streams (id),
     from_seq    INTEGER NOT NULL,
@@ -176,9 +178,9 @@ CREATE INDEX sessions_by_device ON sessions (device_id);
 -- A boot's clock: UTC is device time since boot + offset_us, with an error of at most half of delay_us when it
 -- was measured. A delay_us of 9223372036854775807 means that the clock was not measured but chosen (SPEC R74).
 -- timeline and origin_us describe the gateway's clock at that moment: origin_us is measured_at minus the time
--- since that start of the machine. If they are older than the newest row of `clock_steps`, the steps since then
--- must be added to offset_us. Times since boot below valid_from_us are from before a counter of the device
--- wrapped, or from an earlier boot with the same number.
+-- since the machine started. If they are older than the newest row of `clock_steps`, the steps since then must
+-- be added to offset_us. Times since boot below valid_from_us are from before a counter of the device wrapped,
+-- or from an earlier boot with the same number.
 CREATE TABLE clocks (
     device_id   INTEGER NOT NULL REFERENCES devices (id),
     boot        INTEGER NOT NULL,

@@ -1,7 +1,7 @@
 -- The tables that a store adds to those that it shares with a spool. Recent readings are kept at level 0, in
--- order of arrival, and compacted later, many at a time. If they were sorted immediately, the few readings of a
--- small commit would each rewrite a separate page: measured, up to five times the time, and six times the bytes
--- written to the disk.
+-- order of arrival, and compacted later, many at a time. If they were sorted immediately, each of the few
+-- readings of a small commit would rewrite a separate page. Measurements showed up to five times the time and
+-- six times the bytes written to the disk.
 
 -- Clustered by series and time, the order of reading. `frame_id` distinguishes two readings of the same time.
 -- `value` is a REAL, or NULL for "sampled, no valid value". It is declared ANY because SQLite stores whole
@@ -61,17 +61,17 @@ CREATE TABLE reading_hours (
 -- Views for people, with the same names and columns as in Postgres.
 --
 -- A time is integer microseconds UTC. The column with the suffix `_text` is the same time as text, for display
--- only: a filter on it computes a text for every row. Filter by `ts`, and in `telemetry_hourly` by `hour`,
--- which use the index. From a text:
+-- only: a filter on it computes the text of every row. Filter by `ts`, and in `telemetry_hourly` by `hour`,
+-- which use the index. To filter by a date:
 --     ... WHERE ts >= unixepoch('2026-11-22 10:00') * 1000000
 --     ... WHERE ts >= unixepoch('now', '-5 minutes') * 1000000
 -- A time outside the years 0 to 9999 has no text: `ts_text` is NULL, but `ts` is not.
 --
 -- `kind` is the device's encoding of a channel. A channel whose kind changes becomes a new series.
 --
--- CROSS JOIN keeps SQLite to the written order: device, its series, then (series_id, ts) in `readings`. Without
--- it and without statistics, SQLite may read all of `readings` instead. LEFT JOIN lets it skip `frames` if no
--- column of it is selected.
+-- CROSS JOIN makes SQLite join in the written order: device, its series, then (series_id, ts) in `readings`.
+-- Without it and without statistics, SQLite may read all of `readings` instead. LEFT JOIN lets it skip `frames`
+-- if no column of it is selected.
 --
 -- Each view has one half for compacted readings and one for level 0, so that a filter on device or time uses
 -- the index of the first.
@@ -111,8 +111,8 @@ FROM (
 );
 
 -- The newest reading of each series. A reading whose time is more than a day after its receipt is skipped, so
--- that a device whose clock was once in the future does not freeze here. A series without any other reading
--- shows NULL. (The limit by the present time excludes most such rows in a form that the index supports.)
+-- that a device whose clock was once in the future does not freeze the view. A series without any other reading
+-- shows NULL. (The condition on the present time excludes most such rows and can use the index.)
 CREATE VIEW newest_readings AS
 WITH unsorted AS MATERIALIZED (
     SELECT series_id, ts, frame_id, value
@@ -236,8 +236,8 @@ FROM (
 -- Valid values by UTC hour; `n` is their number. Filter by device, by hour, or by both: without a filter, every
 -- reading in the store is read.
 --
--- `total` excludes values beyond 1e288, whose sum may not be finite; `huge` is their sum times 2^-64. `mean` is
--- NULL if both infinities are among the values.
+-- `total` excludes values beyond 1e288, because their sum may not be finite; `huge` is their sum times 2^-64.
+-- `mean` is NULL if both infinities are among the values.
 CREATE VIEW telemetry_hourly AS
 WITH unsorted AS MATERIALIZED (
     -- Values beyond 1e15 bypass level 0, so they never occur here.
@@ -312,9 +312,9 @@ FROM (
     )
 );
 
--- One row for each device. `missing` is the number of frames that the device lost, `quarantined` that of frames
--- that could not be decoded. `state` is 'connected' during a session, and 'new' before the first login.
--- `last_seen_at` is the later of its last login and its last frame.
+-- One row for each device. `missing` is the number of lost frames, `quarantined` that of frames that could not
+-- be decoded. `state` is 'connected' during a session, and 'new' before the first login. `last_seen_at` is the
+-- later of its last login and its last frame.
 CREATE VIEW device_status AS
 SELECT
     device,
@@ -363,7 +363,8 @@ FROM (
     FROM devices AS d
 );
 
--- Enabled devices without a frame in the last hour, or ever; `silent_s` is the time since the last one.
+-- Enabled devices that sent no frame in the last hour, or none at all; `silent_s` is the time since the last
+-- one, in seconds.
 CREATE VIEW silent_devices AS
 SELECT
     device,
@@ -374,7 +375,7 @@ SELECT
 FROM device_status
 WHERE enabled = 1 AND (last_frame_at IS NULL OR last_frame_at < (unixepoch('now') - 3600) * 1000000);
 
--- Audit events and events that devices reported (kind 'event'); `code` of a session's end is a BYE code.
+-- Audit events and events that devices reported (kind 'event'). For the end of a session, `code` is a BYE code.
 CREATE VIEW events AS
 SELECT
     d.name AS device,
@@ -394,7 +395,7 @@ SELECT
 FROM devices AS d
 CROSS JOIN device_events AS e ON e.device_id = d.id;
 
--- Frames that devices lost before they could send them.
+-- Frames that devices lost before they could send them, or that the store lost.
 CREATE VIEW missing_frames AS
 SELECT
     d.name AS device,

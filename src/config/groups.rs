@@ -118,8 +118,8 @@ pub struct SessionLimits {
     #[arg(long, value_name = "BYTES", default_value = "16384", value_parser = number::<usize>(1024, MIB))]
     pub outbound_bytes_max: usize,
 
-    /// Maximum duration of a handshake in seconds, from the accept of the connection. Raise it for links with
-    /// several seconds of latency
+    /// Maximum duration of a handshake in seconds, from when the connection is accepted. Raise it for links
+    /// with several seconds of latency
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = number::<u64>(1, DAY_S))]
     pub handshake_timeout_s: u64,
 
@@ -132,8 +132,8 @@ pub struct SessionLimits {
     #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = number::<u64>(1, 7 * DAY_S))]
     pub idle_timeout_s: u64,
 
-    /// Keepalive interval announced to devices, in seconds. Raise it to save traffic, within the NAT timeouts
-    /// on the path
+    /// Keepalive interval announced to devices, in seconds. Raise it to save traffic, but keep it below the NAT
+    /// timeouts on the path
     #[arg(long, value_name = "SECONDS", default_value = "40", value_parser = number::<u16>(1, U16))]
     pub keepalive_s: u16,
 
@@ -251,8 +251,8 @@ pub struct EventRetention {
     #[arg(long, value_name = "EVENTS", default_value = "1000", value_parser = number::<u32>(10, U32))]
     pub device_events_max: u32,
 
-    /// Days after which session events and boot clocks are deleted as well, except the newest 100 events and 8
-    /// clocks of each device
+    /// Days after which session events and boot clocks are deleted, except the newest 100 events and 8 clocks
+    /// of each device
     #[arg(long, value_name = "DAYS", default_value = "90", value_parser = number::<u32>(1, 36_500))]
     pub device_events_days: u32,
 }
@@ -273,14 +273,14 @@ pub struct IngestSettings {
     #[arg(long, value_name = "MS", default_value = "3", value_parser = number::<u64>(0, 600_000))]
     pub commit_interval_min_ms: u64,
 
-    /// Minimum interval between commits at less than 200 frames per second (on Postgres, for each of the
-    /// --postgres-writers), in milliseconds, so that devices share commits. It does not delay a device that waits
-    /// for an acknowledgement before it sends more. Raise it to reduce flash wear; 0 gives the fastest
+    /// Minimum interval between commits below 200 frames per second (on Postgres, for each of the
+    /// --postgres-writers), in milliseconds, so that devices share commits. It does not delay a device that
+    /// waits for an acknowledgement before it sends more. Raise it to reduce flash wear; 0 gives the fastest
     /// acknowledgements
     #[arg(long, value_name = "MS", default_value = "200", value_parser = number::<u64>(0, 600_000))]
     pub commit_interval_quiet_ms: u64,
 
-    /// Maximum number of readings queued for the store, at least a full batch; each of the --postgres-writers
+    /// Maximum number of readings queued for the store; must hold a full batch. Each of the --postgres-writers
     /// has an equal part. Raise it to absorb longer bursts
     #[arg(long, value_name = "READINGS", default_value = "1000000", value_parser = number::<usize>(FRAME_READINGS, U32))]
     pub queue_readings_max: usize,
@@ -300,8 +300,8 @@ pub struct SqliteOptions {
     #[arg(long, value_name = "BYTES", default_value = "256MiB", value_parser = number::<u64>(MIB, TIB))]
     pub cache_bytes: u64,
 
-    /// Size of SQLite's write-ahead log, in bytes, at which commits wait for readers that keep it from being
-    /// checkpointed. Lower it on small disks
+    /// Size of SQLite's write-ahead log, in bytes, at which commits wait for readers that block its checkpoint.
+    /// Lower it on small disks
     #[arg(long, value_name = "BYTES", default_value = "1GiB", value_parser = number::<u64>(16 * MIB, TIB))]
     pub wal_bytes_max: u64,
 }
@@ -330,7 +330,7 @@ pub struct PostgresOptions {
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct SpoolSettings {
     /// Acknowledge readings once they are in spool.db in the data directory, and drain them into Postgres from
-    /// there: devices continue while Postgres is down. No other gateway may write to that database
+    /// there: devices continue while Postgres is unavailable. No other gateway may write to the database
     #[arg(long)]
     pub spool: bool,
 
