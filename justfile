@@ -1,14 +1,14 @@
-# Recipes for daily work: `just RECIPE`. Each is a command that works without just as well.
+# Recipes for daily work: `just RECIPE`. Their commands also work without just.
 
 # Build both programs into target/release
 build:
     cargo build --release --locked
 
-# Run the quick tests; `tests/run` runs all of them
+# Run the quick tests; `tests/run` runs all tests
 test *ARGS:
     cargo test --workspace --locked -q {{ ARGS }}
 
-# Run what needs no tests: format, spelling, dependencies, lints
+# Run the quick checks: format, spelling, lints
 check:
     cargo fmt --all --check
     tests/spelling
@@ -22,7 +22,7 @@ bench *ARGS: build
 reference:
     FIELDGATE_TEST_WRITE=1 cargo test --workspace --lib --locked -q cli::reference
 
-# Build the documentation of the code, and check the documents
+# Build the code's documentation, and check the documents
 docs:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --locked
     cargo build --workspace --locked
