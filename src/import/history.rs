@@ -132,7 +132,7 @@ impl<'r> History<'r> {
         self.durable_seq >= self.frames()
     }
 
-    /// Returns the number and the hash of the first frames' schema.
+    /// Returns the number and the hash of the schema of the first frames.
     pub fn schema(&self) -> (u16, [u8; 8]) {
         let mut declare = [0; FRAME_BYTES];
         let frame_bytes = self
@@ -142,7 +142,8 @@ impl<'r> History<'r> {
         (self.schema_of(0), schema_hash(payload))
     }
 
-    /// Uses other schema numbers, because the device already uses these for other schemas.
+    /// Switches to other schema numbers, for a device that already uses the current ones for other
+    /// schemas.
     pub fn renumber_schemas(&mut self) {
         self.schema_shift += 1;
     }

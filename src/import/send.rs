@@ -1,5 +1,4 @@
-//! Sends a history: the device side of connections to the gateway, reconnecting until everything is
-//! stored.
+//! Sends a history to the gateway as a device would, reconnecting until everything is stored.
 
 use std::io;
 use std::net::SocketAddr;
@@ -26,7 +25,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const HANDSHAKE_TIMEOUT_MS: u32 = 10_000;
 const RECONNECT_MIN_MS: u32 = 200;
 const RECONNECT_MAX_MS: u32 = 5_000;
-/// Longest time without progress.
+/// An import fails after this time without progress.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(120);
 /// Maximum bytes per read.
 const READ_BYTES: usize = 4 * 1024;
@@ -56,7 +55,7 @@ pub enum Progress {
 /// Reason why an import failed. Stored readings remain, and the next import resumes after them.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// No gateway accepts connections.
+    /// The gateway does not accept connections.
     #[error(
         "could not connect to a gateway at {gateway}: {cause}; start `fieldgate serve`, or set --gateway"
     )]
@@ -68,7 +67,7 @@ pub enum ImportError {
     },
     /// Another connection uses the device's name.
     #[error(
-        "device {0} is connected itself and took over the connection; import under another --device, or while \
+        "device {0} is connected and took over the connection; import under another --device, or while \
          the device is off"
     )]
     TakenOver(String),
