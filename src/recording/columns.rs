@@ -1,4 +1,4 @@
-//! Names and units of columns in the form that channels require.
+//! Converts the names and units of columns to those of channels.
 
 use std::collections::HashSet;
 
@@ -14,7 +14,7 @@ const UNIT_BYTES_MAX: usize = 16;
 const ID_BYTES_MAX: usize = 24;
 
 impl Layout {
-    /// Returns the name of a column in messages.
+    /// Returns a column's name for use in messages.
     pub fn title(&self, column: usize) -> String {
         match self.header.get(column).map(String::as_str) {
             None | Some("") => format!("column {}", column + 1),
@@ -71,7 +71,8 @@ pub fn split(header: &str) -> (&str, &str) {
     }
 }
 
-/// Returns names and units of the columns `taken` that fit the protocol and are unique.
+/// Returns the names and units of the `taken` columns, changed to fit the protocol and to be
+/// unique.
 pub fn labels(layout: &Layout, taken: &[usize], notes: &mut Notes) -> Vec<(String, String)> {
     let mut labels: Vec<(String, String)> = taken
         .iter()
@@ -119,7 +120,7 @@ pub fn labels(layout: &Layout, taken: &[usize], notes: &mut Notes) -> Vec<(Strin
     labels
 }
 
-/// Uses whole headers as names if names without units are the same.
+/// Uses the whole header as the name wherever names without units are equal.
 fn keep_units_that_differ(layout: &Layout, taken: &[usize], labels: &mut [(String, String)]) {
     let clash = |name: &str, labels: &[(String, String)]| {
         labels.iter().filter(|(other, _)| other == name).count() > 1
@@ -178,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn headers_have_units() {
+    fn headers_are_split_into_name_and_unit() {
         for (header, expected) in [
             ("Water flow [l/s]", ("Water flow", "l/s")),
             ("T (degC)", ("T", "degC")),
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_cut_and_differ() {
+    fn names_are_cut_and_made_unique() {
         let mut seen = HashSet::new();
         assert_eq!(unique(&"ä".repeat(20), 32, &mut seen), "ä".repeat(16));
         assert_eq!(

@@ -1,9 +1,10 @@
 //! Decimal numbers as people write them, kept exactly if a scaled integer can hold them.
 //!
-//! Knows nothing of files: the [reader](super) passes in cells and reports the location of faults.
+//! This module knows nothing about files: the [reader](super) passes in cells and reports the
+//! location of faults.
 //!
-//! Invariants: a column becomes integers only if every value is then exactly as written, and the
-//! division in a gateway (`raw / 10^places`) yields the nearest double.
+//! Invariant: a column is stored as integers only if they represent every value exactly as written,
+//! and if the gateway's division (`raw / 10^places`) yields the nearest double.
 
 use fieldgate_protocol::value::Kind;
 
@@ -54,7 +55,7 @@ impl Decimal {
         self.nearest
     }
 
-    /// Returns the loss when the number is stored; `text` is its original text.
+    /// Returns the loss caused by storing the number, if any; `text` is the number as written.
     pub fn loss(self, text: &str) -> Option<Loss> {
         if self.nearest.is_infinite() {
             let is_written = text.bytes().any(|byte| byte.is_ascii_digit());
@@ -111,7 +112,8 @@ impl ColumnBuilder {
             .map(|row| self.nearest(row))
     }
 
-    /// Makes every cell that is equal to `mark` a missing value; returns their number.
+    /// Replaces every cell that is equal to `mark` with a missing value; returns the number of
+    /// these cells.
     pub fn clear(&mut self, mark: f64) -> u64 {
         let mut cleared = 0;
         for row in 0..self.cells.len() {
@@ -124,8 +126,8 @@ impl ColumnBuilder {
         cleared
     }
 
-    /// Returns the kind, the power of ten and the values: integers if all of them are exact that
-    /// way, with no more places than needed; otherwise doubles.
+    /// Returns the kind, the power of ten and the values. The values are integers with as few
+    /// decimal places as possible if that is exact for all of them, otherwise doubles.
     pub fn finish(self) -> (Kind, i8, Values, Nulls) {
         let exact = self.places.iter().filter(|places| **places != DOUBLE);
         let places = exact.max().copied().unwrap_or(0);

@@ -8,10 +8,10 @@ use super::notes::Tally;
 use super::number::SENTINELS;
 use super::readings::{Nulls, Values};
 
-/// Maximum number of devices in a column that is used as device column without being specified.
+/// Maximum number of devices in a guessed device column.
 const DEVICES_GUESSED_MAX: usize = 100;
 
-/// A column during reading.
+/// A column while the file is read.
 #[derive(Debug, Default)]
 pub struct Column {
     pub builder: ColumnBuilder,
@@ -41,8 +41,8 @@ pub struct Losses {
     pub too_small: Tally,
 }
 
-/// Returns the lowest value of a column if it is a known mark, occurs at least twice, and is far
-/// below the next one.
+/// Returns the lowest value of a column if it is a known sentinel, occurs at least twice, and is
+/// far below the next value.
 pub fn sentinel(column: &ColumnBuilder) -> Option<f64> {
     let (mut lowest, mut next, mut count) = (f64::INFINITY, f64::INFINITY, 0);
     for value in column.values() {
@@ -138,7 +138,7 @@ impl Ids {
         }
     }
 
-    /// Adds the cell of a row; returns false if there are more names than devices.
+    /// Adds the cell of a row; returns false if a guessed column has too many names.
     pub fn push(&mut self, cell: &str, is_given: bool) -> bool {
         let number = match self.numbers.get(cell) {
             Some(number) => *number,

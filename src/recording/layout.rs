@@ -284,8 +284,8 @@ impl Candidate {
         }
     }
 
-    /// Uses the last comments above the rows as header and units if they have as many fields as
-    /// rows.
+    /// Uses the last comments above the rows as header and units if they have as many fields as a
+    /// row.
     fn commented_header(&self, text: &str, first: usize, width: usize) -> Above {
         let data_at = self.rows.get(first).map_or(0, |row| row.at);
         let above = self.comments.iter().rev().filter(|at| **at < data_at);
@@ -328,7 +328,7 @@ struct Above {
     line: Option<u64>,
 }
 
-/// Adds an empty name for the row names, for which R writes no header.
+/// Adds an empty name for the column of row names, for which R writes no header.
 fn padded(mut fields: Vec<String>, width: usize) -> Vec<String> {
     if fields.len() + 1 == width {
         fields.insert(0, String::new());

@@ -4,11 +4,12 @@
 //! times and columns of numbers. `fieldgate import` and the simulator's `--replay` use it.
 //!
 //! Nothing is dropped silently: rows that cannot be read, cells that are not numbers, and numbers
-//! that change when stored are counted and reported with their lines.
+//! that change when stored are counted and reported with their line numbers.
 //!
 //! Invariants: the same bytes with the same options give the same recording. Rows of a device are
-//! sorted by time. Rows with the same time stay in file order, split into runs of strictly
-//! increasing times. The whole file is held in memory: its text, and 9 bytes per value.
+//! sorted by time. If times repeat, the rows form several runs of strictly increasing times: the
+//! first row of each time, then the second, and so on. The whole file is held in memory: its text,
+//! and 9 bytes per value.
 
 mod columns;
 pub mod decimal;
@@ -146,8 +147,8 @@ impl Recording {
         self.columns.truncate(count);
     }
 
-    /// Returns where frames begin among `rows`: after `rows_max` rows, and before a time that does
-    /// not increase. The last element is the end of the rows.
+    /// Divides `rows` into frames; returns the first row of each frame and, last, the end of the
+    /// rows. A frame ends after `rows_max` rows, and before a row whose time does not increase.
     pub fn frame_starts(&self, rows: Range<usize>, rows_max: usize) -> Vec<usize> {
         let mut starts = vec![rows.start];
         for row in rows.start + 1..rows.end {

@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_values_are_default_or_given() {
+    fn given_marks_of_missing_values_replace_the_default_ones() {
         let known = Marks::default();
         for cell in ["", "NA", "n/a", "NaN", "NULL", "?", "-", "--", "<NA>"] {
             assert_eq!(POINT.read(cell, &known), Value::Missing, "{cell}");

@@ -7,7 +7,7 @@ use super::text::{line_of, next_line};
 
 /// Stands for runs of blanks and tabs between fields.
 pub const BLANKS: char = ' ';
-/// A field with more line ends than this comes from an unterminated quote.
+/// A quoted field with more line ends than this is treated as unterminated.
 const LINE_ENDS_MAX: usize = 50;
 
 /// Records of a text from a byte offset; blank lines are skipped.
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn records_know_where_they_begin() {
+    fn records_report_where_they_begin() {
         let text = "a, b\r\n\r\n\"1\n2\";x\r\n";
         let found = records(text, ',');
         assert_eq!(found[0], (0, vec!["a".to_owned(), "b".to_owned()]));
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn blanks_separate_in_runs() {
+    fn a_run_of_blanks_is_one_separator() {
         let found = records("  1  2\t3\n\n\"a b\" c\n", BLANKS);
         let fields: Vec<Vec<String>> = found.into_iter().map(|(_, fields)| fields).collect();
         assert_eq!(fields, [vec!["1", "2", "3"], vec!["a b", "c"]]);

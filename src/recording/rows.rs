@@ -107,7 +107,7 @@ fn style(
     }
 }
 
-/// State of the table during reading.
+/// The table while it is read.
 struct Table<'t> {
     text: &'t str,
     layout: &'t Layout,
@@ -351,7 +351,8 @@ impl<'t> Table<'t> {
         );
     }
 
-    /// Returns the device column: the one given, or one without which many times repeat.
+    /// Returns the device column: the given one, or a guessed one without which many times would
+    /// repeat.
     fn device_column(&mut self, notes: &mut Notes) -> Option<Ids> {
         let rows = self.moments.len();
         if self.options.device_column.is_some() {
@@ -369,7 +370,7 @@ impl<'t> Table<'t> {
             Some(ids) => {
                 let title = self.layout.title(ids.column);
                 let what = format!(
-                    "using {title} as device column ({} devices), because {repeats} rows repeat an \
+                    "using {title} as the device column ({} devices), because {repeats} rows repeat an \
                      earlier time",
                     ids.names.len()
                 );
@@ -499,8 +500,7 @@ impl<'t> Table<'t> {
         Ok(())
     }
 
-    /// Replaces numbers that mean "missing" by missing values: those far below all others in their
-    /// column.
+    /// Replaces numbers that stand for missing values: those far below all others in their column.
     fn clear_sentinels(&mut self, notes: &mut Notes) {
         if !self.marks.guess() {
             return;
@@ -519,7 +519,7 @@ impl<'t> Table<'t> {
             let plural = if columns == 1 { "" } else { "s" };
             notes.guess(
                 format!(
-                    "treating {mark} as missing value ({cells} cells in {columns} column{plural})"
+                    "treating {mark} as a missing value ({cells} cells in {columns} column{plural})"
                 ),
                 "--missing",
             );

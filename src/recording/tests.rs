@@ -70,7 +70,7 @@ fn has_note(recording: &Recording, words: &str) -> bool {
 const DAY: [&str; 2] = ["2024-03-05T00:00:00Z", "2024-03-06T00:00:00Z"];
 
 #[test]
-fn a_plain_file_needs_no_guess() {
+fn a_plain_file_needs_only_the_guess_of_its_time_column() {
     let recording =
         read("Time,Water flow [l/s]\n2024-03-05T00:00:00Z,1.5\n2024-03-06T01:00:00+01:00,2\n");
     assert_eq!(times(&recording), DAY);
@@ -187,7 +187,7 @@ fn times_are_in_one_column_or_in_several() {
 }
 
 #[test]
-fn years_are_known_by_their_range_and_order() {
+fn years_are_recognized_by_their_range_and_order() {
     for (csv, expected) in [
         // Row names that skip years, and fractional years.
         (
@@ -282,7 +282,7 @@ fn local_times_follow_the_zone() {
 }
 
 #[test]
-fn missing_values_are_known() {
+fn missing_values_are_recognized() {
     let csv =
         "t,a,b,c\n2024-03-05,NA,-200,-\n2024-03-06,1,-200,?\n2024-03-07,2,5,3\n2024-03-08,,6,-4\n";
     let recording = read(csv);
@@ -294,7 +294,7 @@ fn missing_values_are_known() {
     assert_eq!(c.1, [None, None, Some(3.0), Some(-4.0)]);
     assert!(has_note(
         &recording,
-        "treating -200 as missing value (2 cells in 1 column) (--missing)"
+        "treating -200 as a missing value (2 cells in 1 column) (--missing)"
     ));
     let given =
         options(|options| options.missing = vec!["NA".into(), "-".into(), "?".into(), "-4".into()]);
@@ -473,7 +473,7 @@ fn a_column_of_devices_is_given_or_found() {
     assert!(
         has_note(
             &found,
-            "using \"site\" as device column (2 devices), because 19 rows repeat an earlier time (--device-column)"
+            "using \"site\" as the device column (2 devices), because 19 rows repeat an earlier time (--device-column)"
         ),
         "{:?}",
         found.notes

@@ -206,7 +206,7 @@ fn an_import_reports_its_guesses_and_creates_a_device_per_site() {
     assert!(said.contains("device sites-south-1: 20 rows"), "{said}");
     let guesses = String::from_utf8_lossy(&dry.stderr).into_owned();
     assert!(
-        guesses.contains("guess: using \"site\" as device column (2 devices)"),
+        guesses.contains("guess: using \"site\" as the device column (2 devices)"),
         "{guesses}"
     );
     let mut database = gateway.database();

@@ -138,7 +138,7 @@ fn tokenize<'a>(cell: &'a str, tokens: &mut Vec<Token<'a>>) -> Option<()> {
     Some(())
 }
 
-/// Abbreviations with the same offset in all sensor files, in hours.
+/// Zone abbreviations that mean the same offset in all sensor files, and that offset in hours.
 const ZONES: [(&str, i32); 17] = [
     ("Z", 0),
     ("UTC", 0),

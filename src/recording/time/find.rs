@@ -183,7 +183,8 @@ impl Sample<'_> {
         cells.filter(|cell| !cell.is_empty() && *cell != "NA")
     }
 
-    /// Returns whether `is` holds for four of five cells, and most rows have a cell.
+    /// Returns whether at least half of the rows have a cell in this column, and `is` holds for at
+    /// least four fifths of these cells.
     fn mostly(&self, column: usize, is: impl Fn(&str) -> bool) -> bool {
         let all = self.cells(column).count();
         let fit = self.cells(column).filter(|cell| is(cell)).count();
@@ -408,7 +409,8 @@ impl Sample<'_> {
         self.mostly(column, |cell| cell.parse().is_ok_and(fits))
     }
 
-    /// Returns a column with a single number, whose magnitude determines its unit.
+    /// Returns the column as a source of times written as single numbers; their magnitude
+    /// determines the unit.
     fn number(&self, column: usize, is_given: bool) -> Option<Source> {
         let is_called =
             is_given || self.is_called(column, &TIME_WORDS) || self.is_called(column, PARTS[0]);
@@ -444,8 +446,8 @@ impl Sample<'_> {
         Some(Source::Number { column, unit })
     }
 
-    /// Returns whether the first column has consecutive years or, if its header does not
-    /// contradict, increasing years, perhaps with a fraction.
+    /// Returns whether the first column contains consecutive years. If its header is empty or `t`,
+    /// increasing years are enough.
     fn is_years(&self) -> bool {
         let years: Vec<f64> = self.cells(0).filter_map(|cell| cell.parse().ok()).collect();
         let is_year = |cell: &str| {

@@ -112,7 +112,7 @@ impl TimePlan {
         }
     }
 
-    /// Returns the column that represents the time in errors.
+    /// Returns the time column that error messages name.
     pub fn column(&self) -> usize {
         match &self.source {
             Source::Text { date, .. } => *date,

@@ -9,7 +9,7 @@ use crate::recording::layout::Layout;
 use crate::recording::records::Records;
 use crate::recording::text::line_of;
 
-/// Properties of the dates in one order.
+/// Properties of all dates of a file, read in one order.
 struct Reading {
     order: Order,
     before: Option<i64>,
