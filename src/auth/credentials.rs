@@ -1,7 +1,7 @@
 //! The key that each device must prove.
 //!
-//! Most devices have the first key derived from the fleet key, and use no memory here. Changes that
-//! have not been read yet are checked by the store when the device logs in.
+//! Most devices still have their first key, which is derived from the fleet key, and use no memory
+//! here. When a device logs in, the store checks for changes that have not been read yet.
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};

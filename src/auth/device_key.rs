@@ -1,5 +1,5 @@
-//! The key of a single device, derived from the fleet key or individual; and encryption of
-//! individual keys for the store, which others may be able to read.
+//! The key of a single device, which is individual or derived from the fleet key; and the
+//! encryption of individual keys in the store, which other users may be able to read.
 //!
 //! A sealed key is a random nonce of 12 bytes followed by the ChaCha20-Poly1305 (RFC 8439)
 //! ciphertext of the key's 32 bytes: 60 bytes in all. The sealing key is derived from the fleet key
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn digits_are_the_key() {
+    fn a_key_is_parsed_from_its_digits() {
         let key = DeviceKey::derive(&fleet(7), "pump", 3);
         assert_eq!(DeviceKey::parse(&key.to_digits()).unwrap(), key);
         assert_eq!(DeviceKey::parse(&(key.to_digits() + "\n")).unwrap(), key);

@@ -223,7 +223,7 @@ impl fmt::Debug for FleetKey {
     }
 }
 
-/// Creates the data directory with mode 0700 if it does not exist; it must be writable.
+/// Creates the data directory with mode 0700 if it does not exist, and checks that it is writable.
 ///
 /// # Errors
 /// The directory cannot be created or written.
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_created_once_and_loaded_after() {
+    fn a_key_is_created_once_and_then_loaded() {
         let tmp = tempfile::tempdir().unwrap();
         let dir = tmp.path().join("a/data");
         let (created, origin) = create_or_load(&dir).unwrap();
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_those_of_the_digits() {
+    fn the_bytes_match_the_digits() {
         let text: String = (0..32).map(|byte| format!("{:02X}", byte * 7)).collect();
         let (_dir, path) = key_file(&text);
         let key = load(&path).unwrap();
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn the_group_may_read_a_key_if_the_operator_says_so() {
+    fn the_group_may_read_a_key_if_the_operator_allows_it() {
         let (_dir, path) = key_file(&"ab".repeat(32));
         let load = || FleetKey::load(&path, SecretReaders::Group);
         for mode in [0o640, 0o440, 0o600] {
@@ -349,7 +349,7 @@ mod tests {
             chmod(&path, mode);
             assert!(load().is_err(), "{mode:o}");
         }
-        // A group without this process; only a privileged user can assign the file to it.
+        // A group that this process is not in; only a privileged user can assign the file to it.
         chmod(&path, 0o640);
         let foreign = (50_000..).find(|gid| !is_own_group(*gid));
         if std::os::unix::fs::chown(&path, None, foreign).is_ok() {
