@@ -1,7 +1,8 @@
 //! A TCP connection with optional TLS, for loops that wait until a socket is ready.
 //!
 //! rustls implements TLS; this module moves its records to and from the TCP socket without ever
-//! blocking. Gateway and simulator use it, from either end.
+//! blocking. It serves both ends of a connection: the gateway, and its clients `fieldgate import`
+//! and the simulator.
 //!
 //! Invariant: after [`Socket::try_read`] no received data is left unread within TLS, so a reader
 //! that waits for readiness misses nothing.
@@ -176,7 +177,7 @@ impl Socket {
     }
 
     /// Announces the end of the data, if that is possible without waiting. Without this notice, a
-    /// peer treats the end of a TLS connection as an attack.
+    /// peer treats the end of a TLS connection as a truncation attack.
     pub fn try_end(&mut self) {
         if let Some(tls) = &mut self.tls
             && !tls.conn.is_handshaking()
@@ -216,8 +217,8 @@ impl Tls {
         bytes_max: usize,
     ) -> io::Result<usize> {
         let before = input.len();
-        // Counts record bytes, because records can be empty: otherwise a peer could keep this loop
-        // busy.
+        // Counts the bytes of records, because records can be empty: otherwise a peer could keep
+        // this loop busy.
         let mut received = 0;
         while !self.has_ended && received < bytes_max {
             match self.conn.read_tls(&mut TryIo(tcp)) {

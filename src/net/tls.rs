@@ -218,14 +218,14 @@ impl Watch<'_> {
         let stamps = stamps(&self.tls.files);
         if is_asked || stamps != self.seen {
             self.seen = stamps;
-            // After an operator's request, the result is logged in any case.
+            // An operator's request always logs its result.
             self.failure = None;
             self.load(now);
         } else if self.failure.is_some() {
-            // The cause need not be in the files.
+            // Retry even if the files have not changed: the cause may be elsewhere.
             self.load(now);
         }
-        // In both directions, because clocks are set.
+        // In both directions, because the clock may be set back.
         if now.duration_since(self.reminded).abs() >= DAY {
             self.remind(now);
         }
@@ -320,7 +320,8 @@ fn load(files: &TlsFiles, record_bytes_max: usize) -> Result<Loaded, TlsError> {
     config.max_fragment_size = Some(record_bytes_max);
     // A returning device can resume without a full handshake.
     config.ticketer = ring::Ticketer::new().map_err(|error| pair(error.to_string()))?;
-    // Without it, the TLS 1.2 exporter is not bound to this connection alone (RFC 9266).
+    // Without the extended master secret, the TLS 1.2 exporter is not bound to this connection
+    // alone (RFC 9266).
     config.require_ems = true;
     let config = Arc::new(config);
     Ok(Loaded {
@@ -420,7 +421,7 @@ fn faults(
             let from = validity.not_before;
             faults.push(format!("certificate {n} is not valid before {from}"));
         }
-        // The first certificate's expiry is reported with the certificates that expire soon.
+        // `warn_of_expiry` reports the expiry of the first certificate.
         if n > 1 && validity.not_after.timestamp() <= now.as_second() {
             let expired = validity.not_after;
             faults.push(format!("certificate {n} expired on {expired}"));
@@ -464,7 +465,7 @@ pub fn failure(error: &io::Error) -> Option<String> {
             | AlertDescription::CertificateRevoked
             | AlertDescription::CertificateExpired
             | AlertDescription::CertificateUnknown
-            // The issuer has the name of one that the peer knows, but another key.
+            // The issuer has the same name as one that the peer knows, but another key.
             | AlertDescription::DecryptError => {
                 format!("the peer rejected the gateway's certificate ({alert:?})")
             }

@@ -28,7 +28,7 @@ impl Site {
         }
     }
 
-    /// Creates a new pair.
+    /// Writes a new pair.
     fn put(&self, expires: i32) {
         let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
         (params.not_before, params.not_after) =
@@ -49,7 +49,7 @@ impl Site {
     }
 }
 
-/// Returns the log of a check, from level INFO.
+/// Checks the files; returns the log of this check, from level INFO.
 fn look(watch: &mut Watch<'_>, now: Timestamp) -> String {
     let log = NamedTempFile::new().unwrap();
     let subscriber = tracing_subscriber::fmt()
@@ -91,11 +91,11 @@ fn a_failed_load_is_logged_once_and_retried() {
     let log = look(&mut watch, now);
     assert!(log.contains("run chmod 600"), "{log}");
     assert_eq!(look(&mut watch, now), "");
-    // A further attempt by the operator is logged again.
+    // Each attempt by the operator is logged.
     site.chmod(0o640);
     let log = look(&mut watch, now);
     assert!(log.contains("its group can read it"), "{log}");
-    // Even if the files' stamps do not show the correction.
+    // Retried even if the files' stamps do not show the correction.
     site.chmod(0o600);
     watch.seen = stamps(&tls.files);
     let log = look(&mut watch, now);
@@ -138,7 +138,7 @@ fn expiry_is_logged_each_day_before_it() {
         assert_eq!(log.lines().count(), usize::from(days < 14), "{days}: {log}");
         assert!(log.contains(says), "{days}: {log}");
     }
-    // Not more often.
+    // Not more than once a day.
     assert_eq!(look(&mut watch, days_left(-2) + 23.hours()), "");
 }
 
