@@ -180,7 +180,7 @@ impl AdmissionControl {
     /// If no slot is free, the `mailbox` of the oldest handshake receives a request to end, once
     /// that handshake has lasted a while.
     ///
-    /// Meanwhile one connection more than there are slots is open. A handshake is evicted only
+    /// Meanwhile, one more connection is open than there are slots. A handshake is evicted only
     /// while a connection waits.
     ///
     /// # Cancel safety
@@ -259,8 +259,8 @@ impl AdmissionControl {
         })
     }
 
-    /// Returns whether a line about `peer` may be logged: if so, the number of lines suppressed
-    /// since the last one.
+    /// Returns the number of lines suppressed since the last one if a line about `peer` may be
+    /// logged now, otherwise `None`.
     pub fn may_log(&self, peer: IpAddr, now_us: u64) -> Option<u32> {
         let mut tables = self.lock();
         let all_have_room = tables.lines.have_room(LINES_MAX, now_us);
@@ -276,8 +276,8 @@ impl AdmissionControl {
         Some(not_logged)
     }
 
-    /// Keeps a refusal until it is stored. A logged one is kept as it is; others are merged with
-    /// similar ones. It is dropped if there are too many.
+    /// Keeps a refusal until it is stored. A logged refusal is kept as it is; others are merged
+    /// with similar ones. Excess refusals are dropped.
     pub fn note(&self, refusal: Refusal) {
         let mut refusals = { &self.refusals }
             .lock()
@@ -311,7 +311,7 @@ impl AdmissionControl {
     }
 
     fn lock(&self) -> MutexGuard<'_, Tables> {
-        // A thread that panicked left complete entries behind.
+        // Safe after a panic: no thread leaves an incomplete entry.
         self.tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -528,7 +528,7 @@ mod tests {
     }
 
     #[test]
-    fn each_failure_waits_longer() {
+    fn each_failure_delays_the_reply_longer() {
         let admission = admission(LIMITS);
         let mut permit = from(&admission, "10.0.0.1").unwrap();
         let mut other = from(&admission, "10.0.0.2").unwrap();
@@ -539,7 +539,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_of_an_address_are_counted() {
+    fn log_lines_about_an_address_are_limited_and_counted() {
         let admission = admission(LIMITS);
         let (one, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
         let may = |_| admission.may_log(one, NOW_US);

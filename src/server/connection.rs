@@ -175,8 +175,8 @@ impl Connection {
         }
     }
 
-    /// Moves the timer only if it would fire too late or has fired: frames postpone the deadline
-    /// all the time.
+    /// Resets the timer only if it would fire too late or has fired, because every frame postpones
+    /// the deadline.
     fn rearm(&self, timer: Pin<&mut Sleep>) {
         let deadline = self.deadline();
         if timer.is_elapsed() || deadline < timer.deadline() {
@@ -283,8 +283,7 @@ impl Connection {
             let now = self.shared.clock.now();
             tokio::select! {
                 () = sleep(self.permit.fail(now.mono_us)) => {}
-                // Nothing waits for a failed peer: neither connections waiting for a slot nor the
-                // shutdown.
+                // A failed peer holds up neither connections that wait for a slot nor the shutdown.
                 _ = self.mailbox.take() => {}
                 () = self.shared.drain.cancelled() => {}
                 // A peer that leaves early does not shorten the delay.

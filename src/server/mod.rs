@@ -54,7 +54,7 @@ pub struct ServerSettings {
 /// Why the gateway stopped without being asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The store cannot be trusted any more. Frames after the last ACK may be lost.
+    /// The store cannot be trusted any more. Frames after the last ACK may not be stored.
     #[error("the store failed: {0}")]
     Store(#[from] StoreError),
     /// A bug: the ingest task panicked.
@@ -101,7 +101,7 @@ pub struct TlsListener {
     pub tls: Arc<Tls>,
 }
 
-/// Serves `listeners` until `drain` is cancelled, then finishes the accepted frames and ends.
+/// Serves `listeners` until `drain` is cancelled, then stores the accepted frames and returns.
 /// `stores` are handles to one store that can be used concurrently; `registry` keeps track of live
 /// sessions.
 pub async fn serve<S: Store>(

@@ -15,7 +15,7 @@ pub struct Supervisor {
     names: HashMap<Id, &'static str>,
 }
 
-/// A task ended that must keep running.
+/// A task that must keep running has ended.
 #[derive(Debug, thiserror::Error)]
 #[error("the task {name:?} ended unexpectedly: {reason}")]
 pub struct TaskEnded {
@@ -62,7 +62,7 @@ mod tests {
     async fn a_task_that_panics_is_named() {
         let mut supervisor = Supervisor::default();
         supervisor.spawn("steady", pending());
-        supervisor.spawn("hasty", async { panic!("no patience") });
+        supervisor.spawn("broken", async { panic!("a reason") });
         let ended = supervisor.ended().await.to_string();
         assert!(
             ended.contains("\"hasty\"") && ended.contains("no patience"),
