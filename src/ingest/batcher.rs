@@ -3,8 +3,9 @@
 //! It knows no queue and no clock: `ingest` adds submissions and asks whether the batch is due. A
 //! batch is due when it is full, or when its writer is idle and an interval has passed since the
 //! last commit. At high load the interval is short, because batches grow anyway. At low load it is
-//! longer, so that devices that send rarely share commits and storage lasts longer, unless a device
-//! is waiting: for its login or DECLARE, or for the ACK that lets it send the next frame.
+//! longer, so that devices that send rarely share commits and the storage medium lasts longer. It
+//! stays short while a device waits for its login or DECLARE, or for the ACK that lets it send the
+//! next frame.
 
 use std::collections::HashSet;
 
@@ -418,7 +419,8 @@ mod tests {
         Submission::Entry(first)
     }
 
-    /// Returns how long a batch with these streams waits after a batch with `before`.
+    /// Returns how long a batch of the streams `streams` waits after a batch of the streams
+    /// `before`.
     fn waits(before: &[i64], streams: &[i64]) -> u64 {
         let mut batcher = Batcher::new(QUIET);
         let now_us = 10_000_000;

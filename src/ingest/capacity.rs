@@ -38,8 +38,7 @@ impl Capacity {
         Some(self.space(size))
     }
 
-    /// Waits for capacity; waiting callers are served in order. A larger size than the whole capacity is cut to
-    /// it.
+    /// Waits for capacity; waiting callers are served in order. A size above the whole capacity is reduced to it.
     ///
     /// # Cancel safety
     /// A cancelled call acquires nothing.
@@ -81,7 +80,7 @@ impl Space {
         Some(self.capacity.space(size))
     }
 
-    /// Adds the space of `other`, which is of the same shard.
+    /// Adds the space of `other`, which must belong to the same shard.
     pub(super) fn merge(&mut self, mut other: Space) {
         debug_assert!(Arc::ptr_eq(&self.capacity.0, &other.capacity.0));
         self.size += std::mem::take(&mut other.size);
@@ -100,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_capacity_comes_back() {
+    fn all_capacity_is_released() {
         let limits = Size {
             readings: 100,
             bytes: 1000,

@@ -1,7 +1,7 @@
 //! Carries mail to a session from other tasks.
 //!
-//! Invariant: bounded however slow its reader is, because the newest message of a kind replaces all
-//! earlier ones.
+//! Invariant: a mailbox is bounded, however slow its reader is, because the newest message of a
+//! kind replaces all earlier ones.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -49,7 +49,7 @@ impl Mailbox {
     }
 
     fn lock(&self) -> MutexGuard<'_, Mail> {
-        // A writer that panicked left complete fields behind: each is set in one assignment.
+        // Safe after a panic: each field is set in one assignment.
         self.mail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

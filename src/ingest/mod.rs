@@ -12,8 +12,8 @@
 //!   other shards can continue when one cannot commit.
 //! - After a transient failure the same batch is retried; nothing is answered meanwhile.
 //! - After a fatal failure the task ends without answering.
-//! - When the store was replaced, every session of the shard ends, and nothing with an id of the
-//!   former store is stored or answered.
+//! - When the store is replaced, every session of the shard ends, and nothing with an id of the former store is
+//!   stored or answered.
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -211,7 +211,7 @@ impl IngestReceiver {
         let interval_min = Duration::from_micros(limits.interval_min_us);
         let result = tokio::select! {
             result = shard.run(store, interval_min, clock) => result,
-            // It ends after the shard, unless it fails: then nothing would be answered any more.
+            // Ends after the shard, unless it fails: then no commit would be answered any more.
             ended = &mut answering => return Err(answering_ended(ended)),
         };
         answering
@@ -349,7 +349,7 @@ impl Shard {
                 "store was restored to an earlier state or a device was removed; ending sessions"
             );
         }
-        // Sessions of the former store are in the registry once they are answered.
+        // Flush first: a session of the former store is in the registry only after its login is answered.
         let (flushed, until_flushed) = oneshot::channel();
         let _ = self.committed.send(ToAnswer::Flush(flushed));
         let _ = until_flushed.await;
@@ -422,7 +422,7 @@ struct Outage<'a> {
     registry: &'a Registry,
     /// `None` before the first failure.
     reason: Option<String>,
-    /// Whether the shard has committed instead of being given up.
+    /// Whether the outage ended with a commit; the shard may also have given up.
     is_over: bool,
 }
 
