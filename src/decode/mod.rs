@@ -1,7 +1,7 @@
 //! Decodes an intact sequenced frame: its payload, its readings by series, and its times in UTC.
 //!
 //! A session decodes a frame when it arrives, and `fieldgate quarantine` decodes it again from
-//! quarantine. Both get the same result with the same protocol version of this program.
+//! quarantine. Both get the same result if the program supports the same protocol version.
 
 use fieldgate_protocol::column::{check_shape, decode_times, decode_values};
 use fieldgate_protocol::error::Violation;

@@ -408,11 +408,7 @@ fn show_marks_the_byte_that_breaks_a_rule() {
             "flags  4",
             "(R11)",
         ),
-        (
-            sealed(header(0x1D, 4), b"later"),
-            "type  not known",
-            "(R14)",
-        ),
+        (sealed(header(0x1D, 4), b"later"), "type  unknown", "(R14)"),
         (rotten, "checksum  wrong", "payload checksum wrong (R6)"),
     ];
     for ((bytes, part, rule), id) in cases.iter().zip(1..) {

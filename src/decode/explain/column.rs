@@ -21,8 +21,8 @@ impl<'a> Varints<'a> {
         Varints { bytes, at, end }
     }
 
-    /// Returns the next one; or the position of an invalid byte (R22), the end of the part if one
-    /// is missing.
+    /// Returns the next varint. The error is the position of an invalid byte (R22), or the end of
+    /// the part if bytes are missing.
     fn next(&mut self) -> Result<u64, usize> {
         let mut value = 0;
         for shift in (0..64).step_by(7) {
@@ -77,7 +77,7 @@ pub(super) fn times_fault(bytes: &[u8], data: &DataFields) -> Option<usize> {
     out_of_range
 }
 
-/// Returns the position of the length of `nulls`, or of the byte with spare bits.
+/// Returns the position of the length of `nulls`, or of the byte whose spare bits are not zero.
 pub(super) fn nulls_fault(data: &DataFields, column: &ColumnFields) -> usize {
     if column.nulls.len() == data.rows.div_ceil(8) {
         column.nulls.end - 1

@@ -78,7 +78,7 @@ pub fn dissect<'s>(
             let schema = walk.fields.schema().and_then(find_schema);
             let at = locate(frame, &walk, schema, violation);
             dissection.fault = Some(Fault {
-                // Without a position, report the payload as a whole; the tests know of no such
+                // If no position is found, report the payload as a whole. The tests find no such
                 // case.
                 at: at.unwrap_or(HEADER_BYTES),
                 violation: Some(violation),

@@ -160,7 +160,7 @@ fn the_faulty_byte_is_distinguished_from_its_neighbours() {
         (5, 0, 5),
         (9, 9, 9),
         (10, 3, 10),
-        // Three more bytes belong to nulls, so that the end comes too early.
+        // Three more bytes belong to `nulls`, so the payload ends too early.
         (11, 4, 17),
         // The length itself, if it exceeds the payload.
         (12, 9, 12),
@@ -237,7 +237,7 @@ fn edit() -> impl Strategy<Value = Edit> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4096))]
     #[test]
-    fn mutated_frames_are_told_alike(
+    fn walk_and_decoder_agree_on_mutated_frames(
         which in any::<prop::sample::Index>(),
         edits in prop::collection::vec(edit(), 0..4),
     ) {

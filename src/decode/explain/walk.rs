@@ -27,7 +27,7 @@ pub(super) struct Walk {
     pub(super) ext: Range<usize>,
 }
 
-/// Fields in which combinations of values can be faults.
+/// Fields whose values can be faulty in combination.
 #[derive(Debug)]
 pub(super) enum Fields {
     None,
@@ -152,7 +152,7 @@ impl Walk {
 }
 
 fn word(is_right: bool) -> String {
-    if is_right { "right" } else { "wrong" }.to_owned()
+    if is_right { "correct" } else { "wrong" }.to_owned()
 }
 
 fn type_name(frame_type: u8) -> String {
@@ -161,7 +161,7 @@ fn type_name(frame_type: u8) -> String {
         types::GAP => "GAP",
         types::RESULT => "RESULT",
         types::EVENT => "EVENT",
-        _ => "not known",
+        _ => "unknown",
     }
     .to_owned()
 }
