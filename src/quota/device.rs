@@ -1,9 +1,9 @@
 //! Device quotas: limits what a device may send across all of its sessions; a reconnecting device
 //! keeps its debt.
 //!
-//! Invariant: state is kept for devices that are connected or in debt, and for at most as many
-//! others, or for up to 1,024 devices in total. A device without debt has the same state as a new
-//! one.
+//! Invariant: state is kept for all devices that are connected or in debt, and for a bounded number
+//! of others: at most as many as these, or at most 1,024 devices in total. A device without debt
+//! has the same state as a new one.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,9 +1,9 @@
 //! Usage of quarantine, and reservations for further frames.
 //!
 //! Frames stay in quarantine until an operator replays or purges them, because the device has
-//! deleted them. So its size is limited when it fills: a frame without space is not accepted, and
-//! stays on its device. One device can use only a part of the space, so that it cannot block all
-//! others.
+//! deleted them. Quarantine is therefore limited on entry: a frame without space is not accepted,
+//! and stays on its device. One device can use only a part of the space, so that it cannot block
+//! all others.
 //!
 //! A task reads the usage from the store periodically, to include purges by operators and additions
 //! by other gateways. In between, the gauge counts the additions of this gateway.
@@ -133,8 +133,8 @@ impl Gauge {
     }
 
     fn lock(&self) -> MutexGuard<'_, Levels> {
-        // Each change is a few additions: a thread that panicked left numbers that the next query
-        // corrects.
+        // Safe after a panic: each change is a few additions, and the next query corrects the
+        // numbers.
         self.levels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -44,7 +44,7 @@ mod tests {
     };
 
     #[test]
-    fn a_burst_is_free_and_the_rest_has_its_pace() {
+    fn a_burst_is_accepted_and_the_rest_is_paced() {
         let mut meter = Gcra::default();
         let start_us = 7_000_000;
         assert!(meter.consume(RATE, 50, start_us) <= start_us);
