@@ -268,7 +268,7 @@ impl<'a> MakeWriter<'a> for LogWriter {
     }
 }
 
-/// Each call is the whole text of an event.
+/// Each call writes the whole text of one event.
 impl Write for &LogWriter {
     fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
         self.push(lines);
@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_cannot_be_written_is_tried_again() {
+    fn a_line_that_cannot_be_written_is_retried() {
         let mut trial = Trial::new();
         trial.line("first\n");
         for kind in [
@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flush_ends_where_nothing_is_read() {
+    fn a_flush_ends_even_if_stderr_is_not_read() {
         let trial = Trial::new();
         trial.line("stalled\n");
         trial.writer.flush(Duration::from_millis(1));

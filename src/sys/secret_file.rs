@@ -4,7 +4,7 @@
 //!
 //! Invariants
 //! - A file exists completely or not at all, even after a power failure: it is written and synced
-//!   under another name, and renamed afterwards, even on file systems without hard links.
+//!   under another name, and then renamed. This also holds on file systems without hard links.
 //! - [`create_secret`] never overwrites a file.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -170,8 +170,8 @@ fn link_new(draft: &Path, path: &Path) -> io::Result<()> {
     fs::remove_file(draft)
 }
 
-/// Checks whether the file exists, and renames, while no other process of this program does the
-/// same.
+/// Checks that the file does not exist, then renames. A lock keeps other processes of this program
+/// from doing the same meanwhile.
 fn rename_checked(draft: &Path, path: &Path) -> io::Result<()> {
     let dir = File::open(dir_of(path))?;
     // Some file systems do not support locks either.
@@ -224,7 +224,7 @@ fn write_secret(path: &Path, text: &str) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Creates a directory with mode 0700 if it does not exist; it must be writable.
+/// Creates a directory with mode 0700 if it does not exist, and checks that it is writable.
 ///
 /// # Errors
 /// The directory cannot be created or written.
@@ -287,7 +287,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_gets_its_name_whole_and_replaces_none_on_any_file_system() {
+    fn on_any_file_system_a_file_appears_whole_and_replaces_none() {
         let unsupported: Way = |_, _| Err(Errno::PERM.into());
         let no_rename: Way = |_, _| Err(Errno::INVAL.into());
         let file_systems: [&[Way]; 4] = [
