@@ -1,5 +1,5 @@
-//! Converts a device's time since boot to UTC: the measured clock of each boot, and the chosen
-//! clock of a boot that was never measured.
+//! Converts a device's time since boot to UTC, with the measured clock of each boot or, for a boot
+//! that was never measured, a chosen one.
 
 use serde::{Deserialize, Serialize};
 
@@ -45,7 +45,7 @@ pub const UNMEASURED: u64 = i64::MAX as u64;
 /// Assumed growth of a measurement's error with age: 50 microseconds of delay per second. As a
 /// delay is twice the error, this corresponds to a crystal error of 25 ppm.
 const DRIFT_DIVISOR: u64 = 20_000;
-/// Largest drift of a usable crystal, as a part of the age: two measurements of one boot that
+/// Largest drift of a usable crystal, as a fraction of the age: two measurements of one boot that
 /// differ by more are not of the same clock.
 const DRIFT_MAX_DIVISOR: u64 = 2_000;
 /// Difference of two measurements that is always accepted.
@@ -300,8 +300,8 @@ impl BootClocks {
     }
 
     /// Chooses a clock for a boot that was never measured (R74): the boot began when the device was
-    /// last known to be running. If that is unknown or too late, the newest row was measured at
-    /// receipt.
+    /// last known to be running. If that is unknown or too late, the newest row is assumed to have
+    /// been measured at receipt.
     fn choose(&self, boot: u32, newest_us: i64, received_at_us: i64, origin: Origin) -> BootClock {
         let latest_start_us = received_at_us.saturating_sub(newest_us);
         let measured = self.clocks.iter().filter(|clock| {
@@ -473,7 +473,7 @@ mod tests {
                 true,
             ),
             (clock(1, 60_000_000, 900_000, HOUR_US + 120_000_000), true),
-            // The error of a slow exchange, and a crystal that drifts, are no contradiction.
+            // Neither the error of a slow exchange nor the drift of a crystal is a contradiction.
             (
                 clock(
                     1,
@@ -497,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_is_undone_for_what_was_measured_before_it() {
+    fn measurements_before_a_step_are_corrected() {
         let before = BootClock {
             origin: set_by(2 * HOUR_US),
             ..clock(1, NOON_US + 2 * HOUR_US, 1_000, NOON_US + 3 * HOUR_US)
@@ -552,7 +552,7 @@ mod tests {
 
     /// A device that was unreachable while its counter wrapped shows a later time than before.
     #[test]
-    fn a_counter_that_wrapped_unseen_is_found_by_what_it_lost() {
+    fn a_counter_that_wrapped_while_unreachable_is_detected() {
         let kept = clock(1, NOON_US, 1_000, NOON_US + 60_000_000);
         for rounds in [1, 20, 1000] {
             let offset_us = NOON_US + rounds * WRAP_US + 1_000_000;
@@ -563,7 +563,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_from_the_future_of_its_receipt_is_not_anchored() {
+    fn a_row_far_ahead_of_its_receipt_is_not_anchored() {
         let mut clocks = BootClocks::new(vec![clock(1, NOON_US, 1_000, NOON_US)]);
         let mut quality = |newest_us| resolve(&mut clocks, 1, newest_us, NOON_US + HOUR_US).quality;
         assert_eq!(quality(HOUR_US + 59_000_000), Quality::Anchored);
@@ -582,7 +582,7 @@ mod tests {
 
     #[test]
     fn a_boot_without_a_clock_has_one_offset() {
-        // Nothing is known about the device: the newest row of the first frame has its time of
+        // Nothing is known about the device: the newest row of the first frame gets the time of
         // receipt.
         let mut clocks = BootClocks::new(vec![clock(2, NOON_US, 1_000, NOON_US)]).of_session(2);
         for hour in 1..=6 {

@@ -151,7 +151,8 @@ fn wall_us() -> i64 {
     }
 }
 
-/// Returns the wall clock for dates. A time beyond the range of `jiff` becomes its first or last.
+/// Returns the wall clock for dates. A time outside the range of `jiff` becomes the nearest time in
+/// the range.
 pub fn utc_now() -> jiff::Timestamp {
     utc_of(wall_us())
 }
@@ -163,8 +164,8 @@ fn utc_of(us: i64) -> jiff::Timestamp {
     })
 }
 
-/// Returns a number that identifies this system boot; this process if the system does not provide
-/// one.
+/// Returns a number that identifies this system boot, or this process if the system does not
+/// provide one.
 fn timeline() -> i64 {
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let digits: String = boot_id.chars().filter(char::is_ascii_hexdigit).collect();

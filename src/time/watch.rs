@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_has_its_size_and_the_time_it_ends() {
+    fn a_step_has_its_size_and_the_period_before_it() {
         for size_us in [2 * HOUR_US, -2 * HOUR_US, 150_000] {
             let step = ClockStep::between(now(0, HOUR_US), now(5, HOUR_US + size_us)).unwrap();
             assert_eq!(step.size_us(), size_us);
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_is_doubted_by_what_is_known_already() {
+    fn a_clock_earlier_than_known_times_is_doubted() {
         let doubt = |now_us, stored_us| doubts_at_start(now_us, HOUR_US, stored_us).is_some();
         assert!(doubt(0, None) && doubt(HOUR_US - 1, None));
         assert!(!doubt(HOUR_US, None) && !doubt(2 * HOUR_US, Some(2 * HOUR_US)));
