@@ -13,17 +13,17 @@ const SESSION_MUTATIONS: usize = 5_000;
 const INPUT_BYTES_MAX: usize = 2_048;
 
 #[test]
-fn frames_hold() {
+fn frame_properties_hold() {
     run("frame", fieldgate_protocol::fuzz::frame, MUTATIONS);
 }
 
 #[test]
-fn messages_hold() {
+fn message_properties_hold() {
     run("message", fieldgate_protocol::fuzz::message, MUTATIONS);
 }
 
 #[test]
-fn columns_hold() {
+fn column_properties_hold() {
     run("column", fieldgate_protocol::fuzz::column, MUTATIONS);
 }
 
@@ -33,7 +33,7 @@ fn splitting_a_stream_changes_nothing() {
 }
 
 #[test]
-fn sessions_hold() {
+fn session_properties_hold() {
     run("session", super::session, SESSION_MUTATIONS);
 }
 
@@ -44,7 +44,7 @@ fn run(target: &str, check: fn(&[u8]), mutations: usize) {
         .join(target);
     let files = std::fs::read_dir(&folder).expect("a corpus");
     let mut paths: Vec<_> = files.map(|file| file.expect("readable").path()).collect();
-    // Otherwise the meaning of a seed would depend on the file system.
+    // Sorted, because otherwise the meaning of a seed would depend on the file system.
     paths.sort();
     let corpus: Vec<Vec<u8>> = paths
         .iter()

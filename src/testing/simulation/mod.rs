@@ -180,7 +180,7 @@ impl World {
         self.connect_who_is_due();
     }
 
-    /// Returns mostly the device's own link, otherwise any, because old ones linger.
+    /// Returns the device's own link in most cases, otherwise any link, because old links linger.
     fn some_link(&mut self, index: usize) -> LinkId {
         if let Some(link) = self.devices[index].link
             && self.random.takes(80)

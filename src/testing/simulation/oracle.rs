@@ -10,7 +10,7 @@ use super::device::{Made, MadeContent, NAMES, SCHEMAS};
 use crate::store::memory::MemoryStore;
 use crate::store::{Content, SeriesId};
 
-/// Number of occurrences of each event, over all seeds: a simulation that never meets one proves nothing.
+/// Number of occurrences of each event, over all seeds. If an event never occurs, the simulation does not test it.
 pub(super) type Tally = BTreeMap<&'static str, u64>;
 
 #[derive(Default)]
@@ -69,7 +69,7 @@ impl Record {
         );
     }
 
-    /// Verifies that numbers that the gateway reports as durable are.
+    /// Verifies that all numbers that the gateway reports as durable are stored.
     pub(super) fn check_said(&mut self, device: usize, mut said: &[u8]) {
         let durable_seq = self.devices[device].durable_seq;
         while !said.is_empty() {

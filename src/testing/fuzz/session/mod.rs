@@ -6,8 +6,8 @@
 //! - numbers in an ACK, WELCOME or class 3 NACK (for a quarantined frame) are in the store when the message is
 //!   sent;
 //! - the numbers of ACKs never decrease, and there is at most one ACK for each commit and each duplicate;
-//! - the output grows by at most [`line::CALL_BYTES_MAX`] per call, and by
-//!   [`line::NACK_BYTES_MAX`] for each durable rejection;
+//! - the output grows by at most [`connection::CALL_BYTES_MAX`] per call, and by [`connection::NACK_BYTES_MAX`] for
+//!   each durable rejection;
 //! - a closed session sends, requests and accepts nothing, whatever it receives;
 //! - the store has each stream's numbers once, in order, without holes, equal to the accepted frames, and
 //!   no more quarantined frames than the quota allows.
@@ -253,7 +253,7 @@ impl World {
         self.receive(line, &sent);
     }
 
-    /// Sends bytes; the rest of a frame that an operation leaves is sent with the next one.
+    /// Sends bytes, preceded by the rest of a frame that an earlier operation held back.
     fn receive(&mut self, line: usize, bytes: &[u8]) {
         let line = &mut self.lines[line];
         let held_back = std::mem::take(&mut line.held_back);

@@ -91,7 +91,7 @@ struct Serving {
     schemas: Vec<Arc<Schema>>,
     quota: Arc<DeviceQuota>,
     paced_until_us: Option<u64>,
-    /// Time of the peer's latest bytes, or the start of listening to it.
+    /// Time of the peer's latest bytes, or when the session began to listen to it.
     heard_at_us: u64,
     begun_at_us: Option<u64>,
 }
