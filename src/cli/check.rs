@@ -16,7 +16,7 @@ use tokio::net::TcpSocket;
 use super::serve::load_tls;
 use super::{Error, LogFormat, fleet_key, output};
 
-/// Prints a line for each problem. The exit code is that of the first problem. While settings are invalid, checks
+/// Prints a line for each problem. The exit code is that of the first problem. If settings are invalid, checks
 /// nothing else.
 pub async fn check(settings: Settings, location: Location, format: LogFormat) -> Result<(), Error> {
     let problems = match Config::new(settings, location) {

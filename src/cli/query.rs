@@ -26,7 +26,7 @@ const LOG_GROWTH_MAX: u64 = 256 << 20;
 const LOG_BYTES_MAX: u64 = 512 << 20;
 /// Interval between polls of the log.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
-/// Number of consecutive polls with a request of the gateway to stop, at which a query is aborted.
+/// A query is aborted after this many consecutive polls in which the gateway asks it to stop.
 const ASKED_MAX: u32 = 4;
 
 /// Maximum number of rows in a table. The layout needs all rows in memory.

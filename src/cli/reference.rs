@@ -1,4 +1,4 @@
-//! The reference of all settings, in `docs/configuration.md` and `fieldgate.example.toml`, is written from the
+//! Generates the reference of all settings in `docs/configuration.md` and `fieldgate.example.toml` from the
 //! definition of the command line. The tests fail if a file differs; `just reference` writes both.
 
 use std::fmt::Write as _;
@@ -23,7 +23,7 @@ fn project(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(file)
 }
 
-/// Compares a generated file with the present one, or writes it if `FIELDGATE_TEST_WRITE` is set.
+/// Compares a generated file with the existing one, or writes it if `FIELDGATE_TEST_WRITE` is set.
 fn compare(file: &str, generated: &str) {
     let path = project(file);
     if std::env::var_os("FIELDGATE_TEST_WRITE").is_some() {

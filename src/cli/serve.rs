@@ -59,9 +59,9 @@ const LAST_FLUSH: Duration = Duration::from_millis(200);
 
 #[derive(Args, Debug)]
 pub struct ServeArgs {
-    /// Check settings, files, certificates and the store, print one line per problem, and exit. While settings are
-    /// invalid, checks nothing else. Opens no port, and writes nothing except the files that SQLite keeps next to a
-    /// database that is read
+    /// Check settings, files, certificates and the store, print one line per problem, and exit. If settings are
+    /// invalid, nothing else is checked. Opens no port, and writes nothing except the files that SQLite keeps next to
+    /// a database that is read
     #[arg(long)]
     pub check: bool,
 
@@ -291,8 +291,8 @@ async fn filled_mirror(database: &StoreUrl, spool: &Path) -> Mirror {
     mirror
 }
 
-/// Limits the number of connections to the number of files that can be open. Beyond the open file limit, any
-/// open can fail, also one of the store.
+/// Limits the number of connections to the number of files that can be open. Beyond the open file limit, any open can
+/// fail, even one by the store.
 fn connections_within_limit(wanted: usize) -> usize {
     let Some(open_files) = open_files::raise() else {
         return wanted;

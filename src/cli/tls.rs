@@ -279,7 +279,7 @@ fn make_pairs(authority: &Authority, args: &DeviceArgs) -> Result<String, Error>
         (name, file("pem"), file("key"))
     };
     let pairs: Vec<(&String, PathBuf, PathBuf)> = names.map(with_files).collect();
-    // Create all files or none, as far as that can be checked before.
+    // Create all files or none, as far as that can be checked beforehand.
     let mut files = pairs.iter().flat_map(|(_, cert, key)| [cert, key]);
     if let Some(existing) = files.find(|path| !args.replace && fs::symlink_metadata(path).is_ok()) {
         return Err(is_there(existing));

@@ -129,7 +129,7 @@ pub async fn rotate_key(
     let mut kind = "";
     // The file may be missing: a new derived key does not need it.
     let mut fleet = Some(key_file.load(store).await);
-    let mut fleet = || fleet.take().expect("one device is looked at once");
+    let mut fleet = || fleet.take().expect("the key is needed for one device only");
     edit(store, names, |name, before| {
         let Some(before) = before else {
             return Ok(None);

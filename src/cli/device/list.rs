@@ -18,8 +18,8 @@ pub struct ListArgs {
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Table)]
     format: Format,
 
-    /// List only enabled devices without a frame for this long, such as 1h or 30min (in seconds if no unit is
-    /// given), or without any frame
+    /// List only enabled devices that have sent no frame for this long, such as 1h or 30min (in seconds if no unit is
+    /// given), or have never sent one
     #[arg(long, value_name = "DURATION", value_parser = seconds)]
     silent: Option<i64>,
 }

@@ -24,12 +24,11 @@ use super::value::Value;
 pub enum QuarantineCommand {
     /// List the newest frames
     List(ListArgs),
-    /// Show a frame field by field with its bytes, and mark the byte that breaks a rule, as decoded by this
-    /// version
+    /// Decode a frame with this version, show each field with its bytes, and mark the byte that breaks a rule
     Show(ShowArgs),
-    /// Store the quarantined frames that this version can decode, exactly once and with their original receive
-    /// time; all frames, or those selected. Frames that it cannot decode stay and are listed; the exit code is
-    /// then 1. Works while the gateway runs
+    /// Store the quarantined frames that this version can decode, exactly once and with their original receive time:
+    /// all of them, or those selected. Frames that it cannot decode stay and are listed; the exit code is then 1.
+    /// Works while the gateway runs
     Replay(Selection),
     /// Delete frames permanently; their sequence numbers stay in the ledger. Works while the gateway runs, which
     /// can quarantine new frames within seconds
