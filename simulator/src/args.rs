@@ -4,8 +4,8 @@
 //! the format of a `--replay` file. `--data-dir` and `--store` of `run` and `verify` also read the gateway's own
 //! `FIELDGATE_DATA_DIR` and `FIELDGATE_STORE`. An empty variable counts as unset.
 //!
-//! Ranges are checked here, so that no other module meets a fleet without devices. The caller supplies randomness and
-//! the time of day, so that tests can choose them.
+//! Ranges are checked here, so that no other module has to handle a fleet without devices. The caller supplies
+//! randomness and the time of day, so that tests can choose them.
 
 use crate::catalogue::CHANNELS_MAX;
 use crate::faults::{Fault, Faults};

@@ -5,9 +5,9 @@
 //! journal that is as correct as a complete one. The verifier compares the journal with a store.
 //!
 //! Invariants: everything that a journal calls acked was acknowledged (it may lack later ACKs); acked never exceeds
-//! sent, and neither decreases. Lines hold increments, and devices that advanced by the same numbers share an entry, so
-//! the size grows with the duration of a run and hardly with the readings; the totals on each line reveal a missing
-//! one. Logins, damaged frames and frames that the gateway lost are listed individually:
+//! sent, and neither decreases. Lines hold increments, and devices that advanced by the same numbers share an entry,
+//! so the size grows with the duration of a run and hardly with the readings. The totals on each line reveal a
+//! missing line. Logins, damaged frames and frames that the gateway lost are listed individually:
 //! [`verify`](crate::verify) compares the store's times, addresses and quarantined bytes with them. A last line
 //! without its line break was torn by a crash and is ignored; anything else out of order is an error.
 
@@ -324,7 +324,7 @@ pub struct Ledger {
     pub devices: Vec<DeviceLedger>,
     /// Start of the run, on the fleet's clock in microseconds since 1970; `None` if it never started.
     pub started_us: Option<i64>,
-    /// Least and most that the gateway's clock was ahead of the fleet's; `None` if no device was ever
+    /// The least and the most by which the gateway's clock was ahead of the fleet's; `None` if no device was ever
     /// welcomed.
     pub clock_us: Option<(i64, i64)>,
     /// Whether the run ended normally.

@@ -2,7 +2,7 @@
 //!
 //! A [`Plan`] is small and is written to the journal. [`Plan::open`] turns it into a [`Script`], which knows the
 //! channels and has read the recording, if any. A [`DeviceScript`] generates the frames of one device.
-//! [`pace`](crate::pace) and the fleet decide when a frame is sent, the protocol how it is encoded.
+//! [`pace`](crate::pace) and the fleet determine when a frame is sent, and the protocol determines how it is encoded.
 //!
 //! Invariants: frame `seq` of a device is a pure function of plan, device and `seq`. Frame 1 holds the
 //! samples `0..batch`, frame 2 those up to `2 * batch`, and so on; no sample is in two frames. Every

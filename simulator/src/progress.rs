@@ -31,7 +31,7 @@ impl Progress {
     fn on(target: ProgressDrawTarget, length: u64) -> Self {
         let bar = ProgressBar::with_draw_target(Some(length), target);
         let style = ProgressStyle::with_template("{elapsed_precise} {wide_bar} {percent}%  {msg}");
-        bar.set_style(style.expect("the template is right, as a test shows"));
+        bar.set_style(style.expect("the template is valid, as a test shows"));
         Self {
             bar,
             started: Instant::now(),
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bar_follows_and_its_template_is_right() {
+    fn the_bar_shows_progress_and_its_template_is_valid() {
         let mut progress = Progress::on(ProgressDrawTarget::hidden(), 100);
         progress.show(40, rate(500, Duration::from_secs(2)));
         assert_eq!(

@@ -57,7 +57,8 @@ impl Signal {
         let drift_s = hash::between(hash::at(!key, 5), 2 * DAY_S, 20 * DAY_S);
         let (day, drift) = (draw(1, model.day), draw(3, model.drift));
         let day = match model.kind {
-            // The daily swing of a counter follows its power: the drawn number divided by 500 is in hours.
+            // The daily swing of a counter is its mean power times a number of hours: the drawn number divided by
+            // 500.
             Kind::F64 => day / 500 * (drift / ONE),
             _ => day,
         };

@@ -23,8 +23,8 @@ const RESERVE: Duration = Duration::from_secs(3);
 pub struct Latency {
     /// Workload of the fleet.
     pub workload: Workload,
-    /// Offered rate as a share of what the gateway accepts from devices that wait for each ACK: the
-    /// burst in which frames arrive like here, one at a time from every device.
+    /// Offered rate as a share of the rate in the burst in which each device waits for every ACK. Frames arrive as in
+    /// that burst: one at a time from every device.
     pub share: f64,
     /// Frames that were due per second.
     pub offered_frames_per_s: f64,
@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_interval_gives_the_rate_that_was_asked_for() {
+    fn the_interval_gives_the_requested_rate() {
         for (workload, rate) in [(BASE, 3_000.0), (BASE, 12_500.0), (SINGLE, 50_000.0)] {
             let offered = frames_per_s(workload, interval_us(workload, rate));
             assert!((offered / rate - 1.0).abs() < 0.001, "{offered} for {rate}");

@@ -1,4 +1,4 @@
-//! This machine's limit and the gateway's share of it; also latency, connections, hostile peers and a full
+//! Measures this machine's limit and the gateway's share of it; also latency, connections, hostile peers and a full
 //! store.
 //!
 //! The limit is the baseline: a loop that only inserts the same kind of rows into the same tables, in large
@@ -184,7 +184,7 @@ impl<'a> Scope<'a> {
     }
 }
 
-/// Measures in a private directory and private databases, which are removed afterwards: next to the file in
+/// Measures in a private directory and private databases, and removes them afterwards. They are next to the file in
 /// the store's URL, or on its server.
 pub async fn run(args: &BenchArgs) -> Result<Bench, BenchError> {
     let binary = gateway_binary()?;

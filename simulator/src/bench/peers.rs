@@ -41,7 +41,7 @@ pub enum Attack {
     HalfTls,
     /// Sends nothing, over plain TCP.
     Silence,
-    /// Sends HELLO at a byte every ten seconds.
+    /// Sends HELLO, one byte every ten seconds.
     Slowness,
     /// Logs in as a device, sends time requests repeatedly, and never reads the answers.
     NeverReads,

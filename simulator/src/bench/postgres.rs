@@ -42,7 +42,7 @@ impl Database {
         &self.own
     }
 
-    /// Creates the database empty and replaces an existing one.
+    /// Creates an empty database, replacing an existing one.
     pub(super) async fn make_anew(&self) -> Result<(), BenchError> {
         self.remove().await?;
         let name = &self.name;

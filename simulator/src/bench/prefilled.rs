@@ -51,7 +51,7 @@ pub(super) async fn measure(
         let into_empty = burst_into_new(scope, Sending::burst(BASE)).await?;
         say(&format!("round {round} of {}: full store", scope.rounds));
         let sending = Sending {
-            // No time is used for two measurements.
+            // No two measurements store readings with the same times.
             start_us: start_us() + i64::from(round) * DAY_US,
             ..Sending::burst(BASE)
         };

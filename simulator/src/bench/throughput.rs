@@ -20,7 +20,7 @@ pub struct Burst {
     pub ack_p99_ms: f64,
     /// CPU time of the gateway per million readings.
     pub gateway_cpu_s_per_million: f64,
-    /// CPU time of the simulator per million readings; on a small machine, the gateway lacks this time.
+    /// CPU time of the simulator per million readings; on a small machine, this time is not available to the gateway.
     pub fleet_cpu_s_per_million: f64,
     /// Bytes of data frames per reading.
     pub wire_bytes_per_reading: f64,

@@ -36,11 +36,11 @@ pub(super) const SMOKE: Workload = Workload {
     ..SINGLE
 };
 
-/// Readings per transaction of the baseline; the next constant is its maximum number of frames. Half and twice of
-/// both were tried, two rounds each. With 60 and 240 readings per frame neither differed by more than the rounds did;
-/// on Postgres that also holds for 1 and 4. On SQLite, frames of 1 and 4 readings were 10 to 20 % slower
-/// with half and 18 to 22 % faster with 40,000 frames at a time; but that is more than a thousand devices
-/// have in flight, and no gateway could commit that many together.
+/// Readings per transaction of the baseline; the next constant is its maximum number of frames. Half and twice these
+/// values were measured, two rounds each. With 60 and 240 readings per frame, and on Postgres also with 1 and 4, the
+/// results differed by no more than the rounds did. On SQLite, frames of 1 and 4 readings were 10 to 20 % slower with
+/// half, and 18 to 22 % faster with 40,000 frames at a time; but that is more than a thousand devices have in flight,
+/// and no gateway could commit that many together.
 const TRANSACTION_READINGS: usize = 204_000;
 const TRANSACTION_FRAMES_MAX: usize = 20_000;
 

@@ -120,7 +120,7 @@ pub(super) struct DeviceTask {
     outbox: Outbox,
     /// The device's own clock at the start of the run.
     uptime_at_start_us: u64,
-    /// Number of frames sent; faults are drawn by it.
+    /// Number of frames sent, which selects the faults.
     attempts: u32,
     abandoned: VecDeque<Socket>,
     storms: u64,
@@ -265,8 +265,8 @@ impl DeviceTask {
         })
     }
 
-    /// Returns the least and most that the gateway's clock is ahead of the fleet's: it showed `utc_us` after the device
-    /// asked and before now.
+    /// Returns the least and the most by which the gateway's clock is ahead of the fleet's. The gateway's clock
+    /// showed `utc_us` at some time between the device's request and now.
     fn ahead_us(&self, utc_us: i64, asked_us: Option<u64>) -> (i64, i64) {
         let ahead_us = |run_us: u64| utc_us - self.fleet.started_utc_us - run_us as i64;
         let least_us = ahead_us(self.fleet.now_us());

@@ -1,6 +1,6 @@
 //! The fleet's connections: a task for each device, around the protocol state machine that firmware also uses.
 //!
-//! The script determines the content of frames, the pace when they are due. A device stores no queue:
+//! The script determines the content of frames, and the pace determines when they are due. A device stores no queue:
 //! frames to be resent are regenerated from the plan.
 //!
 //! This file covers the fleet as a whole; [`device`] is one device's task, [`outbox`] its queue, [`link`] its

@@ -39,7 +39,7 @@ use crate::wire;
 const DRIFT_DIVISOR: i64 = 20_000;
 /// Precision of the journal's times, including the drift between two clocks during a run.
 const CLOCK_SLACK_US: i64 = 10_000;
-/// A proxy's address equals a device's by chance at most once in this many.
+/// Of this many addresses of a proxy, at most one is assumed to equal a device's address by chance.
 const BY_CHANCE: u64 = 10;
 /// Number of differences that are shown individually.
 const SHOWN_MAX: usize = 10;
@@ -86,7 +86,8 @@ pub struct Verdict {
     /// Logins and frames from an address that the device used, and from other addresses.
     from_device: u64,
     from_elsewhere: u64,
-    /// The first from other addresses: differences, unless most are.
+    /// The first from other addresses. They are differences unless the gateway did not see the devices' own
+    /// addresses.
     elsewhere: Vec<String>,
     operator_events: u64,
 }

@@ -56,7 +56,7 @@ impl StoredDevice<'_> {
         Ok(())
     }
 
-    /// Verifies streams of none of the runs. Returns whether any of them are allowed.
+    /// Verifies streams that belong to none of the runs. Returns whether any of them are allowed.
     pub(super) async fn prove_strange_streams(
         &self,
         store: &mut Store,

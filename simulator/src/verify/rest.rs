@@ -71,7 +71,7 @@ const RECENT: (&str, &str) = (
      WHERE NOT EXISTS (SELECT 1 FROM series AS s WHERE s.id = t.series_id)",
 );
 
-/// Devices may observe this much less than a step of the clock, because both clocks drift.
+/// A device may observe a clock step as smaller by up to this, because both clocks drift.
 const SLACK_US: u64 = 100_000;
 
 /// Finds rows without a device, stream or series.
