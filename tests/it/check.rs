@@ -56,10 +56,10 @@ fn a_valid_directory_passes_and_stays_unchanged() {
     let dir = TempDir::new().expect("a directory");
     let data_dir = dir.path().join("a/data");
     assert_fit(&data_dir, &[]);
-    assert!(!dir.path().join("a").exists(), "made");
+    assert!(!dir.path().join("a").exists(), "created");
     let mut gateway = Gateway::start_in(&data_dir, &[]);
     gateway.connect("pump").0.ping();
-    // Even while the gateway that will be replaced still has the port.
+    // It also passes while the gateway that will be replaced still has the port.
     assert_fit(&data_dir, &["--listen", &gateway.addr.to_string()]);
     gateway.terminate();
     assert!(gateway.wait().status.success());

@@ -6,7 +6,7 @@
 //! | 2 individual keys and certificates for devices; revocation | `lifecycle`, `tls` |
 //! | 3 secrets are in private files, and not in logs | `start`, `session`, and the last step of `tests/run` |
 //! | 4 an unknown device and a wrong key are indistinguishable | `handshake` |
-//! | 5 replies to failures are delayed more and more | `limits` |
+//! | 5 replies to failures are delayed increasingly | `limits` |
 //! | 6 TLS 1.2 or later; plain TCP beyond loopback only on request | `tls`, `start` |
 //! | 7 certificates are reloaded | `tls`, `tls_reload` |
 //! | 8 unfinished handshakes are dropped first | `limits`; figures from `fieldgate-sim bench --only hostile` |
@@ -170,7 +170,7 @@ fn session(mut link: Link, login: &Login) -> Vec<u8> {
     link.send(&readings_at(2, T0_US, &[5, 6, 7]));
     link.send(&gap(3, 5, 0));
     link.send(&event(6, 2, 7, "door open"));
-    // Not understood the first nor the second time.
+    // The gateway does not understand it the first time, nor the second.
     let unknown = sealed(header(0x1f, 7), &[9; 40]);
     link.send(&unknown);
     link.send(&damaged(readings(8)));
@@ -206,7 +206,7 @@ fn c14_a_session_replayed_byte_for_byte_changes_nothing() {
     let mut gateway = Gateway::start_in(dir.path(), &AT_ONCE);
     let pump = gateway.device("pump");
     let recorded = session(Link::open(gateway.addr), &pump);
-    // So that its end cannot be mistaken for the end of that session.
+    // Wait for another session, so that its end cannot be mistaken for the end of the recorded one.
     assert_serves(&gateway, "other");
     let before = settled(&gateway);
     assert!(before.iter().any(|table| table.contains("door open")));

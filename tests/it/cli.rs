@@ -31,7 +31,7 @@ fn commands_without_a_database_say_what_to_do() {
 }
 
 #[test]
-fn migrate_makes_a_database_once() {
+fn migrate_creates_a_database_once() {
     let site = Site::new();
     let said = site.run(&["migrate"]);
     assert_eq!(said.code, 0, "{said:?}");
@@ -110,7 +110,7 @@ fn a_flag_wins_over_the_environment_which_wins_over_the_file() {
 }
 
 #[test]
-fn a_wrong_file_is_one_line_that_names_it() {
+fn a_wrong_settings_file_is_reported_in_one_line() {
     let site = Site::new();
     let cases: [(&str, &[&str]); 15] = [
         ("lisen = \"a\"", &["\"lisen\"", "did you mean \"listen\"?"]),
@@ -140,7 +140,7 @@ fn a_wrong_file_is_one_line_that_names_it() {
     ];
     for (text, words) in cases {
         site.write("f.toml", text);
-        // Even if the subcommand has no such flag.
+        // The file is rejected even if the subcommand has no such flag.
         let said = site.run(&["--config", "f.toml", "status"]);
         said.refused(2, words);
         said.refused(2, &["settings file f.toml"]);
@@ -155,7 +155,7 @@ fn a_wrong_file_is_one_line_that_names_it() {
 }
 
 #[test]
-fn wrong_usage_is_two_lines_at_most() {
+fn wrong_usage_prints_at_most_two_lines() {
     let site = Site::new();
     for (args, word) in [
         (&["serve", "--listne", "1"][..], "--listen"),
@@ -465,7 +465,7 @@ fn a_query_ends_before_it_stops_the_gateway() {
         let out = BufReader::new(child.stdout.take().unwrap());
         let log = until(|| fs::OpenOptions::new().append(true).open(&log).ok());
         assert!(child.try_wait().unwrap().is_none());
-        // Long and empty: nothing in it belongs to the database.
+        // The log becomes long, but nothing in it belongs to the database.
         let mut bytes = 600 << 20;
         until(|| {
             bytes += 1;
@@ -561,7 +561,7 @@ async fn a_device_is_shown_with_its_newest_plausible_reading() {
     ];
     assert_eq!(shown(&said)[..5], newest, "{}", said.out);
     assert_eq!(shown(&said)[5..], ["200"], "{}", said.out);
-    // They are counted up to a limit.
+    // Readings in the future are counted up to a limit.
     let rows: Vec<_> = (200..1500).map(|n| (year_9999_us + n, 9.0)).collect();
     let batch = Batch {
         entries: vec![readings(7, &rows)],
@@ -641,7 +641,7 @@ fn a_key_that_others_can_read_is_refused() {
 }
 
 #[test]
-fn a_port_in_use_is_one_line() {
+fn a_port_in_use_is_reported_in_one_line() {
     let site = Site::new();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = taken.local_addr().unwrap().to_string();

@@ -51,7 +51,7 @@ fn assert_survives(mut gateway: Gateway) -> Ended {
 }
 
 #[test]
-fn a_log_that_cannot_be_written_does_no_harm() {
+fn a_log_that_cannot_be_written_does_not_affect_the_gateway() {
     for stderr in [full_disk(), reader_gone()] {
         assert_survives(Gateway::start_logging_to(stderr, &[]));
     }

@@ -144,7 +144,7 @@ fn only_the_key_of_a_database_serves_with_and_without_a_spool() {
 /// Its data directory is new, and so is the key that it would create.
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-fn a_second_gateway_brings_no_other_key() {
+fn a_second_gateway_without_the_store_s_key_is_refused() {
     let site = Site::postgres(false);
     site.use_once();
     for spool in [&[][..], &["--spool"]] {

@@ -170,7 +170,7 @@ fn any_flipped_bit_in_a_payload_is_requested_again() {
 }
 
 #[test]
-fn any_length_is_answered() {
+fn frames_of_any_length_are_answered() {
     let mut gateway = Gateway::start(&AT_ONCE);
     let max = 4096 - 20;
     for payload_bytes in [0, 1, max - 1, max] {

@@ -10,7 +10,7 @@ use crate::support::client::{
 };
 use crate::support::gateway::Gateway;
 
-/// No delay of failures, so that a hundred of them do not wait for each other.
+/// Disables the delay after failures, so that a hundred failures take no time.
 pub const AT_ONCE: [&str; 2] = ["--failure-delay-max-ms", "0"];
 
 #[test]

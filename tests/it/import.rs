@@ -230,7 +230,7 @@ fn an_import_reports_its_guesses_and_creates_a_device_per_site() {
 }
 
 #[test]
-fn an_import_that_cannot_begin_says_why() {
+fn an_import_that_cannot_begin_prints_the_reason() {
     let gateway = Gateway::start(&["--registration", "closed"]);
     let dir = TempDir::new().expect("a directory");
     let file = dir.path().join("a.csv");

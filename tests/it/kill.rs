@@ -60,7 +60,7 @@ fn survive<P: Place>(place: impl FnOnce(&Path) -> P, flags: &[&str], share: u64)
     let (mut fleet, mut gateway) = Fleet::start(place, flags);
     for round in 1..=rounds {
         fleet.await_progress(round);
-        // The time is random: anywhere within some commits.
+        // A random time, so that the kill can hit any part of a commit.
         std::thread::sleep(Duration::from_micros(moments.random_range(0..300_000)));
         gateway = fleet.restart(gateway);
     }

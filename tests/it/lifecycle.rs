@@ -180,7 +180,7 @@ fn a_disabled_device_is_disconnected(place: &Place) {
 fn c02_a_disabled_device_is_disconnected() {
     let place = Place::sqlite(&[]);
     a_disabled_device_is_disconnected(&place);
-    // The last event of a session is written after its peer has gone, so later than the events that follow.
+    // The last event of a session is written after its peer has gone, so it may be stored after later events.
     let begun = Instant::now();
     let mut events = place.events("pump");
     while !["disconnected,52", "refused,52"]
@@ -379,7 +379,7 @@ fn rejections_are_recorded_for_existing_devices_only() {
     for _ in 0..10 {
         assert_refused(&place.gateway, &wrong("pump"), Code::Authentication);
     }
-    // Later commits follow it.
+    // A later commit, so that refusals before it are stored.
     let (_link, _) = place.gateway.connect("later");
     let begun = Instant::now();
     while place.events("pump").matches("refused,50").count() < 2 {

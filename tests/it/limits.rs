@@ -29,7 +29,7 @@ fn c13_a_device_over_its_rate_is_delayed_and_others_are_not() {
     let gateway = Gateway::start(&READINGS_2000);
     let (mut hot, _) = gateway.connect("hot");
     let begun = Instant::now();
-    // 12,180 readings: the burst, and two seconds' more.
+    // 12,180 readings: the burst, and what the rate allows in two seconds.
     let frames = 30;
     for seq in 1..=frames {
         hot.send(&readings_406(seq));
@@ -56,7 +56,8 @@ fn c13_a_device_over_its_rate_is_delayed_and_others_are_not() {
 fn c13_a_reconnect_does_not_reset_the_rate() {
     let gateway = Gateway::start(&READINGS_2000);
     let begun = Instant::now();
-    // 12,180 readings: the burst, and two seconds' more; but less than the burst on each connection.
+    // 12,180 readings: the burst, and what the rate allows in two seconds; but less than the burst on each
+    // connection.
     for connection in 0..3 {
         let (mut hot, _) = gateway.connect("hot");
         let seqs = connection * 10 + 1..=connection * 10 + 10;
@@ -81,7 +82,7 @@ fn c13_a_device_may_not_send_requests_without_limit() {
     let gateway = Gateway::start(&rate);
     let (mut hot, _) = gateway.connect("hot");
     let begun = Instant::now();
-    // The burst, and two seconds' more.
+    // The burst, and what the rate allows in two seconds.
     let asks = 500;
     hot.send(&ping(77, 0, 0).repeat(asks));
     let (mut calm, _) = gateway.connect("calm");
@@ -274,7 +275,7 @@ fn c12_few_open_files_mean_few_connections_and_nothing_fails() {
     let mut gateway = Gateway::start_with_files(128, &[]);
     gateway.wait_for_line("connection limit lowered to fit the open file limit");
     let (mut first, _) = gateway.connect("first");
-    // More than there are slots, and fewer than also wait in a typical backlog.
+    // More connections than there are slots, but few enough that the others fit into a typical backlog.
     let idle: Vec<Link> = (0..150).map(|_| Link::open(gateway.addr)).collect();
     for seq in 1..=20 {
         first.send(&readings(seq));

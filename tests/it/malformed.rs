@@ -131,7 +131,7 @@ fn c09_a_frame_over_the_limit_is_refused_by_its_header_alone() {
 fn c10_a_stall_ends_the_connection() {
     let gateway = Gateway::start(&["--handshake-timeout-s", "2", "--frame-timeout-s", "1"]);
     let pump = gateway.device("pump");
-    // All at the same time, because each takes its time.
+    // In parallel, because each timeout takes time.
     let mut mute = Link::open(gateway.addr);
     let mut slow = Link::open(gateway.addr);
     slow.send(&pump.hello()[..20]);
@@ -466,7 +466,7 @@ fn a_number_damaged_twice_is_quarantined_whatever_arrives_in_between() {
 }
 
 #[test]
-fn beyond_the_limit_ends_the_connection() {
+fn a_number_beyond_the_limit_ends_the_connection() {
     let gateway = Gateway::start(&["--window-frames", "4"]);
     let (mut link, welcomed) = gateway.connect("pump");
     assert_eq!((welcomed.durable_seq, welcomed.limit_seq), (0, 4));
@@ -533,7 +533,7 @@ fn an_unknown_schema_is_requested() {
     link.send(&declare(SCHEMA));
     link.send(&readings(1));
     link.expect_ack(1);
-    // The same again changes nothing; other content under this number is rejected.
+    // The same DECLARE again changes nothing; other content under this number is rejected.
     link.send(&declare(SCHEMA));
     let other = Channel {
         id: TEMPERATURE,

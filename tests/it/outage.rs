@@ -38,7 +38,7 @@ fn devices_wait_for_a_stopped_server() {
     let frames: Vec<u8> = (2..=4).flat_map(readings).collect();
     link.send(&frames);
     expect_store_down(&mut link, 1);
-    // Once the gateway knows, it answers each further attempt immediately.
+    // Once the gateway has noticed the outage, it answers each further attempt immediately.
     link.send(&readings(2));
     expect_store_down(&mut link, 1);
     assert!(gateway.is_alive());
@@ -61,7 +61,7 @@ fn acknowledged_frames_survive_crashes_of_the_server() {
     let (mut fleet, mut gateway) = Fleet::start(|_| cluster.database(), &BURST);
     for round in 1..=rounds {
         fleet.await_progress(round);
-        // The time is random: anywhere within some commits.
+        // A random time, so that the crash can hit any part of a commit.
         std::thread::sleep(Duration::from_micros(moments.random_range(0..300_000)));
         cluster.stop_immediately();
         cluster.run();

@@ -43,7 +43,7 @@ fn a_rejected_login_prints_the_reason() {
     let words = ["denied access", "guarded@", "password"];
     assert_refused(&database.url_as("guarded:s3cret"), 1, &words);
     assert_refused(&database.url_as("no_such_user"), 1, &["denied access"]);
-    // Before 15, every user could create tables.
+    // Before Postgres 15, every user could create tables.
     let session = database.session();
     session.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC");
     let words = ["limited@", "lacks privileges", "owner"];

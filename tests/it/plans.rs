@@ -24,7 +24,7 @@ fn scans(plan: &Value, found: &mut BTreeSet<Scan>) {
             if let (Some(Value::String(table)), Some(Value::String(kind))) =
                 (node.get("Relation Name"), node.get("Node Type"))
                 && (table.starts_with("readings") || table == "frames")
-                // If the plan was run, only its executed parts.
+                // In the plan of an executed query, count only the parts that ran.
                 && node.get("Actual Loops") != Some(&Value::from(0.0))
                 && node.get("Actual Loops") != Some(&Value::from(0))
             {
@@ -36,7 +36,7 @@ fn scans(plan: &Value, found: &mut BTreeSet<Scan>) {
     }
 }
 
-/// Asserts that a query reads `partitions` and, maybe, the default one, by their indexes.
+/// Asserts that a query reads `partitions` and possibly the default one, by their indexes.
 fn assert_reads(session: &mut Session, sql: &str, partitions: &[String]) {
     let plan = session.explain(sql);
     assert_plan_reads(&plan, sql, partitions);

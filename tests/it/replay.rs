@@ -181,7 +181,7 @@ fn replayed_frames_equal_directly_stored_ones() {
     let events = "SELECT count(*) FROM (SELECT DISTINCT at, level, code, detail FROM device_events
                   WHERE kind = 'event')";
     assert_eq!(database.count(events), 2);
-    // Another boot has no measurement: its newest row is as old as its receipt, not as the replay.
+    // Another boot has no measurement: its newest row is dated to its receipt, not to the replay.
     let (mut link, _) = gateway.connect("detour");
     let kept = in_sqlite(gateway.data_dir(), "detour", 9);
     quarantined(&mut link, 9, &since_boot(9, 6, 9_000_000), kept);
@@ -253,7 +253,7 @@ fn frames_that_still_do_not_decode_stay() {
 }
 
 /// Runs several replays simultaneously, while a gateway stores frames as fast as it can.
-fn replays_beside_a_gateway(gateway: &Gateway, store: &str, meddle: impl Fn(u64, &str)) -> u64 {
+fn replay_under_load(gateway: &Gateway, store: &str, meddle: impl Fn(u64, &str)) -> u64 {
     const KEPT: u64 = 24;
     for seq in 1..=KEPT {
         let (mut link, _) = gateway.connect("kept");
@@ -301,7 +301,7 @@ fn concurrent_replays_and_a_busy_gateway_store_each_frame_once() {
     let dir = tempfile::TempDir::new().expect("a directory");
     let mut gateway = Gateway::start_in(dir.path(), &[]);
     let store = format!("sqlite://{}", dir.path().join("fieldgate.db").display());
-    let sent = replays_beside_a_gateway(&gateway, &store, |seq, digits| {
+    let sent = replay_under_load(&gateway, &store, |seq, digits| {
         in_sqlite(dir.path(), "kept", seq)(digits);
     });
     for _ in 0..2 {
@@ -313,7 +313,7 @@ fn concurrent_replays_and_a_busy_gateway_store_each_frame_once() {
             database.frames("kept"),
             (1..=24).map(|seq| (seq, 17)).collect::<Vec<_>>()
         );
-        // And after all recent readings are compacted.
+        // The same holds after all recent readings are compacted.
         gateway.terminate();
         assert!(gateway.wait().status.success());
         gateway = Gateway::start_in(dir.path(), &[]);
@@ -326,7 +326,7 @@ fn replays_in_postgres_store_each_frame_once() {
     let mut database = PgDatabase::create();
     let url = database.url();
     let gateway = Gateway::start(&["--store", &url]);
-    let sent = replays_beside_a_gateway(&gateway, &url, |seq, digits| {
+    let sent = replay_under_load(&gateway, &url, |seq, digits| {
         crate::support::database::Session::open(&url).execute(&format!(
             "UPDATE quarantine SET bytes = '\\x{digits}' WHERE seq = {seq}"
         ));

@@ -293,7 +293,7 @@ fn an_idle_gateway_exits_if_its_database_was_moved() {
     );
 }
 
-/// By means of SQLite, under the same name: to a state of long ago, and to a recent one.
+/// SQLite restores the database under the same name: once to an old state, once to a recent one.
 #[test]
 fn a_gateway_exits_if_its_database_is_restored() {
     for statements in [
@@ -408,7 +408,7 @@ impl PgDatabase {
     }
 }
 
-/// A limit on the file size fails like a full disk: the log that a gateway left behind is as long.
+/// A file size limit acts like a full disk. It is the length of the log that the previous gateway left behind.
 #[test]
 fn a_gateway_starts_on_a_full_disk() {
     let dir = TempDir::new().expect("a directory");
@@ -500,7 +500,7 @@ fn a_reused_number_with_other_content_is_recorded() {
     let (mut pump, _) = gateway.connect("pump");
     (1..=3).for_each(|seq| pump.send(&readings(seq)));
     pump.expect_ack(3);
-    // Resending the same frame is none, in this session and in the next.
+    // Resending the same frame is not a reuse, in this session or in the next.
     pump.send(&readings(2));
     pump.expect_ack(3);
     let (mut pump, _) = gateway.connect("pump");

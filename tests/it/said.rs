@@ -90,7 +90,7 @@ fn a_fatal_error_is_an_event_in_a_json_log() {
 }
 
 #[test]
-fn a_level_is_the_lowest_that_is_logged_and_rust_log_wins() {
+fn a_log_level_is_a_minimum_and_rust_log_overrides_it() {
     let log_of = |level: &str, rust_log: Option<&str>| {
         let dir = TempDir::new().expect("a directory");
         let mut serve = command(&["serve", "--listen", "127.0.0.1:0", "--log-level", level]);

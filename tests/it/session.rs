@@ -1,5 +1,5 @@
-//! Guarantees of a session: each frame is stored once, in order, and acknowledged when it is durable and not earlier,
-//! through resends, lost ACKs, take-overs and ends of every kind.
+//! Guarantees of a session: each frame is stored once, in order, and acknowledged only when it is durable, despite
+//! resends, lost ACKs, take-overs and ends of every kind.
 
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::message::Data;
@@ -88,7 +88,7 @@ fn one_ack_covers_all_frames_of_a_commit() {
         }
     }
     assert!(acks <= 3, "{acks} ACKs");
-    // And no further message after the last.
+    // No further message follows the last one.
     link.ping();
     assert_stored_once(&gateway, "pump", 30);
 }
@@ -209,7 +209,7 @@ fn a_gap_is_recorded_and_covers_only_missing_frames() {
     link.send(&gap(6, 6, 0));
     link.send(&gap(7, 1_000_000_000, 9));
     link.expect_ack(1_000_000_000);
-    // The same again, and one within, change nothing.
+    // Repeating a gap, or reporting a part of it, changes nothing.
     link.send(&gap(1, 5, 2));
     link.send(&gap(4, 7, 2));
     link.send(&readings(1_000_000_001));

@@ -63,7 +63,7 @@ fn it_exits_if_no_device_can_connect() {
         (alert, "not an FWP frame"),
         (closes, "closed by the gateway"),
     ] {
-        // Long enough to give up before, and short enough for a test.
+        // Long enough that the simulator gives up first, and short enough for a test.
         let (code, said) = ended(peer(answer), &key, &["--duration", "1m", "--devices", "4"]);
         assert_eq!(code, Some(1), "{said}");
         assert!(said.contains("waiting: ") && said.contains(says), "{said}");

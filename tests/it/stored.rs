@@ -263,7 +263,7 @@ fn each_ping_is_answered_and_better_measurements_hold() {
     };
     assert_eq!(mono_us, 2_000_000);
     assert!(before_us <= received_us && received_us <= sent_us && sent_us <= now_us());
-    // The device reports that PONG took no time and that it held it for as long as the test did: a round
+    // The device reports that the PONG took no time, and that the device held it for as long as the test did: a round
     // trip of almost zero, which is better than the handshake's.
     let held_us = (now_us() - sent_us) as u64;
     link.send(&ping(3_000_000 + held_us, sent_us, 3_000_000));

@@ -222,7 +222,7 @@ fn gaps_events_and_totals_are_recorded() {
     link.send(&gap(2, 5, 1));
     link.send(&gap(6, 1_000_000_000, 9));
     link.expect_ack(1_000_000_000);
-    // The same again, and one within, change nothing.
+    // Repeating a gap, or reporting a part of it, changes nothing.
     link.send(&gap(1, 5, 2));
     link.send(&event(1_000_000_001, 3, 65_535, "valve stuck"));
     link.expect_ack(1_000_000_001);

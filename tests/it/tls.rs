@@ -241,7 +241,7 @@ fn rejected_peers_are_logged_with_the_reason() {
         reasons.iter().map(|(_, lines)| lines).sum::<usize>(),
         "{log}"
     );
-    // All without a name from one address: one row, with the latest; and the one with a name.
+    // One row for all peers without a name at one address, with the latest reason; and one for the peer with a name.
     let rows: Vec<&str> = listed.lines().skip(1).collect();
     assert_eq!(rows.len(), 2, "{listed}");
     assert!(
@@ -465,7 +465,7 @@ fn c07_certificates_are_reloaded_and_sessions_continue() {
     let first = shown(&gateway);
     assert_eq!(first, session.certificate());
 
-    // Because the files changed.
+    // The gateway reloads because the files have changed.
     site.tls(&["init"]);
     let second = until(|| Some(shown(&gateway)).filter(|certificate| *certificate != first));
 
@@ -477,7 +477,7 @@ fn c07_certificates_are_reloaded_and_sessions_continue() {
     gateway.wait_for_line("could not load new certificate, keeping the old one");
     assert_eq!(shown(&gateway), second);
 
-    // At the latest because of the signal.
+    // The gateway reloads at the latest when it receives the signal.
     std::fs::write(&cert, good).expect("writes");
     site.tls(&["init", "--days", "30"]);
     gateway.signal("HUP");

@@ -33,7 +33,7 @@ fn device(data_dir: &str, args: &[&str]) -> Ended {
 }
 
 #[test]
-fn certificates_of_devices_replace_nothing_unasked() {
+fn device_certificates_replace_files_only_on_request() {
     let site = Site::new();
     std::fs::write(site.path("fleet.key"), "ab".repeat(32)).expect("writes");
     let dir = site.0.path().to_str().expect("UTF-8");

@@ -30,7 +30,7 @@ fn c07_a_key_fixed_by_chmod_is_loaded() {
     let mut gateway = site.start(&[]);
     chmod(&site, 0o644);
     gateway.wait_for_line(NOT_TAKEN);
-    // It is tried again, but logged at a lower level.
+    // The load is retried, but logged at a lower level.
     for _ in 0..2 {
         gateway.wait_for_line("could not reload certificate");
     }

@@ -12,7 +12,7 @@ use crate::support::{PATIENCE, eventually};
 
 /// Variable with the URL of the server that tests share; `tests/run` sets it.
 const SERVER_VARIABLE: &str = "FIELDGATE_TEST_POSTGRES_URL";
-/// A frozen server accepts no connections.
+/// Maximum time to connect: a frozen server accepts no connections.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// A connection to Postgres.
 pub struct Session {

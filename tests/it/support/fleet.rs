@@ -269,7 +269,7 @@ impl<P> Drop for Fleet<P> {
     }
 }
 
-/// Checks that numbers continue each stream, none is missing or duplicate, and totals are right.
+/// Checks that numbers continue each stream, none is missing or duplicate, and totals are correct.
 pub fn check_ledger(place: &mut impl Place) {
     for (what, sql) in FAULTS {
         assert_eq!(place.poll(sql), Some(0), "{what}");

@@ -113,7 +113,7 @@ impl Gateway {
             Some(pipe) => collect(pipe),
             None => collect(std::io::empty()),
         };
-        // It also holds the other end of a pipe.
+        // The command holds the other end of the pipe, too.
         drop(serve);
         let stdout = process.stdout.take().expect("piped");
         let (sender, listening) = channel();

@@ -1,4 +1,4 @@
-//! What the tests share: the programs, devices, databases and clusters they work with.
+//! Shared by the tests: programs, devices, databases and clusters.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ pub mod wire;
 
 /// Maximum wait for an event that has no deadline of its own.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-/// Interval between looks for an event that cannot be waited for.
+/// Poll interval for an event that cannot be waited for.
 const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Waits until `has_happened` returns true; fails the test after `within`.
