@@ -72,7 +72,7 @@ async fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     ));
     let played = fleet::run(script, terms, journal, Arc::clone(&counters), stop).await;
     bar.abort();
-    // The bar is gone before the report is printed, whether the task was aborted or had finished.
+    // Waits until the bar is removed, whether the task was aborted or has finished.
     let _ = bar.await;
     counters.notices(Instant::now()).iter().for_each(say::note);
     let Played { summary, error } = played.map_err(|error| match error {

@@ -18,8 +18,8 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
 
-/// Version of the meaning of a plan. Raise it whenever the same plan would give different content, even by
-/// a single noise bit.
+/// Version of the meaning of a plan. Increase it whenever the same plan would give different content, even by a
+/// single noise bit.
 pub const FORMAT: u32 = 2;
 /// Maximum number of devices in a fleet.
 pub const DEVICES_MAX: u32 = 100_000;

@@ -47,7 +47,7 @@ pub enum Origin {
 pub enum KeyError {
     /// The data directory cannot be created or written.
     #[error(
-        "could not write the data directory {}: {source}; give this user access to it, or use another \
+        "could not write the data directory {}: {source}; give this user access to it, or choose another \
          --data-dir",
         path.display()
     )]

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 use super::{Error, output};
 
-/// Maximum wait at startup of a gateway with a spool for the database's fleet key.
+/// Maximum wait for the database's fleet key when a gateway with a spool starts.
 const DATABASE_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Subcommand)]

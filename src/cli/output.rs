@@ -39,7 +39,6 @@ impl Grid {
         self.rows.push(row);
     }
 
-    /// Returns the number of rows.
     pub fn len(&self) -> usize {
         self.rows.len()
     }
@@ -164,7 +163,7 @@ pub fn count(n: u64, noun: &str) -> String {
     }
 }
 
-/// Replaces a time in a row by its text, in UTC to the second. Other values are unchanged.
+/// Replaces a time in a row with its text, in UTC to the second. Other values are unchanged.
 pub fn show_utc(row: &mut [Value], column: usize) {
     if let Value::Integer(us) = row[column] {
         row[column] = Value::Text(utc_text(us));

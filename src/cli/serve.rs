@@ -42,7 +42,7 @@ use super::{Error, LogFormat, fleet_key, output};
 /// Signal for a write beyond the file size limit (RLIMIT_FSIZE).
 #[cfg(target_os = "linux")]
 const SIGXFSZ: i32 = 25;
-/// Open files reserved for other uses than connections: listeners, the store, the log.
+/// Open files reserved for uses other than connections: listeners, the store, the log.
 const OTHER_FILES: u64 = 64;
 /// Maximum wait at startup for the device list from Postgres, if there is a spool.
 const MIRROR_TIMEOUT: Duration = Duration::from_secs(5);
@@ -50,7 +50,7 @@ const MIRROR_TIMEOUT: Duration = Duration::from_secs(5);
 const UP_INTERVAL: Duration = Duration::from_millis(500);
 /// Interval between log lines about these attempts.
 const UP_LOG_INTERVAL: Duration = Duration::from_secs(30);
-/// Divisor of the drain timeout: this part of it is for draining the spool into Postgres.
+/// Divisor of the drain timeout; the quotient is for draining the spool into Postgres.
 const SPOOL_DRAIN_SHARE: u32 = 2;
 /// Maximum wait at startup for a blocked stdout.
 const PRINT_TIMEOUT: Duration = Duration::from_secs(1);

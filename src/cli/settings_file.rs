@@ -22,7 +22,6 @@ pub enum FileError {
     /// The file does not exist or is not readable.
     #[error("could not read settings file {}: {source}", path.display())]
     Read {
-        /// Path of the file.
         path: PathBuf,
         /// Error of the system.
         source: std::io::Error,
@@ -30,7 +29,6 @@ pub enum FileError {
     /// The file is not TOML.
     #[error("settings file {}, line {line}: {message}", path.display())]
     Syntax {
-        /// Path of the file.
         path: PathBuf,
         /// Line number, from 1.
         line: usize,
@@ -40,25 +38,17 @@ pub enum FileError {
     /// A key is not the name of a flag.
     #[error("settings file {}: unknown setting {key:?}; did you mean {nearest:?}?", path.display())]
     UnknownKey {
-        /// Path of the file.
         path: PathBuf,
-        /// The unknown key.
         key: String,
         /// Name of the most similar setting.
         nearest: String,
     },
     /// A key names a flag that is not a setting.
     #[error("settings file {}: {key:?} cannot be set in a file; use --{key} on the command line", path.display())]
-    NotASetting {
-        /// Path of the file.
-        path: PathBuf,
-        /// The key.
-        key: String,
-    },
+    NotASetting { path: PathBuf, key: String },
     /// The flag rejects the value.
     #[error("settings file {}: {key} = {value}: {fault}", path.display())]
     Value {
-        /// Path of the file.
         path: PathBuf,
         /// Name of the setting.
         key: String,

@@ -104,7 +104,7 @@ fn init(data_dir: &Path, args: &InitArgs) -> Result<(), Error> {
             .into_iter()
             .find(|path| path.exists())
         {
-            return Err(foreign_file(foreign, "was not made by this command"));
+            return Err(foreign_file(foreign, "was not created by this command"));
         }
         make_authority(&ca_cert, &ca_key)?;
     }

@@ -52,7 +52,6 @@ struct Group {
     channels: Range<usize>,
     /// First row of each frame, and the end of the last one.
     starts: Vec<usize>,
-    /// Number of the first frame.
     first_seq: u64,
     schema: u32,
 }

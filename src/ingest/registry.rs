@@ -1,5 +1,5 @@
-//! Live sessions: at most one per device, the newest, and none of a device that an operator has
-//! disabled or rekeyed since login.
+//! Live sessions: at most one per device, the newest. A session ends when an operator disables its
+//! device or replaces the device's key.
 //!
 //! Logins arrive in the order of their commits, so "newest" means the last one committed. Changes
 //! by operators arrive separately, possibly before a login that was committed earlier. So the

@@ -20,7 +20,6 @@ const DOUBLE: u8 = u8::MAX;
 /// One number as written.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Decimal {
-    /// The nearest double.
     nearest: f64,
     /// `(digits, places)` for `digits / 10^places` without trailing zeros, if that fits.
     exact: Option<(i64, u8)>,

@@ -30,7 +30,6 @@ impl Notes {
         }
     }
 
-    /// Returns the lines.
     pub fn into_lines(self) -> Vec<String> {
         self.0
     }
@@ -39,7 +38,6 @@ impl Notes {
 /// Counts occurrences, and keeps the first positions.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
-    /// Number of occurrences.
     pub count: u64,
     at: Vec<usize>,
     /// The first occurrence.

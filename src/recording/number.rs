@@ -35,9 +35,7 @@ pub const POINT: Style = Style {
 /// Value of a cell.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Value {
-    /// Missing value.
     Missing,
-    /// A number.
     Number(Decimal),
     /// Anything else.
     Text,

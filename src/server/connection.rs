@@ -35,7 +35,7 @@ const PREAUTH_READ_BYTES: usize = 1024;
 const PREAUTH_TLS_BYTES_MAX: usize = 64 * 1024;
 /// How long a peer may take to read the last reply and close.
 const LINGER: Duration = Duration::from_secs(1);
-/// Timer interval without a deadline: long enough to never matter.
+/// Timer interval when there is no deadline.
 const NO_DEADLINE: Duration = Duration::from_secs(3600);
 
 /// State shared by all connections of a gateway.

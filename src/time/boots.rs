@@ -50,9 +50,9 @@ const DRIFT_DIVISOR: u64 = 20_000;
 const DRIFT_MAX_DIVISOR: u64 = 2_000;
 /// Difference of two measurements that is always accepted.
 const AGREEMENT_US: u64 = 10_000;
-/// How far a device's time may go back before it counts as a wrap or a restart. A frame that was
-/// filled slowly is numbered after newer ones, so this limit is for frames rather than
-/// measurements.
+/// How far a device's time may go back before it counts as a wrap or a restart: between two
+/// measurements, and between two frames. The limit for frames is higher, because a frame that was
+/// filled slowly is numbered after newer ones.
 const BACKWARD_MAX_US: i64 = 10_000_000;
 const BACKWARD_FRAME_MAX_US: i64 = 1_800_000_000;
 /// Period of a 32-bit counter of microseconds. The period of a millisecond counter is a thousand
@@ -237,7 +237,7 @@ impl BootClocks {
 
     /// Applies a measurement; returns the clock to store for its boot if that changes.
     pub fn improve(&mut self, measured: BootClock) -> Option<BootClock> {
-        // The check of its times starts again.
+        // The times of the boot are checked from the start again.
         self.latest.take_if(|latest| latest.boot == measured.boot);
         let place = { self.clocks.iter() }.position(|clock| clock.boot == measured.boot);
         let better = match place {

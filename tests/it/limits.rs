@@ -18,7 +18,6 @@ const READINGS_2000: [&str; 4] = [
     "8192",
 ];
 
-/// A frame with 406 readings.
 fn readings_406(seq: u64) -> Vec<u8> {
     readings_at(seq, T0_US + seq as i64 * 2_000_000_000, &[7; 406])
 }
@@ -51,7 +50,6 @@ fn c13_a_device_over_its_rate_is_delayed_and_others_are_not() {
     );
 }
 
-/// A reconnect does not reset the quota.
 #[test]
 fn c13_a_reconnect_does_not_reset_the_rate() {
     let gateway = Gateway::start(&READINGS_2000);
@@ -175,7 +173,7 @@ fn c05_failures_are_delayed_and_a_correct_key_is_not() {
         link.send(&login.auth(transcript).0);
         waiting.push(link);
     }
-    // The last ones would be delayed by a minute by now; the device with that name is not.
+    // By now, another failure would be delayed by a minute; the device with that name is not delayed.
     let begun = Instant::now();
     let (mut pump, _) = gateway.connect("pump");
     pump.send(&readings(1));
@@ -185,8 +183,9 @@ fn c05_failures_are_delayed_and_a_correct_key_is_not() {
         "{:?}",
         begun.elapsed()
     );
-    // 100 ms, 200 ms, … in the order in which they failed, which is not exactly that of the links: of any
-    // five, one is at least the fifth. The answer is delayed, not only the end.
+    // The delays are 100 ms, 200 ms, … in the order of the failures, which may differ from the order of the links. Of
+    // any five links, at least one was the fifth to fail or later. The answer itself is delayed, not only the end of
+    // the connection.
     for link in &mut waiting[..5] {
         let heard = link.hear();
         assert!(matches!(heard, Heard::Bye { .. }), "{heard:?}");

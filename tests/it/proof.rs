@@ -17,7 +17,7 @@ struct Falsification {
     said: &'static str,
 }
 
-/// Id of the first readable frame with readings; falsifications of one reading use the middle one of its first series.
+/// Id of the first readable frame with readings; falsifications of one reading use the first one of its first series.
 const ONE: &str = "(SELECT min(id) FROM frames WHERE readings > 0)";
 
 const fn of(what: &'static str, sql: &'static str, said: &'static str) -> Falsification {

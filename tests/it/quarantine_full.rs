@@ -81,7 +81,7 @@ fn only_the_device_with_a_full_share_waits() {
     let mut full = fill(&gateway, "full");
     full.send(&unheard_of(9));
     expect_full(&mut full, 9);
-    // Its frame is not stored, and neither are those after it; a valid frame under its number is.
+    // Its frame and those after it are not stored; a valid frame under its number is.
     full.send(&readings(10));
     full.ping();
     let mut database = gateway.database();

@@ -1,4 +1,4 @@
-//! Commands while a gateway runs: they do not block it, and do not wait for one that is gone.
+//! Commands while a gateway runs: they do not block it, and do not wait for a gateway that has gone.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};

@@ -201,7 +201,7 @@ fn rejected_peers_are_logged_with_the_reason() {
     let invalid = gateway.device("p mp").hello();
     strange.write_all(&invalid).expect("sends");
     until_closed(&mut strange);
-    // Health checks.
+    // Health checks connect and send nothing.
     for addr in [gateway.addr, gateway.tls_addr()] {
         drop(connect(addr));
     }
@@ -543,7 +543,7 @@ fn unusable_tls_files_are_rejected_with_one_line() {
     let dir = site.0.path().to_str().expect("UTF-8");
     let ended = run(&["tls", "init", "--data-dir", dir]);
     assert!(
-        ended.stderr.contains("was not made by this command"),
+        ended.stderr.contains("was not created by this command"),
         "{}",
         ended.stderr
     );

@@ -1,4 +1,4 @@
-//! Cost of connections with little traffic, and how soon they are back when all are lost simultaneously.
+//! Cost of connections with little traffic, and the time to reconnect after all are lost simultaneously.
 
 use std::time::Duration;
 
@@ -20,7 +20,6 @@ const JOINS_PER_S: u32 = 1_000;
 /// Results for many connections.
 #[derive(Clone, Debug, Serialize)]
 pub struct Connections {
-    /// Number of connections.
     pub connections: u32,
     /// Resident memory of a gateway without connections.
     pub resident_bytes_before: u64,

@@ -34,7 +34,6 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Results for healthy devices with peers of one kind.
 #[derive(Clone, Debug, Serialize)]
 pub struct Hostile {
-    /// Attack of the peers.
     pub attack: Attack,
     /// Number of peers; a peer that is disconnected reconnects after a second.
     pub peers: u32,
@@ -114,7 +113,7 @@ async fn one(scope: &Scope<'_>, attack: Option<(Attack, u32)>) -> Result<Measure
     load.ready().await?;
     load.pass(WARM_UP).await?;
     let peers = attack.map(|(attack, peers)| Peers::send(&gateway, attack, peers));
-    // The same time without the peers, so that a store of the same age is compared.
+    // Waits equally long without the peers, so that the compared stores have the same age.
     load.pass(SETTLING).await?;
 
     let open = || peers.as_ref().map_or(0, Peers::open);

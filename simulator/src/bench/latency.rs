@@ -21,7 +21,6 @@ const RESERVE: Duration = Duration::from_secs(3);
 /// ACK latency at one rate.
 #[derive(Clone, Debug, Serialize)]
 pub struct Latency {
-    /// Workload of the fleet.
     pub workload: Workload,
     /// Offered rate as a share of the rate in the burst in which each device waits for every ACK. Frames arrive as in
     /// that burst: one at a time from every device.

@@ -74,7 +74,6 @@ impl Pair {
 /// A workload with its results in each round.
 #[derive(Clone, Debug, Serialize)]
 pub struct Throughput {
-    /// Workload of the fleet.
     pub workload: Workload,
     /// Median of the ratio of gateway to baseline.
     pub ratio: f64,

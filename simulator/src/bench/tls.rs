@@ -10,7 +10,6 @@ use super::{Bench, BenchError, Scope, say};
 /// A burst over plain TCP and one over TLS.
 #[derive(Clone, Debug, Serialize)]
 pub struct Secured {
-    /// Workload of the fleet.
     pub workload: Workload,
     /// Results, first of plain TCP.
     #[serde(flatten)]

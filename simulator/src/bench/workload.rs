@@ -5,7 +5,6 @@ use serde::Serialize;
 /// Workload of a fleet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Workload {
-    /// Number of devices.
     pub devices: u32,
     /// Channels per device.
     pub channels: u8,

@@ -170,7 +170,6 @@ pub struct Played {
     pub error: Option<FleetError>,
 }
 
-/// Journal in a file.
 type JournalFile = Journal<io::BufWriter<std::fs::File>>;
 
 /// State of a run.

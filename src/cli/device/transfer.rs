@@ -26,7 +26,6 @@ use crate::cli::output;
 
 /// Devices per transaction. While a transaction is open, a gateway on SQLite acknowledges nothing.
 const DEVICES_AT_ONCE: usize = 100;
-/// Names of the columns.
 const COLUMNS: [&str; 4] = ["name", "enabled", "key_version", "own_key"];
 /// Stands for an individual key that the file does not contain.
 const OMITTED: &str = "-";

@@ -27,7 +27,6 @@ pub struct ShowArgs {
     id: i64,
 }
 
-/// Shows the frame.
 pub async fn show(store: &StoreUrl, args: &ShowArgs) -> Result<(), Error> {
     let mut connection = Connection::open(store, Access::Read).await?;
     let condition = format!("q.id = {}", args.id);

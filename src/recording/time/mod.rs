@@ -31,7 +31,6 @@ pub struct TimePlan {
 pub enum Source {
     /// Text in one column, or the date in one and the time of day in another.
     Text {
-        /// Column of the date.
         date: usize,
         /// Column of the time of day.
         clock: Option<usize>,
@@ -48,17 +47,11 @@ pub enum Source {
         quarter: Option<usize>,
     },
     /// A single number.
-    Number {
-        /// Column of the number.
-        column: usize,
-        /// Unit of the number.
-        unit: Unit,
-    },
+    Number { column: usize, unit: Unit },
     /// Text in the format of a strptime pattern.
     Pattern {
         /// Columns of the text, joined by blanks.
         columns: Vec<usize>,
-        /// The strptime pattern.
         pattern: String,
     },
 }

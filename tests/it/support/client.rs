@@ -600,7 +600,6 @@ pub fn event(seq: u64, level: u8, code: u16, text: &str) -> Vec<u8> {
     )
 }
 
-/// Returns a PING.
 pub fn ping(mono_us: u64, pong_sent_us: i64, pong_mono_us: u64) -> Vec<u8> {
     frame(
         &Ping {

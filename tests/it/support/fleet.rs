@@ -51,7 +51,6 @@ const FAULTS: [(&str, &str); 4] = [
 
 /// A store for a fleet.
 pub trait Place {
-    /// Returns its URL.
     fn url(&self) -> String;
     /// Returns the one number that a query returns; `None` while the store is not available.
     fn poll(&mut self, sql: &str) -> Option<i64>;
