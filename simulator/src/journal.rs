@@ -1,8 +1,8 @@
 //! Journal of a run: its plan, and the progress of each device.
 //!
-//! JSON Lines, appended to and flushed at most once a second. The first line holds the plan, each following line the
-//! changes since the line before, and the last line states that the run ended normally. A killed run leaves a shorter
-//! journal that is as correct as a complete one. The verifier compares the journal with a store.
+//! The file is JSON Lines, written and flushed at most once a second. The first line holds the plan, each following
+//! line the changes since the line before, and the last line states that the run ended normally. A killed run leaves
+//! a shorter journal that is as correct as a complete one. The verifier compares the journal with a store.
 //!
 //! Invariants: everything that a journal calls acked was acknowledged (it may lack later ACKs); acked never exceeds
 //! sent, and neither decreases. Lines hold increments, and devices that advanced by the same numbers share an entry,

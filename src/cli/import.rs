@@ -103,7 +103,7 @@ fn read(args: &ImportArgs) -> Result<Recording, Error> {
     Recording::read(input, &args.read).map_err(|error| failed(&error))
 }
 
-/// Number of a device's frames: all, and those stored before this import.
+/// Number of a device's frames: in total, and stored before this import.
 struct Frames {
     all: u64,
     before: u64,

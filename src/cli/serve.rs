@@ -215,7 +215,7 @@ async fn serve_into<S: Store>(
     let devices =
         devices.map_err(|error| Error::Failed(format!("could not read devices: {error}")))?;
     let listeners = bind(config, tls.as_ref())?;
-    // Created before the gateway is announced, since it may be stopped from then on.
+    // Created before the gateway is announced, because it may be stopped from then on.
     let drain = CancellationToken::new();
     let mut tasks = Supervisor::default();
     tasks.spawn("signals", drain_on_signal(drain.clone())?);

@@ -38,8 +38,8 @@ const CA_DAYS: u32 = 20 * 365;
 
 #[derive(Debug, Subcommand)]
 pub enum TlsCommand {
-    /// Create a CA and a server certificate in tls/ in the data directory. Run again, it renews the certificate
-    /// for the same hosts with the same CA; a running gateway reloads it
+    /// Create a CA and a server certificate in tls/ in the data directory. Another run renews the certificate for the
+    /// same hosts with the same CA; a running gateway reloads it
     Init(InitArgs),
     /// Create device certificates, for a gateway that requires them (serve --tls-client-ca). Existing files are
     /// kept unless --replace is given

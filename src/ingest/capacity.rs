@@ -1,6 +1,6 @@
 //! Capacity of a shard's queue, in readings and in bytes.
 //!
-//! Invariant: capacity that was acquired is released when its [`Space`] is dropped, wherever that is.
+//! Invariant: capacity that was acquired is released when its [`Space`] is dropped.
 
 use std::sync::Arc;
 

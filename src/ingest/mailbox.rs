@@ -41,8 +41,8 @@ impl Mailbox {
     /// Waits for mail, and takes all of it.
     ///
     /// # Cancel safety
-    /// Mail is removed only if it is returned; a wake-up consumed by a cancelled call is kept by
-    /// [`Notify`].
+    /// Mail is removed only if it is returned. If a call that was woken is cancelled, [`Notify`]
+    /// keeps the wake-up.
     pub async fn take(&self) -> Mail {
         self.arrived.notified().await;
         std::mem::take(&mut self.lock())

@@ -2,8 +2,8 @@
 //! device or replaces the device's key.
 //!
 //! Logins arrive in the order of their commits, so "newest" means the last one committed. Changes
-//! by operators arrive separately, possibly before a login that was committed earlier. So the
-//! registry remembers changes, and compares the numbers that the store assigns to changes.
+//! by operators arrive separately, possibly before a login that was committed earlier. The registry
+//! therefore remembers changes, and compares the numbers that the store assigns to changes.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -158,8 +158,8 @@ impl Sessions {
     /// ones.
     fn begin_anew(&mut self) {
         self.changed.clear();
-        // A device without changes logged in with revision 0, which is below all others. With a
-        // higher number a session would outlive future changes, so its device has to log in again.
+        // A device without changes logged in with revision 0, which is below all others. A session
+        // with a higher number would survive future changes, so its device has to log in again.
         for live in self.live.values().filter(|live| live.revision > 0) {
             live.end(Some(Close {
                 code: None,
@@ -253,7 +253,7 @@ mod tests {
         assert_eq!(close_code(&mailbox).await, Some(Code::Disabled));
     }
 
-    /// Its number would let it outlive the next change.
+    /// Its number would let it survive the next change.
     #[tokio::test]
     async fn a_session_of_a_replaced_store_with_a_changed_device_ends() {
         let registry = Registry::default();

@@ -40,7 +40,7 @@ struct Levels {
     stored: HashMap<DeviceId, u64>,
     /// Submitted, but not known to be committed.
     in_flight: HashMap<DeviceId, u64>,
-    /// Committed before the current usage query began, which includes them.
+    /// Committed before the current usage query began, so the query includes them.
     settled: HashMap<DeviceId, u64>,
     /// Committed since then.
     settled_since: HashMap<DeviceId, u64>,

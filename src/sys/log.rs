@@ -3,8 +3,8 @@
 //!
 //! Invariants
 //! - Logging never blocks, fails or panics, whatever happens to stderr.
-//! - At most [`WAITING_BYTES_MAX`] and urgent lines wait. Further lines are dropped and counted;
-//!   the count is logged in one line once all waiting lines are written.
+//! - At most [`WAITING_BYTES_MAX`] bytes wait, plus urgent lines. Further lines are dropped and
+//!   counted; the count is logged in one line once all waiting lines are written.
 //! - A line that could not be written is retried until it is written or the process ends.
 
 use std::io::{self, ErrorKind, Write};

@@ -1,7 +1,7 @@
 //! Limit of open files and sockets of this process.
 //!
-//! A shell usually allows a program 1,024, and lets it raise the limit. Child processes inherit the
-//! raised limit.
+//! A shell usually allows a program 1,024 open files, and lets it raise the limit. Child processes
+//! inherit the raised limit.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 

@@ -237,7 +237,7 @@ impl BootClocks {
 
     /// Applies a measurement; returns the clock to store for its boot if that changes.
     pub fn improve(&mut self, measured: BootClock) -> Option<BootClock> {
-        // The times of the boot are checked from the start again.
+        // Forgets the latest time of the boot, so that its check starts again.
         self.latest.take_if(|latest| latest.boot == measured.boot);
         let place = { self.clocks.iter() }.position(|clock| clock.boot == measured.boot);
         let better = match place {

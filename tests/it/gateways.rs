@@ -107,7 +107,7 @@ fn hear_until(link: &mut Link, last: u64) -> u64 {
     while acked < last {
         match link.hear() {
             Heard::Ack { seq, .. } => acked = seq,
-            // Queued frames of an older connection came between: the device would reconnect.
+            // Queued frames of an older connection came in between: the device would reconnect.
             Heard::Nack { code, .. } if code == Code::SeqGap as u8 => break,
             other => panic!("{other:?} instead of ACK {last}"),
         }

@@ -129,7 +129,7 @@ fn c08_unfinished_handshakes_are_closed_for_devices() {
     idle[0].expect_closed();
 }
 
-/// The same at the limit on all connections instead of handshakes.
+/// Unfinished handshakes are also closed at the limit on all connections.
 #[test]
 fn c08_unfinished_handshakes_are_closed_when_slots_run_out() {
     let gateway = Gateway::start(&["--connections-max", "20", "--handshake-timeout-s", "600"]);

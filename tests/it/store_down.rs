@@ -85,7 +85,7 @@ fn a_database_that_another_program_locks_is_waited_for() {
     let frames: Vec<u8> = (2..=4).flat_map(readings).collect();
     link.send(&frames);
     expect_store_down(&mut link, 1);
-    // Once the gateway has noticed, it answers each further attempt immediately.
+    // Once the gateway has noticed the outage, it answers each further attempt immediately.
     link.send(&readings(2));
     expect_store_down(&mut link, 1);
     assert!(gateway.is_alive());

@@ -171,7 +171,7 @@ impl Gateway {
             .args(["--tls-listen", "127.0.0.1:0", "--data-dir"])
             .arg(&store.dir)
             .args(flags)
-            // Not as an argument, which every user of the machine can read: it may contain a password.
+            // Not as an argument: it may contain a password, and every user of the machine can read arguments.
             .env("FIELDGATE_STORE", store.address())
             .env("RUST_LOG", "warn")
             .stdout(Stdio::piped())

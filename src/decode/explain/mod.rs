@@ -21,7 +21,7 @@ mod column;
 mod tests;
 mod walk;
 
-/// A field, or a part of a frame without fields.
+/// A field, or a part of a frame that has no fields.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
     /// Name as in SPEC.md, with the index for a list item.

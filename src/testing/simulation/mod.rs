@@ -2,9 +2,9 @@
 //! faults from a seed. It reaches states that tests with sockets reach too rarely and cannot reproduce.
 //!
 //! The devices' state machine, sessions, mailboxes, registry, batcher, answers and the memory store are the real ones.
-//! The scheduler decides when bytes arrive and in what pieces, and when mail is read, and a batch taken, committed
-//! and answered. It drops connections, leaves them half open, damages bytes, reboots devices, overwrites their
-//! queues, and makes the store fail and the gateway crash.
+//! The scheduler decides when and in what pieces bytes arrive, when mail is read, and when a batch is taken,
+//! committed and answered. It drops connections, leaves them half open, damages bytes, reboots devices, overwrites
+//! their queues, and makes the store fail and the gateway crash.
 //!
 //! After every step:
 //! - I1: every frame that a device deleted is stored, and every frame that the gateway reports as durable is stored
