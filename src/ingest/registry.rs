@@ -94,7 +94,7 @@ impl Registry {
     pub fn change(&self, changes: &Changes) {
         let mut sessions = self.lock();
         if changes.is_all {
-            sessions.begin_anew();
+            sessions.reset();
         }
         for device in &changes.devices {
             let changed = Changed {
@@ -156,7 +156,7 @@ impl Registry {
 impl Sessions {
     /// Resets the known changes: the store was replaced, and its numbers are unrelated to the known
     /// ones.
-    fn begin_anew(&mut self) {
+    fn reset(&mut self) {
         self.changed.clear();
         // A device without changes logged in with revision 0, which is below all others. A session
         // with a higher number would survive future changes, so its device has to log in again.

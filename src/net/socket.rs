@@ -32,7 +32,7 @@ pub struct Socket {
 struct Tls {
     conn: rustls::Connection,
     /// Whether [`Socket::take_channel`] has reported the end of the handshake.
-    is_close_sent: bool,
+    is_channel_taken: bool,
     /// Whether the peer has announced the end of its data.
     has_ended: bool,
     /// Number of bytes received from the TCP socket.
@@ -58,7 +58,7 @@ impl Socket {
     pub fn tls(tcp: TcpStream, conn: impl Into<rustls::Connection>) -> Socket {
         let tls = Tls {
             conn: conn.into(),
-            is_close_sent: false,
+            is_channel_taken: false,
             has_ended: false,
             received_bytes: 0,
         };
@@ -78,7 +78,7 @@ impl Socket {
     /// Returns the result of the handshake, once, as soon as it has ended.
     pub fn take_channel(&mut self) -> Option<Channel> {
         let tls = self.tls.as_mut()?;
-        if tls.is_close_sent || tls.conn.is_handshaking() {
+        if tls.is_channel_taken || tls.conn.is_handshaking() {
             return None;
         }
         let binding = [0; KEY_BYTES];
@@ -87,7 +87,7 @@ impl Socket {
             .conn
             .export_keying_material(binding, BINDING_LABEL, Some(&[]));
         let binding = exported.ok()?;
-        tls.is_close_sent = true;
+        tls.is_channel_taken = true;
         let certificates = tls.conn.peer_certificates();
         Some(Channel {
             binding,

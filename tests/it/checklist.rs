@@ -106,8 +106,8 @@ fn c09_unauthenticated_peers_use_little_memory() {
 #[test]
 fn c11_a_peer_that_does_not_read_is_disconnected() {
     let mut gateway = Gateway::start(&[]);
-    let deaf = gateway.device("deaf");
-    let (mut link, _) = Link::login(gateway.addr, &deaf);
+    let never_reads = gateway.device("never-reads");
+    let (mut link, _) = Link::login(gateway.addr, &never_reads);
     let before = gateway.memory_bytes();
     let asks = ping(2_000_000, 0, 0).repeat(100);
     let mut asked = 0;
@@ -128,7 +128,7 @@ fn c11_a_peer_that_does_not_read_is_disconnected() {
     assert_serves(&gateway, "good");
     assert!(gateway.is_alive());
     // It may reconnect.
-    let (mut link, _) = Link::login(gateway.addr, &deaf);
+    let (mut link, _) = Link::login(gateway.addr, &never_reads);
     link.ping();
 }
 

@@ -62,7 +62,7 @@ impl Nomad {
     }
 
     /// Connects, sends a few frames from the number in WELCOME, and mostly disconnects before their ACKs.
-    fn permit(&mut self, gateway: &Gateway) {
+    fn visit(&mut self, gateway: &Gateway) {
         let (mut link, welcomed) = gateway.connect(&self.name);
         assert!(welcomed.durable_seq >= self.acked, "{}", self.name);
         self.acked = welcomed.durable_seq;
@@ -143,7 +143,7 @@ fn devices_may_move_between_gateways_at_any_time() {
             let gateways = &gateways;
             scope.spawn(move || {
                 for hop in 0..HOPS {
-                    nomad.permit(&gateways[(hop as usize + number) % 2]);
+                    nomad.visit(&gateways[(hop as usize + number) % 2]);
                 }
             });
         }
@@ -161,7 +161,7 @@ fn devices_may_move_between_gateways_at_any_time() {
     thread::scope(|scope| {
         for nomad in &mut nomads {
             let stays = &stays;
-            scope.spawn(move || (0..HOPS).for_each(|_| nomad.permit(stays)));
+            scope.spawn(move || (0..HOPS).for_each(|_| nomad.visit(stays)));
         }
     });
     for nomad in &mut nomads {

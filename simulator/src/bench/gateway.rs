@@ -79,7 +79,7 @@ impl Site {
         let store = self.store(which);
         std::fs::create_dir(&store.dir)?;
         if let Some(database) = &store.database {
-            database.make_anew().await?;
+            database.recreate().await?;
         }
         Ok(store)
     }
@@ -104,12 +104,12 @@ pub(super) struct Store {
 
 impl Store {
     /// Fills the store without a gateway; returns readings per second.
-    pub(super) async fn bare(&self, job: &Job) -> Result<f64, BenchError> {
+    pub(super) async fn baseline(&self, job: &Job) -> Result<f64, BenchError> {
         match &self.database {
-            None => sqlite::bare(&self.dir.join(DATABASE_FILE), job).await,
+            None => sqlite::baseline(&self.dir.join(DATABASE_FILE), job).await,
             Some(database) => {
                 let connections = PostgresOptions::default().postgres_writers;
-                postgres::bare(database.url(), connections, job).await
+                postgres::baseline(database.url(), connections, job).await
             }
         }
     }

@@ -87,7 +87,7 @@ pub enum BenchError {
     Postgres(#[from] PostgresError),
     /// A statement on the store failed.
     #[error("the baseline failed: {0}")]
-    Bare(#[from] sqlx::Error),
+    Baseline(#[from] sqlx::Error),
     /// The server does not allow creating a database for the measurement.
     #[error(
         "could not create a database on {server}: {reason}; bench needs an existing database to connect to and \

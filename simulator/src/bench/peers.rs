@@ -29,7 +29,7 @@ const BYTE_EVERY: Duration = Duration::from_secs(10);
 const ASK_EVERY: Duration = Duration::from_millis(200);
 const ASKS: usize = 20;
 /// The smallest receive buffer that Linux allows, so that answers have to wait at the gateway.
-const DEAF_RECEIVE_BYTES: u32 = 2304;
+const NEVER_READS_BUFFER_BYTES: u32 = 2304;
 /// Number of peers per loopback address.
 const PEERS_OF_ADDRESS: u32 = 1_000;
 
@@ -132,7 +132,7 @@ impl Target {
         let block = u8::try_from(1 + number / PEERS_OF_ADDRESS).unwrap_or(u8::MAX);
         socket.bind((IpAddr::V4(Ipv4Addr::new(127, 1, block, 1)), 0).into())?;
         if self.attack == Attack::NeverReads {
-            socket.set_recv_buffer_size(DEAF_RECEIVE_BYTES)?;
+            socket.set_recv_buffer_size(NEVER_READS_BUFFER_BYTES)?;
         }
         let mut tcp = socket.connect(self.addr).await?;
         counts.open.fetch_add(1, Relaxed);
@@ -208,7 +208,7 @@ impl Target {
 }
 
 fn name_of(number: u32) -> String {
-    format!("deaf-{number}")
+    format!("never-reads-{number}")
 }
 
 fn hello_of(name: &str) -> Hello<'_> {

@@ -43,7 +43,7 @@ impl Database {
     }
 
     /// Creates an empty database, replacing an existing one.
-    pub(super) async fn make_anew(&self) -> Result<(), BenchError> {
+    pub(super) async fn recreate(&self) -> Result<(), BenchError> {
         self.remove().await?;
         let name = &self.name;
         self.execute(format!(
@@ -102,7 +102,7 @@ async fn execute(conn: &mut PgConnection, sql: impl Into<String>) -> Result<(), 
 }
 
 /// Copies what a fleet would have stored, and nothing else; returns readings per second.
-pub(super) async fn bare(
+pub(super) async fn baseline(
     url: &PostgresUrl,
     connections: usize,
     job: &Job,

@@ -43,7 +43,7 @@ pub(super) async fn measure(
     // These readings end before the burst begins.
     job.start_us -= job.span_us();
     let full = scope.site.new_store(Which::Stored).await?;
-    full.bare(&job).await?;
+    full.baseline(&job).await?;
     let bytes = full.disk_bytes().await?;
     let mut rounds = Vec::new();
     for round in 1..=scope.rounds {

@@ -105,7 +105,7 @@ fn throughput(workloads: &[Throughput]) -> impl Display {
             one.workload.to_string(),
             format!("{:.2}", one.ratio),
             whole(one.median(|burst| burst.readings_per_s)),
-            whole(one.bare_readings_per_s()),
+            whole(one.baseline_readings_per_s()),
             whole(one.median(|burst| burst.frames_per_s)),
             format!("{:.0} ms", one.median(|burst| burst.ack_p99_ms)),
             format!(

@@ -18,7 +18,7 @@ const ROWS: usize = 1_000;
 const LOG_PAGES: i64 = (128 << 20) / 8192;
 
 /// Inserts what a fleet would have stored, and nothing else; returns readings per second.
-pub(super) async fn bare(path: &Path, job: &Job) -> Result<f64, BenchError> {
+pub(super) async fn baseline(path: &Path, job: &Job) -> Result<f64, BenchError> {
     migrate_sqlite(path, &SqliteSettings::default()).await?;
     let options = SqliteConnectOptions::new()
         .filename(path)

@@ -60,14 +60,14 @@ impl Compared {
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Pair {
     /// Readings per second of the baseline.
-    pub bare_readings_per_s: f64,
+    pub baseline_readings_per_s: f64,
     /// Results of the gateway, measured directly afterwards.
     pub gateway: Burst,
 }
 
 impl Pair {
     fn ratio(&self) -> f64 {
-        self.gateway.readings_per_s / self.bare_readings_per_s
+        self.gateway.readings_per_s / self.baseline_readings_per_s
     }
 }
 
@@ -88,8 +88,8 @@ impl Throughput {
     }
 
     /// Returns the median of the baseline, in readings per second.
-    pub(super) fn bare_readings_per_s(&self) -> f64 {
-        median(self.rounds.iter().map(|pair| pair.bare_readings_per_s))
+    pub(super) fn baseline_readings_per_s(&self) -> f64 {
+        median(self.rounds.iter().map(|pair| pair.baseline_readings_per_s))
     }
 }
 
@@ -102,11 +102,11 @@ pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), 
         for (workload, pairs) in workloads.iter().zip(&mut pairs) {
             let of = format!("round {round} of {}, {workload}", scope.rounds);
             say(&format!("{of}: baseline"));
-            let bare_readings_per_s = bare(scope, *workload).await?;
+            let baseline_readings_per_s = baseline(scope, *workload).await?;
             say(&format!("{of}: gateway"));
             let gateway = burst_into_new(scope, Sending::burst(*workload)).await?;
             pairs.push(Pair {
-                bare_readings_per_s,
+                baseline_readings_per_s,
                 gateway,
             });
         }
@@ -122,7 +122,7 @@ pub(super) async fn measure(scope: &Scope<'_>, bench: &mut Bench) -> Result<(), 
     Ok(())
 }
 
-async fn bare(scope: &Scope<'_>, workload: Workload) -> Result<f64, BenchError> {
+async fn baseline(scope: &Scope<'_>, workload: Workload) -> Result<f64, BenchError> {
     let store = scope.site.new_store(Which::Fresh).await?;
     let job = Job {
         workload,
@@ -130,7 +130,7 @@ async fn bare(scope: &Scope<'_>, workload: Workload) -> Result<f64, BenchError> 
         start_us: load::start_us(),
         registry: None,
     };
-    let rate = store.bare(&job).await?;
+    let rate = store.baseline(&job).await?;
     store.remove().await?;
     Ok(rate)
 }

@@ -33,8 +33,8 @@ const HANDSHAKE_TIMEOUT_MS: u32 = 10_000;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum number of abandoned connections that a device keeps open.
 const ABANDONED_MAX: usize = 8;
-/// Score from which a device considers its attempts hopeless.
-const DESPAIR: u32 = 10;
+/// Score from which a device counts as failing.
+const FAILURE_SCORE_MAX: u32 = 10;
 /// Number of bytes written to the socket at a time.
 const WRITE_BYTES: usize = 16 * 1024;
 
@@ -59,8 +59,8 @@ enum Loss {
 }
 
 impl Loss {
-    /// Returns how much this attempt adds to the despair score, if the gateway sent nothing.
-    fn despair(&self) -> u32 {
+    /// Returns how much this attempt adds to the failure score, if the gateway sent nothing.
+    fn failure_score(&self) -> u32 {
         match self {
             // TLS or the device's own certificate fails.
             Loss::Connection(error) => match error.kind() {
@@ -125,8 +125,8 @@ pub(super) struct DeviceTask {
     abandoned: VecDeque<Socket>,
     storms: u64,
     was_welcomed: bool,
-    /// Despair score: rises with each hopeless attempt since the last successful one.
-    despair: u32,
+    /// Failure score: rises with each failed attempt since the last successful one.
+    failure_score: u32,
     /// Whether the gateway sent anything on the latest connection.
     was_heard: bool,
     /// Whether the device has noticed the end of the run.
@@ -146,7 +146,7 @@ impl DeviceTask {
             abandoned: VecDeque::new(),
             storms: 0,
             was_welcomed: false,
-            despair: 0,
+            failure_score: 0,
             was_heard: false,
             is_stopping: false,
         }
@@ -189,7 +189,7 @@ impl DeviceTask {
             };
             let reason = loss.to_string();
             fleet.report().lost(reason.clone());
-            self.lose_hope(&loss);
+            self.count_failure(&loss);
             let fault = match loss {
                 Loss::Connection(_) => None,
                 Loss::Fault(fault) => Some(fault),
@@ -213,17 +213,17 @@ impl DeviceTask {
     }
 
     /// Counts attempts that failed for a permanent reason.
-    fn lose_hope(&mut self, loss: &Loss) {
-        let was_hopeless = self.despair >= DESPAIR;
-        self.despair = match loss.despair() {
+    fn count_failure(&mut self, loss: &Loss) {
+        let was_failing = self.failure_score >= FAILURE_SCORE_MAX;
+        self.failure_score = match loss.failure_score() {
             0 => 0,
             _ if self.was_heard => 0,
-            despair => self.despair.saturating_add(despair),
+            score => self.failure_score.saturating_add(score),
         };
-        let is_hopeless = self.despair >= DESPAIR;
-        match (was_hopeless, is_hopeless) {
-            (false, true) => _ = self.fleet.hopeless.fetch_add(1, Relaxed),
-            (true, false) => _ = self.fleet.hopeless.fetch_sub(1, Relaxed),
+        let is_failing = self.failure_score >= FAILURE_SCORE_MAX;
+        match (was_failing, is_failing) {
+            (false, true) => _ = self.fleet.failing.fetch_add(1, Relaxed),
+            (true, false) => _ = self.fleet.failing.fetch_sub(1, Relaxed),
             _ => {}
         }
     }
@@ -290,15 +290,15 @@ impl DeviceTask {
         let (least_us, most_us) = self.ahead_us(utc_us, link.handshake.auth_us);
         let index = self.outbox.script.index();
         let (durable_seq, deleted_seq) = (self.outbox.durable_seq, self.outbox.deleted_seq);
-        let is_lost = durable_seq < known_seq;
+        let is_failing = durable_seq < known_seq;
         fleet.with_journal(|journal| {
             journal.clock(least_us, most_us);
-            if is_lost {
+            if is_failing {
                 journal.lost(index, durable_seq + 1, known_seq)?;
             }
             journal.acked(index, deleted_seq)
         })?;
-        if is_lost {
+        if is_failing {
             fleet.report().frames_lost += known_seq - durable_seq;
             let name = self.outbox.script.name();
             fleet.counters.noted().note(

@@ -39,7 +39,7 @@ use crate::report::{Report, Summary};
 use crate::wire;
 
 /// At least this number of devices, or all of a smaller fleet, must have failed before the fleet gives up.
-const HOPELESS_DEVICES: u64 = 3;
+const FAILING_DEVICES: u64 = 3;
 /// Maximum wait for ACKs after the last frame.
 pub const SETTLE: Duration = Duration::from_secs(30);
 
@@ -189,7 +189,7 @@ struct Fleet {
     /// Devices that have begun to connect.
     joined: AtomicU64,
     /// Devices of which several consecutive attempts failed for a permanent reason.
-    hopeless: AtomicU64,
+    failing: AtomicU64,
     /// No new frames are generated once this is cancelled.
     stop: CancellationToken,
 }
@@ -236,7 +236,7 @@ pub async fn run(
         declare,
         counters,
         joined: AtomicU64::new(0),
-        hopeless: AtomicU64::new(0),
+        failing: AtomicU64::new(0),
         stop,
     });
     let mut devices = JoinSet::new();
@@ -297,7 +297,7 @@ impl Fleet {
                 },
                 () = self.terms.leave.cancelled() => return Ok(()),
                 _ = tick.tick() => {
-                    self.check_hope()?;
+                    self.check_failing()?;
                     self.with_journal(|journal| journal.tick(self.now_us()).map(drop))?;
                     let is_over = self.terms.duration
                         .is_some_and(|duration| self.started.elapsed() >= duration);
@@ -316,12 +316,12 @@ impl Fleet {
     }
 
     /// Fails if no device was ever welcomed and every attempt fails for a permanent reason.
-    fn check_hope(&self) -> Result<(), FleetError> {
+    fn check_failing(&self) -> Result<(), FleetError> {
         let joined = self.joined.load(Relaxed);
-        let is_lost = self.counters.welcomes.load(Relaxed) == 0
-            && joined >= HOPELESS_DEVICES.min(self.script.plan().devices.into())
-            && self.hopeless.load(Relaxed) >= joined;
-        if !is_lost {
+        let is_failing = self.counters.welcomes.load(Relaxed) == 0
+            && joined >= FAILING_DEVICES.min(self.script.plan().devices.into())
+            && self.failing.load(Relaxed) >= joined;
+        if !is_failing {
             return Ok(());
         }
         let reason = self.report().latest_loss.clone();

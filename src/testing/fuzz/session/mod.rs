@@ -200,7 +200,7 @@ impl World {
 
     /// Sends a frame with type, number and payload from the input.
     fn send_made(&mut self, line: usize, input: &mut Input<'_>) {
-        let (frame_type, twist, payload) = (input.byte(), input.byte(), input.bytes());
+        let (frame_type, damage, payload) = (input.byte(), input.byte(), input.bytes());
         let seq = match frame_type {
             frame_type if types::is_sequenced(frame_type) => self.lines[line].next_seq,
             _ => 0,
@@ -215,31 +215,31 @@ impl World {
             seq,
         };
         frame::seal(header, &mut made).expect("the buffer is large enough");
-        self.send(line, made, twist);
+        self.send(line, made, damage);
     }
 
     /// Sends a frame, possibly damaged.
-    fn send(&mut self, line: usize, mut sent: Vec<u8>, twist: u8) {
+    fn send(&mut self, line: usize, mut sent: Vec<u8>, damage: u8) {
         let decoded = frame::decode_header(&sent, FRAME_BYTES_MAX);
         let mut header = decoded.expect("a valid frame").expect("a complete frame");
-        match twist % 16 {
+        match damage % 16 {
             8 => header.seq = header.seq.wrapping_sub(1),
-            9 => header.seq += 1 + u64::from(twist / 16),
+            9 => header.seq += 1 + u64::from(damage / 16),
             10 => {
                 header.seq =
-                    [0, u64::MAX, self.settings.limits.window_frames][usize::from(twist / 86)]
+                    [0, u64::MAX, self.settings.limits.window_frames][usize::from(damage / 86)]
             }
-            12 => header.flags = 1 << (twist / 32),
+            12 => header.flags = 1 << (damage / 32),
             13 => header.payload_bytes = header.payload_bytes.saturating_sub(1),
-            15 => header.version = twist / 16 % 3,
+            15 => header.version = damage / 16 % 3,
             _ => {}
         }
         let frame_bytes = frame::seal(header, &mut sent).expect("no longer than it was");
         sent.truncate(frame_bytes);
-        match twist % 16 {
-            11 => sent[frame::HEADER_BYTES] ^= 1 << (twist / 32),
+        match damage % 16 {
+            11 => sent[frame::HEADER_BYTES] ^= 1 << (damage / 32),
             14 => {
-                let rest = sent.split_off(frame_bytes * usize::from(1 + twist / 16) / 17);
+                let rest = sent.split_off(frame_bytes * usize::from(1 + damage / 16) / 17);
                 self.receive(line, &sent);
                 self.lines[line].held_back = rest;
                 return;
