@@ -23,7 +23,7 @@ pub(in crate::store) async fn change(
     let key = if replaces_key { &key } else { &before.key };
     let is_set = edit.set(device, Some(before), is_enabled, key);
     assert!(is_set.await.unwrap());
-    edit.commit().await.unwrap();
+    connection.commit().await.unwrap();
     revision_of(&mut connection, device).await
 }
 

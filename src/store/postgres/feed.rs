@@ -11,11 +11,13 @@ use std::time::Duration;
 use sqlx::Row;
 
 use super::admit::clock_row;
+use super::audit::close_sessions;
+use super::errors::{OpenError, open_error};
 use super::identity::mark_replaced;
 use super::link::Link;
-use super::open::{OpenError, bring_up_to_date, connect, open_error};
+use super::open::{bring_up_to_date, connect};
 use super::timestamp::Timestamp;
-use super::write::{Writer, close_sessions};
+use super::write::Writer;
 use super::{PostgresSettings, PostgresStore, SpoolClaim, classify, run};
 use crate::config::store_url::PostgresUrl;
 use crate::store::sqlite::spool::{

@@ -5,8 +5,8 @@
 //! - `link` is a connection on which every await has a deadline.
 //! - `backends` terminates abandoned backends at the server.
 //! - `open` opens connections.
-//! - `write` commits a batch in a transaction; `admit` has the statements of logins and declares, `copy` and
-//!   `timestamp` the binary format of COPY.
+//! - `write` commits a batch in a transaction; `admit` has the statements of logins and declares, `audit` those of
+//!   the audit trail, `copy` and `timestamp` the binary format of COPY.
 //! - `partitions` creates the partitions of `readings`: one for each month, and one for each past year.
 //! - `newest` maintains the newest reading of each series.
 //! - `feed` serves a spool that drains into the database.
@@ -23,13 +23,14 @@ use std::time::{Duration, Instant};
 
 use self::backends::Backends;
 pub use self::backends::end_left;
+pub use self::errors::OpenError;
 use self::identity::Identity;
 pub(super) use self::identity::REASON_LOST_BY_STORE;
 pub use self::link::Link;
 use self::newest::Newest;
 pub(super) use self::newest::insert_newest;
 pub(super) use self::open::open_existing;
-pub use self::open::{OpenError, check, migrate};
+pub use self::open::{check, migrate};
 use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
 use self::write::{CommitError, Writer};
@@ -41,6 +42,7 @@ use crate::config::{DeviceBounds, PostgresOptions};
 use crate::time::{SystemClock, warn_at_start};
 
 mod admit;
+mod audit;
 mod backends;
 mod copy;
 mod errors;
@@ -120,15 +122,15 @@ impl PostgresStore {
             open::connect(&settings.url, settings.options.allow_postgres_data_loss).await?;
         open::bring_up_to_date(&mut first, &settings.url).await?;
         let pruned = identity::prune(&mut first).await;
-        pruned.map_err(|error| open::open_error(&settings.url, error))?;
+        pruned.map_err(|error| errors::open_error(&settings.url, error))?;
         if settings.spool.is_none() {
             let now_us = SystemClock::start().now().utc_us;
             let stored = sqlx::query_scalar::<_, Option<Timestamp>>(LATEST_TIME);
             let stored = stored.fetch_one(&mut first).await;
-            let stored = stored.map_err(|error| open::open_error(&settings.url, error))?;
+            let stored = stored.map_err(|error| errors::open_error(&settings.url, error))?;
             warn_at_start(now_us, stored.map(|stored| stored.0));
-            let closed = write::close_sessions(&mut first, &settings.gateway, now_us).await;
-            closed.map_err(|error| open::open_error(&settings.url, error))?;
+            let closed = audit::close_sessions(&mut first, &settings.gateway, now_us).await;
+            closed.map_err(|error| errors::open_error(&settings.url, error))?;
         }
         let partitions = Partitions::new(first, settings.url.clone());
         let partitions = Arc::new(partitions.await?);

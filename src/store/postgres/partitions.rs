@@ -28,8 +28,8 @@ use jiff::{Timestamp as UtcTime, ToSpan, tz::TimeZone};
 use tokio::sync::Mutex;
 
 use super::errors::reason;
+use super::errors::{OpenError, open_error};
 use super::link::{Link, Patience};
-use super::open::{OpenError, open_error};
 use super::run;
 use super::timestamp::Timestamp;
 

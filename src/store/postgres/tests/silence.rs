@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use super::*;
 use crate::config::PostgresOptions;
 use crate::store::admin::{Access, Connection, Reconnecting};
+use crate::store::conformance::eventually;
 
 /// Maximum time for the server to accept a connection and for each response, in these tests.
 const CONNECT: Duration = Duration::from_millis(1500);
@@ -232,17 +233,11 @@ async fn backends_abandoned_by_silence_are_terminated() {
     let left = count().await;
     assert!(left <= 20, "{left} connections while the network is silent");
     way.heal();
-    let stored = async { while store.commit(&batch(2)).await.is_err() {} };
-    timeout(PATIENCE, stored)
-        .await
-        .expect("new connections work");
+    let is_stored = async || store.commit(&batch(2)).await.is_ok();
+    eventually("new connections work", is_stored).await;
     // One that writes, one that creates partitions, and one that is connecting.
-    let ended = async {
-        while count().await > 3 {
-            tokio::task::yield_now().await
-        }
-    };
-    timeout(PATIENCE, ended)
-        .await
-        .expect("abandoned backends are terminated");
+    eventually("abandoned backends are terminated", async || {
+        count().await <= 3
+    })
+    .await;
 }

@@ -1,13 +1,11 @@
 //! Limits, locks and rejections by the server: abandoned statements are terminated there, batches that are too
 //! large are split, and the gateway waits for problems that an operator can fix.
 
-use tokio::time::timeout;
-
 use super::*;
 use crate::config::PostgresOptions;
 use crate::store::Content;
 use crate::store::admin::{Access, Connection};
-use crate::store::conformance::Peer;
+use crate::store::conformance::{Peer, eventually};
 use crate::time::{Quality, ResolvedTime};
 
 /// Far longer than the server needs on a busy machine.
@@ -31,14 +29,8 @@ async fn count(conn: &mut PgConnection, sql: &'static str) -> i64 {
 }
 
 async fn comes_down_to(conn: &mut PgConnection, sql: &'static str, most: i64) {
-    let down = async {
-        while count(conn, sql).await > most {
-            tokio::task::yield_now().await;
-        }
-    };
-    timeout(PATIENCE, down)
-        .await
-        .expect("abandoned statements are terminated");
+    let is_down = async || count(conn, sql).await <= most;
+    eventually("abandoned statements are terminated", is_down).await;
 }
 
 #[tokio::test]
@@ -84,9 +76,10 @@ async fn a_query_that_is_dropped_ends_at_the_server() {
     let sleep = connection.rows("SELECT CAST(pg_sleep(600) AS TEXT)", &[]);
     let sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(600)%'
         AND state = 'active' AND pid <> pg_backend_pid() AND datname = current_database()";
+    let is_running = async || count(&mut server, sleeping).await > 0;
     tokio::select! {
         rows = sleep => panic!("{rows:?}"),
-        () = async { while count(&mut server, sleeping).await == 0 {} } => {}
+        () = eventually("the query runs", is_running) => {}
     }
     drop(connection);
     comes_down_to(&mut server, sleeping, 0).await;
