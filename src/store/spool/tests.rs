@@ -1,14 +1,19 @@
-//! The contract over a spool and the database that it feeds, and what only a spool does.
+//! The conformance suite over a spool and its database, and spool-specific behaviour.
 
 use sqlx::{AssertSqlSafe, PgConnection};
 use tempfile::TempDir;
 
+use super::destination::Destination;
 use super::*;
 use crate::config::store_url::StoreUrl;
 use crate::store::admin::mirror::Mirror;
 use crate::store::admin::{Access, Connection, Poll, Source};
-use crate::store::conformance::{Dump, Harness, Peer, change, conformance, peer, revision_of};
+use crate::store::conformance::{
+    Dump, Harness, Peer, change, conformance, eventually, peer, revision_of,
+};
 use crate::store::postgres::tests::{Database, dump};
+use crate::store::postgres::{PostgresStore, REASON_LOST_BY_STORE, SpoolClaim};
+use crate::store::sqlite::spool::Cursor;
 
 conformance!(
     #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
@@ -33,13 +38,15 @@ impl Spooled {
         }
     }
 
-    /// Waits until everything is in the database.
+    /// Waits until the spool is empty; returns a connection to the database.
     async fn drained(&mut self) -> PgConnection {
         let path = self.directory.path().join("spool.db");
         let mut reader = SpoolReader::open(&path).await.unwrap();
-        while !reader.chunk(Cursor::default()).await.unwrap().is_empty() {
-            tokio::task::yield_now().await;
-        }
+        let is_empty = async || {
+            let chunk = reader.chunk(Cursor::default()).await;
+            chunk.unwrap().is_empty()
+        };
+        eventually("the spool is empty", is_empty).await;
         self.database.connect().await
     }
 
@@ -67,7 +74,7 @@ async fn open(directory: &TempDir, database: &Database) -> Result<SpoolStore, Sp
     .await
 }
 
-/// By which the spool is known to its database.
+/// Returns the claim of an open spool.
 async fn claim(store: &SpoolStore) -> SpoolClaim {
     let identity = store.spool.lock().await.identity().await.unwrap();
     SpoolClaim {
@@ -100,7 +107,7 @@ impl Harness for Spooled {
     }
 
     async fn change(&mut self, device: &str, is_enabled: bool, replaces_key: bool) -> i64 {
-        // Devices come to the database with what is drained.
+        // The drain creates devices in the database.
         self.drained().await;
         let database = StoreUrl::Postgres(self.database.settings().url);
         change(&database, device, is_enabled, replaces_key).await;
@@ -125,13 +132,13 @@ impl Harness for Spooled {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn what_was_drained_and_not_forgotten_is_stored_once() {
+async fn frames_drained_but_not_deleted_are_stored_once() {
     let mut h = Spooled::create().await;
     let peer = peer(&mut h.store, "a").await;
     h.readings(&peer, 1..4).await;
     h.drained().await;
-    // As if the process had died after the commit there and before the deletion here: what is drained
-    // now begins with what is there.
+    // Like a crash between the commit in the database and the deletion in the spool: the next chunk begins with frames
+    // that the database has.
     let mut spool = h.store.spool.lock().await;
     let spooled = Batch {
         entries: (1..6)
@@ -152,11 +159,11 @@ async fn what_was_drained_and_not_forgotten_is_stored_once() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn what_the_database_lost_is_a_gap() {
+async fn frames_lost_by_the_database_become_a_gap() {
     let mut h = Spooled::create().await;
     let peer = peer(&mut h.store, "a").await;
     h.readings(&peer, 1..8).await;
-    // As a backup of an hour ago has it.
+    // Like a restored backup.
     let restored = "DELETE FROM readings; DELETE FROM frames WHERE seq > 3;
         UPDATE streams SET durable_seq = 3, frames = 3, readings = 3";
     run(&mut h.drained().await, restored).await;
@@ -169,7 +176,7 @@ async fn what_the_database_lost_is_a_gap() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn what_the_database_does_not_take_is_not_forgotten() {
+async fn frames_that_the_database_rejects_are_not_deleted() {
     let mut h = Spooled::create().await;
     let peer = peer(&mut h.store, "a").await;
     h.drained().await;
@@ -178,13 +185,13 @@ async fn what_the_database_does_not_take_is_not_forgotten() {
     let path = h.directory.path().join("spool.db");
     let mut reader = SpoolReader::open(&path).await.unwrap();
     let mut chunk = reader.chunk(Cursor::default()).await.unwrap();
-    // What nothing but a mistake of this program's could bring about.
+    // Only a bug could cause this.
     chunk.entries.remove(1);
     let settings = PostgresSettings {
         spool: Some(claim(&h.store).await),
         ..h.database.settings()
     };
-    let mut connected = Connected::open(settings, false).await.unwrap();
+    let mut connected = Destination::open(settings, false).await.unwrap();
     let mut batch = connected.translate(&mut chunk, &mut reader).await.unwrap();
     let refused = connected.commit(&mut batch).await.unwrap_err();
     assert!(matches!(&refused, StoreError::Transient(why) if why.contains("continue")));
@@ -192,7 +199,7 @@ async fn what_the_database_does_not_take_is_not_forgotten() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_database_that_was_put_back_gets_what_it_lost_as_gaps() {
+async fn a_restored_database_gets_gaps_for_lost_frames() {
     let mut h = Spooled::create().await;
     let (a, b) = (peer(&mut h.store, "a").await, peer(&mut h.store, "b").await);
     h.readings(&a, 1..3).await;
@@ -204,7 +211,7 @@ async fn a_database_that_was_put_back_gets_what_it_lost_as_gaps() {
     h.readings(&c, 1..2).await;
     h.drained().await;
     h.database.restored().await;
-    // By nobody but b anything comes after that.
+    // Only b sends after that.
     h.readings(&b, 4..6).await;
     let dump = h.dump().await;
     let stream = |device: &str| {
@@ -227,12 +234,12 @@ async fn a_database_that_was_put_back_gets_what_it_lost_as_gaps() {
         .await
         .unwrap();
     assert_eq!(schemas, 3);
-    // And it goes on from there.
+    // Later frames continue from there.
     h.readings(&a, 6..7).await;
     assert_eq!(h.dump().await.gaps.len(), 3);
 }
 
-/// A copy of the spool in a directory of its own.
+/// Copies the spool to a new directory.
 fn copied(directory: &TempDir) -> TempDir {
     let copy = tempfile::tempdir().unwrap();
     for name in ["spool.db", "spool.db-wal"] {
@@ -246,12 +253,12 @@ fn copied(directory: &TempDir) -> TempDir {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn only_one_of_a_spool_and_its_copy_feeds_the_database() {
+async fn only_one_copy_of_a_spool_drains_into_the_database() {
     let mut h = Spooled::create().await;
     let a = peer(&mut h.store, "a").await;
     h.readings(&a, 1..3).await;
     h.drained().await;
-    // While the first one runs, its copy is refused,
+    // The copy is refused while the original runs,
     let copy = copied(&h.directory);
     let refused = open(&copy, &h.database).await.err().unwrap().to_string();
     assert!(refused.contains("a copy of this spool"), "{refused}");
@@ -259,11 +266,11 @@ async fn only_one_of_a_spool_and_its_copy_feeds_the_database() {
     let mut h = h.reopen().await;
     h.drained().await;
     h.store.close().await.unwrap();
-    // and when it has ended: it may have gone on with what the copy does not know.
+    // and after it ended, because it may have drained frames that the copy lacks.
     let refused = open(&copy, &h.database).await.err().unwrap().to_string();
     assert!(refused.contains("a copy of this spool"), "{refused}");
 
-    // A copy that was made when it had ended may go on, and then the first one may not.
+    // A copy made after its end may continue; then the original may not.
     let copy = copied(&h.directory);
     let mut moved = Spooled::open(copy, h.database).await;
     moved.readings(&a, 5..6).await;
@@ -276,16 +283,16 @@ async fn only_one_of_a_spool_and_its_copy_feeds_the_database() {
     assert_eq!(dump.frames.len(), 5);
 }
 
-/// What both have acknowledged must not be dropped as a duplicate of the other's.
+/// Frames that both have acknowledged must not be dropped as duplicates of each other.
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_copy_that_began_without_the_database_keeps_what_it_has() {
+async fn a_copy_that_started_without_the_database_keeps_its_frames() {
     let mut h = Spooled::create().await;
     let a = peer(&mut h.store, "a").await;
     h.readings(&a, 1..3).await;
     h.drained().await;
     let copy = copied(&h.directory);
-    // The address of nobody.
+    // Nothing listens there.
     let StoreUrl::Postgres(nowhere) = "postgres://127.0.0.1:1/none".parse().unwrap() else {
         panic!("an address")
     };
@@ -318,7 +325,7 @@ async fn a_copy_that_began_without_the_database_keeps_what_it_has() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_spool_that_was_put_back_goes_on_from_where_the_database_stands() {
+async fn a_restored_spool_continues_from_the_positions_in_the_database() {
     let mut h = Spooled::create().await;
     let a = peer(&mut h.store, "a").await;
     h.readings(&a, 1..3).await;
@@ -358,7 +365,7 @@ async fn a_spool_that_was_put_back_goes_on_from_where_the_database_stands() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_full_spool_takes_more_when_it_is_drained() {
+async fn a_full_spool_accepts_frames_again_after_draining() {
     let mut h = Spooled::create().await;
     let peer = peer(&mut h.store, "a").await;
     let mut blocker = h.drained().await;
@@ -391,7 +398,7 @@ async fn a_full_spool_takes_more_when_it_is_drained() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_spool_knows_where_streams_stood_before_it() {
+async fn a_new_spool_knows_the_positions_of_streams() {
     let database = Database::create().await;
     let mut direct = PostgresStore::open(database.settings()).await.unwrap();
     let first = peer(&mut direct[0], "a").await;
@@ -423,7 +430,7 @@ async fn a_spool_knows_where_streams_stood_before_it() {
 
 #[tokio::test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-async fn a_database_is_fed_by_one_spool_or_by_gateways_without() {
+async fn a_database_is_written_by_one_spool_or_by_gateways_without_spools() {
     let database = Database::create().await;
     let direct = PostgresStore::open(database.settings()).await.unwrap();
     let directory = tempfile::tempdir().unwrap();
@@ -440,7 +447,7 @@ async fn a_database_is_fed_by_one_spool_or_by_gateways_without() {
     let refused = open(&other, &h.database).await.err().unwrap().to_string();
     assert!(refused.contains("is used by the spool of"), "{refused}");
 
-    // With something in it, it cannot be left.
+    // A spool with frames cannot be left.
     let (path, settings) = (
         h.directory.path().join("spool.db"),
         SqliteSettings::default(),

@@ -1,6 +1,5 @@
-//! A spool: a store in which frames stay only until they are in another one. Written by the same code
-//! as every SQLite store; here is what it knows of that other one and what forgets, in `read` what
-//! reads it in the order of arrival.
+//! A spool: a store that keeps frames only until they are in another store. Commits use the code of every SQLite
+//! store. This module has the state of the drain and deletes drained frames; `read` reads frames in order of arrival.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -18,20 +17,20 @@ use crate::time::{BootClock, ClockStep};
 mod plans;
 mod read;
 
-/// Who a spool is to the store it feeds.
+/// Identity of a spool in the store that it drains into.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::store) struct SpoolIdentity {
-    /// Random, made with the spool.
+    /// Random; created with the spool.
     pub(in crate::store) id: String,
-    /// Whether the spool knows where the store's streams stand.
+    /// Whether the spool knows the positions of the store's streams.
     pub(in crate::store) is_registered: bool,
-    /// By which the store knows the gateway that began with this file last.
+    /// Name by which the store knows the gateway that last claimed it with this file.
     pub(in crate::store) instance: String,
-    /// By which the store will know this gateway; empty before [`SqliteStore::begin_instance`].
+    /// Name for the next claim; empty before [`SqliteStore::begin_instance`].
     pub(in crate::store) next_instance: String,
-    /// Number of the file that was used last, in its file system; 0 before the first use.
+    /// Inode of the file at the last claim; 0 before the first.
     pub(in crate::store) inode: i64,
-    /// How many commits of the spool's content it has forgotten.
+    /// Number of chunks that were drained and deleted.
     pub(in crate::store) drained: i64,
 }
 
@@ -72,7 +71,7 @@ pub(in crate::store) struct SeriesRow {
     pub(in crate::store) kind: String,
 }
 
-/// What a spool has to know of the store before it may answer devices in its place.
+/// State of a store that a spool must have before it may answer devices.
 #[derive(Clone, Debug, Default)]
 pub(in crate::store) struct Standing {
     pub(in crate::store) devices: Vec<(DeviceId, DeviceRow)>,
@@ -81,11 +80,11 @@ pub(in crate::store) struct Standing {
     pub(in crate::store) series: Vec<SeriesRow>,
     pub(in crate::store) clocks: Vec<(DeviceId, BootClock)>,
     pub(in crate::store) steps: Vec<ClockStep>,
-    /// How many commits of a spool's content the store counts.
+    /// Number of chunks that the store has received.
     pub(in crate::store) drained: i64,
 }
 
-/// Something that is waiting to be told to the store.
+/// A changed row to send to the store.
 #[derive(Debug)]
 pub(in crate::store) enum Change {
     Device(DeviceId, DeviceRow),
@@ -94,18 +93,18 @@ pub(in crate::store) enum Change {
     Step(ClockStep),
 }
 
-/// What a spool holds that is not in the store yet.
+/// Content of a spool that is not in the store yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Waiting {
-    /// Frames.
+    /// Number of frames.
     pub frames: u64,
-    /// Readings in them.
+    /// Number of their readings.
     pub readings: u64,
-    /// When the oldest of them arrived, microseconds UTC; `None` if there is none.
+    /// Arrival of the oldest frame, microseconds UTC; `None` if there is none.
     pub oldest_received_us: Option<i64>,
 }
 
-/// How far a spool was read.
+/// Position in a spool.
 #[derive(Clone, Copy, Debug, Default)]
 pub(in crate::store) struct Cursor {
     frame: i64,
@@ -114,23 +113,23 @@ pub(in crate::store) struct Cursor {
     refusal: i64,
 }
 
-/// A part of what waits, in the order in which it came.
+/// Content of a spool, in order of arrival.
 #[derive(Debug, Default)]
 pub(in crate::store) struct Chunk {
     pub(in crate::store) entries: Vec<Entry>,
     pub(in crate::store) events: Vec<DeviceEvent>,
     pub(in crate::store) changes: Vec<Change>,
     pub(in crate::store) refusals: Vec<Refusal>,
-    /// Where the next one begins.
+    /// Position of the next chunk.
     pub(in crate::store) end: Cursor,
     event_ids: Vec<i64>,
     change_ids: Vec<i64>,
-    /// Ids of refusals, and how often each was read to have been.
+    /// Ids of refusals, and the counts that were read.
     refusal_counts: Vec<(i64, i64)>,
 }
 
 impl Chunk {
-    /// Returns one that only brings these.
+    /// Creates a chunk of entries only.
     pub(in crate::store) fn of(entries: Vec<Entry>) -> Chunk {
         Chunk {
             entries,
@@ -147,10 +146,10 @@ impl Chunk {
 }
 
 impl SqliteStore {
-    /// Opens the spool at `path`, creating it if there is none.
+    /// Opens the spool at `path`, creating it if it does not exist.
     ///
     /// # Errors
-    /// As [`SqliteStore::open`]; a store is not taken for a spool.
+    /// As for [`SqliteStore::open`]; the file is a store and not a spool.
     pub(in crate::store) async fn open_spool(
         path: &Path,
         settings: &SqliteSettings,
@@ -159,7 +158,7 @@ impl SqliteStore {
     }
 
     fn spool_conn(&mut self) -> Result<&mut SqliteConnection, StoreError> {
-        let failed = || StoreError::Fatal("the spool has failed before".to_owned());
+        let failed = || StoreError::Fatal("the spool failed earlier".to_owned());
         Ok(&mut self.writer.as_mut().ok_or_else(failed)?.conn)
     }
 
@@ -180,31 +179,31 @@ impl SqliteStore {
         })
     }
 
-    /// Draws the name by which the store will know this gateway. One that a gateway drew before, of which is not
-    /// known whether the store heard of it, is kept.
+    /// Generates the name for the next claim. Keeps a name that an earlier gateway generated but may not have claimed
+    /// the store with.
     pub(in crate::store) async fn begin_instance(&mut self) -> Result<(), StoreError> {
         let sql = "UPDATE spool SET next_instance = lower(hex(randomblob(16)))
             WHERE next_instance = instance";
-        self.change_spool(sql, &[], "draw the spool's instance")
+        self.change_spool(sql, &[], "generate the spool's instance")
             .await
     }
 
-    /// The store knows this gateway now, which uses the file of this number.
+    /// Records a successful claim, and the inode of the file.
     pub(in crate::store) async fn end_claim(&mut self, inode: i64) -> Result<(), StoreError> {
         let sql = "UPDATE spool SET instance = next_instance, inode = ?
             WHERE instance <> next_instance OR inode <> ?";
-        self.change_spool(sql, &[inode, inode], "keep the spool's instance")
+        self.change_spool(sql, &[inode, inode], "store the spool's instance")
             .await
     }
 
-    /// Sets how many commits of the spool's content count as forgotten.
+    /// Sets the number of drained chunks.
     pub(in crate::store) async fn set_drained(&mut self, drained: i64) -> Result<(), StoreError> {
         let sql = "UPDATE spool SET drained = ?";
-        self.change_spool(sql, &[drained], "keep the spool's count")
+        self.change_spool(sql, &[drained], "store the spool's position")
             .await
     }
 
-    /// Has everything brought to the store again that is brought to it when it changes.
+    /// Marks all devices, schemas and clocks as changed, so that the drain sends them again.
     pub(in crate::store) async fn repeat_changes(&mut self) -> Result<(), StoreError> {
         for sql in [
             "INSERT OR IGNORE INTO changes (what, device_id, key) SELECT 'device', id, 0 FROM devices",
@@ -232,7 +231,7 @@ impl SqliteStore {
         }
     }
 
-    /// Bytes that are in use in the file; what was forgotten leaves room in it and is not counted.
+    /// Returns the number of bytes in use; the file may be larger, with free space from deleted rows.
     pub(in crate::store) async fn used_bytes(&mut self) -> Result<u64, StoreError> {
         let pages = "SELECT (page_count - freelist_count) * page_size
             FROM pragma_page_count, pragma_freelist_count, pragma_page_size";
@@ -243,7 +242,7 @@ impl SqliteStore {
         Ok(bytes.unsigned_abs())
     }
 
-    /// How many frames wait.
+    /// Returns the number of waiting frames.
     pub(in crate::store) async fn frames_waiting(&mut self) -> Result<u64, StoreError> {
         let count: i64 = sqlx::query_scalar("SELECT count(*) FROM frames")
             .fetch_one(self.spool_conn()?)
@@ -252,7 +251,7 @@ impl SqliteStore {
         Ok(count.unsigned_abs())
     }
 
-    /// Takes over where the store's streams stand: from now on the spool answers devices.
+    /// Takes over the positions of the store's streams: from now on the spool answers devices.
     pub(in crate::store) async fn take_over(
         &mut self,
         standing: &Standing,
@@ -264,16 +263,16 @@ impl SqliteStore {
         taken.map_err(|error| classify(&error, "take over the store's streams"))
     }
 
-    /// From now on the store's streams may move without this spool.
+    /// Records that the store's streams may move without this spool from now on.
     pub(in crate::store) async fn set_unregistered(&mut self) -> Result<(), StoreError> {
         sqlx::query("UPDATE spool SET is_registered = 0")
             .execute(self.spool_conn()?)
             .await
             .map(drop)
-            .map_err(|error| classify(&error, "give up the spool"))
+            .map_err(|error| classify(&error, "unregister the spool"))
     }
 
-    /// Whether the disk has room for more frames and for what it takes to forget them.
+    /// Returns whether the disk has space for more frames, and for deleting them later.
     pub(in crate::store) async fn has_room(&mut self) -> Result<bool, StoreError> {
         let Some(reserve) = &mut self.reserve else {
             return Ok(true);
@@ -290,20 +289,19 @@ impl SqliteStore {
         Ok(bytes.unsigned_abs() >= needed)
     }
 
-    /// Gives up the room that was set aside, and moves the log; tells whether there was any.
+    /// Releases the reserved disk space and checkpoints the log; returns whether there was a reserve.
     async fn use_reserve(&mut self) -> Result<bool, StoreError> {
         if !self.reserve.as_mut().is_some_and(Reserve::release) {
             return Ok(false);
         }
         tracing::warn!(
-            "the spool's disk is full; using the room that was set aside to drain it. No frame is taken until \
-             there is room again"
+            "disk of the spool full, using reserved space to drain it; no frames are accepted until there is space"
         );
         self.checkpoints.finish().await?;
         Ok(true)
     }
 
-    /// Forgets what is in the store, on a full disk with the room that was set aside for that.
+    /// Deletes a drained chunk. On a full disk, uses the reserved space.
     pub(in crate::store) async fn forget(&mut self, chunk: &Chunk) -> Result<(), StoreError> {
         match self.try_forget(chunk).await {
             Err(StoreError::Transient(_)) if self.use_reserve().await? => {
@@ -319,7 +317,7 @@ impl SqliteStore {
         begin(conn).await?;
         let forgotten = delete_read(conn, chunk).await;
         let forgotten = end(conn, forgotten).await;
-        let forgotten = forgotten.map_err(|error| classify(&error, "forget what was drained"));
+        let forgotten = forgotten.map_err(|error| classify(&error, "delete drained frames"));
         if let Err(StoreError::Fatal(_)) = forgotten {
             self.abandon();
         }
@@ -348,7 +346,7 @@ async fn begin(conn: &mut SqliteConnection) -> Result<(), StoreError> {
     begun.map(drop).map_err(|error| classify(&error, "begin"))
 }
 
-/// Commits what was done, or rolls back what failed.
+/// Ends the transaction: commits it if it succeeded, or else rolls it back.
 async fn end(
     conn: &mut SqliteConnection,
     done: Result<(), sqlx::Error>,
@@ -358,13 +356,13 @@ async fn end(
         Err(error) => Err(error),
     };
     if done.is_err() {
-        // SQLite may have rolled back by itself; then this one means nothing.
+        // SQLite may have rolled back by itself; then this error has no meaning.
         let _ = sqlx::query("ROLLBACK").execute(conn).await;
     }
     done
 }
 
-/// What hangs on frames goes before them, and by them.
+/// Deletes the rows that belong to drained frames, then the frames.
 const FORGET: [&str; 5] = [
     "DELETE FROM gaps INDEXED BY gaps_by_frame WHERE (stream_id, to_seq) IN
          (SELECT stream_id, seq FROM frames WHERE id <= ?)",
@@ -391,7 +389,7 @@ async fn delete_read(conn: &mut SqliteConnection, chunk: &Chunk) -> Result<(), s
             sqlx::query(sql).bind(id).execute(&mut *conn).await?;
         }
     }
-    // More may have come since they were read.
+    // More refusals may have been counted since.
     for (id, count) in &chunk.refusal_counts {
         sqlx::query("UPDATE refusals SET count = count - ? WHERE id = ?")
             .bind(count)
@@ -494,7 +492,7 @@ async fn write_standing(
         .execute(&mut *conn)
         .await?;
     }
-    // What came from the store need not be told to it.
+    // The store has these rows.
     sqlx::query("DELETE FROM changes")
         .execute(&mut *conn)
         .await?;
@@ -504,7 +502,7 @@ async fn write_standing(
 
 #[cfg(test)]
 impl SqliteStore {
-    /// Lets all streams begin again behind this number.
+    /// Moves all streams to this position.
     pub(in crate::store) async fn set_durable_seq(&mut self, seq: i64) {
         sqlx::query("UPDATE streams SET durable_seq = ?")
             .bind(seq)

@@ -1,4 +1,4 @@
-//! Holds what drains a spool to its plans: a chunk costs the same however much waits behind it.
+//! Checks the query plans of the drain: the cost of a chunk does not depend on how much waits after it.
 
 use sqlx::{AssertSqlSafe, Executor, Row};
 
@@ -7,7 +7,7 @@ use super::*;
 use crate::store::admin::Access;
 use crate::store::sqlite::open_existing;
 
-/// Frames of one stream, among them many gaps and refused ones.
+/// Frames of one stream, with many gaps and quarantined frames.
 const FILL: &str = "
     INSERT INTO devices (id, name) VALUES (1, 'a');
     INSERT INTO streams (id, device_id, stream, created_at) VALUES (1, 1, 1, 0);
@@ -23,7 +23,7 @@ const FILL: &str = "
     INSERT INTO device_events (device_id, at, kind, code, detail) SELECT 1, 5, 'connected', 0, '' FROM frames;";
 
 #[tokio::test]
-async fn a_chunk_is_read_and_forgotten_by_indexes() {
+async fn chunks_are_read_and_deleted_through_indexes() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("spool.db");
     use crate::store::Store;

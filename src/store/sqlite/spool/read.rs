@@ -1,4 +1,4 @@
-//! Reads a spool in the order in which frames came.
+//! Reads a spool in order of arrival.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
@@ -16,13 +16,13 @@ use crate::store::{
 };
 use crate::time::{BootClock, ClockStep, Origin, Quality, ResolvedTime};
 
-/// Readings of a chunk, and frames of one that has few readings.
+/// Maximum number of readings in a chunk (unless one frame has more), and of frames.
 const CHUNK_READINGS: i64 = 50_000;
 const CHUNK_FRAMES: i64 = 4096;
-/// Lines of the audit trail in a chunk, and as many changes of devices, schemas and clocks.
-const CHUNK_LINES: i64 = 1000;
+/// Maximum number of audit events in a chunk; also of refusals, and of changes.
+const CHUNK_EVENTS: i64 = 1000;
 
-/// The queries of a chunk: each reads what the chunk has, however much waits.
+/// Queries of a chunk. Their cost depends only on the chunk, not on how much waits.
 const LEDGER: &str =
     "SELECT f.id, s.device_id, f.stream_id, f.seq, f.type, f.received_at, f.readings,
          f.quality, f.clock_offset_us, f.crc
@@ -39,17 +39,17 @@ const QUARANTINE: &str = "SELECT f.id, q.code, q.detail, q.bytes, q.peer FROM fr
      WHERE f.id BETWEEN ? AND ?";
 const EVENTS: &str = "SELECT frame_id, at, level, code, detail FROM device_events
      WHERE frame_id BETWEEN ? AND ?";
-const LINES: &str = "SELECT id, device_id, at, kind, code, detail, session FROM device_events
+const AUDIT: &str = "SELECT id, device_id, at, kind, code, detail, session FROM device_events
      WHERE id > ? AND frame_id IS NULL ORDER BY id LIMIT ?";
 #[cfg(test)]
-pub(super) const OF_A_CHUNK: [&str; 6] = [LEDGER, READINGS, GAPS, QUARANTINE, EVENTS, LINES];
+pub(super) const OF_A_CHUNK: [&str; 6] = [LEDGER, READINGS, GAPS, QUARANTINE, EVENTS, AUDIT];
 
-/// Reads a spool beside its writer.
+/// A connection that reads a spool while its store writes.
 pub(in crate::store) struct SpoolReader {
     conn: SqliteConnection,
 }
 
-/// Where a frame of the ledger stands while its content is looked for.
+/// A row of the ledger, without the content of its frame.
 struct Ledger {
     id: i64,
     entry: Entry,
@@ -62,7 +62,7 @@ impl SpoolReader {
         Ok(Self { conn })
     }
 
-    /// What waits, all in all; `None` where the spool is not in use.
+    /// Returns what waits in total; `None` if the spool is not in use.
     pub(in crate::store) async fn waiting(&mut self) -> Result<Option<Waiting>, sqlx::Error> {
         let (is_registered, frames, readings, oldest_us): (bool, i64, i64, Option<i64>) =
             sqlx::query_as(
@@ -79,13 +79,13 @@ impl SpoolReader {
         }))
     }
 
-    /// Gives a gap for each stream that stands for all that was drained of it, of `reason`.
+    /// Returns a gap for each stream that covers everything drained from it.
     pub(in crate::store) async fn drained(
         &mut self,
         reason: u8,
         at_us: i64,
     ) -> Result<Vec<Entry>, sqlx::Error> {
-        // A gap that waits covers numbers before its own.
+        // A waiting gap covers numbers before its own.
         let rows: Vec<(i64, i64, i64)> = sqlx::query_as(
             "SELECT id, device_id, coalesce(
                  (SELECT coalesce(g.from_seq, f.seq) - 1 FROM frames AS f
@@ -111,9 +111,9 @@ impl SpoolReader {
         Ok(drained.map(gap).collect())
     }
 
-    /// The oldest of what waits beyond `after`.
+    /// Returns the oldest content after `after`.
     pub(in crate::store) async fn chunk(&mut self, after: Cursor) -> Result<Chunk, sqlx::Error> {
-        // One moment for all of it: an entry that is read has its device and its schema read, too.
+        // In one snapshot, which has the device and the schema of every entry.
         sqlx::query("BEGIN").execute(&mut self.conn).await?;
         let chunk = self.read_chunk(after).await;
         sqlx::query("COMMIT").execute(&mut self.conn).await?;
@@ -177,7 +177,7 @@ impl SpoolReader {
         Ok(ledger)
     }
 
-    /// Gives each frame what it carried.
+    /// Adds the content of each frame.
     async fn read_contents(
         &mut self,
         ledger: Vec<Ledger>,
@@ -208,7 +208,7 @@ impl SpoolReader {
                     let columns = readings.remove(&id).unwrap_or_default();
                     Content::Readings(columns.into_readings(time)?)
                 }
-                _ => return Err(damaged("a frame's content is missing")),
+                _ => return Err(damaged("content of a frame missing")),
             };
             entries.push(entry);
         }
@@ -231,7 +231,7 @@ impl SpoolReader {
         Ok(frames)
     }
 
-    /// What frames other than readings carried.
+    /// Returns the content of frames without readings.
     async fn read_others(&mut self, span: (i64, i64)) -> Result<HashMap<i64, Other>, sqlx::Error> {
         let mut others = HashMap::new();
         let gaps: Vec<(i64, i64, u8)> = sqlx::query_as(GAPS)
@@ -252,7 +252,7 @@ impl SpoolReader {
             .fetch_all(&mut self.conn)
             .await?;
         for (frame, code, detail, bytes, peer) in quarantined {
-            // A GAP that was refused is in both tables.
+            // A quarantined GAP is in both tables.
             let from_seq = match others.remove(&frame) {
                 Some(Other::Content { from_seq, .. }) => from_seq,
                 _ => None,
@@ -283,9 +283,9 @@ impl SpoolReader {
     }
 
     async fn read_events(&mut self, chunk: &mut Chunk) -> Result<(), sqlx::Error> {
-        let rows = sqlx::query(LINES)
+        let rows = sqlx::query(AUDIT)
             .bind(chunk.end.event)
-            .bind(CHUNK_LINES)
+            .bind(CHUNK_EVENTS)
             .fetch_all(&mut self.conn)
             .await?;
         for row in &rows {
@@ -298,7 +298,7 @@ impl SpoolReader {
                 session: row.try_get::<Option<i64>, _>(6)?.map(SessionId),
                 at_us: row.try_get(2)?,
                 kind: DeviceEventKind::of_name(&kind)
-                    .ok_or_else(|| damaged("an event of an unknown kind"))?,
+                    .ok_or_else(|| damaged("unknown kind of event"))?,
                 code: row.try_get(4)?,
                 detail: row.try_get(5)?,
             });
@@ -306,14 +306,14 @@ impl SpoolReader {
         Ok(())
     }
 
-    /// Those of devices that there are were told to the audit trail when they came.
+    /// Reads refusals. Those of known devices are in the audit trail already.
     async fn read_refusals(&mut self, chunk: &mut Chunk) -> Result<(), sqlx::Error> {
         let rows = sqlx::query(
             "SELECT id, peer, device, code, reason, count, first_at, last_at FROM refusals
              WHERE id > ? ORDER BY id LIMIT ?",
         )
         .bind(chunk.end.refusal)
-        .bind(CHUNK_LINES)
+        .bind(CHUNK_EVENTS)
         .fetch_all(&mut self.conn)
         .await?;
         for row in &rows {
@@ -324,7 +324,7 @@ impl SpoolReader {
             chunk.refusals.push(Refusal {
                 peer: peer
                     .parse()
-                    .map_err(|_| damaged("a refusal of no address"))?,
+                    .map_err(|_| damaged("refusal without an address"))?,
                 device: row.try_get(2)?,
                 code: row.try_get(3)?,
                 detail: row.try_get(4)?,
@@ -342,7 +342,7 @@ impl SpoolReader {
             "SELECT id, what, device_id, key FROM changes WHERE id > ? ORDER BY id LIMIT ?",
         )
         .bind(chunk.end.change)
-        .bind(CHUNK_LINES)
+        .bind(CHUNK_EVENTS)
         .fetch_all(&mut self.conn)
         .await?;
         for (id, what, device, key) in rows {
@@ -354,7 +354,7 @@ impl SpoolReader {
                 "schema" => Change::Schema(self.schema(device, key).await?),
                 "clock" => Change::Clock(device, self.clock(device, key).await?),
                 "clock_step" => Change::Step(self.clock_step(key).await?),
-                _ => return Err(damaged("a change of an unknown kind")),
+                _ => return Err(damaged("unknown kind of change")),
             });
         }
         Ok(())
@@ -432,7 +432,7 @@ impl SpoolReader {
         })
     }
 
-    /// The devices with these ids.
+    /// Returns the devices with these ids.
     pub(in crate::store) async fn devices(
         &mut self,
         ids: BTreeSet<DeviceId>,
@@ -444,7 +444,7 @@ impl SpoolReader {
         Ok(devices)
     }
 
-    /// The streams with these ids.
+    /// Returns the streams with these ids.
     pub(in crate::store) async fn streams(
         &mut self,
         ids: BTreeSet<StreamId>,
@@ -467,7 +467,7 @@ impl SpoolReader {
         rows.iter().map(stream).collect()
     }
 
-    /// The series with these ids.
+    /// Returns the series with these ids.
     pub(in crate::store) async fn series(
         &mut self,
         ids: BTreeSet<SeriesId>,
@@ -495,7 +495,7 @@ impl SpoolReader {
         select: &'static str,
         ids: impl Iterator<Item = i64>,
     ) -> Result<Vec<SqliteRow>, sqlx::Error> {
-        // Numbers only, so that any count of them is one statement.
+        // One parameter for any number of ids, so that there is one statement.
         let ids: Vec<String> = ids.map(|id| id.to_string()).collect();
         let sql = format!("{select} WHERE id IN (SELECT value FROM json_each(?))");
         sqlx::query(AssertSqlSafe(sql))
@@ -505,9 +505,9 @@ impl SpoolReader {
     }
 }
 
-/// The content of a frame that is not readings.
+/// Content of a frame without readings.
 enum Other {
-    /// What has no time; with the first number it covers, if that is not its own.
+    /// Content without a time, and the first number that it covers, if that is not its own.
     Content {
         content: Content,
         from_seq: Option<u64>,
@@ -522,7 +522,7 @@ struct ReportedEvent {
     text: String,
 }
 
-/// The readings of a frame as they come: series after series, each with the same times.
+/// Readings of a frame in the order of the query: series after series, each with the same times.
 #[derive(Default)]
 struct Columns {
     times_us: Vec<i64>,
@@ -543,7 +543,7 @@ impl Columns {
 
     fn into_readings(self, time: ResolvedTime) -> Result<Readings, sqlx::Error> {
         if self.values.len() != self.times_us.len() * self.series.len() {
-            return Err(damaged("a frame lacks readings"));
+            return Err(damaged("readings of a frame missing"));
         }
         Ok(Readings {
             time,
@@ -562,9 +562,9 @@ fn quality_of(number: u8) -> Result<Quality, sqlx::Error> {
         Quality::Suspect,
     ];
     let quality = known.into_iter().find(|known| *known as u8 == number);
-    quality.ok_or_else(|| damaged("a quality of time that is not known"))
+    quality.ok_or_else(|| damaged("unknown quality of time"))
 }
 
 fn damaged(what: &str) -> sqlx::Error {
-    sqlx::Error::Protocol(format!("the spool is damaged: {what}"))
+    sqlx::Error::Protocol(format!("spool damaged: {what}"))
 }
