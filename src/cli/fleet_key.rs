@@ -9,7 +9,8 @@ use crate::auth::device_key::DeviceKey;
 use crate::auth::fleet_key::{FleetKey, KEY_FILE, Origin, create_data_dir};
 use crate::config::store_url::StoreUrl;
 use crate::config::{Config, SPOOL_FILE};
-use crate::store::admin::{Access, Connection, Source, device};
+use crate::store::admin::device::{self, DeviceState};
+use crate::store::admin::{Access, Connection, Source};
 use crate::sys::secret_file::SecretReaders;
 use clap::{Args, Subcommand};
 use tokio::time::timeout;
@@ -245,14 +246,12 @@ async fn adopt_key(
         adopt(&mut spool?, &key).await?;
     }
     adopt(&mut connection, &key).await?;
-    let mut sealed = 0;
-    device::each(&mut connection, |device| {
+    let devices = device::all(&mut connection).await?;
+    let is_lost = |device: &&DeviceState| {
         let own = device.key.sealed.as_ref();
-        let is_lost = |own: &Vec<u8>| DeviceKey::unseal(&key, &device.name, own).is_err();
-        sealed += u64::from(own.is_some_and(is_lost));
-        Ok(())
-    })
-    .await?;
+        own.is_some_and(|own| DeviceKey::unseal(&key, &device.name, own).is_err())
+    };
+    let sealed = devices.iter().filter(is_lost).count() as u64;
     let mut out = output::stdout();
     writeln!(
         out,

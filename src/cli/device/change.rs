@@ -172,24 +172,17 @@ pub async fn edit(
     let mut connection = Connection::open(store, Access::Write).await?;
     let now_us = SystemClock::start().now().utc_us;
     let mut edit = DeviceEdit::begin(&mut connection, now_us).await?;
-    match set_all(&mut edit, names, wanted).await {
+    let set = set_all(&mut edit, names, wanted).await;
+    match &set {
         Ok(Set::All(changed)) if changed.values().any(|is_changed| *is_changed) => {
-            edit.commit().await?;
-            Ok(changed)
+            connection.commit().await?;
         }
-        Ok(Set::All(changed)) => {
-            edit.rollback().await?;
-            Ok(changed)
-        }
-        Ok(Set::Unknown(name)) => {
-            edit.rollback().await?;
-            Err(unknown_device(&mut connection, &name).await?)
-        }
-        Err(error) => {
-            // Report the first error. A failed rollback is harmless: closing the connection rolls back, too.
-            let _ = edit.rollback().await;
-            Err(error)
-        }
+        // A failed rollback is harmless: closing the connection rolls back, too.
+        _ => drop(connection.rollback().await),
+    }
+    match set? {
+        Set::All(changed) => Ok(changed),
+        Set::Unknown(name) => Err(unknown_device(&mut connection, &name).await?),
     }
 }
 

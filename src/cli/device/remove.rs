@@ -108,13 +108,7 @@ async fn give_up_name(connection: &mut Connection, name: &str) -> Result<(), Err
         // Another command has removed the device meanwhile.
         None => Ok(()),
     };
-    match removed {
-        Ok(()) => Ok(edit.commit().await?),
-        Err(error) => {
-            let _ = edit.rollback().await;
-            Err(error.into())
-        }
-    }
+    Ok(connection.end(removed).await?)
 }
 
 /// Fails if the database has a spool: it may hold frames of the device and would restore the device with them.

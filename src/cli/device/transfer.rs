@@ -75,12 +75,7 @@ pub async fn export(
     args: &ExportArgs,
 ) -> Result<(), Error> {
     let mut connection = Connection::open(store, Access::Read).await?;
-    let mut devices = Vec::new();
-    device::each(&mut connection, |device| {
-        devices.push(device);
-        Ok(())
-    })
-    .await?;
+    let devices = device::all(&mut connection).await?;
     let has_own = devices.iter().any(|device| device.key.sealed.is_some());
     let fleet = match args.with_keys && has_own {
         true => Some(key_file.load(store).await?),

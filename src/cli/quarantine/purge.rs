@@ -33,8 +33,7 @@ pub async fn purge(store: &StoreUrl, args: &PurgeArgs) -> Result<(), Error> {
     }
     let mut connection = Connection::open(store, Access::Write).await?;
     let condition = args.selection.condition(&mut connection).await?;
-    let newest = connection.rows(NEWEST, &[]).await?;
-    let newest = newest.first().map_or(Ok(0), |row| row.integer(0))?;
+    let newest = connection.integer(NEWEST, &[]).await?;
     let (mut after, mut frames, mut bytes) = (i64::MIN, 0, 0);
     loop {
         let purged = step(&mut connection, &condition, after, newest).await?;

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::store::admin::{Argument, Connection};
+use crate::store::admin::{Argument, Connection, device};
 use clap::Args;
 use jiff::Timestamp;
 
@@ -108,11 +108,8 @@ pub fn no_frame(id: i64) -> Error {
 }
 
 async fn device_id(connection: &mut Connection, name: &str) -> Result<i64, Error> {
-    let rows = connection
-        .rows("SELECT id FROM devices WHERE name = $1", &[name.into()])
-        .await?;
-    match rows.first() {
-        Some(row) => Ok(row.integer(0)?),
+    match device::find(connection, name).await? {
+        Some(device) => Ok(device.device.0),
         None => Err(unknown_device(connection, name).await?),
     }
 }

@@ -75,12 +75,12 @@ pub enum QueryError {
     Sql(#[from] sqlx::Error),
     /// The query was stopped, because it kept the gateway from shortening its write-ahead log.
     #[error(
-        "could not read all of it within {} s, and gave up so that the gateway can shorten its write-ahead log; try again when the machine has less to do",
+        "could not finish the query within {} s, and stopped it because it keeps the gateway from shortening its write-ahead log; retry when the machine is less busy",
         QUERY_TIMEOUT.as_secs()
     )]
     TooSlow,
     /// A row that this program does not write.
-    #[error("column {column} of a row holds {found:?}, which does not belong there")]
+    #[error("unexpected value {found:?} in column {column} of a row; check the store for damage")]
     Unexpected {
         /// Index of the column.
         column: usize,
@@ -219,15 +219,28 @@ impl Connection {
         let mut rows = Vec::new();
         let on_row = |row| {
             rows.push(row);
-            Ok(())
+            ControlFlow::<()>::Continue(())
         };
         self.limit(Some(limit)).await?;
-        let read = self.each(sql, arguments, on_row).await;
+        let read = self.fetch(sql, Some(arguments), on_row).await;
         self.limit(None).await?;
         match read {
             Err(QueryError::Sql(error)) if is_interrupted(&error) => Err(QueryError::TooSlow),
-            read => read.map(|()| rows),
+            read => read.map(|_| rows),
         }
+    }
+
+    /// Returns the integer in the first row, or 0 if there is no row.
+    ///
+    /// # Errors
+    /// As for [`Connection::rows`].
+    pub async fn integer(
+        &mut self,
+        sql: &str,
+        arguments: &[Argument<'_>],
+    ) -> Result<i64, QueryError> {
+        let rows = self.rows(sql, arguments).await?;
+        rows.first().map_or(Ok(0), |row| row.integer(0))
     }
 
     /// Makes SQLite stop statements that run longer than `limit` from now on.
@@ -243,24 +256,6 @@ impl Connection {
             None => handle.remove_progress_handler(),
         }
         Ok(())
-    }
-
-    /// Passes the rows of a query to `on_row`, one at a time, until that fails.
-    ///
-    /// # Errors
-    /// The store is unavailable, or `on_row` failed.
-    pub async fn each(
-        &mut self,
-        sql: &str,
-        arguments: &[Argument<'_>],
-        mut on_row: impl FnMut(Row) -> Result<(), QueryError>,
-    ) -> Result<(), QueryError> {
-        let on_row = |row| match on_row(row) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => ControlFlow::Break(error),
-        };
-        let failed = self.fetch(sql, Some(arguments), on_row).await?;
-        failed.map_or(Ok(()), Err)
     }
 
     /// Returns the column names of a user's statement, so that an empty result has headers, too.
@@ -401,7 +396,7 @@ impl Connection {
     ///
     /// # Errors
     /// Nothing was changed or, if the connection was lost, the outcome is unknown.
-    pub(in crate::store) async fn commit(&mut self) -> Result<(), QueryError> {
+    pub async fn commit(&mut self) -> Result<(), QueryError> {
         let committed = self.control("COMMIT").await;
         self.release_turn();
         committed
@@ -411,7 +406,7 @@ impl Connection {
     ///
     /// # Errors
     /// The store is unavailable; nothing is changed in that case either.
-    pub(in crate::store) async fn rollback(&mut self) -> Result<(), QueryError> {
+    pub async fn rollback(&mut self) -> Result<(), QueryError> {
         let undone = self.control("ROLLBACK").await;
         self.release_turn();
         undone

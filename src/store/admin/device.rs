@@ -45,11 +45,10 @@ pub struct StoredKey {
     pub sealed: Option<Vec<u8>>,
 }
 
-pub(super) const COLUMNS: &str =
-    "id, name, enabled, key_version, sealed_key, revision, key_revision";
+const COLUMNS: &str = "id, name, enabled, key_version, sealed_key, revision, key_revision";
 
 impl DeviceState {
-    pub(super) fn of(row: &Row) -> Result<DeviceState, QueryError> {
+    fn of(row: &Row) -> Result<DeviceState, QueryError> {
         Ok(DeviceState {
             device: DeviceId(row.integer(0)?),
             name: row.text_or_null(1)?.unwrap_or_default().to_owned(),
@@ -149,25 +148,29 @@ pub async fn find(
     connection: &mut Connection,
     name: &str,
 ) -> Result<Option<DeviceState>, QueryError> {
-    let sql = format!("SELECT {COLUMNS} FROM devices WHERE name = $1");
-    let rows = connection.rows(&sql, &[name.into()]).await?;
-    rows.first().map(DeviceState::of).transpose()
+    let found = select(connection, "WHERE name = $1", &[name.into()]).await?;
+    Ok(found.into_iter().next())
 }
 
-/// Passes each device to `on_device`, by name, until that fails.
+/// Returns all devices by name.
 ///
 /// # Errors
-/// The store is unavailable, or `on_device` failed.
-pub async fn each(
-    connection: &mut Connection,
-    mut on_device: impl FnMut(DeviceState) -> Result<(), QueryError>,
-) -> Result<(), QueryError> {
-    let sql = format!("SELECT {COLUMNS} FROM devices ORDER BY name COLLATE \"C\"");
-    let on_row = |row: Row| on_device(DeviceState::of(&row)?);
-    connection.each(&sql, &[], on_row).await
+/// The store is unavailable.
+pub async fn all(connection: &mut Connection) -> Result<Vec<DeviceState>, QueryError> {
+    select(connection, "ORDER BY name COLLATE \"C\"", &[]).await
 }
 
-/// An open transaction that changes devices.
+pub(super) async fn select(
+    connection: &mut Connection,
+    clauses: &str,
+    arguments: &[Argument<'_>],
+) -> Result<Vec<DeviceState>, QueryError> {
+    let sql = format!("SELECT {COLUMNS} FROM devices {clauses}");
+    let rows = connection.rows(&sql, arguments).await?;
+    rows.iter().map(DeviceState::of).collect()
+}
+
+/// An open transaction that changes devices; the connection ends it.
 pub struct DeviceEdit<'e> {
     connection: &'e mut Connection,
     revision: i64,
@@ -285,29 +288,12 @@ impl<'e> DeviceEdit<'e> {
         ];
         self.connection.execute(sql, &values).await.map(drop)
     }
-
-    /// Commits all changes.
-    ///
-    /// # Errors
-    /// Nothing was changed or, if the connection was lost, the outcome is unknown.
-    pub async fn commit(self) -> Result<(), QueryError> {
-        self.connection.commit().await
-    }
-
-    /// Discards all changes.
-    ///
-    /// # Errors
-    /// The store is unavailable; nothing is changed in that case either.
-    pub async fn rollback(self) -> Result<(), QueryError> {
-        self.connection.rollback().await
-    }
 }
 
 /// Returns the number of the change that the open transaction makes, and locks the counter until its end.
 pub(super) async fn next_revision(connection: &mut Connection) -> Result<i64, QueryError> {
     let next = "UPDATE device_revision SET latest = latest + 1 RETURNING latest";
-    let rows = connection.rows(next, &[]).await?;
-    rows.first().map_or(Ok(1), |row| row.integer(0))
+    connection.integer(next, &[]).await
 }
 
 /// Changes made to a device.
@@ -350,9 +336,8 @@ pub(super) async fn put(
         revision.into(),
         key_revision.into(),
     ];
-    let rows = connection.rows(sql, &values).await?;
     Ok(Some(Put {
-        device: rows.first().map_or(Ok(0), |row| row.integer(0))?,
+        device: connection.integer(sql, &values).await?,
         has_new_key,
         is_let_in_or_out,
     }))

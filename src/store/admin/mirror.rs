@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use super::device::{
-    CHANGES_PACE, COLUMNS, Changes, DeviceState, Position, StoredKey, changes_since, find,
-    next_revision, put,
+    CHANGES_PACE, Changes, DeviceState, Position, StoredKey, changes_since, find, next_revision,
+    put, select,
 };
 use super::{Access, Connection, Pace, Poll, QueryError, Reconnecting, Source};
 use crate::config::store_url::StoreUrl;
@@ -80,9 +80,7 @@ async fn undo_others(
     changed: &HashSet<&str>,
     revision: i64,
 ) -> Result<(), QueryError> {
-    let sql = format!("SELECT {COLUMNS} FROM devices WHERE revision > 0");
-    for row in &spool.rows(&sql, &[]).await? {
-        let device = DeviceState::of(row)?;
+    for device in select(spool, "WHERE revision > 0", &[]).await? {
         if !changed.contains(device.name.as_str()) {
             let first = StoredKey::default();
             put(spool, &device.name, Some(&device), true, &first, revision).await?;
@@ -149,7 +147,7 @@ mod tests {
             };
             let set = edit.set(name, before.get(name), is_enabled, &key);
             assert!(set.await.unwrap());
-            edit.commit().await.unwrap();
+            database.commit().await.unwrap();
         }
 
         /// Puts the database into the state before the second change, like a restored backup.
@@ -250,5 +248,19 @@ mod tests {
         assert_eq!(site.spooled("fan").await, before);
         let changes = watch.changes().await.unwrap();
         assert!(!changes.is_all && changes.devices.is_empty());
+    }
+
+    #[tokio::test]
+    async fn changes_are_copied_again_after_a_failure() {
+        let site = Site::new().await;
+        let mut mirror = site.mirror();
+        site.set("fan", false, 0).await;
+        mirror.poll().await.unwrap();
+        site.set("pump", false, 0).await;
+        std::fs::rename(site.path("spool.db"), site.path("away.db")).unwrap();
+        mirror.poll().await.unwrap_err();
+        std::fs::rename(site.path("away.db"), site.path("spool.db")).unwrap();
+        mirror.poll().await.unwrap();
+        assert!(!site.spooled("pump").await.is_enabled);
     }
 }

@@ -69,8 +69,7 @@ pub async fn belongings(
         ("audit events", of_device("device_events")),
         ("boot clocks", of_device("clocks")),
     ] {
-        let rows = connection.rows(&sql, &[device.into()]).await?;
-        let count = rows.first().map_or(Ok(0), |row| row.integer(0))?;
+        let count = connection.integer(&sql, &[device.into()]).await?;
         counts.push((what, count.unsigned_abs()));
     }
     Ok(Belongings { counts })
@@ -134,11 +133,11 @@ pub async fn take_out(
     }
 }
 
-/// Returns the table that holds readings permanently, and whether the store has a level 0 in front of it.
-fn readings_table(connection: &Connection) -> (&'static str, bool) {
+/// Returns the table that holds readings permanently. In SQLite, `readings_recent` is the level 0 in front of it.
+fn readings_table(connection: &Connection) -> &'static str {
     match connection.is_sqlite() {
-        true => ("readings_sorted", true),
-        false => ("readings", false),
+        true => "readings_sorted",
+        false => "readings",
     }
 }
 
@@ -149,11 +148,11 @@ async fn await_compaction(
     is_alone: &mut impl FnMut() -> bool,
 ) -> Result<(), QueryError> {
     const OF_DEVICE: &str = "series_id IN (SELECT id FROM series WHERE device_id = $1)";
-    if !readings_table(connection).1 {
+    if !connection.is_sqlite() {
         return Ok(());
     }
     let sql = format!("SELECT EXISTS (SELECT 1 FROM readings_recent WHERE {OF_DEVICE})");
-    while connection.rows(&sql, &[device.into()]).await?[0].integer(0)? != 0 {
+    while connection.integer(&sql, &[device.into()]).await? != 0 {
         if is_alone() {
             let sql = format!("DELETE FROM readings_recent WHERE {OF_DEVICE}");
             return connection.step(&sql, &[device.into()]).await.map(drop);
@@ -164,7 +163,7 @@ async fn await_compaction(
 }
 
 async fn delete_readings(connection: &mut Connection, device: i64) -> Result<(), QueryError> {
-    let (table, _) = readings_table(connection);
+    let table = readings_table(connection);
     let series = "SELECT id FROM series WHERE device_id = $1 ORDER BY id";
     let find = format!(
         "SELECT ts FROM {table} WHERE series_id = $1 ORDER BY ts LIMIT 1 OFFSET {ROWS_AT_ONCE}"
@@ -208,18 +207,15 @@ async fn finish(connection: &mut Connection, device: i64) -> Result<bool, QueryE
 /// Returns whether no rows remain in the tables that grow with a device's data. In Postgres this also locks the
 /// device's streams until the transaction ends.
 async fn is_bare(connection: &mut Connection, device: i64) -> Result<bool, QueryError> {
-    let (table, has_recent) = readings_table(connection);
-    if !has_recent {
+    let table = readings_table(connection);
+    let mut recent = "";
+    if connection.is_sqlite() {
+        recent = "+ (SELECT count(*) FROM readings_recent WHERE series_id IN
+            (SELECT id FROM series WHERE device_id = $1))";
+    } else {
         let lock = "SELECT id FROM streams WHERE device_id = $1 ORDER BY id FOR UPDATE";
         connection.rows(lock, &[device.into()]).await?;
     }
-    let recent = match has_recent {
-        true => {
-            "+ (SELECT count(*) FROM readings_recent WHERE series_id IN
-            (SELECT id FROM series WHERE device_id = $1))"
-        }
-        false => "",
-    };
     let sql = format!(
         "SELECT CAST(
              (SELECT count(*) FROM streams AS s WHERE s.device_id = $1
@@ -229,8 +225,7 @@ async fn is_bare(connection: &mut Connection, device: i64) -> Result<bool, Query
              + (SELECT count(*) FROM quarantine AS q WHERE q.device_id = $1)
              {recent} AS BIGINT)"
     );
-    let rows = connection.rows(&sql, &[device.into()]).await?;
-    Ok(rows.first().map_or(Ok(0), |row| row.integer(0))? == 0)
+    Ok(connection.integer(&sql, &[device.into()]).await? == 0)
 }
 
 #[cfg(test)]
@@ -325,7 +320,7 @@ mod tests {
         let mut edit = DeviceEdit::begin(&mut connection, 5).await.unwrap();
         let found = edit.find([name].into_iter()).await.unwrap();
         edit.remove(&found[name]).await.unwrap();
-        edit.commit().await.unwrap();
+        connection.commit().await.unwrap();
         found[name].device.0
     }
 
