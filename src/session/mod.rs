@@ -372,7 +372,8 @@ impl Session {
     /// frames it still has.
     fn handle_store_replaced(&mut self) {
         if let State::Serving(stream) = &mut self.state {
-            stream.order.forget_due_ack();
+            // Durable frames may be lost.
+            stream.order.ack_is_due = false;
         }
         let detail = "the store was restored to an earlier state";
         self.close(Close::bye(Code::Shutdown, detail));

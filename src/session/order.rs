@@ -13,18 +13,21 @@ use fieldgate_protocol::frame::SEQ_MAX;
 
 use super::Close;
 use super::reply::Outbound;
-use crate::store::{Receipt, StreamId};
+use crate::store::Receipt;
 
 /// Position in a stream.
 pub(super) struct Order {
-    durable: Receipt,
+    /// The receipt with the highest number.
+    pub durable: Receipt,
+    /// The number that the next accepted frame begins with or covers.
+    pub expected_seq: u64,
+    /// Whether an ACK is sent before the next wait, even without a new number.
+    pub ack_is_due: bool,
     window_frames: u64,
-    expected_seq: u64,
     /// The highest number submitted.
     taken_through: u64,
     /// After a NACK of class 1 or 2: frames are dropped until `expected_seq` arrives (R62).
     awaits_resend: bool,
-    ack_is_due: bool,
 }
 
 /// Meaning of a frame's number.
@@ -44,24 +47,16 @@ impl Order {
     pub(super) fn new(durable: Receipt, window_frames: u64) -> Order {
         Order {
             durable,
-            window_frames,
             expected_seq: durable.durable_seq() + 1,
+            ack_is_due: false,
+            window_frames,
             taken_through: 0,
             awaits_resend: false,
-            ack_is_due: false,
         }
-    }
-
-    pub(super) fn stream(&self) -> StreamId {
-        self.durable.stream()
     }
 
     pub(super) fn durable_seq(&self) -> u64 {
         self.durable.durable_seq()
-    }
-
-    pub(super) fn expected_seq(&self) -> u64 {
-        self.expected_seq
     }
 
     /// Returns whether all accepted frames are durable.
@@ -88,11 +83,6 @@ impl Order {
         } else {
             Verdict::Next
         })
-    }
-
-    /// Acknowledges a repeated number again if it is durable.
-    pub(super) fn repeat(&mut self, seq: u64) {
-        self.ack_is_due |= seq <= self.durable_seq();
     }
 
     /// Ends the wait for `expected_seq`: it has arrived.
@@ -149,16 +139,6 @@ impl Order {
     pub(super) fn ask_for_missing(&mut self, seq: u64, outbound: &mut Outbound) {
         let detail = "frames before this one are missing";
         self.ask(Code::SeqGap, seq, 0, detail, outbound);
-    }
-
-    /// Requests an ACK, even without a new number (R88).
-    pub(super) fn request_ack(&mut self) {
-        self.ack_is_due = true;
-    }
-
-    /// Cancels a due ACK: durable frames may be lost, so nothing more is acknowledged.
-    pub(super) fn forget_due_ack(&mut self) {
-        self.ack_is_due = false;
     }
 
     /// Writes one ACK per commit, however many frames it covers.

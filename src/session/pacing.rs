@@ -8,7 +8,7 @@ use crate::store::{Content, Entry};
 
 /// Pace of a session's input.
 pub(super) struct Pacing {
-    quota: Arc<DeviceQuota>,
+    pub quota: Arc<DeviceQuota>,
     /// When input resumes; `None` if it is not paused.
     until_us: Option<u64>,
 }
@@ -45,10 +45,5 @@ impl Pacing {
         self.until_us
             .take_if(|until_us| now_us >= *until_us)
             .is_some()
-    }
-
-    /// Returns whether operators are notified of another fault of the device.
-    pub(super) fn may_report(&self, now_us: u64) -> bool {
-        self.quota.may_report(now_us)
     }
 }

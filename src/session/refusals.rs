@@ -8,13 +8,15 @@ use std::sync::Arc;
 
 use fieldgate_protocol::error::Code;
 
+use super::Close;
+use super::retry::retry_after_ms;
 use crate::quota::quarantine::{Gauge, Reservation};
 use crate::store::DeviceId;
 
 /// Maximum number of refusals per connection within [`WINDOW_US`] (R64).
 const MAX: usize = 8;
 const WINDOW_US: u64 = 60_000_000;
-pub(super) const RETRY_AFTER_MS: u32 = 60_000;
+const RETRY_AFTER_MS: u32 = 60_000;
 
 /// Refusals of a session.
 pub(super) struct Refusals {
@@ -36,14 +38,6 @@ pub(super) struct Refusal {
     pub detail: String,
 }
 
-/// Reason why a frame cannot be refused now.
-pub(super) enum Unrefused {
-    /// The connection had too many refusals.
-    TooMany,
-    /// Quarantine has been full since this time.
-    Full { since_us: u64 },
-}
-
 impl Refusals {
     pub(super) fn new(quarantine: Arc<Gauge>) -> Refusals {
         Refusals {
@@ -61,24 +55,33 @@ impl Refusals {
         self.damaged_seq.replace(seq) == Some(seq)
     }
 
-    /// Counts a refusal and reserves its space.
+    /// Counts a refusal and reserves its space. If quarantine is full, returns the time after which
+    /// the device may resend the frame, in milliseconds.
+    ///
+    /// # Errors
+    /// The connection had too many refusals.
     pub(super) fn reserve(
         &mut self,
         device: DeviceId,
         frame_bytes: usize,
+        detail: &str,
         now_us: u64,
-    ) -> Result<Reservation, Unrefused> {
+    ) -> Result<Result<Reservation, u32>, Close> {
         let since_us = now_us.saturating_sub(WINDOW_US);
         self.recent_us.retain(|at_us| *at_us >= since_us);
         if self.recent_us.len() == MAX {
-            return Err(Unrefused::TooMany);
+            return Err(Close {
+                code: Some(Code::Protocol),
+                retry_after_ms: RETRY_AFTER_MS,
+                detail: format!("too many refused frames, the latest: {detail}"),
+            });
         }
         let Some(reservation) = self.quarantine.reserve(device, frame_bytes) else {
             let since_us = *self.full_since_us.get_or_insert(now_us);
-            return Err(Unrefused::Full { since_us });
+            return Ok(Err(retry_after_ms(since_us, now_us, device.0)));
         };
         self.recent_us.push_back(now_us);
-        Ok(reservation)
+        Ok(Ok(reservation))
     }
 
     /// Handles that the expected frame was accepted or refused.

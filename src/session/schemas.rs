@@ -17,17 +17,10 @@ const MAX: usize = 8;
 pub(super) struct Schemas {
     /// The latest is last.
     known: VecDeque<Arc<Schema>>,
-    awaits_outcome: bool,
+    /// Whether a DECLARE was submitted and has no outcome yet.
+    pub awaits_outcome: bool,
     /// Whether a DECLARE was refused in this session.
-    had_refusal: bool,
-}
-
-/// A refused DECLARE.
-pub(super) struct RefusedDeclare {
-    pub code: Code,
-    pub detail: String,
-    /// Whether it is the first one of this session.
-    pub is_first: bool,
+    pub had_refusal: bool,
 }
 
 impl Schemas {
@@ -37,10 +30,6 @@ impl Schemas {
             awaits_outcome: false,
             had_refusal: false,
         }
-    }
-
-    pub(super) fn awaits_outcome(&self) -> bool {
-        self.awaits_outcome
     }
 
     pub(super) fn find(&self, number: u16) -> Option<&Schema> {
@@ -64,29 +53,24 @@ impl Schemas {
         })
     }
 
-    /// Handles the outcome of a DECLARE.
-    pub(super) fn handle_outcome(&mut self, outcome: DeclareOutcome) -> Result<(), RefusedDeclare> {
+    /// Handles the outcome of a DECLARE; returns why it was refused.
+    pub(super) fn handle_outcome(&mut self, outcome: DeclareOutcome) -> Option<(Code, String)> {
         self.awaits_outcome = false;
-        let (code, detail) = match outcome {
+        match outcome {
             DeclareOutcome::Accepted(schema) => {
                 self.known.retain(|known| known.schema != schema.schema);
                 if self.known.len() == MAX {
                     self.known.pop_front();
                 }
                 self.known.push_back(schema);
-                return Ok(());
+                None
             }
             DeclareOutcome::Conflict => {
                 let detail = "schema number is used for different content; the firmware must use another number";
-                (Code::SchemaConflict, detail.to_owned())
+                Some((Code::SchemaConflict, detail.to_owned()))
             }
-            DeclareOutcome::OverBound(reached) => (Code::SchemaBound, reached.to_string()),
-        };
-        Err(RefusedDeclare {
-            code,
-            detail,
-            is_first: !std::mem::replace(&mut self.had_refusal, true),
-        })
+            DeclareOutcome::OverBound(reached) => Some((Code::SchemaBound, reached.to_string())),
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use fieldgate_protocol::message::{Bye, Ping, Pong, decode, first_seq};
 use super::clock::DeviceClock;
 use super::order::{Order, Verdict};
 use super::pacing::Pacing;
-use super::refusals::{self, Refusal, Refusals, Unrefused};
+use super::refusals::{Refusal, Refusals};
 use super::reply::Outbound;
 use super::retry::retry_after_ms;
 use super::schemas::Schemas;
@@ -65,12 +65,12 @@ impl Stream {
 
     /// Returns whether frames are accepted now.
     pub(super) fn wants_input(&self) -> bool {
-        !self.schemas.awaits_outcome() && self.pacing.until_us().is_none()
+        !self.schemas.awaits_outcome && self.pacing.until_us().is_none()
     }
 
     /// Returns whether all accepted frames are durable.
     pub(super) fn is_settled(&self) -> bool {
-        !self.schemas.awaits_outcome() && self.order.is_settled()
+        !self.schemas.awaits_outcome && self.order.is_settled()
     }
 
     pub(super) fn handle_frame(
@@ -127,7 +127,7 @@ impl Stream {
     fn refuse_damaged_unsequenced(&mut self, outbound: &mut Outbound) {
         self.order.write_due_ack(outbound);
         let detail = "payload checksum wrong";
-        outbound.nack(Code::PayloadCrc, 0, self.order.expected_seq(), 0, detail);
+        outbound.nack(Code::PayloadCrc, 0, self.order.expected_seq, 0, detail);
     }
 
     /// Handles the outcome of a DECLARE. Returns an event for the operator on the first refusal of
@@ -138,10 +138,10 @@ impl Stream {
         now: Now,
         outbound: &mut Outbound,
     ) -> Option<(Code, String)> {
-        let refused = self.schemas.handle_outcome(outcome).err()?;
-        let (code, detail) = (refused.code, refused.detail);
-        outbound.nack(code, 0, self.order.expected_seq(), 0, &detail);
-        let is_notified = refused.is_first && self.pacing.may_report(now.mono_us);
+        let (code, detail) = self.schemas.handle_outcome(outcome)?;
+        outbound.nack(code, 0, self.order.expected_seq, 0, &detail);
+        let is_first = !std::mem::replace(&mut self.schemas.had_refusal, true);
+        let is_notified = is_first && self.pacing.quota.may_report(now.mono_us);
         if is_notified {
             let code = code as u8;
             tracing::info!(device = self.device.0, code, %detail, "DECLARE refused");
@@ -167,7 +167,7 @@ impl Stream {
         let verdict = self.order.judge(first_seq, seq)?;
         match verdict {
             Verdict::Repeated => {
-                self.order.repeat(seq);
+                self.order.ack_is_due |= seq <= self.order.durable_seq();
                 return Ok(self.repeat(frame, now));
             }
             Verdict::Early => self.order.ask_for_missing(seq, outbound),
@@ -194,7 +194,7 @@ impl Stream {
         }
         Some(Submission::Repeat(Repeat {
             device: self.device,
-            stream: self.order.stream(),
+            stream: self.order.durable.stream(),
             seq: frame.header.seq,
             crc: frame.crc(),
             at_us: now.utc_us,
@@ -260,24 +260,19 @@ impl Stream {
         outbound: &mut Outbound,
     ) -> Step {
         let (seq, bytes) = (frame.header.seq, frame.bytes);
-        let reserved = self.refusals.reserve(self.device, bytes.len(), now.mono_us);
+        let (device, now_us) = (self.device, now.mono_us);
+        let reserved = self
+            .refusals
+            .reserve(device, bytes.len(), &detail, now_us)?;
         let reservation = match reserved {
             Ok(reservation) => reservation,
-            Err(Unrefused::TooMany) => {
-                return Err(Close {
-                    code: Some(Code::Protocol),
-                    retry_after_ms: refusals::RETRY_AFTER_MS,
-                    detail: format!("too many refused frames, the latest: {detail}"),
-                });
-            }
-            Err(Unrefused::Full { since_us }) => {
-                let retry_after_ms = retry_after_ms(since_us, now.mono_us, self.device.0);
-                self.order
-                    .ask(Code::QuarantineFull, seq, retry_after_ms, &detail, outbound);
+            Err(retry_after_ms) => {
+                let code = Code::QuarantineFull;
+                self.order.ask(code, seq, retry_after_ms, &detail, outbound);
                 return Ok(None);
             }
         };
-        tracing::info!(device = self.device.0, seq, code = code as u8, %detail, "frame quarantined");
+        tracing::info!(device = device.0, seq, code = code as u8, %detail, "frame quarantined");
         self.refusals.push(Refusal {
             seq,
             code,
@@ -289,7 +284,7 @@ impl Stream {
             bytes: bytes.to_vec(),
             peer: self.peer.to_string(),
         };
-        let entry = self.entry(frame, self.order.expected_seq(), content, now);
+        let entry = self.entry(frame, self.order.expected_seq, content, now);
         Ok(Some(Submission::Quarantine(entry, reservation)))
     }
 
@@ -300,7 +295,7 @@ impl Stream {
         self.refusals.end_wait();
         Entry {
             device: self.device,
-            stream: self.order.stream(),
+            stream: self.order.durable.stream(),
             first_seq,
             seq,
             frame_type: frame.header.frame_type,
@@ -328,7 +323,7 @@ impl Stream {
         outbound: &mut Outbound,
     ) {
         self.order.handle_receipt(receipt);
-        let expected_seq = self.order.expected_seq();
+        let expected_seq = self.order.expected_seq;
         while let Some(refusal) = self.refusals.pop_durable(self.order.durable_seq()) {
             let Refusal { seq, code, detail } = refusal;
             outbound.nack(code, seq, expected_seq, 0, &detail);
@@ -345,7 +340,7 @@ impl Stream {
         let since_us = *self.store_down_since_us.get_or_insert(now.mono_us);
         if !self.is_settled() {
             self.order.rewind();
-            self.wait_for_store(self.order.expected_seq(), since_us, now, outbound);
+            self.wait_for_store(self.order.expected_seq, since_us, now, outbound);
         }
     }
 
@@ -353,9 +348,7 @@ impl Stream {
     /// new number (R88).
     pub(super) fn handle_store_up(&mut self) {
         self.store_down_since_us = None;
-        if std::mem::take(&mut self.waits_for_store) {
-            self.order.request_ack();
-        }
+        self.order.ack_is_due |= std::mem::take(&mut self.waits_for_store);
     }
 }
 
