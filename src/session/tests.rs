@@ -395,6 +395,9 @@ async fn frames_lost_in_an_outage_are_requested_despite_an_earlier_request() {
         expected_seq: 2,
     };
     assert!(bench.replies().contains(&nack));
+    bench.take(&frame_for(Input::Good(0), 2, 2));
+    let submitted = bench.waiting.entries.iter().map(|entry| entry.seq);
+    assert!(submitted.eq([2, 2]));
 }
 
 /// Copies may arrive damaged; the frames are stored as first received.
