@@ -30,9 +30,7 @@ const STEPS_PER_CHECK: i32 = 10_000;
 /// Database of a connection.
 #[derive(Clone, Debug)]
 pub enum Source {
-    /// A store.
     Store(StoreUrl),
-    /// The file of a spool.
     Spool(PathBuf),
 }
 
@@ -56,10 +54,8 @@ pub enum Access {
 /// Reason why a store could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// A SQLite file could not be opened.
     #[error(transparent)]
     Sqlite(#[from] sqlite::OpenError),
-    /// A Postgres database could not be opened.
     #[error(transparent)]
     Postgres(#[from] postgres::OpenError),
 }
@@ -67,7 +63,6 @@ pub enum OpenError {
 /// Reason why a query failed.
 #[derive(Debug, thiserror::Error)]
 pub enum QueryError {
-    /// The store could not be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
     /// The store rejects the statement or is unavailable.
@@ -81,12 +76,7 @@ pub enum QueryError {
     TooSlow,
     /// A row that this program does not write.
     #[error("unexpected value {found:?} in column {column} of a row; check the store for damage")]
-    Unexpected {
-        /// Index of the column.
-        column: usize,
-        /// Value of the column.
-        found: Value,
-    },
+    Unexpected { column: usize, found: Value },
 }
 
 impl QueryError {
@@ -231,9 +221,6 @@ impl Connection {
     }
 
     /// Returns the integer in the first row, or 0 if there is no row.
-    ///
-    /// # Errors
-    /// As for [`Connection::rows`].
     pub async fn integer(
         &mut self,
         sql: &str,
@@ -338,9 +325,6 @@ impl Connection {
     }
 
     /// Runs a statement that writes in its own transaction; returns the number of changed rows.
-    ///
-    /// # Errors
-    /// As for [`Connection::end`].
     pub async fn step(&mut self, sql: &str, arguments: &[Argument<'_>]) -> Result<u64, QueryError> {
         self.begin().await?;
         let done = self.execute(sql, arguments).await;
@@ -349,9 +333,6 @@ impl Connection {
 
     /// Begins a transaction. In SQLite, first waits as long as the last one took, so that consecutive
     /// transactions take at most half of the time, and then for the turn to write.
-    ///
-    /// # Errors
-    /// The store is unavailable.
     pub async fn begin(&mut self) -> Result<(), QueryError> {
         let turn = match &self.file {
             Some(file) => {
@@ -392,20 +373,12 @@ impl Connection {
         done
     }
 
-    /// Commits the transaction; its changes are then synced.
-    ///
-    /// # Errors
-    /// Nothing was changed or, if the connection was lost, the outcome is unknown.
     pub async fn commit(&mut self) -> Result<(), QueryError> {
         let committed = self.control("COMMIT").await;
         self.release_turn();
         committed
     }
 
-    /// Rolls back the transaction.
-    ///
-    /// # Errors
-    /// The store is unavailable; nothing is changed in that case either.
     pub async fn rollback(&mut self) -> Result<(), QueryError> {
         let undone = self.control("ROLLBACK").await;
         self.release_turn();

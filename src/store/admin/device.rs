@@ -22,13 +22,9 @@ pub const CHANGES_PACE: Pace = Pace {
 /// State of a device as set by operators.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceState {
-    /// Row id of the device.
     pub device: DeviceId,
-    /// Name of the device.
     pub name: String,
-    /// Whether the device may connect.
     pub is_enabled: bool,
-    /// Stored key of the device.
     pub key: StoredKey,
     /// Number of its latest change; 0 if there was none.
     pub revision: i64,
@@ -93,9 +89,6 @@ pub struct Position {
 
 /// Returns the changes after a position, or `None` if there are none. Returns all changes without a position, and
 /// after the store was replaced by a backup.
-///
-/// # Errors
-/// The store is unavailable.
 pub async fn changes_since(
     store: &mut Reconnecting,
     seen: Option<&Position>,
@@ -140,10 +133,6 @@ pub fn changes_sql() -> String {
     )
 }
 
-/// Returns the device with a name, or `None`.
-///
-/// # Errors
-/// The store is unavailable.
 pub async fn find(
     connection: &mut Connection,
     name: &str,
@@ -153,9 +142,6 @@ pub async fn find(
 }
 
 /// Returns all devices by name.
-///
-/// # Errors
-/// The store is unavailable.
 pub async fn all(connection: &mut Connection) -> Result<Vec<DeviceState>, QueryError> {
     select(connection, "ORDER BY name COLLATE \"C\"", &[]).await
 }
@@ -179,9 +165,6 @@ pub struct DeviceEdit<'e> {
 
 impl<'e> DeviceEdit<'e> {
     /// Begins a transaction, after waiting for concurrent ones.
-    ///
-    /// # Errors
-    /// The store is unavailable.
     pub async fn begin(
         connection: &'e mut Connection,
         at_us: i64,
@@ -195,9 +178,6 @@ impl<'e> DeviceEdit<'e> {
     }
 
     /// Returns the devices in `names` that exist.
-    ///
-    /// # Errors
-    /// The store is unavailable.
     pub async fn find<'n>(
         &mut self,
         names: impl Iterator<Item = &'n str>,
@@ -213,9 +193,6 @@ impl<'e> DeviceEdit<'e> {
 
     /// Changes a device from the state `before`, with an audit event for each change; returns whether anything
     /// changed.
-    ///
-    /// # Errors
-    /// The store is unavailable.
     pub async fn set(
         &mut self,
         name: &str,
@@ -255,9 +232,6 @@ impl<'e> DeviceEdit<'e> {
 
     /// Renames a device to free its name, disables it and ends its sessions: the first step of
     /// [`super::removal`].
-    ///
-    /// # Errors
-    /// The store is unavailable.
     pub async fn remove(&mut self, device: &DeviceState) -> Result<(), QueryError> {
         let (id, revision) = (device.device.0, self.revision);
         let name = format!("#{id} {}", device.name);
@@ -296,7 +270,6 @@ pub(super) async fn next_revision(connection: &mut Connection) -> Result<i64, Qu
     connection.integer(next, &[]).await
 }
 
-/// Changes made to a device.
 pub(super) struct Put {
     device: i64,
     has_new_key: bool,

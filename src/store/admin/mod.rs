@@ -1,4 +1,6 @@
 //! Queries and changes by commands and by the pollers of a gateway, on separate connections while gateways write.
+//!
+//! Every function that takes a connection fails if the store is unavailable; its documentation names other errors.
 
 pub mod device;
 pub mod mirror;

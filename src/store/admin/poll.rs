@@ -27,11 +27,8 @@ impl Pace {
 pub trait Poll: Send {
     /// Name in the log.
     const TASK: &'static str;
-    /// How often to poll.
     const PACE: Pace;
 
-    /// Polls once.
-    ///
     /// # Cancel safety
     /// The next poll must work as if this one had failed.
     fn poll(&mut self) -> impl Future<Output = Result<(), QueryError>> + Send;

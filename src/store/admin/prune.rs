@@ -36,7 +36,7 @@ struct Table {
 }
 
 /// The condition matches that of an index.
-const LINES: Table = Table {
+const EVENTS: Table = Table {
     excess: "EXISTS (
             SELECT 1 FROM device_events AS e
             WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected', 'refused')
@@ -133,9 +133,9 @@ impl Pruner {
     }
 
     async fn prune(&self, connection: &mut Connection, before_us: i64) -> Result<u64, QueryError> {
-        let lines_max = i64::from(self.retention.device_events_max);
-        let lines = prune(connection, &LINES, lines_max, before_us).await?;
-        Ok(lines + prune(connection, &BOOTS, CLOCKS, before_us).await?)
+        let events_max = i64::from(self.retention.device_events_max);
+        let events = prune(connection, &EVENTS, events_max, before_us).await?;
+        Ok(events + prune(connection, &BOOTS, CLOCKS, before_us).await?)
     }
 }
 
@@ -149,16 +149,18 @@ impl Poll for Pruner {
     };
 
     async fn poll(&mut self) -> Result<(), QueryError> {
-        let rows = self.round(SystemClock::start().now().utc_us).await;
-        match &rows {
-            Ok(0) => {}
-            Ok(rows) => tracing::debug!(rows, "pruned the audit trail and clocks"),
+        match self.round(SystemClock::start().now().utc_us).await {
+            Ok(0) => Ok(()),
+            Ok(rows) => {
+                tracing::debug!(rows, "pruned the audit trail and clocks");
+                Ok(())
+            }
             Err(error) if !std::mem::replace(&mut self.is_failure_logged, true) => {
                 tracing::warn!(%error, "could not prune the audit trail and clocks, retrying");
+                Ok(())
             }
-            Err(_) => {}
+            Err(error) => Err(error),
         }
-        rows.map(drop)
     }
 }
 
@@ -286,18 +288,18 @@ mod tests {
 
         let pruner = Pruner::new(&store, None, RETENTION);
         let rows = pruner.round(NOW_US).await.unwrap();
-        let lines = async |device: i64, kind| {
+        let events = async |device: i64, kind| {
             let sql = format!(
                 "SELECT count(*), min(at) FROM device_events WHERE device_id = {device} AND kind = '{kind}'"
             );
             left(&store, &sql).await
         };
-        assert_eq!(lines(1, "connected").await, (300, 2));
-        assert_eq!(lines(2, "refused").await, (110, 90));
-        assert_eq!(lines(3, "disconnected").await, (50, 1000));
-        assert_eq!(lines(4, "connected").await, (300, 1));
-        assert_eq!(lines(1, "event").await, (400, 1000));
-        assert_eq!(lines(1, "disabled").await, (400, 1000));
+        assert_eq!(events(1, "connected").await, (300, 2));
+        assert_eq!(events(2, "refused").await, (110, 90));
+        assert_eq!(events(3, "disconnected").await, (50, 1000));
+        assert_eq!(events(4, "connected").await, (300, 1));
+        assert_eq!(events(1, "event").await, (400, 1000));
+        assert_eq!(events(1, "disabled").await, (400, 1000));
         let boots = async |device: i64| {
             let sql =
                 format!("SELECT count(*), min(measured_at) FROM clocks WHERE device_id = {device}");

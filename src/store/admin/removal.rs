@@ -42,9 +42,6 @@ impl Belongings {
 }
 
 /// Counts the rows stored for a device. Readings and frames come from the totals of its streams.
-///
-/// # Errors
-/// The store is unavailable.
 pub async fn belongings(
     connection: &mut Connection,
     device: i64,

@@ -21,17 +21,11 @@ const OVERTAKEN_MAX: usize = 10;
 /// A quarantined frame.
 #[derive(Clone, Debug)]
 pub struct QuarantinedFrame {
-    /// Row id in the quarantine.
     pub id: i64,
-    /// Device that sent it.
     pub device: DeviceId,
-    /// Name of the device.
     pub device_name: String,
-    /// Stream of the frame.
     pub stream: StreamId,
-    /// Sequence number.
     pub seq: u64,
-    /// Time of arrival, microseconds UTC.
     pub received_at_us: i64,
     /// Whole frame as received.
     pub bytes: Vec<u8>,
@@ -40,11 +34,9 @@ pub struct QuarantinedFrame {
 /// A frame that can be decoded now.
 #[derive(Clone, Debug)]
 pub struct Understood {
-    /// Type on the wire.
     pub frame_type: u8,
     /// First sequence number that it covers; less than its own only for a gap.
     pub first_seq: u64,
-    /// Decoded content.
     pub content: Content,
     /// Source of its time, if it has one.
     pub stamp: Option<Stamp>,
@@ -89,9 +81,6 @@ impl Connection {
     }
 
     /// Returns the clocks of a device's boots.
-    ///
-    /// # Errors
-    /// As for [`Connection::quarantined_frames`].
     pub async fn clocks(&mut self, device: DeviceId) -> Result<BootClocks, QueryError> {
         let sql = "SELECT c.boot, c.offset_us, c.delay_us, c.measured_at, c.timeline, c.origin_us,
                 c.valid_from_us,
@@ -122,9 +111,6 @@ impl Connection {
     }
 
     /// Returns a schema that a device declared; `None` if it did not, or if a series of the schema is missing.
-    ///
-    /// # Errors
-    /// As for [`Connection::quarantined_frames`].
     pub async fn schema(
         &mut self,
         device: DeviceId,
@@ -307,9 +293,6 @@ pub struct DecodeCache {
 
 impl DecodeCache {
     /// Returns the clocks of a device's boots.
-    ///
-    /// # Errors
-    /// As for [`Connection::clocks`].
     pub async fn clocks(
         &mut self,
         connection: &mut Connection,
@@ -330,10 +313,6 @@ impl DecodeCache {
         }
     }
 
-    /// Returns a schema of a device.
-    ///
-    /// # Errors
-    /// As for [`Connection::schema`].
     pub async fn schema(
         &mut self,
         connection: &mut Connection,

@@ -10,13 +10,10 @@ use crate::store::postgres;
 /// A parameter of a query.
 #[derive(Clone, Copy, Debug)]
 pub enum Argument<'a> {
-    /// An integer.
     Integer(i64),
-    /// Text.
     Text(&'a str),
     /// A time, microseconds UTC.
     Time(i64),
-    /// Bytes, or NULL.
     Bytes(Option<&'a [u8]>),
 }
 
@@ -64,7 +61,6 @@ pub(super) fn postgres_arguments(values: &[Argument<'_>]) -> Result<PgArguments,
 pub struct Row(pub Vec<Value>);
 
 impl Row {
-    /// Returns the integer in a column.
     pub fn integer(&self, column: usize) -> Result<i64, QueryError> {
         match self.0[column] {
             Value::Integer(value) => Ok(value),
@@ -72,7 +68,6 @@ impl Row {
         }
     }
 
-    /// Returns the integer in a column, or `None` for NULL.
     pub fn integer_or_null(&self, column: usize) -> Result<Option<i64>, QueryError> {
         match self.0[column] {
             Value::Null => Ok(None),
@@ -80,7 +75,6 @@ impl Row {
         }
     }
 
-    /// Returns the double in a column, or `None` for NULL.
     pub fn real_or_null(&self, column: usize) -> Result<Option<f64>, QueryError> {
         match self.0[column] {
             Value::Null => Ok(None),
@@ -89,7 +83,6 @@ impl Row {
         }
     }
 
-    /// Returns the text in a column, or `None` for NULL.
     pub fn text_or_null(&self, column: usize) -> Result<Option<&str>, QueryError> {
         match &self.0[column] {
             Value::Null => Ok(None),
@@ -98,7 +91,6 @@ impl Row {
         }
     }
 
-    /// Returns the bytes in a column.
     pub fn bytes(&self, column: usize) -> Result<&[u8], QueryError> {
         match &self.0[column] {
             Value::Blob(value) => Ok(value),

@@ -11,19 +11,16 @@ use crate::store::postgres::Timestamp;
 /// Value of one column.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
-    /// NULL.
     Null,
     /// Boolean; Postgres only.
     Bool(bool),
     /// Integer; a time is microseconds UTC.
     Integer(i64),
-    /// Double-precision number.
     Real(f64),
     /// Finite Postgres number of any precision, as text.
     Decimal(String),
     /// Text, or a Postgres type without a variant of its own.
     Text(String),
-    /// Bytes.
     Blob(Vec<u8>),
 }
 
