@@ -45,11 +45,10 @@ pub mod internals {
     pub use crate::store::admin::Access;
     pub use crate::store::ledger::Appended;
     pub use crate::store::memory::MemoryStore;
-    pub use crate::store::postgres::{OpenError as PostgresError, migrate as migrate_postgres};
+    pub use crate::store::postgres::migrate as migrate_postgres;
     pub use crate::store::rows::{Frame, Run, sorted_runs};
     pub use crate::store::sqlite::{
-        OpenError as SqliteError, Purpose, SqliteSettings, SqliteStore, migrate as migrate_sqlite,
-        open_existing,
+        Purpose, SqliteSettings, SqliteStore, migrate as migrate_sqlite, open_existing,
     };
     pub use crate::store::{
         Admission, Batch, Content, Declare, DeclareOutcome, DeclaredChannel, DeviceEvent,

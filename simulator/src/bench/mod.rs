@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 
 use fieldgate::auth::fleet_key::KeyError;
 use fieldgate::config::store_url::PostgresUrl;
-use fieldgate::internals::{PostgresError, SqliteError};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -79,12 +78,9 @@ pub enum BenchError {
     /// An operation on files or processes failed.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// The file could not be created.
-    #[error(transparent)]
-    Sqlite(#[from] SqliteError),
-    /// The tables could not be created on the server.
-    #[error(transparent)]
-    Postgres(#[from] PostgresError),
+    /// The tables could not be created.
+    #[error("{0}")]
+    Migrate(String),
     /// A statement on the store failed.
     #[error("the baseline failed: {0}")]
     Baseline(#[from] sqlx::Error),

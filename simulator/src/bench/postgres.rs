@@ -107,7 +107,8 @@ pub(super) async fn baseline(
     connections: usize,
     job: &Job,
 ) -> Result<f64, BenchError> {
-    migrate_postgres(url).await?;
+    let migrated = migrate_postgres(url).await;
+    migrated.map_err(|error| BenchError::Migrate(error.to_string()))?;
     let mut conn = connect(url).await?;
     make_partitions(&mut conn, job).await?;
     if let Some(sql) = &job.registry {

@@ -19,7 +19,8 @@ const LOG_PAGES: i64 = (128 << 20) / 8192;
 
 /// Inserts what a fleet would have stored, and nothing else; returns readings per second.
 pub(super) async fn baseline(path: &Path, job: &Job) -> Result<f64, BenchError> {
-    migrate_sqlite(path, &SqliteSettings::default()).await?;
+    let migrated = migrate_sqlite(path, &SqliteSettings::default()).await;
+    migrated.map_err(|error| BenchError::Migrate(error.to_string()))?;
     let options = SqliteConnectOptions::new()
         .filename(path)
         .journal_mode(SqliteJournalMode::Wal)

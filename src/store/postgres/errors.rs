@@ -30,192 +30,100 @@ pub enum OpenError {
     #[error(
         "could not reach Postgres at {url}: {reason}; check that it is running and that host and port are right"
     )]
-    Unreachable {
-        /// Database URL.
-        url: PostgresUrl,
-        /// Reason from the system.
-        reason: String,
-    },
+    Unreachable { url: PostgresUrl, reason: String },
     /// The server runs but accepts no connections now: it is starting, stopping, or out of connections.
     #[error("{url} is not ready: {reason}; retry later")]
-    NotReady {
-        /// Database URL.
-        url: PostgresUrl,
-        /// Reason from the server.
-        reason: String,
-    },
+    NotReady { url: PostgresUrl, reason: String },
     /// The connection cannot be encrypted as the URL demands, or the certificate is not trusted.
     #[error(
         "could not establish TLS with {url}: {reason}; check sslmode and sslrootcert in the URL"
     )]
-    Tls {
-        /// Database URL.
-        url: PostgresUrl,
-        /// Reason of the failure.
-        reason: String,
-    },
+    Tls { url: PostgresUrl, reason: String },
     /// The server rejects this user.
     #[error(
         "Postgres denied access to {url}: {reason}; check user, password (URL, PGPASSWORD or ~/.pgpass) and pg_hba.conf"
     )]
-    Refused {
-        /// Database URL.
-        url: PostgresUrl,
-        /// Reason from the server.
-        reason: String,
-    },
+    Refused { url: PostgresUrl, reason: String },
     /// The database does not exist.
     #[error("database {url} does not exist; create it with `createdb`, or set another --store")]
-    NoDatabase {
-        /// Database URL.
-        url: PostgresUrl,
-    },
+    NoDatabase { url: PostgresUrl },
     /// The user lacks a required privilege.
     #[error(
         "user of {url} lacks privileges: {reason}; make it the owner of the database, or of a schema in its search_path"
     )]
-    Rights {
-        /// Database URL.
-        url: PostgresUrl,
-        /// Reason from the server.
-        reason: String,
-    },
+    Rights { url: PostgresUrl, reason: String },
     /// A pooler or the role prevents session settings.
     #[error(
         "could not set up a session on {url}: {reason}; connect directly or through a session-mode pooler, as a role that may use SET"
     )]
-    Settings {
-        /// Database URL.
-        url: PostgresUrl,
-        /// Reason from the server.
-        reason: String,
-    },
+    Settings { url: PostgresUrl, reason: String },
     /// An untested, older Postgres release.
     #[error("{url} is Postgres {found}; 14 or later is required")]
-    TooOld {
-        /// Database URL.
-        url: PostgresUrl,
-        /// Version of the server.
-        found: String,
-    },
+    TooOld { url: PostgresUrl, found: String },
     /// The encoding is not UTF8, but device names may contain any character.
     #[error(
         "{url} uses encoding {found}; create the database with UTF8 (createdb --encoding UTF8 --template template0)"
     )]
-    Encoding {
-        /// Database URL.
-        url: PostgresUrl,
-        /// Encoding of the database.
-        found: String,
-    },
+    Encoding { url: PostgresUrl, found: String },
     /// The server is a standby, which accepts no writes.
     #[error("{url} is a standby; use the URL of the primary")]
-    Standby {
-        /// Database URL.
-        url: PostgresUrl,
-    },
+    Standby { url: PostgresUrl },
     /// The server does not sync its commits.
     #[error(
         "{url} has {settings} off and could lose acknowledged readings in a crash; turn it on, or override with --allow-postgres-data-loss"
     )]
-    Unsafe {
-        /// Database URL.
-        url: PostgresUrl,
-        /// Names of the settings.
-        settings: String,
-    },
+    Unsafe { url: PostgresUrl, settings: String },
     /// Another gateway acknowledges from its spool, and only it knows which frames.
     #[error(
         "{url} is used by the spool of the gateway on {host}; drain it and start that gateway without --spool (if its disk is lost, run DELETE FROM spool)"
     )]
-    Spooled {
-        /// Database URL.
-        url: PostgresUrl,
-        /// Host of that gateway.
-        host: String,
-    },
+    Spooled { url: PostgresUrl, host: String },
     /// The database was released although this gateway's spool drains into it.
     #[error(
         "{url} no longer knows this gateway's spool, and other gateways may have written to it; start without --spool once the spool is empty, or restore the row in table spool"
     )]
-    SpoolForgotten {
-        /// Database URL.
-        url: PostgresUrl,
-    },
+    SpoolForgotten { url: PostgresUrl },
     /// A copy of this gateway's spool drains into the database.
     #[error(
         "could not drain into {url}: a gateway with a copy of this spool does; stop this gateway, and never copy a data directory in use (undrained frames stay in this spool)"
     )]
-    SpoolCopied {
-        /// Database URL.
-        url: PostgresUrl,
-    },
+    SpoolCopied { url: PostgresUrl },
     /// The spool's file was restored to an earlier state.
     #[error(
         "could not drain into {url}: this spool was restored to an earlier state; start the gateway again to continue from the state of the database"
     )]
-    SpoolRestored {
-        /// Database URL.
-        url: PostgresUrl,
-    },
+    SpoolRestored { url: PostgresUrl },
     /// A spool cannot register while other gateways write.
     #[error(
         "another gateway writes to {url}; stop it first: a database accepts one gateway with --spool, or any number without"
     )]
-    InUse {
-        /// Database URL.
-        url: PostgresUrl,
-    },
+    InUse { url: PostgresUrl },
     /// A reader found no tables.
     #[error("no store in {url}; start `fieldgate serve` first, or set another --store")]
-    Missing {
-        /// Database URL.
-        url: PostgresUrl,
-    },
+    Missing { url: PostgresUrl },
     /// Tables of another program use the same names.
     #[error(
         "{url} contains a table {table} of another program; use another database, or a separate schema with ?options=-csearch_path%3DNAME"
     )]
-    Foreign {
-        /// Database URL.
-        url: PostgresUrl,
-        /// One of those tables.
-        table: String,
-    },
+    Foreign { url: PostgresUrl, table: String },
     /// A later release of this program wrote it.
     #[error(
         "{url} was written by a newer Fieldgate (schema version {found}, supported {known}); use that release"
     )]
     Newer {
-        /// Database URL.
         url: PostgresUrl,
-        /// Version of its schema.
         found: i64,
-        /// Latest version that this program supports.
         known: i64,
     },
     /// A reader found a database whose schema is outdated.
     #[error("{url} has the schema of an older Fieldgate; run `fieldgate migrate` to update it")]
-    Older {
-        /// Database URL.
-        url: PostgresUrl,
-    },
+    Older { url: PostgresUrl },
     /// A migration was changed after it was applied, or was interrupted.
     #[error("could not update the schema of {url}: {reason}")]
-    Migration {
-        /// Database URL.
-        url: PostgresUrl,
-        /// Reason of the failure.
-        reason: String,
-    },
+    Migration { url: PostgresUrl, reason: String },
     /// Any other error of the server.
     #[error("could not open {url}: {reason}")]
-    Other {
-        /// Database URL.
-        url: PostgresUrl,
-        /// Reason from the server.
-        reason: String,
-    },
+    Other { url: PostgresUrl, reason: String },
 }
 
 impl OpenError {

@@ -53,12 +53,7 @@ pub enum SpoolError {
         "{frames} acknowledged frames wait in {path} for the database; start with --spool until they are drained \
          (`fieldgate status` shows how many are left)"
     )]
-    NotDrained {
-        /// Number of frames.
-        frames: u64,
-        /// File of the spool.
-        path: String,
-    },
+    NotDrained { frames: u64, path: String },
 }
 
 /// The store; see the module.

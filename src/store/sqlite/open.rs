@@ -61,20 +61,10 @@ pub enum OpenError {
     NoDirectory(PathBuf),
     /// The file or its directory cannot be opened or written.
     #[error("could not write {}: {source}; give this user access to it and its directory", path.display())]
-    Inaccessible {
-        /// File or directory.
-        path: PathBuf,
-        /// Error of the system.
-        source: io::Error,
-    },
+    Inaccessible { path: PathBuf, source: io::Error },
     /// The file system does not support locks.
     #[error("could not lock {}: {source}; this file system does not support locks; use another one, preferably a local disk", path.display())]
-    NoLocks {
-        /// File to lock.
-        path: PathBuf,
-        /// Error of the system.
-        source: io::Error,
-    },
+    NoLocks { path: PathBuf, source: io::Error },
     /// The medium is read-only and the write-ahead log is not checkpointed.
     #[error("could not read {}: it is read-only and its write-ahead log is not checkpointed; copy it with {}-wal to a writable directory", .0.display(), .0.display())]
     LogOnReadOnly(PathBuf),
@@ -90,11 +80,8 @@ pub enum OpenError {
     /// A later release of this program wrote it.
     #[error("{} was written by a newer Fieldgate (schema version {found}, supported {known}); use that release", path.display())]
     Newer {
-        /// Database file.
         path: PathBuf,
-        /// Version of its schema.
         found: i64,
-        /// Latest version that this program supports.
         known: i64,
     },
     /// A reader found a database whose schema is outdated.
@@ -102,25 +89,16 @@ pub enum OpenError {
     Older(PathBuf),
     /// A migration was changed after it was applied, or was interrupted.
     #[error("could not update the schema of {}: {reason}", path.display())]
-    Migration {
-        /// Database file.
-        path: PathBuf,
-        /// Reason of the failure.
-        reason: String,
-    },
+    Migration { path: PathBuf, reason: String },
     /// The linked SQLite may lose data.
     #[error("SQLite {0} can lose committed data; build with SQLite 3.51.3 or later")]
     SqliteTooOld(String),
     /// A setting that durability or limits depend on was rejected.
     #[error("SQLite rejected {pragma} = {wanted} for {} (got {found}); does this file system support SQLite?", path.display())]
     Setting {
-        /// Database file.
         path: PathBuf,
-        /// Name of the setting.
         pragma: &'static str,
-        /// Requested value.
         wanted: String,
-        /// Value read back.
         found: String,
     },
     /// The settings contradict each other.
@@ -128,12 +106,7 @@ pub enum OpenError {
     Settings(&'static str),
     /// Any other error of SQLite.
     #[error("could not open {}: {source}", path.display())]
-    Sqlite {
-        /// Database file.
-        path: PathBuf,
-        /// Error of SQLite.
-        source: sqlx::Error,
-    },
+    Sqlite { path: PathBuf, source: sqlx::Error },
 }
 
 /// Purpose of a file.
