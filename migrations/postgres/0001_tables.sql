@@ -165,6 +165,26 @@ CREATE TABLE quarantine (
 );
 CREATE INDEX quarantine_by_device ON quarantine (device_id, id);
 
+-- Bytes of a device's frames in quarantine, for devices that have any. Triggers keep it equal to the sum. They
+-- lock its rows in the order of device_id, like a writer, so that no two transactions wait for each other.
+CREATE TABLE quarantine_usage (
+    device_id bigint PRIMARY KEY REFERENCES devices (id) ON DELETE CASCADE,
+    bytes     bigint NOT NULL
+);
+CREATE FUNCTION move_quarantine_usage() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO quarantine_usage AS u (device_id, bytes)
+    SELECT m.device_id, sum(length(m.bytes) * CASE TG_OP WHEN 'DELETE' THEN -1 ELSE 1 END)
+    FROM moved AS m GROUP BY m.device_id ORDER BY m.device_id
+    ON CONFLICT (device_id) DO UPDATE SET bytes = u.bytes + excluded.bytes;
+    DELETE FROM quarantine_usage AS u USING moved AS m WHERE u.device_id = m.device_id AND u.bytes = 0;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER quarantine_inserted AFTER INSERT ON quarantine
+    REFERENCING NEW TABLE AS moved FOR EACH STATEMENT EXECUTE FUNCTION move_quarantine_usage();
+CREATE TRIGGER quarantine_deleted AFTER DELETE ON quarantine
+    REFERENCING OLD TABLE AS moved FOR EACH STATEMENT EXECUTE FUNCTION move_quarantine_usage();
+
 -- kind: connected, disconnected (code is the BYE code of the reason), refused (authentication failed, or the
 -- device may not connect; code is the BYE code), added, enabled, disabled, key_changed (by an operator), event
 -- (level and code are the device's own, frame_id is the frame that carried it), number_reused (a number was

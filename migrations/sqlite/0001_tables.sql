@@ -128,6 +128,20 @@ CREATE TABLE quarantine (
 ) STRICT;
 CREATE INDEX quarantine_by_device ON quarantine (device_id);
 
+-- Bytes of a device's frames in quarantine, for devices that have any. Triggers keep it equal to the sum.
+CREATE TABLE quarantine_usage (
+    device_id INTEGER PRIMARY KEY REFERENCES devices (id) ON DELETE CASCADE,
+    bytes     INTEGER NOT NULL
+) STRICT;
+CREATE TRIGGER quarantine_inserted AFTER INSERT ON quarantine BEGIN
+    INSERT INTO quarantine_usage (device_id, bytes) VALUES (new.device_id, length(new.bytes))
+    ON CONFLICT (device_id) DO UPDATE SET bytes = bytes + excluded.bytes;
+END;
+CREATE TRIGGER quarantine_deleted AFTER DELETE ON quarantine BEGIN
+    UPDATE quarantine_usage SET bytes = bytes - length(old.bytes) WHERE device_id = old.device_id;
+    DELETE FROM quarantine_usage WHERE device_id = old.device_id AND bytes = 0;
+END;
+
 -- kind: connected, disconnected (code is the BYE code of the reason), refused (authentication failed, or the
 -- device may not connect; code is the BYE code), added, enabled, disabled, key_changed (by an operator), event
 -- (level and code are the device's own, frame_id is the frame that carried it), number_reused (a number was

@@ -5,15 +5,15 @@
 //! and stays on its device. One device can use only a part of the space, so that it cannot block
 //! all others.
 //!
-//! A task reads the usage from the store periodically, to include purges by operators and additions
-//! by other gateways. In between, the gauge counts the additions of this gateway.
+//! A task queries the usage that the store records (`quarantine_usage`), to include purges by operators and additions
+//! by other gateways. In between, the gauge adds what this gateway reserves.
 //!
 //! Invariant: sessions of this gateway never exceed the limit of quarantine, because space is
-//! reserved before a frame is submitted, and counts until a usage query that began after its
-//! commit. It holds after the first usage query; before that, frames already in quarantine count
-//! as zero.
+//! reserved before a frame is submitted, and counts until the end of a usage query that began after
+//! its commit. It holds after the first usage query; before that, frames already in quarantine
+//! count as zero.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -36,17 +36,22 @@ pub struct Gauge {
 
 #[derive(Debug, Default)]
 struct Levels {
-    /// Usage at the last query.
-    stored: HashMap<DeviceId, u64>,
-    /// Submitted, but not known to be committed.
-    in_flight: HashMap<DeviceId, u64>,
-    /// Committed before the current usage query began, so the query includes them.
-    settled: HashMap<DeviceId, u64>,
-    /// Committed since then.
-    settled_since: HashMap<DeviceId, u64>,
-    /// Devices that were asked to wait because their own share of quarantine is used up.
-    full_devices: HashSet<DeviceId>,
+    /// Of devices that use quarantine or wait for it.
+    devices: HashMap<DeviceId, Usage>,
     /// Whether a device was asked to wait because quarantine is full.
+    is_full: bool,
+}
+
+/// Bytes of one device.
+#[derive(Clone, Copy, Debug, Default)]
+struct Usage {
+    /// In the store at the last query.
+    stored: u64,
+    /// Reserved, and not included in `stored` for certain.
+    reserved: u64,
+    /// The part of `reserved` whose commits have ended.
+    committed: u64,
+    /// Whether the device was asked to wait because its own share is used up.
     is_full: bool,
 }
 
@@ -72,7 +77,7 @@ impl Gauge {
     pub fn reserve(self: &Arc<Self>, device: DeviceId, bytes: usize) -> Option<Reservation> {
         let bytes = bytes as u64;
         let mut levels = self.lock();
-        if levels.total() + bytes > self.bytes_max {
+        if levels.bytes() + bytes > self.bytes_max {
             if !std::mem::replace(&mut levels.is_full, true) {
                 let bytes_max = self.bytes_max;
                 tracing::warn!(
@@ -82,8 +87,9 @@ impl Gauge {
             }
             return None;
         }
-        if levels.of(device) + bytes > self.device_bytes_max {
-            if levels.full_devices.insert(device) {
+        let usage = levels.devices.entry(device).or_default();
+        if usage.bytes() + bytes > self.device_bytes_max {
+            if !std::mem::replace(&mut usage.is_full, true) {
                 let bytes_max = self.device_bytes_max;
                 tracing::warn!(
                     device = device.0,
@@ -93,7 +99,7 @@ impl Gauge {
             }
             return None;
         }
-        *levels.in_flight.entry(device).or_default() += bytes;
+        usage.reserved += bytes;
         drop(levels);
         Some(Reservation {
             gauge: Arc::clone(self),
@@ -102,39 +108,46 @@ impl Gauge {
         })
     }
 
-    /// Marks the start of a usage query: it includes everything committed so far.
-    pub(crate) fn begin_reading(&self) {
-        let mut levels = self.lock();
-        for (device, bytes) in std::mem::take(&mut levels.settled_since) {
-            *levels.settled.entry(device).or_default() += bytes;
-        }
+    /// Returns the bytes by device that a usage query which begins now will include.
+    pub(crate) fn committed(&self) -> QuarantineUsage {
+        let levels = self.lock();
+        let devices = levels.devices.iter();
+        devices
+            .map(|(device, usage)| (*device, usage.committed))
+            .collect()
     }
 
-    /// Stores the result of the current usage query. Frames committed meanwhile may be included and
-    /// are counted twice until the next query, so usage is never underestimated.
-    pub(crate) fn end_reading(&self, stored: QuarantineUsage) {
+    /// Stores the result of a usage query. `included` is [`Gauge::committed`] from before the query. Frames committed
+    /// since may be in both, and count twice until the next query, so usage is never underestimated.
+    pub(crate) fn update(&self, stored: &QuarantineUsage, included: &QuarantineUsage) {
         let mut levels = self.lock();
-        levels.settled.clear();
-        levels.stored = stored;
+        for usage in levels.devices.values_mut() {
+            usage.stored = 0;
+        }
+        for (device, bytes) in stored {
+            levels.devices.entry(*device).or_default().stored = *bytes;
+        }
+        for (device, bytes) in included {
+            let usage = levels.devices.entry(*device).or_default();
+            usage.reserved -= bytes;
+            usage.committed -= bytes;
+        }
         let frame_bytes = FRAME_BYTES_MAX as u64;
-        if levels.is_full && levels.total() + frame_bytes <= self.bytes_max {
+        if levels.is_full && levels.bytes() + frame_bytes <= self.bytes_max {
             levels.is_full = false;
             tracing::info!("quarantine has space again");
         }
-        let has_room =
-            |device: &DeviceId| levels.of(*device) + frame_bytes <= self.device_bytes_max;
-        let relieved: Vec<DeviceId> = { levels.full_devices.iter().copied() }
-            .filter(has_room)
-            .collect();
-        for device in relieved {
-            levels.full_devices.remove(&device);
-            tracing::info!(device = device.0, "device has space in quarantine again");
-        }
+        levels.devices.retain(|device, usage| {
+            if usage.is_full && usage.bytes() + frame_bytes <= self.device_bytes_max {
+                usage.is_full = false;
+                tracing::info!(device = device.0, "device has space in quarantine again");
+            }
+            usage.is_full || usage.bytes() > 0
+        });
     }
 
     fn lock(&self) -> MutexGuard<'_, Levels> {
-        // Safe after a panic: each change is a few additions, and the next query corrects the
-        // numbers.
+        // Each change is a few additions, which do not panic.
         self.levels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -147,36 +160,21 @@ impl Default for Gauge {
 }
 
 impl Levels {
-    fn parts(&self) -> [&HashMap<DeviceId, u64>; 4] {
-        [
-            &self.stored,
-            &self.in_flight,
-            &self.settled,
-            &self.settled_since,
-        ]
+    fn bytes(&self) -> u64 {
+        self.devices.values().map(Usage::bytes).sum()
     }
+}
 
-    fn total(&self) -> u64 {
-        let part = |part: &HashMap<DeviceId, u64>| part.values().sum::<u64>();
-        self.parts().map(part).iter().sum()
-    }
-
-    fn of(&self, device: DeviceId) -> u64 {
-        let part = |part: &HashMap<DeviceId, u64>| part.get(&device).copied().unwrap_or(0);
-        self.parts().map(part).iter().sum()
+impl Usage {
+    fn bytes(&self) -> u64 {
+        self.stored + self.reserved
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
         let mut levels = self.gauge.lock();
-        if let Some(bytes) = levels.in_flight.get_mut(&self.device) {
-            *bytes -= self.bytes;
-            if *bytes == 0 {
-                levels.in_flight.remove(&self.device);
-            }
-        }
-        *levels.settled_since.entry(self.device).or_default() += self.bytes;
+        levels.devices.entry(self.device).or_default().committed += self.bytes;
     }
 }
 
@@ -190,7 +188,6 @@ pub struct UsageWatch {
 
 impl Poll for UsageWatch {
     const TASK: &'static str = "quarantine";
-    /// The share of the time is limited, so that a large quarantine costs no more than a small one.
     const PACE: Pace = Pace {
         interval: Duration::from_secs(1),
         timeout: Duration::from_secs(5),
@@ -198,8 +195,9 @@ impl Poll for UsageWatch {
     };
 
     async fn poll(&mut self) -> Result<(), QueryError> {
-        self.gauge.begin_reading();
-        self.gauge.end_reading(self.usage.bytes().await?);
+        let included = self.gauge.committed();
+        let stored = self.usage.bytes().await?;
+        self.gauge.update(&stored, &included);
         Ok(())
     }
 }
@@ -231,51 +229,57 @@ mod tests {
         assert!(gauge.reserve(DeviceId(99), 1).is_none());
     }
 
+    /// Queries a usage of `stored` without anything happening meanwhile.
+    fn query(gauge: &Gauge, stored: QuarantineUsage) {
+        gauge.update(&stored, &gauge.committed());
+    }
+
+    fn bytes(gauge: &Gauge, device: DeviceId) -> u64 {
+        gauge.lock().devices.get(&device).map_or(0, Usage::bytes)
+    }
+
     #[test]
     fn committed_frames_count_until_a_usage_query_includes_them() {
         let gauge = gauge(800);
         let before = gauge.reserve(A, 40).unwrap();
         drop(before);
-        gauge.begin_reading();
+        let included = gauge.committed();
         let during = gauge.reserve(A, 30).unwrap();
         drop(during);
         let in_flight = gauge.reserve(A, 20).unwrap();
         // The query includes the first frame, and possibly the second.
-        gauge.end_reading(HashMap::from([(A, 70)]));
-        assert_eq!(gauge.lock().of(A), 70 + 30 + 20);
-        gauge.begin_reading();
-        gauge.end_reading(HashMap::from([(A, 70)]));
-        assert_eq!(gauge.lock().of(A), 70 + 20);
+        gauge.update(&HashMap::from([(A, 70)]), &included);
+        assert_eq!(bytes(&gauge, A), 70 + 30 + 20);
+        query(&gauge, HashMap::from([(A, 70)]));
+        assert_eq!(bytes(&gauge, A), 70 + 20);
         drop(in_flight);
-        assert_eq!(gauge.lock().of(A), 70 + 20);
+        assert_eq!(bytes(&gauge, A), 70 + 20);
     }
 
     #[test]
     fn a_failed_usage_query_changes_nothing() {
         let gauge = gauge(800);
         drop(gauge.reserve(A, 60).unwrap());
-        gauge.begin_reading();
-        gauge.begin_reading();
-        assert_eq!(gauge.lock().of(A), 60);
+        drop(gauge.committed());
+        assert_eq!(bytes(&gauge, A), 60);
         assert!(gauge.reserve(A, 60).is_none());
+        query(&gauge, HashMap::from([(A, 60)]));
+        assert_eq!(bytes(&gauge, A), 60);
     }
 
     #[test]
     fn changes_by_others_are_noticed() {
         let bytes_max = 16 * FRAME_BYTES_MAX as u64;
         let gauge = gauge(bytes_max);
-        gauge.begin_reading();
-        gauge.end_reading(HashMap::from([(A, bytes_max), (B, 1)]));
+        query(&gauge, HashMap::from([(A, bytes_max), (B, 1)]));
         assert!(gauge.reserve(B, 1).is_none());
         assert!(gauge.lock().is_full);
-        gauge.begin_reading();
-        gauge.end_reading(HashMap::from([(A, bytes_max / 8), (B, 1)]));
+        query(&gauge, HashMap::from([(A, bytes_max / 8), (B, 1)]));
         assert!(!gauge.lock().is_full);
         assert!(gauge.reserve(B, 1).is_some());
         assert!(gauge.reserve(A, 1).is_none());
-        assert_eq!(gauge.lock().full_devices, HashSet::from([A]));
-        gauge.begin_reading();
-        gauge.end_reading(HashMap::new());
-        assert!(gauge.lock().full_devices.is_empty());
+        assert!(gauge.lock().devices[&A].is_full);
+        query(&gauge, HashMap::new());
+        assert!(gauge.lock().devices.is_empty());
     }
 }

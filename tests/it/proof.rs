@@ -319,6 +319,11 @@ const FALSIFICATIONS: &[Falsification] = &[
         "were acknowledged but are not stored",
     ),
     of(
+        "quarantine usage",
+        "UPDATE quarantine_usage SET bytes = bytes - 1",
+        "quarantine_usage is not the sum",
+    ),
+    of(
         "bytes of a quarantined frame",
         "UPDATE quarantine SET bytes = BYTES WHERE id = (SELECT min(id) FROM quarantine WHERE code <> 35)",
         "bytes differ from those sent",

@@ -295,6 +295,7 @@ pub async fn verify(
     let mut store = Store::open(store).await?;
     let mut verdict = Verdict::default();
     rest::look_for_orphans(&mut store, &mut verdict).await?;
+    rest::prove_quarantine_usage(&mut store, &mut verdict).await?;
     rest::prove_clock_steps(&mut store, &runs, &mut verdict).await?;
     let mut missing: Vec<Vec<bool>> = runs
         .iter()

@@ -71,6 +71,14 @@ const RECENT: (&str, &str) = (
      WHERE NOT EXISTS (SELECT 1 FROM series AS s WHERE s.id = t.series_id)",
 );
 
+/// Counts devices whose quarantine usage is not the sum of their frames.
+const WRONG_USAGE: &str = "SELECT count(*) FROM (
+         SELECT device_id FROM (
+             SELECT device_id, bytes FROM quarantine_usage
+             UNION ALL SELECT device_id, -length(bytes) FROM quarantine
+         ) AS moves GROUP BY device_id HAVING sum(bytes) <> 0
+     ) AS wrong";
+
 /// A device may observe a clock step as smaller by up to this, because both clocks drift.
 const SLACK_US: u64 = 100_000;
 
@@ -90,6 +98,20 @@ pub(super) async fn look_for_orphans(
         if found > 0 {
             verdict.differ(|| format!("{found} {what}: stored but not sent"));
         }
+    }
+    Ok(())
+}
+
+/// Verifies that the recorded usage of quarantine is that of its frames.
+pub(super) async fn prove_quarantine_usage(
+    store: &mut Store,
+    verdict: &mut Verdict,
+) -> Result<(), ReadError> {
+    let devices = store.row(WRONG_USAGE, &[]).await?.integer(0)?;
+    if devices > 0 {
+        verdict.differ(|| {
+            format!("{devices} devices whose quarantine_usage is not the sum of their frames")
+        });
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The conformance suite: tests that run over every store.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 
 use tokio::time::{sleep, timeout};
@@ -60,6 +61,8 @@ pub(super) struct Dump {
     pub(super) gaps: Vec<(i64, u64, u64, u8)>,
     /// Stream, seq, code, detail, bytes.
     pub(super) quarantine: Vec<(i64, u64, u8, String, Vec<u8>)>,
+    /// Bytes in quarantine, by device.
+    pub(super) quarantine_usage: BTreeMap<String, u64>,
     /// Device, time, kind, code, detail.
     pub(super) events: Vec<(String, i64, String, u16, String)>,
     /// Device, boot, offset, delay.
@@ -334,6 +337,7 @@ macro_rules! conformance {
             entries_that_do_not_continue_the_stream_wait,
             a_gap_is_stored_from_the_first_number_that_is_not_durable,
             quarantine_moves_the_watermark,
+            quarantine_usage_is_the_sum_of_its_frames,
             a_quarantined_gap_covers_its_numbers,
             values_keep_their_bits,
             readings_with_equal_times_are_both_stored,

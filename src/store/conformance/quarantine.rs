@@ -27,6 +27,29 @@ pub(in crate::store) async fn quarantine_moves_the_watermark<H: Harness>() {
     assert_eq!(dump.frames[0], ("a".into(), 1, 1, 0x11, None, None));
 }
 
+pub(in crate::store) async fn quarantine_usage_is_the_sum_of_its_frames<H: Harness>() {
+    let mut h = H::create().await;
+    let [a, b] = [peer(h.store(), "a").await, peer(h.store(), "b").await];
+    let frame = |peer: &Peer, seq: u64, bytes: usize| {
+        let content = Content::Quarantined {
+            code: 30,
+            detail: String::new(),
+            bytes: vec![7; bytes],
+            peer: "192.0.2.1:9".to_owned(),
+        };
+        peer.entry(seq, seq, 0x11, content)
+    };
+    // In another order than their ids.
+    let batch = entries(vec![frame(&b, 1, 50), frame(&a, 1, 3), frame(&a, 2, 4)]);
+    durable(h.store(), &batch).await;
+    // The first is a duplicate.
+    let batch = entries(vec![frame(&a, 2, 4), frame(&a, 3, 20)]);
+    durable(h.store(), &batch).await;
+    let mut h = h.reopen().await;
+    let usage = [("a".to_owned(), 27), ("b".to_owned(), 50)];
+    assert_eq!(h.dump().await.quarantine_usage, BTreeMap::from(usage));
+}
+
 /// No other record says that these numbers were lost, and a spool needs the record to determine what continues
 /// a stream.
 pub(in crate::store) async fn a_quarantined_gap_covers_its_numbers<H: Harness>() {

@@ -130,6 +130,8 @@ fn dump_entry(
             bytes,
             ..
         } => {
+            let usage = dump.quarantine_usage.entry(device.to_owned());
+            *usage.or_default() += bytes.len() as u64;
             dump.quarantine.push((stream.0, seq, code, detail, bytes));
         }
     }

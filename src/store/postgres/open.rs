@@ -27,7 +27,7 @@ static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     migrator
 });
 /// Tables of the store, whose names another program may also use.
-const TABLES: [&str; 21] = [
+const TABLES: [&str; 22] = [
     "devices",
     "removed_devices",
     "refusals",
@@ -42,6 +42,7 @@ const TABLES: [&str; 21] = [
     "newest",
     "gaps",
     "quarantine",
+    "quarantine_usage",
     "device_events",
     "clocks",
     "clock_steps",

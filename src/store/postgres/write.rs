@@ -381,6 +381,11 @@ impl Writer {
     }
 
     async fn store_quarantine(&mut self, frames: &[Frame<'_>]) -> Result<(), sqlx::Error> {
+        let is_quarantined =
+            |frame: &&Frame<'_>| matches!(frame.item.entry.content, Content::Quarantined { .. });
+        let mut frames: Vec<_> = frames.iter().filter(is_quarantined).collect();
+        // In the order in which the trigger of a purge locks the rows of `quarantine_usage`.
+        frames.sort_by_key(|frame| frame.item.entry.device.0);
         for frame in frames {
             let entry = frame.item.entry;
             let Content::Quarantined {

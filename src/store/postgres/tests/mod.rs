@@ -192,6 +192,11 @@ pub(in crate::store) async fn dump(conn: &mut PgConnection) -> Dump {
         dump.quarantine
             .push((r.get(0), number(&r, 1), small(&r, 2), r.get(3), r.get(4)));
     }
+    let usage =
+        "SELECT d.name, u.bytes FROM quarantine_usage u JOIN devices d ON d.id = u.device_id";
+    for r in rows(usage).await {
+        dump.quarantine_usage.insert(r.get(0), number(&r, 1));
+    }
     let events = "SELECT d.name, e.at, e.kind, e.code, e.detail
         FROM device_events e JOIN devices d ON d.id = e.device_id";
     for r in rows(events).await {

@@ -133,6 +133,11 @@ async fn dump(conn: &mut SqliteConnection) -> Dump {
         dump.quarantine
             .push((r.get(0), seq(&r, 1), r.get(2), r.get(3), r.get(4)));
     }
+    let usage =
+        "SELECT d.name, u.bytes FROM quarantine_usage u JOIN devices d ON d.id = u.device_id";
+    for r in sqlx::query(usage).fetch_all(&mut *conn).await.unwrap() {
+        dump.quarantine_usage.insert(r.get(0), seq(&r, 1));
+    }
     let events = "SELECT d.name, e.at, e.kind, e.code, e.detail
         FROM device_events e JOIN devices d ON d.id = e.device_id";
     for r in sqlx::query(events).fetch_all(&mut *conn).await.unwrap() {

@@ -173,8 +173,7 @@ impl StoreSide {
     }
 
     pub(super) fn read_quarantine(&mut self) {
-        self.gauge.begin_reading();
-        self.gauge.end_reading(self.kept.clone());
+        self.gauge.update(&self.kept, &self.gauge.committed());
     }
 
     pub(super) fn purge_quarantine(&mut self) {
