@@ -54,6 +54,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let mut key = [0; 32];
     hex::decode_to_slice(digits, &mut key)?;
+    send(address, name, key)
+}
+
+/// Sends the readings as device `name`; returns when they are stored.
+pub fn send(address: &str, name: &str, key: [u8; 32]) -> Result<(), Box<dyn Error>> {
     let start = Instant::now();
     let now_us = || start.elapsed().as_micros() as u64;
     let utc_us = SystemTime::UNIX_EPOCH.elapsed()?.as_micros() as i64;
