@@ -3,6 +3,7 @@
 use fieldgate_protocol::message::{Channel, Declare};
 use fieldgate_protocol::value::Kind;
 
+mod backend;
 pub mod fuzz;
 #[cfg(test)]
 mod simulation;

@@ -1,8 +1,8 @@
-//! The gateway without its sockets, tasks and disk: real sessions, mailboxes, registry, batcher
-//! and answers. This module carries bytes, mail and submissions step by step, as `connection` and
-//! `ingest` do, so that anything can happen in between.
+//! The gateway without its sockets, tasks and disk: real sessions with their inboxes and mailboxes, and
+//! what stands behind them. This module carries bytes, mail and submissions step by step, as
+//! `connection` does, so that anything can happen in between.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fieldgate_protocol::error::Code;
@@ -13,29 +13,17 @@ use super::random::Random;
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::FleetKey;
 use crate::config::SessionLimits;
-use crate::ingest::answer;
-use crate::ingest::batcher::{BatchLimits, Batcher, Tagged};
+use crate::ingest::batcher::BatchLimits;
 use crate::ingest::mailbox::Mailbox;
-use crate::ingest::registry::Registry;
 use crate::session::inbox::Inbox;
 use crate::session::{Session, SessionSettings, Submission};
 use crate::store::memory::MemoryStore;
-use crate::store::{Committed, Store, StoreError};
+use crate::testing::backend::Backend;
 use crate::testing::fuzz::poll_once;
 use crate::time::Now;
 
-/// The memory store has a single shard.
-const LANE: usize = 0;
 /// Maximum number of submissions that wait for the store.
 const ROOM: usize = 12;
-
-/// Progress of the current batch.
-enum Work {
-    Idle,
-    Taken(Tagged<Arc<Mailbox>>),
-    /// Durable, but not answered yet.
-    Committed(Tagged<Arc<Mailbox>>, Committed),
-}
 
 pub(super) struct Served {
     pub inbox: Inbox,
@@ -45,17 +33,10 @@ pub(super) struct Served {
 }
 
 pub(super) struct Gateway {
-    pub store: MemoryStore,
+    pub backend: Backend,
     pub served: BTreeMap<LinkId, Served>,
     settings: Arc<SessionSettings>,
     limits: BatchLimits,
-    queue: VecDeque<(Submission, Arc<Mailbox>)>,
-    batcher: Batcher<Arc<Mailbox>>,
-    in_batcher: usize,
-    in_work: usize,
-    work: Work,
-    is_down: bool,
-    registry: Registry,
 }
 
 impl Gateway {
@@ -79,23 +60,16 @@ impl Gateway {
 
     fn open(store: MemoryStore, settings: Arc<SessionSettings>, limits: BatchLimits) -> Gateway {
         Gateway {
-            store,
+            backend: Backend::new(store, limits),
             served: BTreeMap::new(),
             settings,
             limits,
-            queue: VecDeque::new(),
-            batcher: Batcher::new(limits),
-            in_batcher: 0,
-            in_work: 0,
-            work: Work::Idle,
-            is_down: false,
-            registry: Registry::default(),
         }
     }
 
     /// Crashes the gateway: only the store survives; commits remain, whether answered or not.
     pub(super) fn crash(&mut self) {
-        let store = std::mem::take(&mut self.store);
+        let store = std::mem::take(&mut self.backend.store);
         *self = Gateway::open(store, Arc::clone(&self.settings), self.limits);
     }
 
@@ -111,7 +85,7 @@ impl Gateway {
     }
 
     fn has_room(&self) -> bool {
-        self.queue.len() + self.in_batcher + self.in_work < ROOM
+        self.backend.pending() < ROOM
     }
 
     /// Queues a session's submissions until there is none or one must wait for room.
@@ -132,8 +106,7 @@ impl Gateway {
     fn queue(&mut self, link: LinkId, submission: Submission) {
         let served = self.served.get_mut(&link).expect("still served");
         served.inbox.handle_queued();
-        let mailbox = Arc::clone(&served.mailbox);
-        self.queue.push_back((submission, mailbox));
+        self.backend.submit(submission, &served.mailbox);
     }
 
     /// Gives room to a submission that waits for it; returns whether there was one.
@@ -171,7 +144,7 @@ impl Gateway {
         }
         let mut served = self.served.remove(&link).expect("found above");
         if let Some(device) = served.inbox.session.device() {
-            self.registry.leave(device, &served.mailbox);
+            self.backend.registry.leave(device, &served.mailbox);
         }
         let code = served.inbox.session.closed().and_then(|close| close.code);
         let is_refused = code.is_some_and(|code| code >= Code::Protocol);
@@ -180,58 +153,9 @@ impl Gateway {
             .session
             .handle_disconnect(is_refused, true, now)
         {
-            self.queue.push_back((event, served.mailbox));
+            self.backend.submit(event, &served.mailbox);
         }
         (said, true)
-    }
-
-    /// Runs one step of the task that drives batcher and store; returns whether there was one.
-    pub(super) fn work(&mut self, now: Now) -> bool {
-        match std::mem::replace(&mut self.work, Work::Idle) {
-            Work::Idle => {
-                let queued = self.queue.len();
-                while !self.batcher.is_full()
-                    && let Some((submission, mailbox)) = self.queue.pop_front()
-                {
-                    self.batcher.push(submission, mailbox);
-                    self.in_batcher += 1;
-                }
-                if let Some(tagged) = self.batcher.poll_batch(now.mono_us) {
-                    self.in_work = std::mem::take(&mut self.in_batcher);
-                    self.work = Work::Taken(tagged);
-                    return true;
-                }
-                self.queue.len() < queued
-            }
-            Work::Taken(tagged) => {
-                let done = poll_once(self.store.commit(&tagged.batch)).expect("ready immediately");
-                self.work = match done {
-                    Ok(committed) => Work::Committed(tagged, committed),
-                    Err(StoreError::Transient(_)) => {
-                        if !std::mem::replace(&mut self.is_down, true) {
-                            self.registry.announce_store(LANE, true);
-                        }
-                        Work::Taken(tagged)
-                    }
-                    Err(StoreError::Fatal(reason) | StoreError::Replaced(reason)) => {
-                        panic!("{reason}")
-                    }
-                };
-                true
-            }
-            Work::Committed(tagged, committed) => {
-                if std::mem::take(&mut self.is_down) {
-                    self.registry.announce_store(LANE, false);
-                }
-                answer(LANE, &tagged, committed, &self.registry);
-                self.in_work = 0;
-                true
-            }
-        }
-    }
-
-    pub(super) fn has_commit_unanswered(&self) -> bool {
-        matches!(self.work, Work::Committed(..))
     }
 
     /// Returns the next deadline of the gateway.
@@ -240,10 +164,6 @@ impl Gateway {
             .served
             .values()
             .filter_map(|served| served.inbox.session.poll_deadline());
-        let batch = self
-            .batcher
-            .poll_deadline()
-            .filter(|_| !self.batcher.is_empty());
-        sessions.chain(batch).min()
+        sessions.chain(self.backend.deadline_us()).min()
     }
 }

@@ -147,12 +147,12 @@ impl World {
             self.check();
         }
         self.calm_down();
-        self.record.check_whole(&self.gateway.store);
+        self.record.check_whole(&self.gateway.backend.store);
         self.record.tally
     }
 
     fn check(&mut self) {
-        self.record.check_store(&self.gateway.store);
+        self.record.check_store(&self.gateway.backend.store);
         for (index, device) in self.devices.iter().enumerate() {
             self.record.check_deleted(index, device.queue.acked_through);
         }
@@ -174,7 +174,7 @@ impl World {
             45..60 => drop(self.deliver_to_device(link)),
             60..73 => drop(self.take_mail(link)),
             73..76 => drop(self.grant(link)),
-            76..96 => drop(self.gateway.work(self.now)),
+            76..96 => drop(self.gateway.backend.work(self.now, |_, _, _| ())),
             _ => self.let_time_pass(),
         }
         self.connect_who_is_due();
@@ -267,7 +267,7 @@ impl World {
             5 => self.crash(),
             6 | 7 => {
                 let count = 1 + self.random.index(4);
-                self.gateway.store.fail_next_commits(count as u32);
+                self.gateway.backend.store.fail_next_commits(count as u32);
             }
             8 => {
                 let count = 1 + self.random.below(5);
@@ -284,7 +284,7 @@ impl World {
 
     fn crash(&mut self) {
         self.record.count("crash");
-        if self.gateway.has_commit_unanswered() {
+        if self.gateway.backend.has_commit_unanswered() {
             self.record.count("crash with an unanswered commit");
         }
         self.gateway.crash();
@@ -496,7 +496,7 @@ impl World {
     /// Stops all faults and runs until nothing is pending.
     fn calm_down(&mut self) {
         self.is_calm = true;
-        self.gateway.store.fail_next_commits(0);
+        self.gateway.backend.store.fail_next_commits(0);
         let began_us = self.now.mono_us;
         let mut steps = 0;
         while !self.devices.iter().all(FieldDevice::is_settled) {
@@ -533,7 +533,7 @@ impl World {
             moved |= self.deliver_to_device(id);
         }
         // A commit is checked before it is answered.
-        moved |= self.gateway.work(self.now);
+        moved |= self.gateway.backend.work(self.now, |_, _, _| ());
         moved
     }
 }

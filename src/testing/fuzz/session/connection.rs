@@ -96,7 +96,7 @@ impl Line {
     pub(super) fn process(&mut self, now: Now, store: &mut StoreSide) {
         loop {
             let submission = self.inbox.poll_submission(now);
-            let is_roomy = store.is_roomy();
+            let is_roomy = store.expected.is_roomy();
             let submits = self.next_expected(submission.as_ref(), is_roomy, now);
             let Some(submission) = submission else {
                 assert!(matches!(submits, Submits::Nothing), "expected {submits:?}");
@@ -105,7 +105,7 @@ impl Line {
             self.check_submission(submits, &submission, now, store);
             // Nothing is processed until it is queued.
             assert!(!self.inbox.wants_input() && self.inbox.poll_submission(now).is_none());
-            store.submit(submission, &self.mailbox);
+            store.backend.submit(submission, &self.mailbox);
             self.inbox.handle_queued();
         }
         self.hear(store, now);
@@ -192,7 +192,7 @@ impl Line {
                 assert!(taken.is(entry), "{taken:?} {entry:?}");
                 assert_eq!(self.stream, Some(entry.stream));
                 self.refusals_left += usize::from(taken.refusal().is_some());
-                store.expect(entry.stream, taken.clone());
+                store.expected.accept(entry.stream, taken.clone());
             }
             (expected, found) => panic!("expected {expected:?}, but {found:?} was submitted"),
         }
@@ -385,7 +385,7 @@ impl Line {
                 let welcome: Welcome<'_> = read(frame);
                 let stream = self.stream.expect("admitted");
                 assert_eq!(welcome.durable_seq, self.answered_seq);
-                assert!(welcome.durable_seq <= store.durable_seq(stream));
+                assert!(welcome.durable_seq <= store.expected.durable_seq(stream));
                 assert_eq!(welcome.limit_seq, welcome.durable_seq + window_frames);
                 assert_eq!(welcome.utc_us, now.utc_us);
                 let known = &KNOWN[self.known.expect("proved")];
@@ -400,7 +400,7 @@ impl Line {
                 let ack: Ack<'_> = read(frame);
                 let seq = header.seq;
                 assert!((self.acked_seq..=self.answered_seq).contains(&seq));
-                assert!(seq <= store.durable_seq(self.stream.expect("admitted")));
+                assert!(seq <= store.expected.durable_seq(self.stream.expect("admitted")));
                 assert_eq!(ack.limit_seq, seq + window_frames);
                 self.acks_left = self.acks_left.checked_sub(1).expect("a reason");
                 self.acked_seq = seq;
@@ -431,9 +431,9 @@ impl Line {
         assert!(nack.expected_seq > self.acked_seq);
         if Class::of(nack.code) == Class::Refused {
             assert!(seq <= self.answered_seq);
-            assert!(store.durable_seq(stream) >= seq);
-            let is_kept = store.refusal(stream, seq) == Some(nack.code);
-            assert!(is_kept || store.is_taken_twice(stream, seq));
+            assert!(store.expected.durable_seq(stream) >= seq);
+            let is_kept = store.expected.refusal(stream, seq) == Some(nack.code);
+            assert!(is_kept || store.expected.is_taken_twice(stream, seq));
             self.refusals_left = self.refusals_left.checked_sub(1).expect("a refusal");
         } else if seq > 0 {
             self.next_seq = nack.expected_seq;
@@ -481,7 +481,7 @@ impl Line {
     pub(super) fn part(mut self, now: Now, store: &mut StoreSide) {
         assert_eq!(self.inbox.session.device().is_some(), self.stream.is_some());
         if let Some(device) = self.inbox.session.device() {
-            store.registry.leave(device, &self.mailbox);
+            store.backend.registry.leave(device, &self.mailbox);
         }
         let code = self.model.closed().expect("it is closed").unwrap_or(0);
         match self.inbox.session.handle_disconnect(true, true, now) {
@@ -491,12 +491,16 @@ impl Line {
                     (event.kind, event.code),
                     (DeviceEventKind::Disconnected, code)
                 );
-                store.submit(Submission::Event(event), &self.mailbox);
+                store
+                    .backend
+                    .submit(Submission::Event(event), &self.mailbox);
             }
             Some(Submission::Refusal(refusal)) => {
                 assert!(self.stream.is_none());
                 assert_eq!((refusal.code, refusal.at_us), (code, now.utc_us));
-                store.submit(Submission::Refusal(refusal), &self.mailbox);
+                store
+                    .backend
+                    .submit(Submission::Refusal(refusal), &self.mailbox);
             }
             found => assert!(found.is_none() && self.stream.is_none()),
         }

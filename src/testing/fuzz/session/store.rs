@@ -1,41 +1,26 @@
-//! The components behind the sessions, step by step: queue, batcher, memory store, and answers; also the expected
-//! content of the store, with which the real content is compared.
+//! What stands behind the sessions, and the expected content of the store, with which the real content is compared.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::accepted::Accepted;
-use crate::ingest::answer;
-use crate::ingest::batcher::{BatchLimits, Batcher, Tagged};
-use crate::ingest::mailbox::Mailbox;
-use crate::ingest::registry::Registry;
+use crate::ingest::batcher::BatchLimits;
 use crate::quota::quarantine::{DEVICE_SHARE, Gauge};
-use crate::session::Submission;
 use crate::store::admin::quarantine_usage::QuarantineUsage;
 use crate::store::memory::{MemoryStore, SeriesKey};
 use crate::store::{
-    Committed, Declare, DeclareOutcome, DeviceEventKind, DeviceId, Login, LoginOutcome, SchemaHash,
-    Store, StoreError, StreamId,
+    Batch, Committed, Declare, DeclareOutcome, DeviceEventKind, DeviceId, Login, LoginOutcome,
+    SchemaHash, StreamId,
 };
-use crate::testing::fuzz::poll_once;
+use crate::testing::backend::Backend;
 use crate::time::Now;
 
-/// The memory store has a single shard.
-const LANE: usize = 0;
 const LIMITS: BatchLimits = BatchLimits {
     readings_max: 40,
     bytes_max: 1 << 20,
     interval_min_us: 0,
     interval_quiet_us: 0,
 };
-
-/// Progress of the current batch.
-enum Work {
-    Idle,
-    Accepted(Tagged<Arc<Mailbox>>),
-    /// Durable, but not answered yet.
-    Committed(Tagged<Arc<Mailbox>>, Committed),
-}
 
 /// Verified part of a stream.
 #[derive(Default)]
@@ -46,16 +31,16 @@ struct Found {
 }
 
 pub(super) struct StoreSide {
-    pub registry: Registry,
-    store: MemoryStore,
+    pub backend: Backend,
+    pub expected: Expected,
     gauge: Arc<Gauge>,
+}
+
+/// Expected content of the store.
+pub(super) struct Expected {
     quarantine_bytes_max: u64,
-    queue: VecDeque<(Submission, Arc<Mailbox>)>,
-    batcher: Batcher<Arc<Mailbox>>,
-    work: Work,
-    is_down: bool,
     /// All frames accepted under a number, by any session.
-    expected: HashMap<(StreamId, u64), Vec<Accepted>>,
+    accepted: HashMap<(StreamId, u64), Vec<Accepted>>,
     found: HashMap<StreamId, Found>,
     streams: HashMap<(String, u64), (DeviceId, StreamId)>,
     declared: HashMap<(DeviceId, u16), SchemaHash>,
@@ -67,23 +52,70 @@ pub(super) struct StoreSide {
 impl StoreSide {
     pub(super) fn new(gauge: Arc<Gauge>, quarantine_bytes_max: u64) -> StoreSide {
         StoreSide {
-            registry: Registry::default(),
-            store: MemoryStore::new(),
+            backend: Backend::new(MemoryStore::new(), LIMITS),
+            expected: Expected {
+                quarantine_bytes_max,
+                accepted: HashMap::new(),
+                found: HashMap::new(),
+                streams: HashMap::new(),
+                declared: HashMap::new(),
+                barred: HashSet::new(),
+                kept: QuarantineUsage::new(),
+            },
             gauge,
-            quarantine_bytes_max,
-            queue: VecDeque::new(),
-            batcher: Batcher::new(LIMITS),
-            work: Work::Idle,
-            is_down: false,
-            expected: HashMap::new(),
-            found: HashMap::new(),
-            streams: HashMap::new(),
-            declared: HashMap::new(),
-            barred: HashSet::new(),
-            kept: QuarantineUsage::new(),
         }
     }
 
+    /// Runs one step of the backend and checks what it commits; returns whether there was one.
+    pub(super) fn work(&mut self, now: Now) -> bool {
+        let expected = &mut self.expected;
+        let check = |store: &_, batch: &_, committed: &_| {
+            expected.check_commit(store, batch, committed);
+        };
+        self.backend.work(now, check)
+    }
+
+    /// Makes the next commits fail, or the current one time out.
+    pub(super) fn fail(&mut self, pick: u8) {
+        match pick % 4 {
+            0 => self.backend.stall(),
+            commits => self.backend.store.fail_next_commits(u32::from(commits)),
+        }
+    }
+
+    pub(super) fn recover(&mut self) {
+        self.backend.store.fail_next_commits(0);
+    }
+
+    pub(super) fn read_quarantine(&mut self) {
+        self.gauge
+            .update(&self.expected.kept, &self.gauge.committed());
+    }
+
+    pub(super) fn purge_quarantine(&mut self) {
+        self.expected.kept.clear();
+        self.read_quarantine();
+    }
+
+    pub(super) fn bar_or_let_in(&mut self, name: &str) {
+        let barred = &mut self.expected.barred;
+        let is_barred = !barred.remove(name);
+        let changed = self.backend.store.change(name, !is_barred, false);
+        if changed.is_some() && is_barred {
+            barred.insert(name.to_owned());
+        }
+    }
+
+    /// Verifies that every session that began has ended.
+    pub(super) fn check_audit_trail(&self) {
+        let events = self.backend.store.events();
+        let count = |kind| events.iter().filter(|event| event.kind == kind).count();
+        let ended = count(DeviceEventKind::Disconnected);
+        assert_eq!(count(DeviceEventKind::Connected), ended);
+    }
+}
+
+impl Expected {
     /// Returns whether quarantine is unlimited.
     pub(super) fn is_roomy(&self) -> bool {
         self.quarantine_bytes_max > u64::from(u32::MAX)
@@ -100,105 +132,25 @@ impl StoreSide {
 
     /// Returns whether two sessions accepted a number before it was durable. Neither then knows whose frame was stored.
     pub(super) fn is_taken_twice(&self, stream: StreamId, seq: u64) -> bool {
-        let of_stream = self.expected.iter().filter(|((of, _), _)| *of == stream);
+        let of_stream = self.accepted.iter().filter(|((of, _), _)| *of == stream);
         let taken = of_stream.flat_map(|(_, taken)| taken);
         taken.filter(|taken| taken.covers(seq)).count() > 1
     }
 
-    pub(super) fn expect(&mut self, stream: StreamId, taken: Accepted) {
-        let of_number = self.expected.entry((stream, taken.seq)).or_default();
+    pub(super) fn accept(&mut self, stream: StreamId, taken: Accepted) {
+        let of_number = self.accepted.entry((stream, taken.seq)).or_default();
         of_number.push(taken);
     }
 
-    pub(super) fn submit(&mut self, submission: Submission, mailbox: &Arc<Mailbox>) {
-        self.queue.push_back((submission, Arc::clone(mailbox)));
-    }
-
-    /// Runs one step of the task that drives batcher and store; returns whether there was one.
-    pub(super) fn work(&mut self, now: Now) -> bool {
-        match std::mem::replace(&mut self.work, Work::Idle) {
-            Work::Idle => {
-                while !self.batcher.is_full()
-                    && let Some((submission, mailbox)) = self.queue.pop_front()
-                {
-                    self.batcher.push(submission, mailbox);
-                }
-                match self.batcher.poll_batch(now.mono_us) {
-                    Some(tagged) => self.work = Work::Accepted(tagged),
-                    None => return false,
-                }
-            }
-            Work::Accepted(tagged) => {
-                let committed =
-                    poll_once(self.store.commit(&tagged.batch)).expect("ready immediately");
-                self.work = match committed {
-                    Ok(committed) => {
-                        self.check_commit(&tagged, &committed);
-                        if std::mem::take(&mut self.is_down) {
-                            self.registry.announce_store(LANE, false);
-                        }
-                        Work::Committed(tagged, committed)
-                    }
-                    Err(StoreError::Transient(_)) => {
-                        self.announce_down();
-                        Work::Accepted(tagged)
-                    }
-                    Err(StoreError::Fatal(reason) | StoreError::Replaced(reason)) => {
-                        panic!("{reason}")
-                    }
-                };
-            }
-            Work::Committed(tagged, committed) => answer(LANE, &tagged, committed, &self.registry),
-        }
-        true
-    }
-
-    fn announce_down(&mut self) {
-        if !std::mem::replace(&mut self.is_down, true) {
-            self.registry.announce_store(LANE, true);
-        }
-    }
-
-    /// Makes the next commits fail, or the current one time out.
-    pub(super) fn fail(&mut self, pick: u8) {
-        match pick % 4 {
-            0 if matches!(self.work, Work::Accepted(_)) => self.announce_down(),
-            0 => {}
-            commits => self.store.fail_next_commits(u32::from(commits)),
-        }
-    }
-
-    pub(super) fn recover(&mut self) {
-        self.store.fail_next_commits(0);
-    }
-
-    pub(super) fn read_quarantine(&mut self) {
-        self.gauge.update(&self.kept, &self.gauge.committed());
-    }
-
-    pub(super) fn purge_quarantine(&mut self) {
-        self.kept.clear();
-        self.read_quarantine();
-    }
-
-    pub(super) fn bar_or_let_in(&mut self, name: &str) {
-        let is_barred = !self.barred.remove(name);
-        let changed = self.store.change(name, !is_barred, false);
-        if changed.is_some() && is_barred {
-            self.barred.insert(name.to_owned());
-        }
-    }
-
-    fn check_commit(&mut self, tagged: &Tagged<Arc<Mailbox>>, committed: &Committed) {
-        let batch = &tagged.batch;
+    fn check_commit(&mut self, store: &MemoryStore, batch: &Batch, committed: &Committed) {
         for (declare, outcome) in batch.declares.iter().zip(&committed.declares) {
-            self.check_declare(declare, outcome);
+            self.check_declare(store, declare, outcome);
         }
         for receipt in &committed.receipts {
-            self.check_rows(receipt.stream());
+            self.check_rows(store, receipt.stream());
             let durable_seq = self.durable_seq(receipt.stream());
             assert_eq!(receipt.durable_seq(), durable_seq);
-            assert_eq!(self.store.durable_seq(receipt.stream()), durable_seq);
+            assert_eq!(store.durable_seq(receipt.stream()), durable_seq);
         }
         for (login, outcome) in batch.logins.iter().zip(&committed.logins) {
             self.check_login(login, outcome);
@@ -210,13 +162,13 @@ impl StoreSide {
     }
 
     /// Verifies that each number is stored once, in order, without holes, and equal to an accepted frame.
-    fn check_rows(&mut self, stream: StreamId) {
+    fn check_rows(&mut self, store: &MemoryStore, stream: StreamId) {
         let found = self.found.entry(stream).or_default();
-        let entries = self.store.entries(stream);
+        let entries = store.entries(stream);
         for (seq, stored) in entries.iter().skip(found.rows) {
             assert_eq!(stored.first_seq, found.durable_seq + 1);
             assert!(stored.first_seq <= *seq && *seq == stored.entry.seq);
-            let expected = { self.expected.get(&(stream, *seq)) }
+            let expected = { self.accepted.get(&(stream, *seq)) }
                 .and_then(|taken| taken.iter().find(|taken| taken.is(&stored.entry)))
                 .expect("an accepted frame");
             if let Some((code, bytes)) = expected.refusal() {
@@ -229,7 +181,7 @@ impl StoreSide {
     }
 
     /// Verifies that the first DECLARE of a number is the one stored.
-    fn check_declare(&mut self, declare: &Declare, outcome: &DeclareOutcome) {
+    fn check_declare(&mut self, store: &MemoryStore, declare: &Declare, outcome: &DeclareOutcome) {
         let key = (declare.device, declare.schema);
         let hash = *self.declared.entry(key).or_insert(declare.hash);
         match outcome {
@@ -245,7 +197,7 @@ impl StoreSide {
                         kind: kept.kind,
                     };
                     assert_eq!(kept.kind, declared.kind);
-                    assert_eq!(self.store.series(kept.series), Some(series));
+                    assert_eq!(store.series(kept.series), Some(series));
                 }
             }
             DeclareOutcome::Conflict => assert_ne!(declare.hash, hash),
@@ -275,13 +227,5 @@ impl StoreSide {
                 panic!("no other outcome is possible here")
             }
         }
-    }
-
-    /// Verifies that every session that began has ended.
-    pub(super) fn check_audit_trail(&self) {
-        let events = self.store.events();
-        let count = |kind| events.iter().filter(|event| event.kind == kind).count();
-        let ended = count(DeviceEventKind::Disconnected);
-        assert_eq!(count(DeviceEventKind::Connected), ended);
     }
 }
