@@ -5,7 +5,7 @@
 //! an interrupted import resumes, and a second import of the same content has nothing left to send.
 //!
 //! Invariant: [`History`] is a pure function of the recording and the device's name. Increase
-//! [`FORMAT`] whenever the division of rows into frames changes.
+//! [`history::FORMAT`] whenever the division of rows into frames changes.
 
 mod history;
 mod send;
