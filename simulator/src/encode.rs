@@ -1,7 +1,7 @@
 //! DATA frames of the simulator: well-formed ones, and malformed ones, which contain the same readings with
 //! one fault and valid checksums.
 
-pub use fieldgate::recording::encode::{DataTerms, Encoder};
+pub use fieldgate::recording::encode::{DataTerms, Encoder, declare};
 use fieldgate_protocol::column::ROWS_MAX;
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{

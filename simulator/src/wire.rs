@@ -1,43 +1,24 @@
 //! The frames of a script byte for byte: what a device sends, and what the verifier expects
 //! in quarantine.
 
-use fieldgate_protocol::auth::schema_hash;
-use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, HEADER_BYTES, NoRoom, TRAILER_BYTES};
+use fieldgate_protocol::frame::{DEFAULT_FRAME_BYTES_MAX, NoRoom};
 use fieldgate_protocol::{message, value};
 
-use crate::encode::{DataTerms, Encoder, data_frame};
+use crate::encode::{DataTerms, Encoder, data_frame, declare};
 use crate::plan::{Clock, DeviceScript, FrameContent};
 use crate::readings::{Channel, Readings};
 
 /// Returns the schema number for these channels. The number is derived from the channels: a device with other
 /// channels in an earlier run used another number, because schemas are immutable.
 pub fn schema_number(channels: &[Channel]) -> u16 {
-    let hash = hash_of(&declare_frame(channels, 1));
-    u16::from_le_bytes([hash[0], hash[1]]).max(1)
-}
-
-/// Returns the hash of a DECLARE frame's content.
-pub fn hash_of(declare: &[u8]) -> [u8; 8] {
-    schema_hash(&declare[HEADER_BYTES..declare.len() - TRAILER_BYTES])
+    let [low, high, ..] = declare(channels, 1).hash();
+    u16::from_le_bytes([low, high]).max(1)
 }
 
 /// Returns the DECLARE frame that every device of the fleet sends.
 pub fn declare_frame(channels: &[Channel], schema: u16) -> Vec<u8> {
-    let channels = channels.iter().enumerate();
-    let channels = channels.map(|(i, channel)| message::Channel {
-        id: i as u8 + 1,
-        name: &channel.name,
-        unit: &channel.unit,
-        kind: channel.kind,
-        exp10: channel.exp10,
-    });
-    let declare = message::Declare {
-        schema,
-        channels: channels.collect(),
-        ext: &[],
-    };
     let mut frame = vec![0; DEFAULT_FRAME_BYTES_MAX];
-    let frame_bytes = message::encode(&declare, 0, &mut frame)
+    let frame_bytes = message::encode(&declare(channels, schema), 0, &mut frame)
         .expect("32 channels with names and units of at most 48 bytes fit a frame");
     frame.truncate(frame_bytes);
     frame

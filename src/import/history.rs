@@ -2,14 +2,13 @@
 
 use std::ops::Range;
 
-use fieldgate_protocol::auth::schema_hash;
 use fieldgate_protocol::device::Queue;
-use fieldgate_protocol::frame::{HEADER_BYTES, NoRoom, TRAILER_BYTES};
+use fieldgate_protocol::frame::NoRoom;
 use fieldgate_protocol::message::{self, CHANNELS_MAX, Declare};
 use fieldgate_protocol::value::Clock;
 use ring::digest::{Context, SHA256};
 
-use crate::recording::encode::{DataTerms, Encoder};
+use crate::recording::encode::{self, DataTerms, Encoder};
 use crate::recording::readings::{Channel, Readings, Values};
 use crate::recording::{DeviceRows, Recording};
 
@@ -98,9 +97,8 @@ impl<'r> History<'r> {
             encoder: Encoder::default(),
             readings: Readings::default(),
         };
-        let mut declare = [0; FRAME_BYTES];
         for group in 0..history.groups.len() {
-            let written = history.declare(group, &mut declare);
+            let written = message::encode(&history.declare(group), 0, &mut [0; FRAME_BYTES]);
             written.map_err(|_| HistoryError::Channel)?;
         }
         Ok(history)
@@ -133,12 +131,7 @@ impl<'r> History<'r> {
 
     /// Returns the number and the hash of the schema of the first frames.
     pub fn schema(&self) -> (u16, [u8; 8]) {
-        let mut declare = [0; FRAME_BYTES];
-        let frame_bytes = self
-            .declare(0, &mut declare)
-            .unwrap_or(HEADER_BYTES + TRAILER_BYTES);
-        let payload = &declare[HEADER_BYTES..frame_bytes - TRAILER_BYTES];
-        (self.schema_of(0), schema_hash(payload))
+        (self.schema_of(0), self.declare(0).hash())
     }
 
     /// Switches to other schema numbers, for a device that already uses the current ones for other
@@ -157,27 +150,9 @@ impl<'r> History<'r> {
         after.unwrap_or(self.groups.len()).saturating_sub(1)
     }
 
-    fn declare(&self, group: usize, out: &mut [u8]) -> Result<usize, NoRoom> {
-        let mut channels = heapless::Vec::new();
-        for (id, channel) in self.recording.channels[self.groups[group].channels.clone()]
-            .iter()
-            .enumerate()
-        {
-            let declaration = message::Channel {
-                id: id as u8 + 1,
-                name: &channel.name,
-                unit: &channel.unit,
-                kind: channel.kind,
-                exp10: channel.exp10,
-            };
-            channels.push(declaration).map_err(|_| NoRoom)?;
-        }
-        let declare = Declare {
-            schema: self.schema_of(group),
-            channels,
-            ext: &[],
-        };
-        message::encode(&declare, 0, out)
+    fn declare(&self, group: usize) -> Declare<'_> {
+        let channels = self.groups[group].channels.clone();
+        encode::declare(&self.recording.channels[channels], self.schema_of(group))
     }
 }
 
@@ -213,7 +188,7 @@ impl Queue for History<'_> {
     }
 
     fn write_declare(&mut self, seq: u64, out: &mut [u8]) -> Result<usize, NoRoom> {
-        self.declare(self.group_of(seq), out)
+        message::encode(&self.declare(self.group_of(seq)), 0, out)
     }
 
     fn delete_through(&mut self, seq: u64) {

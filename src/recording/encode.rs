@@ -3,10 +3,34 @@
 
 use fieldgate_protocol::column::{encode_f32, encode_f64, encode_integers, encode_times, encoding};
 use fieldgate_protocol::frame::{FRAME_BYTES_MAX, NoRoom};
-use fieldgate_protocol::message::{self, CHANNELS_MAX, Data};
+use fieldgate_protocol::message::{self, CHANNELS_MAX, Data, Declare};
 use fieldgate_protocol::value::{Clock, TimeUnit};
 
-use super::readings::{Column, Readings, Values};
+use super::readings::{Channel, Column, Readings, Values};
+
+/// Returns the DECLARE of up to 32 channels. Their ids are 1, 2, … in order.
+pub fn declare(channels: &[Channel], schema: u16) -> Declare<'_> {
+    let channel = |(id, channel)| {
+        let &Channel {
+            ref name,
+            ref unit,
+            kind,
+            exp10,
+        } = channel;
+        message::Channel {
+            id,
+            name,
+            unit,
+            kind,
+            exp10,
+        }
+    };
+    Declare {
+        schema,
+        channels: (1..).zip(channels).map(channel).collect(),
+        ext: &[],
+    }
+}
 
 /// Contents of a DATA apart from its readings.
 #[derive(Clone, Copy, Debug)]

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Buf, BytesMut};
 use fieldgate::net::socket::Socket;
-use fieldgate_protocol::auth::{NONCE_BYTES, derive_device_key, schema_hash};
+use fieldgate_protocol::auth::{NONCE_BYTES, derive_device_key};
 use fieldgate_protocol::device::{Config, Device, Fault, Notice};
 use fieldgate_protocol::error::{Class, Code};
 use fieldgate_protocol::frame::{
@@ -23,6 +23,7 @@ use tokio::time::{sleep_until, timeout};
 use super::link::{Connected, Handshake, Link, connect};
 use super::outbox::Outbox;
 use super::{Fleet, FleetError};
+use crate::encode::declare;
 use crate::faults::Strikes;
 use crate::journal::Login;
 use crate::plan::Clock;
@@ -155,7 +156,6 @@ impl DeviceTask {
     pub(super) async fn run(mut self) -> Result<(), FleetError> {
         let fleet = Arc::clone(&self.fleet);
         let name = self.outbox.script.name().to_owned();
-        let declare = &fleet.declare;
         let mut device = Device::new(Config {
             name: &name,
             key: derive_device_key(&fleet.terms.fleet_key, &name, 0),
@@ -163,7 +163,7 @@ impl DeviceTask {
             stream: self.outbox.script.stream(),
             boot: self.outbox.script.boot(),
             schema: fleet.schema,
-            schema_hash: schema_hash(&declare[HEADER_BYTES..declare.len() - TRAILER_BYTES]),
+            schema_hash: declare(fleet.script.channels(), fleet.schema).hash(),
             rx_bytes_max: DEFAULT_FRAME_BYTES_MAX as u16,
             window_frames: fleet.terms.window_frames,
             reconnect_min_ms: RECONNECT_MIN_MS,

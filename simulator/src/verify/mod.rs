@@ -29,6 +29,7 @@ use fieldgate::config::store_url::StoreUrl;
 
 use self::device::{DeviceRow, StoredDevice};
 use self::store::{OpenError, ReadError, Store};
+use crate::encode::declare;
 use crate::journal::{DeviceLedger, Ledger};
 use crate::pace::Pace;
 use crate::plan::{DeviceScript, PlanError, Script};
@@ -231,10 +232,11 @@ impl Run {
     fn open(ledger: Ledger) -> Result<Run, PlanError> {
         let script = Arc::new(ledger.plan.clone().open()?);
         let schema = wire::schema_number(script.channels());
+        let declare_hash = declare(script.channels(), schema).hash();
         Ok(Run {
             // In a ramp, devices joined later than this, never earlier.
             pace: Pace::new(script.plan(), 0),
-            declare_hash: wire::hash_of(&wire::declare_frame(script.channels(), schema)),
+            declare_hash,
             script,
             ledger,
             schema,

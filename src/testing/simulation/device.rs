@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, derive_device_key, schema_hash};
+use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, derive_device_key};
 use fieldgate_protocol::column::{encode_f64, encode_integers, encoding, scaled};
 use fieldgate_protocol::device::{Config, Device, Fault, Queue};
 use fieldgate_protocol::frame::{
-    self, DEFAULT_FRAME_BYTES_MAX, Header, NoRoom, TRAILER_BYTES, VERSION, seal, types,
+    self, DEFAULT_FRAME_BYTES_MAX, Header, NoRoom, VERSION, seal, types,
 };
 use fieldgate_protocol::message::{Column, Data, Event, encode};
 use fieldgate_protocol::value::{Clock, Kind, TimeUnit};
@@ -266,7 +266,7 @@ impl FieldDevice {
                 acked_through: 0,
                 declares: Rc::clone(declares),
             },
-            machine: machine(NAMES[index], stream, 1, declares, random),
+            machine: machine(NAMES[index], stream, 1, random),
             link: None,
             input: Vec::new(),
             boot: 1,
@@ -282,8 +282,7 @@ impl FieldDevice {
         self.again_at_us = now.mono_us;
         self.link = None;
         self.input.clear();
-        let declares = Rc::clone(&self.queue.declares);
-        self.machine = machine(self.name, self.stream, self.boot, &declares, random);
+        self.machine = machine(self.name, self.stream, self.boot, random);
     }
 
     pub(super) fn uptime_us(&self, now: Now) -> u64 {
@@ -365,15 +364,8 @@ impl FieldDevice {
     }
 }
 
-fn machine(
-    name: &'static str,
-    stream: u64,
-    boot: u32,
-    declares: &[Vec<u8>; 2],
-    random: &mut Random,
-) -> Device<'static> {
+fn machine(name: &'static str, stream: u64, boot: u32, random: &mut Random) -> Device<'static> {
     let schema = 1 + random.below(2) as u16;
-    let declare = &declares[usize::from(schema) - 1];
     Device::new(Config {
         name,
         key: derive_device_key(&FLEET_KEY, name, 0),
@@ -381,9 +373,7 @@ fn machine(
         stream,
         boot,
         schema,
-        schema_hash: schema_hash(
-            &declare[fieldgate_protocol::frame::HEADER_BYTES..declare.len() - TRAILER_BYTES],
-        ),
+        schema_hash: testing::declare(schema, SCHEMAS[usize::from(schema) - 1]).hash(),
         rx_bytes_max: FRAME_BYTES as u16,
         window_frames: 1 + random.below(12),
         reconnect_min_ms: 50,
