@@ -10,6 +10,8 @@ pub mod testing;
 
 pub mod cli;
 
+mod http;
+
 mod server;
 
 mod import;
@@ -29,6 +31,8 @@ pub mod net;
 mod store;
 
 pub mod recording;
+
+mod metrics;
 
 pub mod config;
 

@@ -13,7 +13,7 @@ use crate::sys::log;
 use rustix::fs::{Access, access};
 use tokio::net::TcpSocket;
 
-use super::serve::load_tls;
+use super::serve::{load_tls, load_tokens};
 use super::{Error, LogFormat, fleet_key, output};
 
 /// Prints a line for each problem. The exit code is that of the first problem. If settings are invalid, checks
@@ -42,7 +42,11 @@ async fn problems(config: &Config) -> Vec<Error> {
     if let Some(address) = config.tls_listen {
         note(listen("--tls-listen", address));
     }
+    if let Some(address) = config.http_listen {
+        note(listen("--http", address));
+    }
     note(tls(config));
+    note(load_tokens(config).map(drop));
     note(waiting_frames(config).await);
     match store(config).await {
         // Without a store, the key cannot be compared.

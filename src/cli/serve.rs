@@ -12,7 +12,10 @@ use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::{FleetKey, KEY_FILE, Origin, create_data_dir};
 use crate::config::store_url::{PostgresUrl, StoreUrl};
 use crate::config::{Config, Location, Registration, Settings};
+use crate::http::gauges::{Database, Gauges};
+use crate::http::{self, Site, Tokens};
 use crate::ingest::registry::Registry;
+use crate::metrics::Metrics;
 use crate::net::tls::Tls;
 use crate::quota::device::DeviceQuotas;
 use crate::quota::quarantine::{Gauge, UsageWatch};
@@ -33,6 +36,7 @@ use crate::sys::gateway_id;
 use crate::sys::log;
 use crate::sys::open_files;
 use clap::Args;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -218,14 +222,16 @@ async fn serve_into<S: Store>(
     // Created before the gateway is announced, because it may be stopped from then on.
     let drain = CancellationToken::new();
     let mut tasks = Supervisor::default();
+    let metrics = Arc::new(limited_metrics(config));
+    let http = bind_http(config, &metrics, &drain).await?;
     tasks.spawn("signals", drain_on_signal(drain.clone())?);
-    match tls {
+    match tls.clone() {
         Some(tls) => tasks.spawn("certificates", async move {
             tls.keep_current(hangup).await;
         }),
         None => tasks.spawn("hangup", load_nothing(hangup)),
     }
-    announce(config, origin, &listeners).await?;
+    announce(config, origin, &listeners, http.as_ref()).await?;
     if config.listeners.allow_plaintext {
         let listen = config.listen;
         tracing::warn!(%listen, "listener accepts unencrypted connections");
@@ -237,7 +243,18 @@ async fn serve_into<S: Store>(
         usage: UsageReader::new(&config.store, spool),
     };
     poll_once(&mut usage).await;
-    let mut settings = server_settings(config, credentials, gauge);
+    tasks.spawn_poller(Gauges {
+        metrics: Arc::clone(&metrics),
+        data_dir: config.location.data_dir.clone(),
+        database: Database::new(&config.store),
+        spool: config.spool(),
+        quarantine: Arc::clone(&gauge),
+        tls,
+    });
+    if let Some((listener, site)) = http {
+        tasks.spawn("http", http::serve(listener, site));
+    }
+    let mut settings = server_settings(config, credentials, gauge, metrics);
     settings.admission.connections_max = connections_within_limit(config.admission.connections_max);
     tasks.spawn_poller(usage);
     tasks.spawn_poller(devices);
@@ -352,6 +369,7 @@ fn server_settings(
     config: &Config,
     credentials: Arc<Credentials>,
     quarantine: Arc<Gauge>,
+    metrics: Arc<Metrics>,
 ) -> ServerSettings {
     ServerSettings {
         session: SessionSettings {
@@ -360,11 +378,73 @@ fn server_settings(
             limits: config.session.clone(),
             quotas: Arc::new(DeviceQuotas::new(&config.devices.rates)),
             quarantine,
+            metrics,
         },
         ingest: config.ingest.clone(),
         admission: config.admission.clone(),
         drain_timeout_s: config.drain_timeout_s,
     }
+}
+
+/// Returns the metrics of the gateway, with the limits of `config`.
+fn limited_metrics(config: &Config) -> Metrics {
+    let mut metrics = Metrics::default();
+    for (name, help, limit) in [
+        (
+            "connections_max",
+            "Maximum number of connections",
+            config.admission.connections_max as u64,
+        ),
+        (
+            "queue_readings_max",
+            "Maximum number of readings that wait for the store",
+            config.ingest.queue_readings_max as u64,
+        ),
+        (
+            "queue_bytes_max",
+            "Maximum memory of what waits for the store",
+            config.ingest.queue_bytes_max as u64,
+        ),
+        (
+            "quarantine_bytes_max",
+            "Maximum size of quarantined frames",
+            config.devices.quarantine_bytes_max,
+        ),
+        (
+            "spool_bytes_max",
+            "Maximum size of the spool",
+            config.spool.spool_bytes_max,
+        ),
+    ] {
+        metrics.set_limit(name, help, limit);
+    }
+    metrics
+}
+
+/// Loads the token file; `None` if there is none.
+pub fn load_tokens(config: &Config) -> Result<Option<Tokens>, Error> {
+    let path = config.http.http_token_file.as_ref();
+    let tokens = path.map(|path| Tokens::load(path, config.location.secret_readers()));
+    tokens
+        .transpose()
+        .map_err(|error| Error::Failed(error.to_string()))
+}
+
+/// Opens the HTTP listener, unless it is off.
+async fn bind_http(
+    config: &Config,
+    metrics: &Arc<Metrics>,
+    drain: &CancellationToken,
+) -> Result<Option<(TcpListener, Site)>, Error> {
+    let tokens = load_tokens(config)?;
+    let Some(address) = config.http_listen else {
+        return Ok(None);
+    };
+    let listener = TcpListener::bind(address).await;
+    let listener = listener.map_err(|error| cannot_listen("--http", address, &error))?;
+    let hosts = config.http.http_host.iter().cloned();
+    let site = Site::new(hosts, tokens, Arc::clone(metrics), drain.clone());
+    Ok(Some((listener, site)))
 }
 
 fn cannot_listen(flag: &str, listen: SocketAddr, error: &io::Error) -> Error {
@@ -379,7 +459,12 @@ fn cannot_listen(flag: &str, listen: SocketAddr, error: &io::Error) -> Error {
 }
 
 /// Prints the gateway's files and addresses on stdout and in the log.
-async fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io::Result<()> {
+async fn announce(
+    config: &Config,
+    origin: Origin,
+    listeners: &Listeners,
+    http: Option<&(TcpListener, Site)>,
+) -> io::Result<()> {
     let is_new = origin == Origin::Created;
     let key_file = config.location.data_dir.join(KEY_FILE);
     let database = match &config.store {
@@ -394,6 +479,10 @@ async fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io:
         Some(TlsListener { listener, .. }) => Some(listener.local_addr()?.to_string()),
         None => None,
     };
+    let http = match http {
+        Some((listener, _)) => Some(listener.local_addr()?.to_string()),
+        None => None,
+    };
     tracing::info!(
         data_dir = %config.location.data_dir.display(),
         database,
@@ -403,6 +492,7 @@ async fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io:
         is_registration_closed = is_closed,
         %listen,
         tls_listen,
+        http,
         "serving"
     );
     let made = match is_new {
@@ -421,6 +511,9 @@ async fn announce(config: &Config, origin: Origin, listeners: &Listeners) -> io:
     lines += &format!("listening on    {listen}\n");
     if let Some(tls_listen) = tls_listen {
         lines += &format!("TLS on          {tls_listen}\n");
+    }
+    if let Some(http) = http {
+        lines += &format!("HTTP on         {http}\n");
     }
     // A closed or unread stdout, as a service may have, must not keep the gateway from serving.
     let printed = tokio::task::spawn_blocking(move || {

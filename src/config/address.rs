@@ -7,6 +7,26 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::str::FromStr;
 
+/// Address of the HTTP listener, or `off`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HttpAddress {
+    /// No listener.
+    Off,
+    /// The listener's address.
+    On(ListenAddress),
+}
+
+impl FromStr for HttpAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<HttpAddress, String> {
+        match text {
+            "off" => Ok(HttpAddress::Off),
+            address => address.parse().map(HttpAddress::On),
+        }
+    }
+}
+
 /// Longest host name (RFC 1035, section 2.3.4).
 const NAME_BYTES_MAX: usize = 253;
 /// Longest label of a host name (RFC 1035, section 2.3.4).

@@ -11,7 +11,7 @@ use fieldgate_protocol::frame::{
     DEFAULT_FRAME_BYTES_MAX, FRAME_BYTES_MAX, HANDSHAKE_FRAME_BYTES_MAX,
 };
 
-use super::address::ListenAddress;
+use super::address::{HttpAddress, ListenAddress};
 use super::defaults;
 use super::number::number;
 
@@ -63,6 +63,26 @@ pub struct ListenSettings {
     /// few of the gateway's frames are longer than 100 bytes
     #[arg(long, value_name = "BYTES", default_value = "1024", value_parser = number::<usize>(64, 16_384))]
     pub tls_record_bytes_max: usize,
+}
+
+/// The HTTP listener.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+#[command(next_help_heading = "HTTP")]
+pub struct HttpSettings {
+    /// Address of the HTTP listener for health, metrics and people, in the format of --listen, or `off`. An address
+    /// that other machines can reach also requires --http-token-file
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7380")]
+    pub http: HttpAddress,
+
+    /// File with a line `read TOKEN` for each token, mode 0600. HTTP requests then need one of the tokens, except
+    /// /livez and /readyz [default: no token]
+    #[arg(long, value_name = "FILE")]
+    pub http_token_file: Option<PathBuf>,
+
+    /// Names of the HTTP listener, separated by commas, such as gate.example.com. Requests to other names than
+    /// these, localhost and addresses are refused [default: none]
+    #[arg(long, value_name = "HOSTS", value_delimiter = ',')]
+    pub http_host: Vec<String>,
 }
 
 /// Limits for peers that connect.
@@ -346,6 +366,10 @@ pub struct Settings {
     /// Listeners.
     #[command(flatten)]
     pub listeners: ListenSettings,
+
+    /// The HTTP listener.
+    #[command(flatten)]
+    pub http: HttpSettings,
 
     /// Limits for peers that connect.
     #[command(flatten)]

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use clap::Args;
 use fieldgate_protocol::column::READINGS_MAX;
 
-use self::address::ListenAddress;
+use self::address::{HttpAddress, ListenAddress};
 pub use self::groups::*;
 use self::store_url::StoreUrl;
 use crate::sys::secret_file::SecretReaders;
@@ -148,6 +148,15 @@ pub enum ConfigError {
     /// A spool in front of SQLite, which is a local file itself.
     #[error("--spool requires Postgres: set --store postgres://…, or omit --spool")]
     SpoolWithoutPostgres,
+    /// Anyone in the network could read readings and device names.
+    #[error(
+        "http {http} is reachable from other machines without a token; use 127.0.0.1, set --http-token-file, or \
+         --http off"
+    )]
+    HttpWithoutToken {
+        /// Address of the HTTP listener.
+        http: SocketAddr,
+    },
     /// Readings and device names would cross a network unencrypted.
     #[error(
         "listen {listen} is reachable from other machines without encryption; use 127.0.0.1 and \
@@ -171,6 +180,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Address of the TLS listener; `None` for no TLS.
     pub tls_listen: Option<SocketAddr>,
+    /// Address of the HTTP listener; `None` for no HTTP.
+    pub http_listen: Option<SocketAddr>,
 }
 
 impl Deref for Config {
@@ -188,30 +199,52 @@ impl Config {
     /// Returns every fault.
     pub fn new(settings: Settings, location: Location) -> Result<Config, Vec<ConfigError>> {
         let listeners = &settings.listeners;
-        let listen = resolve("--listen", &listeners.listen);
+        let mut faults = Vec::new();
+        let mut resolved = |flag, address: &ListenAddress| match address.resolve() {
+            Ok(resolved) => Some(resolved),
+            Err(error) => {
+                let address = address.clone();
+                faults.push(ConfigError::Unresolved {
+                    flag,
+                    address,
+                    error,
+                });
+                None
+            }
+        };
+        let listen = resolved("--listen", &listeners.listen);
         let tls_listen = listeners.tls_listen.as_ref();
-        let tls_listen = tls_listen
-            .map(|address| resolve("--tls-listen", address))
-            .transpose();
-        let checks = [
-            check_listen(listeners, listen.as_ref().ok()),
-            check_spool(&settings, &location),
-        ];
-        let mut faults: Vec<_> = checks.into_iter().filter_map(Result::err).collect();
+        let tls_listen = tls_listen.and_then(|address| resolved("--tls-listen", address));
+        let http_listen = match &settings.http.http {
+            HttpAddress::On(address) => resolved("--http", address),
+            HttpAddress::Off => None,
+        };
+        let is_reachable = |listen: &SocketAddr| !listen.ip().to_canonical().is_loopback();
+        if let Some(listen) = listen.filter(is_reachable)
+            && !listeners.allow_plaintext
+        {
+            faults.push(ConfigError::PlaintextBeyondLoopback { listen });
+        }
+        if let Some(http) = http_listen.filter(is_reachable)
+            && settings.http.http_token_file.is_none()
+        {
+            faults.push(ConfigError::HttpWithoutToken { http });
+        }
+        if matches!(location.store(), StoreUrl::Sqlite(_)) && settings.spool.spool {
+            faults.push(ConfigError::SpoolWithoutPostgres);
+        }
         faults.extend(tls_faults(listeners));
         faults.extend(contradictions(&settings));
-        match (listen, tls_listen) {
-            (Ok(listen), Ok(tls_listen)) if faults.is_empty() => Ok(Config {
+        match listen {
+            Some(listen) if faults.is_empty() => Ok(Config {
                 store: location.store(),
                 settings,
                 location,
                 listen,
                 tls_listen,
+                http_listen,
             }),
-            (listen, tls_listen) => {
-                let unresolved = [listen.err(), tls_listen.err()].into_iter().flatten();
-                Err(unresolved.chain(faults).collect())
-            }
+            _ => Err(faults),
         }
     }
 
@@ -235,36 +268,6 @@ impl Config {
             client_ca: tls_client_ca,
             key_readers: self.location.secret_readers(),
         })
-    }
-}
-
-fn resolve(flag: &'static str, address: &ListenAddress) -> Result<SocketAddr, ConfigError> {
-    address.resolve().map_err(|error| ConfigError::Unresolved {
-        flag,
-        address: address.clone(),
-        error,
-    })
-}
-
-fn check_listen(
-    listeners: &ListenSettings,
-    listen: Option<&SocketAddr>,
-) -> Result<(), ConfigError> {
-    match listen {
-        // 127.0.0.1 can also be written as an IPv6 address.
-        Some(&listen)
-            if !listen.ip().to_canonical().is_loopback() && !listeners.allow_plaintext =>
-        {
-            Err(ConfigError::PlaintextBeyondLoopback { listen })
-        }
-        _ => Ok(()),
-    }
-}
-
-fn check_spool(settings: &Settings, location: &Location) -> Result<(), ConfigError> {
-    match location.store() {
-        StoreUrl::Sqlite(_) if settings.spool.spool => Err(ConfigError::SpoolWithoutPostgres),
-        _ => Ok(()),
     }
 }
 

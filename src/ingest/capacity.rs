@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 
 use super::batcher::Size;
+use crate::metrics::Metrics;
 
 /// Capacity of a shard. Clones share it.
 #[derive(Clone, Debug)]
@@ -15,14 +16,16 @@ pub(super) struct Capacity(Arc<Semaphores>);
 #[derive(Debug)]
 struct Semaphores {
     limits: Size,
+    metrics: Arc<Metrics>,
     readings: Semaphore,
     bytes: Semaphore,
 }
 
 impl Capacity {
-    pub(super) fn new(limits: Size) -> Capacity {
+    pub(super) fn new(limits: Size, metrics: Arc<Metrics>) -> Capacity {
         Capacity(Arc::new(Semaphores {
             limits,
+            metrics,
             readings: Semaphore::new(limits.readings),
             bytes: Semaphore::new(limits.bytes),
         }))
@@ -35,6 +38,7 @@ impl Capacity {
         let bytes = self.0.bytes.try_acquire_many(size.bytes as u32).ok()?;
         readings.forget();
         bytes.forget();
+        self.count(size, 1);
         Some(self.space(size))
     }
 
@@ -53,7 +57,15 @@ impl Capacity {
         let bytes = self.0.bytes.acquire_many(size.bytes as u32);
         bytes.await.expect(never_closed).forget();
         readings.forget();
+        self.count(size, 1);
         self.space(size)
+    }
+
+    /// Counts acquired capacity, or with `sign` -1 released capacity.
+    fn count(&self, size: Size, sign: i64) {
+        let metrics = &self.0.metrics;
+        metrics.queue_readings.inc_by(sign * size.readings as i64);
+        metrics.queue_bytes.inc_by(sign * size.bytes as i64);
     }
 
     fn space(&self, size: Size) -> Space {
@@ -89,6 +101,7 @@ impl Space {
 
 impl Drop for Space {
     fn drop(&mut self) {
+        self.capacity.count(self.size, -1);
         self.capacity.0.readings.add_permits(self.size.readings);
         self.capacity.0.bytes.add_permits(self.size.bytes);
     }
@@ -105,7 +118,7 @@ mod tests {
             bytes: 1000,
         };
         let size = |readings, bytes| Size { readings, bytes };
-        let capacity = Capacity::new(limits);
+        let capacity = Capacity::new(limits, Arc::default());
         let mut grant = capacity.try_acquire(size(60, 600)).unwrap();
         assert!(capacity.try_acquire(size(41, 1)).is_none());
         assert!(capacity.try_acquire(size(1, 401)).is_none());

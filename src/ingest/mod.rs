@@ -20,7 +20,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinError;
@@ -31,9 +31,10 @@ use crate::config::IngestSettings;
 use crate::ingest::batcher::{BatchLimits, Batcher, Size, Tagged};
 use crate::ingest::mailbox::Mailbox;
 use crate::ingest::registry::Registry;
+use crate::metrics::Metrics;
 use crate::session::Submission;
 use crate::store::{Committed, LoginOutcome, Store, StoreError};
-use crate::time::SystemClock;
+use crate::time::{SystemClock, utc_now};
 
 pub mod batcher;
 mod capacity;
@@ -53,6 +54,9 @@ const BURST_GRANT: Size = Size {
     readings: 4096,
     bytes: 128 << 10,
 };
+
+/// Maximum number of frames of a commit whose delay is counted.
+const DELAYS_MAX: usize = 64;
 
 /// Sender of the queue. Clones share one queue; it closes when the last is dropped.
 #[derive(Clone, Debug)]
@@ -88,7 +92,11 @@ struct Neighbours {
 }
 
 /// Creates a queue and the receivers of its shards. Each shard has an equal part of the limits.
-pub fn queue(settings: &IngestSettings, shards: usize) -> (IngestQueue, Vec<IngestReceiver>) {
+pub fn queue(
+    settings: &IngestSettings,
+    shards: usize,
+    metrics: &Arc<Metrics>,
+) -> (IngestQueue, Vec<IngestReceiver>) {
     let queued_max = Size {
         readings: settings.queue_readings_max / shards,
         bytes: settings.queue_bytes_max / shards,
@@ -102,7 +110,7 @@ pub fn queue(settings: &IngestSettings, shards: usize) -> (IngestQueue, Vec<Inge
     };
     let neighbours = Arc::new(Neighbours::default());
     let shard = |shard| {
-        let capacity = Capacity::new(queued_max);
+        let capacity = Capacity::new(queued_max, Arc::clone(metrics));
         let (sender, jobs) = mpsc::unbounded_channel();
         let end = ShardEnd {
             jobs: sender,
@@ -113,6 +121,7 @@ pub fn queue(settings: &IngestSettings, shards: usize) -> (IngestQueue, Vec<Inge
             jobs,
             limits,
             neighbours: Arc::clone(&neighbours),
+            metrics: Arc::clone(metrics),
         };
         (end, receiver)
     };
@@ -185,6 +194,7 @@ pub struct IngestReceiver {
     jobs: mpsc::UnboundedReceiver<Job>,
     limits: BatchLimits,
     neighbours: Arc<Neighbours>,
+    metrics: Arc<Metrics>,
 }
 
 impl IngestReceiver {
@@ -199,7 +209,12 @@ impl IngestReceiver {
     ) -> Result<(), StoreError> {
         let limits = self.limits;
         let (committed, to_answer) = mpsc::unbounded_channel();
-        let mut answering = tokio::spawn(answer_all(self.shard, to_answer, Arc::clone(&registry)));
+        let mut answering = tokio::spawn(answer_all(
+            self.shard,
+            to_answer,
+            Arc::clone(&registry),
+            Arc::clone(&self.metrics),
+        ));
         let shard = Shard {
             queued: self,
             batcher: Batcher::new(limits),
@@ -298,11 +313,14 @@ impl Shard {
         let space = self.space.take();
         let mut retry_after = RETRY_MIN;
         let mut outage = Outage::new(shard, &neighbours.shards_down, &registry);
+        let metrics = Arc::clone(&self.queued.metrics);
+        let began = Instant::now();
         let committed = loop {
             let result = self.attempt(store, &tagged, &mut outage).await;
             match result {
                 Ok(committed) => break committed,
                 Err(StoreError::Transient(reason)) => {
+                    metrics.store_failed();
                     outage.go_on(&reason);
                     tokio::time::sleep(retry_after).await;
                     retry_after = (retry_after * 2).min(RETRY_MAX);
@@ -312,6 +330,8 @@ impl Shard {
             }
         };
         outage.is_over = true;
+        metrics.store_is_up();
+        metrics.committed(&committed.stored, began.elapsed());
         // Fails only if the other task has panicked, which is reported at the end.
         let _ = self.committed.send(ToAnswer::Commit {
             tagged: Box::new(tagged),
@@ -393,6 +413,7 @@ async fn answer_all(
     shard: usize,
     mut to_answer: mpsc::UnboundedReceiver<ToAnswer>,
     registry: Arc<Registry>,
+    metrics: Arc<Metrics>,
 ) {
     while let Some(to_answer) = to_answer.recv().await {
         match to_answer {
@@ -406,11 +427,25 @@ async fn answer_all(
                     .logins
                     .iter()
                     .for_each(|mailbox| mailbox.set_epoch(epoch));
+                count(&tagged, &committed, &metrics);
                 answer(shard, &tagged, committed, &registry);
                 drop(space);
             }
             ToAnswer::Flush(flushed) => drop(flushed.send(())),
         }
+    }
+}
+
+/// Counts logins, and the delay of some of the frames that are acknowledged.
+fn count(tagged: &Tagged<Arc<Mailbox>>, committed: &Committed, metrics: &Metrics) {
+    for outcome in &committed.logins {
+        metrics.login(outcome.name());
+    }
+    let entries = &tagged.batch.entries;
+    let now_us = utc_now().as_microsecond();
+    for entry in entries.iter().step_by(entries.len() / DELAYS_MAX + 1) {
+        let delay_us = now_us.saturating_sub(entry.received_at_us).max(0);
+        metrics.acknowledged(Duration::from_micros(delay_us.unsigned_abs()));
     }
 }
 

@@ -132,6 +132,12 @@ impl Tls {
         current.expires.filter(|_| current.has_expired(utc_now()))
     }
 
+    /// Returns the time at which the certificate in use expires, if it can be parsed.
+    pub fn expires(&self) -> Option<Timestamp> {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        current.expires
+    }
+
     /// Creates the server side of a new connection.
     ///
     /// # Errors

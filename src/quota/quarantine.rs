@@ -73,6 +73,11 @@ impl Gauge {
         }
     }
 
+    /// Returns the usage, with the frames that are not committed yet, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.lock().total()
+    }
+
     /// Reserves space for a frame of `bytes`, if available.
     pub fn reserve(self: &Arc<Self>, device: DeviceId, bytes: usize) -> Option<Reservation> {
         let bytes = bytes as u64;

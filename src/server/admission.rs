@@ -18,6 +18,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::config::AdmissionLimits;
 use crate::ingest::mailbox::Mailbox;
+use crate::metrics::{Metrics, Phase};
 use crate::quota::rate::{Gcra, Rate};
 use crate::session::Close;
 use crate::store::Refusal;
@@ -42,6 +43,7 @@ const REMEMBERED_MAX: usize = 4096;
 #[derive(Debug)]
 pub struct AdmissionControl {
     limits: AdmissionLimits,
+    metrics: Arc<Metrics>,
     places: Semaphore,
     /// Signals that a handshake has ended.
     handshake_ended: Notify,
@@ -138,10 +140,11 @@ pub struct ConnectionPermit {
 
 impl AdmissionControl {
     /// Creates admission control without connections.
-    pub fn new(limits: AdmissionLimits) -> AdmissionControl {
+    pub fn new(limits: AdmissionLimits, metrics: Arc<Metrics>) -> AdmissionControl {
         AdmissionControl {
             places: Semaphore::new(limits.connections_max),
             limits,
+            metrics,
             handshake_ended: Notify::new(),
             tables: Mutex::default(),
             refusals: Mutex::default(),
@@ -239,6 +242,7 @@ impl AdmissionControl {
         }
         self.places.try_acquire().ok()?.forget();
         known.connections += 1;
+        self.metrics.accepted();
         let rank = Rank {
             is_open: true,
             number: tables.next_number,
@@ -319,10 +323,19 @@ impl AdmissionControl {
 impl ConnectionPermit {
     /// Marks the peer as authenticated.
     pub fn prove(&mut self) {
-        if let Some(rank) = self.handshake.take() {
-            self.admission.lock().handshakes.remove(&rank);
-            self.admission.handshake_ended.notify_one();
+        if self.end_handshake() {
+            self.admission.metrics.proved();
         }
+    }
+
+    /// Returns whether the handshake had not ended before.
+    fn end_handshake(&mut self) -> bool {
+        let Some(rank) = self.handshake.take() else {
+            return false;
+        };
+        self.admission.lock().handshakes.remove(&rank);
+        self.admission.handshake_ended.notify_one();
+        true
     }
 
     /// Returns whether the peer is unauthenticated.
@@ -364,7 +377,11 @@ impl ConnectionPermit {
 
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        self.prove();
+        let phase = match self.end_handshake() {
+            true => Phase::Handshake,
+            false => Phase::Session,
+        };
+        self.admission.metrics.disconnected(phase);
         let mut tables = self.admission.lock();
         if let Some(known) = tables.addresses.get_mut(&self.address) {
             known.connections -= 1;
@@ -438,7 +455,7 @@ mod tests {
     const NOW_US: u64 = 100_000_000;
 
     fn admission(limits: AdmissionLimits) -> Arc<AdmissionControl> {
-        Arc::new(AdmissionControl::new(limits))
+        Arc::new(AdmissionControl::new(limits, Arc::default()))
     }
 
     fn from(admission: &Arc<AdmissionControl>, address: &str) -> Option<ConnectionPermit> {

@@ -112,7 +112,9 @@ pub async fn serve<S: Store>(
     drain: CancellationToken,
 ) -> Result<(), ServeError> {
     let clock = SystemClock::start();
-    let (queue, receivers) = ingest::queue(&settings.ingest, stores.len());
+    let (queue, receivers) =
+        ingest::queue(&settings.ingest, stores.len(), &settings.session.metrics);
+    let metrics = Arc::clone(&settings.session.metrics);
     let mut ingest = JoinSet::new();
     for (receiver, store) in receivers.into_iter().zip(stores) {
         ingest.spawn(receiver.run(store, Arc::clone(&registry), clock));
@@ -126,7 +128,7 @@ pub async fn serve<S: Store>(
         drain: drain.clone(),
     });
     let connections = TaskTracker::new();
-    let admission = Arc::new(AdmissionControl::new(settings.admission));
+    let admission = Arc::new(AdmissionControl::new(settings.admission, metrics));
     tokio::select! {
         () = accept(&listeners, &admission, &connections, &shared, &queue) => {}
         never = write_refusals(&admission, &queue) => never,

@@ -38,6 +38,7 @@ use self::stream::Stream;
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::FleetKey;
 use crate::config::SessionLimits;
+use crate::metrics::Metrics;
 use crate::quota::device::DeviceQuotas;
 use crate::quota::quarantine::{Gauge, Reservation};
 use crate::store::reuse::Repeat;
@@ -62,6 +63,8 @@ pub struct SessionSettings {
     pub quotas: Arc<DeviceQuotas>,
     /// Usage of quarantine, which limits what a session may add.
     pub quarantine: Arc<Gauge>,
+    /// Counts replies.
+    pub metrics: Arc<Metrics>,
 }
 
 impl SessionLimits {
@@ -89,6 +92,7 @@ impl Default for SessionSettings {
             limits: SessionLimits::default(),
             quotas: Arc::default(),
             quarantine: Arc::default(),
+            metrics: Arc::default(),
         }
     }
 }
@@ -202,6 +206,7 @@ impl Session {
         Session {
             // SQL integers are signed.
             id: SessionId((u64::from_le_bytes([a, b, c, d, e, f, g, h]) >> 1).cast_signed()),
+            outbound: Outbound::new(Arc::clone(&settings.metrics)),
             settings,
             peer,
             secured: None,
@@ -209,7 +214,6 @@ impl Session {
                 nonce,
                 device: String::new(),
             }),
-            outbound: Outbound::default(),
             opened_at_us: now.mono_us,
             preauth_bytes: 0,
             heard_at_us: now.mono_us,

@@ -2,6 +2,8 @@
 //!
 //! Invariant: every ACK, and the durable number in a WELCOME, comes from a [`Receipt`].
 
+use std::sync::Arc;
+
 use fieldgate_protocol::auth::{KEY_BYTES, Transcript};
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{HANDSHAKE_FRAME_BYTES_MAX, HEADER_BYTES, TRAILER_BYTES, VERSION};
@@ -9,24 +11,36 @@ use fieldgate_protocol::message::{
     Ack, Bye, Challenge, DETAIL_BYTES_MAX, Message, Nack, Pong, Welcome, encode,
 };
 
+use crate::metrics::Metrics;
 use crate::store::Receipt;
 
 /// Output that the socket has not accepted yet.
-#[derive(Debug, Default)]
-pub struct Outbound(Vec<u8>);
+#[derive(Debug)]
+pub struct Outbound {
+    bytes: Vec<u8>,
+    /// Counts NACK and BYE.
+    metrics: Arc<Metrics>,
+}
 
 impl Outbound {
+    pub(super) fn new(metrics: Arc<Metrics>) -> Outbound {
+        Outbound {
+            bytes: Vec::new(),
+            metrics,
+        }
+    }
+
     /// Returns the bytes to send, oldest first.
     pub fn bytes(&self) -> &[u8] {
-        &self.0
+        &self.bytes
     }
 
     /// Removes the first `count` bytes, which were sent. Frees the memory of an empty buffer.
     pub fn consume(&mut self, count: usize) {
-        if count == self.0.len() {
-            self.0 = Vec::new();
+        if count == self.bytes.len() {
+            self.bytes = Vec::new();
         } else {
-            self.0.drain(..count);
+            self.bytes.drain(..count);
         }
     }
 
@@ -59,7 +73,7 @@ impl Outbound {
         let unsigned_bytes = unsigned.len();
         transcript.add(&unsigned[HEADER_BYTES..unsigned_bytes - TRAILER_BYTES - KEY_BYTES]);
         welcome.mac = transcript.gateway_mac(key, channel_binding);
-        self.0.truncate(self.0.len() - unsigned_bytes);
+        self.bytes.truncate(self.bytes.len() - unsigned_bytes);
         self.push(&welcome, 0);
     }
 
@@ -84,6 +98,7 @@ impl Outbound {
         retry_after_ms: u32,
         detail: &str,
     ) {
+        self.metrics.nack(code);
         let detail = cut(detail);
         let code = code as u8;
         self.push(
@@ -105,6 +120,7 @@ impl Outbound {
 
     /// Writes the end of the connection.
     pub(super) fn bye(&mut self, code: Code, retry_after_ms: u32, detail: &str) {
+        self.metrics.bye(code);
         let (code, detail) = (code as u8, cut(detail));
         let (min_version, max_version) = (VERSION, VERSION);
         self.push(
@@ -125,9 +141,9 @@ impl Outbound {
         let mut frame = [0; HANDSHAKE_FRAME_BYTES_MAX];
         let frame_bytes =
             encode(message, seq, &mut frame).expect("every message of a gateway fits 512 bytes");
-        let start = self.0.len();
-        self.0.extend_from_slice(&frame[..frame_bytes]);
-        &self.0[start..]
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(&frame[..frame_bytes]);
+        &self.bytes[start..]
     }
 }
 

@@ -117,6 +117,7 @@ impl Sum {
     pub(super) fn add(&mut self, part: Committed) {
         self.committed.logins.extend(part.logins);
         self.committed.declares.extend(part.declares);
+        self.committed.stored.add(part.stored);
         // A stream's later part has the higher number.
         let receipts = part.receipts.into_iter();
         self.receipts

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 
 use super::reuse::Repeat;
 use super::{Content, Entry, Receipt, StreamId};
+use crate::metrics::Stored;
 
 /// Highest sequence number that a store can keep; SQL integers are signed.
 pub const SEQ_MAX: u64 = i64::MAX as u64;
@@ -65,6 +66,23 @@ impl Appended<'_> {
         }
     }
 
+    /// Adds the entry to what a commit stores.
+    fn count(&self, stored: &mut Stored) {
+        if let Some(reason) = self.gap_reason() {
+            let last_seq = match self.entry.content {
+                Content::Quarantined { .. } => self.entry.seq - 1,
+                _ => self.entry.seq,
+            };
+            stored.gaps.push((reason, last_seq - self.first_seq + 1));
+        }
+        match self.entry.content {
+            Content::Readings(_) | Content::Event { .. } => stored.frames += 1,
+            Content::Quarantined { code, .. } => stored.quarantined.push(code),
+            Content::Gap { .. } => {}
+        }
+        stored.readings += self.readings() as u64;
+    }
+
     /// Returns the reason code if the entry is a gap.
     pub fn gap_reason(&self) -> Option<u8> {
         match self.entry.content {
@@ -96,6 +114,7 @@ pub struct UnknownStream(pub StreamId);
 pub struct Watermarks {
     streams: BTreeMap<StreamId, Progress>,
     repeats: Vec<Repeat>,
+    stored: Stored,
 }
 
 impl Watermarks {
@@ -114,6 +133,7 @@ impl Watermarks {
         Self {
             streams: durable.into_iter().map(start).collect(),
             repeats: Vec::new(),
+            stored: Stored::default(),
         }
     }
 
@@ -134,8 +154,10 @@ impl Watermarks {
                 progress.durable_seq = entry.seq;
                 progress.frames += 1;
                 progress.readings += item.readings() as u64;
+                item.count(&mut self.stored);
                 appended.push(item);
             } else if let (Verdict::Duplicate, Some(crc)) = (verdict, entry.crc) {
+                self.stored.duplicates += 1;
                 self.repeats.push(Repeat {
                     device: entry.device,
                     stream: entry.stream,
@@ -151,6 +173,11 @@ impl Watermarks {
     /// Returns the entries seen by [`Watermarks::append`] that were already durable.
     pub fn repeats(&self) -> &[Repeat] {
         &self.repeats
+    }
+
+    /// Returns what the appended entries add to the store.
+    pub(super) fn stored(&self) -> Stored {
+        self.stored.clone()
     }
 
     /// Returns the streams whose watermark moved, ordered by id.

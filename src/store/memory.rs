@@ -18,6 +18,7 @@ use super::{
     SchemaChannel, SchemaHash, SeriesId, SessionId, Store, StoreError, StreamId,
 };
 use crate::config::DeviceBounds;
+use crate::metrics::Stored;
 use crate::time::UNMEASURED;
 
 /// The store; see the module.
@@ -187,7 +188,7 @@ impl State {
         }
         // Entries first: only this step can fail, and it must fail before any change. Declares do not depend on
         // it.
-        let receipts = self.store_entries(&batch.entries)?;
+        let (receipts, stored) = self.store_entries(&batch.entries)?;
         let declares = batch
             .declares
             .iter()
@@ -227,6 +228,7 @@ impl State {
             logins,
             declares,
             receipts,
+            stored,
         })
     }
 
@@ -251,7 +253,7 @@ impl State {
         }
     }
 
-    fn store_entries(&mut self, entries: &[Entry]) -> Result<Vec<Receipt>, StoreError> {
+    fn store_entries(&mut self, entries: &[Entry]) -> Result<(Vec<Receipt>, Stored), StoreError> {
         let durable = entries.iter().filter_map(|entry| {
             let stream = self.streams.get(row(entry.stream.0))?;
             Some((entry.stream, stream.durable_seq))
@@ -272,7 +274,7 @@ impl State {
         for (stream, progress) in watermarks.moved() {
             self.stream_mut(stream).durable_seq = progress.durable_seq;
         }
-        Ok(watermarks.receipts())
+        Ok((watermarks.receipts(), watermarks.stored()))
     }
 
     fn declare(&mut self, declare: &Declare) -> DeclareOutcome {

@@ -19,6 +19,7 @@ use fieldgate_protocol::value::Kind;
 
 use self::bounds::Reached;
 use self::reuse::Repeat;
+use crate::metrics::Stored;
 use crate::time::{BootClock, ClockStep, ResolvedTime};
 
 pub mod admin;
@@ -127,6 +128,20 @@ pub enum LoginOutcome {
     StreamConflict,
     /// The device has reached its limit of streams.
     OverBound(Reached),
+}
+
+impl LoginOutcome {
+    /// Returns the name of the outcome in metrics.
+    pub fn name(&self) -> &'static str {
+        match self {
+            LoginOutcome::Admitted(_) => "admitted",
+            LoginOutcome::Disabled => "disabled",
+            LoginOutcome::Unregistered => "unregistered",
+            LoginOutcome::KeyReplaced => "key_replaced",
+            LoginOutcome::StreamConflict => "stream_conflict",
+            LoginOutcome::OverBound(_) => "stream_bound",
+        }
+    }
 }
 
 /// Position of a device's stream.
@@ -409,6 +424,8 @@ pub struct Committed {
     pub declares: Vec<DeclareOutcome>,
     /// One receipt per stream with an entry in the batch, sorted by stream.
     pub receipts: Vec<Receipt>,
+    /// What the batch added to the store.
+    pub stored: Stored,
 }
 
 /// Reason why nothing of a batch was committed.

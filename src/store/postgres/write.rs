@@ -157,6 +157,7 @@ impl Writer {
             logins,
             declares,
             receipts: watermarks.receipts(),
+            stored: watermarks.stored(),
         })
     }
 

@@ -215,6 +215,7 @@ impl Writer {
             logins,
             declares,
             receipts: watermarks.receipts(),
+            stored: watermarks.stored(),
         })
     }
 

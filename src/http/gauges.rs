@@ -1,0 +1,103 @@
+//! Gauges that nothing else in the gateway updates: sizes of files and disks, and the expiry of the certificate.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::store_url::StoreUrl;
+use crate::metrics::Metrics;
+use crate::net::tls::Tls;
+use crate::quota::quarantine::Gauge;
+use crate::store::admin::{Pace, Poll, QueryError, Reconnecting};
+
+/// Reads the gauges at an interval.
+pub struct Gauges {
+    /// Where the gauges are exported.
+    pub metrics: Arc<Metrics>,
+    /// Directory whose disk is measured.
+    pub data_dir: PathBuf,
+    /// Database.
+    pub database: Database,
+    /// Path of the spool, if there is one.
+    pub spool: Option<PathBuf>,
+    /// Usage of quarantine.
+    pub quarantine: Arc<Gauge>,
+    /// Certificate of the TLS listener, if there is one.
+    pub tls: Option<Arc<Tls>>,
+}
+
+/// A database whose size is measured.
+pub enum Database {
+    /// File of a SQLite database.
+    File(PathBuf),
+    /// Connection to a Postgres database.
+    Server(Reconnecting),
+}
+
+impl Database {
+    /// Creates it without connecting.
+    pub fn new(store: &StoreUrl) -> Database {
+        match store {
+            StoreUrl::Sqlite(path) => Database::File(path.clone()),
+            StoreUrl::Postgres(_) => Database::Server(Reconnecting::new(store)),
+        }
+    }
+}
+
+impl Poll for Gauges {
+    const TASK: &'static str = "gauges";
+    const PACE: Pace = Pace {
+        interval: Duration::from_secs(5),
+        timeout: Duration::from_secs(5),
+        share: 10,
+    };
+
+    async fn poll(&mut self) -> Result<(), QueryError> {
+        let metrics = &self.metrics;
+        if let Ok(disk) = rustix::fs::statvfs(&self.data_dir) {
+            metrics
+                .disk_free_bytes
+                .set((disk.f_bavail * disk.f_frsize) as i64);
+            metrics
+                .disk_bytes
+                .set((disk.f_blocks * disk.f_frsize) as i64);
+        }
+        metrics.quarantine_bytes.set(self.quarantine.bytes() as i64);
+        let expires = self.tls.as_ref().and_then(|tls| tls.expires());
+        metrics
+            .certificate_expiry
+            .set(expires.map_or(0, |expires| expires.as_second()));
+        if let Some(spool) = &self.spool {
+            metrics
+                .spool_bytes
+                .set(file_bytes(spool) + file_bytes(&wal(spool)));
+        }
+        match &mut self.database {
+            Database::File(path) => {
+                metrics.store_bytes.set(file_bytes(path));
+                metrics.wal_bytes.set(file_bytes(&wal(path)));
+            }
+            Database::Server(server) => {
+                let sql = "SELECT pg_database_size(current_database())";
+                let rows = server.rows(sql, &[]).await?;
+                if let Some(row) = rows.first() {
+                    metrics.store_bytes.set(row.integer(0)?);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns the path of the write-ahead log next to a SQLite file.
+fn wal(path: &Path) -> PathBuf {
+    let mut wal = path.as_os_str().to_owned();
+    wal.push("-wal");
+    wal.into()
+}
+
+/// Returns the size of a file, or 0 without it.
+fn file_bytes(path: &Path) -> i64 {
+    fs::metadata(path).map_or(0, |file| file.len().cast_signed())
+}

@@ -1,0 +1,374 @@
+//! Counters, gauges and histograms of the gateway, in the text format of Prometheus.
+//!
+//! Every metric starts with `fieldgate_` and has base units. Labels have a fixed set of values, which are all
+//! present from the start: a counter that first appears with the first error is invisible to an alert. No metric
+//! has a device as its label.
+
+mod process;
+
+use std::time::Duration;
+
+use fieldgate_protocol::error::{Class, Code};
+use prometheus_client::encoding::{EncodeLabelSet, prometheus_text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Metric, Registry};
+
+use self::process::Process;
+
+/// Media type of [`Metrics::text`].
+pub const CONTENT_TYPE: &str = prometheus_text::CONTENT_TYPE;
+
+/// Reasons of gaps that have a name (SPEC, GAP), with those of the gateway.
+const GAP_REASONS: [(u8, &str); 5] = [
+    (0, "overwritten"),
+    (1, "queue_damaged"),
+    (2, "erased"),
+    (253, "refused"),
+    (254, "lost_by_store"),
+];
+/// Label of a reason that the device defines.
+const OTHER: &str = "other";
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByCode {
+    code: u8,
+    name: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByReason {
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByState {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByResult {
+    result: &'static str,
+}
+
+/// Every metric of the gateway.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    readings: Counter,
+    frames: Counter,
+    duplicate_frames: Counter,
+    gap_frames: Family<ByReason, Counter>,
+    quarantined_frames: Family<ByCode, Counter>,
+    nacks: Family<ByCode, Counter>,
+    byes: Family<ByCode, Counter>,
+    logins: Family<ByResult, Counter>,
+    ack_delay: Histogram,
+    commit: Histogram,
+    commit_readings: Histogram,
+    store_errors: Counter,
+    store_up: Gauge,
+    connections: Family<ByState, Gauge>,
+    accepted: Counter,
+    /// Readings that wait for the store.
+    pub queue_readings: Gauge,
+    /// Memory of what waits for the store, in bytes.
+    pub queue_bytes: Gauge,
+    /// Bytes of frames in quarantine, and on the way to it.
+    pub quarantine_bytes: Gauge,
+    /// Size of the database, in bytes.
+    pub store_bytes: Gauge,
+    /// Size of SQLite's write-ahead log, in bytes.
+    pub wal_bytes: Gauge,
+    /// Size of the spool, in bytes; 0 without one.
+    pub spool_bytes: Gauge,
+    /// Free space on the disk of the data directory, in bytes.
+    pub disk_free_bytes: Gauge,
+    /// Size of the disk of the data directory, in bytes.
+    pub disk_bytes: Gauge,
+    /// Expiry of the certificate in seconds since 1970, or 0 without TLS.
+    pub certificate_expiry: Gauge,
+    devices: Family<ByState, Gauge>,
+}
+
+/// What a commit added to the store.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// Frames stored, without gaps and quarantined frames.
+    pub frames: u64,
+    /// Readings stored.
+    pub readings: u64,
+    /// Frames that were stored before.
+    pub duplicates: u64,
+    /// Number of frames that a gap covers, with its reason.
+    pub gaps: Vec<(u8, u64)>,
+    /// Codes of the frames put into quarantine.
+    pub quarantined: Vec<u8>,
+}
+
+impl Stored {
+    /// Adds what another commit stored.
+    pub fn add(&mut self, other: Stored) {
+        self.frames += other.frames;
+        self.readings += other.readings;
+        self.duplicates += other.duplicates;
+        self.gaps.extend(other.gaps);
+        self.quarantined.extend(other.quarantined);
+    }
+}
+
+/// State of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// The peer has not proved a key.
+    Handshake,
+    /// A device's session.
+    Session,
+}
+
+impl Phase {
+    fn label(self) -> ByState {
+        let state = match self {
+            Phase::Handshake => "handshake",
+            Phase::Session => "session",
+        };
+        ByState { state }
+    }
+}
+
+/// Results of logins.
+const LOGIN_RESULTS: [&str; 6] = [
+    "admitted",
+    "disabled",
+    "unregistered",
+    "key_replaced",
+    "stream_conflict",
+    "stream_bound",
+];
+
+/// Registers metrics.
+struct Registrar<'r>(&'r mut Registry);
+
+impl Registrar<'_> {
+    fn add<M: Metric + Clone + Default>(&mut self, name: &str, help: &str) -> M {
+        self.add_metric(name, help, M::default())
+    }
+
+    fn add_metric<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
+        self.0.register(name, help, metric.clone());
+        metric
+    }
+
+    fn add_seconds(&mut self, name: &str, help: &str) -> Histogram {
+        // From 1 ms to 65 s.
+        self.add_metric(
+            name,
+            help,
+            Histogram::new(exponential_buckets(0.001, 2.0, 17)),
+        )
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Metrics {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Process));
+        let mut new = Registrar(registry.sub_registry_with_prefix("fieldgate"));
+        let version = [("version", env!("CARGO_PKG_VERSION"))];
+        new.0
+            .register("build", "Version of the gateway", Info::new(version));
+        let metrics = Metrics {
+            readings: new.add(
+                "readings_stored",
+                "Readings stored and acknowledged by this process",
+            ),
+            frames: new.add(
+                "frames_stored",
+                "Frames stored and acknowledged by this process",
+            ),
+            duplicate_frames: new.add(
+                "frames_duplicate",
+                "Frames acknowledged again because they were stored before",
+            ),
+            gap_frames: new.add("gap_frames", "Frames that a device or the store lost"),
+            quarantined_frames: new.add("frames_quarantined", "Frames put into quarantine"),
+            nacks: new.add("nacks_sent", "NACK frames sent"),
+            byes: new.add(
+                "byes_sent",
+                "Connections that the gateway ended with a BYE frame",
+            ),
+            logins: new.add("logins", "Logins of peers that proved a key"),
+            ack_delay: new.add_seconds(
+                "ack_delay_seconds",
+                "Time from the arrival of a frame to the end of its commit",
+            ),
+            commit: new.add_seconds("commit_seconds", "Duration of a commit, with its retries"),
+            commit_readings: new.add_metric(
+                "commit_readings",
+                "Readings in a commit",
+                Histogram::new(exponential_buckets(1.0, 4.0, 10)),
+            ),
+            store_errors: new.add("store_errors", "Commits that failed and were tried again"),
+            store_up: new.add("store_up", "Whether the store takes commits"),
+            connections: new.add("connections", "Open connections of devices"),
+            accepted: new.add("connections_accepted", "Connections accepted"),
+            queue_readings: new.add("queue_readings", "Readings that wait for the store"),
+            queue_bytes: new.add("queue_bytes", "Memory of what waits for the store"),
+            quarantine_bytes: new.add("quarantine_bytes", "Bytes of quarantined frames"),
+            store_bytes: new.add("store_bytes", "Size of the database"),
+            wal_bytes: new.add("store_wal_bytes", "Size of the write-ahead log of SQLite"),
+            spool_bytes: new.add("spool_bytes", "Size of the spool, or 0 without one"),
+            disk_free_bytes: new.add(
+                "disk_free_bytes",
+                "Free space on the disk of the data directory",
+            ),
+            disk_bytes: new.add("disk_bytes", "Size of the disk of the data directory"),
+            certificate_expiry: new.add(
+                "certificate_expiry_timestamp_seconds",
+                "Time when the certificate expires, or 0 without TLS",
+            ),
+            devices: new.add("devices", "Devices by presence"),
+            registry,
+        };
+        metrics.store_up.set(1);
+        metrics.create_labels();
+        metrics
+    }
+}
+
+impl Metrics {
+    /// Creates every value of every label.
+    fn create_labels(&self) {
+        for code in Code::ALL {
+            let label = by_code(code as u8);
+            match code.class() {
+                Class::RetryLater | Class::Fix => drop(self.nacks.get_or_create(&label)),
+                Class::Refused => {
+                    drop(self.nacks.get_or_create(&label));
+                    drop(self.quarantined_frames.get_or_create(&label));
+                }
+                _ => drop(self.byes.get_or_create(&label)),
+            }
+        }
+        for reason in GAP_REASONS
+            .map(|(_, reason)| reason)
+            .into_iter()
+            .chain([OTHER])
+        {
+            drop(self.gap_frames.get_or_create(&ByReason { reason }));
+        }
+        for result in LOGIN_RESULTS {
+            drop(self.logins.get_or_create(&ByResult { result }));
+        }
+        for phase in [Phase::Handshake, Phase::Session] {
+            drop(self.connections.get_or_create(&phase.label()));
+        }
+    }
+
+    /// Exports the limit of a gauge, once.
+    pub fn set_limit(&mut self, name: &str, help: &str, limit: u64) {
+        let gauge: Gauge = Gauge::default();
+        gauge.set(i64::try_from(limit).unwrap_or(i64::MAX));
+        let registry = self.registry.sub_registry_with_prefix("fieldgate");
+        registry.register(name, help, gauge);
+    }
+
+    /// Returns all metrics in the text format of Prometheus, version 0.0.4.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        prometheus_text::encode(&mut text, &self.registry).expect("a String takes everything");
+        text
+    }
+
+    /// Counts a commit.
+    pub fn committed(&self, stored: &Stored, took: Duration) {
+        self.commit.observe(took.as_secs_f64());
+        self.commit_readings.observe(stored.readings as f64);
+        self.readings.inc_by(stored.readings);
+        self.frames.inc_by(stored.frames);
+        self.duplicate_frames.inc_by(stored.duplicates);
+        for (reason, frames) in &stored.gaps {
+            let name = GAP_REASONS.iter().find(|(code, _)| code == reason);
+            let reason = name.map_or(OTHER, |(_, name)| name);
+            self.gap_frames
+                .get_or_create(&ByReason { reason })
+                .inc_by(*frames);
+        }
+        for code in &stored.quarantined {
+            self.quarantined_frames.get_or_create(&by_code(*code)).inc();
+        }
+    }
+
+    /// Counts the delay of a frame that is acknowledged now.
+    pub fn acknowledged(&self, delay: Duration) {
+        self.ack_delay.observe(delay.as_secs_f64());
+    }
+
+    /// Counts a failed commit; the store is down until [`Metrics::store_is_up`].
+    pub fn store_failed(&self) {
+        self.store_errors.inc();
+        self.store_up.set(0);
+    }
+
+    /// Records that the store takes commits again.
+    pub fn store_is_up(&self) {
+        self.store_up.set(1);
+    }
+
+    /// Returns whether the store takes commits.
+    pub fn is_store_up(&self) -> bool {
+        self.store_up.get() == 1
+    }
+
+    /// Counts a NACK.
+    pub fn nack(&self, code: Code) {
+        self.nacks.get_or_create(&by_code(code as u8)).inc();
+    }
+
+    /// Counts a BYE.
+    pub fn bye(&self, code: Code) {
+        self.byes.get_or_create(&by_code(code as u8)).inc();
+    }
+
+    /// Counts a login with one of the results `admitted`, `disabled`, `unregistered`, `key_replaced`,
+    /// `stream_conflict`, `stream_bound`.
+    pub fn login(&self, result: &'static str) {
+        self.logins.get_or_create(&ByResult { result }).inc();
+    }
+
+    /// Counts an accepted connection.
+    pub fn accepted(&self) {
+        self.accepted.inc();
+        self.connections
+            .get_or_create(&Phase::Handshake.label())
+            .inc();
+    }
+
+    /// Moves a connection from its handshake to a session.
+    pub fn proved(&self) {
+        self.connections
+            .get_or_create(&Phase::Handshake.label())
+            .dec();
+        self.connections
+            .get_or_create(&Phase::Session.label())
+            .inc();
+    }
+
+    /// Counts the end of a connection.
+    pub fn disconnected(&self, phase: Phase) {
+        self.connections.get_or_create(&phase.label()).dec();
+    }
+
+    /// Sets the number of devices in a presence.
+    pub fn set_devices(&self, state: &'static str, devices: i64) {
+        self.devices.get_or_create(&ByState { state }).set(devices);
+    }
+}
+
+fn by_code(code: u8) -> ByCode {
+    let name = Code::from_wire(code).map_or("unknown", Code::name);
+    ByCode { code, name }
+}
