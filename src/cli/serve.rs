@@ -243,14 +243,16 @@ async fn serve_into<S: Store>(
         usage: UsageReader::new(&config.store, spool),
     };
     poll_once(&mut usage).await;
-    tasks.spawn_poller(Gauges {
+    let mut gauges = Gauges {
         metrics: Arc::clone(&metrics),
         data_dir: config.location.data_dir.clone(),
         database: Database::new(&config.store),
         spool: config.spool(),
         quarantine: Arc::clone(&gauge),
         tls,
-    });
+    };
+    poll_once(&mut gauges).await;
+    tasks.spawn_poller(gauges);
     if let Some((listener, site)) = http {
         tasks.spawn("http", http::serve(listener, site));
     }

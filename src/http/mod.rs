@@ -25,7 +25,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use self::guard::Guard;
-pub use self::token::{TokenError, Tokens};
+pub use self::token::Tokens;
 use crate::metrics::{self, Metrics};
 
 /// Maximum number of open connections; further ones wait.

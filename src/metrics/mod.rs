@@ -91,7 +91,6 @@ pub struct Metrics {
     pub disk_bytes: Gauge,
     /// Expiry of the certificate in seconds since 1970, or 0 without TLS.
     pub certificate_expiry: Gauge,
-    devices: Family<ByState, Gauge>,
 }
 
 /// What a commit added to the store.
@@ -230,7 +229,6 @@ impl Default for Metrics {
                 "certificate_expiry_timestamp_seconds",
                 "Time when the certificate expires, or 0 without TLS",
             ),
-            devices: new.add("devices", "Devices by presence"),
             registry,
         };
         metrics.store_up.set(1);
@@ -360,11 +358,6 @@ impl Metrics {
     /// Counts the end of a connection.
     pub fn disconnected(&self, phase: Phase) {
         self.connections.get_or_create(&phase.label()).dec();
-    }
-
-    /// Sets the number of devices in a presence.
-    pub fn set_devices(&self, state: &'static str, devices: i64) {
-        self.devices.get_or_create(&ByState { state }).set(devices);
     }
 }
 

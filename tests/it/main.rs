@@ -9,6 +9,7 @@ mod fleet_key;
 mod fuzzed;
 mod gateways;
 mod handshake;
+mod http;
 mod import;
 mod kill;
 mod layout;

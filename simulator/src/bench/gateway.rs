@@ -167,7 +167,7 @@ impl Gateway {
             return Err(BenchError::NotStarted("it has no certificate".into()));
         }
         let mut child = Command::new(binary)
-            .args(["serve", "--listen", "127.0.0.1:0"])
+            .args(["serve", "--listen", "127.0.0.1:0", "--http", "off"])
             .args(["--tls-listen", "127.0.0.1:0", "--data-dir"])
             .arg(&store.dir)
             .args(flags)

@@ -35,6 +35,8 @@ pub fn clean(program: impl AsRef<OsStr>) -> Command {
             command.env_remove(name);
         }
     }
+    // Gateways run side by side, and most tests need no HTTP.
+    command.env("FIELDGATE_HTTP", "off");
     command.env("RUST_LOG", "debug").stdin(Stdio::null());
     command
 }
@@ -51,6 +53,7 @@ pub struct Ended {
 pub struct Gateway {
     pub addr: SocketAddr,
     tls_addr: Option<SocketAddr>,
+    http_addr: Option<SocketAddr>,
     process: Child,
     /// In a lock, so that threads can share a gateway.
     stderr: Mutex<Stderr>,
@@ -119,7 +122,7 @@ impl Gateway {
         let (sender, listening) = channel();
         thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                let addr = ["listening on    ", "TLS on          "]
+                let addr = ["listening on    ", "TLS on          ", "HTTP on         "]
                     .into_iter()
                     .find_map(|start| line.strip_prefix(start));
                 if let Some(addr) = addr {
@@ -138,10 +141,12 @@ impl Gateway {
             addr
         };
         let addr = listens();
-        let tls_addr = flags.contains(&"--tls-listen").then(listens);
+        let tls_addr = flags.contains(&"--tls-listen").then(&mut listens);
+        let http_addr = flags.contains(&"--http").then(listens);
         let gateway = Gateway {
             addr,
             tls_addr,
+            http_addr,
             process,
             stderr: Mutex::new(stderr),
             ended: None,
@@ -150,6 +155,11 @@ impl Gateway {
         };
         keep_key(&gateway.fleet_key());
         gateway
+    }
+
+    /// Returns the address of its HTTP listener.
+    pub fn http_addr(&self) -> SocketAddr {
+        self.http_addr.expect("started with --http")
     }
 
     /// Returns the address of its TLS listener.
