@@ -75,7 +75,7 @@ impl Gauge {
 
     /// Returns the usage, with the frames that are not committed yet, in bytes.
     pub fn bytes(&self) -> u64 {
-        self.lock().total()
+        self.lock().bytes()
     }
 
     /// Reserves space for a frame of `bytes`, if available.
