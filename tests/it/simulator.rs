@@ -102,7 +102,7 @@ fn bench(dir: &Path, store: &str) {
     let round = &figures["throughput"][0]["rounds"][0];
     let acked = round["gateway"]["readings_per_s"].as_f64();
     assert!(acked > Some(0.0), "{figures}");
-    assert!(round["bare_readings_per_s"].is_number(), "{figures}");
+    assert!(round["baseline_readings_per_s"].is_number(), "{figures}");
     // No other file remains.
     assert_eq!(std::fs::read_dir(dir).expect("reads").count(), 1);
 }
