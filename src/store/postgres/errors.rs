@@ -1,4 +1,4 @@
-//! Readable texts of server errors, and the reasons why a database could not be opened.
+//! Readable texts of server errors, and the reasons why a database could not be opened or a batch not committed.
 
 use std::io;
 
@@ -6,6 +6,7 @@ use sqlx::migrate::MigrateError;
 
 use super::code;
 use crate::config::store_url::PostgresUrl;
+use crate::store::ledger::UnknownStream;
 
 /// Returns the server's message without the library's prefix.
 pub(super) fn reason(error: &sqlx::Error) -> String {
@@ -20,6 +21,28 @@ pub(super) fn reason(error: &sqlx::Error) -> String {
             "the server closed the connection".to_owned()
         }
         error => error.to_string(),
+    }
+}
+
+/// Reason why a batch was not committed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CommitError {
+    /// Error of the server or the connection.
+    #[error("{}", reason(.0))]
+    Sql(#[from] sqlx::Error),
+    /// The server does not sync its commits.
+    #[error(
+        "Postgres runs with {0} and may lose commits; not acknowledging until fsync and full_page_writes are on"
+    )]
+    Unsafe(String),
+    /// The ids in the batch come from another database.
+    #[error("{0}")]
+    Replaced(String),
+}
+
+impl From<UnknownStream> for CommitError {
+    fn from(_: UnknownStream) -> Self {
+        Self::Replaced("a stream is no longer in the database".to_owned())
     }
 }
 

@@ -12,9 +12,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 
+use super::errors::CommitError;
 use super::link::Link;
 use super::timestamp::Timestamp;
-use super::write::CommitError;
 use super::{PostgresSettings, run_counted};
 use crate::store::{
     Batch, Committed, Content, DeviceId, Entry, Login, LoginOutcome, Receipt, SeriesId, StreamId,

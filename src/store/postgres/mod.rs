@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use self::backends::Backends;
 pub use self::backends::end_left;
+use self::errors::CommitError;
 pub use self::errors::OpenError;
 use self::identity::Identity;
 pub(super) use self::identity::REASON_LOST_BY_STORE;
@@ -33,7 +34,7 @@ pub(super) use self::open::open_existing;
 pub use self::open::{check, migrate};
 use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
-use self::write::{CommitError, Writer};
+use self::write::Writer;
 pub(super) use self::write::{insert_hours, insert_readings};
 use super::cut::{Cut, Sum};
 use super::{Batch, Committed, Store, StoreError};

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::admit::{Admissions, keep_clocks};
 use super::copy::copy;
-use super::errors::reason;
+use super::errors::CommitError;
 use super::identity::{Identity, OwnedSeries, store_lost};
 use super::link::Link;
 use super::newest::Newest;
@@ -19,7 +19,7 @@ use super::timestamp::Timestamp;
 use super::{PostgresSettings, run};
 use crate::config::DeviceBounds;
 use crate::store::hours::KnownHours;
-use crate::store::ledger::{self, UnknownStream, Watermarks};
+use crate::store::ledger::{self, Watermarks};
 use crate::store::reuse::{self, Repeat, Reuse};
 use crate::store::rows::{Frame, Run, resolved_time, sorted_runs};
 use crate::store::{Batch, Committed, Content, DeviceEvent, DeviceId, Entry, StreamId};
@@ -36,28 +36,6 @@ const COPY_READINGS_MIN: usize = 10_000;
 /// Interval between comparisons with the server's configuration; a reload is noticed by the first commit after
 /// it.
 const COMPARE_INTERVAL: Duration = Duration::from_secs(5);
-
-/// Reason why a batch was not committed.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum CommitError {
-    /// Error of the server or the connection.
-    #[error("{}", reason(.0))]
-    Sql(#[from] sqlx::Error),
-    /// The server does not sync its commits.
-    #[error(
-        "Postgres runs with {0} and may lose commits; not acknowledging until fsync and full_page_writes are on"
-    )]
-    Unsafe(String),
-    /// The ids in the batch come from another database.
-    #[error("{0}")]
-    Replaced(String),
-}
-
-impl From<UnknownStream> for CommitError {
-    fn from(_: UnknownStream) -> Self {
-        Self::Replaced("a stream is no longer in the database".to_owned())
-    }
-}
 
 /// A connection that writes, and its state between batches.
 pub(super) struct Writer {
