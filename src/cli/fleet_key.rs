@@ -106,6 +106,11 @@ fn file_of(config: &Config) -> FleetKeyFile<'_> {
     }
 }
 
+/// Returns the path of a gateway's fleet key.
+pub fn path_of(config: &Config) -> PathBuf {
+    file_of(config).path()
+}
+
 /// Loads a gateway's key before its store is opened. With a spool, fails if it is not the database's fleet key,
 /// provided that the database is available.
 pub async fn find(config: &Config) -> Result<Option<FleetKey>, Error> {
@@ -152,8 +157,8 @@ pub async fn settle(config: &Config, found: Option<FleetKey>) -> Result<(FleetKe
     Ok((key, origin))
 }
 
-/// Compares a gateway's key with the keys of its store and its spool. Changes nothing.
-pub async fn compare_all(config: &Config) -> Result<(), Error> {
+/// Compares a gateway's key with the keys of its store and its spool. Changes nothing. Returns whether there is a key.
+pub async fn compare_all(config: &Config) -> Result<bool, Error> {
     let file = file_of(config);
     let key = file.find()?;
     if let Ok(mut connection) = Connection::open(&config.store, Access::Read).await {
@@ -166,7 +171,7 @@ pub async fn compare_all(config: &Config) -> Result<(), Error> {
                 .await?;
         file.compare(&standing, key.as_ref(), spool.display())?;
     }
-    Ok(())
+    Ok(key.is_some())
 }
 
 /// Records the key of a gateway with a spool in the database, if the database is available.

@@ -67,8 +67,8 @@ struct Cli {
 /// Prefix of the settings' environment variables.
 const ENV_PREFIX: &str = "FIELDGATE_";
 
-/// The subcommand whose flags are settings.
-const SETTINGS_COMMAND: &str = "serve";
+/// The subcommands whose flags are settings: the same flags.
+const SETTINGS_COMMANDS: [&str; 2] = ["serve", "doctor"];
 /// The one flag of `serve` that selects an action and is therefore not a setting.
 const CHECK_FLAG: &str = "check";
 
@@ -148,6 +148,9 @@ impl LogLevel {
 enum Command {
     /// Run the gateway. The first run creates the data directory, the database and the fleet key
     Serve(Box<serve::ServeArgs>),
+    /// Check everything that the gateway needs, also while it runs, and print a line with ok, warn or fail for each
+    /// check. Use it with the settings of the gateway
+    Doctor(Box<check::DoctorArgs>),
     /// Run one read-only SQL statement, also while the gateway runs
     Query(query::QueryArgs),
     /// List and manage devices and their keys
@@ -330,9 +333,15 @@ fn command() -> clap::Command {
 
 /// Adds an environment variable to each setting.
 fn with_environment(command: clap::Command) -> clap::Command {
-    command
-        .mut_args(as_setting)
-        .mut_subcommand(SETTINGS_COMMAND, |serve| serve.mut_args(as_setting))
+    with_settings(command, as_setting)
+}
+
+/// Changes each argument that may be a setting.
+fn with_settings(command: clap::Command, change: impl Fn(Arg) -> Arg) -> clap::Command {
+    let command = command.mut_args(&change);
+    SETTINGS_COMMANDS.iter().fold(command, |command, name| {
+        command.mut_subcommand(name, |command| command.mut_args(&change))
+    })
 }
 
 fn as_setting(arg: Arg) -> Arg {
@@ -466,6 +475,7 @@ impl Cli {
             Command::Serve(args) => {
                 serve::serve(args.settings, self.global.location, &self.changed, format).await
             }
+            Command::Doctor(args) => check::doctor(args.settings, self.global.location).await,
             Command::Query(args) => query::query(&store, &args).await,
             Command::Device(command) => {
                 device::device(self.global.fleet_key(), &store, &command).await
@@ -508,8 +518,8 @@ mod tests {
         let command = command();
         let (serve, others): (Vec<_>, Vec<_>) = command
             .get_subcommands()
-            .partition(|command| command.get_name() == SETTINGS_COMMAND);
-        for (long, variable) in flags(&command).chain(flags(serve[0])) {
+            .partition(|command| SETTINGS_COMMANDS.contains(&command.get_name()));
+        for (long, variable) in flags(&command).chain(serve.into_iter().flat_map(flags)) {
             let name = (long != CHECK_FLAG).then(|| env_name(long));
             assert_eq!(variable, name.as_deref());
         }

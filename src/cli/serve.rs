@@ -47,7 +47,7 @@ use super::{Error, LogFormat, fleet_key, output};
 #[cfg(target_os = "linux")]
 const SIGXFSZ: i32 = 25;
 /// Open files reserved for uses other than connections: listeners, the store, the log.
-const OTHER_FILES: u64 = 64;
+pub const OTHER_FILES: u64 = 64;
 /// Maximum wait at startup for the device list from Postgres, if there is a spool.
 const MIRROR_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval between attempts to connect to Postgres at startup.
@@ -449,7 +449,8 @@ async fn bind_http(
     Ok(Some((listener, site)))
 }
 
-fn cannot_listen(flag: &str, listen: SocketAddr, error: &io::Error) -> Error {
+/// Returns the error for a listener that cannot be opened.
+pub fn cannot_listen(flag: &str, listen: SocketAddr, error: &io::Error) -> Error {
     let fix = match error.kind() {
         io::ErrorKind::AddrInUse => format!("stop what uses that port, or choose another {flag}"),
         io::ErrorKind::PermissionDenied => {

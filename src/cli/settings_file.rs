@@ -14,7 +14,7 @@ use clap::{Arg, ArgAction, Command};
 use toml::{Table, Value};
 
 use super::nearest::nearest;
-use super::{CHECK_FLAG, SETTINGS_COMMAND, rendered};
+use super::{CHECK_FLAG, SETTINGS_COMMANDS, rendered, with_settings};
 
 /// Reason why a settings file could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -117,7 +117,7 @@ pub fn settings(command: &Command) -> impl Iterator<Item = &str> {
 
 /// Returns the flags that are settings, except `--config`.
 pub(super) fn setting_flags(command: &Command) -> impl Iterator<Item = &Arg> {
-    let serve = command.find_subcommand(SETTINGS_COMMAND);
+    let serve = command.find_subcommand(SETTINGS_COMMANDS[0]);
     let serve = serve.into_iter().flat_map(Command::get_arguments);
     command.get_arguments().chain(serve).filter(|arg| {
         arg.get_long()
@@ -195,7 +195,5 @@ fn set_default(command: Command, key: &str, text: &str) -> Command {
         true => arg.default_value(text.to_owned()),
         false => arg,
     };
-    command
-        .mut_args(set)
-        .mut_subcommand(SETTINGS_COMMAND, |serve| serve.mut_args(set))
+    with_settings(command, set)
 }

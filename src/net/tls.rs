@@ -138,6 +138,18 @@ impl Tls {
         current.expires
     }
 
+    /// Returns whether the certificate in use expires within 14 days.
+    pub fn expires_soon(&self) -> bool {
+        let soon = |expires: Timestamp| expires.duration_since(utc_now()) < EXPIRES_SOON;
+        self.expires().is_some_and(soon)
+    }
+
+    /// Returns the faults in the files in use that will keep devices from connecting.
+    pub fn faults(&self) -> Vec<String> {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        current.faults.clone()
+    }
+
     /// Creates the server side of a new connection.
     ///
     /// # Errors

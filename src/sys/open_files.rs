@@ -16,6 +16,11 @@ pub fn raise() -> Option<u64> {
     if is_raised { maximum } else { current }
 }
 
+/// Returns the maximum to which the limit can be raised; `None` if there is no limit.
+pub fn maximum() -> Option<u64> {
+    getrlimit(Resource::Nofile).maximum
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

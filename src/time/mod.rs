@@ -14,7 +14,7 @@ mod watch;
 pub use self::boots::{
     BootClock, BootClocks, Quality, ResolvedTime, Stamp, UNMEASURED, resolve_utc,
 };
-pub use self::watch::{ClockStep, warn_at_start, watch};
+pub use self::watch::{ClockStep, doubt_at_start, warn_at_start, watch};
 
 /// Smallest change of the wall clock that counts as a step. A smaller one is noise between the two
 /// readings.

@@ -70,8 +70,7 @@ pub async fn watch<T>(clock: SystemClock, mut record: impl AsyncFnMut(ClockStep)
 
 /// Warns of a wrong wall clock at startup. `stored_us` is the latest time of receipt in the store.
 pub fn warn_at_start(now_us: i64, stored_us: Option<i64>) {
-    let built_s: i64 = env!("FIELDGATE_BUILT_S").parse().unwrap_or_default();
-    if let Some(doubt) = doubts_at_start(now_us, built_s.saturating_mul(1_000_000), stored_us) {
+    if let Some(doubt) = doubt_at_start(now_us, stored_us) {
         tracing::warn!(
             %doubt,
             now_us,
@@ -79,6 +78,12 @@ pub fn warn_at_start(now_us: i64, stored_us: Option<i64>) {
             "system clock looks wrong, receive times may be wrong; set the clock"
         );
     }
+}
+
+/// Returns why the wall clock is probably wrong, if it is. `stored_us` is the latest time of receipt in the store.
+pub fn doubt_at_start(now_us: i64, stored_us: Option<i64>) -> Option<&'static str> {
+    let built_s: i64 = env!("FIELDGATE_BUILT_S").parse().unwrap_or_default();
+    doubts_at_start(now_us, built_s.saturating_mul(1_000_000), stored_us)
 }
 
 /// Returns why the wall clock is probably wrong: it is before the build time of this program, or

@@ -4,6 +4,7 @@ mod check;
 mod checklist;
 mod cli;
 mod dead_log;
+mod doctor;
 mod example;
 mod fleet_key;
 mod fuzzed;

@@ -31,7 +31,7 @@ pub use self::link::Link;
 use self::newest::Newest;
 pub(super) use self::newest::insert_newest;
 pub(super) use self::open::open_existing;
-pub use self::open::{check, migrate};
+pub use self::open::{check, migrate, settings_that_lose_data};
 use self::partitions::Partitions;
 pub use self::timestamp::Timestamp;
 use self::write::Writer;

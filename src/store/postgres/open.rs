@@ -173,6 +173,17 @@ pub async fn check(url: &PostgresUrl, allows_data_loss: bool) -> Result<(), Open
     Ok(())
 }
 
+/// Returns the settings with which the server can lose acknowledged frames.
+///
+/// # Errors
+/// The server rejects the connection.
+pub async fn settings_that_lose_data(url: &PostgresUrl) -> Result<Vec<String>, OpenError> {
+    let mut conn = session(url, Role::Reader).await?;
+    let found = unsafe_settings(&mut conn).await;
+    conn.close().await;
+    found.map_err(|error| open_error(url, error))
+}
+
 /// Updates the schema; returns its previous version.
 pub(super) async fn bring_up_to_date(conn: &mut Link, url: &PostgresUrl) -> Result<i64, OpenError> {
     let before = refuse_foreign(conn, url).await?;

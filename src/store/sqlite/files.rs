@@ -222,6 +222,34 @@ pub(super) fn lock(path: &Path) -> Result<Option<File>, TryLockError> {
     }
 }
 
+/// Returns whether a gateway holds the lock of a database.
+pub fn is_in_use(path: &Path) -> bool {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let Ok(lock) = File::open(sibling(&path, ".lock")) else {
+        return false;
+    };
+    matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock))
+}
+
+/// Returns what is wrong with the file system of a directory for a database, and what to do; `None` if nothing is known.
+#[cfg(target_os = "linux")]
+pub fn file_system_fault(dir: &Path) -> Option<&'static str> {
+    const IN_MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
+    let dir = File::open(dir).ok()?;
+    if is_remote(&dir) {
+        return Some("a network file system, which may ignore locks and syncs; use a local disk");
+    }
+    let kind = rustix::fs::fstatfs(&dir).ok()?.f_type as u64 & 0xffff_ffff;
+    IN_MEMORY
+        .contains(&kind)
+        .then_some("a file system in memory: all frames are lost at a restart; use a disk")
+}
+
+#[cfg(not(target_os = "linux"))]
+pub fn file_system_fault(_: &Path) -> Option<&'static str> {
+    None
+}
+
 /// Returns whether a file is on NFS or SMB.
 #[cfg(target_os = "linux")]
 fn is_remote(file: &File) -> bool {

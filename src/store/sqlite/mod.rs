@@ -18,6 +18,7 @@ use sqlx::Connection;
 
 use self::checkpoint::{Checkpoints, Limits};
 use self::files::{Header, HeldFiles};
+pub use self::files::{file_system_fault, is_in_use};
 use self::open::{Locks, WriterSettings};
 pub use self::open::{OpenError, Purpose, migrate, open_existing};
 use self::readers::Readers;
