@@ -9,10 +9,12 @@
 //! - Results go to stdout, everything else to stderr.
 //! - An error is one line, at most two, and names the operation, its object and the remedy.
 
+mod backup;
 mod check;
 mod device;
 mod fleet_key;
 mod import;
+mod manual;
 mod migrate;
 mod nearest;
 mod output;
@@ -171,6 +173,13 @@ enum Command {
     Migrate,
     /// Show a one-screen summary of the store
     Status,
+    /// Copy a SQLite store into FILE, also while the gateway runs. The fleet key is not in the copy. After a restore,
+    /// devices resend what they still hold, and the rest appears in missing_frames
+    Backup(backup::BackupArgs),
+    /// Print a script that completes commands and options in a shell
+    Completions(manual::CompletionsArgs),
+    /// Write a man page for each command into a directory
+    Man(manual::ManArgs),
 }
 
 /// Reason why the program does not end with success.
@@ -487,6 +496,11 @@ impl Cli {
             Command::Tls(command) => tls::tls(&self.global.location.data_dir, &command),
             Command::Import(args) => import::import(self.global.fleet_key(), &store, &args).await,
             Command::Migrate => migrate::migrate(&self.global.location.data_dir, &store).await,
+            Command::Backup(args) => {
+                backup::backup(&self.global.location.data_dir, &store, &args).await
+            }
+            Command::Completions(args) => manual::completions(&args),
+            Command::Man(args) => manual::man(&args),
             Command::Status => status::status(&store, &self.global.location.data_dir).await,
         }
     }

@@ -114,11 +114,28 @@ pub(crate) fn is_own_group(gid: u32) -> bool {
 /// The file exists already, or cannot be written.
 pub fn create_secret(path: &Path, text: &str) -> io::Result<()> {
     let draft = draft_of(path)?;
-    let written = write_secret(&draft, text).and_then(|()| publish(&draft, path, &WAYS));
+    let written = write_secret(&draft, text).and_then(|()| publish_new(&draft, path));
     if written.is_err() {
         let _ = fs::remove_file(&draft);
     }
-    written?;
+    written
+}
+
+/// Renames a synced file durably, unless `path` exists.
+///
+/// # Errors
+/// `path` exists, or the file system refuses.
+pub fn publish_new(draft: &Path, path: &Path) -> io::Result<()> {
+    publish(draft, path, &WAYS)?;
+    sync_dir(dir_of(path))
+}
+
+/// Renames a synced file durably, replacing an existing file.
+///
+/// # Errors
+/// The file system refuses.
+pub fn publish_over(draft: &Path, path: &Path) -> io::Result<()> {
+    fs::rename(draft, path)?;
     sync_dir(dir_of(path))
 }
 
@@ -197,12 +214,11 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
 /// The file cannot be written; an existing one stays.
 pub fn replace_secret(path: &Path, text: &str) -> io::Result<()> {
     let draft = draft_of(path)?;
-    let written = write_secret(&draft, text).and_then(|()| fs::rename(&draft, path));
+    let written = write_secret(&draft, text).and_then(|()| publish_over(&draft, path));
     if written.is_err() {
         let _ = fs::remove_file(&draft);
     }
-    written?;
-    sync_dir(dir_of(path))
+    written
 }
 
 /// Writes a new file with mode 0600, and syncs it.

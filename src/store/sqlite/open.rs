@@ -104,6 +104,13 @@ pub enum OpenError {
     /// The settings contradict each other.
     #[error("invalid store settings: {0}")]
     Settings(&'static str),
+    /// The copy could not be written, usually for lack of space.
+    #[error("could not copy {} to {}: {source}; check the space of its disk", path.display(), to.display())]
+    Copy {
+        path: PathBuf,
+        to: PathBuf,
+        source: sqlx::Error,
+    },
     /// Any other error of SQLite.
     #[error("could not open {}: {source}", path.display())]
     Sqlite { path: PathBuf, source: sqlx::Error },
@@ -328,6 +335,28 @@ pub async fn migrate(path: &Path, settings: &SqliteSettings) -> Result<(i64, i64
     let conn = writer(&path, &WriterSettings::of(settings, Purpose::Store)).await?;
     conn.close().await.map_err(sqlite)?;
     Ok((before, Purpose::Store.latest_known()))
+}
+
+/// Copies a store as of one moment into the empty file `to`, also while a gateway writes. Does not sync the file.
+/// The gateway's write-ahead log grows meanwhile.
+///
+/// # Errors
+/// There is no store at `path`, or the copy cannot be written.
+pub async fn copy(path: &Path, to: &Path) -> Result<(), OpenError> {
+    let mut conn = open_to_read(path, Purpose::Store).await?;
+    // It counts the copy as a change.
+    set(&mut conn, path, "query_only", "OFF", "0").await?;
+    let name = to.to_str().ok_or_else(|| OpenError::Inaccessible {
+        path: to.into(),
+        source: io::Error::other("its name is not UTF-8"),
+    })?;
+    let copied = sqlx::query("VACUUM INTO $1").bind(name).execute(&mut conn);
+    let copied = copied.await.map(drop);
+    copied.map_err(|source| OpenError::Copy {
+        path: path.into(),
+        to: to.into(),
+        source,
+    })
 }
 
 /// Opens a connection to an existing database, for use while a gateway runs.
