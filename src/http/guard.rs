@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use axum::extract::{Request, State};
 use axum::http::header::{AUTHORIZATION, HOST, ORIGIN, WWW_AUTHENTICATE};
-use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
@@ -41,38 +41,32 @@ impl Guard {
         name == "localhost" || address.parse::<IpAddr>().is_ok() || self.hosts.contains(&name)
     }
 
-    fn check(&self, path: &str, headers: &HeaderMap) -> Result<(), Response> {
+    /// Returns why a request is refused.
+    fn refusal(&self, path: &str, headers: &HeaderMap) -> Option<(StatusCode, &'static str)> {
         let text = |name| {
             headers
                 .get(name)
-                .and_then(|value: &HeaderValue| value.to_str().ok())
+                .map(|value| value.to_str().unwrap_or_default())
         };
         let host = text(HOST).unwrap_or_default();
         if !self.knows(host) {
             let why = "unknown host; add its name with --http-host\n";
-            return Err((StatusCode::MISDIRECTED_REQUEST, why).into_response());
+            return Some((StatusCode::MISDIRECTED_REQUEST, why));
         }
-        let origin = headers
-            .get(ORIGIN)
-            .map(|_| text(ORIGIN).unwrap_or_default());
-        let is_own = |origin: &str| origin.split_once("://").is_some_and(|(_, of)| of == host);
-        if origin.is_some_and(|origin| !is_own(origin)) {
-            return Err((StatusCode::FORBIDDEN, "request of another site\n").into_response());
+        let is_foreign = |origin: &str| {
+            let of = origin.split_once("://").map(|(_, of)| of);
+            of != Some(host)
+        };
+        if text(ORIGIN).is_some_and(is_foreign) {
+            return Some((StatusCode::FORBIDDEN, "request of another site\n"));
         }
-        match &self.tokens {
-            Some(tokens) if !OPEN_PATHS.contains(&path) => match token(headers) {
-                Some(token) if tokens.contain(&token) => Ok(()),
-                _ => {
-                    let scheme = (
-                        WWW_AUTHENTICATE,
-                        "Basic realm=\"fieldgate\", charset=\"UTF-8\"",
-                    );
-                    let why = "token required: send it as a bearer token, or as the password of any user\n";
-                    Err((StatusCode::UNAUTHORIZED, [scheme], why).into_response())
-                }
-            },
-            _ => Ok(()),
-        }
+        let tokens = self
+            .tokens
+            .as_ref()
+            .filter(|_| !OPEN_PATHS.contains(&path))?;
+        let is_known = token(headers).is_some_and(|token| tokens.contain(&token));
+        let why = "token required: send it as a bearer token, or as the password of any user\n";
+        (!is_known).then_some((StatusCode::UNAUTHORIZED, why))
     }
 }
 
@@ -96,8 +90,19 @@ fn token(headers: &HeaderMap) -> Option<String> {
 
 /// Answers a request only if the guard lets it through.
 pub(super) async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Response {
-    match shared.guard.check(request.uri().path(), request.headers()) {
-        Ok(()) => next.run(request).await,
-        Err(refusal) => refusal,
+    match shared
+        .guard
+        .refusal(request.uri().path(), request.headers())
+    {
+        None => next.run(request).await,
+        // Browsers ask for a password.
+        Some((StatusCode::UNAUTHORIZED, why)) => {
+            let scheme = (
+                WWW_AUTHENTICATE,
+                "Basic realm=\"fieldgate\", charset=\"UTF-8\"",
+            );
+            (StatusCode::UNAUTHORIZED, [scheme], why).into_response()
+        }
+        Some(refusal) => refusal.into_response(),
     }
 }
