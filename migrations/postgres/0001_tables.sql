@@ -83,9 +83,34 @@ CREATE TABLE series (
     UNIQUE (device_id, channel, unit, kind)
 );
 
--- A writer takes frame ids from here, 1024 at a time: the value n is the block of n * 1024 and the 1023 numbers
--- after it.
+-- A transaction takes frame ids from here, 1024 at a time: the value n is the block of n * 1024 and the 1023
+-- numbers after it. It takes them with take_frame_id_blocks.
 CREATE SEQUENCE frame_id_blocks;
+
+-- Takes blocks for the present transaction. Until that ends, its advisory lock shows every reader a block below
+-- all that it took: the value of the sequence before. Other keys have other upper 16 bits.
+CREATE FUNCTION take_frame_id_blocks(blocks bigint) RETURNS SETOF bigint LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(
+        (17991::bigint << 48) | (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM frame_id_blocks));
+    RETURN QUERY SELECT nextval('frame_id_blocks') FROM generate_series(1, blocks);
+END $$;
+
+-- Returns an id below which no frame will appear any more: all up to it that were ever taken are committed and
+-- visible to the next statement, or never will be. The sequence is read before the locks: a transaction that
+-- took an id by then has its lock, or has ended. Locks are released after a commit has become visible.
+CREATE FUNCTION settled_frame_id() RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    taken bigint;
+    in_flight bigint;
+BEGIN
+    SELECT CASE WHEN is_called THEN last_value ELSE 0 END INTO taken FROM frame_id_blocks;
+    SELECT min(((classid::bigint & 65535) << 32) | objid::bigint) INTO in_flight
+    FROM pg_locks
+    WHERE locktype = 'advisory' AND objsubid = 1 AND classid::bigint >> 16 = 17991
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
+    RETURN (least(taken, in_flight) + 1) * 1024 - 1;
+END $$;
 
 -- The ledger: one row for each stored numbered frame of any type; a gap has the number of its last frame. This
 -- table and `readings` have no foreign keys, because they are on the hot path and only the gateway writes them.
@@ -100,6 +125,9 @@ CREATE TABLE frames (
     -- without a time. readings.ts minus clock_offset_us is the device's own time.
     quality         smallint,
     clock_offset_us bigint,
+    -- Times of the first and the last reading of the frame, so that its readings are found by index.
+    first_ts        timestamptz,
+    last_ts         timestamptz,
     -- CRC-32C of the frame. A repeated number with a different checksum was assigned twice.
     crc             bigint,
     UNIQUE (stream_id, seq)

@@ -97,6 +97,9 @@ CREATE TABLE frames (
     -- without a time. readings.ts - clock_offset_us is the device's own time.
     quality         INTEGER,
     clock_offset_us INTEGER,
+    -- Times of the first and the last reading of the frame, so that its readings are found by index.
+    first_ts        INTEGER,
+    last_ts         INTEGER,
     -- CRC-32C of the frame. A repeated number with a different checksum was assigned twice.
     crc             INTEGER,
     UNIQUE (stream_id, seq)
@@ -226,11 +229,13 @@ CREATE TABLE clock_steps (
 
 -- One row: a random mark, generated when the file is created; the mark of the gateway that uses it; and a count
 -- of its transactions. With these a gateway detects that the content was restored to an earlier state while it
--- was running.
+-- was running. last_removed is the highest id of a frame that an operator removed: ids are never reused, because
+-- they are the cursor of the feed.
 CREATE TABLE store_identity (
     is_only      INTEGER PRIMARY KEY DEFAULT 1 CHECK (is_only = 1),
     mark         TEXT NOT NULL DEFAULT (lower(hex(randomblob(16)))),
     owner        TEXT NOT NULL DEFAULT '',
-    transactions INTEGER NOT NULL DEFAULT 0
+    transactions INTEGER NOT NULL DEFAULT 0,
+    last_removed INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 INSERT INTO store_identity DEFAULT VALUES;

@@ -58,6 +58,12 @@ CREATE TABLE reading_hours (
     hour INTEGER PRIMARY KEY
 ) STRICT;
 
+-- A gateway that starts gives out ids above all that it finds, so it must also know of removed frames.
+CREATE TRIGGER frames_removed AFTER DELETE ON frames WHEN old.id > (SELECT last_removed FROM store_identity)
+BEGIN
+    UPDATE store_identity SET last_removed = old.id;
+END;
+
 -- Views for people, with the same names and columns as in Postgres.
 --
 -- A time is integer microseconds UTC. The column with the suffix `_text` is the same time as text, for display

@@ -12,6 +12,7 @@ use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::{FleetKey, KEY_FILE, Origin, create_data_dir};
 use crate::config::store_url::{PostgresUrl, StoreUrl};
 use crate::config::{Config, Location, Registration, Settings};
+use crate::http::feed::{Feed, FeedHead};
 use crate::http::gauges::{Database, Gauges};
 use crate::http::{self, Site, Tokens};
 use crate::ingest::registry::Registry;
@@ -223,7 +224,8 @@ async fn serve_into<S: Store>(
     let drain = CancellationToken::new();
     let mut tasks = Supervisor::default();
     let metrics = Arc::new(limited_metrics(config));
-    let http = bind_http(config, &metrics, &drain).await?;
+    let feed = Arc::new(Feed::new(&config.store));
+    let http = bind_http(config, &metrics, &feed, &drain).await?;
     tasks.spawn("signals", drain_on_signal(drain.clone())?);
     match tls.clone() {
         Some(tls) => tasks.spawn("certificates", async move {
@@ -254,6 +256,7 @@ async fn serve_into<S: Store>(
     poll_once(&mut gauges).await;
     tasks.spawn_poller(gauges);
     if let Some((listener, site)) = http {
+        tasks.spawn_poller(FeedHead::new(&config.store, feed));
         tasks.spawn("http", http::serve(listener, site));
     }
     let mut settings = server_settings(config, credentials, gauge, metrics);
@@ -436,6 +439,7 @@ pub fn load_tokens(config: &Config) -> Result<Option<Tokens>, Error> {
 async fn bind_http(
     config: &Config,
     metrics: &Arc<Metrics>,
+    feed: &Arc<Feed>,
     drain: &CancellationToken,
 ) -> Result<Option<(TcpListener, Site)>, Error> {
     let tokens = load_tokens(config)?;
@@ -445,7 +449,8 @@ async fn bind_http(
     let listener = TcpListener::bind(address).await;
     let listener = listener.map_err(|error| cannot_listen("--http", address, &error))?;
     let hosts = config.http.http_host.iter().cloned();
-    let site = Site::new(hosts, tokens, Arc::clone(metrics), drain.clone());
+    let (metrics, feed) = (Arc::clone(metrics), Arc::clone(feed));
+    let site = Site::new(hosts, tokens, metrics, feed, drain.clone());
     Ok(Some((listener, site)))
 }
 

@@ -3,6 +3,7 @@
 //! Invariant: a request never delays ingest. Requests run in their own tasks, in a bounded number, and read the
 //! store through connections of their own.
 
+pub mod feed;
 pub mod gauges;
 mod guard;
 mod health;
@@ -12,11 +13,11 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use axum::routing::get;
+use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -24,6 +25,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use self::feed::Feed;
 use self::guard::Guard;
 pub use self::token::Tokens;
 use crate::metrics::{self, Metrics};
@@ -45,8 +47,13 @@ pub(super) type Shared = Arc<Site>;
 pub struct Site {
     guard: Guard,
     metrics: Arc<Metrics>,
+    feed: Arc<Feed>,
     drain: CancellationToken,
 }
+
+/// Closes the connection of a request once it is cancelled, even if the peer does not read.
+#[derive(Clone)]
+pub(super) struct Close(CancellationToken);
 
 impl Site {
     /// Creates a site that answers requests to addresses, to `localhost` and to `hosts`; with `tokens`, only
@@ -55,6 +62,7 @@ impl Site {
         hosts: impl IntoIterator<Item = String>,
         tokens: Option<Tokens>,
         metrics: Arc<Metrics>,
+        feed: Arc<Feed>,
         drain: CancellationToken,
     ) -> Site {
         let hosts: HashSet<_> = hosts
@@ -64,6 +72,7 @@ impl Site {
         Site {
             guard: Guard { hosts, tokens },
             metrics,
+            feed,
             drain,
         }
     }
@@ -76,6 +85,7 @@ fn router(site: Site) -> Router {
         .route("/livez", get(health::live))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(metrics))
+        .route("/v1/feed", get(feed::feed))
         .layer(guard)
         .with_state(shared)
 }
@@ -114,12 +124,15 @@ async fn answer(socket: TcpStream, router: Router) {
     http.timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
         .max_buf_size(HEADER_BYTES_MAX);
-    let service = TowerToHyperService::new(router);
-    if let Err(error) = http
+    let close = Close(CancellationToken::new());
+    let service = TowerToHyperService::new(router.layer(Extension(close.clone())));
+    let answering = http
         .serve_connection(TokioIo::new(socket), service)
-        .with_upgrades()
-        .await
-    {
-        tracing::debug!(%error, "HTTP connection failed");
+        .with_upgrades();
+    tokio::select! {
+        answered = answering => if let Err(error) = answered {
+            tracing::debug!(%error, "HTTP connection failed");
+        },
+        () = close.0.cancelled() => {}
     }
 }

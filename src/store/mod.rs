@@ -293,6 +293,13 @@ pub struct Readings {
     pub values: Vec<f64>,
 }
 
+impl Readings {
+    /// Returns the times of the first and the last row; `None` without rows.
+    fn span(&self) -> Option<(i64, i64)> {
+        Some((*self.times_us.first()?, *self.times_us.last()?))
+    }
+}
+
 /// Random number of a session, unique over all gateways and their runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SessionId(pub i64);

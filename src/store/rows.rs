@@ -42,6 +42,14 @@ pub(super) fn resolved_time(entry: &Entry) -> Option<ResolvedTime> {
     }
 }
 
+/// Returns the times of an entry's first and last reading; `None` if it has none.
+pub(super) fn reading_span(entry: &Entry) -> Option<(i64, i64)> {
+    match &entry.content {
+        Content::Readings(readings) => readings.span(),
+        _ => None,
+    }
+}
+
 /// Returns the readings of frames by series and time. Queries use the same order, so consecutive inserts mostly
 /// hit adjacent rows. Runs are sorted, not readings: two runs of a series overlap in time only when a device's
 /// clock stepped back.

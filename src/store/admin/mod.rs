@@ -3,6 +3,7 @@
 //! Every function that takes a connection fails if the store is unavailable; its documentation names other errors.
 
 pub mod device;
+pub mod feed;
 pub mod mirror;
 pub mod prune;
 pub mod quarantine_usage;

@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use tokio::time::{sleep, timeout};
 
+use crate::config::store_url::StoreUrl;
+
 use super::{Access, Argument, Connection, QueryError, Row, Source};
 
 /// How often to poll.
@@ -68,6 +70,11 @@ impl Reconnecting {
             source: source.into(),
             connection: None,
         }
+    }
+
+    /// Returns whether the database is SQLite rather than Postgres.
+    pub fn is_sqlite(&self) -> bool {
+        !matches!(self.source, Source::Store(StoreUrl::Postgres(_)))
     }
 
     /// Returns the rows of a query, like [`Connection::rows`].

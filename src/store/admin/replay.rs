@@ -180,16 +180,24 @@ impl Connection {
         let of_frame = [frame.stream.0.into(), frame.seq.cast_signed().into()];
         let ledger = "SELECT id FROM frames WHERE stream_id = $1 AND seq = $2";
         let ledger = self.rows(ledger, &of_frame).await?;
-        let id = ledger.first().ok_or(sqlx::Error::RowNotFound)?.integer(0)?;
-        let sql = "UPDATE frames SET type = $1 WHERE id = $2";
+        let before = ledger.first().ok_or(sqlx::Error::RowNotFound)?.integer(0)?;
+        // A new id, so that readers of the feed, which have passed the old one, receive its readings.
+        let id = self.next_frame_id().await?;
+        let sql = "UPDATE frames SET type = $1, id = $2 WHERE id = $3";
         let frame_type = i64::from(understood.frame_type);
-        self.execute(sql, &[frame_type.into(), id.into()]).await?;
+        let values = [frame_type.into(), id.into(), before.into()];
+        self.execute(sql, &values).await?;
         match &understood.content {
             Content::Readings(readings) => {
                 let count = readings.values.len() as i64;
                 self.resolve(id, readings.time).await?;
                 let sql = "UPDATE frames SET readings = $1 WHERE id = $2";
                 self.execute(sql, &[count.into(), id.into()]).await?;
+                if let Some((first_us, last_us)) = readings.span() {
+                    let sql = "UPDATE frames SET first_ts = $1, last_ts = $2 WHERE id = $3";
+                    let span = [Argument::Time(first_us), Argument::Time(last_us), id.into()];
+                    self.execute(sql, &span).await?;
+                }
                 let runs: Vec<Run<'_>> = Run::of(id, readings).collect();
                 match &mut self.driver {
                     Driver::Sqlite(conn) => sqlite::insert_sorted(conn, &runs).await?,
@@ -231,6 +239,18 @@ impl Connection {
             Content::Quarantined { .. } => {}
         }
         Ok(true)
+    }
+
+    /// Takes an id above those of all frames, within the transaction.
+    async fn next_frame_id(&mut self) -> Result<i64, QueryError> {
+        let sql = match self.is_sqlite() {
+            true => {
+                "SELECT max(last_removed, (SELECT coalesce(max(id), 0) FROM frames)) + 1
+                 FROM store_identity"
+            }
+            false => "SELECT take_frame_id_blocks(1) * 1024",
+        };
+        self.integer(sql, &[]).await
     }
 
     /// Stores the clock chosen for a boot, unless a clock has been stored meanwhile.

@@ -21,7 +21,7 @@ use crate::config::DeviceBounds;
 use crate::store::hours::KnownHours;
 use crate::store::ledger::{self, Watermarks};
 use crate::store::reuse::{self, Repeat, Reuse};
-use crate::store::rows::{Frame, Run, resolved_time, sorted_runs};
+use crate::store::rows::{Frame, Run, reading_span, resolved_time, sorted_runs};
 use crate::store::{Batch, Committed, Content, DeviceEvent, DeviceId, Entry, StreamId};
 use crate::time::ClockStep;
 
@@ -40,7 +40,7 @@ const COMPARE_INTERVAL: Duration = Duration::from_secs(5);
 /// A connection that writes, and its state between batches.
 pub(super) struct Writer {
     pub(super) conn: Link,
-    /// Ids taken from the sequence but not assigned to a frame.
+    /// Ids that this transaction has taken but not assigned to a frame.
     frame_ids: std::ops::Range<i64>,
     hours: KnownHours,
     series: OwnedSeries,
@@ -81,6 +81,8 @@ impl Writer {
     ) -> Result<Committed, CommitError> {
         self.follow_operator().await?;
         identity.begin(&mut self.conn).await?;
+        // Ids of an earlier block would appear behind those that readers of the feed have seen.
+        self.frame_ids = 0..0;
         // Every transaction locks rows of streams before those of devices.
         let mut watermarks = self.lock_watermarks(&batch.entries, identity).await?;
         let mut admissions = Admissions::new(&mut self.conn, self.bounds);
@@ -245,11 +247,10 @@ impl Writer {
         let missing = (count - ids.len()) as i64;
         if missing > 0 {
             let blocks = (missing + FRAME_IDS_IN_BLOCK - 1) / FRAME_IDS_IN_BLOCK;
-            let blocks: Vec<i64> =
-                sqlx::query_scalar("SELECT nextval('frame_id_blocks') FROM generate_series(1, $1)")
-                    .bind(blocks)
-                    .fetch_all(&mut self.conn)
-                    .await?;
+            let blocks: Vec<i64> = sqlx::query_scalar("SELECT take_frame_id_blocks($1)")
+                .bind(blocks)
+                .fetch_all(&mut self.conn)
+                .await?;
             for block in blocks {
                 self.frame_ids = block * FRAME_IDS_IN_BLOCK..(block + 1) * FRAME_IDS_IN_BLOCK;
                 ids.extend(self.frame_ids.by_ref().take(count - ids.len()));
@@ -264,12 +265,14 @@ impl Writer {
         }
         let entries = || frames.iter().map(|frame| frame.item.entry);
         let times = || entries().map(resolved_time);
+        let spans = || entries().map(reading_span);
         let readings = frames.iter().map(|frame| frame.item.readings() as i32);
         sqlx::query(
             "INSERT INTO frames (id, stream_id, seq, type, received_at, readings, quality,
-                 clock_offset_us, crc)
+                 clock_offset_us, first_ts, last_ts, crc)
              SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::smallint[],
-                 $5::timestamptz[], $6::integer[], $7::smallint[], $8::bigint[], $9::bigint[])",
+                 $5::timestamptz[], $6::integer[], $7::smallint[], $8::bigint[],
+                 $9::timestamptz[], $10::timestamptz[], $11::bigint[])",
         )
         .bind(frames.iter().map(|frame| frame.id).collect::<Vec<i64>>())
         .bind(entries().map(|entry| entry.stream.0).collect::<Vec<i64>>())
@@ -297,6 +300,16 @@ impl Writer {
         .bind(
             times()
                 .map(|time| time.map(|time| time.offset_us))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            spans()
+                .map(|span| span.map(|(first_us, _)| Timestamp(first_us)))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            spans()
+                .map(|span| span.map(|(_, last_us)| Timestamp(last_us)))
                 .collect::<Vec<_>>(),
         )
         .bind(

@@ -39,6 +39,8 @@ pub(super) struct Counted {
     count: i64,
     counted_at: Option<Instant>,
     data_version: i64,
+    /// Whether another connection has written since the latest transaction.
+    pub(super) others_wrote: bool,
 }
 
 impl Identity {
@@ -98,8 +100,8 @@ impl Identity {
         let data_version: i64 = sqlx::query_scalar("PRAGMA data_version")
             .fetch_one(&mut *conn)
             .await?;
-        if data_version != self.data_version
-            && (self.find(conn).await? != self.count || self.lacks_newest(conn).await?)
+        let others_wrote = data_version != self.data_version;
+        if others_wrote && (self.find(conn).await? != self.count || self.lacks_newest(conn).await?)
         {
             return Err(restored());
         }
@@ -107,6 +109,7 @@ impl Identity {
             count: self.count,
             counted_at: self.counted_at,
             data_version,
+            others_wrote,
         };
         let is_due = { self.counted_at }.is_none_or(|at| at.elapsed() >= COUNT_INTERVAL);
         if gives_out_ids || is_due {

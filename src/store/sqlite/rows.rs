@@ -3,7 +3,7 @@
 use sqlx::{Connection, SqliteConnection};
 
 use super::bulk::{Bulk, Params};
-use crate::store::rows::{EventRow, Frame, LEFT_OPEN, Run, resolved_time, sessions};
+use crate::store::rows::{EventRow, Frame, LEFT_OPEN, Run, reading_span, resolved_time, sessions};
 use crate::store::{Content, DeviceEvent, DeviceId, REFUSALS_MAX, Refusal};
 use crate::time::{BootClock, ClockStep};
 
@@ -41,8 +41,8 @@ impl Rows {
         Self {
             frames: insert(
                 "frames(id, stream_id, seq, type, received_at, readings, quality, clock_offset_us,
-                    crc)",
-                9,
+                    first_ts, last_ts, crc)",
+                11,
                 "",
             )
             .whole(),
@@ -116,6 +116,7 @@ impl Rows {
             .execute(conn, frames.iter(), |params, frame| {
                 let entry = frame.item.entry;
                 let time = resolved_time(entry);
+                let span = reading_span(entry);
                 params
                     .bind(frame.id)
                     .bind(entry.stream.0)
@@ -125,6 +126,8 @@ impl Rows {
                     .bind(frame.item.readings() as i64)
                     .bind(time.map(|time| time.quality as i64))
                     .bind(time.map(|time| time.offset_us))
+                    .bind(span.map(|(first_us, _)| first_us))
+                    .bind(span.map(|(_, last_us)| last_us))
                     .bind(entry.crc.map(i64::from));
             })
             .await

@@ -135,15 +135,22 @@ impl Writer {
     /// Loads the state from the file.
     pub(super) async fn settle(&mut self) -> Result<(), sqlx::Error> {
         self.rollback().await;
-        let max = sqlx::query_scalar("SELECT coalesce(max(id), 0) FROM frames");
-        let in_file: i64 = max.fetch_one(&mut self.conn).await?;
-        // A spool also deletes its latest frames; their ids must not be reused while it is open.
-        self.last_frame_id = self.last_frame_id.max(in_file);
+        self.find_last_frame_id().await?;
         if let ReadingsTable::Store(recent) = &mut self.readings {
             recent.settle(&mut self.conn).await?;
         }
         self.identity.settle(&mut self.conn).await?;
         self.unsettled = false;
+        Ok(())
+    }
+
+    /// A spool also deletes its latest frames; their ids must not be reused while it is open.
+    async fn find_last_frame_id(&mut self) -> Result<(), sqlx::Error> {
+        let max = sqlx::query_scalar(
+            "SELECT max(last_removed, (SELECT coalesce(max(id), 0) FROM frames)) FROM store_identity",
+        );
+        let in_file: i64 = max.fetch_one(&mut self.conn).await?;
+        self.last_frame_id = self.last_frame_id.max(in_file);
         Ok(())
     }
 
@@ -172,6 +179,10 @@ impl Writer {
         // Sort by stream, like the ledger's index, so that a large batch of small frames does not visit each of
         // its pages many times. The sort is stable, so each stream keeps its order.
         appended.sort_by_key(|item| item.entry.stream);
+        if counted.others_wrote {
+            // A replay gives its frames new ids.
+            self.find_last_frame_id().await?;
+        }
         let ids = self.last_frame_id + 1..;
         let frames: Vec<Frame<'_>> = ids
             .zip(appended)

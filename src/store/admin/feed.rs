@@ -1,0 +1,257 @@
+//! Reads committed readings in the order of `frames.id`, in pages.
+//!
+//! Invariant: a page ends at an id below which no frame appears any more, so a reader that continues after it
+//! misses nothing (see `settled_frame_id` in the tables of Postgres; SQLite commits ids in their order).
+
+use serde::Serialize;
+
+use super::{Argument, QueryError, Reconnecting, Row, Value};
+
+/// Maximum number of frames that a page covers, with and without readings.
+const PAGE_FRAMES: i64 = 2000;
+/// Maximum number of readings of a page, unless one frame has more.
+const PAGE_READINGS: i64 = 5000;
+
+/// Which readings to read; empty texts match all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    pub device: String,
+    pub channel: String,
+}
+
+impl Filter {
+    pub fn is_all(&self) -> bool {
+        self.device.is_empty() && self.channel.is_empty()
+    }
+}
+
+/// The readings of a frame. Times are microseconds UTC.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Event {
+    pub frame_id: i64,
+    pub device: String,
+    pub stream: i64,
+    pub seq: i64,
+    pub received_at: i64,
+    pub quality: Option<&'static str>,
+    pub readings: Vec<Reading>,
+}
+
+/// A reading in a frame.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Reading {
+    pub channel: String,
+    pub unit: String,
+    pub ts: i64,
+    pub value: Number,
+}
+
+/// A value. JSON has no infinite numbers, so these are texts.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Number {
+    Missing,
+    Finite(f64),
+    Infinite(&'static str),
+}
+
+impl From<Option<f64>> for Number {
+    fn from(value: Option<f64>) -> Self {
+        match value {
+            None => Number::Missing,
+            Some(f64::INFINITY) => Number::Infinite("Infinity"),
+            Some(f64::NEG_INFINITY) => Number::Infinite("-Infinity"),
+            Some(value) => Number::Finite(value),
+        }
+    }
+}
+
+/// Consecutive events.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Page {
+    /// Cursor at which the page begins.
+    pub after: i64,
+    /// Cursor at which the next page begins.
+    pub to: i64,
+    pub events: Vec<Event>,
+}
+
+/// Returns the highest id up to which pages can be read now.
+pub async fn settled(store: &mut Reconnecting) -> Result<i64, QueryError> {
+    let sql = match store.is_sqlite() {
+        true => "SELECT coalesce(max(id), 0) FROM frames",
+        false => "SELECT settled_frame_id()",
+    };
+    let rows = store.rows(sql, &[]).await?;
+    rows.first().map_or(Ok(0), |row| row.integer(0))
+}
+
+/// Returns the events that match `filter` after the cursor `after`, from at most one page of frames; `settled` is
+/// an earlier result of [`settled`].
+pub async fn page(
+    store: &mut Reconnecting,
+    after: i64,
+    settled: i64,
+    filter: &Filter,
+) -> Result<Page, QueryError> {
+    let range = [after.into(), settled.into(), PAGE_FRAMES.into()];
+    let frames = store.rows(FRAMES, &range).await?;
+    let mut page = Page {
+        after,
+        to: settled,
+        events: Vec::new(),
+    };
+    // Readings of the page, and of all frames that it covers.
+    let (mut readings, mut covered) = (0, 0);
+    let is_whole = (frames.len() as i64) < PAGE_FRAMES;
+    for row in &frames {
+        let event = event(row)?;
+        let is_wanted = filter.device.is_empty() || event.device == filter.device;
+        let of_frame = if is_wanted { row.integer(6)? } else { 0 };
+        if readings > 0 && readings + of_frame > PAGE_READINGS {
+            break;
+        }
+        readings += of_frame;
+        covered += row.integer(6)?;
+        page.to = event.frame_id;
+        if of_frame > 0 {
+            page.events.push(event);
+        }
+        if is_whole && frames.last() == Some(row) {
+            page.to = settled;
+        }
+    }
+    if !page.events.is_empty() {
+        fill(store, &mut page, filter, covered).await?;
+    }
+    page.events.retain(|event| !event.readings.is_empty());
+    Ok(page)
+}
+
+/// Adds their readings to the events of a page.
+async fn fill(
+    store: &mut Reconnecting,
+    page: &mut Page,
+    filter: &Filter,
+    covered: i64,
+) -> Result<(), QueryError> {
+    let (device, channel) = (filter.device.as_str(), filter.channel.as_str());
+    let range: [Argument<'_>; 4] = [
+        page.after.into(),
+        page.to.into(),
+        device.into(),
+        channel.into(),
+    ];
+    let rows = match store.is_sqlite() {
+        true => {
+            let first = store.rows(FIRST_RECENT, &[page.after.into()]).await?;
+            let first = first.first().map_or(Ok(0), |row| row.integer(0))?;
+            // A row of level 0 has at least one reading.
+            let arguments = [&range[..], &[first.into(), covered.into()]].concat();
+            store.rows(READINGS_SQLITE, &arguments).await?
+        }
+        false => store.rows(READINGS_POSTGRES, &range).await?,
+    };
+    let mut events = page.events.iter_mut().peekable();
+    for row in rows {
+        let frame = row.integer(0)?;
+        while events.next_if(|event| event.frame_id < frame).is_some() {}
+        if let Some(event) = events.peek_mut()
+            && event.frame_id == frame
+        {
+            event.readings.push(Reading {
+                channel: row.text_or_null(1)?.unwrap_or_default().to_owned(),
+                unit: row.text_or_null(2)?.unwrap_or_default().to_owned(),
+                ts: row.integer(3)?,
+                value: real(&row, 4)?.into(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Returns a value. SQLite returns a sum of halves, or a sample written without a point, as an integer.
+fn real(row: &Row, column: usize) -> Result<Option<f64>, QueryError> {
+    match row.0[column] {
+        Value::Integer(value) => Ok(Some(value as f64)),
+        _ => row.real_or_null(column),
+    }
+}
+
+fn event(row: &Row) -> Result<Event, QueryError> {
+    Ok(Event {
+        frame_id: row.integer(0)?,
+        device: row.text_or_null(1)?.unwrap_or_default().to_owned(),
+        stream: row.integer_or_null(2)?.unwrap_or_default(),
+        seq: row.integer(3)?,
+        received_at: row.integer(4)?,
+        quality: match row.integer_or_null(5)? {
+            Some(0) => Some("utc"),
+            Some(1) => Some("anchored"),
+            Some(2) => Some("unanchored"),
+            Some(3) => Some("suspect"),
+            _ => None,
+        },
+        readings: Vec::new(),
+    })
+}
+
+/// LEFT JOIN, because the number of rows shows whether there are more.
+const FRAMES: &str = "SELECT f.id, d.name, st.stream, f.seq, f.received_at, f.quality, f.readings
+     FROM (SELECT id, stream_id, seq, received_at, quality, readings FROM frames
+         WHERE id > $1 AND id <= $2 ORDER BY id LIMIT $3) AS f
+     LEFT JOIN streams AS st ON st.id = f.stream_id
+     LEFT JOIN devices AS d ON d.id = st.device_id
+     ORDER BY f.id";
+
+/// Finds the first row of level 0 of a later frame by binary search: frames are in order there.
+const FIRST_RECENT: &str = "WITH RECURSIVE
+     search(low, high) AS (
+         SELECT coalesce(min(id), 0), coalesce(max(id), -1) + 1 FROM readings_recent
+         UNION ALL
+         SELECT iif(is_later, low, middle + 1), iif(is_later, middle, high)
+         FROM (
+             SELECT low, high, (low + high) / 2 AS middle, (
+                 SELECT u.frame_id > $1 FROM readings_recent AS u
+                 WHERE u.id >= (low + high) / 2 ORDER BY u.id LIMIT 1
+             ) AS is_later
+             FROM search WHERE low < high
+         )
+     )
+     SELECT low FROM search WHERE low >= high";
+
+/// CROSS JOIN keeps the written order. Rows of level 0 count once they are not in `readings_sorted`, as in the
+/// view `readings_unsorted`.
+const READINGS_SQLITE: &str = "SELECT f.id AS frame, s.channel AS channel, s.unit, r.ts AS ts, r.value
+     FROM frames AS f
+     CROSS JOIN streams AS st ON st.id = f.stream_id
+     CROSS JOIN devices AS d ON d.id = st.device_id
+     CROSS JOIN series AS s ON s.device_id = d.id
+     CROSS JOIN readings_sorted AS r ON r.series_id = s.id AND r.ts >= f.first_ts AND r.ts <= f.last_ts
+         AND r.frame_id = f.id
+     WHERE f.id > $1 AND f.id <= $2 AND f.readings > 0
+         AND ($3 = '' OR d.name = $3) AND ($4 = '' OR s.channel = $4)
+     UNION ALL
+     SELECT u.frame_id, s.channel, s.unit, u.ts + CAST(v.key AS INTEGER), v.value
+     FROM readings_sorting AS m
+     CROSS JOIN (SELECT id, series_id, ts, frame_id, samples FROM readings_recent
+         WHERE id >= $5 ORDER BY id LIMIT $6) AS u
+     CROSS JOIN series AS s ON s.id = u.series_id
+     CROSS JOIN devices AS d ON d.id = s.device_id
+     CROSS JOIN json_each(u.samples) AS v
+     WHERE u.frame_id > $1 AND u.frame_id <= $2
+         AND u.id > m.sorted_id
+         AND (u.id > m.sorting_id OR (u.series_id, u.ts, u.frame_id) > (m.series_id, m.ts, m.frame_id))
+         AND ($3 = '' OR d.name = $3) AND ($4 = '' OR s.channel = $4)
+     ORDER BY frame, ts, channel";
+
+const READINGS_POSTGRES: &str = "SELECT f.id, s.channel, s.unit, r.ts, r.value
+     FROM frames AS f
+     JOIN streams AS st ON st.id = f.stream_id
+     JOIN devices AS d ON d.id = st.device_id
+     JOIN series AS s ON s.device_id = d.id
+     JOIN readings AS r ON r.series_id = s.id AND r.ts >= f.first_ts AND r.ts <= f.last_ts
+         AND r.frame_id = f.id
+     WHERE f.id > $1 AND f.id <= $2 AND f.readings > 0
+         AND ($3 = '' OR d.name = $3) AND ($4 = '' OR s.channel = $4)
+     ORDER BY f.id, r.ts, s.channel COLLATE \"C\"";
