@@ -7,6 +7,7 @@ mod cli;
 mod dead_log;
 mod doctor;
 mod example;
+mod feed;
 mod fleet_key;
 mod fuzzed;
 mod gateways;

@@ -209,14 +209,12 @@ const FIRST_RECENT: &str = "WITH RECURSIVE
      search(low, high) AS (
          SELECT coalesce(min(id), 0), coalesce(max(id), -1) + 1 FROM readings_recent
          UNION ALL
-         SELECT iif(is_later, low, middle + 1), iif(is_later, middle, high)
-         FROM (
-             SELECT low, high, (low + high) / 2 AS middle, (
-                 SELECT u.frame_id > $1 FROM readings_recent AS u
-                 WHERE u.id >= (low + high) / 2 ORDER BY u.id LIMIT 1
-             ) AS is_later
-             FROM search WHERE low < high
-         )
+         SELECT
+             iif((SELECT u.frame_id > $1 FROM readings_recent AS u
+                     WHERE u.id >= (low + high) / 2 ORDER BY u.id LIMIT 1), low, (low + high) / 2 + 1),
+             iif((SELECT u.frame_id > $1 FROM readings_recent AS u
+                     WHERE u.id >= (low + high) / 2 ORDER BY u.id LIMIT 1), (low + high) / 2, high)
+         FROM search WHERE low < high
      )
      SELECT low FROM search WHERE low >= high";
 
@@ -255,3 +253,171 @@ const READINGS_POSTGRES: &str = "SELECT f.id, s.channel, s.unit, r.ts, r.value
      WHERE f.id > $1 AND f.id <= $2 AND f.readings > 0
          AND ($3 = '' OR d.name = $3) AND ($4 = '' OR s.channel = $4)
      ORDER BY f.id, r.ts, s.channel COLLATE \"C\"";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::store_url::StoreUrl;
+    use crate::store::admin::{Access, Connection};
+    use crate::store::conformance::{Peer, peer};
+    use crate::store::postgres::{PostgresStore, tests::Database};
+    use crate::store::sqlite::{SqliteSettings, SqliteStore};
+    use crate::store::{Batch, Entry, Store};
+
+    async fn store_all(store: &mut impl Store, entries: Vec<Entry>) {
+        let batch = Batch {
+            entries,
+            ..Batch::default()
+        };
+        store.commit(&batch).await.unwrap();
+    }
+
+    /// Returns all events after a cursor, and the cursor behind them.
+    async fn read(store: &mut Reconnecting, mut after: i64, filter: &Filter) -> (Vec<Event>, i64) {
+        let settled = settled(store).await.unwrap();
+        let mut events = Vec::new();
+        while after < settled {
+            let page = page(store, after, settled, filter).await.unwrap();
+            assert!(page.to > after && page.to <= settled, "{page:?}");
+            after = page.to;
+            events.extend(page.events);
+        }
+        (events, after)
+    }
+
+    /// Returns the entries of frames from `first_seq` on, of a few readings each. Values are their numbers.
+    fn frames(peer: &Peer, first_seq: u64, count: u64, readings: u64) -> Vec<Entry> {
+        let frame = |seq: u64| {
+            let rows = (0..readings).map(|row| ((seq * 1000 + row) as i64 * 7, seq as f64 / 3.0));
+            peer.readings(seq, &rows.collect::<Vec<_>>())
+        };
+        (first_seq..first_seq + count).map(frame).collect()
+    }
+
+    async fn every_reading_is_in_one_page<S: Store>(url: &StoreUrl, mut writer: S) {
+        let (a, b) = (peer(&mut writer, "a").await, peer(&mut writer, "b").await);
+        let mut store = Reconnecting::new(url);
+        let all = Filter::default();
+        let mut cursor = settled(&mut store).await.unwrap();
+        let begin = cursor;
+        let mut events = Vec::new();
+        // Few and many readings of a stream are stored in different tables of SQLite; empty commits compact.
+        let mut seq = 1;
+        for (count, readings) in [(3, 2), (2500, 3), (1, 200), (40, 1), (5, 1)] {
+            let batch = [frames(&a, seq, count, readings), frames(&b, seq, 1, 1)].concat();
+            store_all(&mut writer, batch).await;
+            let (more, to) = read(&mut store, cursor, &all).await;
+            events.extend(more);
+            cursor = to;
+            store_all(&mut writer, Vec::new()).await;
+            store_all(&mut writer, vec![b.gap(seq + 1, seq + count - 1)]).await;
+            seq += count;
+        }
+        assert!(events.iter().map(|event| event.frame_id).is_sorted());
+        let count = |device: &str| {
+            let events = events.iter().filter(|event| event.device == device);
+            events.map(|event| event.readings.len()).sum::<usize>()
+        };
+        assert_eq!((count("a"), count("b")), (6 + 7500 + 200 + 40 + 5, 5));
+        let first = &events.iter().find(|event| event.device == "a").unwrap();
+        assert_eq!((first.seq, first.quality), (1, Some("anchored")));
+        assert_eq!(
+            (first.readings[1].ts, first.readings[1].value),
+            (7007, Number::Finite(1.0 / 3.0))
+        );
+        assert_eq!(first.readings[0].channel, "temperature");
+        // The same from the start, and with filters.
+        assert_eq!(read(&mut store, begin, &all).await.0, events);
+        let filtered = |device: &str, channel: &str| Filter {
+            device: device.to_owned(),
+            channel: channel.to_owned(),
+        };
+        let of_b = read(&mut store, begin, &filtered("b", "temperature"))
+            .await
+            .0;
+        assert_eq!(of_b.len(), 5);
+        assert!(of_b.iter().all(|event| events.contains(event)));
+        assert_eq!(read(&mut store, begin, &filtered("", "x")).await.0, []);
+        assert_eq!(read(&mut store, begin, &filtered("c", "")).await.0, []);
+    }
+
+    #[tokio::test]
+    async fn every_reading_is_in_one_page_of_sqlite() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.db");
+        let store = SqliteStore::open(&path, &SqliteSettings::default()).await;
+        every_reading_is_in_one_page(&StoreUrl::Sqlite(path), store.unwrap()).await;
+    }
+
+    #[tokio::test]
+    #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+    async fn every_reading_is_in_one_page_of_postgres() {
+        let database = Database::create().await;
+        let store = PostgresStore::open(database.settings()).await.unwrap();
+        let url = StoreUrl::Postgres(database.settings().url);
+        every_reading_is_in_one_page(&url, { store }.remove(0)).await;
+    }
+
+    #[tokio::test]
+    async fn ids_of_removed_frames_are_not_reused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.db");
+        let open = async || {
+            let store = SqliteStore::open(&path, &SqliteSettings::default()).await;
+            store.unwrap()
+        };
+        let mut writer = open().await;
+        let device = peer(&mut writer, "a").await;
+        store_all(&mut writer, frames(&device, 1, 3, 1)).await;
+        writer.close().await.unwrap();
+        let url = StoreUrl::Sqlite(path.clone());
+        let mut connection = Connection::open(&url, Access::Write).await.unwrap();
+        connection
+            .step("DELETE FROM frames WHERE id > 1", &[])
+            .await
+            .unwrap();
+        drop(connection);
+        let mut writer = open().await;
+        store_all(&mut writer, frames(&device, 4, 1, 1)).await;
+        let mut store = Reconnecting::new(&url);
+        let (events, _) = read(&mut store, 3, &Filter::default()).await;
+        assert_eq!(events.len(), 1);
+    }
+
+    #[tokio::test]
+    #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+    async fn frames_of_an_open_transaction_hold_back_later_ones() {
+        let database = Database::create().await;
+        let store = PostgresStore::open(database.settings()).await.unwrap();
+        let mut writer = { store }.remove(0);
+        let (a, b) = (peer(&mut writer, "a").await, peer(&mut writer, "b").await);
+        let url = StoreUrl::Postgres(database.settings().url);
+        let mut store = Reconnecting::new(&url);
+        let mut early = Connection::open(&url, Access::Write).await.unwrap();
+        early.begin().await.unwrap();
+        let take = "SELECT take_frame_id_blocks(1) * 1024";
+        let id = early.integer(take, &[]).await.unwrap();
+        store_all(&mut writer, frames(&b, 1, 1, 1)).await;
+        let (events, cursor) = read(&mut store, 0, &Filter::default()).await;
+        assert_eq!(events, []);
+        assert!(cursor < id);
+        let insert = "INSERT INTO frames (id, stream_id, seq, type, received_at, readings, first_ts, last_ts)
+            VALUES ($1, $2, 1, 17, $3, 1, $3, $3)";
+        let at = Argument::Time(1_700_000_000_000_000);
+        let values = [id.into(), a.stream.0.into(), at];
+        early.execute(insert, &values).await.unwrap();
+        let insert =
+            "INSERT INTO readings (series_id, ts, frame_id, value) VALUES ($1, $2, $3, 1.5)";
+        let values = [a.series.0.into(), at, id.into()];
+        early.execute(insert, &values).await.unwrap();
+        early.commit().await.unwrap();
+        let (events, after) = read(&mut store, cursor, &Filter::default()).await;
+        let devices: Vec<_> = events.iter().map(|event| event.device.as_str()).collect();
+        assert_eq!(devices, ["a", "b"]);
+        assert_eq!(read(&mut store, after, &Filter::default()).await.0, []);
+        // Ids of one writer never appear behind those of another.
+        store_all(&mut writer, frames(&b, 2, 1, 1)).await;
+        let (events, _) = read(&mut store, after, &Filter::default()).await;
+        assert_eq!(events.len(), 1);
+    }
+}
