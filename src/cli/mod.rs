@@ -43,6 +43,7 @@ use crate::net::tls::TlsError;
 use crate::store::admin::{OpenError, QueryError};
 use crate::store::spool::SpoolError;
 use crate::store::{postgres, sqlite};
+use crate::sys::service::InheritedSockets;
 use clap::builder::BoolishValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -472,7 +473,7 @@ impl Cli {
     }
 
     /// Runs the subcommand.
-    async fn carry_out(self) -> Result<(), Error> {
+    async fn carry_out(self, inherited: InheritedSockets) -> Result<(), Error> {
         for variable in unknown_variables(std::env::vars_os().map(|(name, _)| name)) {
             tracing::warn!(%variable, "unknown environment variable ignored");
         }
@@ -482,7 +483,12 @@ impl Cli {
                 check::check(args.settings, self.global.location, format).await
             }
             Command::Serve(args) => {
-                serve::serve(args.settings, self.global.location, &self.changed, format).await
+                let start = serve::Start {
+                    changed: &self.changed,
+                    inherited,
+                    format,
+                };
+                serve::serve(args.settings, self.global.location, start).await
             }
             Command::Doctor(args) => check::doctor(args.settings, self.global.location).await,
             Command::Query(args) => query::query(&store, &args).await,

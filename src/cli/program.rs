@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::store::postgres;
 use crate::sys::log;
+use crate::sys::service::InheritedSockets;
 use tracing::Metadata;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::filter_fn;
@@ -23,6 +24,8 @@ const END_LEFT_WITHIN: Duration = Duration::from_secs(3);
 /// Reads the arguments, starts the log, runs the subcommand, and returns the exit code: 0 for success, 1 for a failed
 /// run, 2 for wrong usage or configuration.
 pub fn main() -> ExitCode {
+    // Before any thread starts.
+    let inherited = InheritedSockets::take();
     // Errors in the arguments use the log's writer, too. If its thread cannot start, they are written directly.
     let _ = log::stderr();
     let args: Vec<_> = std::env::args_os().collect();
@@ -30,7 +33,7 @@ pub fn main() -> ExitCode {
     let mut format = super::log_format(&args);
     let done = super::parse(args).and_then(|cli| {
         format = cli.log_format();
-        carry_out(cli)
+        carry_out(cli, inherited)
     });
     let code = match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -45,14 +48,14 @@ pub fn main() -> ExitCode {
     code
 }
 
-fn carry_out(cli: Cli) -> Result<(), Error> {
+fn carry_out(cli: Cli, inherited: InheritedSockets) -> Result<(), Error> {
     start_log(cli.log_format(), &cli.log_levels())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| Error::Failed(format!("could not start the runtime: {error}")))?;
     let done = runtime.block_on(async {
-        let done = cli.carry_out().await;
+        let done = cli.carry_out(inherited).await;
         postgres::end_left(END_LEFT_WITHIN).await;
         done
     });

@@ -36,10 +36,11 @@ use crate::store::sqlite::{SqliteSettings, SqliteStore};
 use crate::sys::gateway_id;
 use crate::sys::log;
 use crate::sys::open_files;
+use crate::sys::service::{self, InheritedSockets};
 use clap::Args;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::time::timeout;
+use tokio::time::{MissedTickBehavior, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{Error, LogFormat, fleet_key, output};
@@ -59,6 +60,8 @@ const UP_LOG_INTERVAL: Duration = Duration::from_secs(30);
 const SPOOL_DRAIN_SHARE: u32 = 2;
 /// Maximum wait at startup for a blocked stdout.
 const PRINT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Maximum interval between messages to the service manager.
+const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 /// Maximum wait for a blocked stderr at an exit without a drain.
 const LAST_FLUSH: Duration = Duration::from_millis(200);
 
@@ -75,14 +78,18 @@ pub struct ServeArgs {
     pub settings: Settings,
 }
 
-/// Runs the gateway until it receives a signal to stop. `changed` shows the settings that differ from their
-/// defaults.
-pub async fn serve(
-    settings: Settings,
-    location: Location,
-    changed: &str,
-    format: LogFormat,
-) -> Result<(), Error> {
+/// How the gateway was started.
+pub struct Start<'a> {
+    /// Settings that differ from their defaults.
+    pub changed: &'a str,
+    /// Sockets from the service manager.
+    pub inherited: InheritedSockets,
+    /// Format of the log.
+    pub format: LogFormat,
+}
+
+/// Runs the gateway until it receives a signal to stop.
+pub async fn serve(settings: Settings, location: Location, start: Start<'_>) -> Result<(), Error> {
     // Without a handler, SIGHUP ends the process. It stays pending until the certificates are loaded.
     let hangup = listen_to(SignalKind::hangup())?;
     // With a handler, a write beyond the file size limit fails as on a full disk and does not end the process.
@@ -96,15 +103,15 @@ pub async fn serve(
     })?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
-        settings = changed,
+        settings = start.changed,
         "starting"
     );
-    run(&config, hangup, format).await?;
+    run(&config, hangup, start).await?;
     tracing::info!("stopped");
     Ok(())
 }
 
-async fn run(config: &Config, hangup: Signal, format: LogFormat) -> Result<(), Error> {
+async fn run(config: &Config, hangup: Signal, start: Start<'_>) -> Result<(), Error> {
     create_data_dir(&config.location.data_dir)?;
     let found = fleet_key::find(config).await?;
     match &config.store {
@@ -112,7 +119,7 @@ async fn run(config: &Config, hangup: Signal, format: LogFormat) -> Result<(), E
             spool::refuse_undrained(&config.location.spool()).await?;
             let store = SqliteStore::open(path, &sqlite_settings(config)).await?;
             let key = fleet_key::settle(config, found).await?;
-            serve_into(vec![store], config, key, hangup, format).await
+            serve_into(vec![store], config, key, hangup, start).await
         }
         StoreUrl::Postgres(url) if config.spool.spool => {
             let postgres = postgres_settings(config, url)?;
@@ -128,7 +135,7 @@ async fn run(config: &Config, hangup: Signal, format: LogFormat) -> Result<(), E
             });
             let store = store.await?;
             let key = fleet_key::settle(config, found).await?;
-            serve_into(vec![store], config, key, hangup, format).await
+            serve_into(vec![store], config, key, hangup, start).await
         }
         StoreUrl::Postgres(url) => {
             let postgres = postgres_settings(config, url)?;
@@ -143,7 +150,7 @@ async fn run(config: &Config, hangup: Signal, format: LogFormat) -> Result<(), E
             });
             let stores = stores.await?;
             let key = fleet_key::settle(config, found).await?;
-            serve_into(stores, config, key, hangup, format).await
+            serve_into(stores, config, key, hangup, start).await
         }
     }
 }
@@ -165,6 +172,7 @@ async fn once_up<T>(
         if Instant::now() >= log_at {
             let left_s = wait.saturating_sub(began.elapsed()).as_secs();
             tracing::warn!(%error, left_s, "waiting for Postgres");
+            service::status("waiting for Postgres");
             log_at = Instant::now() + UP_LOG_INTERVAL;
         }
         tokio::time::sleep(UP_INTERVAL).await;
@@ -194,7 +202,7 @@ async fn serve_into<S: Store>(
     config: &Config,
     (key, origin): (FleetKey, Origin),
     hangup: Signal,
-    format: LogFormat,
+    mut start: Start<'_>,
 ) -> Result<(), Error> {
     let tls = load_tls(config)?.map(Arc::new);
     let held = match &config.store {
@@ -219,13 +227,14 @@ async fn serve_into<S: Store>(
     let devices = DeviceWatch::load(source, Arc::clone(&credentials), Arc::clone(&registry)).await;
     let devices =
         devices.map_err(|error| Error::Failed(format!("could not read devices: {error}")))?;
-    let listeners = bind(config, tls.as_ref())?;
+    let listeners = bind(config, tls.as_ref(), &mut start.inherited)?;
     // Created before the gateway is announced, because it may be stopped from then on.
     let drain = CancellationToken::new();
     let mut tasks = Supervisor::default();
     let metrics = Arc::new(limited_metrics(config));
     let feed = Arc::new(Feed::new(&config.store));
-    let http = bind_http(config, &metrics, &feed, &drain).await?;
+    let http = bind_http(config, &metrics, &feed, &drain, &mut start.inherited).await?;
+    refuse_unused(&start.inherited)?;
     tasks.spawn("signals", drain_on_signal(drain.clone())?);
     match tls.clone() {
         Some(tls) => tasks.spawn("certificates", async move {
@@ -259,6 +268,7 @@ async fn serve_into<S: Store>(
         tasks.spawn_poller(FeedHead::new(&config.store, feed));
         tasks.spawn("http", http::serve(listener, site));
     }
+    tasks.spawn("service manager", report_health(Arc::clone(&metrics)));
     let mut settings = server_settings(config, credentials, gauge, metrics);
     settings.admission.connections_max = connections_within_limit(config.admission.connections_max);
     tasks.spawn_poller(usage);
@@ -269,6 +279,7 @@ async fn serve_into<S: Store>(
         tasks.spawn_poller(mirror);
     }
     let failed = |error: &dyn Display| Error::Failed(error.to_string());
+    service::ready("serving");
     let mut serving = pin!(server::serve(
         listeners,
         stores,
@@ -280,12 +291,13 @@ async fn serve_into<S: Store>(
         served = &mut serving => served.map_err(|error| failed(&error)),
         ended = tasks.ended() => {
             tracing::info!("shutting down: a task ended unexpectedly; draining the queue");
+            service::stopping("draining the queue");
             drain.cancel();
             // The task comes first in the error: it is the cause.
             let drained = serving.await.err().map(|error| format!("; {error}"));
             Err(failed(&format_args!("{ended}{}", drained.unwrap_or_default())))
         }
-        reason = held.watch() => end_without_closing(&reason, format),
+        reason = held.watch() => end_without_closing(&reason, start.format),
     }
 }
 
@@ -331,11 +343,20 @@ fn connections_within_limit(wanted: usize) -> usize {
     wanted.min(fitting)
 }
 
-fn bind(config: &Config, tls: Option<&Arc<Tls>>) -> Result<Listeners, Error> {
-    let bind = |flag, listen| {
-        let listener = server::listen(listen);
+fn bind(
+    config: &Config,
+    tls: Option<&Arc<Tls>>,
+    inherited: &mut InheritedSockets,
+) -> Result<Listeners, Error> {
+    let mut bind = |flag, listen| {
+        let listener = match inherited.find(listen) {
+            Ok(Some(listener)) => server::adopt(listener),
+            Ok(None) => server::listen(listen),
+            Err(error) => Err(error),
+        };
         listener.map_err(|error| cannot_listen(flag, listen, &error))
     };
+    let plain = bind("--listen", config.listen)?;
     let tls = match (config.tls_listen, tls) {
         (Some(listen), Some(tls)) => Some(TlsListener {
             listener: bind("--tls-listen", listen)?,
@@ -343,10 +364,31 @@ fn bind(config: &Config, tls: Option<&Arc<Tls>>) -> Result<Listeners, Error> {
         }),
         _ => None,
     };
-    Ok(Listeners {
-        plain: bind("--listen", config.listen)?,
-        tls,
-    })
+    Ok(Listeners { plain, tls })
+}
+
+/// Fails if the service manager opened a socket that no listener uses: peers would connect to it and wait in vain.
+fn refuse_unused(inherited: &InheritedSockets) -> Result<(), Error> {
+    match inherited.unused().first() {
+        None => Ok(()),
+        Some(address) => Err(Error::Failed(format!(
+            "could not use the socket {address} of the service manager: no listener has this address; set --listen, \
+             --tls-listen or --http to it, or remove it from the socket unit"
+        ))),
+    }
+}
+
+/// Reports to the service manager that this runtime works, at half the interval that it expects.
+async fn report_health(metrics: Arc<Metrics>) {
+    let interval = service::watchdog().map_or(STATUS_INTERVAL, |limit| limit / 2);
+    let mut tick = tokio::time::interval(interval.min(STATUS_INTERVAL));
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let status = metrics.summary();
+        // A service manager that reads nothing blocks a thread that no connection needs.
+        let _ = tokio::task::spawn_blocking(move || service::alive(&status)).await;
+    }
 }
 
 fn sqlite_settings(config: &Config) -> SqliteSettings {
@@ -441,12 +483,17 @@ async fn bind_http(
     metrics: &Arc<Metrics>,
     feed: &Arc<Feed>,
     drain: &CancellationToken,
+    inherited: &mut InheritedSockets,
 ) -> Result<Option<(TcpListener, Site)>, Error> {
     let tokens = load_tokens(config)?;
     let Some(address) = config.http_listen else {
         return Ok(None);
     };
-    let listener = TcpListener::bind(address).await;
+    let listener = match inherited.find(address) {
+        Ok(Some(listener)) => TcpListener::from_std(listener),
+        Ok(None) => TcpListener::bind(address).await,
+        Err(error) => Err(error),
+    };
     let listener = listener.map_err(|error| cannot_listen("--http", address, &error))?;
     let hosts = config.http.http_host.iter().cloned();
     let (metrics, feed) = (Arc::clone(metrics), Arc::clone(feed));
@@ -540,6 +587,7 @@ fn drain_on_signal(drain: CancellationToken) -> Result<impl Future<Output = ()>,
     Ok(async move {
         tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
         tracing::info!("shutting down: draining the queue; send the signal again to exit now");
+        service::stopping("draining the queue");
         drain.cancel();
         tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
         tracing::warn!("exiting without draining; devices will resend unacknowledged frames");

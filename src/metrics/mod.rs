@@ -337,6 +337,19 @@ impl Metrics {
         self.logins.get_or_create(&ByResult { result }).inc();
     }
 
+    /// Returns one line for a person: connected devices, and whether the store takes commits.
+    pub fn summary(&self) -> String {
+        let sessions = self
+            .connections
+            .get_or_create(&Phase::Session.label())
+            .get();
+        let stored = self.readings.get();
+        match self.is_store_up() {
+            true => format!("devices connected: {sessions}, readings stored: {stored}"),
+            false => format!("store unavailable, devices connected: {sessions}"),
+        }
+    }
+
     /// Counts an accepted connection.
     pub fn accepted(&self) {
         self.accepted.inc();

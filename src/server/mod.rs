@@ -92,6 +92,15 @@ pub fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
+/// Takes over a listener that the service manager opened, with the same send buffer as [`listen`].
+///
+/// # Errors
+/// The listener cannot be used without blocking.
+pub fn adopt(listener: std::net::TcpListener) -> io::Result<TcpListener> {
+    rustix::net::sockopt::set_socket_send_buffer_size(&listener, SEND_BUFFER_BYTES as usize)?;
+    TcpListener::from_std(listener)
+}
+
 /// A listener for TLS connections.
 #[derive(Debug)]
 pub struct TlsListener {

@@ -4,3 +4,4 @@ pub mod gateway_id;
 pub mod log;
 pub mod open_files;
 pub mod secret_file;
+pub mod service;

@@ -30,6 +30,7 @@ mod readers;
 mod replay;
 mod restored;
 mod said;
+mod service;
 mod session;
 mod sessions;
 mod simulator;

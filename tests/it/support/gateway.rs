@@ -97,7 +97,8 @@ impl Gateway {
         gateway
     }
 
-    fn start_by(serve: Command, data_dir: &Path, flags: &[&str]) -> Gateway {
+    /// Starts a gateway by a command that ends with `serve`.
+    pub fn start_by(serve: Command, data_dir: &Path, flags: &[&str]) -> Gateway {
         Gateway::start_with(serve, Stdio::piped(), data_dir, flags)
     }
 
