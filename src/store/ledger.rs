@@ -17,7 +17,6 @@ use crate::metrics::Stored;
 /// Highest sequence number that a store can keep; SQL integers are signed.
 pub const SEQ_MAX: u64 = i64::MAX as u64;
 
-/// Decision on an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Store it, starting at `first_seq`: a gap may overlap durable numbers.
@@ -98,13 +97,10 @@ impl Appended<'_> {
 pub struct Progress {
     /// Watermark including the appended entries.
     pub durable_seq: u64,
-    /// Number of appended entries.
     pub frames: u64,
-    /// Number of appended readings.
     pub readings: u64,
 }
 
-/// An entry names a stream that is not in the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("stream {0:?} is not in the store")]
 pub struct UnknownStream(pub StreamId);
@@ -118,7 +114,6 @@ pub struct Watermarks {
 }
 
 impl Watermarks {
-    /// Creates the watermarks from each stream's stored `durable_seq`.
     pub fn new(durable: impl IntoIterator<Item = (StreamId, u64)>) -> Self {
         let start = |(stream, durable_seq)| {
             (

@@ -27,25 +27,19 @@ pub struct MemoryStore {
     state: Arc<Mutex<State>>,
 }
 
-/// A stored entry.
 #[derive(Clone, Debug)]
 pub struct StoredEntry {
     /// First stored number; greater than the entry's own only for a gap that overlapped durable numbers.
     pub first_seq: u64,
-    /// The entry as submitted.
     pub entry: Entry,
 }
 
 /// Identity of a series.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SeriesKey {
-    /// Device of the series.
     pub device: DeviceId,
-    /// Name of the channel.
     pub channel: String,
-    /// Unit of the channel.
     pub unit: String,
-    /// Type of the values.
     pub kind: Kind,
 }
 

@@ -201,22 +201,18 @@ pub enum DeclareOutcome {
 /// A stored schema, with the series of its channels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schema {
-    /// Number of the schema.
     pub schema: u16,
     /// Channels in declared order.
     pub channels: Vec<SchemaChannel>,
 }
 
-/// One channel of a [`Schema`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SchemaChannel {
     /// Number within the schema.
     pub id: u8,
-    /// Type of the values.
     pub kind: Kind,
     /// Power of ten for integers.
     pub exp10: i8,
-    /// Series of its readings.
     pub series: SeriesId,
 }
 
@@ -361,7 +357,6 @@ impl DeviceEventKind {
 /// device exists.
 #[derive(Clone, Debug)]
 pub struct Refusal {
-    /// Address of the peer.
     pub peer: IpAddr,
     /// Claimed device name; empty if none.
     pub device: String,
@@ -369,7 +364,6 @@ pub struct Refusal {
     pub code: u8,
     /// Text for display.
     pub detail: String,
-    /// Number of refusals.
     pub count: u64,
     /// Time of the first refusal, microseconds UTC.
     pub first_at_us: i64,
@@ -383,7 +377,6 @@ pub struct Refusal {
 pub(crate) const REFUSALS_MAX: i64 = 1000;
 
 impl Refusal {
-    /// Returns the audit event for `device`.
     fn of(&self, device: DeviceId) -> DeviceEvent {
         DeviceEvent {
             device,
@@ -422,7 +415,6 @@ impl Receipt {
     }
 }
 
-/// Result of a commit.
 #[derive(Debug, Default)]
 pub struct Committed {
     /// One result per login, in order.

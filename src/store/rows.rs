@@ -129,7 +129,6 @@ impl<'a> EventRow<'a> {
         })
     }
 
-    /// Returns the row of a session event.
     pub(super) fn of(event: &'a DeviceEvent) -> EventRow<'a> {
         EventRow {
             device: event.device,

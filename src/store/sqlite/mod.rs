@@ -152,9 +152,6 @@ struct Statistics {
 
 impl SqliteStore {
     /// Opens the database at `path`, creating it if it does not exist, and updates its schema.
-    ///
-    /// # Errors
-    /// [`OpenError`] states in one line what is wrong and what to do.
     pub async fn open(
         path: impl AsRef<Path>,
         settings: &SqliteSettings,
