@@ -63,7 +63,6 @@ const HEADERS: [&str; 10] = [
     "readings",
 ];
 
-/// Lists devices.
 pub async fn list(connection: &mut Connection, args: &ListArgs) -> Result<(), Error> {
     let mut sql = DEVICES.to_owned();
     let mut arguments = Vec::new();
