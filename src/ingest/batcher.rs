@@ -34,14 +34,12 @@ const SECOND_US: u64 = 1_000_000;
 /// Resources that a submission uses until it is committed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Size {
-    /// Number of readings.
     pub readings: usize,
     /// Memory in bytes, approximate.
     pub bytes: usize,
 }
 
 impl Size {
-    /// Returns the size of a submission.
     pub fn of(submission: &Submission) -> Size {
         let (Submission::Entry(entry) | Submission::Quarantine(entry, _)) = submission else {
             return Size {
@@ -78,17 +76,12 @@ const SUBMISSION_BYTES: usize = 256;
 /// A batch, with the tag of each part that is answered.
 #[derive(Debug)]
 pub struct Tagged<T> {
-    /// Data to commit.
     pub batch: Batch,
-    /// One tag for each login.
     pub logins: Vec<T>,
-    /// One tag for each DECLARE.
     pub declares: Vec<T>,
-    /// One tag for each entry.
     pub entries: Vec<T>,
     /// Reserved quarantine space, held until the batch is finished.
     pub reservations: Vec<Reservation>,
-    /// Total size.
     pub size: Size,
 }
 
@@ -323,7 +316,6 @@ mod tests {
         })
     }
 
-    /// An operation on a batcher.
     #[derive(Clone, Debug)]
     enum Input {
         Push(usize),
