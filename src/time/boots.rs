@@ -187,7 +187,6 @@ pub struct Stamp {
     pub boot: Option<u32>,
     /// Time of the newest row, in the device's own time.
     pub newest_us: i64,
-    /// Conversion to UTC.
     pub time: ResolvedTime,
     /// A clock chosen for a boot without one, to be stored with the frame.
     pub chosen: Option<BootClock>,
@@ -214,7 +213,6 @@ struct Progress {
 }
 
 impl BootClocks {
-    /// Creates the clocks from those in a store.
     pub fn new(clocks: Vec<BootClock>) -> BootClocks {
         BootClocks {
             clocks,
