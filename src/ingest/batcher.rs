@@ -13,7 +13,6 @@ use crate::quota::quarantine::Reservation;
 use crate::session::Submission;
 use crate::store::{Batch, Content, StreamId};
 
-/// Limits of a batch.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchLimits {
     /// Number of readings in a full batch.
@@ -153,7 +152,6 @@ impl Load {
 }
 
 impl<T> Batcher<T> {
-    /// Creates an empty batcher.
     pub fn new(limits: BatchLimits) -> Batcher<T> {
         Batcher {
             limits,
@@ -233,12 +231,10 @@ impl<T> Batcher<T> {
         }
     }
 
-    /// Returns whether the batch is empty.
     pub fn is_empty(&self) -> bool {
         self.open.size == Size::default()
     }
 
-    /// Returns whether the batch is full.
     pub fn is_full(&self) -> bool {
         self.open.size.readings >= self.limits.readings_max
             || self.open.size.bytes >= self.limits.bytes_max

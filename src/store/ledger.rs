@@ -47,17 +47,14 @@ pub fn judge(durable_seq: u64, first_seq: u64, seq: u64) -> Verdict {
 /// Reason of a gap that was reported by a quarantined frame (SPEC, section 4).
 pub const REASON_REFUSED: u8 = 253;
 
-/// An entry to store.
 #[derive(Clone, Copy, Debug)]
 pub struct Appended<'a> {
-    /// The entry as received.
     pub entry: &'a Entry,
     /// First number to store; the last one is `entry.seq`.
     pub first_seq: u64,
 }
 
 impl Appended<'_> {
-    /// Returns the number of readings in the entry.
     pub fn readings(&self) -> usize {
         match &self.entry.content {
             Content::Readings(readings) => readings.values.len(),
@@ -82,7 +79,6 @@ impl Appended<'_> {
         stored.readings += self.readings() as u64;
     }
 
-    /// Returns the reason code if the entry is a gap.
     pub fn gap_reason(&self) -> Option<u8> {
         match self.entry.content {
             Content::Gap { reason } => Some(reason),

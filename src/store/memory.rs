@@ -21,7 +21,6 @@ use crate::config::DeviceBounds;
 use crate::metrics::Stored;
 use crate::time::UNMEASURED;
 
-/// The store; see the module.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryStore {
     state: Arc<Mutex<State>>,
@@ -82,7 +81,6 @@ struct Stream {
 }
 
 impl MemoryStore {
-    /// Creates an empty store.
     pub fn new() -> Self {
         Self::default()
     }
@@ -136,7 +134,6 @@ impl MemoryStore {
             .unwrap_or_default()
     }
 
-    /// Returns the identity of a series.
     pub fn series(&self, series: SeriesId) -> Option<SeriesKey> {
         self.state().series.get(row(series.0)).cloned()
     }

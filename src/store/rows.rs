@@ -8,7 +8,6 @@ use crate::time::ResolvedTime;
 pub struct Frame<'a> {
     /// Id of its row in the ledger.
     pub id: i64,
-    /// The appended entry.
     pub item: Appended<'a>,
 }
 

@@ -46,7 +46,6 @@ pub enum Access {
     Read,
     /// Reads for a gateway that polls.
     Poll,
-    /// Reads and writes.
     Write,
 }
 

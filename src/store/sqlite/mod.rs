@@ -96,7 +96,6 @@ pub struct SqliteSettings {
     /// Length of the write-ahead log, in bytes, above which commits fail with a transient error while a reader
     /// prevents its reset.
     pub wal_hard_bytes: u64,
-    /// Limits for each device.
     pub bounds: DeviceBounds,
 }
 
@@ -124,7 +123,6 @@ impl Default for SqliteSettings {
     }
 }
 
-/// The store; see the module.
 pub struct SqliteStore {
     /// `None` after a fatal error.
     writer: Option<Writer>,

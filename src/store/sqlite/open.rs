@@ -104,7 +104,6 @@ pub enum OpenError {
     Sqlite { path: PathBuf, source: sqlx::Error },
 }
 
-/// Purpose of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// Keeps received data permanently.
