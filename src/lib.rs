@@ -16,7 +16,6 @@ mod server;
 
 mod import;
 
-#[expect(missing_docs, reason = "only `internals` exports it")]
 mod ingest;
 
 mod session;
@@ -29,7 +28,6 @@ mod quota;
 
 pub mod net;
 
-#[expect(missing_docs, reason = "only `internals` exports it")]
 mod store;
 
 pub mod recording;
@@ -38,7 +36,6 @@ mod metrics;
 
 pub mod config;
 
-#[expect(missing_docs, reason = "only `internals` exports it")]
 mod time;
 
 pub mod sys;

@@ -216,13 +216,14 @@ CREATE TRIGGER quarantine_deleted AFTER DELETE ON quarantine
 -- kind: connected, disconnected (code is the BYE code of the reason), refused (authentication failed, or the
 -- device may not connect; code is the BYE code), added, enabled, disabled, key_changed (by an operator), event
 -- (level and code are the device's own, frame_id is the frame that carried it), number_reused (a number was
--- reused with different content). session is the number of the session that began or ended.
+-- reused with different content), presence (detail has the states before and after), twin (two devices use one
+-- name), interval_set (by an operator). session is the number of the session that began or ended.
 CREATE TABLE device_events (
     id        bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     device_id bigint NOT NULL REFERENCES devices (id),
     at        timestamptz NOT NULL,
     kind      text NOT NULL CHECK (kind IN ('connected', 'disconnected', 'refused', 'added', 'enabled',
-        'disabled', 'key_changed', 'event', 'number_reused')),
+        'disabled', 'key_changed', 'event', 'number_reused', 'presence', 'twin', 'interval_set')),
     level     smallint,
     code      integer NOT NULL,
     detail    text NOT NULL,
@@ -232,7 +233,18 @@ CREATE TABLE device_events (
 CREATE INDEX device_events_by_device ON device_events (device_id, at);
 -- For pruning, which keeps events that devices reported and changes by operators.
 CREATE INDEX device_events_of_sessions ON device_events (device_id, id)
-    WHERE kind IN ('connected', 'disconnected', 'refused');
+    WHERE kind IN ('connected', 'disconnected', 'refused', 'presence', 'twin');
+
+-- Presence of devices as gateways last recorded it, with the expected interval between two arrivals. learned_s
+-- is the median of the latest ones, set_s the value of an operator, which takes precedence. twin_at is when two
+-- devices were last found to use the name. A device without a row counts as 'never'.
+CREATE TABLE presence (
+    device_id bigint PRIMARY KEY REFERENCES devices (id) ON DELETE CASCADE,
+    state     text NOT NULL DEFAULT 'never' CHECK (state IN ('online', 'late', 'silent', 'never', 'disabled')),
+    learned_s bigint,
+    set_s     bigint,
+    twin_at   timestamptz
+);
 
 -- Refusals before a session began: by address, claimed name ('' if none) and BYE code (0 if none was sent). The
 -- latest 1,000 are kept.

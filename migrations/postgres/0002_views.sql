@@ -147,14 +147,74 @@ INSERT INTO reading_hours
 SELECT DISTINCT date_trunc('hour', ts, 'UTC') FROM readings
 ON CONFLICT DO NOTHING;
 
+-- Presence of each device, for `device_status` and for gateways. `heard_at` is the time of its last frame, login
+-- or end of a session, whichever is the latest; `recorded` is the last state in the table `presence`. A device is
+-- 'online' during a session and for three intervals after it was heard; then 'late', and 'silent' after a day.
+CREATE OR REPLACE VIEW device_presence AS
+SELECT
+    device_id,
+    recorded,
+    interval_s,
+    is_interval_set,
+    learned_s,
+    heard_at,
+    CASE
+        WHEN enabled = 0 THEN 'disabled'
+        WHEN last_frame_at IS NULL THEN 'never'
+        WHEN is_connected OR heard_at >= now() - 3 * interval_s * interval '1 second' THEN 'online'
+        WHEN heard_at >= now() - interval '1 day' THEN 'late'
+        ELSE 'silent'
+    END AS presence
+FROM (
+    SELECT
+        device_id,
+        enabled,
+        recorded,
+        interval_s,
+        is_interval_set,
+        learned_s,
+        is_connected,
+        last_frame_at,
+        greatest(last_frame_at, last_login_at, last_end_at) AS heard_at
+    FROM (
+        SELECT
+            d.id AS device_id,
+            d.enabled,
+            p.state AS recorded,
+            coalesce(p.set_s, p.learned_s, 40) AS interval_s,
+            (p.set_s IS NOT NULL)::integer AS is_interval_set,
+            p.learned_s,
+            EXISTS (SELECT 1 FROM sessions AS se WHERE se.device_id = d.id) AS is_connected,
+            d.last_seen_at AS last_login_at,
+            (
+                SELECT max((
+                    SELECT f.received_at FROM frames AS f
+                    WHERE f.stream_id = st.id ORDER BY f.seq DESC LIMIT 1
+                ))
+                FROM streams AS st WHERE st.device_id = d.id
+            ) AS last_frame_at,
+            (
+                SELECT e.at FROM device_events AS e
+                WHERE e.device_id = d.id AND e.kind = 'disconnected'
+                ORDER BY e.at DESC LIMIT 1
+            ) AS last_end_at
+        FROM devices AS d
+        LEFT JOIN presence AS p ON p.device_id = d.id
+    ) AS found
+) AS heard;
+
 -- One row for each device. `missing` is the number of lost frames, `quarantined` that of frames that could not
 -- be decoded. `state` is 'connected' during a session, and 'new' before the first login. `last_seen_at` is the
--- later of its last login and its last frame.
+-- later of its last login and its last frame. `presence` is described at `device_presence`; `interval_s` is the
+-- expected interval, learned unless `is_interval_set`.
 CREATE OR REPLACE VIEW device_status AS
 SELECT
     device,
     enabled,
     state,
+    presence,
+    interval_s,
+    is_interval_set,
     firmware,
     first_seen_at,
     utc_text_s(first_seen_at) AS first_seen_at_text,
@@ -175,6 +235,9 @@ FROM (
             WHEN d.first_seen_at IS NOT NULL THEN 'disconnected'
             ELSE 'new'
         END AS state,
+        p.presence,
+        p.interval_s,
+        p.is_interval_set,
         d.firmware,
         d.first_seen_at,
         d.last_seen_at AS last_login_at,
@@ -196,6 +259,7 @@ FROM (
         )::bigint AS missing,
         (SELECT count(*) FROM quarantine AS q WHERE q.device_id = d.id) AS quarantined
     FROM devices AS d
+    JOIN device_presence AS p ON p.device_id = d.id
 ) AS status;
 
 -- Enabled devices that sent no frame in the last hour, or none at all; `silent_s` is the time since the last

@@ -148,13 +148,14 @@ END;
 -- kind: connected, disconnected (code is the BYE code of the reason), refused (authentication failed, or the
 -- device may not connect; code is the BYE code), added, enabled, disabled, key_changed (by an operator), event
 -- (level and code are the device's own, frame_id is the frame that carried it), number_reused (a number was
--- reused with different content). session is the number of the session that began or ended.
+-- reused with different content), presence (detail has the states before and after), twin (two devices use one
+-- name), interval_set (by an operator). session is the number of the session that began or ended.
 CREATE TABLE device_events (
     id        INTEGER PRIMARY KEY,
     device_id INTEGER NOT NULL REFERENCES devices (id),
     at        INTEGER NOT NULL,
     kind      TEXT NOT NULL CHECK (kind IN ('connected', 'disconnected', 'refused', 'added', 'enabled',
-        'disabled', 'key_changed', 'event', 'number_reused')),
+        'disabled', 'key_changed', 'event', 'number_reused', 'presence', 'twin', 'interval_set')),
     level     INTEGER,
     code      INTEGER NOT NULL,
     detail    TEXT NOT NULL,
@@ -164,7 +165,7 @@ CREATE TABLE device_events (
 CREATE INDEX device_events_by_device ON device_events (device_id, at);
 -- For pruning, which keeps events that devices reported and changes by operators.
 CREATE INDEX device_events_of_sessions ON device_events (device_id, id)
-    WHERE kind IN ('connected', 'disconnected', 'refused');
+    WHERE kind IN ('connected', 'disconnected', 'refused', 'presence', 'twin');
 
 -- Refusals before a session began: by address, claimed name ('' if none) and BYE code (0 if none was sent). The
 -- latest 1,000 are kept.

@@ -64,6 +64,17 @@ BEGIN
     UPDATE store_identity SET last_removed = old.id;
 END;
 
+-- Presence of devices as gateways last recorded it, with the expected interval between two arrivals. learned_s
+-- is the median of the latest ones, set_s the value of an operator, which takes precedence. twin_at is when two
+-- devices were last found to use the name. A device without a row counts as 'never'.
+CREATE TABLE presence (
+    device_id INTEGER PRIMARY KEY REFERENCES devices (id) ON DELETE CASCADE,
+    state     TEXT NOT NULL DEFAULT 'never' CHECK (state IN ('online', 'late', 'silent', 'never', 'disabled')),
+    learned_s INTEGER,
+    set_s     INTEGER,
+    twin_at   INTEGER
+) STRICT;
+
 -- Views for people, with the same names and columns as in Postgres.
 --
 -- A time is integer microseconds UTC. The column with the suffix `_text` is the same time as text, for display
@@ -318,14 +329,74 @@ FROM (
     )
 );
 
+-- Presence of each device, for `device_status` and for gateways. `heard_at` is the time of its last frame, login
+-- or end of a session, whichever is the latest; `recorded` is the last state in the table `presence`. A device is
+-- 'online' during a session and for three intervals after it was heard; then 'late', and 'silent' after a day.
+CREATE VIEW device_presence AS
+SELECT
+    device_id,
+    recorded,
+    interval_s,
+    is_interval_set,
+    learned_s,
+    heard_at,
+    CASE
+        WHEN enabled = 0 THEN 'disabled'
+        WHEN last_frame_at IS NULL THEN 'never'
+        WHEN is_connected OR heard_at >= (unixepoch('now') - 3 * interval_s) * 1000000 THEN 'online'
+        WHEN heard_at >= (unixepoch('now') - 86400) * 1000000 THEN 'late'
+        ELSE 'silent'
+    END AS presence
+FROM (
+    SELECT
+        device_id,
+        enabled,
+        recorded,
+        interval_s,
+        is_interval_set,
+        learned_s,
+        is_connected,
+        last_frame_at,
+        max(last_frame_at, coalesce(last_login_at, last_frame_at), coalesce(last_end_at, last_frame_at)) AS heard_at
+    FROM (
+        SELECT
+            d.id AS device_id,
+            d.enabled,
+            p.state AS recorded,
+            coalesce(p.set_s, p.learned_s, 40) AS interval_s,
+            p.set_s IS NOT NULL AS is_interval_set,
+            p.learned_s,
+            EXISTS (SELECT 1 FROM sessions AS se WHERE se.device_id = d.id) AS is_connected,
+            d.last_seen_at AS last_login_at,
+            (
+                SELECT max((
+                    SELECT f.received_at FROM frames AS f
+                    WHERE f.stream_id = st.id ORDER BY f.seq DESC LIMIT 1
+                ))
+                FROM streams AS st WHERE st.device_id = d.id
+            ) AS last_frame_at,
+            (
+                SELECT e.at FROM device_events AS e
+                WHERE e.device_id = d.id AND e.kind = 'disconnected'
+                ORDER BY e.at DESC LIMIT 1
+            ) AS last_end_at
+        FROM devices AS d
+        LEFT JOIN presence AS p ON p.device_id = d.id
+    )
+);
+
 -- One row for each device. `missing` is the number of lost frames, `quarantined` that of frames that could not
 -- be decoded. `state` is 'connected' during a session, and 'new' before the first login. `last_seen_at` is the
--- later of its last login and its last frame.
+-- later of its last login and its last frame. `presence` is described at `device_presence`; `interval_s` is the
+-- expected interval, learned unless `is_interval_set`.
 CREATE VIEW device_status AS
 SELECT
     device,
     enabled,
     state,
+    presence,
+    interval_s,
+    is_interval_set,
     firmware,
     first_seen_at,
     strftime('%Y-%m-%dT%H:%M:%SZ', first_seen_at / 1000000, 'unixepoch') AS first_seen_at_text,
@@ -347,6 +418,9 @@ FROM (
             WHEN d.first_seen_at IS NOT NULL THEN 'disconnected'
             ELSE 'new'
         END AS state,
+        p.presence,
+        p.interval_s,
+        p.is_interval_set,
         d.firmware,
         d.first_seen_at,
         d.last_seen_at AS last_login_at,
@@ -367,6 +441,7 @@ FROM (
         ) AS missing,
         (SELECT count(*) FROM quarantine AS q WHERE q.device_id = d.id) AS quarantined
     FROM devices AS d
+    CROSS JOIN device_presence AS p ON p.device_id = d.id
 );
 
 -- Enabled devices that sent no frame in the last hour, or none at all; `silent_s` is the time since the last

@@ -26,6 +26,7 @@ use crate::server::{self, Listeners, ServerSettings, TlsListener};
 use crate::session::SessionSettings;
 use crate::store::Store;
 use crate::store::admin::mirror::Mirror;
+use crate::store::admin::presence::PresenceWatch;
 use crate::store::admin::prune::Pruner;
 use crate::store::admin::quarantine_usage::UsageReader;
 use crate::store::admin::{Poll, Source, poll_once};
@@ -269,6 +270,11 @@ async fn serve_into<S: Store>(
         tasks.spawn("http", http::serve(listener, site));
     }
     tasks.spawn("service manager", report_health(Arc::clone(&metrics)));
+    tasks.spawn_poller(PresenceWatch::new(
+        &config.store,
+        Arc::clone(&metrics),
+        config.session.keepalive_s,
+    ));
     let mut settings = server_settings(config, credentials, gauge, metrics);
     settings.admission.connections_max = connections_within_limit(config.admission.connections_max);
     tasks.spawn_poller(usage);

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 
 use crate::session::inbox::Mail;
 
+/// A session's mailbox.
 #[derive(Debug, Default)]
 pub struct Mailbox {
     /// Mail since the mailbox was last emptied.

@@ -73,6 +73,9 @@ pub struct Metrics {
     store_up: Gauge,
     connections: Family<ByState, Gauge>,
     accepted: Counter,
+    devices: Family<ByState, Gauge>,
+    /// Devices whose name two devices used in the last hour.
+    pub twin_devices: Gauge,
     /// Readings that wait for the store.
     pub queue_readings: Gauge,
     /// Memory of what waits for the store, in bytes.
@@ -148,6 +151,9 @@ const LOGIN_RESULTS: [&str; 6] = [
     "stream_bound",
 ];
 
+/// States of devices.
+const DEVICE_STATES: [&str; 5] = ["online", "late", "silent", "never", "disabled"];
+
 /// Registers metrics.
 struct Registrar<'r>(&'r mut Registry);
 
@@ -214,6 +220,11 @@ impl Default for Metrics {
             store_up: new.add("store_up", "Whether the store takes commits"),
             connections: new.add("connections", "Open connections of devices"),
             accepted: new.add("connections_accepted", "Connections accepted"),
+            devices: new.add("devices", "Devices of the store by presence"),
+            twin_devices: new.add(
+                "twin_devices",
+                "Devices of the store whose name two devices used in the last hour",
+            ),
             queue_readings: new.add("queue_readings", "Readings that wait for the store"),
             queue_bytes: new.add("queue_bytes", "Memory of what waits for the store"),
             quarantine_bytes: new.add("quarantine_bytes", "Bytes of quarantined frames"),
@@ -260,6 +271,9 @@ impl Metrics {
         }
         for result in LOGIN_RESULTS {
             drop(self.logins.get_or_create(&ByResult { result }));
+        }
+        for state in DEVICE_STATES {
+            drop(self.devices.get_or_create(&ByState { state }));
         }
         for phase in [Phase::Handshake, Phase::Session] {
             drop(self.connections.get_or_create(&phase.label()));
@@ -348,6 +362,11 @@ impl Metrics {
             true => format!("devices connected: {sessions}, readings stored: {stored}"),
             false => format!("store unavailable, devices connected: {sessions}"),
         }
+    }
+
+    /// Sets the number of devices in one of the states `online`, `late`, `silent`, `never`, `disabled`.
+    pub fn set_devices(&self, state: &'static str, devices: i64) {
+        self.devices.get_or_create(&ByState { state }).set(devices);
     }
 
     /// Counts an accepted connection.

@@ -22,6 +22,7 @@ const NOTICES: Rate = Rate {
 };
 const NOTICE: u64 = 60;
 
+/// Quotas of all devices.
 #[derive(Debug)]
 pub struct DeviceQuotas {
     frames: Rate,
@@ -36,6 +37,7 @@ struct Devices {
     tidy_at: usize,
 }
 
+/// Quota of one device.
 #[derive(Debug)]
 pub struct DeviceQuota {
     frames: Rate,

@@ -14,6 +14,7 @@ use super::{
 use crate::config::DeviceBounds;
 use crate::time::{BootClock, Origin};
 
+/// A device's row.
 #[derive(Clone, Copy)]
 pub(super) struct FoundDevice {
     pub(super) id: DeviceId,
@@ -29,6 +30,7 @@ impl FoundDevice {
     }
 }
 
+/// The stored state of a stream.
 #[derive(Clone, Copy)]
 pub(super) struct StreamRow {
     pub(super) id: StreamId,
@@ -48,6 +50,7 @@ pub(super) struct NamedSchemas(BTreeMap<SchemaKey, Vec<DeclaredChannel>>);
 
 /// Rows that the database has for a batch's logins.
 pub(super) struct Found {
+    /// Devices by name.
     pub(super) devices: HashMap<String, FoundDevice>,
     /// Streams by device and number; only of admitted devices.
     pub(super) streams: HashMap<(DeviceId, u64), StreamRow>,

@@ -498,7 +498,9 @@ async fn devices_are_listed_and_shown() {
             "1.2.0",
             "1",
             "3",
-            "2"
+            "2",
+            "silent",
+            "40"
         ]
     );
     assert!(
@@ -506,8 +508,25 @@ async fn devices_are_listed_and_shown() {
         "{said:?}"
     );
 
+    let said = site.run(&["device", "list", "--state", "never"]);
+    assert!(
+        said.out.contains("pump-2") && !said.out.contains("pump-1"),
+        "{said:?}"
+    );
+    let said = site.run(&["device", "list", "--state", "late", "--silent", "1h"]);
+    assert!(!said.out.contains("pump"), "{said:?}");
+    let said = site.run(&["device", "set", "pump-1", "pmup-2", "--interval", "1h"]);
+    said.refused(1, &["\"pmup-2\"", "did you mean pump-2"]);
+    let said = site.run(&["device", "set", "pump-1", "--interval", "0"]);
+    assert_eq!(said.code, 2, "{said:?}");
+    assert!(
+        said.err.contains("from 1 s to 366 days, or `learned`"),
+        "{said:?}"
+    );
+
     let said = site.run(&["device", "show", "pump-1"]);
     assert_eq!(said.code, 0, "{said:?}");
+    assert!(said.out.contains("40 s, learned"), "{}", said.out);
     for word in [
         "temperature",
         "Cel",

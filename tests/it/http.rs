@@ -12,6 +12,7 @@ use crate::support::{PATIENCE, eventually};
 
 const HTTP: [&str; 2] = ["--http", "127.0.0.1:0"];
 
+/// An answer to a request.
 #[derive(Debug)]
 struct Answer {
     status: u16,
@@ -63,6 +64,13 @@ fn metric(gateway: &Gateway, name: &str) -> f64 {
         .collect();
     assert!(!values.is_empty(), "{name}: {text}");
     values.iter().sum()
+}
+
+/// Returns the value of the metric with these labels.
+pub fn metric_line(gateway: &Gateway, labelled: &str) -> String {
+    let text = get(gateway, "/metrics").body;
+    let value = |line: &str| Some(line.strip_prefix(labelled)?.strip_prefix(' ')?.to_owned());
+    text.lines().find_map(value).expect(labelled)
 }
 
 #[test]

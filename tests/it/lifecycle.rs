@@ -68,11 +68,11 @@ impl Place {
         with_key(self.gateway.device(name), &self.device(&["key", name]))
     }
 
-    /// Returns the kinds and codes of the device's events, oldest first.
+    /// Returns the kinds and codes of the device's events except presence, oldest first.
     fn events(&self, name: &str) -> String {
         self.query(&format!(
             "SELECT kind, code FROM device_events WHERE device_id =
-                 (SELECT id FROM devices WHERE name = '{name}') ORDER BY id"
+                 (SELECT id FROM devices WHERE name = '{name}') AND kind <> 'presence' ORDER BY id"
         ))
     }
 

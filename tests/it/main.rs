@@ -23,6 +23,7 @@ mod outage;
 mod own_postgres;
 mod plans;
 mod postgres_trouble;
+mod presence;
 mod proof;
 mod quarantine;
 mod quarantine_full;

@@ -66,6 +66,7 @@ impl Hostile {
     }
 }
 
+/// Measurements of a gateway.
 struct Measured {
     ack_ms: Percentiles,
     cores: f64,

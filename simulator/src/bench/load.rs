@@ -29,6 +29,7 @@ pub(super) fn start_us() -> i64 {
     jiff::Timestamp::now().as_microsecond() - BACKLOG_US
 }
 
+/// Settings of a fleet.
 pub(super) struct Sending {
     pub(super) workload: Workload,
     pub(super) profile: Profile,
@@ -146,6 +147,7 @@ impl<'g> Load<'g> {
         })
     }
 
+    /// Waits until a condition holds.
     async fn until(
         &mut self,
         what: &'static str,

@@ -63,6 +63,7 @@ async fn checkpoint(conn: &mut SqliteConnection) -> Result<i64, sqlx::Error> {
     row.await?.try_get(1)
 }
 
+/// Statements of a transaction.
 struct Inserts {
     frames: Insert,
     readings: Insert,

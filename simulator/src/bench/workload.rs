@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+/// Workload of a fleet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Workload {
     pub devices: u32,

@@ -13,6 +13,7 @@ use crate::readings::Channel;
 pub(super) const DEVICES: &str = "SELECT id, name, firmware, first_seen_at, revision, enabled, key_version, \
      CASE WHEN sealed_key IS NULL THEN 0 ELSE 1 END FROM devices ORDER BY id";
 
+/// The row of a device.
 pub(super) struct DeviceRow {
     pub(super) id: i64,
     pub(super) name: String,
@@ -284,6 +285,8 @@ impl StoredDevice<'_> {
             "disconnected" => is_plain && self.is_within(at_us, false),
             "refused" => is_plain && self.is_within(at_us, true),
             "event" => false,
+            // By the gateway, from what it stored, and by operators without a change of the device itself.
+            "presence" | "twin" | "interval_set" => is_plain && code == 0,
             // Operator events.
             _ => {
                 verdict.operator_events += u64::from(self.row.revision > 0);

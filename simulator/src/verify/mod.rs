@@ -219,6 +219,7 @@ impl Others {
     }
 }
 
+/// A run: its plan and its journal.
 struct Run {
     script: Arc<Script>,
     ledger: Ledger,

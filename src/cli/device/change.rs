@@ -115,6 +115,7 @@ pub async fn set_enabled(
     })
 }
 
+/// Replaces a device's key.
 pub async fn rotate_key(
     key_file: FleetKeyFile<'_>,
     store: &StoreUrl,

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use crate::config::units::Unit;
+use crate::store::admin::presence::Presence;
 use crate::store::admin::{Argument, Connection, Row};
 use crate::time::SystemClock;
 use clap::Args;
@@ -22,6 +23,10 @@ pub struct ListArgs {
     /// given), or have never sent one
     #[arg(long, value_name = "DURATION", value_parser = seconds)]
     silent: Option<i64>,
+
+    /// List only devices in this state of presence
+    #[arg(long, value_enum, value_name = "STATE")]
+    state: Option<Presence>,
 }
 
 fn seconds(text: &str) -> Result<i64, String> {
@@ -31,9 +36,9 @@ fn seconds(text: &str) -> Result<i64, String> {
 
 /// Finds a device's last frame through its streams, so that no large table is scanned. Shows one of several
 /// concurrent sessions.
-pub(super) const DEVICES: &str = "SELECT name, enabled, state, last_frame_at, peer, key, firmware, streams, frames, readings
+pub(super) const DEVICES: &str = "SELECT name, enabled, state, last_frame_at, peer, key, firmware, streams, frames, readings, presence, interval_s
     FROM (
-        SELECT d.name, CASE d.enabled WHEN 0 THEN 'no' ELSE 'yes' END AS enabled,
+        SELECT d.id, d.name, CASE d.enabled WHEN 0 THEN 'no' ELSE 'yes' END AS enabled,
             CASE WHEN max(se.peer) IS NOT NULL THEN 'connected' WHEN d.first_seen_at IS NOT NULL
                 THEN 'disconnected' ELSE 'new' END AS state,
             max((SELECT f.received_at FROM frames AS f WHERE f.stream_id = s.id
@@ -48,9 +53,10 @@ pub(super) const DEVICES: &str = "SELECT name, enabled, state, last_frame_at, pe
         LEFT JOIN (SELECT device_id, max(peer) AS peer FROM sessions GROUP BY device_id) AS se
             ON se.device_id = d.id
         GROUP BY d.id
-    ) AS listed";
+    ) AS listed
+    JOIN device_presence AS p ON p.device_id = listed.id";
 const LAST_FRAME: usize = 3;
-const HEADERS: [&str; 10] = [
+const HEADERS: [&str; 12] = [
     "name",
     "enabled",
     "state",
@@ -61,8 +67,11 @@ const HEADERS: [&str; 10] = [
     "streams",
     "frames",
     "readings",
+    "presence",
+    "interval s",
 ];
 
+/// Lists devices.
 pub async fn list(connection: &mut Connection, args: &ListArgs) -> Result<(), Error> {
     let mut sql = DEVICES.to_owned();
     let mut arguments = Vec::new();
@@ -71,6 +80,14 @@ pub async fn list(connection: &mut Connection, args: &ListArgs) -> Result<(), Er
         let since_us = now_us.saturating_sub(silent_s.saturating_mul(1_000_000));
         sql += " WHERE enabled = 'yes' AND (last_frame_at IS NULL OR last_frame_at < $1)";
         arguments.push(Argument::Time(since_us));
+    }
+    if let Some(state) = args.state {
+        sql += if arguments.is_empty() {
+            " WHERE"
+        } else {
+            " AND"
+        };
+        sql += &format!(" presence = '{}'", state.name());
     }
     sql += " ORDER BY name COLLATE \"C\"";
     let rows = connection.rows(&sql, &arguments).await?;
@@ -89,6 +106,7 @@ pub async fn list(connection: &mut Connection, args: &ListArgs) -> Result<(), Er
     let mut out = output::stdout();
     match (args.format, devices) {
         (Format::Table, 0) if args.silent.is_some() => writeln!(out, "no device is silent")?,
+        (Format::Table, 0) if args.state.is_some() => writeln!(out, "no device in this state")?,
         (Format::Table, 0) => writeln!(out, "no devices yet")?,
         (Format::Table, _) => {
             write_all(args.format, &HEADERS, rows, &mut out)?;

@@ -5,6 +5,7 @@ mod key;
 mod list;
 mod refused;
 mod remove;
+mod set;
 mod show;
 mod transfer;
 
@@ -29,6 +30,8 @@ pub enum DeviceCommand {
         /// Name of the device
         name: String,
     },
+    /// Set how often devices are expected to send: a device is late when it was not heard for three intervals
+    Set(set::SetArgs),
     /// List refused logins: address, claimed name, reason and count. The 1,000 latest are kept
     Refused(refused::RefusedArgs),
     /// Register devices before they first connect, for `serve --registration closed` or to give them individual
@@ -54,6 +57,7 @@ pub enum DeviceCommand {
     Import(transfer::ImportArgs),
 }
 
+/// Runs the subcommand.
 pub async fn device(
     key: FleetKeyFile<'_>,
     store: &StoreUrl,
@@ -66,6 +70,7 @@ pub async fn device(
         DeviceCommand::Show { name } => {
             show::show(&mut Connection::open(store, Access::Read).await?, name).await
         }
+        DeviceCommand::Set(args) => set::set(store, args).await,
         DeviceCommand::Refused(args) => refused::refused(store, args).await,
         DeviceCommand::Add(args) => change::add(key, store, args).await,
         DeviceCommand::Disable(args) => change::set_enabled(store, args, false).await,

@@ -22,8 +22,9 @@ const DEVICE: &str =
         (SELECT max((SELECT f.received_at FROM frames AS f
             WHERE f.stream_id = st.id ORDER BY f.seq DESC LIMIT 1))
             FROM streams AS st WHERE st.device_id = d.id),
-        (SELECT max(se.peer) FROM sessions AS se WHERE se.device_id = d.id)
-    FROM devices AS d WHERE d.name = $1";
+        (SELECT max(se.peer) FROM sessions AS se WHERE se.device_id = d.id),
+        p.presence, p.interval_s, p.is_interval_set
+    FROM devices AS d JOIN device_presence AS p ON p.device_id = d.id WHERE d.name = $1";
 
 /// Shows what is known about a device, with the newest events of its audit trail.
 pub async fn show(connection: &mut Connection, name: &str) -> Result<(), Error> {
@@ -62,8 +63,15 @@ fn facts(name: &str, device: &Row) -> Result<Vec<(&'static str, String)>, Error>
         Some(peer) => format!("from {peer}"),
         None => "no".to_owned(),
     };
+    let presence = device.text_or_null(9)?.unwrap_or_default();
+    let source = match device.integer(11)? {
+        0 => "learned",
+        _ => "set by an operator",
+    };
     Ok(vec![
         ("device", name.to_owned()),
+        ("presence", presence.to_owned()),
+        ("interval", format!("{} s, {source}", device.integer(10)?)),
         ("enabled", if is_enabled { "yes" } else { "no" }.to_owned()),
         ("key", key),
         ("firmware", firmware.unwrap_or_default().to_owned()),
@@ -74,6 +82,7 @@ fn facts(name: &str, device: &Row) -> Result<Vec<(&'static str, String)>, Error>
     ])
 }
 
+/// One table of the output.
 struct Section {
     title: &'static str,
     /// Query with the device as its first parameter, and optionally a row limit as its second.

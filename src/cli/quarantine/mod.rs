@@ -46,6 +46,7 @@ pub struct ListArgs {
     limit: u32,
 }
 
+/// Runs the subcommand.
 pub async fn quarantine(store: &StoreUrl, command: &QuarantineCommand) -> Result<(), Error> {
     match command {
         QuarantineCommand::List(args) => list(store, args).await,

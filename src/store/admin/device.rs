@@ -32,6 +32,7 @@ pub struct DeviceState {
     pub key_revision: i64,
 }
 
+/// A device's key as stored.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StoredKey {
     /// Number of times it was replaced.
@@ -67,6 +68,7 @@ impl DeviceState {
     }
 }
 
+/// Changes since a position.
 #[derive(Debug)]
 pub struct Changes {
     /// Changed devices, each once.

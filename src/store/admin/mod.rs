@@ -5,6 +5,7 @@
 pub mod device;
 pub mod feed;
 pub mod mirror;
+pub mod presence;
 pub mod prune;
 pub mod quarantine_usage;
 pub mod removal;

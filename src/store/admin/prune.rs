@@ -12,6 +12,7 @@ use crate::config::EventRetention;
 use crate::config::store_url::StoreUrl;
 use crate::time::SystemClock;
 
+/// Number of devices per query.
 const DEVICES_AT_ONCE: i64 = 64;
 /// Rows deleted by one statement; each statement is a transaction.
 const ROWS_AT_ONCE: i64 = 500;
@@ -38,29 +39,29 @@ struct Table {
 const EVENTS: Table = Table {
     excess: "EXISTS (
             SELECT 1 FROM device_events AS e
-            WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected', 'refused')
+            WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected', 'refused', 'presence', 'twin')
             ORDER BY e.id DESC LIMIT 1 OFFSET $2 + 1
         ) OR (
             EXISTS (
                 SELECT 1 FROM device_events AS e
-                WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected', 'refused')
+                WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected', 'refused', 'presence', 'twin')
                 ORDER BY e.id DESC LIMIT 1 OFFSET $4 + 1
             ) AND (
                 SELECT e.at FROM device_events AS e
-                WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected', 'refused')
+                WHERE e.device_id = d.id AND e.kind IN ('connected', 'disconnected', 'refused', 'presence', 'twin')
                 ORDER BY e.id LIMIT 1
             ) < $3
         )",
     delete: "DELETE FROM device_events WHERE id IN (
             SELECT x.id FROM device_events AS x
-            WHERE x.device_id = $1 AND x.kind IN ('connected', 'disconnected', 'refused') AND (
+            WHERE x.device_id = $1 AND x.kind IN ('connected', 'disconnected', 'refused', 'presence', 'twin') AND (
                 x.id < (
                     SELECT e.id FROM device_events AS e
-                    WHERE e.device_id = $1 AND e.kind IN ('connected', 'disconnected', 'refused')
+                    WHERE e.device_id = $1 AND e.kind IN ('connected', 'disconnected', 'refused', 'presence', 'twin')
                     ORDER BY e.id DESC LIMIT 1 OFFSET $2
                 ) OR x.at < $3 AND x.id < (
                     SELECT e.id FROM device_events AS e
-                    WHERE e.device_id = $1 AND e.kind IN ('connected', 'disconnected', 'refused')
+                    WHERE e.device_id = $1 AND e.kind IN ('connected', 'disconnected', 'refused', 'presence', 'twin')
                     ORDER BY e.id DESC LIMIT 1 OFFSET $4
                 )
             )
@@ -103,6 +104,7 @@ pub struct Pruner {
 }
 
 impl Pruner {
+    /// Creates a pruner for a gateway's store and spool.
     pub fn new(store: &StoreUrl, spool: Option<PathBuf>, retention: EventRetention) -> Pruner {
         let spool = spool.map(Source::Spool);
         Pruner {

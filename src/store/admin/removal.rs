@@ -29,6 +29,7 @@ pub struct Belongings {
 }
 
 impl Belongings {
+    /// Adds the counts of another device.
     pub fn add(&mut self, other: Belongings) {
         if self.counts.is_empty() {
             *self = other;
@@ -330,9 +331,18 @@ mod tests {
         assert!(left.iter().all(has_rows), "{left:?}");
     }
 
+    /// Adds a row of presence for each new device.
+    async fn watch(store: &StoreUrl) {
+        let mut connection = Connection::open(store, Access::Write).await.unwrap();
+        let sql = "INSERT INTO presence (device_id) SELECT id FROM devices WHERE id > 0
+            ON CONFLICT DO NOTHING";
+        connection.step(sql, &[]).await.unwrap();
+    }
+
     async fn nothing_is_left<S: Store>(store: &StoreUrl, mut writer: S) -> S {
         let gone = fill(&mut writer, "gone").await;
         let stays = fill(&mut writer, "stays").await;
+        watch(store).await;
         is_full(store, &gone).await;
         let before = left(store, &stays).await;
         let id = give_up_name(store, "gone").await;
@@ -357,6 +367,7 @@ mod tests {
         let left_of = left(store, &gone).await;
         assert!(left_of.iter().all(|(_, rows)| *rows == 0), "{left_of:?}");
         assert_eq!(left(store, &stays).await, before);
+        watch(store).await;
         is_full(store, &again).await;
         let late = Batch {
             events: vec![DeviceEvent {

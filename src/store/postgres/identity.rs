@@ -28,6 +28,7 @@ const STREAMS_MAX: usize = 200_000;
 /// Maximum number of series whose owner a connection caches; beyond it, owners are checked again.
 const SERIES_MAX: usize = 1_000_000;
 
+/// A stream known to a writer.
 #[derive(Clone, Debug)]
 struct KnownStream {
     device: DeviceId,
@@ -171,6 +172,7 @@ impl Identity {
         }))
     }
 
+    /// Caches the results of a commit.
     pub(super) fn remember(&mut self, batch: &Batch, committed: &Committed) {
         match &mut self.count {
             Count::Own {

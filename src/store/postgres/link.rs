@@ -35,6 +35,7 @@ pub(super) enum Patience {
     WhileWorking,
 }
 
+/// A connection; see the module.
 pub struct Link {
     conn: PgConnection,
     watch: Watch,
@@ -139,6 +140,7 @@ impl Watch {
 
 type Answered = Result<Either<PgQueryResult, PgRow>, sqlx::Error>;
 
+/// Answers to a statement.
 struct Answers<'l> {
     answers: Pin<Box<dyn Stream<Item = Answered> + Send + 'l>>,
     tenure: &'l mut Tenure,

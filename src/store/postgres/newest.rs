@@ -79,6 +79,7 @@ impl Newest {
         (!is_tidy).then_some(FLUSH_INTERVAL)
     }
 
+    /// Returns whether any rows wait to be written.
     pub(super) fn has_pending(&self) -> bool {
         !self.pending.is_empty()
     }
