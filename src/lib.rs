@@ -16,6 +16,7 @@ mod server;
 
 mod import;
 
+#[expect(missing_docs, reason = "only `internals` exports it")]
 mod ingest;
 
 mod session;
@@ -28,6 +29,7 @@ mod quota;
 
 pub mod net;
 
+#[expect(missing_docs, reason = "only `internals` exports it")]
 mod store;
 
 pub mod recording;
@@ -36,6 +38,7 @@ mod metrics;
 
 pub mod config;
 
+#[expect(missing_docs, reason = "only `internals` exports it")]
 mod time;
 
 pub mod sys;

@@ -355,7 +355,6 @@ pub struct RunOptions {
     pub faults: Faults,
 }
 
-/// Number of devices if no option sets it.
 const DEVICES_DEFAULT: u32 = 10;
 /// Duration of a run that nothing else ends.
 pub const DURATION_DEFAULT: Duration = Duration::from_secs(30);

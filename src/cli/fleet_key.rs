@@ -39,9 +39,7 @@ pub struct AdoptArgs {
 /// Location of the fleet key, and who may read it.
 #[derive(Clone, Copy, Debug)]
 pub struct FleetKeyFile<'a> {
-    /// Directory of the key file.
     pub data_dir: &'a Path,
-    /// Who may read the key file.
     pub readers: SecretReaders,
 }
 
@@ -191,7 +189,6 @@ async fn claim_database(config: &Config, key: &FleetKey) -> Result<(), Error> {
     }
 }
 
-/// Runs the subcommand.
 pub async fn fleet_key(
     file: FleetKeyFile<'_>,
     store: &StoreUrl,

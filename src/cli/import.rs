@@ -185,7 +185,6 @@ fn dry_run(recording: &Recording, names: &[String]) -> Result<(), Error> {
     out.flush().map_err(Error::Output)
 }
 
-/// Returns a name for each device.
 fn names(args: &ImportArgs, devices: &[DeviceRows]) -> Result<Vec<String>, Error> {
     let base = match &args.device {
         Some(name) => name.clone(),

@@ -26,7 +26,6 @@ pub struct Grid {
 }
 
 impl Grid {
-    /// Creates a table without rows.
     pub fn new<H: Into<String>>(headers: impl IntoIterator<Item = H>) -> Grid {
         Grid {
             headers: headers.into_iter().map(Into::into).collect(),

@@ -16,14 +16,11 @@ use toml::{Table, Value};
 use super::nearest::nearest;
 use super::{CHECK_FLAG, SETTINGS_COMMANDS, rendered, with_settings};
 
-/// Reason why a settings file could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    /// The file does not exist or is not readable.
     #[error("could not read settings file {}: {source}", path.display())]
     Read {
         path: PathBuf,
-        /// Error of the system.
         source: std::io::Error,
     },
     /// The file is not TOML.
@@ -32,34 +29,26 @@ pub enum FileError {
         path: PathBuf,
         /// Line number, from 1.
         line: usize,
-        /// Message of the parser.
         message: String,
     },
-    /// A key is not the name of a flag.
     #[error("settings file {}: unknown setting {key:?}; did you mean {nearest:?}?", path.display())]
     UnknownKey {
         path: PathBuf,
         key: String,
-        /// Name of the most similar setting.
         nearest: String,
     },
-    /// A key names a flag that is not a setting.
     #[error("settings file {}: {key:?} cannot be set in a file; use --{key} on the command line", path.display())]
     NotASetting { path: PathBuf, key: String },
-    /// The flag rejects the value.
     #[error("settings file {}: {key} = {value}: {fault}", path.display())]
     Value {
         path: PathBuf,
-        /// Name of the setting.
         key: String,
         /// The value, without passwords.
         value: String,
-        /// Reason of the rejection.
         fault: String,
     },
 }
 
-/// Content of a settings file.
 #[derive(Debug)]
 pub struct SettingsFile(Table);
 

@@ -5,7 +5,6 @@
 
 use crate::config::store_url::StoreUrl;
 
-/// SQL dialect of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dialect {
     Sqlite,
@@ -13,7 +12,6 @@ pub enum Dialect {
 }
 
 impl Dialect {
-    /// Returns the dialect of a store.
     pub fn of(store: &StoreUrl) -> Dialect {
         match store {
             StoreUrl::Sqlite(_) => Dialect::Sqlite,
@@ -41,19 +39,16 @@ impl Dialect {
     }
 }
 
-/// Reason why a text is not run.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// The text is empty or contains only comments.
     #[error("no SQL statement in {0:?}")]
     Empty(String),
-    /// The text contains more than one statement.
     #[error("query runs one statement at a time; remove the text after the first `;`")]
     Several,
     /// The statement may not be read-only.
     #[error("query is read-only and does not run {word}; it accepts {}", .dialect.runs())]
     Writes {
-        /// First word of the statement.
         word: String,
         /// Dialect, for the list of accepted statements.
         dialect: Dialect,

@@ -84,7 +84,6 @@ pub struct DeviceArgs {
     days: u32,
 }
 
-/// Runs the subcommand.
 pub fn tls(data_dir: &Path, command: &TlsCommand) -> Result<(), Error> {
     match command {
         TlsCommand::Init(args) => init(data_dir, args),

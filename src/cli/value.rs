@@ -51,7 +51,6 @@ impl Written for Value {
     }
 }
 
-/// Formats `text` as a CSV field.
 pub fn csv_text(text: &str) -> String {
     if text.is_empty() || text.contains([',', '"', '\n', '\r']) {
         format!("\"{}\"", text.replace('"', "\"\""))
@@ -60,7 +59,6 @@ pub fn csv_text(text: &str) -> String {
     }
 }
 
-/// Formats `text` as a JSON string.
 pub fn json_text(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }

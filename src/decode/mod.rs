@@ -17,7 +17,6 @@ pub mod explain;
 /// Information needed to decode a frame.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
-    /// The clocks of the device's boots.
     pub clocks: &'a BootClocks,
     /// Time of receipt, microseconds UTC.
     pub received_at_us: i64,

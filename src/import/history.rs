@@ -23,10 +23,8 @@ const FRAME_FIXED_BYTES: usize = 400;
 /// Number of valid schema numbers; 0 is not valid.
 const SCHEMAS: u32 = 0xFFFF;
 
-/// Reason why a recording cannot be sent.
 #[derive(Debug, thiserror::Error)]
 pub enum HistoryError {
-    /// A channel does not fit the protocol.
     #[error("a channel's name or unit is too long")]
     Channel,
 }
@@ -57,9 +55,6 @@ struct Group {
 
 impl<'r> History<'r> {
     /// Divides the rows of a device into frames.
-    ///
-    /// # Errors
-    /// A channel does not fit the protocol.
     pub fn new(
         recording: &'r Recording,
         device: &DeviceRows,
@@ -104,17 +99,14 @@ impl<'r> History<'r> {
         Ok(history)
     }
 
-    /// Returns the stream number.
     pub fn stream(&self) -> u64 {
         self.stream
     }
 
-    /// Returns the boot number.
     pub fn boot(&self) -> u32 {
         self.boot
     }
 
-    /// Returns the number of frames.
     pub fn frames(&self) -> u64 {
         self.groups.iter().map(Group::frames).sum()
     }

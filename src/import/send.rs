@@ -27,23 +27,16 @@ const RECONNECT_MIN_MS: u32 = 200;
 const RECONNECT_MAX_MS: u32 = 5_000;
 /// An import fails after this time without progress.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(120);
-/// Maximum bytes per read.
 const READ_BYTES: usize = 4 * 1024;
-/// Maximum number of schema numbers to try.
 const SCHEMA_ATTEMPTS: u32 = 16;
 
-/// Destination and device of a history.
 #[derive(Clone)]
 pub struct Target {
-    /// Address of the gateway.
     pub gateway: SocketAddr,
-    /// Name of the device.
     pub name: String,
-    /// The device's key.
     pub key: [u8; KEY_BYTES],
 }
 
-/// Progress of an import.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// Frames through this number are stored; the first report includes those of earlier imports.
@@ -55,49 +48,36 @@ pub enum Progress {
 /// Reason why an import failed. Stored readings remain, and the next import resumes after them.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// The gateway does not accept connections.
     #[error(
         "could not connect to a gateway at {gateway}: {cause}; start `fieldgate serve`, or set --gateway"
     )]
     Connect {
-        /// Address of the gateway.
         gateway: SocketAddr,
-        /// The I/O error from the system.
         cause: io::Error,
     },
-    /// Another connection uses the device's name.
     #[error(
         "device {0} is connected and took over the connection; import under another --device, or while \
          the device is off"
     )]
     TakenOver(String),
-    /// The gateway rejected the device.
     #[error("gateway rejected device {device} ({reason}); {advice}")]
     Refused {
-        /// Name of the device.
         device: String,
-        /// Name of the code.
         reason: &'static str,
-        /// Advice to the operator.
         advice: &'static str,
     },
-    /// The gateway proved a different key.
     #[error(
         "the gateway has a different key for device {0}; check that --data-dir belongs to this gateway"
     )]
     OtherKey(String),
-    /// All schema numbers that were tried are in use.
     #[error("could not find a free schema number for device {0}")]
     Schemas(String),
-    /// The gateway quarantined frames.
     #[error("gateway quarantined {0} frames; see `fieldgate quarantine list`")]
     Quarantined(u64),
-    /// No progress for a long time.
     #[error("no progress for two minutes: {0}; run the import again to resume")]
     GaveUp(String),
 }
 
-/// Reason why a connection ended.
 enum Loss {
     Connection(io::Error),
     Fault(Fault),
@@ -124,7 +104,6 @@ pub async fn send(
     Err(ImportError::Schemas(target.name.clone()))
 }
 
-/// Reason why a sender stopped.
 enum Stop {
     OtherSchema,
     Error(ImportError),

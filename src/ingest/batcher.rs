@@ -13,7 +13,6 @@ use crate::quota::quarantine::Reservation;
 use crate::session::Submission;
 use crate::store::{Batch, Content, StreamId};
 
-/// Limits of a batch.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchLimits {
     /// Number of readings in a full batch.
@@ -34,14 +33,12 @@ const SECOND_US: u64 = 1_000_000;
 /// Resources that a submission uses until it is committed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Size {
-    /// Number of readings.
     pub readings: usize,
     /// Memory in bytes, approximate.
     pub bytes: usize,
 }
 
 impl Size {
-    /// Returns the size of a submission.
     pub fn of(submission: &Submission) -> Size {
         let (Submission::Entry(entry) | Submission::Quarantine(entry, _)) = submission else {
             return Size {
@@ -78,17 +75,12 @@ const SUBMISSION_BYTES: usize = 256;
 /// A batch, with the tag of each part that is answered.
 #[derive(Debug)]
 pub struct Tagged<T> {
-    /// Data to commit.
     pub batch: Batch,
-    /// One tag for each login.
     pub logins: Vec<T>,
-    /// One tag for each DECLARE.
     pub declares: Vec<T>,
-    /// One tag for each entry.
     pub entries: Vec<T>,
     /// Reserved quarantine space, held until the batch is finished.
     pub reservations: Vec<Reservation>,
-    /// Total size.
     pub size: Size,
 }
 
@@ -160,7 +152,6 @@ impl Load {
 }
 
 impl<T> Batcher<T> {
-    /// Creates an empty batcher.
     pub fn new(limits: BatchLimits) -> Batcher<T> {
         Batcher {
             limits,
@@ -240,12 +231,10 @@ impl<T> Batcher<T> {
         }
     }
 
-    /// Returns whether the batch is empty.
     pub fn is_empty(&self) -> bool {
         self.open.size == Size::default()
     }
 
-    /// Returns whether the batch is full.
     pub fn is_full(&self) -> bool {
         self.open.size.readings >= self.limits.readings_max
             || self.open.size.bytes >= self.limits.bytes_max
@@ -323,7 +312,6 @@ mod tests {
         })
     }
 
-    /// An operation on a batcher.
     #[derive(Clone, Debug)]
     enum Input {
         Push(usize),

@@ -31,7 +31,6 @@ impl Capacity {
         }))
     }
 
-    /// Acquires capacity if it is available now.
     pub(super) fn try_acquire(&self, size: Size) -> Option<Space> {
         let readings = self.0.readings.try_acquire_many(size.readings as u32);
         let readings = readings.ok()?;

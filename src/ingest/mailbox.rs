@@ -10,7 +10,6 @@ use tokio::sync::Notify;
 
 use crate::session::inbox::Mail;
 
-/// A session's mailbox.
 #[derive(Debug, Default)]
 pub struct Mailbox {
     /// Mail since the mailbox was last emptied.

@@ -28,7 +28,6 @@ struct Sessions {
     changed: HashMap<DeviceId, Changed>,
 }
 
-/// A session after login.
 #[derive(Debug)]
 struct Live {
     /// Shard of the ingest queue that serves the session.

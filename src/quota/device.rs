@@ -22,7 +22,6 @@ const NOTICES: Rate = Rate {
 };
 const NOTICE: u64 = 60;
 
-/// Quotas of all devices.
 #[derive(Debug)]
 pub struct DeviceQuotas {
     frames: Rate,
@@ -37,7 +36,6 @@ struct Devices {
     tidy_at: usize,
 }
 
-/// Quota of one device.
 #[derive(Debug)]
 pub struct DeviceQuota {
     frames: Rate,

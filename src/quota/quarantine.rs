@@ -64,7 +64,6 @@ pub struct Reservation {
 }
 
 impl Gauge {
-    /// Creates an empty gauge with this limit.
     pub fn new(bytes_max: u64) -> Gauge {
         Gauge {
             bytes_max,
@@ -78,7 +77,6 @@ impl Gauge {
         self.lock().bytes()
     }
 
-    /// Reserves space for a frame of `bytes`, if available.
     pub fn reserve(self: &Arc<Self>, device: DeviceId, bytes: usize) -> Option<Reservation> {
         let bytes = bytes as u64;
         let mut levels = self.lock();
@@ -185,9 +183,7 @@ impl Drop for Reservation {
 
 /// Queries the usage of quarantine; the previous usage remains if that fails.
 pub struct UsageWatch {
-    /// Gauge to update.
     pub gauge: Arc<Gauge>,
-    /// Source of the usage.
     pub usage: UsageReader,
 }
 

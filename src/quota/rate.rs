@@ -1,7 +1,6 @@
 //! A rate limit with a burst, on a clock that the caller passes in: the generic cell rate algorithm
 //! (ITU-T I.371).
 
-/// A sustained rate and a burst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
     /// Units per second, at least 1.
@@ -28,7 +27,6 @@ impl Gcra {
         self.theoretical_arrival_us.saturating_sub(us(rate.burst))
     }
 
-    /// Returns whether the rate limit is exceeded (in debt).
     pub fn is_in_debt(&self, now_us: u64) -> bool {
         self.theoretical_arrival_us > now_us
     }

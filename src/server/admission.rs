@@ -39,13 +39,11 @@ const REFUSALS_MAX: usize = 1024;
 /// Maximum number of addresses remembered without a connection.
 const REMEMBERED_MAX: usize = 4096;
 
-/// Admission control shared by all connections.
 #[derive(Debug)]
 pub struct AdmissionControl {
     limits: AdmissionLimits,
     metrics: Arc<Metrics>,
     places: Semaphore,
-    /// Signals that a handshake has ended.
     handshake_ended: Notify,
     tables: Mutex<Tables>,
     refusals: Mutex<Refusals>,
@@ -89,7 +87,6 @@ impl From<IpAddr> for Address {
     }
 }
 
-/// State of an address.
 #[derive(Debug, Default)]
 struct Known {
     connections: usize,
@@ -139,7 +136,6 @@ pub struct ConnectionPermit {
 }
 
 impl AdmissionControl {
-    /// Creates admission control without connections.
     pub fn new(limits: AdmissionLimits, metrics: Arc<Metrics>) -> AdmissionControl {
         AdmissionControl {
             places: Semaphore::new(limits.connections_max),
@@ -303,7 +299,6 @@ impl AdmissionControl {
         noted.detail = refusal.detail;
     }
 
-    /// Removes and returns the refusals to be stored.
     pub fn take_refusals(&self) -> Vec<Refusal> {
         let mut refusals = { &self.refusals }
             .lock()
@@ -338,7 +333,6 @@ impl ConnectionPermit {
         true
     }
 
-    /// Returns whether the peer is unauthenticated.
     pub fn is_preauth(&self) -> bool {
         self.handshake.is_some()
     }
@@ -369,7 +363,6 @@ impl ConnectionPermit {
         ))
     }
 
-    /// Returns the admission control that issued the permit.
     pub fn admission(&self) -> &AdmissionControl {
         &self.admission
     }

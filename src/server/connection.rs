@@ -26,9 +26,7 @@ use crate::session::inbox::Inbox;
 use crate::session::{Close, Session, SessionSettings, Submission};
 use crate::time::SystemClock;
 
-/// Maximum bytes per read from a device.
 const READ_BYTES: usize = 16 * 1024;
-/// Maximum bytes per read from an unauthenticated peer.
 const PREAUTH_READ_BYTES: usize = 1024;
 /// Maximum TLS bytes from an unauthenticated peer: its handshake with a certificate chain, and the
 /// records of two short frames.
@@ -38,13 +36,9 @@ const LINGER: Duration = Duration::from_secs(1);
 /// Timer interval when there is no deadline.
 const NO_DEADLINE: Duration = Duration::from_secs(3600);
 
-/// State shared by all connections of a gateway.
 pub struct Shared {
-    /// Settings of sessions.
     pub settings: Arc<SessionSettings>,
-    /// Live sessions.
     pub registry: Arc<Registry>,
-    /// The gateway's clocks.
     pub clock: SystemClock,
     /// Cancelled when the gateway shuts down.
     pub drain: CancellationToken,
@@ -65,8 +59,6 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Creates a connection for an accepted socket.
-    ///
     /// # Errors
     /// The system provides no random numbers.
     pub fn new(
@@ -155,7 +147,6 @@ impl Connection {
         code == Some(Code::Authentication) && self.inbox.session.device().is_none()
     }
 
-    /// Returns the socket events to wait for.
     fn interest(&mut self) -> Option<Interest> {
         let reads = self.inbox.wants_input();
         let writes = self.socket.wants_write() || !self.inbox.session.outbound().bytes().is_empty();
@@ -167,7 +158,6 @@ impl Connection {
         }
     }
 
-    /// Returns the session's deadline.
     fn deadline(&self) -> Instant {
         match self.inbox.session.poll_deadline() {
             Some(deadline_us) => self.shared.clock.instant(deadline_us).into(),

@@ -41,7 +41,6 @@ impl Poll for DeviceWatch {
     const TASK: &'static str = "device changes";
     const PACE: Pace = CHANGES_PACE;
 
-    /// Updates the credentials, and ends the sessions of affected devices.
     async fn poll(&mut self) -> Result<(), QueryError> {
         let changes = changes_since(&mut self.store, self.seen.as_ref()).await?;
         if let Some(changes) = changes {

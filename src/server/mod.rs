@@ -32,22 +32,16 @@ pub mod supervisor;
 const SEND_BUFFER_BYTES: u32 = 32 * 1024;
 /// Maximum number of connections waiting for `accept`, as far as the system allows it.
 const BACKLOG: u32 = 1024;
-/// Interval at which refusals are stored.
 const REFUSALS_INTERVAL: Duration = Duration::from_secs(1);
 /// Delay after a failed accept, usually for lack of file descriptors: long enough for some to be
 /// closed.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
-/// Settings of the gateway.
 #[derive(Clone)]
 pub struct ServerSettings {
-    /// Settings of sessions.
     pub session: SessionSettings,
-    /// The queue for the store.
     pub ingest: IngestSettings,
-    /// Limits for peers that connect.
     pub admission: AdmissionLimits,
-    /// Longest duration of a drain, in seconds.
     pub drain_timeout_s: u64,
 }
 
@@ -65,12 +59,9 @@ pub enum ServeError {
     DrainTimeout,
 }
 
-/// The sockets that devices connect to.
 #[derive(Debug)]
 pub struct Listeners {
-    /// Plain TCP.
     pub plain: TcpListener,
-    /// TLS.
     pub tls: Option<TlsListener>,
 }
 
@@ -104,9 +95,7 @@ pub fn adopt(listener: std::net::TcpListener) -> io::Result<TcpListener> {
 /// A listener for TLS connections.
 #[derive(Debug)]
 pub struct TlsListener {
-    /// Listening socket.
     pub listener: TcpListener,
-    /// Certificate and TLS configuration for new connections.
     pub tls: Arc<Tls>,
 }
 
@@ -161,7 +150,6 @@ pub async fn serve<S: Store>(
     }
 }
 
-/// Records each step of the wall clock.
 async fn watch_clock(clock: SystemClock, queue: IngestQueue) {
     watch(clock, async |step| {
         queue
@@ -180,7 +168,6 @@ async fn all_ended(ingest: &mut JoinSet<Result<(), StoreError>>) -> Result<(), S
     Ok(())
 }
 
-/// Stores the collected refusals at each interval.
 async fn write_refusals<T>(admission: &AdmissionControl, queue: &IngestQueue) -> T {
     loop {
         sleep(REFUSALS_INTERVAL).await;

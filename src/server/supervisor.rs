@@ -15,13 +15,10 @@ pub struct Supervisor {
     names: HashMap<Id, &'static str>,
 }
 
-/// A task that must keep running has ended.
 #[derive(Debug, thiserror::Error)]
 #[error("the task {name:?} ended unexpectedly: {reason}")]
 pub struct TaskEnded {
-    /// Name of the task.
     pub name: &'static str,
-    /// Reason, as far as it is known.
     pub reason: String,
 }
 
@@ -32,7 +29,6 @@ impl Supervisor {
         self.names.insert(id, name);
     }
 
-    /// Starts a task that polls.
     pub fn spawn_poller<P: Poll + 'static>(&mut self, poller: P) {
         self.spawn(P::TASK, poll_every(poller));
     }

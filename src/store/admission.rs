@@ -14,7 +14,6 @@ use super::{
 use crate::config::DeviceBounds;
 use crate::time::{BootClock, Origin};
 
-/// A device's row.
 #[derive(Clone, Copy)]
 pub(super) struct FoundDevice {
     pub(super) id: DeviceId,
@@ -30,7 +29,6 @@ impl FoundDevice {
     }
 }
 
-/// The stored state of a stream.
 #[derive(Clone, Copy)]
 pub(super) struct StreamRow {
     pub(super) id: StreamId,
@@ -50,7 +48,6 @@ pub(super) struct NamedSchemas(BTreeMap<SchemaKey, Vec<DeclaredChannel>>);
 
 /// Rows that the database has for a batch's logins.
 pub(super) struct Found {
-    /// Devices by name.
     pub(super) devices: HashMap<String, FoundDevice>,
     /// Streams by device and number; only of admitted devices.
     pub(super) streams: HashMap<(DeviceId, u64), StreamRow>,

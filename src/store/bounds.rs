@@ -60,7 +60,6 @@ pub(super) struct StreamRoom {
 }
 
 impl StreamRoom {
-    /// Creates the remainder from the devices' current numbers of streams.
     pub(super) fn new(counts: HashMap<DeviceId, i64>, bounds: DeviceBounds) -> StreamRoom {
         StreamRoom { counts, bounds }
     }

@@ -17,7 +17,6 @@ use crate::metrics::Stored;
 /// Highest sequence number that a store can keep; SQL integers are signed.
 pub const SEQ_MAX: u64 = i64::MAX as u64;
 
-/// Decision on an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Store it, starting at `first_seq`: a gap may overlap durable numbers.
@@ -48,17 +47,14 @@ pub fn judge(durable_seq: u64, first_seq: u64, seq: u64) -> Verdict {
 /// Reason of a gap that was reported by a quarantined frame (SPEC, section 4).
 pub const REASON_REFUSED: u8 = 253;
 
-/// An entry to store.
 #[derive(Clone, Copy, Debug)]
 pub struct Appended<'a> {
-    /// The entry as received.
     pub entry: &'a Entry,
     /// First number to store; the last one is `entry.seq`.
     pub first_seq: u64,
 }
 
 impl Appended<'_> {
-    /// Returns the number of readings in the entry.
     pub fn readings(&self) -> usize {
         match &self.entry.content {
             Content::Readings(readings) => readings.values.len(),
@@ -83,7 +79,6 @@ impl Appended<'_> {
         stored.readings += self.readings() as u64;
     }
 
-    /// Returns the reason code if the entry is a gap.
     pub fn gap_reason(&self) -> Option<u8> {
         match self.entry.content {
             Content::Gap { reason } => Some(reason),
@@ -98,13 +93,10 @@ impl Appended<'_> {
 pub struct Progress {
     /// Watermark including the appended entries.
     pub durable_seq: u64,
-    /// Number of appended entries.
     pub frames: u64,
-    /// Number of appended readings.
     pub readings: u64,
 }
 
-/// An entry names a stream that is not in the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("stream {0:?} is not in the store")]
 pub struct UnknownStream(pub StreamId);
@@ -118,7 +110,6 @@ pub struct Watermarks {
 }
 
 impl Watermarks {
-    /// Creates the watermarks from each stream's stored `durable_seq`.
     pub fn new(durable: impl IntoIterator<Item = (StreamId, u64)>) -> Self {
         let start = |(stream, durable_seq)| {
             (

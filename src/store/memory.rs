@@ -21,31 +21,24 @@ use crate::config::DeviceBounds;
 use crate::metrics::Stored;
 use crate::time::UNMEASURED;
 
-/// The store; see the module.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryStore {
     state: Arc<Mutex<State>>,
 }
 
-/// A stored entry.
 #[derive(Clone, Debug)]
 pub struct StoredEntry {
     /// First stored number; greater than the entry's own only for a gap that overlapped durable numbers.
     pub first_seq: u64,
-    /// The entry as submitted.
     pub entry: Entry,
 }
 
 /// Identity of a series.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SeriesKey {
-    /// Device of the series.
     pub device: DeviceId,
-    /// Name of the channel.
     pub channel: String,
-    /// Unit of the channel.
     pub unit: String,
-    /// Type of the values.
     pub kind: Kind,
 }
 
@@ -88,7 +81,6 @@ struct Stream {
 }
 
 impl MemoryStore {
-    /// Creates an empty store.
     pub fn new() -> Self {
         Self::default()
     }
@@ -142,7 +134,6 @@ impl MemoryStore {
             .unwrap_or_default()
     }
 
-    /// Returns the identity of a series.
     pub fn series(&self, series: SeriesId) -> Option<SeriesKey> {
         self.state().series.get(row(series.0)).cloned()
     }

@@ -55,24 +55,18 @@ pub struct SeriesId(pub i64);
 pub struct Batch {
     /// Logins of authenticated devices, which need the position of their stream.
     pub logins: Vec<Login>,
-    /// Schemas to store.
     pub declares: Vec<Declare>,
     /// Numbered entries of streams, in order of arrival.
     pub entries: Vec<Entry>,
     /// Repeated sequence numbers that were not submitted as entries.
     pub repeats: Vec<Repeat>,
-    /// Device clocks to store.
     pub clocks: Vec<(DeviceId, BootClock)>,
-    /// Audit events of devices.
     pub events: Vec<DeviceEvent>,
-    /// Refused peers.
     pub refusals: Vec<Refusal>,
-    /// Steps of the gateway's clock.
     pub steps: Vec<ClockStep>,
 }
 
 impl Batch {
-    /// Returns whether the batch has no content.
     pub fn is_empty(&self) -> bool {
         self.logins.is_empty()
             && self.declares.is_empty()
@@ -88,7 +82,6 @@ impl Batch {
 /// A device that proved its key and wants to continue a stream.
 #[derive(Clone, Debug)]
 pub struct Login {
-    /// Name of the device.
     pub device: String,
     /// Number of the stream, below 2^63.
     pub stream: u64,
@@ -96,7 +89,6 @@ pub struct Login {
     pub oldest_seq: u64,
     /// Next sequence number that the device will assign.
     pub next_seq: u64,
-    /// Firmware version reported by the device.
     pub firmware: String,
     /// Schema that the device will use, and its hash.
     pub schema: Option<(u16, SchemaHash)>,
@@ -106,14 +98,13 @@ pub struct Login {
     pub key_revision: i64,
     /// Whether an unknown device may register.
     pub may_register: bool,
-    /// Time of the login, microseconds UTC.
+    /// Microseconds UTC.
     pub at_us: i64,
 }
 
 /// First 8 bytes of the SHA-256 of a DECLARE's payload.
 pub type SchemaHash = [u8; 8];
 
-/// Result of a [`Login`].
 #[derive(Clone, Debug)]
 pub enum LoginOutcome {
     /// The device may send; boxed because the other variants are small.
@@ -147,7 +138,6 @@ impl LoginOutcome {
 /// Position of a device's stream.
 #[derive(Clone, Debug)]
 pub struct Admission {
-    /// Row id of the device.
     pub device: DeviceId,
     /// Number of an operator's latest change to the device; 0 if there was none.
     pub revision: i64,
@@ -162,17 +152,13 @@ pub struct Admission {
 /// A schema to store; immutable once stored.
 #[derive(Clone, Debug)]
 pub struct Declare {
-    /// Declaring device.
     pub device: DeviceId,
-    /// Number of the schema.
     pub schema: u16,
-    /// Hash of the schema.
     pub hash: SchemaHash,
     /// Channels in declared order, with unique ids and names.
     pub channels: Vec<DeclaredChannel>,
 }
 
-/// One channel of a [`Declare`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeclaredChannel {
     /// Number within the schema.
@@ -181,13 +167,11 @@ pub struct DeclaredChannel {
     pub name: String,
     /// SenML unit, such as `Cel`; may be empty.
     pub unit: String,
-    /// Type of the values.
     pub kind: Kind,
     /// Power of ten for integers.
     pub exp10: i8,
 }
 
-/// Result of a [`Declare`].
 #[derive(Clone, Debug)]
 pub enum DeclareOutcome {
     /// Stored now, or earlier with the same content.
@@ -201,35 +185,28 @@ pub enum DeclareOutcome {
 /// A stored schema, with the series of its channels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schema {
-    /// Number of the schema.
     pub schema: u16,
     /// Channels in declared order.
     pub channels: Vec<SchemaChannel>,
 }
 
-/// One channel of a [`Schema`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SchemaChannel {
     /// Number within the schema.
     pub id: u8,
-    /// Type of the values.
     pub kind: Kind,
     /// Power of ten for integers.
     pub exp10: i8,
-    /// Series of its readings.
     pub series: SeriesId,
 }
 
 /// A decoded, sequenced frame of a stream.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    /// Device that sent it.
     pub device: DeviceId,
-    /// Stream of the device.
     pub stream: StreamId,
     /// First sequence number it covers; differs from `seq` only for a gap.
     pub first_seq: u64,
-    /// Sequence number of the frame.
     pub seq: u64,
     /// Type on the wire, stored in the ledger.
     pub frame_type: u8,
@@ -237,16 +214,13 @@ pub struct Entry {
     pub crc: Option<u32>,
     /// Time of arrival, microseconds UTC.
     pub received_at_us: i64,
-    /// Decoded content.
     pub content: Content,
     /// Clock chosen for its boot if there is no measured one; stored with the entry.
     pub clock: Option<BootClock>,
 }
 
-/// Content of an [`Entry`].
 #[derive(Clone, Debug)]
 pub enum Content {
-    /// Readings of one or more series.
     Readings(Readings),
     /// The device lost the frames that the entry's numbers cover.
     Gap {
@@ -263,7 +237,6 @@ pub enum Content {
         level: u8,
         /// Code defined by the device.
         code: u16,
-        /// Short text.
         text: String,
     },
     /// An intact frame that could not be decoded.
@@ -274,7 +247,6 @@ pub enum Content {
         detail: String,
         /// Frame as received.
         bytes: Vec<u8>,
-        /// Address of the peer.
         peer: String,
     },
 }
@@ -307,13 +279,11 @@ pub struct SessionId(pub i64);
 /// An audit event.
 #[derive(Clone, Debug)]
 pub struct DeviceEvent {
-    /// Device of the event.
     pub device: DeviceId,
     /// Session that began or ended; a session is open between the two.
     pub session: Option<SessionId>,
     /// Time of the event, microseconds UTC.
     pub at_us: i64,
-    /// Kind of the event.
     pub kind: DeviceEventKind,
     /// BYE code; 0 if none was sent.
     pub code: u8,
@@ -321,12 +291,9 @@ pub struct DeviceEvent {
     pub detail: String,
 }
 
-/// Kind of a [`DeviceEvent`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceEventKind {
-    /// A session began.
     Connected,
-    /// A session ended.
     Disconnected,
     /// A peer that claimed the device's name was refused.
     Refused,
@@ -361,7 +328,6 @@ impl DeviceEventKind {
 /// device exists.
 #[derive(Clone, Debug)]
 pub struct Refusal {
-    /// Address of the peer.
     pub peer: IpAddr,
     /// Claimed device name; empty if none.
     pub device: String,
@@ -369,7 +335,6 @@ pub struct Refusal {
     pub code: u8,
     /// Text for display.
     pub detail: String,
-    /// Number of refusals.
     pub count: u64,
     /// Time of the first refusal, microseconds UTC.
     pub first_at_us: i64,
@@ -383,7 +348,6 @@ pub struct Refusal {
 pub(crate) const REFUSALS_MAX: i64 = 1000;
 
 impl Refusal {
-    /// Returns the audit event for `device`.
     fn of(&self, device: DeviceId) -> DeviceEvent {
         DeviceEvent {
             device,
@@ -411,7 +375,6 @@ pub struct Receipt {
 }
 
 impl Receipt {
-    /// Returns the stream.
     pub fn stream(&self) -> StreamId {
         self.stream
     }
@@ -422,7 +385,6 @@ impl Receipt {
     }
 }
 
-/// Result of a commit.
 #[derive(Debug, Default)]
 pub struct Committed {
     /// One result per login, in order.

@@ -14,14 +14,10 @@ const QUIET: Duration = Duration::from_secs(60);
 /// Number of streams whose latest report is remembered.
 const STREAMS_MAX: usize = 10_000;
 
-/// A repeated sequence number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Repeat {
-    /// Device that sent it.
     pub device: DeviceId,
-    /// Stream of the device.
     pub stream: StreamId,
-    /// Sequence number.
     pub seq: u64,
     /// CRC-32C of the repeated frame.
     pub crc: u32,

@@ -8,7 +8,6 @@ use crate::time::ResolvedTime;
 pub struct Frame<'a> {
     /// Id of its row in the ledger.
     pub id: i64,
-    /// The appended entry.
     pub item: Appended<'a>,
 }
 
@@ -129,7 +128,6 @@ impl<'a> EventRow<'a> {
         })
     }
 
-    /// Returns the row of a session event.
     pub(super) fn of(event: &'a DeviceEvent) -> EventRow<'a> {
         EventRow {
             device: event.device,

@@ -37,7 +37,6 @@ pub(super) type SeriesKey<'a> = (DeviceId, &'a str, &'a str, &'a str);
 #[derive(Default)]
 pub(super) struct SeriesIndex<'a>(HashMap<SeriesKey<'a>, SeriesId>);
 
-/// Decision on a [`Declare`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DeclareVerdict {
     /// Already stored with the same content, possibly by an earlier declare of the batch.
@@ -153,7 +152,6 @@ impl<'a> SeriesIndex<'a> {
 }
 
 impl DeclaredChannel {
-    /// Returns the channel with its series.
     pub(super) fn with(&self, series: SeriesId) -> SchemaChannel {
         SchemaChannel {
             id: self.id,

@@ -23,7 +23,6 @@ pub enum Quality {
 /// A boot's clock relative to UTC: `utc = device time since boot + offset`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BootClock {
-    /// The device's boot number.
     pub boot: u32,
     /// Microseconds to add to time since boot.
     pub offset_us: i64,
@@ -176,7 +175,6 @@ impl BootClock {
 pub struct ResolvedTime {
     /// Microseconds added to the device's time; 0 if the device sent UTC.
     pub offset_us: i64,
-    /// Quality of the result.
     pub quality: Quality,
 }
 
@@ -187,7 +185,6 @@ pub struct Stamp {
     pub boot: Option<u32>,
     /// Time of the newest row, in the device's own time.
     pub newest_us: i64,
-    /// Conversion to UTC.
     pub time: ResolvedTime,
     /// A clock chosen for a boot without one, to be stored with the frame.
     pub chosen: Option<BootClock>,
@@ -214,7 +211,6 @@ struct Progress {
 }
 
 impl BootClocks {
-    /// Creates the clocks from those in a store.
     pub fn new(clocks: Vec<BootClock>) -> BootClocks {
         BootClocks {
             clocks,

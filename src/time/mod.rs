@@ -74,7 +74,6 @@ pub struct Now {
     pub origin: Origin,
 }
 
-/// The machine's clocks.
 #[derive(Clone, Copy, Debug)]
 pub struct SystemClock {
     started: Instant,
@@ -90,7 +89,6 @@ impl SystemClock {
         }
     }
 
-    /// Reads the clocks.
     pub fn now(&self) -> Now {
         let (utc_us, up_us) = self.read_pair();
         let (utc_us, origin) = within_bounds(utc_us, up_us, self.timeline);

@@ -10,7 +10,6 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// differences between gateways.
 const STORED_AHEAD_MAX_US: i64 = 60_000_000;
 
-/// A step of the wall clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockStep {
     /// The clock after the step.
@@ -30,7 +29,6 @@ impl ClockStep {
         self.after_us.saturating_sub(self.before_us)
     }
 
-    /// Returns the step between two readings, if there is one.
     fn between(since: Now, now: Now) -> Option<ClockStep> {
         let size_us = since.origin.step_to(now.origin);
         (size_us != 0).then(|| ClockStep {

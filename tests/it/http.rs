@@ -12,7 +12,6 @@ use crate::support::{PATIENCE, eventually};
 
 const HTTP: [&str; 2] = ["--http", "127.0.0.1:0"];
 
-/// An answer to a request.
 #[derive(Debug)]
 struct Answer {
     status: u16,

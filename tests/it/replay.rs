@@ -163,7 +163,9 @@ fn replayed_frames_equal_directly_stored_ones() {
          JOIN devices d ON d.id = s.device_id WHERE d.name = 'straight' AND f.seq = 7)",
     );
     let mut database = gateway.database();
-    let received: Vec<(i64, i64)> = database.rows("SELECT id, received_at FROM frames ORDER BY id");
+    let ledger = "SELECT stream_id, seq, received_at FROM frames ORDER BY stream_id, seq";
+    let received: Vec<(i64, i64, i64)> = database.rows(ledger);
+    let newest_id = database.count("SELECT max(id) FROM frames");
     assert_eq!(database.readings("detour"), []);
     let done = replay(&store, &["--device", "detour"]);
     assert!(done.status.success(), "{}", done.stderr);
@@ -171,10 +173,10 @@ fn replayed_frames_equal_directly_stored_ones() {
     let straight = all_of(&mut database, "straight");
     assert_eq!(straight.0.len(), 8);
     assert_eq!(all_of(&mut database, "detour"), straight);
-    assert_eq!(
-        database.rows::<(i64, i64)>("SELECT id, received_at FROM frames ORDER BY id"),
-        received
-    );
+    assert_eq!(database.rows::<(i64, i64, i64)>(ledger), received);
+    // New ids, so that the feed sends them.
+    let renewed = format!("SELECT count(*) FROM frames WHERE id > {newest_id}");
+    assert_eq!(database.count(&renewed), 8);
     let totals: Vec<(i64, i64)> =
         database.rows("SELECT DISTINCT frames, readings FROM device_status");
     assert_eq!(totals.len(), 1, "{totals:?}");

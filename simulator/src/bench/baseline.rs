@@ -8,7 +8,6 @@ use super::WARM_UP;
 use super::workload::Workload;
 use crate::catalogue;
 
-/// Prefix of the device names.
 pub(super) const NAME_PREFIX: &str = "bench-";
 
 /// Task of a baseline run.

@@ -17,7 +17,6 @@ const RESERVE: Duration = Duration::from_secs(4);
 /// Devices that join per second.
 const JOINS_PER_S: u32 = 1_000;
 
-/// Results for many connections.
 #[derive(Clone, Debug, Serialize)]
 pub struct Connections {
     pub connections: u32,
@@ -25,7 +24,6 @@ pub struct Connections {
     pub resident_bytes_before: u64,
     /// Resident memory with all connections open and nothing sent.
     pub resident_bytes_idle: u64,
-    /// Number of TLS connections.
     pub connections_tls: u32,
     /// Resident memory with the TLS connections open and nothing sent.
     pub resident_bytes_tls: u64,

@@ -74,7 +74,6 @@ impl Site {
         }
     }
 
-    /// Creates an empty store.
     pub(super) async fn new_store(&self, which: Which) -> Result<Store, BenchError> {
         let store = self.store(which);
         std::fs::create_dir(&store.dir)?;
@@ -138,13 +137,11 @@ impl Store {
     }
 }
 
-/// A running gateway.
 pub(super) struct Gateway {
     child: Child,
     pid: u32,
     pub(super) address: SocketAddr,
     pub(super) tls_address: SocketAddr,
-    /// CA certificate of the gateway.
     ca: PathBuf,
     pub(super) fleet_key: [u8; 32],
     // Kept open, because the gateway may write more.

@@ -66,7 +66,6 @@ impl Hostile {
     }
 }
 
-/// Measurements of a gateway.
 struct Measured {
     ack_ms: Percentiles,
     cores: f64,

@@ -29,7 +29,6 @@ pub(super) fn start_us() -> i64 {
     jiff::Timestamp::now().as_microsecond() - BACKLOG_US
 }
 
-/// Settings of a fleet.
 pub(super) struct Sending {
     pub(super) workload: Workload,
     pub(super) profile: Profile,
@@ -147,7 +146,6 @@ impl<'g> Load<'g> {
         })
     }
 
-    /// Waits until a condition holds.
     async fn until(
         &mut self,
         what: &'static str,

@@ -5,14 +5,12 @@ use std::path::Path;
 
 use serde::Serialize;
 
-/// Returns the CPU time of a process, in seconds.
 pub(super) fn cpu_s(pid: u32) -> io::Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let ticks = cpu_ticks(&stat).ok_or_else(|| io::Error::other("/proc/PID/stat has no times"))?;
     Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
 }
 
-/// Returns the resident memory of a process, in bytes.
 pub(super) fn resident_bytes(pid: u32) -> io::Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let kib = kib_of(&status, "VmRSS:");
@@ -34,7 +32,6 @@ fn kib_of(text: &str, name: &str) -> Option<u64> {
     rest.split_whitespace().next()?.parse().ok()
 }
 
-/// Description of the machine.
 #[derive(Clone, Debug, Serialize)]
 pub struct Machine {
     cpu: String,

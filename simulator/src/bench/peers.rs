@@ -33,7 +33,6 @@ const NEVER_READS_BUFFER_BYTES: u32 = 2304;
 /// Number of peers per loopback address.
 const PEERS_OF_ADDRESS: u32 = 1_000;
 
-/// Attack of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Attack {
@@ -55,7 +54,6 @@ impl Attack {
         Attack::NeverReads,
     ];
 
-    /// Returns the number of peers for this attack.
     pub(super) fn peers(self, is_quick: bool) -> u32 {
         let peers = match self {
             Attack::HalfTls | Attack::Silence => 5_000,

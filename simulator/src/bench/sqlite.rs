@@ -63,7 +63,6 @@ async fn checkpoint(conn: &mut SqliteConnection) -> Result<i64, sqlx::Error> {
     row.await?.try_get(1)
 }
 
-/// Statements of a transaction.
 struct Inserts {
     frames: Insert,
     readings: Insert,

@@ -33,12 +33,10 @@ pub struct Burst {
 pub struct Compared {
     /// Median of the ratio of the second's readings per second to the first's.
     pub ratio: f64,
-    /// Results of all rounds.
     pub rounds: Vec<(Burst, Burst)>,
 }
 
 impl Compared {
-    /// Summarizes these rounds.
     pub(super) fn of(rounds: Vec<(Burst, Burst)>) -> Compared {
         let ratio = |(first, second): &(Burst, Burst)| second.readings_per_s / first.readings_per_s;
         Compared {
@@ -59,7 +57,6 @@ impl Compared {
 /// One round of a workload.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Pair {
-    /// Readings per second of the baseline.
     pub baseline_readings_per_s: f64,
     /// Results of the gateway, measured directly afterwards.
     pub gateway: Burst,
@@ -77,7 +74,6 @@ pub struct Throughput {
     pub workload: Workload,
     /// Median of the ratio of gateway to baseline.
     pub ratio: f64,
-    /// Results of all rounds.
     pub rounds: Vec<Pair>,
 }
 

@@ -2,7 +2,6 @@
 
 use serde::Serialize;
 
-/// Workload of a fleet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Workload {
     pub devices: u32,

@@ -36,10 +36,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const ABANDONED_MAX: usize = 8;
 /// Score from which a device counts as failing.
 const FAILURE_SCORE_MAX: u32 = 10;
-/// Number of bytes written to the socket at a time.
 const WRITE_BYTES: usize = 16 * 1024;
 
-/// End of a connection.
 enum Ended {
     /// Everything is acknowledged.
     Done,
@@ -51,7 +49,6 @@ enum Ended {
     Abandoned,
 }
 
-/// Failure of a connection.
 enum Loss {
     /// The connection broke or could not be opened.
     Connection(io::Error),
@@ -111,7 +108,6 @@ impl fmt::Display for Loss {
     }
 }
 
-/// Returns the name of a code.
 fn name_of(code: u8) -> &'static str {
     Code::from_wire(code).map_or("unknown", Code::name)
 }

@@ -24,7 +24,6 @@ thread_local! {
     static ROOM: RefCell<Box<[u8]>> = RefCell::new(vec![0; FRAME_BYTES_MAX].into());
 }
 
-/// Number of bytes read at a time.
 const READ_BYTES: usize = 1024;
 
 /// An open connection, with its channel binding and the address of the device's end.
@@ -34,7 +33,6 @@ pub(super) struct Connected {
     pub(super) from: SocketAddr,
 }
 
-/// Connects the device with this number and name to the gateway.
 pub(super) async fn connect(terms: &Terms, number: u32, name: &str) -> io::Result<Connected> {
     let tcp = match source_address(terms.gateway.ip(), number) {
         None => TcpStream::connect(terms.gateway).await?,

@@ -172,7 +172,6 @@ pub struct Played {
 
 type JournalFile = Journal<io::BufWriter<std::fs::File>>;
 
-/// State of a run.
 struct Fleet {
     script: Arc<Script>,
     terms: Terms,

@@ -13,7 +13,6 @@ use crate::readings::Channel;
 pub(super) const DEVICES: &str = "SELECT id, name, firmware, first_seen_at, revision, enabled, key_version, \
      CASE WHEN sealed_key IS NULL THEN 0 ELSE 1 END FROM devices ORDER BY id";
 
-/// The row of a device.
 pub(super) struct DeviceRow {
     pub(super) id: i64,
     pub(super) name: String,

@@ -36,7 +36,6 @@ pub(super) struct Frame {
     pub(super) own: u16,
 }
 
-/// The row of a stream.
 pub(super) struct StreamRow {
     pub(super) id: i64,
     pub(super) stream: u64,
@@ -71,7 +70,6 @@ pub(super) struct StreamProof<'a> {
     pub(super) addresses: Option<&'a HashSet<SocketAddr>>,
 }
 
-/// A row of `frames`.
 struct FrameRow {
     id: i64,
     seq: u64,

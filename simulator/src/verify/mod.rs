@@ -219,7 +219,6 @@ impl Others {
     }
 }
 
-/// A run: its plan and its journal.
 struct Run {
     script: Arc<Script>,
     ledger: Ledger,

@@ -33,7 +33,6 @@ const OTHERS: &str = "SELECT count(*) FROM readings AS r
      JOIN frames AS f ON f.id = r.frame_id JOIN streams AS s ON s.id = f.stream_id
      WHERE r.series_id = $1 AND s.device_id = $2 AND s.stream NOT IN ";
 
-/// The row of a series.
 pub(super) struct SeriesRow {
     id: i64,
     channel: String,
@@ -54,7 +53,6 @@ impl SeriesRow {
         })
     }
 
-    /// Returns its number of readings.
     pub(super) async fn count(&self, store: &mut Store) -> Result<i64, ReadError> {
         let sql = "SELECT count(*) FROM readings WHERE series_id = $1";
         store.row(sql, &[self.id]).await?.integer(0)
@@ -74,7 +72,6 @@ impl SeriesRow {
     }
 }
 
-/// Verification of one series.
 pub(super) struct SeriesProof<'a> {
     pub(super) owns: &'a [Own<'a>],
     /// For each of `owns`, the channel that this series stores.

@@ -17,7 +17,6 @@ use sqlx::{
 /// From 1970 to 2000, where Postgres begins to count.
 const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
 
-/// The store could not be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("could not open {store}: {}; is it the store of a gateway?", words(.error))]
 pub struct OpenError {
@@ -25,20 +24,13 @@ pub struct OpenError {
     error: sqlx::Error,
 }
 
-/// A query failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// Error of the store.
     #[error("{}", words(.0))]
     Sql(#[from] sqlx::Error),
     /// The verifier knows no such value in this place.
     #[error("column {column} of a row holds {found:?}")]
-    Unexpected {
-        /// Index of the column.
-        column: usize,
-        /// Its value.
-        found: Value,
-    },
+    Unexpected { column: usize, found: Value },
 }
 
 fn words(error: &sqlx::Error) -> String {
@@ -48,18 +40,13 @@ fn words(error: &sqlx::Error) -> String {
     }
 }
 
-/// Value of one column.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
-    /// NULL.
     Null,
     /// Integer, or a time in microseconds UTC.
     Integer(i64),
-    /// Double.
     Real(f64),
-    /// Text.
     Text(String),
-    /// Bytes.
     Bytes(Vec<u8>),
 }
 
@@ -208,7 +195,6 @@ impl Store {
         Ok(())
     }
 
-    /// Returns the rows of a query.
     pub(super) async fn rows(&mut self, sql: &str, ids: &[i64]) -> Result<Vec<Row>, ReadError> {
         let mut rows = Vec::new();
         let on_row = |row| {

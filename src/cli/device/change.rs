@@ -115,7 +115,6 @@ pub async fn set_enabled(
     })
 }
 
-/// Replaces a device's key.
 pub async fn rotate_key(
     key_file: FleetKeyFile<'_>,
     store: &StoreUrl,

@@ -22,7 +22,6 @@ pub struct KeyArgs {
     names: Vec<String>,
 }
 
-/// Prints the keys of devices.
 pub async fn key(
     key_file: FleetKeyFile<'_>,
     store: &StoreUrl,

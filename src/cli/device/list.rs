@@ -71,7 +71,6 @@ const HEADERS: [&str; 12] = [
     "interval s",
 ];
 
-/// Lists devices.
 pub async fn list(connection: &mut Connection, args: &ListArgs) -> Result<(), Error> {
     let mut sql = DEVICES.to_owned();
     let mut arguments = Vec::new();

@@ -57,7 +57,6 @@ pub enum DeviceCommand {
     Import(transfer::ImportArgs),
 }
 
-/// Runs the subcommand.
 pub async fn device(
     key: FleetKeyFile<'_>,
     store: &StoreUrl,

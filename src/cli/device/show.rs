@@ -82,7 +82,6 @@ fn facts(name: &str, device: &Row) -> Result<Vec<(&'static str, String)>, Error>
     ])
 }
 
-/// One table of the output.
 struct Section {
     title: &'static str,
     /// Query with the device as its first parameter, and optionally a row limit as its second.

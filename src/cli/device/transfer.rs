@@ -68,7 +68,6 @@ fn field<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Opti
     T::deserialize(from).map(Some)
 }
 
-/// Writes all devices.
 pub async fn export(
     key_file: FleetKeyFile<'_>,
     store: &StoreUrl,
@@ -168,7 +167,6 @@ pub async fn import(
     out.flush().map_err(Error::Output)
 }
 
-/// Reason why a line could not be imported.
 enum Fault {
     Line(String),
     Other(Error),

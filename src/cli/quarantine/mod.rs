@@ -46,7 +46,6 @@ pub struct ListArgs {
     limit: u32,
 }
 
-/// Runs the subcommand.
 pub async fn quarantine(store: &StoreUrl, command: &QuarantineCommand) -> Result<(), Error> {
     match command {
         QuarantineCommand::List(args) => list(store, args).await,

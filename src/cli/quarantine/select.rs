@@ -100,7 +100,6 @@ async fn check_ids(connection: &mut Connection, ids: &[i64], named: &str) -> Res
     }
 }
 
-/// Returns the error for a frame that is not in quarantine.
 pub fn no_frame(id: i64) -> Error {
     Error::Failed(format!(
         "no frame {id} in quarantine; `fieldgate quarantine list` lists all frames"

@@ -28,11 +28,9 @@ pub struct Part {
     pub name: String,
     /// Its bytes in the frame, including a preceding length.
     pub bytes: Range<usize>,
-    /// The value as text.
     pub value: String,
 }
 
-/// Explanation of a frame.
 #[derive(Clone, Debug)]
 pub struct Dissection {
     /// All parts in order and without gaps, as far as the fields can be parsed.
@@ -43,7 +41,6 @@ pub struct Dissection {
     pub content: Option<Content>,
 }
 
-/// A fault in a frame and its position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Offset of the faulty byte; if bytes are missing at the end, that of the frame's checksum.

@@ -11,7 +11,6 @@ use fieldgate_protocol::value::{Clock, TimeUnit, check_time};
 
 use super::Part;
 
-/// Result of a walk.
 #[derive(Debug)]
 pub(super) struct Walk {
     pub(super) parts: Vec<Part>,
@@ -34,7 +33,6 @@ pub(super) enum Fields {
     Data(DataFields),
 }
 
-/// Fields of a DATA.
 #[derive(Debug, Default)]
 pub(super) struct DataFields {
     pub(super) schema: u16,
@@ -166,7 +164,6 @@ fn type_name(frame_type: u8) -> String {
     .to_owned()
 }
 
-/// Reads one field after another.
 struct Reader<'a, 'w> {
     bytes: &'a [u8],
     at: usize,

@@ -27,7 +27,6 @@ const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Number of SQLite's virtual machine steps between two checks of the time.
 const STEPS_PER_CHECK: i32 = 10_000;
 
-/// Database of a connection.
 #[derive(Clone, Debug)]
 pub enum Source {
     Store(StoreUrl),
@@ -47,11 +46,9 @@ pub enum Access {
     Read,
     /// Reads for a gateway that polls.
     Poll,
-    /// Reads and writes.
     Write,
 }
 
-/// Reason why a store could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error(transparent)]
@@ -60,7 +57,6 @@ pub enum OpenError {
     Postgres(#[from] postgres::OpenError),
 }
 
-/// Reason why a query failed.
 #[derive(Debug, thiserror::Error)]
 pub enum QueryError {
     #[error(transparent)]
@@ -158,9 +154,6 @@ macro_rules! take_rows {
 
 impl Connection {
     /// Opens a connection to an existing store or spool.
-    ///
-    /// # Errors
-    /// The database does not exist, its schema is not current, or it is unavailable.
     pub async fn open(source: impl Into<Source>, access: Access) -> Result<Connection, OpenError> {
         let (file, purpose) = match source.into() {
             Source::Store(StoreUrl::Postgres(url)) => {
@@ -183,13 +176,10 @@ impl Connection {
         }
     }
 
-    /// Returns whether the database is SQLite rather than Postgres.
     pub fn is_sqlite(&self) -> bool {
         matches!(self.driver, Driver::Sqlite(_))
     }
 
-    /// Returns the rows of a query.
-    ///
     /// # Errors
     /// The store is unavailable, or SQLite does not return all rows within [`QUERY_TIMEOUT`].
     pub async fn rows(
@@ -263,9 +253,6 @@ impl Connection {
 
     /// Passes the rows of a user's statement to `on_row` as they arrive, until that breaks; returns the value with
     /// which it did.
-    ///
-    /// # Errors
-    /// The statement is invalid, or the store is unavailable.
     pub async fn run<B>(
         &mut self,
         sql: &str,
@@ -303,9 +290,6 @@ impl Connection {
     }
 
     /// Runs a statement that writes; returns the number of changed rows.
-    ///
-    /// # Errors
-    /// The store rejects the statement or is unavailable.
     pub async fn execute(
         &mut self,
         sql: &str,

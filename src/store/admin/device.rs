@@ -32,7 +32,6 @@ pub struct DeviceState {
     pub key_revision: i64,
 }
 
-/// A device's key as stored.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StoredKey {
     /// Number of times it was replaced.
@@ -68,7 +67,6 @@ impl DeviceState {
     }
 }
 
-/// Changes since a position.
 #[derive(Debug)]
 pub struct Changes {
     /// Changed devices, each once.

@@ -20,7 +20,6 @@ pub struct Mirror {
 }
 
 impl Mirror {
-    /// Creates a mirror from `database` to the spool in the file `spool`.
     pub fn new(database: &StoreUrl, spool: PathBuf) -> Mirror {
         Mirror {
             database: Reconnecting::new(database),

@@ -8,7 +8,6 @@ use crate::config::store_url::StoreUrl;
 
 use super::{Access, Argument, Connection, QueryError, Row, Source};
 
-/// How often to poll.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     /// Minimum pause between two polls.

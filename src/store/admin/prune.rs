@@ -12,7 +12,6 @@ use crate::config::EventRetention;
 use crate::config::store_url::StoreUrl;
 use crate::time::SystemClock;
 
-/// Number of devices per query.
 const DEVICES_AT_ONCE: i64 = 64;
 /// Rows deleted by one statement; each statement is a transaction.
 const ROWS_AT_ONCE: i64 = 500;
@@ -104,7 +103,6 @@ pub struct Pruner {
 }
 
 impl Pruner {
-    /// Creates a pruner for a gateway's store and spool.
     pub fn new(store: &StoreUrl, spool: Option<PathBuf>, retention: EventRetention) -> Pruner {
         let spool = spool.map(Source::Spool);
         Pruner {

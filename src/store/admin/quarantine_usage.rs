@@ -15,7 +15,6 @@ const BYTES: &str = "SELECT device_id, bytes FROM quarantine_usage";
 const BYTES_BY_NAME: &str = "SELECT d.name, u.bytes
     FROM quarantine_usage AS u JOIN devices AS d ON d.id = u.device_id";
 
-/// Queries the usage of a gateway's store and spool.
 pub struct UsageReader {
     store: Reconnecting,
     /// Spool from which frames drain into the store.
@@ -29,7 +28,6 @@ struct Spool {
 }
 
 impl UsageReader {
-    /// Creates a reader for `store`, and for the spool in front of it, if there is one.
     pub fn new(store: &StoreUrl, spool: Option<PathBuf>) -> UsageReader {
         UsageReader {
             store: Reconnecting::new(store),

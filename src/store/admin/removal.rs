@@ -29,7 +29,6 @@ pub struct Belongings {
 }
 
 impl Belongings {
-    /// Adds the counts of another device.
     pub fn add(&mut self, other: Belongings) {
         if self.counts.is_empty() {
             *self = other;

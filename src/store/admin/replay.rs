@@ -18,7 +18,6 @@ use crate::time::{BootClock, BootClocks, Origin, ResolvedTime, Stamp};
 /// Maximum number of retries of a frame because a gateway created the partition of its readings meanwhile.
 const OVERTAKEN_MAX: usize = 10;
 
-/// A quarantined frame.
 #[derive(Clone, Debug)]
 pub struct QuarantinedFrame {
     pub id: i64,
@@ -80,7 +79,6 @@ impl Connection {
         rows.iter().map(frame).collect()
     }
 
-    /// Returns the clocks of a device's boots.
     pub async fn clocks(&mut self, device: DeviceId) -> Result<BootClocks, QueryError> {
         let sql = "SELECT c.boot, c.offset_us, c.delay_us, c.measured_at, c.timeline, c.origin_us,
                 c.valid_from_us,
@@ -312,7 +310,6 @@ pub struct DecodeCache {
 }
 
 impl DecodeCache {
-    /// Returns the clocks of a device's boots.
     pub async fn clocks(
         &mut self,
         connection: &mut Connection,

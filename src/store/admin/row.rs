@@ -7,7 +7,6 @@ use sqlx::sqlite::SqliteArguments;
 use super::{QueryError, Value};
 use crate::store::postgres;
 
-/// A parameter of a query.
 #[derive(Clone, Copy, Debug)]
 pub enum Argument<'a> {
     Integer(i64),

@@ -8,7 +8,6 @@ use sqlx::{Postgres, Row, Sqlite, TypeInfo, ValueRef};
 
 use crate::store::postgres::Timestamp;
 
-/// Value of one column.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
     Null,

@@ -28,10 +28,8 @@ pub(super) use self::streams::*;
 /// A store under test, with access to its content.
 pub(super) trait Harness: Sized + Send {
     type Store: Store;
-    /// Creates a new, empty store.
     fn create() -> impl Future<Output = Self>;
     fn store(&mut self) -> &mut Self::Store;
-    /// Closes the store and opens it again.
     fn reopen(self) -> impl Future<Output = Self>;
     /// Enables or disables a device, and optionally replaces its key, like an operator. Returns the number of
     /// the change.

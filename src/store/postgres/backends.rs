@@ -67,7 +67,6 @@ pub(super) struct Backends {
     answer_ms: AtomicUsize,
 }
 
-/// Identity of a backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Backend {
     /// Only its startup was seen: its application name, which is used once.
@@ -85,7 +84,6 @@ struct Left {
 }
 
 impl Backends {
-    /// Returns the backends of a database.
     pub(super) fn of(url: &PostgresUrl) -> Arc<Backends> {
         let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
         let new = || {
@@ -332,7 +330,6 @@ pub(super) struct Tenure {
 }
 
 impl Tenure {
-    /// Records the identity of the backend.
     pub(super) fn identify(&mut self, pid: i32, started_us: i64) {
         self.backend = Backend::Running { pid, started_us };
     }

@@ -24,10 +24,8 @@ pub(super) fn reason(error: &sqlx::Error) -> String {
     }
 }
 
-/// Reason why a batch was not committed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CommitError {
-    /// Error of the server or the connection.
     #[error("{}", reason(.0))]
     Sql(#[from] sqlx::Error),
     /// The server does not sync its commits.
@@ -46,10 +44,9 @@ impl From<UnknownStream> for CommitError {
     }
 }
 
-/// Reason why a database could not be opened.
+/// The message states in one line what is wrong and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// No server responds.
     #[error(
         "could not reach Postgres at {url}: {reason}; check that it is running and that host and port are right"
     )]
@@ -62,15 +59,12 @@ pub enum OpenError {
         "could not establish TLS with {url}: {reason}; check sslmode and sslrootcert in the URL"
     )]
     Tls { url: PostgresUrl, reason: String },
-    /// The server rejects this user.
     #[error(
         "Postgres denied access to {url}: {reason}; check user, password (URL, PGPASSWORD or ~/.pgpass) and pg_hba.conf"
     )]
     Refused { url: PostgresUrl, reason: String },
-    /// The database does not exist.
     #[error("database {url} does not exist; create it with `createdb`, or set another --store")]
     NoDatabase { url: PostgresUrl },
-    /// The user lacks a required privilege.
     #[error(
         "user of {url} lacks privileges: {reason}; make it the owner of the database, or of a schema in its search_path"
     )]
@@ -88,10 +82,8 @@ pub enum OpenError {
         "{url} uses encoding {found}; create the database with UTF8 (createdb --encoding UTF8 --template template0)"
     )]
     Encoding { url: PostgresUrl, found: String },
-    /// The server is a standby, which accepts no writes.
     #[error("{url} is a standby; use the URL of the primary")]
     Standby { url: PostgresUrl },
-    /// The server does not sync its commits.
     #[error(
         "{url} has {settings} off and could lose acknowledged readings in a crash; turn it on, or override with --allow-postgres-data-loss"
     )]
@@ -101,35 +93,28 @@ pub enum OpenError {
         "{url} is used by the spool of the gateway on {host}; drain it and start that gateway without --spool (if its disk is lost, run DELETE FROM spool)"
     )]
     Spooled { url: PostgresUrl, host: String },
-    /// The database was released although this gateway's spool drains into it.
     #[error(
         "{url} no longer knows this gateway's spool, and other gateways may have written to it; start without --spool once the spool is empty, or restore the row in table spool"
     )]
     SpoolForgotten { url: PostgresUrl },
-    /// A copy of this gateway's spool drains into the database.
     #[error(
         "could not drain into {url}: a gateway with a copy of this spool does; stop this gateway, and never copy a data directory in use (undrained frames stay in this spool)"
     )]
     SpoolCopied { url: PostgresUrl },
-    /// The spool's file was restored to an earlier state.
     #[error(
         "could not drain into {url}: this spool was restored to an earlier state; start the gateway again to continue from the state of the database"
     )]
     SpoolRestored { url: PostgresUrl },
-    /// A spool cannot register while other gateways write.
     #[error(
         "another gateway writes to {url}; stop it first: a database accepts one gateway with --spool, or any number without"
     )]
     InUse { url: PostgresUrl },
-    /// A reader found no tables.
     #[error("no store in {url}; start `fieldgate serve` first, or set another --store")]
     Missing { url: PostgresUrl },
-    /// Tables of another program use the same names.
     #[error(
         "{url} contains a table {table} of another program; use another database, or a separate schema with ?options=-csearch_path%3DNAME"
     )]
     Foreign { url: PostgresUrl, table: String },
-    /// A later release of this program wrote it.
     #[error(
         "{url} was written by a newer Fieldgate (schema version {found}, supported {known}); use that release"
     )]
@@ -138,13 +123,11 @@ pub enum OpenError {
         found: i64,
         known: i64,
     },
-    /// A reader found a database whose schema is outdated.
     #[error("{url} has the schema of an older Fieldgate; run `fieldgate migrate` to update it")]
     Older { url: PostgresUrl },
     /// A migration was changed after it was applied, or was interrupted.
     #[error("could not update the schema of {url}: {reason}")]
     Migration { url: PostgresUrl, reason: String },
-    /// Any other error of the server.
     #[error("could not open {url}: {reason}")]
     Other { url: PostgresUrl, reason: String },
 }

@@ -73,13 +73,11 @@ async fn name_connection(conn: &mut Link) -> Result<(), sqlx::Error> {
 /// Request from a gateway that starts with a spool or reconnects with it.
 #[derive(Clone, Debug)]
 pub(in crate::store) struct ClaimRequest {
-    /// Identity stored in the spool's file.
     pub(in crate::store) identity: SpoolIdentity,
     /// Whether the file differs from the one that was claimed last, because it was copied or moved.
     pub(in crate::store) is_other_file: bool,
 }
 
-/// Result of claiming the database.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::store) struct Claimed {
     /// Count in the database, see [`SpoolClaim::drained`].
@@ -147,9 +145,6 @@ pub(in crate::store) async fn claim(
 }
 
 /// Reads the positions of all streams in the database, for a spool that was restored to an earlier state.
-///
-/// # Errors
-/// As for [`PostgresStore::open`].
 pub(in crate::store) async fn read_standing(
     settings: &PostgresSettings,
 ) -> Result<Standing, OpenError> {
@@ -199,9 +194,6 @@ pub(in crate::store) async fn register(
 }
 
 /// Releases the database for other gateways. The spool must be empty and stay empty.
-///
-/// # Errors
-/// As for [`PostgresStore::open`].
 pub(in crate::store) async fn release(
     settings: &PostgresSettings,
     spool: &SpoolIdentity,

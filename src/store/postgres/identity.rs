@@ -28,7 +28,6 @@ const STREAMS_MAX: usize = 200_000;
 /// Maximum number of series whose owner a connection caches; beyond it, owners are checked again.
 const SERIES_MAX: usize = 1_000_000;
 
-/// A stream known to a writer.
 #[derive(Clone, Debug)]
 struct KnownStream {
     device: DeviceId,
@@ -172,7 +171,6 @@ impl Identity {
         }))
     }
 
-    /// Caches the results of a commit.
     pub(super) fn remember(&mut self, batch: &Batch, committed: &Committed) {
         match &mut self.count {
             Count::Own {

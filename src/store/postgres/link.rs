@@ -35,7 +35,6 @@ pub(super) enum Patience {
     WhileWorking,
 }
 
-/// A connection; see the module.
 pub struct Link {
     conn: PgConnection,
     watch: Watch,
@@ -140,7 +139,6 @@ impl Watch {
 
 type Answered = Result<Either<PgQueryResult, PgRow>, sqlx::Error>;
 
-/// Answers to a statement.
 struct Answers<'l> {
     answers: Pin<Box<dyn Stream<Item = Answered> + Send + 'l>>,
     tenure: &'l mut Tenure,

@@ -65,18 +65,13 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Maximum time to write newest readings at shutdown.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Settings of the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PostgresSettings {
-    /// Database URL.
     pub url: PostgresUrl,
-    /// Connections, and what is required of the server.
     pub options: PostgresOptions,
-    /// Limits for each device.
     pub bounds: DeviceBounds,
     /// Identity of this gateway in the database.
     pub gateway: String,
-    /// Spool that this gateway writes for, if any.
     pub spool: Option<SpoolClaim>,
 }
 
@@ -113,9 +108,6 @@ pub struct PostgresStore {
 
 impl PostgresStore {
     /// Connects, updates the schema, and returns the number of writers given in `settings`.
-    ///
-    /// # Errors
-    /// [`OpenError`] states in one line what is wrong and what to do.
     pub async fn open(settings: PostgresSettings) -> Result<Vec<Self>, OpenError> {
         let settings = Arc::new(settings);
         Backends::of(&settings.url).allow_writers(settings.options.postgres_writers);

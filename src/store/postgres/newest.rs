@@ -79,7 +79,6 @@ impl Newest {
         (!is_tidy).then_some(FLUSH_INTERVAL)
     }
 
-    /// Returns whether any rows wait to be written.
     pub(super) fn has_pending(&self) -> bool {
         !self.pending.is_empty()
     }

@@ -89,7 +89,6 @@ const KEEP_SYNCHRONOUS: &str = "SELECT set_config('synchronous_commit',
 /// not support this and reject it.
 const CHECK_CLIENT: &str = "SET client_connection_check_interval = '5s'";
 
-/// Purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     /// Writes; `keeps` is whether each commit must wait for the disk.
@@ -119,9 +118,6 @@ impl Role {
 }
 
 /// Opens a connection that may write, to a server that syncs its commits.
-///
-/// # Errors
-/// [`OpenError`] states in one line what is wrong and what to do.
 pub(super) async fn connect(url: &PostgresUrl, allows_data_loss: bool) -> Result<Link, OpenError> {
     let keeps = !allows_data_loss;
     let mut conn = session(url, Role::Writer { keeps }).await?;
@@ -139,9 +135,6 @@ pub(super) async fn connect(url: &PostgresUrl, allows_data_loss: bool) -> Result
 
 /// Creates the tables or updates their schema. Returns the schema version before (0 if there was none) and
 /// after. Concurrent calls wait for each other.
-///
-/// # Errors
-/// As for [`super::PostgresStore::open`].
 pub async fn migrate(url: &PostgresUrl) -> Result<(i64, i64), OpenError> {
     let mut conn = session(url, Role::Writer { keeps: true }).await?;
     refuse_unfit(&mut conn, url).await?;
@@ -151,9 +144,6 @@ pub async fn migrate(url: &PostgresUrl) -> Result<(i64, i64), OpenError> {
 }
 
 /// Checks whether a gateway could store into the database, without changing anything.
-///
-/// # Errors
-/// As for [`super::PostgresStore::open`].
 pub async fn check(url: &PostgresUrl, allows_data_loss: bool) -> Result<(), OpenError> {
     let mut conn = connect(url, allows_data_loss).await?;
     let sql = |error| open_error(url, error);
@@ -214,9 +204,6 @@ pub(super) async fn bring_up_to_date(conn: &mut Link, url: &PostgresUrl) -> Resu
 
 /// Connects to an existing store with the current schema, while gateways run. A connection that writes must not
 /// add frames or move streams: only the registered writer may (see `feed`).
-///
-/// # Errors
-/// The server rejects the connection, or the database is not a store with the current schema.
 pub(in crate::store) async fn open_existing(
     url: &PostgresUrl,
     access: Access,

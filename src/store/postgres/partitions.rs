@@ -70,7 +70,6 @@ pub(super) const RETRY_MIN: Duration = Duration::from_secs(60);
 /// Maximum delay after repeated failures.
 const RETRY_MAX: Duration = Duration::from_secs(3600);
 
-/// The partitions; see the module.
 pub(super) struct Partitions {
     url: PostgresUrl,
     /// Whether `readings` is not partitioned by this module, so that there is nothing to create.
@@ -94,7 +93,6 @@ struct Maker {
 
 struct Retry {
     at: Instant,
-    /// Number of failed attempts.
     tries: u32,
 }
 

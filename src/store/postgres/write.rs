@@ -434,7 +434,6 @@ impl Writer {
         .and_then(|done| is_whole("streams", moved.len(), done.rows_affected()))
     }
 
-    /// Records the steps of the gateway's clock.
     async fn store_steps(&mut self, steps: &[ClockStep]) -> Result<(), sqlx::Error> {
         for step in steps {
             sqlx::query(

@@ -162,7 +162,6 @@ impl Destination {
     }
 }
 
-/// Returns the ids that are not in `known`.
 fn missing<I: Ord + Hash>(ids: impl Iterator<Item = I>, known: &HashMap<I, I>) -> BTreeSet<I> {
     ids.filter(|id| !known.contains_key(id)).collect()
 }

@@ -22,7 +22,6 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// Maximum number of streams in one transaction that records a gap for each.
 const STREAMS_AT_ONCE: usize = 4096;
 
-/// The task that drains.
 pub(super) struct Drain {
     pub(super) feeder: Feeder,
     pub(super) arrived: Arc<Notify>,
@@ -42,7 +41,6 @@ pub(super) struct Feeder {
     pub(super) path: PathBuf,
 }
 
-/// Reason why the drain stopped.
 #[derive(Debug, thiserror::Error)]
 enum DrainError {
     /// It may continue later.

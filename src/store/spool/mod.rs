@@ -36,16 +36,14 @@ mod tests;
 /// Maximum wait at startup for the database.
 const START_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Reason why a spool could not be opened.
+/// The message states in one line what is wrong and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum SpoolError {
-    /// The file could not be opened.
     #[error(transparent)]
     File(#[from] sqlite::OpenError),
     /// The database could not be opened; a new spool needs it.
     #[error(transparent)]
     Database(#[from] postgres::OpenError),
-    /// The file could not be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The spool still holds frames, so a gateway without it would not know the positions of the streams.
@@ -56,7 +54,6 @@ pub enum SpoolError {
     NotDrained { frames: u64, path: String },
 }
 
-/// The store; see the module.
 pub struct SpoolStore {
     spool: Arc<Mutex<SqliteStore>>,
     bytes_max: u64,
@@ -73,9 +70,6 @@ pub struct SpoolStore {
 impl SpoolStore {
     /// Opens the spool at `path`, creating it if it does not exist, and starts to drain it. Only a new spool needs
     /// the database. Closing the store continues to drain for up to `close_timeout`.
-    ///
-    /// # Errors
-    /// [`SpoolError`] has the reason and the remedy in one line.
     pub async fn open(
         path: &Path,
         sqlite: &SqliteSettings,
@@ -132,9 +126,6 @@ impl SpoolStore {
 }
 
 /// Returns the content of the spool at `path`, also while a gateway uses it; `None` if it is not in use.
-///
-/// # Errors
-/// The file is not a spool, or cannot be read.
 pub async fn waiting(path: &Path) -> Result<Option<Waiting>, SpoolError> {
     if !path.exists() {
         return Ok(None);

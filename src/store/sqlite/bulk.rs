@@ -50,7 +50,6 @@ impl Params {
         }
     }
 
-    /// Adds the next parameter.
     pub(super) fn bind<'q, T: Encode<'q, Sqlite> + Type<Sqlite>>(&mut self, value: T) -> &mut Self {
         if let Err(error) = self.arguments.add(value) {
             self.failure.get_or_insert(sqlx::Error::Encode(error));
@@ -96,7 +95,6 @@ impl Bulk {
         }
     }
 
-    /// Runs the statement over all rows.
     pub(super) async fn execute<R: Send>(
         &self,
         conn: &mut SqliteConnection,

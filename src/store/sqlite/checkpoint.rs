@@ -33,14 +33,12 @@ pub(super) struct Limits {
     pub(super) soft_bytes: u64,
     /// Whole log: reject commits.
     pub(super) hard_bytes: u64,
-    /// Page size in bytes.
     pub(super) page_bytes: u64,
 }
 
 /// Length of the log in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Log {
-    /// Total length.
     len_bytes: u64,
     /// Length of the part that is in the database.
     moved_bytes: u64,
@@ -65,7 +63,6 @@ struct Shared {
     failure: OnceLock<String>,
 }
 
-/// Extent of a checkpoint.
 #[derive(Clone, Copy, Debug)]
 enum Mode {
     /// Moves the pages that need no waiting.

@@ -52,7 +52,6 @@ const DENSE_SAMPLES: usize = 120;
 /// level 0, as do times too far apart for a difference.
 const EXACT: std::ops::RangeInclusive<f64> = 1e-9..=1e15;
 
-/// State of level 0.
 pub(super) struct Level0 {
     insert: Bulk,
     sort_in: Bulk,
@@ -95,7 +94,6 @@ pub(super) struct Step<'a> {
     deleted_id: i64,
     begins_generation: bool,
     runs_sorted: usize,
-    /// Added hours.
     hours: Vec<i64>,
 }
 

@@ -96,7 +96,6 @@ pub struct SqliteSettings {
     /// Length of the write-ahead log, in bytes, above which commits fail with a transient error while a reader
     /// prevents its reset.
     pub wal_hard_bytes: u64,
-    /// Limits for each device.
     pub bounds: DeviceBounds,
 }
 
@@ -124,7 +123,6 @@ impl Default for SqliteSettings {
     }
 }
 
-/// The store; see the module.
 pub struct SqliteStore {
     /// `None` after a fatal error.
     writer: Option<Writer>,
@@ -152,9 +150,6 @@ struct Statistics {
 
 impl SqliteStore {
     /// Opens the database at `path`, creating it if it does not exist, and updates its schema.
-    ///
-    /// # Errors
-    /// [`OpenError`] states in one line what is wrong and what to do.
     pub async fn open(
         path: impl AsRef<Path>,
         settings: &SqliteSettings,

@@ -50,47 +50,36 @@ const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// so a waiting command gets the lock between two transactions only by chance.
 const WRITE_LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Reason why a database could not be opened.
+/// The message states in one line what is wrong and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// A reader found no file.
     #[error("no database at {}; start `fieldgate serve` first, or set the right --data-dir or --store", .0.display())]
     Missing(PathBuf),
-    /// The file's directory does not exist.
     #[error("directory {} for the database does not exist; create it", .0.display())]
     NoDirectory(PathBuf),
-    /// The file or its directory cannot be opened or written.
     #[error("could not write {}: {source}; give this user access to it and its directory", path.display())]
     Inaccessible { path: PathBuf, source: io::Error },
-    /// The file system does not support locks.
     #[error("could not lock {}: {source}; this file system does not support locks; use another one, preferably a local disk", path.display())]
     NoLocks { path: PathBuf, source: io::Error },
-    /// The medium is read-only and the write-ahead log is not checkpointed.
     #[error("could not read {}: it is read-only and its write-ahead log is not checkpointed; copy it with {}-wal to a writable directory", .0.display(), .0.display())]
     LogOnReadOnly(PathBuf),
-    /// Another process writes to it.
     #[error("{} is in use by another gateway; stop that gateway, or set another --data-dir or --store", .0.display())]
     InUse(PathBuf),
-    /// The file is not a database.
     #[error("{} is not an SQLite database; set another --data-dir or --store", .0.display())]
     NotADatabase(PathBuf),
-    /// The file is a database of another program.
     #[error("{} is the database of another program; set another --data-dir or --store", .0.display())]
     Foreign(PathBuf),
-    /// A later release of this program wrote it.
     #[error("{} was written by a newer Fieldgate (schema version {found}, supported {known}); use that release", path.display())]
     Newer {
         path: PathBuf,
         found: i64,
         known: i64,
     },
-    /// A reader found a database whose schema is outdated.
     #[error("{} has the schema of an older Fieldgate; start `fieldgate serve` once to update it", .0.display())]
     Older(PathBuf),
     /// A migration was changed after it was applied, or was interrupted.
     #[error("could not update the schema of {}: {reason}", path.display())]
     Migration { path: PathBuf, reason: String },
-    /// The linked SQLite may lose data.
     #[error("SQLite {0} can lose committed data; build with SQLite 3.51.3 or later")]
     SqliteTooOld(String),
     /// A setting that durability or limits depend on was rejected.
@@ -101,7 +90,6 @@ pub enum OpenError {
         wanted: String,
         found: String,
     },
-    /// The settings contradict each other.
     #[error("invalid store settings: {0}")]
     Settings(&'static str),
     /// The copy could not be written, usually for lack of space.
@@ -116,7 +104,6 @@ pub enum OpenError {
     Sqlite { path: PathBuf, source: sqlx::Error },
 }
 
-/// Purpose of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// Keeps received data permanently.
@@ -146,7 +133,6 @@ impl Purpose {
     }
 }
 
-/// Settings of a connection that writes.
 pub(super) struct WriterSettings {
     pub(super) purpose: Purpose,
     pub(super) cache_bytes: u64,
@@ -303,7 +289,6 @@ pub(super) async fn writer(
     Ok(conn)
 }
 
-/// Opens the connection that checkpoints the log.
 pub(super) async fn checkpointer(path: &Path) -> Result<SqliteConnection, OpenError> {
     // How long a checkpoint that resets the log waits for readers to finish.
     let options = options(path).busy_timeout(Duration::from_millis(200));
@@ -320,9 +305,6 @@ pub(super) async fn checkpointer(path: &Path) -> Result<SqliteConnection, OpenEr
 
 /// Creates the database at `path` or updates its schema. Returns the schema version before (0 if there was
 /// none) and after.
-///
-/// # Errors
-/// As for [`super::SqliteStore::open`].
 pub async fn migrate(path: &Path, settings: &SqliteSettings) -> Result<(i64, i64), OpenError> {
     let (path, _locks) = claim(path)?;
     let sqlite = |source| sqlite_error(&path, source);
@@ -363,9 +345,6 @@ pub async fn copy(path: &Path, to: &Path) -> Result<(), OpenError> {
 ///
 /// Keep its transactions short: while one is open, the gateway's write-ahead log grows, and if it writes, the
 /// gateway waits. It must not change what the gateway caches: the ledger's ids, watermarks, and level-0 readings.
-///
-/// # Errors
-/// There is no database at `path`, or its schema is not current.
 pub async fn open_existing(
     path: &Path,
     purpose: Purpose,

@@ -20,7 +20,6 @@ const RETRY: Duration = Duration::from_secs(10);
 /// Size of each write, in bytes, if the file system cannot allocate space.
 const BLOCK_BYTES: usize = 64 << 10;
 
-/// The reserve; see the module.
 #[derive(Debug)]
 pub(super) struct Reserve {
     path: PathBuf,
@@ -46,7 +45,6 @@ impl Reserve {
         reserve
     }
 
-    /// Returns the minimum size, in bytes.
     pub(super) fn bytes_min(&self) -> u64 {
         self.bytes / 2
     }

@@ -201,7 +201,6 @@ impl Rows {
             .await
     }
 
-    /// Records the steps of the gateway's clock.
     pub(super) async fn store_steps(
         &self,
         conn: &mut SqliteConnection,

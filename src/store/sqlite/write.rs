@@ -108,8 +108,6 @@ impl Writer {
         }
     }
 
-    /// Commits the batch.
-    ///
     /// # Cancel safety
     /// A dropped future leaves a transaction behind, which the next call rolls back. It is then unknown whether
     /// COMMIT was reached; committing the batch again is right in either case.

@@ -66,7 +66,6 @@ fn reseal_all(mut bytes: &[u8]) -> Vec<u8> {
 
 type Found = (Header, bool, Vec<u8>);
 
-/// Results of a connection.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Received {
     frames: Vec<Found>,

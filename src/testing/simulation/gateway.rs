@@ -28,7 +28,6 @@ const ROOM: usize = 12;
 pub(super) struct Served {
     pub inbox: Inbox,
     mailbox: Arc<Mailbox>,
-    /// A submission that waits for room.
     waiting: Option<Submission>,
 }
 
@@ -158,7 +157,6 @@ impl Gateway {
         (said, true)
     }
 
-    /// Returns the next deadline of the gateway.
     pub(super) fn deadline_us(&self) -> Option<u64> {
         let sessions = self
             .served

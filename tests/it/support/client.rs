@@ -52,12 +52,10 @@ pub struct Login {
     pub schema: u16,
     pub schema_hash: [u8; 8],
     pub versions: (u8, u8),
-    /// Channel binding of the connection.
     pub binding: [u8; KEY_BYTES],
 }
 
 impl Login {
-    /// Returns HELLO as a frame.
     pub fn hello(&self) -> Vec<u8> {
         let hello = Hello {
             min_version: self.versions.0,
@@ -175,7 +173,6 @@ impl Link {
         Ok((link, binding.expect("a binding")))
     }
 
-    /// Returns the gateway's certificate.
     pub fn certificate(&self) -> CertificateDer<'static> {
         match &self.socket {
             Wire::Plain(_) => panic!("not TLS"),
@@ -298,7 +295,6 @@ impl Link {
         }
     }
 
-    /// Expects a NACK of `seq` with `code`.
     pub fn expect_nack(&mut self, seq: u64, code: Code, expected_seq: u64) {
         match self.hear() {
             Heard::Nack {
@@ -439,7 +435,6 @@ pub fn sealed(header: Header, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Returns a message as a frame.
 pub fn frame<'m>(message: &impl Message<'m>, seq: u64) -> Vec<u8> {
     let mut bytes = vec![0; FRAME_BYTES_MAX];
     let count = message::encode(message, seq, &mut bytes).expect("fits");
@@ -572,7 +567,6 @@ pub fn readings(seq: u64) -> Vec<u8> {
     readings_at(seq, T0_US + seq as i64 * 60_000_000, &[seq as i64])
 }
 
-/// Returns a GAP of `from_seq` to `seq`.
 pub fn gap(from_seq: u64, seq: u64, reason: u8) -> Vec<u8> {
     frame(
         &Gap {
@@ -612,7 +606,6 @@ pub fn ping(mono_us: u64, pong_sent_us: i64, pong_mono_us: u64) -> Vec<u8> {
     )
 }
 
-/// Returns the BYE of a device that disconnects.
 pub fn bye() -> Vec<u8> {
     frame(
         &Bye {

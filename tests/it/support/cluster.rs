@@ -15,7 +15,6 @@ use tempfile::TempDir;
 use crate::support::database::{PgDatabase, Session};
 use crate::support::{PATIENCE, eventually};
 
-/// The server programs.
 struct Programs {
     dir: PathBuf,
     /// User who runs them, if not the current one.
@@ -99,7 +98,6 @@ impl Cluster {
         format!("postgres://fieldgate@127.0.0.1:{}/postgres", self.port)
     }
 
-    /// Creates a database in it.
     pub fn database(&self) -> PgDatabase {
         PgDatabase::create_on(&self.url())
     }

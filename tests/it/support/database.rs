@@ -47,13 +47,11 @@ impl Session {
         })
     }
 
-    /// Executes statements without results.
     pub fn execute(&mut self, sql: &str) {
         let statements = sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&mut self.connection);
         self.runtime.block_on(statements).expect(sql);
     }
 
-    /// Returns all rows of a query.
     pub fn rows<T>(&mut self, sql: &str) -> Vec<T>
     where
         T: for<'r> FromRow<'r, PgRow> + Send + Unpin,
@@ -75,7 +73,6 @@ impl Session {
         self.rows::<(i64,)>(sql)[0].0
     }
 
-    /// Returns the plan of a query, as JSON.
     pub fn explain(&mut self, sql: &str) -> serde_json::Value {
         let explain = format!("EXPLAIN (FORMAT JSON) {sql}");
         let row = sqlx::raw_sql(AssertSqlSafe(explain)).fetch_one(&mut self.connection);

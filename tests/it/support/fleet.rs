@@ -64,7 +64,6 @@ pub trait Place {
     fn check(&mut self) {}
 }
 
-/// An SQLite database file.
 pub struct File(pub PathBuf);
 
 impl Place for File {
@@ -165,7 +164,6 @@ impl<P: Place> Fleet<P> {
         (fleet, gateway)
     }
 
-    /// Restarts the same gateway.
     pub fn restart(&self, gateway: Gateway) -> Gateway {
         let listen = gateway.addr.to_string();
         gateway.kill();
@@ -181,7 +179,6 @@ impl<P: Place> Fleet<P> {
         self.start_again(&listen)
     }
 
-    /// Returns the directory of all files.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }

@@ -41,7 +41,6 @@ pub fn clean(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// A process that has exited.
 #[derive(Debug)]
 pub struct Ended {
     pub status: ExitStatus,
@@ -158,12 +157,10 @@ impl Gateway {
         gateway
     }
 
-    /// Returns the address of its HTTP listener.
     pub fn http_addr(&self) -> SocketAddr {
         self.http_addr.expect("started with --http")
     }
 
-    /// Returns the address of its TLS listener.
     pub fn tls_addr(&self) -> SocketAddr {
         self.tls_addr.expect("started with --tls-listen")
     }
@@ -208,7 +205,6 @@ impl Gateway {
         Database::open(&self.data_dir.join("fieldgate.db"))
     }
 
-    /// Returns whether the process runs.
     pub fn is_alive(&mut self) -> bool {
         self.process.try_wait().expect("a child").is_none()
     }
@@ -234,7 +230,6 @@ impl Gateway {
         self.signal("TERM");
     }
 
-    /// Sends any signal, by its name.
     pub fn signal(&self, name: &str) {
         let kill = format!("kill -{name} {}", self.process.id());
         let status = Command::new("sh").args(["-c", &kill]).status();
@@ -246,7 +241,6 @@ impl Gateway {
         self.stderr.get_mut().expect("no panic").wait_for(what);
     }
 
-    /// Waits for the end of the process.
     pub fn wait(&mut self) -> Ended {
         let stderr = self.stderr.get_mut().expect("no panic");
         let stderr = stderr.read_to_end().expect("an end");
@@ -314,7 +308,6 @@ impl Database {
         }
     }
 
-    /// Returns all rows of a query.
     pub fn rows<T>(&mut self, sql: &str) -> Vec<T>
     where
         T: for<'r> FromRow<'r, SqliteRow> + Send + Unpin,

@@ -78,7 +78,6 @@ fn keep_secret(kind: &str, bytes: &[u8]) {
     }
 }
 
-/// The stderr of a process.
 #[derive(Debug)]
 pub struct Stderr {
     lines: Receiver<String>,

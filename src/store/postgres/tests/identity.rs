@@ -24,7 +24,6 @@ impl Database {
         }
     }
 
-    /// Replaces the database by the copy.
     pub(in crate::store) async fn restored(&self) {
         let name = &self.name;
         let mut admin = self.server.options().connect().await.unwrap();

@@ -36,7 +36,6 @@ pub(in crate::store) struct Way {
 struct State {
     /// Bytes from the server after which a connection goes silent.
     silent_after: AtomicU64,
-    /// Whether every connection is silent.
     is_silent: AtomicBool,
     /// Bytes from the server so far, over all connections.
     brought: AtomicU64,

@@ -44,7 +44,6 @@ pub(in crate::store) struct DeviceRow {
     pub(in crate::store) last_seen_us: Option<i64>,
 }
 
-/// A row of `schemas`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::store) struct SchemaRow {
     pub(in crate::store) device: DeviceId,
@@ -53,7 +52,6 @@ pub(in crate::store) struct SchemaRow {
     pub(in crate::store) declaration: String,
 }
 
-/// A row of `streams`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::store) struct StreamRow {
     pub(in crate::store) device: DeviceId,
@@ -96,9 +94,7 @@ pub(in crate::store) enum Change {
 /// Content of a spool that is not in the store yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Waiting {
-    /// Number of frames.
     pub frames: u64,
-    /// Number of their readings.
     pub readings: u64,
     /// Arrival of the oldest frame, microseconds UTC; `None` if there is none.
     pub oldest_received_us: Option<i64>,
@@ -196,7 +192,6 @@ impl SqliteStore {
             .await
     }
 
-    /// Sets the number of drained chunks.
     pub(in crate::store) async fn set_drained(&mut self, drained: i64) -> Result<(), StoreError> {
         let sql = "UPDATE spool SET drained = ?";
         self.change_spool(sql, &[drained], "store the spool's position")
@@ -242,7 +237,6 @@ impl SqliteStore {
         Ok(bytes.unsigned_abs())
     }
 
-    /// Returns the number of waiting frames.
     pub(in crate::store) async fn frames_waiting(&mut self) -> Result<u64, StoreError> {
         let count: i64 = sqlx::query_scalar("SELECT count(*) FROM frames")
             .fetch_one(self.spool_conn()?)

@@ -177,7 +177,6 @@ impl SpoolReader {
         Ok(ledger)
     }
 
-    /// Adds the content of each frame.
     async fn read_contents(
         &mut self,
         ledger: Vec<Ledger>,
@@ -432,7 +431,6 @@ impl SpoolReader {
         })
     }
 
-    /// Returns the devices with these ids.
     pub(in crate::store) async fn devices(
         &mut self,
         ids: BTreeSet<DeviceId>,
@@ -444,7 +442,6 @@ impl SpoolReader {
         Ok(devices)
     }
 
-    /// Returns the streams with these ids.
     pub(in crate::store) async fn streams(
         &mut self,
         ids: BTreeSet<StreamId>,
@@ -467,7 +464,6 @@ impl SpoolReader {
         rows.iter().map(stream).collect()
     }
 
-    /// Returns the series with these ids.
     pub(in crate::store) async fn series(
         &mut self,
         ids: BTreeSet<SeriesId>,

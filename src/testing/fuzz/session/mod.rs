@@ -218,7 +218,6 @@ impl World {
         self.send(line, made, damage);
     }
 
-    /// Sends a frame, possibly damaged.
     fn send(&mut self, line: usize, mut sent: Vec<u8>, damage: u8) {
         let decoded = frame::decode_header(&sent, FRAME_BYTES_MAX);
         let mut header = decoded.expect("a valid frame").expect("a complete frame");

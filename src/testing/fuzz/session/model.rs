@@ -20,7 +20,6 @@ const REFUSALS_MAX: usize = 8;
 const REFUSALS_WINDOW_US: u64 = 60_000_000;
 const REFUSALS_RETRY_AFTER_MS: u32 = 60_000;
 
-/// A frame of the gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reply {
     Challenge,

@@ -36,7 +36,6 @@ pub(super) struct StoreSide {
     gauge: Arc<Gauge>,
 }
 
-/// Expected content of the store.
 pub(super) struct Expected {
     quarantine_bytes_max: u64,
     /// All frames accepted under a number, by any session.
