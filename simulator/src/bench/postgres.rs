@@ -193,7 +193,7 @@ impl Copier {
         let received_at = since_2000(self.job.start_us).to_be_bytes();
         let readings = self.job.workload.frame_readings() as i32;
         self.copy_all("frames", frames.iter(), |bytes, frame| {
-            bytes.extend_from_slice(&9_i16.to_be_bytes());
+            bytes.extend_from_slice(&11_i16.to_be_bytes());
             field(bytes, frame.id.to_be_bytes());
             field(bytes, frame.device.to_be_bytes());
             field(bytes, frame.seq.to_be_bytes());
@@ -202,6 +202,8 @@ impl Copier {
             field(bytes, readings.to_be_bytes());
             field(bytes, 0_i16.to_be_bytes());
             field(bytes, 0_i64.to_be_bytes());
+            field(bytes, received_at);
+            field(bytes, received_at);
             // Placeholder for the checksum of a frame.
             field(bytes, 0x89AB_CDEF_i64.to_be_bytes());
         })

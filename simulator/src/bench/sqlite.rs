@@ -9,7 +9,7 @@ use sqlx::{Arguments, AssertSqlSafe, ConnectOptions, Connection, Row as _, Sqlit
 
 use super::BenchError;
 use super::baseline::{Job, Meter};
-use super::workload::{self, Frame, Frames, Row, Workload};
+use super::workload::{self, Frame, Frames, Row};
 
 /// Number of rows per INSERT; more are not faster.
 const ROWS: usize = 1_000;
@@ -33,7 +33,7 @@ pub(super) async fn baseline(path: &Path, job: &Job) -> Result<f64, BenchError> 
         sql.execute(&mut conn).await?;
     }
     let inserts = Inserts {
-        frames: Insert::into("frames", 9),
+        frames: Insert::into("frames", 11),
         readings: Insert::into("readings_sorted", 4),
     };
     let mut frames = Frames::new(job.workload, 0, 1, 1);
@@ -76,7 +76,7 @@ impl Inserts {
         batch: &[Frame],
     ) -> Result<(), sqlx::Error> {
         sqlx::query("BEGIN IMMEDIATE").execute(&mut *conn).await?;
-        let values = |arguments: &mut _, frame| bind_frame(arguments, frame, job.workload);
+        let values = |arguments: &mut _, frame| bind_frame(arguments, frame, job);
         let rows = batch.iter().copied();
         self.frames.execute(&mut *conn, rows, values).await?;
         let rows = workload::rows(job.workload, batch);
@@ -92,10 +92,11 @@ type Bound = Result<(), sqlx::error::BoxDynError>;
 /// Placeholder for the checksum of a frame.
 const CRC: i64 = 0x89AB_CDEF;
 
-fn bind_frame(arguments: &mut SqliteArguments, frame: Frame, workload: Workload) -> Bound {
-    let readings = workload.frame_readings() as i64;
+fn bind_frame(arguments: &mut SqliteArguments, frame: Frame, job: &Job) -> Bound {
+    let readings = job.workload.frame_readings() as i64;
+    let ts = job.start_us;
     let Frame { device, seq, id } = frame;
-    [id, device, seq, 17, seq, readings, 0, 0, CRC]
+    [id, device, seq, 17, seq, readings, 0, 0, ts, ts, CRC]
         .into_iter()
         .try_for_each(|value| arguments.add(value))
 }
