@@ -94,9 +94,8 @@ const CRC: i64 = 0x89AB_CDEF;
 
 fn bind_frame(arguments: &mut SqliteArguments, frame: Frame, job: &Job) -> Bound {
     let readings = job.workload.frame_readings() as i64;
-    let ts = job.start_us;
     let Frame { device, seq, id } = frame;
-    [id, device, seq, 17, seq, readings, 0, 0, ts, ts, CRC]
+    [id, device, seq, 17, seq, readings, 0, 0, 500_000, 0, CRC]
         .into_iter()
         .try_for_each(|value| arguments.add(value))
 }

@@ -41,7 +41,7 @@ impl Rows {
         Self {
             frames: insert(
                 "frames(id, stream_id, seq, type, received_at, readings, quality, clock_offset_us,
-                    first_ts, last_ts, crc)",
+                    lag_us, span_us, crc)",
                 11,
                 "",
             )
@@ -126,8 +126,8 @@ impl Rows {
                     .bind(frame.item.readings() as i64)
                     .bind(time.map(|time| time.quality as i64))
                     .bind(time.map(|time| time.offset_us))
-                    .bind(span.map(|(first_us, _)| first_us))
-                    .bind(span.map(|(_, last_us)| last_us))
+                    .bind(span.map(|(_, last_us)| entry.received_at_us - last_us))
+                    .bind(span.map(|(first_us, last_us)| last_us - first_us))
                     .bind(entry.crc.map(i64::from));
             })
             .await
