@@ -19,7 +19,7 @@ use clap::Args;
 use rustix::fs::{Access, access, statvfs};
 use tokio::net::TcpSocket;
 
-use super::serve::{OTHER_FILES, cannot_listen, load_tls, load_tokens};
+use super::serve::sockets::{OTHER_FILES, cannot_listen, load_tls, load_tokens};
 use super::{Error, LogFormat, fleet_key, output};
 
 /// Free disk space below which `doctor` warns, in bytes and as a part of the disk.

@@ -27,12 +27,12 @@ use fieldgate_protocol::error::Code;
 
 use crate::handshake::AT_ONCE;
 use crate::malformed::assert_serves;
-use crate::support::client::{
-    Heard, Link, Login, SCHEMA, T0_US, bye, damaged, declare, event, gap, header, ping, readings,
-    readings_at, sealed,
-};
+use crate::support::client::{Heard, Link, Login};
 use crate::support::gateway::{Gateway, command};
 use crate::support::logs::keep_of;
+use crate::support::messages::{
+    SCHEMA, T0_US, bye, damaged, declare, event, gap, header, ping, readings, readings_at, sealed,
+};
 
 /// Tries common credentials on a new gateway: none of them is a key.
 #[test]

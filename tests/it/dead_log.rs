@@ -9,8 +9,9 @@ use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 
 use crate::malformed::assert_serves;
-use crate::support::client::{Link, header, sealed};
+use crate::support::client::Link;
 use crate::support::gateway::{Ended, Gateway, command, run};
+use crate::support::messages::{header, sealed};
 
 /// Number of rejected peers whose log lines fill more than a pipe.
 const STRANGERS: usize = 1000;

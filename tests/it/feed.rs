@@ -12,10 +12,10 @@ use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::client::readings;
 use crate::support::database::PgDatabase;
 use crate::support::fleet::simulator;
 use crate::support::gateway::{Database, Gateway};
+use crate::support::messages::readings;
 use crate::support::{PATIENCE, eventually};
 
 const HTTP: [&str; 2] = ["--http", "127.0.0.1:0"];

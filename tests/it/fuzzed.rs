@@ -7,8 +7,9 @@ use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{HEADER_BYTES, MAGIC, types};
 
 use crate::handshake::AT_ONCE;
-use crate::support::client::{Heard, Link, header, readings, sealed};
+use crate::support::client::{Heard, Link};
 use crate::support::gateway::Gateway;
+use crate::support::messages::{header, readings, sealed};
 
 /// Xorshift: the same numbers for the same seed.
 struct Random(u64);

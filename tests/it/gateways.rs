@@ -9,10 +9,11 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tempfile::TempDir;
 
-use crate::support::client::{Heard, Link, readings};
+use crate::support::client::{Heard, Link};
 use crate::support::database::PgDatabase;
 use crate::support::fleet::check_ledger;
 use crate::support::gateway::Gateway;
+use crate::support::messages::readings;
 
 const DEVICES: u64 = 8;
 /// Number of moves between the gateways, before one is killed and after.

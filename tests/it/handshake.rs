@@ -4,11 +4,11 @@ use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 
 use crate::malformed::{Cases, assert_only, assert_serves};
-use crate::support::client::{
-    Heard, Link, Login, SCHEMA, bye, damaged, declare, header, payload, ping, readings, reheaded,
-    sealed,
-};
+use crate::support::client::{Heard, Link, Login};
 use crate::support::gateway::Gateway;
+use crate::support::messages::{
+    SCHEMA, bye, damaged, declare, header, payload, ping, readings, reheaded, sealed,
+};
 
 /// Disables the delay after failures, so that a hundred failures take no time.
 pub const AT_ONCE: [&str; 2] = ["--failure-delay-max-ms", "0"];

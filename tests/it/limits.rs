@@ -7,8 +7,9 @@ use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::types;
 
 use crate::malformed::assert_serves;
-use crate::support::client::{Heard, Link, T0_US, header, ping, readings, readings_at, sealed};
+use crate::support::client::{Heard, Link};
 use crate::support::gateway::{Gateway, run};
+use crate::support::messages::{T0_US, header, ping, readings, readings_at, sealed};
 
 /// Maximum rate of 2,000 readings per second and device.
 const READINGS_2000: [&str; 4] = [

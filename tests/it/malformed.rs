@@ -9,11 +9,12 @@ use fieldgate_protocol::frame::{HEADER_BYTES, types};
 use fieldgate_protocol::message::{Ack, Channel};
 use fieldgate_protocol::value::Kind;
 
-use crate::support::client::{
-    Heard, Link, SCHEMA, T0_US, TEMPERATURE, bye, damaged, declare, declare_channels, event, frame,
-    gap, header, ping, readings, readings_at, reheaded, sealed, with_byte,
-};
+use crate::support::client::{Heard, Link};
 use crate::support::gateway::Gateway;
+use crate::support::messages::{
+    SCHEMA, T0_US, TEMPERATURE, bye, damaged, declare, declare_channels, event, frame, gap, header,
+    ping, readings, readings_at, reheaded, sealed, with_byte,
+};
 
 /// Cases of one session: name and frame of each.
 pub type Cases = Vec<(&'static str, Vec<u8>)>;
@@ -561,7 +562,7 @@ fn an_unknown_schema_is_requested() {
     pump.schema_hash = [9; 8];
     let (_, welcomed) = Link::login(gateway.addr, &pump);
     assert!(!welcomed.schema_known);
-    pump.schema_hash = crate::support::client::declared_hash(SCHEMA);
+    pump.schema_hash = crate::support::messages::declared_hash(SCHEMA);
     let (mut link, welcomed) = Link::login(gateway.addr, &pump);
     assert!(welcomed.schema_known);
     link.send(&readings(3));

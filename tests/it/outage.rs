@@ -7,11 +7,11 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
 use crate::store_down::{expect_store_down, resend_until_acked};
-use crate::support::client::readings;
 use crate::support::cluster::Cluster;
 use crate::support::database::{PgDatabase, Session};
 use crate::support::fleet::{Fleet, rounds};
 use crate::support::gateway::Gateway;
+use crate::support::messages::readings;
 
 /// Variable with the number of stops of Postgres; `tests/run` sets 10, `tests/run --long` 50.
 pub const ROUNDS_VARIABLE: &str = "FIELDGATE_TEST_OUTAGE_ROUNDS";

@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use crate::support::client::readings_at;
 use crate::support::database::{PgDatabase, Session};
 use crate::support::gateway::Gateway;
+use crate::support::messages::readings_at;
 
 /// Number of steps of readings; the steps are short enough that no month is empty.
 const STEPS: i64 = 7;

@@ -10,10 +10,11 @@ use fieldgate_protocol::error::Code;
 use tempfile::TempDir;
 
 use crate::store_down::{expect_store_down, resend_until_acked};
-use crate::support::client::{Heard, Link, T0_US, readings, readings_at};
+use crate::support::client::{Heard, Link};
 use crate::support::cluster::Cluster;
 use crate::support::database::{PgDatabase, Session};
 use crate::support::gateway::{Gateway, run};
+use crate::support::messages::{T0_US, readings, readings_at};
 use crate::support::{PATIENCE, eventually};
 
 /// Maximum time from when the cause is removed to the first ACK.

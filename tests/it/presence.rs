@@ -1,9 +1,9 @@
 //! Presence of devices, and twins, as the real gateway finds them.
 
 use crate::http::metric_line;
-use crate::support::client::{bye, readings};
 use crate::support::database::{PgDatabase, Session};
 use crate::support::gateway::{Gateway, command};
+use crate::support::messages::{bye, readings};
 use crate::support::{PATIENCE, eventually};
 
 /// Returns the output of `fieldgate device` about the store of a gateway.

@@ -8,11 +8,11 @@ use fieldgate_protocol::message::{Column, CommandResult, Data, Event, Gap};
 use fieldgate_protocol::value::{Clock, TimeUnit};
 
 use crate::malformed::{Cases, assert_only, assert_serves};
-use crate::support::client::{
+use crate::support::gateway::Gateway;
+use crate::support::messages::{
     FLOW, LEVEL, OPEN, SCHEMA, T0_US, TEMPERATURE, event, frame, gap, header, no_columns, payload,
     raw, readings, reheaded, sealed, with_byte, with_columns,
 };
-use crate::support::gateway::Gateway;
 
 /// Asserts for frames with number 2 that are rejected permanently with `code`: each is quarantined completely and
 /// leaves no other data, and its stream continues.

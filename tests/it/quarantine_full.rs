@@ -8,9 +8,10 @@ use fieldgate_protocol::error::Code;
 
 use tempfile::TempDir;
 
-use crate::support::client::{Heard, Link, header, readings, sealed};
+use crate::support::client::{Heard, Link};
 use crate::support::database::PgDatabase;
 use crate::support::gateway::{Ended, Gateway, run};
+use crate::support::messages::{header, readings, sealed};
 
 /// Eight of these fill the share of a device, 1 MiB / 8.
 const FRAME_BYTES: usize = 16_384;

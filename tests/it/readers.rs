@@ -4,8 +4,9 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
 use std::time::Instant;
 
-use crate::support::client::{Heard, Link, readings_at};
+use crate::support::client::{Heard, Link};
 use crate::support::gateway::{Gateway, command};
+use crate::support::messages::readings_at;
 use crate::support::{PATIENCE, eventually};
 
 /// A query that reads indefinitely, without a row to write.

@@ -11,13 +11,14 @@ use fieldgate_protocol::frame::types;
 use fieldgate_protocol::message::{Data, Event, Gap};
 use fieldgate_protocol::value::Clock;
 
-use crate::support::client::{
-    Link, T0_US, TEMPERATURE, damaged, event, frame, gap, header, no_columns, raw, readings,
-    readings_at, reheaded, sealed, with_columns,
-};
+use crate::support::client::Link;
 use crate::support::database::PgDatabase;
 use crate::support::gateway::{Database, Ended, Gateway, command, meddle, run};
 use crate::support::logs::keep_of;
+use crate::support::messages::{
+    T0_US, TEMPERATURE, damaged, event, frame, gap, header, no_columns, raw, readings, readings_at,
+    reheaded, sealed, with_columns,
+};
 
 /// Gets decodable `bytes` into quarantine as number `seq`: sends a frame of an unknown type under this
 /// number, and replaces its quarantined bytes.

@@ -13,10 +13,11 @@ use sqlx::ConnectOptions;
 use sqlx::sqlite::SqliteConnectOptions;
 use tempfile::TempDir;
 
-use crate::support::client::{Heard, Link, SCHEMA, declare, event, readings};
+use crate::support::client::{Heard, Link};
 use crate::support::database::{PgDatabase, Session};
 use crate::support::fleet::spool_status;
 use crate::support::gateway::{Ended, Gateway, clean, command, run};
+use crate::support::messages::{SCHEMA, declare, event, readings};
 use crate::support::{PATIENCE, eventually};
 
 /// Maximum time in which a gateway exits when its files are gone, on a busy machine.

@@ -5,11 +5,12 @@ use fieldgate_protocol::error::Code;
 use fieldgate_protocol::message::Data;
 use tempfile::TempDir;
 
-use crate::support::client::{
-    Heard, Link, SCHEMA, T0_US, bye, declare, declared_hash, event, gap, no_columns, raw, readings,
-    readings_at, with_columns,
-};
+use crate::support::client::{Heard, Link};
 use crate::support::gateway::{Gateway, meddle};
+use crate::support::messages::{
+    SCHEMA, T0_US, bye, declare, declared_hash, event, gap, no_columns, raw, readings, readings_at,
+    with_columns,
+};
 
 /// Delays a commit until the frames of a test have arrived together: they are in flight.
 const SLOW_COMMITS: [&str; 2] = ["--commit-interval-min-ms", "400"];

@@ -3,9 +3,9 @@
 use tempfile::TempDir;
 
 use crate::gateways::Pair;
-use crate::support::client::{bye, readings};
 use crate::support::database::{PgDatabase, Session};
 use crate::support::gateway::{Gateway, command};
+use crate::support::messages::{bye, readings};
 use crate::support::{PATIENCE, eventually};
 
 /// Returns the output of `fieldgate` about the devices in `data_dir`, or in the store that `flags` select.

@@ -8,10 +8,10 @@ use rand::{RngExt, SeedableRng};
 use tempfile::TempDir;
 
 use crate::outage::{ROUNDS_DEFAULT, ROUNDS_VARIABLE};
-use crate::support::client::readings;
 use crate::support::cluster::Cluster;
 use crate::support::fleet::{Fleet, Place, Spooled, rounds, spool_status};
 use crate::support::gateway::{Gateway, run};
+use crate::support::messages::readings;
 
 #[test]
 #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]

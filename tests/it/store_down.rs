@@ -9,8 +9,9 @@ use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, SqliteConnection};
 use tokio::runtime::{Builder, Runtime};
 
-use crate::support::client::{Heard, Link, readings};
+use crate::support::client::{Heard, Link};
 use crate::support::gateway::Gateway;
+use crate::support::messages::readings;
 
 /// Expects the NACK of an outage: nothing past `durable_seq` is stored.
 pub fn expect_store_down(link: &mut Link, durable_seq: u64) {

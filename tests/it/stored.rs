@@ -6,11 +6,12 @@ use fieldgate_protocol::column::encoding;
 use fieldgate_protocol::message::{Channel, Column, Data, Event};
 use fieldgate_protocol::value::{Clock, Kind};
 
-use crate::support::client::{
-    FLOW, Heard, LEVEL, Link, OPEN, SCHEMA, T0_US, bye, declare_channels, event, frame, no_columns,
-    ping, raw, readings, readings_at, with_columns,
-};
+use crate::support::client::{Heard, Link};
 use crate::support::gateway::Gateway;
+use crate::support::messages::{
+    FLOW, LEVEL, OPEN, SCHEMA, T0_US, bye, declare_channels, event, frame, no_columns, ping, raw,
+    readings, readings_at, with_columns,
+};
 
 fn now_us() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);

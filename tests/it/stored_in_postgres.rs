@@ -7,12 +7,13 @@ use fieldgate_protocol::message::{Channel, Column};
 use fieldgate_protocol::value::Kind;
 use tempfile::TempDir;
 
-use crate::support::client::{
-    FLOW, LEVEL, Link, OPEN, SCHEMA, T0_US, TEMPERATURE, bye, declare_channels, event, gap,
-    no_columns, payload, raw, readings, readings_at, with_columns,
-};
+use crate::support::client::Link;
 use crate::support::database::PgDatabase;
 use crate::support::gateway::Gateway;
+use crate::support::messages::{
+    FLOW, LEVEL, OPEN, SCHEMA, T0_US, TEMPERATURE, bye, declare_channels, event, gap, no_columns,
+    payload, raw, readings, readings_at, with_columns,
+};
 
 /// 0001-01-01T00:00:00Z and 9999-12-31T23:59:59.999999Z.
 const FIRST_US: i64 = -62_135_596_800_000_000;

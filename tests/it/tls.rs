@@ -18,10 +18,11 @@ use rustls::{
 use tempfile::TempDir;
 
 use crate::malformed::assert_serves;
-use crate::support::client::{Heard, Link, Login, SCHEMA, Welcomed, declare, readings};
+use crate::support::client::{Heard, Link, Login, Welcomed};
 use crate::support::fleet::simulator;
 use crate::support::gateway::{Ended, Gateway, command, run};
 use crate::support::logs::{by_default, keep_key, keep_of};
+use crate::support::messages::{SCHEMA, declare, readings};
 use crate::support::wire::connect;
 
 /// A data directory with a certificate, kept until dropped.

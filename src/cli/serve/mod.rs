@@ -1,8 +1,9 @@
 //! `fieldgate serve`: the gateway itself.
 
+mod announce;
+pub mod sockets;
+
 use std::fmt::Display;
-use std::io::{self, Write};
-use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
@@ -12,17 +13,16 @@ use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::{FleetKey, KEY_FILE, Origin, create_data_dir};
 use crate::config::store_url::{PostgresUrl, StoreUrl};
 use crate::config::{Config, Location, Registration, Settings};
+use crate::http;
 use crate::http::feed::{Feed, FeedHead};
 use crate::http::gauges::{Database, Gauges};
-use crate::http::{self, Site, Tokens};
 use crate::ingest::registry::Registry;
 use crate::metrics::Metrics;
-use crate::net::tls::Tls;
 use crate::quota::device::DeviceQuotas;
 use crate::quota::quarantine::{Gauge, UsageWatch};
 use crate::server::device_watch::DeviceWatch;
 use crate::server::supervisor::Supervisor;
-use crate::server::{self, Listeners, ServerSettings, TlsListener};
+use crate::server::{self, ServerSettings};
 use crate::session::SessionSettings;
 use crate::store::Store;
 use crate::store::admin::mirror::Mirror;
@@ -36,21 +36,19 @@ use crate::store::sqlite::files::HeldFiles;
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
 use crate::sys::gateway_id;
 use crate::sys::log;
-use crate::sys::open_files;
 use crate::sys::service::{self, InheritedSockets};
 use clap::Args;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{MissedTickBehavior, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{Error, LogFormat, fleet_key, output};
+use self::announce::announce;
+use self::sockets::{bind, bind_http, connections_within_limit, load_tls, refuse_unused};
+use super::{Error, LogFormat, fleet_key};
 
 /// Signal for a write beyond the file size limit (RLIMIT_FSIZE).
 #[cfg(target_os = "linux")]
 const SIGXFSZ: i32 = 25;
-/// Open files reserved for uses other than connections: listeners, the store, the log.
-pub const OTHER_FILES: u64 = 64;
 /// Maximum wait at startup for the device list from Postgres, if there is a spool.
 const MIRROR_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval between attempts to connect to Postgres at startup.
@@ -59,8 +57,6 @@ const UP_INTERVAL: Duration = Duration::from_millis(500);
 const UP_LOG_INTERVAL: Duration = Duration::from_secs(30);
 /// Divisor of the drain timeout; the quotient is for draining the spool into Postgres.
 const SPOOL_DRAIN_SHARE: u32 = 2;
-/// Maximum wait at startup for a blocked stdout.
-const PRINT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum interval between messages to the service manager.
 const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 /// Maximum wait for a blocked stderr at an exit without a drain.
@@ -177,24 +173,6 @@ async fn once_up<T>(
             log_at = Instant::now() + UP_LOG_INTERVAL;
         }
         tokio::time::sleep(UP_INTERVAL).await;
-    }
-}
-
-/// Loads the TLS files; `None` if TLS is off.
-pub fn load_tls(config: &Config) -> Result<Option<Tls>, Error> {
-    match config.tls_files() {
-        Some(files) if config.listeners.tls_cert.is_none() && !files.cert.exists() => {
-            Err(Error::Failed(format!(
-                "could not find certificate {}; create a test certificate with `fieldgate tls init`, or set \
-                 --tls-cert and --tls-key",
-                files.cert.display()
-            )))
-        }
-        Some(files) => Ok(Some(Tls::load(
-            files,
-            config.listeners.tls_record_bytes_max,
-        )?)),
-        None => Ok(None),
     }
 }
 
@@ -331,59 +309,6 @@ async fn filled_mirror(database: &StoreUrl, spool: &Path) -> Mirror {
     mirror
 }
 
-/// Limits the number of connections to the number of files that can be open. Beyond the open file limit, any open can
-/// fail, even one by the store.
-fn connections_within_limit(wanted: usize) -> usize {
-    let Some(open_files) = open_files::raise() else {
-        return wanted;
-    };
-    let fitting = open_files.saturating_sub(OTHER_FILES).max(1) as usize;
-    if fitting < wanted {
-        tracing::warn!(
-            connections = fitting,
-            connections_max = wanted,
-            open_files,
-            "connection limit lowered to fit the open file limit; raise ulimit -n"
-        );
-    }
-    wanted.min(fitting)
-}
-
-fn bind(
-    config: &Config,
-    tls: Option<&Arc<Tls>>,
-    inherited: &mut InheritedSockets,
-) -> Result<Listeners, Error> {
-    let mut bind = |flag, listen| {
-        let listener = match inherited.find(listen) {
-            Ok(Some(listener)) => server::adopt(listener),
-            Ok(None) => server::listen(listen),
-            Err(error) => Err(error),
-        };
-        listener.map_err(|error| cannot_listen(flag, listen, &error))
-    };
-    let plain = bind("--listen", config.listen)?;
-    let tls = match (config.tls_listen, tls) {
-        (Some(listen), Some(tls)) => Some(TlsListener {
-            listener: bind("--tls-listen", listen)?,
-            tls: Arc::clone(tls),
-        }),
-        _ => None,
-    };
-    Ok(Listeners { plain, tls })
-}
-
-/// Fails if the service manager opened a socket that no listener uses: peers would connect to it and wait in vain.
-fn refuse_unused(inherited: &InheritedSockets) -> Result<(), Error> {
-    match inherited.unused().first() {
-        None => Ok(()),
-        Some(address) => Err(Error::Failed(format!(
-            "could not use the socket {address} of the service manager: no listener has this address; set --listen, \
-             --tls-listen or --http to it, or remove it from the socket unit"
-        ))),
-    }
-}
-
 /// Reports to the service manager that this runtime works, at half the interval that it expects.
 async fn report_health(metrics: Arc<Metrics>) {
     let interval = service::watchdog().map_or(STATUS_INTERVAL, |limit| limit / 2);
@@ -472,118 +397,6 @@ fn limited_metrics(config: &Config) -> Metrics {
         metrics.set_limit(name, help, limit);
     }
     metrics
-}
-
-/// Loads the token file; `None` if there is none.
-pub fn load_tokens(config: &Config) -> Result<Option<Tokens>, Error> {
-    let path = config.http.http_token_file.as_ref();
-    let tokens = path.map(|path| Tokens::load(path, config.location.secret_readers()));
-    tokens
-        .transpose()
-        .map_err(|error| Error::Failed(error.to_string()))
-}
-
-/// Opens the HTTP listener, unless it is off.
-async fn bind_http(
-    config: &Config,
-    metrics: &Arc<Metrics>,
-    feed: &Arc<Feed>,
-    drain: &CancellationToken,
-    inherited: &mut InheritedSockets,
-) -> Result<Option<(TcpListener, Site)>, Error> {
-    let tokens = load_tokens(config)?;
-    let Some(address) = config.http_listen else {
-        return Ok(None);
-    };
-    let listener = match inherited.find(address) {
-        Ok(Some(listener)) => TcpListener::from_std(listener),
-        Ok(None) => TcpListener::bind(address).await,
-        Err(error) => Err(error),
-    };
-    let listener = listener.map_err(|error| cannot_listen("--http", address, &error))?;
-    let hosts = config.http.http_host.iter().cloned();
-    let (metrics, feed) = (Arc::clone(metrics), Arc::clone(feed));
-    let site = Site::new(hosts, tokens, metrics, feed, drain.clone());
-    Ok(Some((listener, site)))
-}
-
-/// Returns the error for a listener that cannot be opened.
-pub fn cannot_listen(flag: &str, listen: SocketAddr, error: &io::Error) -> Error {
-    let fix = match error.kind() {
-        io::ErrorKind::AddrInUse => format!("stop what uses that port, or choose another {flag}"),
-        io::ErrorKind::PermissionDenied => {
-            format!("ports below 1024 need privileges; choose another {flag}")
-        }
-        _ => format!("use an address of this machine as {flag}"),
-    };
-    Error::Failed(format!("could not listen on {listen}: {error}; {fix}"))
-}
-
-/// Prints the gateway's files and addresses on stdout and in the log.
-async fn announce(
-    config: &Config,
-    origin: Origin,
-    listeners: &Listeners,
-    http: Option<&(TcpListener, Site)>,
-) -> io::Result<()> {
-    let is_new = origin == Origin::Created;
-    let key_file = config.location.data_dir.join(KEY_FILE);
-    let database = match &config.store {
-        StoreUrl::Sqlite(path) => path.display().to_string(),
-        StoreUrl::Postgres(url) => url.to_string(),
-    };
-    let spool = config.spool();
-    let spool = spool.map(|path| path.display().to_string());
-    let is_closed = config.devices.registration == Registration::Closed;
-    let listen = listeners.plain.local_addr()?;
-    let tls_listen = match &listeners.tls {
-        Some(TlsListener { listener, .. }) => Some(listener.local_addr()?.to_string()),
-        None => None,
-    };
-    let http = match http {
-        Some((listener, _)) => Some(listener.local_addr()?.to_string()),
-        None => None,
-    };
-    tracing::info!(
-        data_dir = %config.location.data_dir.display(),
-        database,
-        spool,
-        fleet_key = %key_file.display(),
-        is_new_fleet_key = is_new,
-        is_registration_closed = is_closed,
-        %listen,
-        tls_listen,
-        http,
-        "serving"
-    );
-    let made = match is_new {
-        true => " (newly created; install keys derived from it on the devices)",
-        false => "",
-    };
-    let mut lines = format!("data directory  {}\n", config.location.data_dir.display());
-    lines += &format!("database        {database}\n");
-    if let Some(spool) = spool {
-        lines += &format!("spool           {spool}\n");
-    }
-    lines += &format!("fleet key       {}{made}\n", key_file.display());
-    if is_closed {
-        lines += "registration    closed: only registered devices may connect\n";
-    }
-    lines += &format!("listening on    {listen}\n");
-    if let Some(tls_listen) = tls_listen {
-        lines += &format!("TLS on          {tls_listen}\n");
-    }
-    if let Some(http) = http {
-        lines += &format!("HTTP on         {http}\n");
-    }
-    // A closed or unread stdout, as a service may have, must not keep the gateway from serving.
-    let printed = tokio::task::spawn_blocking(move || {
-        let mut out = output::stdout();
-        out.write_all(lines.as_bytes())?;
-        out.flush()
-    });
-    let _ = timeout(PRINT_TIMEOUT, printed).await;
-    Ok(())
 }
 
 /// Starts the drain at the first Ctrl-C or SIGTERM, and exits at the second.

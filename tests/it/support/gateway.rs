@@ -17,8 +17,9 @@ use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::support::PATIENCE;
-use crate::support::client::{Link, Login, Welcomed, declare};
+use crate::support::client::{Link, Login, Welcomed};
 use crate::support::logs::{Stderr, collect, keep_key};
+use crate::support::messages::declare;
 
 /// Returns `fieldgate` with `args`, not started yet, in a clean environment.
 pub fn command(args: &[&str]) -> Command {
@@ -190,7 +191,7 @@ impl Gateway {
     /// Logs in as a device and declares its schema.
     pub fn connect(&self, name: &str) -> (Link, Welcomed) {
         let (mut link, welcomed) = Link::login(self.addr, &self.device(name));
-        link.send(&declare(crate::support::client::SCHEMA));
+        link.send(&declare(crate::support::messages::SCHEMA));
         (link, welcomed)
     }
 

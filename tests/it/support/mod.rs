@@ -9,6 +9,7 @@ pub mod database;
 pub mod fleet;
 pub mod gateway;
 pub mod logs;
+pub mod messages;
 pub mod site;
 pub mod wire;
 
