@@ -29,6 +29,7 @@ mod serve;
 mod settings_file;
 mod statement;
 mod status;
+mod tail;
 mod tls;
 mod value;
 
@@ -172,6 +173,8 @@ enum Command {
     Import(Box<import::ImportArgs>),
     /// Create or upgrade the store's schema, then exit. Stop the gateway first
     Migrate,
+    /// Show readings as a running gateway commits them
+    Tail(tail::TailArgs),
     /// Show a one-screen summary of the store
     Status,
     /// Copy a SQLite store into FILE, also while the gateway runs. The fleet key is not in the copy. After a restore,
@@ -507,6 +510,7 @@ impl Cli {
             }
             Command::Completions(args) => manual::completions(&args),
             Command::Man(args) => manual::man(&args),
+            Command::Tail(args) => tail::tail(args, self.global.location.secret_readers()).await,
             Command::Status => status::status(&store, &self.global.location.data_dir).await,
         }
     }

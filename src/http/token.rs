@@ -74,6 +74,11 @@ impl Tokens {
         }
     }
 
+    /// Returns the first token.
+    pub fn first(&self) -> Option<&str> {
+        self.0.first().map(String::as_str)
+    }
+
     /// Returns whether `token` is one of these, in a time that does not depend on where they differ.
     pub fn contain(&self, token: &str) -> bool {
         let is_equal = |known: &String| known.as_bytes().ct_eq(token.as_bytes());

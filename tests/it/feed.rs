@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use tempfile::TempDir;
 
 use crate::support::database::PgDatabase;
 use crate::support::fleet::simulator;
-use crate::support::gateway::{Database, Gateway};
+use crate::support::gateway::{Database, Gateway, command};
 use crate::support::messages::readings;
 use crate::support::{PATIENCE, eventually};
 
@@ -339,4 +340,54 @@ fn the_number_of_readers_is_limited() {
     assert!(!status().0);
     drop(readers);
     eventually("a free slot", PATIENCE, || status().0);
+}
+
+#[test]
+fn tail_survives_a_crash_of_the_gateway() {
+    let dir = TempDir::new().expect("a directory");
+    let gateway = Gateway::start_in(dir.path(), &HTTP);
+    let (listen, http) = (gateway.addr.to_string(), gateway.http_addr().to_string());
+    let url = format!("http://{http}");
+    let tail = |format: &str| {
+        let mut tail = command(&["tail", "--url", &url, "--after", "0", "--format", format]);
+        let tail = tail.args(["--device", "pump"]).stdout(Stdio::piped());
+        let mut tail = tail.spawn().expect("starts");
+        let out = BufReader::new(tail.stdout.take().expect("piped"));
+        (tail, out.lines())
+    };
+    let (mut json, mut events) = tail("json");
+    let (mut text, mut lines) = tail("text");
+    let (mut link, _) = gateway.connect("pump");
+    let mut send = |link: &mut crate::support::client::Link,
+                    seqs: std::ops::RangeInclusive<u64>| {
+        for seq in seqs {
+            link.send(&readings(seq));
+            link.expect_ack(seq);
+            let event = events.next().expect("a line").expect("text");
+            let event: Value = serde_json::from_str(&event).expect("JSON");
+            assert_eq!(event["seq"].as_u64(), Some(seq));
+            let line = lines.next().expect("a line").expect("text");
+            assert!(line.contains("  pump  temperature  0.0"), "{line}");
+        }
+    };
+    send(&mut link, 1..=3);
+    drop(link);
+    gateway.kill();
+    let flags = ["--listen", &listen, "--http", &http];
+    let gateway = Gateway::start_in(dir.path(), &flags);
+    let (mut link, _) = gateway.connect("pump");
+    send(&mut link, 4..=6);
+    // A closed pipe and Ctrl-C end it without an error.
+    drop(lines);
+    link.send(&readings(7));
+    link.expect_ack(7);
+    assert!(text.wait().expect("a child").success());
+    let interrupt = Command::new("kill")
+        .args(["-INT", &json.id().to_string()])
+        .status();
+    assert!(interrupt.expect("kill").success());
+    assert!(json.wait().expect("a child").success());
+    let refused = crate::support::gateway::run(&["tail", "--url", "http://127.0.0.1:1"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(refused.stderr.contains("--url"), "{}", refused.stderr);
 }
