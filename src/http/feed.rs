@@ -1,7 +1,8 @@
 //! `/v1/feed`: committed readings, frame by frame, as server-sent events.
 //!
-//! Each reader pulls pages from the store after its own cursor, the id of the last frame that it was sent. So a slow
-//! reader costs one page of memory, and one that returns with its cursor misses nothing and gets nothing twice.
+//! Each reader has its own cursor, the id of the last frame that was sent to it, and pulls pages from the store after
+//! the cursor. A slow reader therefore costs one page of memory. A reader that reconnects with its cursor misses no
+//! event and gets none twice.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -28,16 +29,16 @@ use crate::store::admin::{Pace, Poll, QueryError, Reconnecting};
 
 /// Maximum number of readers. They leave half of the HTTP connections to other requests.
 const READERS_MAX: usize = 64;
-/// Maximum time to read a page from the store, with the pages of readers that wait for the same connection.
+/// Maximum time to read a page from the store, including the wait for the connection that all readers share.
 const PAGE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Pause after a page could not be read.
+/// Delay before a failed page is read again.
 const RETRY: Duration = Duration::from_secs(1);
-/// Interval at which a reader for which there are no events is sent its cursor.
+/// Interval at which a reader without events receives its cursor.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 /// A reader that reads nothing for this time is disconnected.
 const STALL_MAX: Duration = Duration::from_secs(60);
 
-/// What all readers share.
+/// State that all readers share.
 pub struct Feed {
     pages: Mutex<Pages>,
     settled: watch::Sender<i64>,
@@ -57,7 +58,7 @@ impl std::fmt::Debug for Feed {
 }
 
 impl Feed {
-    /// Creates it without connecting.
+    /// Creates the feed without connecting to the store.
     pub fn new(store: &StoreUrl) -> Feed {
         Feed {
             pages: Mutex::new(Pages {
@@ -91,14 +92,14 @@ impl Feed {
     }
 }
 
-/// Wakes readers when frames were committed.
+/// Wakes readers when frames have been committed.
 pub struct FeedHead {
     store: Reconnecting,
     feed: Arc<Feed>,
 }
 
 impl FeedHead {
-    /// Creates it without connecting.
+    /// Creates the task's state without connecting to the store.
     pub fn new(store: &StoreUrl, feed: Arc<Feed>) -> FeedHead {
         FeedHead {
             store: Reconnecting::new(store),
@@ -127,7 +128,7 @@ impl Poll for FeedHead {
     }
 }
 
-/// Query of a request.
+/// Query parameters of a request.
 #[derive(Debug, Deserialize)]
 pub(super) struct Wanted {
     after: Option<i64>,
@@ -137,7 +138,7 @@ pub(super) struct Wanted {
     channel: String,
 }
 
-/// Sends the events after the cursor in `Last-Event-ID` or `after`, or else from now on.
+/// Sends the events after the cursor in `Last-Event-ID` or `after`; without a cursor, the events from now on.
 pub(super) async fn feed(
     State(site): State<Shared>,
     Extension(close): Extension<Close>,
@@ -194,7 +195,7 @@ pub(super) async fn feed(
     (headers, Body::from_stream(Chunks(body))).into_response()
 }
 
-/// Why a reader ended.
+/// Reason why a reader ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     /// It closed its connection.
@@ -208,7 +209,7 @@ struct Reader {
     feed: Arc<Feed>,
     filter: Filter,
     cursor: i64,
-    /// To its connection. It holds one event, so a slow reader stops this task.
+    /// Channel to the reader's connection. It holds one event, so a slow reader pauses this task.
     events: Sender<String>,
     keepalive_at: Instant,
     _slot: OwnedSemaphorePermit,
@@ -265,7 +266,7 @@ impl Reader {
         Ok(())
     }
 
-    /// An id without data moves the cursor with which a browser reconnects.
+    /// Sends the cursor as an id without data, so that a browser reconnects with it.
     async fn send_cursor(&mut self) -> Result<(), End> {
         let cursor = self.cursor;
         self.send(format!(": keepalive\nid: {cursor}\n\n")).await
@@ -280,7 +281,7 @@ impl Reader {
     }
 }
 
-/// Returns an event as JSON, reduced to what `filter` matches; `None` if that is nothing.
+/// Returns an event as JSON with only the readings that match `filter`; `None` if no reading matches.
 fn json(event: &Event, filter: &Filter) -> Option<String> {
     if !filter.device.is_empty() && event.device != filter.device {
         return None;
@@ -296,7 +297,7 @@ fn json(event: &Event, filter: &Filter) -> Option<String> {
     json(&event).filter(|_| !event.readings.is_empty())
 }
 
-/// The body of an answer.
+/// The body of a response.
 struct Chunks(Receiver<String>);
 
 impl Stream for Chunks {

@@ -36,7 +36,7 @@ pub enum Database {
 }
 
 impl Database {
-    /// Creates it without connecting.
+    /// Creates the database's handle without connecting.
     pub fn new(store: &StoreUrl) -> Database {
         match store {
             StoreUrl::Sqlite(path) => Database::File(path.clone()),
@@ -97,7 +97,7 @@ fn wal(path: &Path) -> PathBuf {
     wal.into()
 }
 
-/// Returns the size of a file, or 0 without it.
+/// Returns the size of a file, or 0 if it does not exist.
 fn file_bytes(path: &Path) -> i64 {
     fs::metadata(path).map_or(0, |file| file.len().cast_signed())
 }

@@ -1,7 +1,8 @@
-//! Which requests are answered: the ones with a known `Host`, an `Origin` of the same host, and a valid token.
+//! Decides which requests are answered: those with a known `Host`, no `Origin` of another host, and a valid token if
+//! tokens are required.
 //!
-//! A page of another site can make a browser on this machine send requests here. Such a request has a foreign
-//! `Origin`, or a `Host` that the site controls (DNS rebinding).
+//! A web page of another site can make a browser on this machine send requests here. Such a request has the `Origin`
+//! of that site, or a `Host` that the site controls (DNS rebinding).
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -20,10 +21,10 @@ use super::token::Tokens;
 /// Paths that need no token, for the probes of load balancers and orchestrators.
 const OPEN_PATHS: [&str; 2] = ["/livez", "/readyz"];
 
-/// Who may send requests.
+/// Conditions that a request must meet.
 #[derive(Debug, Default)]
 pub(super) struct Guard {
-    /// Names under which the listener may be reached, in lower case, besides addresses and `localhost`.
+    /// Host names that are accepted in addition to IP addresses and `localhost`, in lower case.
     pub(super) hosts: HashSet<String>,
     /// `None` if no token is required.
     pub(super) tokens: Option<Tokens>,
@@ -41,7 +42,7 @@ impl Guard {
         name == "localhost" || address.parse::<IpAddr>().is_ok() || self.hosts.contains(&name)
     }
 
-    /// Returns why a request is refused.
+    /// Returns status and reason if a request is refused.
     fn refusal(&self, path: &str, headers: &HeaderMap) -> Option<(StatusCode, &'static str)> {
         let text = |name| {
             headers
@@ -58,7 +59,7 @@ impl Guard {
             of != Some(host)
         };
         if text(ORIGIN).is_some_and(is_foreign) {
-            return Some((StatusCode::FORBIDDEN, "request of another site\n"));
+            return Some((StatusCode::FORBIDDEN, "request from another site\n"));
         }
         let tokens = self
             .tokens
@@ -70,7 +71,7 @@ impl Guard {
     }
 }
 
-/// Returns the token of a request: a bearer token, or the password that a browser asks for.
+/// Returns the token of a request: a bearer token, or the password of HTTP basic authentication.
 fn token(headers: &HeaderMap) -> Option<String> {
     let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
     let (scheme, rest) = value.split_once(' ')?;
@@ -88,7 +89,7 @@ fn token(headers: &HeaderMap) -> Option<String> {
         .map(|(_, password)| password.to_owned())
 }
 
-/// Answers a request only if the guard lets it through.
+/// Answers a request only if it meets the conditions of the guard.
 pub(super) async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Response {
     match shared
         .guard

@@ -13,7 +13,7 @@ use crate::time::utc_now;
 #[derive(Serialize)]
 struct Readiness {
     is_ready: bool,
-    /// Why the gateway does not acknowledge frames, or not for long.
+    /// Reasons why the gateway is not ready.
     reasons: Vec<&'static str>,
 }
 
@@ -22,7 +22,7 @@ pub(super) async fn live() -> &'static str {
     "live\n"
 }
 
-/// Answers with 200 if the gateway can acknowledge frames, or else with 503.
+/// Answers with 200 if the gateway is ready, otherwise with 503.
 pub(super) async fn ready(State(site): State<Shared>) -> impl IntoResponse {
     let reasons = reasons(&site);
     let status = match reasons.is_empty() {
@@ -44,7 +44,7 @@ fn reasons(site: &Site) -> Vec<&'static str> {
         (site.drain.is_cancelled(), "the gateway is shutting down"),
         (
             !site.metrics.is_store_up(),
-            "the store does not take commits",
+            "the store does not accept commits",
         ),
         (
             expiry_s != 0 && expiry_s <= utc_now().as_second(),

@@ -1,6 +1,6 @@
-//! The HTTP listener: health, metrics, and what people and programs read about the gateway.
+//! The HTTP listener: health checks, metrics, and the feed of committed readings.
 //!
-//! Invariant: a request never delays ingest. Requests run in their own tasks, in a bounded number, and read the
+//! Invariant: a request never delays ingest. Requests run in their own tasks, whose number is bounded, and read the
 //! store through connections of their own.
 
 pub mod feed;
@@ -32,17 +32,17 @@ use crate::metrics::{self, Metrics};
 
 /// Maximum number of open connections; further ones wait.
 const CONNECTIONS_MAX: usize = 128;
-/// Maximum time for the header of a request, also on a connection that stays open.
+/// Maximum time to receive the header of a request, and maximum idle time between two requests.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Maximum size of a request's header, in bytes.
 const HEADER_BYTES_MAX: usize = 16 << 10;
 /// Pause after a failed accept, usually for lack of file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
-/// What all requests share.
+/// State that all requests share.
 pub(super) type Shared = Arc<Site>;
 
-/// What the pages are about, and who may read them.
+/// Data that requests read, and the guard that admits requests.
 #[derive(Debug)]
 pub struct Site {
     guard: Guard,
@@ -56,8 +56,8 @@ pub struct Site {
 pub(super) struct Close(CancellationToken);
 
 impl Site {
-    /// Creates a site that answers requests to addresses, to `localhost` and to `hosts`; with `tokens`, only
-    /// requests that have one of them. It is not ready once `drain` is cancelled.
+    /// Creates a site that answers requests to IP addresses, to `localhost` and to `hosts`; with `tokens`, only
+    /// requests that have one of them. `/readyz` reports not ready once `drain` is cancelled.
     pub fn new(
         hosts: impl IntoIterator<Item = String>,
         tokens: Option<Tokens>,
@@ -94,7 +94,7 @@ async fn metrics(State(site): State<Shared>) -> impl IntoResponse {
     ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], site.metrics.text())
 }
 
-/// Answers requests, also while the gateway shuts down. Never returns.
+/// Answers requests, even while the gateway shuts down. Never returns.
 pub async fn serve(listener: TcpListener, site: Site) {
     let router = router(site);
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));

@@ -8,11 +8,11 @@ use subtle::ConstantTimeEq;
 
 use crate::sys::secret_file::{SecretError, SecretReaders, open_secret};
 
-/// Length of the shortest token in bytes: 16 random bytes take more in hex and in base64.
+/// Minimum length of a token in bytes. 16 random bytes are longer, in hex and in base64.
 const TOKEN_BYTES_MIN: usize = 20;
 const FILE_BYTES_MAX: u64 = 64 << 10;
 
-/// Tokens that permit requests that read.
+/// Tokens that permit read requests.
 pub struct Tokens(Vec<String>);
 
 /// Reason why a token file cannot be used.
@@ -34,7 +34,7 @@ pub enum TokenError {
         line: usize,
     },
     /// The file has no token.
-    #[error("could not use token file {}: it has no token; write `read` and a token into a line", .0.display())]
+    #[error("could not use token file {}: it has no token; write `read` and a token on a line", .0.display())]
     Empty(PathBuf),
 }
 

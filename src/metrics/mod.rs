@@ -22,7 +22,7 @@ use self::process::Process;
 /// Media type of [`Metrics::text`].
 pub const CONTENT_TYPE: &str = prometheus_text::CONTENT_TYPE;
 
-/// Reasons of gaps that have a name (SPEC, GAP), with those of the gateway.
+/// Reasons of gaps that have a name: those of the specification (GAP) and those of the gateway.
 const GAP_REASONS: [(u8, &str); 5] = [
     (0, "overwritten"),
     (1, "queue_damaged"),
@@ -74,11 +74,11 @@ pub struct Metrics {
     connections: Family<ByState, Gauge>,
     accepted: Counter,
     devices: Family<ByState, Gauge>,
-    /// Devices whose name two devices used in the last hour.
+    /// Devices whose name two devices used within the last hour.
     pub twin_devices: Gauge,
-    /// Readings that wait for the store.
+    /// Readings that are queued for the store.
     pub queue_readings: Gauge,
-    /// Memory of what waits for the store, in bytes.
+    /// Memory of the queue for the store, in bytes.
     pub queue_bytes: Gauge,
     /// Bytes of frames in quarantine, and on the way to it.
     pub quarantine_bytes: Gauge,
@@ -96,10 +96,10 @@ pub struct Metrics {
     pub certificate_expiry: Gauge,
 }
 
-/// What a commit added to the store.
+/// Counts of the content that a commit added to the store.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stored {
-    /// Frames stored, without gaps and quarantined frames.
+    /// Frames stored, excluding gaps and quarantined frames.
     pub frames: u64,
     /// Readings stored.
     pub readings: u64,
@@ -112,7 +112,7 @@ pub struct Stored {
 }
 
 impl Stored {
-    /// Adds what another commit stored.
+    /// Adds the counts of another commit.
     pub fn add(&mut self, other: Stored) {
         self.frames += other.frames;
         self.readings += other.readings;
@@ -210,23 +210,26 @@ impl Default for Metrics {
                 "ack_delay_seconds",
                 "Time from the arrival of a frame to the end of its commit",
             ),
-            commit: new.add_seconds("commit_seconds", "Duration of a commit, with its retries"),
+            commit: new.add_seconds(
+                "commit_seconds",
+                "Duration of a commit, including its retries",
+            ),
             commit_readings: new.add_metric(
                 "commit_readings",
                 "Readings in a commit",
                 Histogram::new(exponential_buckets(1.0, 4.0, 10)),
             ),
-            store_errors: new.add("store_errors", "Commits that failed and were tried again"),
-            store_up: new.add("store_up", "Whether the store takes commits"),
+            store_errors: new.add("store_errors", "Commits that failed and were retried"),
+            store_up: new.add("store_up", "Whether the store accepts commits"),
             connections: new.add("connections", "Open connections of devices"),
             accepted: new.add("connections_accepted", "Connections accepted"),
-            devices: new.add("devices", "Devices of the store by presence"),
+            devices: new.add("devices", "Devices in the store, by presence"),
             twin_devices: new.add(
                 "twin_devices",
-                "Devices of the store whose name two devices used in the last hour",
+                "Devices in the store whose name two devices used within the last hour",
             ),
-            queue_readings: new.add("queue_readings", "Readings that wait for the store"),
-            queue_bytes: new.add("queue_bytes", "Memory of what waits for the store"),
+            queue_readings: new.add("queue_readings", "Readings that are queued for the store"),
+            queue_bytes: new.add("queue_bytes", "Memory of the queue for the store"),
             quarantine_bytes: new.add("quarantine_bytes", "Bytes of quarantined frames"),
             store_bytes: new.add("store_bytes", "Size of the database"),
             wal_bytes: new.add("store_wal_bytes", "Size of the write-ahead log of SQLite"),
@@ -249,7 +252,7 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Creates every value of every label.
+    /// Creates the metrics for all values of their labels.
     fn create_labels(&self) {
         for code in Code::ALL {
             let label = by_code(code as u8);
@@ -314,7 +317,7 @@ impl Metrics {
         }
     }
 
-    /// Counts the delay of a frame that is acknowledged now.
+    /// Observes the delay of a frame that is acknowledged now.
     pub fn acknowledged(&self, delay: Duration) {
         self.ack_delay.observe(delay.as_secs_f64());
     }
@@ -325,12 +328,12 @@ impl Metrics {
         self.store_up.set(0);
     }
 
-    /// Records that the store takes commits again.
+    /// Records that the store accepts commits again.
     pub fn store_is_up(&self) {
         self.store_up.set(1);
     }
 
-    /// Returns whether the store takes commits.
+    /// Returns whether the store accepts commits.
     pub fn is_store_up(&self) -> bool {
         self.store_up.get() == 1
     }
@@ -351,7 +354,8 @@ impl Metrics {
         self.logins.get_or_create(&ByResult { result }).inc();
     }
 
-    /// Returns one line for a person: connected devices, and whether the store takes commits.
+    /// Returns a one-line summary for operators: connected devices, stored readings, and whether the store is
+    /// available.
     pub fn summary(&self) -> String {
         let sessions = self
             .connections

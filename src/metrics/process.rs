@@ -1,4 +1,4 @@
-//! The metrics of the process that Prometheus clients of all languages export under the same names.
+//! Metrics of the process, under the names that the Prometheus clients of all languages use.
 
 use std::fmt;
 use std::fs;

@@ -1,6 +1,6 @@
-//! The service manager that started this process, such as systemd: messages to it, and sockets that it opened.
+//! Messages to the service manager that started this process, such as systemd, and sockets that it opened.
 //!
-//! Without a service manager, messages go nowhere and there are no sockets.
+//! Without a service manager, messages are discarded and there are no sockets.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -9,22 +9,22 @@ use std::time::Duration;
 use listenfd::ListenFd;
 use sd_notify::NotifyState;
 
-/// Reports that the service serves.
+/// Reports that the service is ready, and its status.
 pub fn ready(status: &str) {
     notify(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
-/// Reports what the service does.
+/// Reports the status of the service.
 pub fn status(status: &str) {
     notify(&[NotifyState::Status(status)]);
 }
 
-/// Reports that the service works, and what it does.
+/// Resets the watchdog, and reports the status of the service.
 pub fn alive(status: &str) {
     notify(&[NotifyState::Watchdog, NotifyState::Status(status)]);
 }
 
-/// Reports that the service ends.
+/// Reports that the service is stopping, and its status.
 pub fn stopping(status: &str) {
     notify(&[NotifyState::Stopping, NotifyState::Status(status)]);
 }
@@ -44,12 +44,12 @@ pub fn watchdog() -> Option<Duration> {
 #[derive(Debug, Default)]
 pub struct InheritedSockets {
     listeners: Vec<TcpListener>,
-    /// Why a descriptor is not a TCP listener.
+    /// Reason why a descriptor is not a TCP listener.
     fault: Option<io::Error>,
 }
 
 impl InheritedSockets {
-    /// Takes all sockets. Call it before threads exist, because it changes the environment.
+    /// Takes all sockets. Must be called before threads exist, because it changes the environment.
     pub fn take() -> InheritedSockets {
         let mut inherited = InheritedSockets::default();
         let mut sockets = ListenFd::from_env();
@@ -62,7 +62,7 @@ impl InheritedSockets {
         inherited
     }
 
-    /// Returns the listener for an address, if there is one, for use without blocking.
+    /// Returns the listener for an address, in non-blocking mode, if there is one.
     ///
     /// # Errors
     /// A descriptor is not a TCP listener.

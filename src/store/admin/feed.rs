@@ -1,7 +1,7 @@
 //! Reads committed readings in the order of `frames.id`, in pages.
 //!
-//! Invariant: a page ends at an id below which no frame appears any more, so a reader that continues after it
-//! misses nothing (see `settled_frame_id` in the tables of Postgres; SQLite commits ids in their order).
+//! Invariant: after a page has been read, no frame appears with an id up to the end of the page, so a reader that
+//! continues there misses nothing. On Postgres, `settled_frame_id` ensures this; SQLite commits ids in their order.
 
 use serde::Serialize;
 
@@ -9,10 +9,10 @@ use super::{Argument, QueryError, Reconnecting, Row, Value};
 
 /// Maximum number of frames that a page covers, with and without readings.
 const PAGE_FRAMES: i64 = 2000;
-/// Maximum number of readings of a page, unless one frame has more.
+/// Maximum number of readings in a page, unless a single frame has more.
 const PAGE_READINGS: i64 = 5000;
 
-/// Which readings to read; empty texts match all.
+/// Selects readings; an empty text matches all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Filter {
     pub device: String,
@@ -46,7 +46,7 @@ pub struct Reading {
     pub value: Number,
 }
 
-/// A value. JSON has no infinite numbers, so these are texts.
+/// A value. JSON has no infinite numbers, so they become texts.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Number {
@@ -128,7 +128,7 @@ pub async fn page(
     Ok(page)
 }
 
-/// Adds their readings to the events of a page.
+/// Reads the readings of a page and adds them to its events.
 async fn fill(
     store: &mut Reconnecting,
     page: &mut Page,
@@ -170,7 +170,7 @@ async fn fill(
     Ok(())
 }
 
-/// Returns a value. SQLite returns a sum of halves, or a sample written without a point, as an integer.
+/// Returns a value. SQLite returns a sample that is written without a decimal point as an integer.
 fn real(row: &Row, column: usize) -> Result<Option<f64>, QueryError> {
     match row.0[column] {
         Value::Integer(value) => Ok(Some(value as f64)),
@@ -196,7 +196,7 @@ fn event(row: &Row) -> Result<Event, QueryError> {
     })
 }
 
-/// LEFT JOIN, because the number of rows shows whether there are more.
+/// LEFT JOIN returns a row for every frame: fewer rows than the limit mean that there are no more frames.
 const FRAMES: &str = "SELECT f.id, d.name, st.stream, f.seq, f.received_at, f.quality, f.readings
      FROM (SELECT id, stream_id, seq, received_at, quality, readings FROM frames
          WHERE id > $1 AND id <= $2 ORDER BY id LIMIT $3) AS f
@@ -218,8 +218,8 @@ const FIRST_RECENT: &str = "WITH RECURSIVE
      )
      SELECT low FROM search WHERE low >= high";
 
-/// CROSS JOIN keeps the written order. Rows of level 0 count once they are not in `readings_sorted`, as in the
-/// view `readings_unsorted`.
+/// CROSS JOIN keeps the written order of the tables. Rows of level 0 are included only while they are not in
+/// `readings_sorted`, as in the view `readings_unsorted`.
 const READINGS_SQLITE: &str = "SELECT f.id AS frame, s.channel AS channel, s.unit, r.ts AS ts, r.value
      FROM frames AS f
      CROSS JOIN streams AS st ON st.id = f.stream_id
@@ -272,7 +272,7 @@ mod tests {
         store.commit(&batch).await.unwrap();
     }
 
-    /// Returns all events after a cursor, and the cursor behind them.
+    /// Returns all events after a cursor, and the cursor at their end.
     async fn read(store: &mut Reconnecting, mut after: i64, filter: &Filter) -> (Vec<Event>, i64) {
         let settled = settled(store).await.unwrap();
         let mut events = Vec::new();
@@ -285,7 +285,7 @@ mod tests {
         (events, after)
     }
 
-    /// Returns the entries of frames from `first_seq` on, of a few readings each. Values are their numbers.
+    /// Returns the entries of `count` frames from `first_seq` on, with `readings` readings each.
     fn frames(peer: &Peer, first_seq: u64, count: u64, readings: u64) -> Vec<Entry> {
         let frame = |seq: u64| {
             let rows = (0..readings).map(|row| ((seq * 1000 + row) as i64 * 7, seq as f64 / 3.0));
@@ -415,7 +415,7 @@ mod tests {
         let devices: Vec<_> = events.iter().map(|event| event.device.as_str()).collect();
         assert_eq!(devices, ["a", "b"]);
         assert_eq!(read(&mut store, after, &Filter::default()).await.0, []);
-        // Ids of one writer never appear behind those of another.
+        // The next frame has a higher id.
         store_all(&mut writer, frames(&b, 2, 1, 1)).await;
         let (events, _) = read(&mut store, after, &Filter::default()).await;
         assert_eq!(events.len(), 1);

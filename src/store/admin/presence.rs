@@ -1,9 +1,9 @@
-//! Presence of devices: a gateway records each change as an event, and learns how often a device is heard.
+//! Presence of devices: a gateway records each change as an event, and learns how often each device sends.
 //!
 //! Ingest writes nothing for this. The view `device_presence` computes the state of a device from its frames,
-//! sessions and events; the table `presence` has the state that was recorded last, and the intervals.
+//! sessions and events; the table `presence` has the last recorded state and the intervals.
 //!
-//! Invariant: of several gateways, one records a change, because only one of them finds the former state.
+//! Invariant: if several gateways share a store, exactly one records a change, because only one finds the former state.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -20,14 +20,14 @@ use crate::time::SystemClock;
 
 /// Number of devices per query and per transaction.
 const DEVICES_AT_ONCE: i64 = 500;
-/// Pause between two transactions, in which gateways commit.
+/// Pause between two transactions, during which gateways can commit.
 const PAUSE: Duration = Duration::from_millis(10);
 /// Number of a device's last frames from which its interval is learned.
 const FRAMES_LEARNED: i64 = 128;
-/// Number of pauses that are needed to learn from a device that sends several frames at a time.
+/// Number of pauses needed to learn the interval of a device that sends several frames at a time.
 const PAUSES_MIN: usize = 3;
-/// Number of sessions of a device taken over within [`TAKEN_OVER_WITHIN_US`] that shows that two devices use its
-/// name. A device that reconnects over a bad link takes over fewer.
+/// Number of take-overs within [`TAKEN_OVER_WITHIN_US`] from which two devices are assumed to use one name. A device
+/// that reconnects over a bad link causes fewer.
 const TAKEN_OVER_MIN: i64 = 10;
 const TAKEN_OVER_WITHIN_US: i64 = 600_000_000;
 /// Minimum time between two events about a device's twin.
@@ -37,11 +37,11 @@ const SECOND_US: i64 = 1_000_000;
 /// State of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Presence {
-    /// Connected, or heard within three of its intervals.
+    /// Connected, or heard from within three of its intervals.
     Online,
-    /// Not heard for three of its intervals.
+    /// Not heard from for three of its intervals.
     Late,
-    /// Late, and not heard for a day.
+    /// Late, and not heard from for a day.
     Silent,
     /// Has never sent a frame.
     Never,
@@ -85,7 +85,7 @@ pub struct PresenceWatch {
     store: StoreUrl,
     metrics: Arc<Metrics>,
     keepalive_s: i64,
-    /// Start of the gateway: devices could not be heard before.
+    /// Start of the gateway: it could not hear from devices before.
     started_us: i64,
     /// The last device whose interval was learned.
     learned: i64,
@@ -117,20 +117,20 @@ impl Device {
     }
 }
 
-/// What a round found.
+/// Result of one round over all devices.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Found {
     /// Number of devices by state.
     devices: BTreeMap<Presence, i64>,
-    /// Number of devices of which a twin was reported within [`TWIN_EVERY_US`].
+    /// Number of devices whose twin was reported within [`TWIN_EVERY_US`].
     twins: i64,
 }
 
-/// What a transaction records.
+/// Changes that one transaction records.
 #[derive(Default)]
 struct Changes {
     new: Vec<i64>,
-    /// By the states before and after.
+    /// Ids by the states before and after.
     presence: BTreeMap<(Presence, Presence), Vec<i64>>,
     twins: Vec<i64>,
 }
@@ -139,8 +139,8 @@ const DEVICES: &str = "SELECT device_id, recorded, presence, interval_s, learned
     FROM device_presence WHERE device_id > $1 ORDER BY device_id LIMIT $2";
 
 impl PresenceWatch {
-    /// Creates a watch of a gateway's store. No device is expected more often than every `keepalive_s`, unless an
-    /// operator set its interval.
+    /// Creates a watch of a gateway's store. Unless an operator set the interval of a device, it is at least
+    /// `keepalive_s`.
     pub fn new(store: &StoreUrl, metrics: Arc<Metrics>, keepalive_s: u16) -> PresenceWatch {
         PresenceWatch {
             store: store.clone(),
@@ -192,8 +192,8 @@ impl PresenceWatch {
         Ok(found)
     }
 
-    /// Returns the state of a device, and adds its change. After a start, a device that was online has three
-    /// intervals to come back.
+    /// Returns the state of a device, and adds its change to `changes`. After a start, a device that was online has
+    /// three intervals to reconnect.
     fn judge(&self, device: &Device, now_us: i64, changes: &mut Changes) -> Presence {
         let recorded = device.recorded.unwrap_or_else(|| {
             changes.new.push(device.id);
@@ -267,8 +267,8 @@ impl PresenceWatch {
         Ok(())
     }
 
-    /// Learns the intervals of the devices after `after` up to `last`. An interval that differs by less than a
-    /// quarter stays.
+    /// Learns the intervals of the devices after `after` up to `last`. Keeps an interval if the new one differs by at
+    /// most a quarter.
     async fn learn(
         &self,
         connection: &mut Connection,
@@ -359,7 +359,7 @@ pub fn arrivals_sql() -> String {
     )
 }
 
-/// Returns the median time between arrivals, at least the keepalive; `None` if these arrivals do not show it.
+/// Returns the median time between arrivals, at least the keepalive; `None` if the arrivals do not show it yet.
 /// Frames that arrive within a keepalive count as one arrival, because a device that sleeps sends several at a time.
 fn interval_of(arrivals_us: &[i64], keepalive_s: i64) -> Option<i64> {
     let keepalive_us = keepalive_s * SECOND_US;
@@ -375,7 +375,7 @@ fn interval_of(arrivals_us: &[i64], keepalive_s: i64) -> Option<i64> {
     }
 }
 
-/// Returns the devices after `after` up to `last` whose sessions were taken over again and again.
+/// Returns the devices after `after` up to `last` whose sessions were taken over repeatedly.
 async fn twins(
     connection: &mut Connection,
     after: i64,
@@ -399,7 +399,7 @@ async fn twins(
     rows.iter().map(|row| row.integer(0)).collect()
 }
 
-/// Writes an event of each of these devices that still exists.
+/// Writes an event for each of these devices that still exists.
 async fn note(
     connection: &mut Connection,
     devices: &[Row],
@@ -427,7 +427,7 @@ fn list(ids: &[i64]) -> String {
     ids.join(",")
 }
 
-/// Sets the expected interval of a device in an open transaction, or lets gateways learn it again; returns whether
+/// Sets the expected interval of a device in an open transaction; `None` lets gateways learn it again. Returns whether
 /// the device exists.
 pub async fn set_interval(
     connection: &mut Connection,
