@@ -1,4 +1,4 @@
-//! `fieldgate completions` and `fieldgate man`: what shells and `man` show about the commands, for packages.
+//! `fieldgate completions` and `fieldgate man`: shell completions and man pages, for packages.
 
 use std::fs;
 use std::io::Write;
@@ -12,7 +12,7 @@ use super::{Error, command, output};
 
 #[derive(Args, Debug)]
 pub struct CompletionsArgs {
-    /// Shell that will read the script
+    /// Shell for which the script is printed
     #[arg(value_enum, value_name = "SHELL")]
     shell: Shell,
 }

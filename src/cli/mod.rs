@@ -79,7 +79,7 @@ const CHECK_FLAG: &str = "check";
 const PRECEDENCE: &str = "Every global option and every option of serve, --some-name, can also be set with the \
     environment variable FIELDGATE_SOME_NAME or the key some-name in the --config file. Flags override the \
     environment, which overrides the file; an empty variable counts as unset. Sizes and durations accept \
-    units (64MiB, 2GB; 500ms, 30s, 5min). RUST_LOG sets log levels (default: info).";
+    units (64MiB, 2GB; 500ms, 30s, 5min). RUST_LOG overrides --log-level.";
 
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Global options")]
@@ -126,7 +126,7 @@ enum LogLevel {
     Error,
     /// Events that need an operator's attention.
     Warn,
-    /// Events that concern the whole gateway.
+    /// Events of the whole gateway, refusals, and frames put into quarantine.
     Info,
     /// Events of single connections.
     Debug,
@@ -152,10 +152,10 @@ impl LogLevel {
 enum Command {
     /// Run the gateway. The first run creates the data directory, the database and the fleet key
     Serve(Box<serve::ServeArgs>),
-    /// Check everything that the gateway needs, also while it runs, and print a line with ok, warn or fail for each
-    /// check. Use it with the settings of the gateway
+    /// Check the gateway's settings, files, ports, store and machine, even while it runs, and print a line with ok,
+    /// warn or fail for each check. Run it as the gateway's user with the gateway's settings
     Doctor(Box<check::DoctorArgs>),
-    /// Run one read-only SQL statement, also while the gateway runs
+    /// Run one read-only SQL statement, even while the gateway runs
     Query(query::QueryArgs),
     /// List and manage devices and their keys
     #[command(subcommand)]
@@ -177,10 +177,10 @@ enum Command {
     Tail(tail::TailArgs),
     /// Show a one-screen summary of the store
     Status,
-    /// Copy a SQLite store into FILE, also while the gateway runs. The fleet key is not in the copy. After a restore,
-    /// devices resend what they still hold, and the rest appears in missing_frames
+    /// Copy a SQLite store to FILE, even while the gateway runs. The copy does not contain the fleet key. After a
+    /// restore, devices resend the frames that they still hold; other frames since the backup appear in missing_frames
     Backup(backup::BackupArgs),
-    /// Print a script that completes commands and options in a shell
+    /// Print the completion script for a shell
     Completions(manual::CompletionsArgs),
     /// Write a man page for each command into a directory
     Man(manual::ManArgs),

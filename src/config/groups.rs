@@ -69,18 +69,18 @@ pub struct ListenSettings {
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 #[command(next_help_heading = "HTTP")]
 pub struct HttpSettings {
-    /// Address of the HTTP listener for health, metrics and people, in the format of --listen, or `off`. An address
-    /// that other machines can reach also requires --http-token-file
+    /// Address of the HTTP listener for health checks, metrics and the feed, in the format of --listen, or `off`. An
+    /// address that other machines can reach also requires --http-token-file
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7380")]
     pub http: HttpAddress,
 
-    /// File with a line `read TOKEN` for each token, mode 0600. HTTP requests then need one of the tokens, except
-    /// /livez and /readyz [default: no token]
+    /// File with one line `read TOKEN` for each token, mode 0600. All HTTP requests except /livez and /readyz then need
+    /// one of the tokens [default: no token]
     #[arg(long, value_name = "FILE")]
     pub http_token_file: Option<PathBuf>,
 
-    /// Names of the HTTP listener, separated by commas, such as gate.example.com. Requests to other names than
-    /// these, localhost and addresses are refused [default: none]
+    /// Host names under which clients may reach the HTTP listener, separated by commas, such as gate.example.com. IP
+    /// addresses and localhost are always accepted [default: none]
     #[arg(long, value_name = "HOSTS", value_delimiter = ',')]
     pub http_host: Vec<String>,
 }
@@ -266,8 +266,8 @@ pub struct DeviceBounds {
 /// What is kept of the session events of each device.
 #[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EventRetention {
-    /// Maximum number of session events per device in device_events: connects, disconnects and refusals. Events
-    /// reported by devices and operator actions are always kept
+    /// Maximum number of session events per device in device_events: connects, disconnects, refusals, changes of
+    /// presence and twins. Events reported by devices and operator actions are always kept
     #[arg(long, value_name = "EVENTS", default_value = "1000", value_parser = number::<u32>(10, U32))]
     pub device_events_max: u32,
 

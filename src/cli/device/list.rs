@@ -24,7 +24,7 @@ pub struct ListArgs {
     #[arg(long, value_name = "DURATION", value_parser = seconds)]
     silent: Option<i64>,
 
-    /// List only devices in this state of presence
+    /// List only devices with this presence
     #[arg(long, value_enum, value_name = "STATE")]
     state: Option<Presence>,
 }

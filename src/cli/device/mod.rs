@@ -23,14 +23,15 @@ use super::fleet_key::FleetKeyFile;
 
 #[derive(Debug, Subcommand)]
 pub enum DeviceCommand {
-    /// List devices with their connection, address and last frame
+    /// List devices with their presence, address and last frame
     List(list::ListArgs),
     /// Show what is known about a device, with the newest events of its audit trail
     Show {
         /// Name of the device
         name: String,
     },
-    /// Set how often devices are expected to send: a device is late when it was not heard for three intervals
+    /// Set the expected interval between the frames of devices. A device is late if the gateway has not heard from
+    /// it for three intervals
     Set(set::SetArgs),
     /// List refused logins: address, claimed name, reason and count. The 1,000 latest are kept
     Refused(refused::RefusedArgs),

@@ -21,8 +21,8 @@ pub struct SetArgs {
     #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,
 
-    /// Expected time between two frames, such as 15min or 1h (in seconds if no unit is given), or `learned`: the
-    /// median of the device's last frames
+    /// Expected time between two frames, such as 15min or 1h (in seconds if no unit is given), or `learned` to use the
+    /// interval that gateways learn from the device's last frames
     #[arg(long, value_name = "DURATION", value_parser = interval)]
     interval: Interval,
 }

@@ -64,9 +64,9 @@ const LAST_FLUSH: Duration = Duration::from_millis(200);
 
 #[derive(Args, Debug)]
 pub struct ServeArgs {
-    /// Check settings, files, certificates and the store, print one line per problem, and exit. If settings are
-    /// invalid, nothing else is checked. Opens no port, and writes nothing except the files that SQLite keeps next to
-    /// a database that is read
+    /// Check settings, files, ports, certificates and the store, print one line per problem, and exit. If settings are
+    /// invalid, check nothing else. Accepts no connections, and writes nothing except the files that SQLite keeps next
+    /// to a database that it reads
     #[arg(long)]
     pub check: bool,
 
