@@ -25,7 +25,7 @@ fn the_interval_is_the_median_of_the_pauses() {
     // Bursts of 30 frames, one each hour.
     let bursts: Vec<i64> = (0..128).map(|n| n % 30 + n / 30 * 3600).collect();
     assert_eq!(learned(&bursts), Some(3600 - 29));
-    // A burst of a device that was away shows nothing.
+    // A burst from a device that was disconnected shows no interval.
     assert_eq!(learned(&[0; 128]), None);
 }
 
@@ -116,7 +116,7 @@ async fn every_change_is_recorded_once(store: StoreUrl) {
         site.events("presence", "from never to online").await,
         DEVICES - 1
     );
-    // All drop at once: two gateways find it.
+    // All devices disappear together, and two gateways notice it.
     site.run(
         "UPDATE frames SET received_at = $1",
         &[Argument::Time(now_us() - 5 * MINUTE_US)],
@@ -133,7 +133,7 @@ async fn every_change_is_recorded_once(store: StoreUrl) {
         site.events("presence", "from online to late").await,
         DEVICES - 1
     );
-    // They come back, except for one, and stay.
+    // All devices except one return and stay online.
     site.frames(2, DEVICES - 2, now_us()).await;
     for _ in 0..2 {
         assert_eq!(site.round(&mut one).await, [DEVICES - 2, 1, 0, 1, 0]);
@@ -223,7 +223,7 @@ async fn intervals_are_learned_and_survive_a_start(store: StoreUrl) {
         40
     );
     assert_eq!(site.round(&mut first).await, [1, 0, 0, 1, 0]);
-    // A gateway that was down waits for three intervals before it calls a device late.
+    // After a start, a gateway waits for three intervals before it reports a device as late.
     site.run(
         "UPDATE frames SET received_at = $1",
         &[Argument::Time(now - 4 * 15 * MINUTE_US)],
