@@ -77,9 +77,9 @@ fn with_environment(
 pub enum Command {
     /// Send readings from a simulated fleet and report the results
     Run(Box<RunArgs>),
-    /// Verify that every acknowledged reading of a run is stored, once and unchanged; exits with 0 only then
+    /// Verify that every acknowledged reading of a run is stored once and unchanged; the exit code is 0 only then
     Verify(VerifyArgs),
-    /// Measure this machine's limit and the gateway's share of it
+    /// Measure the limit of this machine and how close the gateway comes to it
     Bench(BenchArgs),
 }
 
@@ -275,7 +275,7 @@ pub struct BenchArgs {
     #[arg(long, env = "FIELDGATE_SIM_SMOKE", conflicts_with_all = ["quick", "rounds", "only", "stored"])]
     pub smoke: bool,
 
-    /// Number of rounds; medians are shown, and each round takes 2 minutes [default: 5, with --quick 1]
+    /// Number of rounds, of which the medians are shown; each takes about 2 minutes [default: 5, with --quick 1]
     #[arg(long, value_name = "N", env = "FIELDGATE_SIM_ROUNDS",
           value_parser = clap::value_parser!(u32).range(1..=100))]
     pub rounds: Option<u32>,

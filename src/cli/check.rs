@@ -1,8 +1,8 @@
-//! `fieldgate doctor` and `fieldgate serve --check`: one set of checks of what the gateway needs. `doctor` shows each
-//! of them with its result, `--check` only the problems.
+//! `fieldgate doctor` and `fieldgate serve --check`: both check everything that the gateway needs. `doctor` shows each
+//! check with its result, `--check` only the problems.
 //!
-//! The checks accept no connections and write nothing except the files that SQLite keeps next to a database that is
-//! read.
+//! The checks accept no connections and write nothing except the files that SQLite keeps next to a database that it
+//! reads.
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
@@ -232,7 +232,7 @@ fn certificate(config: &Config) -> Result<Finding, Error> {
 
 fn tokens(config: &Config) -> Result<Finding, Error> {
     Ok(Finding::Ok(match load_tokens(config)? {
-        Some(_) => "private, and valid".to_owned(),
+        Some(_) => "the file is private and valid".to_owned(),
         None => "none: requests need no token".to_owned(),
     }))
 }
@@ -253,7 +253,7 @@ fn key_found(config: &Config, is_found: bool) -> Finding {
     let path = fleet_key::path_of(config);
     let path = path.display();
     Finding::Ok(match is_found {
-        true => format!("{path} is private, and no other store's"),
+        true => format!("{path} is private, and the store has no other key"),
         false => format!("{path} does not exist yet; serve creates it"),
     })
 }

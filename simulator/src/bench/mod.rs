@@ -1,4 +1,4 @@
-//! Measures this machine's limit and the gateway's share of it; also latency, connections, hostile peers and a full
+//! Measures the limit of this machine and how close the gateway comes to it; also latency, connections, hostile peers and a full
 //! store.
 //!
 //! The limit is the baseline: a loop that only inserts the same kind of rows into the same tables, in large

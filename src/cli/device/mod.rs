@@ -33,7 +33,7 @@ pub enum DeviceCommand {
     /// Set the expected interval between the frames of devices. A device is late if the gateway has not heard from
     /// it for three intervals
     Set(set::SetArgs),
-    /// List refused logins: address, claimed name, reason and count. The 1,000 latest are kept
+    /// List refused connections: address, claimed name, reason and count. The 1,000 latest are kept
     Refused(refused::RefusedArgs),
     /// Register devices before they first connect, for `serve --registration closed` or to give them individual
     /// keys

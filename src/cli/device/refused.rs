@@ -21,7 +21,7 @@ const HEADERS: [&str; 7] = [
     "last", "first", "count", "peer", "claimed", "code", "reason",
 ];
 
-/// Lists refused logins, the latest first.
+/// Lists refused connections, the latest first.
 pub async fn refused(store: &StoreUrl, args: &RefusedArgs) -> Result<(), Error> {
     let mut connection = Connection::open(store, Access::Read).await?;
     let sql = "SELECT last_at, first_at, count, peer, device, code, reason FROM refusals
