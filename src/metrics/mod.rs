@@ -1,8 +1,8 @@
 //! Counters, gauges and histograms of the gateway, in the text format of Prometheus.
 //!
-//! Every metric starts with `fieldgate_` and has base units. Labels have a fixed set of values, which are all
-//! present from the start: a counter that first appears with the first error is invisible to an alert. No metric
-//! has a device as its label.
+//! Every metric of the gateway starts with `fieldgate_` and uses base units. Labels have a fixed set of values, which
+//! are all present from the start: an alert cannot see the increase of a counter that appears with the first error. No
+//! metric has a device as its label.
 
 mod process;
 

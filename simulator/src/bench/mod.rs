@@ -1,5 +1,5 @@
-//! Measures the limit of this machine and how close the gateway comes to it; also latency, connections, hostile peers and a full
-//! store.
+//! Measures the limit of this machine and how close the gateway comes to it; also latency, connections, hostile peers
+//! and a full store.
 //!
 //! The limit is the baseline: a loop that only inserts the same kind of rows into the same tables, in large
 //! synced transactions, on an otherwise idle machine; `sqlite` and `postgres` have one each. The
