@@ -21,8 +21,8 @@ impl DeviceClock {
         }
     }
 
-    /// Handles a PING, whose PONG is sent now. Returns the device's clock if it is measured better
-    /// over the round trip of the PONG before.
+    /// Handles a PING, whose PONG is sent now. Returns the device's clock if the round trip of the
+    /// previous PONG gives a better measurement.
     pub(super) fn handle_ping(&mut self, ping: &Ping<'_>, now: Now) -> Option<BootClock> {
         let pong = self.pong.replace((now.utc_us, now.mono_us));
         if ping.pong_sent_us == 0 {

@@ -1,7 +1,7 @@
 //! The states before WELCOME (SPEC R30 to R39): one struct for each expected message.
 //!
-//! All faults in a peer's identity look the same to the peer: BYE 50, at the same time for an
-//! unknown device as for a wrong key.
+//! All faults in a peer's identity look the same to the peer: it receives BYE 50, after the same
+//! time for an unknown device as for a wrong key.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,11 +1,11 @@
-//! The one way by which bytes and mail reach a session, always in the same order.
+//! The only path of bytes and mail to a session. It processes them always in the same order.
 //!
 //! The caller appends received bytes to [`Inbox::input`], passes mail to [`Inbox::handle_mail`] and
 //! time to the session, and then polls for submissions until there is none.
 //!
 //! Invariants
-//! - Until a submission is queued, nothing more is processed and no input is wanted: this is the
-//!   back pressure.
+//! - Until a submission is queued, nothing more is processed and no input is read: this is the back
+//!   pressure.
 //! - Bytes wait while the session accepts no frames. They are processed by the first poll after the
 //!   mail or the timeout that lets it accept them.
 //! - An empty input buffer holds no memory.
@@ -73,7 +73,7 @@ impl Inbox {
         if mail.store_is_replaced {
             return session.handle_store_replaced();
         }
-        // A session has one outcome at most to wait for, and submits nothing meanwhile.
+        // A session awaits at most one outcome, and submits nothing until it arrives.
         let outcome = mail.login;
         let mut event = outcome.and_then(|outcome| session.handle_login_outcome(outcome, now));
         if let Some(outcome) = mail.declare {
@@ -93,8 +93,8 @@ impl Inbox {
         }
     }
 
-    /// Returns the next submission, processing input as far as needed. Returns none until
-    /// [`Inbox::handle_queued`] is called for the one before.
+    /// Returns the next submission, processing input as far as needed. Returns `None` until
+    /// [`Inbox::handle_queued`] is called for the previous one.
     pub fn poll_submission(&mut self, now: Now) -> Option<Submission> {
         if self.is_queuing {
             return None;
@@ -108,12 +108,12 @@ impl Inbox {
         submission
     }
 
-    /// Handles that the latest submission is queued.
+    /// Records that the latest submission is queued.
     pub fn handle_queued(&mut self) {
         self.is_queuing = false;
     }
 
-    /// Passes frames to the session until one causes a submission or no whole one is left.
+    /// Passes frames to the session until one causes a submission or no whole frame is left.
     fn process_input(&mut self, now: Now) -> Option<Submission> {
         while self.session.wants_input() {
             match frame::decode(&self.input, self.session.frame_bytes_max()) {

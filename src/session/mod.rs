@@ -1,11 +1,11 @@
 //! One device's connection as a state machine: frames and receipts in, replies and submissions out.
 //!
-//! `connection` owns the socket, the clocks and the queue, and `store` makes data durable. Bytes and
-//! mail reach a session through its [`inbox`]. A session waits for HELLO, then AUTH, then the store's
-//! login outcome, then serves the stream until it is closed. [`handshake`] contains the states before
-//! WELCOME, `stream` the state after it, with a part for each concern: `order` judges the numbers of
-//! frames, `refusals` bounds what is refused for good, `schemas` keeps what was declared, `clock`
-//! measures the device's clocks, and `pacing` holds the device to its quota.
+//! `connection` owns the socket, the clocks and the queue, and `store` makes data durable. Bytes and mail
+//! reach a session through its [`inbox`]. A session waits for HELLO, then AUTH, then the store's login
+//! outcome, then serves the stream until it is closed. [`handshake`] contains the states before WELCOME,
+//! `stream` the state after it, with a module for each concern: `order` judges the numbers of frames,
+//! `refusals` limits permanent refusals, `schemas` keeps declared schemas, `clock` measures the device's
+//! clocks, and `pacing` holds the device to its quota.
 //!
 //! Invariants
 //! - A call returns at most one [`Submission`], and nothing more is processed until it is queued.
@@ -189,8 +189,8 @@ pub struct Session {
     heard_at_us: u64,
     /// When the first byte of an incomplete frame arrived.
     frame_begun_at_us: Option<u64>,
-    /// Set when no more input is accepted: the session closes like this once all accepted frames
-    /// are acknowledged. Boxed, because an idle connection has none.
+    /// Set when no more input is accepted: the session closes for this reason once all accepted frames are
+    /// acknowledged. Boxed, because an idle connection has none.
     leaving: Option<Box<Close>>,
 }
 

@@ -1,5 +1,5 @@
-//! The position of a session in its stream: what a frame's number means, and what the device is
-//! asked for (SPEC R44, R60 to R66).
+//! The position of a session in its stream: judges the numbers of frames, and asks the device to
+//! resend missing ones (SPEC R44, R60 to R66).
 //!
 //! Invariants
 //! - `expected_seq` is one more than the last submitted or durable number, whichever is greater.

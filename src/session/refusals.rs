@@ -1,4 +1,4 @@
-//! Frames refused for good: their space in quarantine, their rate, and their NACKs of class 3.
+//! Permanently refused frames: their space in quarantine, their rate, and their NACKs of class 3.
 //!
 //! Invariant: such a NACK is sent only after a receipt covers the number, because the device deletes
 //! the frame when it receives the NACK.
@@ -84,7 +84,7 @@ impl Refusals {
         Ok(Ok(reservation))
     }
 
-    /// Handles that the expected frame was accepted or refused.
+    /// Records that the expected frame was accepted or refused.
     pub(super) fn end_wait(&mut self) {
         self.full_since_us = None;
     }

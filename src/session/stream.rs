@@ -130,8 +130,8 @@ impl Stream {
         outbound.nack(Code::PayloadCrc, 0, self.order.expected_seq, 0, detail);
     }
 
-    /// Handles the outcome of a DECLARE. Returns an event for the operator on the first refusal of
-    /// a session, unless the device had many recently: the device cannot fix it by itself.
+    /// Handles the outcome of a DECLARE. Returns an event for the operator on the first refusal of a
+    /// session, unless the device had many recently. The device cannot fix the cause by itself.
     pub(super) fn handle_declare_outcome(
         &mut self,
         outcome: DeclareOutcome,
@@ -185,8 +185,8 @@ impl Stream {
         Ok(None)
     }
 
-    /// Returns a submission to compare a frame with the content accepted or stored under its number
-    /// before.
+    /// Returns a submission that compares a frame with the content already accepted or stored under
+    /// its number.
     fn repeat(&self, frame: &Frame<'_>, now: Now) -> Option<Submission> {
         // A gap is reduced to numbers that were not durable.
         if !frame.intact || frame.header.frame_type == types::GAP {
@@ -209,7 +209,8 @@ impl Stream {
             .ask(Code::StoreDown, seq, retry_after_ms, detail, outbound);
     }
 
-    /// Handles the expected frame. A damaged payload is asked for again, unless it is damaged twice.
+    /// Handles the expected frame. Asks the device to resend a damaged payload, unless it is damaged
+    /// for the second time.
     fn handle_next(
         &mut self,
         frame: &Frame<'_>,

@@ -330,7 +330,7 @@ fn declare() -> Vec<u8> {
     out
 }
 
-/// All of it arrives at once.
+/// All frames arrive in one read.
 #[tokio::test]
 async fn input_waits_for_the_queue_and_for_outcomes() {
     let mut bench = Bench::welcomed().await;

@@ -1,4 +1,4 @@
-//! Splits a batch into several transactions when the database rejects the whole.
+//! Splits a batch into several transactions when the database rejects it as a whole.
 //!
 //! A limit on time, memory or locks rejects a large batch every time but accepts a smaller one. After an error
 //! that depends on size, the next transaction gets half as much; after a number of successes, twice as much.
@@ -42,7 +42,8 @@ impl Default for Cut {
 }
 
 impl Cut {
-    /// Returns the next part, from the first item that no earlier part had; `None` after the last one.
+    /// Returns the next part, starting with the first item that was in no earlier part; `None` after the last
+    /// one.
     pub(super) fn next_part<'b>(
         &self,
         batch: &'b Batch,
@@ -90,7 +91,7 @@ impl Cut {
         let Some(weight_max) = self.weight_max else {
             return;
         };
-        // A small part proves nothing.
+        // The success of a small part shows nothing about the limit.
         if weight(part) * 2 < weight_max {
             return;
         }

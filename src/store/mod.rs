@@ -340,7 +340,7 @@ pub struct Refusal {
     pub first_at_us: i64,
     /// Time of the latest refusal, microseconds UTC.
     pub at_us: i64,
-    /// Whether to add it to the device's audit trail also.
+    /// Whether to add it to the device's audit trail as well.
     pub is_audited: bool,
 }
 
@@ -397,10 +397,10 @@ pub struct Committed {
     pub stored: Stored,
 }
 
-/// Reason why nothing of a batch was committed.
+/// Reason why a commit failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// May pass (disk full, database locked): retry the same batch.
+    /// May be temporary (disk full, database locked): retry the same batch.
     #[error("{0}")]
     Transient(String),
     /// The store is not the one that assigned the ids in the batch (it was restored, or a standby without the

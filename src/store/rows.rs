@@ -142,7 +142,7 @@ impl<'a> EventRow<'a> {
     }
 }
 
-/// Reason of sessions whose end the gateway's last run did not store.
+/// Reason recorded for sessions that the gateway's last run left open.
 pub(super) const LEFT_OPEN: &str = "the gateway stopped without closing the session";
 
 /// Returns the sessions that began and those that ended.

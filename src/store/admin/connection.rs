@@ -70,7 +70,7 @@ pub enum QueryError {
         QUERY_TIMEOUT.as_secs()
     )]
     TooSlow,
-    /// A row that this program does not write.
+    /// A row with content that this program never writes.
     #[error("unexpected value {found:?} in column {column} of a row; check the store for damage")]
     Unexpected { column: usize, found: Value },
 }
@@ -251,8 +251,8 @@ impl Connection {
         }
     }
 
-    /// Passes the rows of a user's statement to `on_row` as they arrive, until that breaks; returns the value with
-    /// which it did.
+    /// Passes the rows of a user's statement to `on_row` as they arrive, until `on_row` breaks; returns the value
+    /// of the break.
     pub async fn run<B>(
         &mut self,
         sql: &str,
@@ -315,8 +315,8 @@ impl Connection {
         self.end(done).await
     }
 
-    /// Begins a transaction. In SQLite, first waits as long as the last one took, so that consecutive
-    /// transactions take at most half of the time, and then for the turn to write.
+    /// Begins a transaction. In SQLite, first pauses for the duration of the last transaction, so that consecutive
+    /// transactions take at most half of the time; then waits for the turn to write.
     pub async fn begin(&mut self) -> Result<(), QueryError> {
         let turn = match &self.file {
             Some(file) => {
@@ -343,7 +343,7 @@ impl Connection {
         begun
     }
 
-    /// Ends the transaction: commits it if what was `done` in it succeeded, or else rolls it back.
+    /// Ends the transaction: commits it if `done` is a success, and rolls it back otherwise.
     ///
     /// # Errors
     /// The error of `done`, or of the commit. Nothing was changed or, if the connection was lost during the commit,

@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::{Argument, Connection, Pace, QueryError, Reconnecting, Row, Value};
 use crate::store::DeviceId;
 
-/// Pace of polls for changes: a disabled device's session must end within a second, also behind a spool, where a
+/// Pace of polls for changes: a disabled device's session must end within a second, even behind a spool, where a
 /// change takes two polls.
 pub const CHANGES_PACE: Pace = Pace {
     interval: Duration::from_millis(250),

@@ -1,5 +1,5 @@
-//! Copies device changes by operators from the database to the spool: a gateway with a spool asks only the spool
-//! who may connect, whether the database is available or not.
+//! Copies device changes by operators from the database to the spool. A gateway with a spool looks up only there
+//! whether a device may connect, even while the database is available.
 
 use std::collections::HashSet;
 use std::path::PathBuf;

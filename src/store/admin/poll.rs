@@ -1,4 +1,4 @@
-//! The loop of everything that a gateway does at an interval, and the connection for it.
+//! The polling loop of a gateway's periodic tasks, and their connection.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ pub struct Pace {
     pub interval: Duration,
     /// A poll that takes longer is abandoned.
     pub timeout: Duration,
-    /// Polls take at most one part in this of the time; at least 1.
+    /// Polls take at most 1/`share` of the time; at least 1.
     pub share: u32,
 }
 
@@ -24,7 +24,7 @@ impl Pace {
     }
 }
 
-/// Something that a gateway does at an interval.
+/// A periodic task of a gateway.
 pub trait Poll: Send {
     /// Name in the log.
     const TASK: &'static str;
@@ -56,14 +56,14 @@ pub async fn poll_once<P: Poll>(poller: &mut P) {
     }
 }
 
-/// A connection that reads, opened when it is needed and again after a failure.
+/// A read-only connection that opens on first use, and reopens after a failure.
 pub struct Reconnecting {
     source: Source,
     connection: Option<Connection>,
 }
 
 impl Reconnecting {
-    /// Creates it without connecting.
+    /// Creates the connection without opening it.
     pub fn new(source: impl Into<Source>) -> Reconnecting {
         Reconnecting {
             source: source.into(),

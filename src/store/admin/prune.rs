@@ -17,8 +17,8 @@ const DEVICES_AT_ONCE: i64 = 64;
 const ROWS_AT_ONCE: i64 = 500;
 /// Pause between two statements, in which gateways commit.
 const PAUSE: Duration = Duration::from_millis(50);
-/// Number of newest events and clocks of a device that stay at any age, so that a clock that jumps ahead
-/// deletes little.
+/// Number of newest events and clocks of a device that stay at any age, so that pruning deletes little when
+/// a clock jumps ahead.
 const NEWEST: i64 = 100;
 /// Number of boot clocks that stay; a login uses the latest 8.
 const CLOCKS: i64 = 64;
@@ -28,7 +28,7 @@ const DAY_US: i64 = 86_400_000_000;
 /// oldest that stays; the time before which rows are deleted; the number of rows that stay at any age; and a
 /// limit.
 struct Table {
-    /// Query whether a device has rows to delete.
+    /// Query that returns whether a device has rows to delete.
     excess: &'static str,
     delete: &'static str,
     newest: i64,

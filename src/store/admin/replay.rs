@@ -15,7 +15,7 @@ use crate::store::schemas::{parse_declaration, series_key};
 use crate::store::{Content, DeviceId, Schema, SeriesId, StreamId, postgres, sqlite};
 use crate::time::{BootClock, BootClocks, Origin, ResolvedTime, Stamp};
 
-/// Maximum number of retries of a frame because a gateway created the partition of its readings meanwhile.
+/// Maximum number of retries of a frame if a gateway keeps creating the partition of its readings concurrently.
 const OVERTAKEN_MAX: usize = 10;
 
 #[derive(Clone, Debug)]
