@@ -50,8 +50,8 @@ pub(in crate::store) async fn quarantine_usage_is_the_sum_of_its_frames<H: Harne
     assert_eq!(h.dump().await.quarantine_usage, BTreeMap::from(usage));
 }
 
-/// No other record says that these numbers were lost, and a spool needs the record to determine what continues
-/// a stream.
+/// No other record says that these numbers were lost, and a spool needs the record to determine which frame
+/// continues a stream.
 pub(in crate::store) async fn a_quarantined_gap_covers_its_numbers<H: Harness>() {
     let mut h = H::create().await;
     let peer = peer(h.store(), "a").await;

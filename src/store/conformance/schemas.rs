@@ -132,8 +132,8 @@ pub(in crate::store) async fn a_device_cannot_exceed_its_limits<H: Harness>() {
     assert!(matches!(found[0], LoginOutcome::OverBound(_)));
 }
 
-/// Returns a login with a known schema and a declare of a new one: what a store receives when a device
-/// reconnects and declares something new.
+/// Returns a login with a known schema and a declare of a new one, as a store receives them from a
+/// device that reconnects with new firmware.
 pub(in crate::store) fn comes_back(device: DeviceId, schema: u16) -> (Vec<Login>, Vec<Declare>) {
     let mut known = login("a", 1, 1);
     known.schema = Some((0, [1; 8]));

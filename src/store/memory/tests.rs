@@ -1,4 +1,4 @@
-//! The conformance suite over the store in memory.
+//! The conformance suite over the in-memory store.
 
 use super::*;
 use crate::store::conformance::{Dump, Harness, conformance};

@@ -467,7 +467,8 @@ impl<'c> Admissions<'c> {
     }
 
     /// Finds series. The statement is planned on every execution: a few series are looked up in the index,
-    /// those of a whole fleet are joined. A cached plan could date from a small table and read all of it.
+    /// those of a whole fleet are joined. A plan that was cached while the table was small could read the whole
+    /// table.
     async fn find_series<'k>(
         &mut self,
         wanted: &[SeriesKey<'k>],

@@ -69,7 +69,7 @@ pub(super) struct Backends {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Backend {
-    /// Only its startup was seen: its application name, which is used once.
+    /// Only its startup was observed. Contains its application name, which is used once.
     Starting(String),
     /// Process id, which a later backend may reuse, and start time.
     Running { pid: i32, started_us: i64 },

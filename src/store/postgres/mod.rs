@@ -241,7 +241,7 @@ impl Store for PostgresStore {
         let Some(mut writer) = self.writer else {
             return Ok(());
         };
-        // Everything is durable already. These are courtesies, and a failure has no effect.
+        // Everything is durable already. The rest is optional cleanup, and a failure has no effect.
         let _ = self.identity.leave(&mut writer.conn).await;
         writer.conn.close().await;
         Ok(())

@@ -7,7 +7,8 @@
 //!
 //! Invariants
 //! - A row names a stored reading: readings of a failed commit are left out.
-//! - Rows that a killed gateway did not write are found in `readings` after the next start, for 100 series a second.
+//! - After a start, a gateway rebuilds the rows that a killed gateway did not write from `readings`, at 100 series
+//!   per second.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -27,7 +28,8 @@ const AHEAD_MAX_US: i64 = 86_400_000_000;
 const CHECKED_AT_ONCE: i64 = 100;
 /// Time between two such lookups.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// Maximum duration of such a lookup, in milliseconds. After that, a series is outdated until its next reading.
+/// Maximum duration of such a lookup, in milliseconds. If it takes longer, the rows of its series stay outdated
+/// until their next readings.
 const CHECK_TIMEOUT_MS: u32 = 5000;
 
 /// Rows that a writer has not written yet.

@@ -85,8 +85,8 @@ const TRANSACTION_TIMEOUT_SINCE: u32 = 170_000;
 const KEEP_SYNCHRONOUS: &str = "SELECT set_config('synchronous_commit',
         CASE setting WHEN 'off' THEN 'on' ELSE setting END, false)
     FROM (SELECT current_setting('synchronous_commit') AS setting) AS configured;";
-/// Lets a statement that runs or waits for a lock notice that its client is gone. Servers on some systems do
-/// not support this and reject it.
+/// Makes the server detect, while a statement runs or waits for a lock, that its client is gone. Servers on some
+/// systems do not support this and reject it.
 const CHECK_CLIENT: &str = "SET client_connection_check_interval = '5s'";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

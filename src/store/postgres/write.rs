@@ -81,7 +81,7 @@ impl Writer {
     ) -> Result<Committed, CommitError> {
         self.follow_operator().await?;
         identity.begin(&mut self.conn).await?;
-        // Ids of an earlier block would appear behind those that readers of the feed have seen.
+        // Ids of an earlier block would be lower than those that readers of the feed have passed.
         self.frame_ids = 0..0;
         // Every transaction locks rows of streams before those of devices.
         let mut watermarks = self.lock_watermarks(&batch.entries, identity).await?;

@@ -135,7 +135,7 @@ impl Destination {
         Ok(())
     }
 
-    /// Commits the batch. Where the database lacks earlier frames that it had, first records a gap.
+    /// Commits the batch. First records a gap for each range of earlier frames that the database has lost.
     pub(super) async fn commit(&mut self, batch: &mut Batch) -> Result<(), StoreError> {
         let mut committed = self.store.commit(batch).await?;
         let lost = lost_ranges(&batch.entries, &committed);

@@ -132,7 +132,7 @@ impl Drain {
 
 impl Feeder {
     /// Connects for the first time; `None` if the database is unavailable, because a spool works without it. If the
-    /// file is an earlier state of itself, continues from the positions in the database.
+    /// file was restored to an earlier state, continues from the positions in the database.
     pub(super) async fn begin(&mut self) -> Result<Option<Destination>, SpoolError> {
         let mut connected = self.try_connect().await?;
         if let Err(OpenError::SpoolRestored { .. }) = connected {
@@ -206,8 +206,8 @@ impl Feeder {
         Ok(Destination::open(settings, claimed.is_restored).await)
     }
 
-    /// If the database was restored, sends everything again that it may lack except for readings, and records a gap
-    /// for each stream in place of those.
+    /// If the database was restored, resends everything that it may lack except readings, and records a gap for
+    /// each stream in their place.
     async fn record_lost(&mut self, destination: &mut Destination) -> Result<(), StoreError> {
         if !destination.is_restored {
             return Ok(());

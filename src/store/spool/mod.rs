@@ -1,9 +1,9 @@
 //! A local SQLite file in front of Postgres. Frames are acknowledged when they are in the file; a task drains the file
 //! into the database, in order of arrival, whenever the database is available.
 //!
-//! All frames pass through the file, also while Postgres is available. So an ACK always means the same, and nothing
-//! has to switch when the database fails or returns. After a crash on either side the file may hold frames that the
-//! database has already; they are sent again, and its ledger skips them.
+//! All frames pass through the file, even while Postgres is available. So the meaning of an ACK never changes, and no
+//! switchover is needed when the database fails or returns. After a crash on either side the file may hold frames that
+//! the database has already; they are sent again, and its ledger skips them.
 //!
 //! Invariants
 //! - The spool deletes nothing before a receipt of the database covers it.
@@ -125,7 +125,7 @@ impl SpoolStore {
     }
 }
 
-/// Returns the content of the spool at `path`, also while a gateway uses it; `None` if it is not in use.
+/// Returns the content of the spool at `path`, even while a gateway uses it; `None` if it is not in use.
 pub async fn waiting(path: &Path) -> Result<Option<Waiting>, SpoolError> {
     if !path.exists() {
         return Ok(None);
@@ -135,7 +135,8 @@ pub async fn waiting(path: &Path) -> Result<Option<Waiting>, SpoolError> {
     waiting.map_err(|error| StoreError::Transient(error.to_string()).into())
 }
 
-/// Fails if frames wait in the spool at `path`, for a gateway that uses another store and would not drain them.
+/// Fails if frames wait in the spool at `path`. Call it for a gateway that uses another store and would not drain
+/// them.
 ///
 /// # Errors
 /// [`SpoolError::NotDrained`], or as for [`waiting`].

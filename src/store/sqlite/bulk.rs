@@ -2,7 +2,7 @@
 //! statement cache for any number of rows.
 //!
 //! Statements that write many rows use OR FAIL. Any other conflict resolution makes SQLite copy each page that
-//! a statement changes, to undo half of it; here a batch is rolled back as a whole.
+//! a statement changes, so that it can undo part of the statement; here a batch is rolled back as a whole.
 //!
 //! Invariant: parameters are anonymous (`?`). Numbered ones would be looked up by name at each bind, in time
 //! quadratic in the number of rows.
@@ -13,8 +13,8 @@ use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{Arguments, AssertSqlSafe, Encode, Sqlite, SqliteConnection, Type};
 
 /// Numbers of rows, in addition to one. Each statement is a round trip to SQLite's thread, so powers of two
-/// keep their number low: as many as the number of rows has ones in binary. More than a thousand rows per
-/// statement gain nothing.
+/// keep their number low: as many as the number of rows has ones in binary. Larger statements than about a
+/// thousand rows are no faster.
 const SIZES: &[usize] = &[1024, 512, 256, 128, 64, 32, 16, 8, 4, 2];
 
 /// End of the error about rows that were not written.

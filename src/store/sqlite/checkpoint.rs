@@ -65,7 +65,7 @@ struct Shared {
 
 #[derive(Clone, Copy, Debug)]
 enum Mode {
-    /// Moves the pages that need no waiting.
+    /// Moves the pages that can be moved without waiting.
     Passive,
     /// Moves all pages, waiting briefly for readers to finish.
     Restart,

@@ -319,7 +319,7 @@ pub async fn migrate(path: &Path, settings: &SqliteSettings) -> Result<(i64, i64
     Ok((before, Purpose::Store.latest_known()))
 }
 
-/// Copies a store as of one moment into the empty file `to`, also while a gateway writes. Does not sync the file.
+/// Copies a snapshot of a store into the empty file `to`, even while a gateway writes. Does not sync the file.
 /// The gateway's write-ahead log grows meanwhile.
 ///
 /// # Errors

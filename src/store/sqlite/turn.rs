@@ -1,4 +1,4 @@
-//! Takes turns at writing, between the gateway and the commands that write while it runs.
+//! Coordinates writes between the gateway and the commands that write while it runs.
 //!
 //! SQLite has no queue for its write lock: a waiting connection polls, while a gateway under load begins its
 //! next transaction immediately. So a command locks the file `<database>.turn` before it takes the write lock,

@@ -110,7 +110,7 @@ impl Writer {
 
     /// # Cancel safety
     /// A dropped future leaves a transaction behind, which the next call rolls back. It is then unknown whether
-    /// COMMIT was reached; committing the batch again is right in either case.
+    /// COMMIT was reached; committing the batch again is correct in either case.
     pub(super) async fn commit(&mut self, batch: &Batch) -> Result<Committed, sqlx::Error> {
         if self.unsettled {
             self.settle().await?;
@@ -152,7 +152,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Rolls back. After some errors SQLite has already done so, and this one fails without meaning; after any
+    /// Rolls back. After some errors SQLite has already done so, and this one fails without harm; after any
     /// other failure the next BEGIN fails.
     async fn rollback(&mut self) {
         let _ = sqlx::query("ROLLBACK").execute(&mut self.conn).await;

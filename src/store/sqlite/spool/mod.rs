@@ -69,7 +69,7 @@ pub(in crate::store) struct SeriesRow {
     pub(in crate::store) kind: String,
 }
 
-/// State of a store that a spool must have before it may answer devices.
+/// State of a store that a spool needs before it may answer devices.
 #[derive(Clone, Debug, Default)]
 pub(in crate::store) struct Standing {
     pub(in crate::store) devices: Vec<(DeviceId, DeviceRow)>,
@@ -340,7 +340,7 @@ async fn begin(conn: &mut SqliteConnection) -> Result<(), StoreError> {
     begun.map(drop).map_err(|error| classify(&error, "begin"))
 }
 
-/// Ends the transaction: commits it if it succeeded, or else rolls it back.
+/// Ends the transaction: commits it if it succeeded, and rolls it back otherwise.
 async fn end(
     conn: &mut SqliteConnection,
     done: Result<(), sqlx::Error>,

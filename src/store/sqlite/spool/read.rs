@@ -62,7 +62,7 @@ impl SpoolReader {
         Ok(Self { conn })
     }
 
-    /// Returns what waits in total; `None` if the spool is not in use.
+    /// Returns the totals of the waiting content; `None` if the spool is not in use.
     pub(in crate::store) async fn waiting(&mut self) -> Result<Option<Waiting>, sqlx::Error> {
         let (is_registered, frames, readings, oldest_us): (bool, i64, i64, Option<i64>) =
             sqlx::query_as(
