@@ -1,7 +1,7 @@
 //! Groups of settings: each setting once, with its flag, default, range and help.
 //!
-//! A field is the flag of `fieldgate serve` with the same name, and its documentation is the flag's help. The
-//! part of the gateway that a group is for takes the whole group. A number's unit is the end of its name.
+//! A field is the flag of `fieldgate serve` with the same name, and its documentation is the flag's help. Each part of
+//! the gateway takes its group as a whole. The name of a number ends with its unit.
 
 use std::path::PathBuf;
 
@@ -263,7 +263,7 @@ pub struct DeviceBounds {
     pub device_streams_max: u32,
 }
 
-/// What is kept of the session events of each device.
+/// Retention of each device's session events.
 #[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EventRetention {
     /// Maximum number of session events per device in device_events: connects, disconnects, refusals, changes of
@@ -346,7 +346,7 @@ pub struct PostgresOptions {
     pub allow_postgres_data_loss: bool,
 }
 
-/// The local file that takes readings while Postgres is down.
+/// The local file in front of Postgres.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub struct SpoolSettings {
     /// Acknowledge readings once they are in spool.db in the data directory, and drain them into Postgres from

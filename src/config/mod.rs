@@ -33,7 +33,7 @@ pub const TLS_CERT_FILE: &str = "server.pem";
 /// Name of the certificate's private key in [`TLS_DIR`].
 pub const TLS_KEY_FILE: &str = "server.key";
 
-/// Implements `Default` for groups of settings: each flag's default.
+/// Implements `Default` for groups of settings, from the defaults of their flags.
 macro_rules! defaults {
     ($($group:ty),* $(,)?) => {$(
         impl Default for $group {
@@ -148,7 +148,7 @@ pub enum ConfigError {
     /// A spool in front of SQLite, which is a local file itself.
     #[error("--spool requires Postgres: set --store postgres://…, or omit --spool")]
     SpoolWithoutPostgres,
-    /// Anyone in the network could read readings and device names.
+    /// Anyone on the network could read readings and device names.
     #[error(
         "http {http} is reachable from other machines without a token; use 127.0.0.1, set --http-token-file, or \
          --http off"

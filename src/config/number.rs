@@ -1,4 +1,4 @@
-//! Parses the number of a setting: with the unit that the setting's name ends with, within a range.
+//! Parses the number of a setting, in the unit with which the setting's name ends, and checks its range.
 
 use std::ffi::OsStr;
 use std::marker::PhantomData;
