@@ -1,11 +1,11 @@
 //! Collects submissions into the next batch.
 //!
-//! It knows no queue and no clock: `ingest` adds submissions and asks whether the batch is due. A
-//! batch is due when it is full, or when its writer is idle and an interval has passed since the
-//! last commit. At high load the interval is short, because batches grow anyway. At low load it is
-//! longer, so that devices that send rarely share commits and the storage medium lasts longer. It
-//! stays short while a device waits for its login or DECLARE, or for the ACK that lets it send the
-//! next frame.
+//! It has no access to the queue or a clock: `ingest` adds submissions and asks whether the batch
+//! is due. A batch is due when it is full, or when its writer is idle and an interval has passed
+//! since the last commit. At high load the interval is short, because batches grow anyway. At low
+//! load it is longer, so that devices that send rarely share commits and the storage medium lasts
+//! longer. It stays short while a device waits for its login or DECLARE, or for the ACK that lets
+//! it send the next frame.
 
 use std::collections::HashSet;
 

@@ -36,7 +36,7 @@ pub struct Gauge {
 
 #[derive(Debug, Default)]
 struct Levels {
-    /// Of devices that use quarantine or wait for it.
+    /// Usage of the devices that use quarantine or wait for it.
     devices: HashMap<DeviceId, Usage>,
     /// Whether a device was asked to wait because quarantine is full.
     is_full: bool,
@@ -47,7 +47,7 @@ struct Levels {
 struct Usage {
     /// In the store at the last query.
     stored: u64,
-    /// Reserved, and not included in `stored` for certain.
+    /// Reserved, and possibly not included in `stored`.
     reserved: u64,
     /// The part of `reserved` whose commits have ended.
     committed: u64,
@@ -230,7 +230,7 @@ mod tests {
         assert!(gauge.reserve(DeviceId(99), 1).is_none());
     }
 
-    /// Queries a usage of `stored` without anything happening meanwhile.
+    /// Applies a usage query with the result `stored`, without concurrent changes.
     fn query(gauge: &Gauge, stored: QuarantineUsage) {
         gauge.update(&stored, &gauge.committed());
     }
