@@ -87,8 +87,9 @@ CREATE TABLE series (
 -- numbers after it. It takes them with take_frame_id_blocks.
 CREATE SEQUENCE frame_id_blocks;
 
--- Takes blocks for the present transaction. Until that ends, its advisory lock shows every reader a block below
--- all that it took: the value of the sequence before. Other keys have other upper 16 bits.
+-- Takes blocks for the current transaction. Until the transaction ends, its advisory lock shows every reader a
+-- block lower than all those that it took: the previous value of the sequence. Other keys have other upper 16
+-- bits.
 CREATE FUNCTION take_frame_id_blocks(blocks bigint) RETURNS SETOF bigint LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock_shared(
@@ -96,8 +97,8 @@ BEGIN
     RETURN QUERY SELECT nextval('frame_id_blocks') FROM generate_series(1, blocks);
 END $$;
 
--- Returns an id below which no frame will appear any more: all up to it that were ever taken are committed and
--- visible to the next statement, or never will be. The sequence is read before the locks: a transaction that
+-- Returns an id up to which no new frame will appear: each id up to it that was ever taken is committed and
+-- visible to the next statement, or will never be used. The sequence is read before the locks: a transaction that
 -- took an id by then has its lock, or has ended. Locks are released after a commit has become visible.
 CREATE FUNCTION settled_frame_id() RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
