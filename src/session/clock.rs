@@ -4,7 +4,6 @@ use fieldgate_protocol::message::Ping;
 
 use crate::time::{BootClock, BootClocks, Now};
 
-/// Clocks of a session's device.
 pub(super) struct DeviceClock {
     boot: u32,
     pub known: BootClocks,

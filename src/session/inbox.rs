@@ -1,4 +1,4 @@
-//! The only path of bytes and mail to a session. It processes them always in the same order.
+//! The only path of bytes and mail to a session. It always processes them in the same order.
 //!
 //! The caller appends received bytes to [`Inbox::input`], passes mail to [`Inbox::handle_mail`] and
 //! time to the session, and then polls for submissions until there is none.

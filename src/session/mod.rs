@@ -582,7 +582,6 @@ fn guess(byte: u8) -> &'static str {
     }
 }
 
-/// Creates an audit event.
 fn audit(
     device: DeviceId,
     session: Option<SessionId>,

@@ -15,7 +15,6 @@ use super::Close;
 use super::reply::Outbound;
 use crate::store::Receipt;
 
-/// Position in a stream.
 pub(super) struct Order {
     /// The receipt with the highest number.
     pub durable: Receipt,

@@ -6,7 +6,6 @@ use crate::quota::device::DeviceQuota;
 use crate::session::Submission;
 use crate::store::{Content, Entry};
 
-/// Pace of a session's input.
 pub(super) struct Pacing {
     pub quota: Arc<DeviceQuota>,
     /// When input resumes; `None` if it is not paused.

@@ -18,7 +18,6 @@ const MAX: usize = 8;
 const WINDOW_US: u64 = 60_000_000;
 const RETRY_AFTER_MS: u32 = 60_000;
 
-/// Refusals of a session.
 pub(super) struct Refusals {
     quarantine: Arc<Gauge>,
     /// Since when quarantine is full for the expected frame.

@@ -5,8 +5,8 @@ const WAIT_MS: std::ops::RangeInclusive<u64> = 1_000..=60_000;
 
 /// Returns the delay for a device, in milliseconds, if the cause has lasted since `since_us`: about
 /// the time it has lasted so far. A device therefore resends only a few times in an outage of any
-/// length, and waits at most about as long as the outage lasted. The delays of devices differ by up
-/// to a quarter in either direction, so that a fleet does not reconnect all at the same time.
+/// length, and waits at most about as long as the outage lasted. Each delay varies by up to a
+/// quarter in either direction, so that a fleet does not reconnect all at the same time.
 pub(crate) fn retry_after_ms(since_us: u64, now_us: u64, device: i64) -> u32 {
     let lasted_ms = now_us.saturating_sub(since_us) / 1000;
     let wait_ms = lasted_ms.clamp(*WAIT_MS.start(), *WAIT_MS.end());

@@ -13,7 +13,6 @@ use crate::store::{Declare, DeclareOutcome, DeclaredChannel, DeviceId, Schema};
 /// declare it again (R47).
 const MAX: usize = 8;
 
-/// Schemas of a session.
 pub(super) struct Schemas {
     /// The latest is last.
     known: VecDeque<Arc<Schema>>,

@@ -37,7 +37,6 @@ pub struct Event {
     pub readings: Vec<Reading>,
 }
 
-/// A reading in a frame.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Reading {
     pub channel: String,

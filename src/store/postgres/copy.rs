@@ -18,7 +18,6 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// Begins a row.
     pub(super) fn row(&mut self, fields: i16) -> &mut Self {
         self.bytes.extend_from_slice(&fields.to_be_bytes());
         self

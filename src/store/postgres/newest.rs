@@ -7,7 +7,7 @@
 //!
 //! Invariants
 //! - A row names a stored reading: readings of a failed commit are left out.
-//! - After a start, a gateway rebuilds the rows that a killed gateway did not write from `readings`, at 100 series
+//! - After a start, a gateway rebuilds, from `readings`, the rows that a killed gateway did not write, at 100 series
 //!   per second.
 
 use std::collections::BTreeMap;
