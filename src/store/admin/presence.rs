@@ -18,9 +18,11 @@ use crate::config::store_url::StoreUrl;
 use crate::metrics::Metrics;
 use crate::time::SystemClock;
 
-/// Number of devices per query and per transaction.
-const DEVICES_AT_ONCE: i64 = 500;
-/// Pause between two transactions, during which gateways can commit.
+/// Number of devices per query and per transaction. Commits of SQLite wait while a transaction records the changes.
+const DEVICES_AT_ONCE: i64 = 200;
+/// Number of devices whose intervals are learned per round. Their last frames have to be read.
+const LEARNED_AT_ONCE: usize = 64;
+/// Pause after a transaction, during which gateways can commit.
 const PAUSE: Duration = Duration::from_millis(10);
 /// Number of a device's last frames from which its interval is learned.
 const FRAMES_LEARNED: i64 = 128;
@@ -176,12 +178,10 @@ impl PresenceWatch {
             changes.twins = twins(connection, after, last, now_us).await?;
             self.record(connection, &changes, now_us).await?;
             if !has_learned && last > self.learned {
-                self.learn(connection, &devices, after, last).await?;
-                self.learned = last;
+                self.learn(connection, &devices).await?;
                 has_learned = true;
             }
             after = last;
-            tokio::time::sleep(PAUSE).await;
         }
         if !has_learned {
             self.learned = 0;
@@ -222,7 +222,9 @@ impl PresenceWatch {
         }
         connection.begin().await?;
         let recorded = self.record_all(connection, changes, now_us).await;
-        connection.end(recorded).await
+        connection.end(recorded).await?;
+        tokio::time::sleep(PAUSE).await;
+        Ok(())
     }
 
     async fn record_all(
@@ -267,18 +269,23 @@ impl PresenceWatch {
         Ok(())
     }
 
-    /// Learns the intervals of the devices after `after` up to `last`. Keeps an interval if the new one differs by at
-    /// most a quarter.
+    /// Learns the intervals of the first of `devices` that are next. Keeps an interval if the new one differs by at most
+    /// a quarter.
     async fn learn(
-        &self,
+        &mut self,
         connection: &mut Connection,
         devices: &[Device],
-        after: i64,
-        last: i64,
     ) -> Result<(), QueryError> {
+        let next = devices.iter().filter(|device| device.id > self.learned);
+        let next: Vec<&Device> = next.take(LEARNED_AT_ONCE).collect();
+        let after = self.learned;
+        let Some(last) = next.last().map(|device| device.id) else {
+            return Ok(());
+        };
         let rows = connection
             .rows(&arrivals_sql(), &[after.into(), last.into()])
             .await?;
+        self.learned = last;
         let mut arrivals: BTreeMap<i64, Vec<i64>> = BTreeMap::new();
         for row in &rows {
             let of_device = arrivals.entry(row.integer(0)?).or_default();
@@ -286,7 +293,7 @@ impl PresenceWatch {
         }
         let mut cases = String::new();
         let mut changed = Vec::new();
-        for device in devices {
+        for device in next {
             let arrivals = arrivals.get(&device.id).map_or(&[][..], Vec::as_slice);
             let Some(interval_s) = interval_of(arrivals, self.keepalive_s) else {
                 continue;
