@@ -52,7 +52,7 @@ fn start_settings_schema_and_end_are_logged() {
         assert!(settings.contains(setting), "no {setting} in {settings}");
     }
     assert!(!settings.contains("ack-timeout-s"), "{settings}");
-    assert!(find(&events, "schema brought up to date")["after"].as_i64() > Some(0));
+    assert!(find(&events, "schema updated")["after"].as_i64() > Some(0));
     let serving = find(&events, "serving");
     assert_eq!(serving["listen"], addr);
     let database = serving["database"].as_str().expect("text");

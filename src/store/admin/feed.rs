@@ -100,7 +100,7 @@ pub async fn page(
         to: settled,
         events: Vec::new(),
     };
-    // Readings of the page, and of all frames that it covers.
+    // Numbers of readings: in the events of the page, and in all frames up to `page.to`.
     let (mut readings, mut covered) = (0, 0);
     let is_whole = (frames.len() as i64) < PAGE_FRAMES;
     for row in &frames {

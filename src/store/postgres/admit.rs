@@ -95,7 +95,7 @@ impl<'c> Admissions<'c> {
         let devices: BTreeSet<DeviceId> = new.iter().map(|declare| declare.device).collect();
         let mut counts = HashMap::new();
         if !devices.is_empty() {
-            // Another gateway may have been faster; from here on it waits.
+            // Another gateway may have stored the schema since. The lock makes it wait from here on.
             counts = self.lock_and_count(&devices, logins).await?;
             stored = self.find_schemas(wanted).await?;
         }

@@ -197,7 +197,7 @@ pub(super) async fn bring_up_to_date(conn: &mut Link, url: &PostgresUrl) -> Resu
         let role = Role::Writer { keeps: false };
         set(conn, url, role).await?;
         let after = latest_known();
-        tracing::info!(database = %url, before, after, "schema brought up to date");
+        tracing::info!(database = %url, before, after, "schema updated");
     }
     Ok(before)
 }

@@ -77,8 +77,8 @@ impl Identity {
         }
     }
 
-    /// Returns whether the file lacks the latest transaction. A missing stream was removed with its device, or
-    /// the count of logins reveals the loss.
+    /// Returns whether the file lacks the latest transaction. If the stream is missing, either its device was removed,
+    /// or a lower count of logins shows that the file is older.
     async fn lacks_newest(&self, conn: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
         let Some((stream, seq)) = self.newest else {
             return Ok(false);

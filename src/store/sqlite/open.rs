@@ -284,7 +284,7 @@ pub(super) async fn writer(
     let after = settings.purpose.latest_known();
     if before != after {
         let path = path.display();
-        tracing::info!(%path, before, after, "schema brought up to date");
+        tracing::info!(%path, before, after, "schema updated");
     }
     Ok(conn)
 }

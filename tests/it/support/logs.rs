@@ -50,7 +50,7 @@ pub fn keep_of(output: Output) -> Output {
 pub fn by_default(log: &str) -> String {
     let lines = log.split_inclusive('\n');
     let is_usual = |line: &str| {
-        let usual = ["cli::serve: ", "schema brought up to date"];
+        let usual = ["cli::serve: ", "schema updated"];
         line.contains("Z  INFO ") && usual.iter().any(|usual| line.contains(usual))
     };
     lines
