@@ -97,10 +97,10 @@ CREATE TABLE frames (
     -- without a time. readings.ts - clock_offset_us is the device's own time.
     quality         INTEGER,
     clock_offset_us INTEGER,
-    -- The last reading of the frame is from received_at - lag_us, the first from span_us before that: its readings
-    -- are found by series and time. Small numbers take few bytes, and 0 takes none.
-    lag_us          INTEGER,
-    span_us         INTEGER,
+    -- Times of the first and the last reading of the frame, so that its readings are found by index. first_ts may be
+    -- NULL if it equals last_ts: a frame with one reading then takes 8 bytes less.
+    first_ts        INTEGER,
+    last_ts         INTEGER,
     -- CRC-32C of the frame. A repeated number with a different checksum was assigned twice.
     crc             INTEGER,
     UNIQUE (stream_id, seq)

@@ -95,9 +95,14 @@ const CRC: i64 = 0x89AB_CDEF;
 fn bind_frame(arguments: &mut SqliteArguments, frame: Frame, job: &Job) -> Bound {
     let readings = job.workload.frame_readings() as i64;
     let Frame { device, seq, id } = frame;
-    [id, device, seq, 17, seq, readings, 0, 0, 500_000, 0, CRC]
-        .into_iter()
-        .try_for_each(|value| arguments.add(value))
+    let last_us = job.start_us;
+    let first_us = (job.workload.samples > 1).then_some(last_us);
+    for value in [id, device, seq, 17, seq, readings, 0, 0] {
+        arguments.add(value)?;
+    }
+    arguments.add(first_us)?;
+    arguments.add(last_us)?;
+    arguments.add(CRC)
 }
 
 fn bind_reading(arguments: &mut SqliteArguments, row: Row, start_us: i64) -> Bound {

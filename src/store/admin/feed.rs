@@ -225,7 +225,7 @@ const READINGS_SQLITE: &str = "SELECT f.id AS frame, s.channel AS channel, s.uni
      CROSS JOIN devices AS d ON d.id = st.device_id
      CROSS JOIN series AS s ON s.device_id = d.id
      CROSS JOIN readings_sorted AS r ON r.series_id = s.id AND r.frame_id = f.id
-         AND r.ts >= f.received_at - f.lag_us - f.span_us AND r.ts <= f.received_at - f.lag_us
+         AND r.ts >= coalesce(f.first_ts, f.last_ts) AND r.ts <= f.last_ts
      WHERE f.id > $1 AND f.id <= $2 AND f.readings > 0
          AND ($3 = '' OR d.name = $3) AND ($4 = '' OR s.channel = $4)
      UNION ALL

@@ -192,12 +192,7 @@ impl Connection {
                 let sql = "UPDATE frames SET readings = $1 WHERE id = $2";
                 self.execute(sql, &[count.into(), id.into()]).await?;
                 if let Some((first_us, last_us)) = readings.span() {
-                    let sql = match self.is_sqlite() {
-                        true => {
-                            "UPDATE frames SET lag_us = received_at - $2, span_us = $2 - $1 WHERE id = $3"
-                        }
-                        false => "UPDATE frames SET first_ts = $1, last_ts = $2 WHERE id = $3",
-                    };
+                    let sql = "UPDATE frames SET first_ts = $1, last_ts = $2 WHERE id = $3";
                     let span = [Argument::Time(first_us), Argument::Time(last_us), id.into()];
                     self.execute(sql, &span).await?;
                 }

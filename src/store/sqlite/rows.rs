@@ -41,7 +41,7 @@ impl Rows {
         Self {
             frames: insert(
                 "frames(id, stream_id, seq, type, received_at, readings, quality, clock_offset_us,
-                    lag_us, span_us, crc)",
+                    first_ts, last_ts, crc)",
                 11,
                 "",
             )
@@ -126,8 +126,8 @@ impl Rows {
                     .bind(frame.item.readings() as i64)
                     .bind(time.map(|time| time.quality as i64))
                     .bind(time.map(|time| time.offset_us))
-                    .bind(span.map(|(_, last_us)| entry.received_at_us - last_us))
-                    .bind(span.map(|(first_us, last_us)| last_us - first_us))
+                    .bind(span.and_then(|(first, last)| (first < last).then_some(first)))
+                    .bind(span.map(|(_, last)| last))
                     .bind(entry.crc.map(i64::from));
             })
             .await
