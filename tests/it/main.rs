@@ -12,6 +12,7 @@ mod feed;
 mod fleet_key;
 mod fuzzed;
 mod gateways;
+mod grafana;
 mod handshake;
 mod http;
 mod import;
