@@ -25,6 +25,7 @@ mod quarantine;
 mod query;
 #[cfg(test)]
 mod reference;
+mod retention;
 mod serve;
 mod settings_file;
 mod statement;
@@ -39,7 +40,7 @@ use std::path::PathBuf;
 
 use crate::auth::fleet_key::KeyError;
 use crate::config::store_url::without_password;
-use crate::config::{ConfigError, Location};
+use crate::config::{Config, ConfigError, Location, Settings};
 use crate::net::tls::TlsError;
 use crate::store::admin::{OpenError, QueryError};
 use crate::store::spool::SpoolError;
@@ -72,7 +73,7 @@ struct Cli {
 const ENV_PREFIX: &str = "FIELDGATE_";
 
 /// The subcommands whose flags are settings: the same flags.
-const SETTINGS_COMMANDS: [&str; 2] = ["serve", "doctor"];
+const SETTINGS_COMMANDS: [&str; 3] = ["serve", "doctor", "retention"];
 /// The one flag of `serve` that selects an action and is therefore not a setting.
 const CHECK_FLAG: &str = "check";
 
@@ -180,6 +181,9 @@ enum Command {
     /// Copy a SQLite store to FILE, even while the gateway runs. The copy does not contain the fleet key. After a
     /// restore, devices resend the frames that they still hold; other frames since the backup appear in missing_frames
     Backup(backup::BackupArgs),
+    /// Show how many rows the retention settings delete from the store, or delete them now. Run it with the gateway's
+    /// settings
+    Retention(Box<retention::RetentionArgs>),
     /// Print the completion script for a shell
     Completions(manual::CompletionsArgs),
     /// Write a man page for each command into a directory
@@ -495,6 +499,7 @@ impl Cli {
             }
             Command::Doctor(args) => check::doctor(args.settings, self.global.location).await,
             Command::Query(args) => query::query(&store, &args).await,
+            Command::Retention(args) => retention::retention(*args, self.global.location).await,
             Command::Device(command) => {
                 device::device(self.global.fleet_key(), &store, &command).await
             }
@@ -514,6 +519,14 @@ impl Cli {
             Command::Status => status::status(&store, &self.global.location.data_dir).await,
         }
     }
+}
+
+/// Returns the settings if they are valid, or the first fault.
+fn valid_config(settings: Settings, location: Location) -> Result<Config, Error> {
+    Config::new(settings, location).map_err(|faults| {
+        let first = faults.into_iter().next();
+        first.map_or_else(|| Error::Shown(2), Error::Config)
+    })
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use fieldgate_protocol::frame::{
 use super::address::{HttpAddress, ListenAddress};
 use super::defaults;
 use super::number::number;
+use super::retention::{ReadingRetention, RetentionRule};
 
 const DAY_S: u64 = 86_400;
 const MIB: u64 = 1 << 20;
@@ -206,7 +207,7 @@ pub struct DeviceSettings {
 
     /// Session events.
     #[command(flatten)]
-    pub retention: EventRetention,
+    pub events: EventRetention,
 
     /// Maximum size of quarantined frames in bytes, an eighth of it per device; beyond it, devices keep such
     /// frames and wait. Raise it if quarantine is checked only rarely
@@ -275,6 +276,45 @@ pub struct EventRetention {
     /// of each device
     #[arg(long, value_name = "DAYS", default_value = "90", value_parser = number::<u32>(1, 36_500))]
     pub device_events_days: u32,
+}
+
+/// What is deleted after some time. Without these settings, everything is kept.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+#[command(next_help_heading = "Retention")]
+pub struct RetentionSettings {
+    /// Days after which readings are deleted, by their time [default: never]. The newest reading of each series stays.
+    /// Postgres deletes readings by the month, so up to a month later
+    #[arg(long, value_name = "DAYS", value_parser = number::<u32>(1, 36_500))]
+    pub readings_days: Option<u32>,
+
+    /// Other days for some readings, such as device=pump-*,channel=vib*,unit=mm/s,days=7 or unit=Cel,days=forever. The
+    /// first matching rule applies. Separate several rules by semicolons [default: none]
+    #[arg(long, value_name = "RULES", value_delimiter = ';')]
+    pub retention_rule: Vec<RetentionRule>,
+
+    /// Days after which rows of the ledger are deleted: `frames` and `gaps`, by receipt [default: never]. Not below the
+    /// days of the readings. A frame that is sent again is recognized without its row
+    #[arg(long, value_name = "DAYS", value_parser = number::<u32>(1, 36_500))]
+    pub frames_days: Option<u32>,
+
+    /// Days after which frames in quarantine are deleted, by receipt [default: never]
+    #[arg(long, value_name = "DAYS", value_parser = number::<u32>(1, 36_500))]
+    pub quarantine_days: Option<u32>,
+
+    /// Days after which events that devices reported and changes by operators are deleted [default: never]. For
+    /// session events see --device-events-days
+    #[arg(long, value_name = "DAYS", value_parser = number::<u32>(1, 36_500))]
+    pub reported_events_days: Option<u32>,
+}
+
+impl RetentionSettings {
+    /// Returns the retention of readings.
+    pub fn readings(&self) -> ReadingRetention {
+        ReadingRetention {
+            days: self.readings_days,
+            rules: self.retention_rule.clone(),
+        }
+    }
 }
 
 /// The queue for the store, and its batches.
@@ -383,6 +423,10 @@ pub struct Settings {
     #[command(flatten)]
     pub devices: DeviceSettings,
 
+    /// Retention.
+    #[command(flatten)]
+    pub retention: RetentionSettings,
+
     /// The queue for the store.
     #[command(flatten)]
     pub ingest: IngestSettings,
@@ -411,6 +455,7 @@ defaults!(
     SessionLimits,
     DeviceRates,
     DeviceBounds,
+    RetentionSettings,
     IngestSettings,
     SqliteOptions,
     PostgresOptions,

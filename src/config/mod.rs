@@ -19,6 +19,7 @@ use crate::sys::secret_file::SecretReaders;
 pub mod address;
 mod groups;
 mod number;
+pub mod retention;
 pub mod store_url;
 pub mod units;
 
@@ -145,6 +146,17 @@ pub enum ConfigError {
     /// A certificate without its key, or a key without its certificate.
     #[error("--tls-cert and --tls-key belong together: set both or neither")]
     HalfATlsPair,
+    /// The ledger may not lose frames whose readings are in the store.
+    #[error(
+        "frames-days ({frames}) must be at least as long as every reading is kept ({readings}); raise it, or lower \
+         --readings-days and --retention-rule"
+    )]
+    LedgerBeforeReadings {
+        /// Days of the ledger.
+        frames: u32,
+        /// Days of the readings that are kept longest.
+        readings: String,
+    },
     /// A spool in front of SQLite, which is a local file itself.
     #[error("--spool requires Postgres: set --store postgres://…, or omit --spool")]
     SpoolWithoutPostgres,
@@ -234,6 +246,7 @@ impl Config {
             faults.push(ConfigError::SpoolWithoutPostgres);
         }
         faults.extend(tls_faults(listeners));
+        faults.extend(retention_fault(&settings.retention));
         faults.extend(contradictions(&settings));
         match listen {
             Some(listen) if faults.is_empty() => Ok(Config {
@@ -269,6 +282,16 @@ impl Config {
             key_readers: self.location.secret_readers(),
         })
     }
+}
+
+fn retention_fault(retention: &RetentionSettings) -> Option<ConfigError> {
+    let frames = retention.frames_days?;
+    let readings = match retention.readings().longest() {
+        Some(days) if days <= frames => return None,
+        Some(days) => days.to_string(),
+        None => "forever".to_owned(),
+    };
+    Some(ConfigError::LedgerBeforeReadings { frames, readings })
 }
 
 fn tls_faults(listeners: &ListenSettings) -> Vec<ConfigError> {

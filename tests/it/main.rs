@@ -33,6 +33,7 @@ mod query;
 mod readers;
 mod replay;
 mod restored;
+mod retention;
 mod said;
 mod service;
 mod session;

@@ -29,6 +29,7 @@ use crate::store::admin::mirror::Mirror;
 use crate::store::admin::presence::PresenceWatch;
 use crate::store::admin::prune::Pruner;
 use crate::store::admin::quarantine_usage::UsageReader;
+use crate::store::admin::retention::Retention;
 use crate::store::admin::{Poll, Source, poll_once};
 use crate::store::postgres::{PostgresSettings, PostgresStore};
 use crate::store::spool::{self, SpoolError, SpoolStore};
@@ -44,7 +45,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::announce::announce;
 use self::sockets::{bind, bind_http, connections_within_limit, load_tls, refuse_unused};
-use super::{Error, LogFormat, fleet_key};
+use super::{Error, LogFormat, fleet_key, valid_config};
 
 /// Signal for a write beyond the file size limit (RLIMIT_FSIZE).
 #[cfg(target_os = "linux")]
@@ -92,12 +93,7 @@ pub async fn serve(settings: Settings, location: Location, start: Start<'_>) -> 
     // With a handler, a write beyond the file size limit fails as on a full disk and does not end the process.
     #[cfg(target_os = "linux")]
     let _file_size = listen_to(SignalKind::from_raw(SIGXFSZ))?;
-    let config = Config::new(settings, location).map_err(|faults| {
-        faults
-            .into_iter()
-            .next()
-            .map_or_else(|| Error::Shown(2), Error::Config)
-    })?;
+    let config = valid_config(settings, location)?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         settings = start.changed,
@@ -227,7 +223,8 @@ async fn serve_into<S: Store>(
         tracing::warn!(%listen, "listener accepts unencrypted connections");
     }
     let gauge = Arc::new(Gauge::new(config.devices.quarantine_bytes_max));
-    let pruner = Pruner::new(&config.store, spool.clone(), config.devices.retention);
+    let retention = Retention::new(&config.store, config.retention.clone());
+    let pruner = Pruner::new(&config.store, spool.clone(), config.devices.events);
     let mut usage = UsageWatch {
         gauge: Arc::clone(&gauge),
         usage: UsageReader::new(&config.store, spool),
@@ -259,6 +256,7 @@ async fn serve_into<S: Store>(
     tasks.spawn_poller(devices);
     tasks.spawn("fleet key", async move { key_file.watch_only().await });
     tasks.spawn_poller(pruner);
+    tasks.spawn_poller(retention);
     if let Some(mirror) = mirror {
         tasks.spawn_poller(mirror);
     }

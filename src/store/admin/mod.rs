@@ -10,6 +10,7 @@ pub mod prune;
 pub mod quarantine_usage;
 pub mod removal;
 pub mod replay;
+pub mod retention;
 
 mod connection;
 mod poll;

@@ -33,6 +33,7 @@ pub(super) use self::newest::insert_newest;
 pub(super) use self::open::open_existing;
 pub use self::open::{check, migrate, settings_that_lose_data};
 use self::partitions::Partitions;
+pub(super) use self::partitions::{Partition, drop_partition, partitions};
 pub use self::timestamp::Timestamp;
 use self::write::Writer;
 pub(super) use self::write::{insert_hours, insert_readings};

@@ -55,6 +55,8 @@ const MAKERS_LOCK: i64 = 1_179_086_964;
 /// into that partition also wait. After one second (`deadlock_timeout`) Postgres cancels a vacuum that blocks
 /// the lock.
 const LOCK_TIMEOUT_MS: u64 = 2000;
+/// Maximum wait for the lock to drop a partition, in milliseconds. Commits queue behind it.
+const DROP_TIMEOUT_MS: u64 = 300;
 /// Maximum time, in milliseconds, to move readings and scan the default partition on the first attempt. It
 /// doubles for the second attempt and doubles again from the third on. All of these are below the time after
 /// which an unresponsive server is abandoned.
@@ -394,8 +396,25 @@ async fn make_table(conn: &mut Link, Span { name, from, to }: &Span) -> Result<(
 
 /// Returns the time ranges of the existing partitions, in microseconds.
 async fn bounds(conn: &mut Link) -> Result<Vec<(i64, i64)>, sqlx::Error> {
-    let bounds: Vec<(Timestamp, Timestamp)> = sqlx::query_as(
-        "SELECT coalesce(nullif(translate(bound[1], '''', ''), 'MINVALUE'), '-infinity')::timestamptz,
+    let partitions = partitions(conn).await?;
+    let bounds = partitions
+        .into_iter()
+        .map(|partition| (partition.from_us, partition.to_us));
+    Ok(bounds.collect())
+}
+
+/// A partition of `readings` with a time range: from `from_us` to before `to_us`.
+pub struct Partition {
+    /// Its name, as SQL.
+    pub name: String,
+    pub from_us: i64,
+    pub to_us: i64,
+}
+
+/// Returns the attached partitions except the default partition.
+pub async fn partitions(conn: &mut Link) -> Result<Vec<Partition>, sqlx::Error> {
+    let partitions: Vec<(String, Timestamp, Timestamp)> = sqlx::query_as(
+        "SELECT c.oid::regclass::text, coalesce(nullif(translate(bound[1], '''', ''), 'MINVALUE'), '-infinity')::timestamptz,
              coalesce(nullif(translate(bound[2], '''', ''), 'MAXVALUE'), 'infinity')::timestamptz
          FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid,
              regexp_match(pg_get_expr(c.relpartbound, c.oid), 'FROM \\((.*)\\) TO \\((.*)\\)') AS bound
@@ -403,8 +422,36 @@ async fn bounds(conn: &mut Link) -> Result<Vec<(i64, i64)>, sqlx::Error> {
     )
     .fetch_all(&mut *conn)
     .await?;
-    let bounds = bounds.into_iter().map(|(from, to)| (from.0, to.0));
-    Ok(bounds.collect())
+    let partitions = partitions.into_iter().map(|(name, from, to)| Partition {
+        name,
+        from_us: from.0,
+        to_us: to.0,
+    });
+    Ok(partitions.collect())
+}
+
+/// Drops a partition with its readings. Returns false if a query of someone else uses `readings` for longer than
+/// [`DROP_TIMEOUT_MS`]: commits wait meanwhile.
+pub async fn drop_partition(conn: &mut Link, partition: &Partition) -> Result<bool, sqlx::Error> {
+    const LOCK_NOT_AVAILABLE: &str = "55P03";
+    let name = &partition.name;
+    let dropped = run(
+        conn,
+        format!(
+            "BEGIN; SET LOCAL lock_timeout = {DROP_TIMEOUT_MS}; \
+             SELECT pg_advisory_xact_lock({MAKERS_LOCK}); DROP TABLE {name}; COMMIT"
+        ),
+    )
+    .await;
+    let Err(error) = dropped else {
+        return Ok(true);
+    };
+    run(conn, "ROLLBACK").await?;
+    let code = error.as_database_error().and_then(|error| error.code());
+    match code.as_deref() {
+        Some(LOCK_NOT_AVAILABLE) => Ok(false),
+        _ => Err(error),
+    }
 }
 
 /// Time range of a partition: whole days, end exclusive.

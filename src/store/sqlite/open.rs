@@ -260,6 +260,11 @@ pub(super) async fn writer(
             .execute(&mut conn)
             .await
             .map_err(sqlite)?;
+        // So that a store shrinks without a full VACUUM. It has no effect after the first table was created.
+        sqlx::query("PRAGMA auto_vacuum = INCREMENTAL")
+            .execute(&mut conn)
+            .await
+            .map_err(sqlite)?;
     } else {
         // Checked before any setting: a newer schema must not be modified.
         before = refuse_newer(&mut conn, path, settings.purpose).await?;
