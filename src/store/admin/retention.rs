@@ -294,8 +294,14 @@ impl Round<'_> {
             return Ok(None);
         }
         // As in the view `latest`.
+        let day = match self.connection.is_sqlite() {
+            true => "86400000000",
+            false => "interval '1 day'",
+        };
         let newest = format!(
-            "SELECT ts, frame_id FROM {table} WHERE series_id = $1 AND ts <= $2 ORDER BY ts DESC LIMIT 1"
+            "SELECT r.ts, r.frame_id FROM {table} AS r JOIN frames AS f ON f.id = r.frame_id
+             WHERE r.series_id = $1 AND r.ts <= $2 AND r.ts <= f.received_at + {day}
+             ORDER BY r.ts DESC, r.frame_id DESC LIMIT 1"
         );
         let soon = Argument::Time(self.now_us.saturating_add(DAY_US));
         let newest = self
@@ -303,14 +309,34 @@ impl Round<'_> {
             .rows(&newest, &[series.into(), soon])
             .await?;
         let Some(newest) = newest.first() else {
-            return Ok(None);
+            return Ok(Some((series, before_us)));
         };
         let newest_us = newest.integer(0)?;
         if newest_us < before_us {
-            self.kept.insert(newest.integer(1)?);
+            // Later readings are not plausible, but stay as well.
+            self.keep_frames(table, series, newest_us, before_us)
+                .await?;
         }
         let before_us = before_us.min(newest_us);
         Ok((oldest.integer(0)? < before_us).then_some((series, before_us)))
+    }
+
+    /// Keeps the frames of a series' readings that stay although they are too old.
+    async fn keep_frames(
+        &mut self,
+        table: &str,
+        series: i64,
+        from_us: i64,
+        before_us: i64,
+    ) -> Result<(), QueryError> {
+        let sql =
+            format!("SELECT frame_id FROM {table} WHERE series_id = $1 AND ts >= $2 AND ts < $3");
+        let range = [Argument::Time(from_us), Argument::Time(before_us)];
+        let arguments = [series.into(), range[0], range[1]];
+        for row in self.connection.rows(&sql, &arguments).await? {
+            self.kept.insert(row.integer(0)?);
+        }
+        Ok(())
     }
 
     async fn count_readings(

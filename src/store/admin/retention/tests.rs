@@ -245,3 +245,32 @@ async fn the_file_of_a_store_shrinks() {
     );
     store.close().await.unwrap();
 }
+
+/// A reading whose clock was ahead of its receipt is not the newest plausible one, even after that time has passed.
+#[tokio::test]
+async fn the_newest_plausible_reading_stays() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.db");
+    let store = SqliteStore::open(&path, &SqliteSettings::default())
+        .await
+        .unwrap();
+    let mut connection = Connection::open(&StoreUrl::Sqlite(path), Access::Write)
+        .await
+        .unwrap();
+    fill(&mut connection).await;
+    // Received 190 days ago.
+    for sql in [
+        "UPDATE readings_sorted SET ts = $1 WHERE series_id = 3 AND frame_id = 2",
+        "UPDATE frames SET first_ts = $1, last_ts = $1 WHERE id = 2",
+    ] {
+        run(&mut connection, sql, 150).await;
+    }
+    let latest = "SELECT ts FROM latest WHERE device = 'fan' AND ts IS NOT NULL";
+    assert_eq!(ages(&mut connection, latest).await, [200]);
+    let settings = settings("channel=vib*,days=30");
+    round(&mut connection, &settings, NOW_US, Action::Delete)
+        .await
+        .unwrap();
+    assert_eq!(ages(&mut connection, latest).await, [200]);
+    store.close().await.unwrap();
+}
