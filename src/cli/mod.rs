@@ -28,7 +28,6 @@ mod reference;
 mod retention;
 mod serve;
 mod settings_file;
-mod statement;
 mod status;
 mod tail;
 mod tls;

@@ -3,31 +3,19 @@
 //! CSV and JSON are streamed, so results can have any size. No signal is handled: Ctrl-C ends the process
 //! immediately.
 
-use std::ffi::OsString;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
-use std::path::Path;
-use std::time::Duration;
 
 use crate::config::store_url::StoreUrl;
+use crate::store::admin::rows_json::RowsJson;
+use crate::store::admin::statement::{self, Dialect};
 use crate::store::admin::{Access, Connection, QueryError, Row};
 use crate::store::sqlite::readers;
 use clap::{Args, ValueEnum};
 
 use super::Error;
 use super::output::{self, Grid};
-use super::statement::{self, Dialect};
-use super::value::{Value, Written, csv_text, json_text};
-
-/// Growth of the write-ahead log during a query, in bytes, at which the query is aborted. A running query keeps the
-/// gateway from checkpointing the log, and the gateway stores nothing when the log is full (1 GiB by default).
-const LOG_GROWTH_MAX: u64 = 256 << 20;
-/// Size of the log, in bytes, at which a query is aborted if the log has grown at all.
-const LOG_BYTES_MAX: u64 = 512 << 20;
-/// Interval between polls of the log.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
-/// A query is aborted after this many consecutive polls in which the gateway asks it to stop.
-const ASKED_MAX: u32 = 4;
+use super::value::{Value, Written, csv_text};
 
 /// Maximum number of rows in a table. The layout needs all rows in memory.
 const TABLE_ROWS_MAX: usize = 10_000;
@@ -70,32 +58,11 @@ pub async fn query(store: &StoreUrl, args: &QueryArgs) -> Result<(), Error> {
     tokio::select! {
         ended = ended => ended,
         // The task may be blocked on its output; it then ends with the process.
-        () = log_grows(store) => Err(Error::Failed(
+        () = readers::log_is_needed(store) => Err(Error::Failed(
             "query aborted: it kept the gateway from checkpointing its write-ahead log; query less data at a time, \
              or write the output to a file"
                 .to_owned(),
         )),
-    }
-}
-
-/// Waits until the write-ahead log has grown so much that the gateway would soon stop storing.
-async fn log_grows(store: &StoreUrl) {
-    let StoreUrl::Sqlite(path) = store else {
-        return std::future::pending().await;
-    };
-    let mut log = OsString::from(path);
-    log.push("-wal");
-    let bytes = || std::fs::metadata(Path::new(&log)).map_or(0, |file| file.len());
-    let began = bytes();
-    let limit = (began + LOG_GROWTH_MAX).min(LOG_BYTES_MAX).max(began + 1);
-    let mut asked = 0;
-    while bytes() < limit && asked < ASKED_MAX {
-        tokio::time::sleep(LOOK_AGAIN).await;
-        asked = if readers::must_end(path) {
-            asked + 1
-        } else {
-            0
-        };
     }
 }
 
@@ -277,50 +244,25 @@ impl<W: Write> Sink for Csv<W> {
 
 struct Json<W> {
     out: W,
-    keys: Vec<String>,
-    is_first: bool,
+    rows: RowsJson,
 }
 
 impl<W: Write> Json<W> {
     fn new(out: W, headers: &[String]) -> Json<W> {
-        Json {
-            out,
-            keys: unique(headers).iter().map(|key| json_text(key)).collect(),
-            is_first: true,
-        }
+        let rows = RowsJson::new(headers);
+        Json { out, rows }
     }
 
     fn end(&mut self) -> io::Result<()> {
-        writeln!(self.out, "{}", if self.is_first { "[]" } else { "\n]" })
+        self.out.write_all(self.rows.end().as_bytes())
     }
 }
 
 impl<W: Write> Sink for Json<W> {
     fn row(&mut self, row: Vec<Value>) -> io::Result<bool> {
-        write!(self.out, "{}", if self.is_first { "[\n{" } else { ",\n{" })?;
-        self.is_first = false;
-        for (index, (key, value)) in self.keys.iter().zip(&row).enumerate() {
-            let comma = if index == 0 { "" } else { "," };
-            write!(self.out, "{comma}{key}:{}", value.json())?;
-        }
-        write!(self.out, "}}")?;
+        self.out.write_all(self.rows.row(&row).as_bytes())?;
         Ok(true)
     }
-}
-
-/// Makes keys unique: the second `id` becomes `id_2`. JSON parsers keep only one value per key.
-fn unique(headers: &[String]) -> Vec<String> {
-    let mut keys: Vec<String> = Vec::with_capacity(headers.len());
-    for header in headers {
-        let mut key = header.clone();
-        let mut number = 1;
-        while keys.contains(&key) || (number > 1 && headers.contains(&key)) {
-            number += 1;
-            key = format!("{header}_{number}");
-        }
-        keys.push(key);
-    }
-    keys
 }
 
 #[cfg(test)]
@@ -329,13 +271,6 @@ mod tests {
 
     fn strings(texts: &[&str]) -> Vec<String> {
         texts.iter().map(|text| (*text).to_owned()).collect()
-    }
-
-    #[test]
-    fn keys_are_unique() {
-        assert_eq!(unique(&strings(&["a", "b"])), ["a", "b"]);
-        assert_eq!(unique(&strings(&["a", "a", "a"])), ["a", "a_2", "a_3"]);
-        assert_eq!(unique(&strings(&["a", "a", "a_2"])), ["a", "a_3", "a_2"]);
     }
 
     #[test]

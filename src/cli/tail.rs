@@ -189,11 +189,18 @@ impl Tail {
             return Ok(body.into_data_stream());
         }
         let text = to_bytes(body, REFUSAL_BYTES_MAX).await.map_err(lost)?;
-        let reason = format!("{status}: {}", String::from_utf8_lossy(&text).trim());
+        let reason = match serde_json::from_slice::<Json>(&text) {
+            Ok(problem) => {
+                let words = ["error", "fix"].map(|key| problem[key].as_str().unwrap_or_default());
+                words.join("; ")
+            }
+            // Not a gateway.
+            Err(_) => status.to_string(),
+        };
         match status.is_server_error() {
             true => Err(End::Lost(reason)),
             false => Err(End::Failed(Error::Failed(format!(
-                "the gateway refused the request: {reason}"
+                "could not read the feed of {url}: {reason}"
             )))),
         }
     }

@@ -1,6 +1,7 @@
-//! Formats values for tables, CSV and JSON.
+//! Formats values for tables and CSV.
 
 pub use crate::store::admin::Value;
+use crate::store::admin::real;
 
 /// Output formats of a value.
 pub trait Written {
@@ -11,8 +12,6 @@ pub trait Written {
     fn shown(&self) -> String;
     /// Formats the value as a CSV field. NULL is an empty field, and an empty text is `""`.
     fn csv(&self) -> String;
-    /// Formats the value as JSON. A number that JSON cannot represent becomes a string.
-    fn json(&self) -> String;
 }
 
 impl Written for Value {
@@ -39,16 +38,6 @@ impl Written for Value {
             value => value.shown(),
         }
     }
-
-    fn json(&self) -> String {
-        match self {
-            Value::Null => "null".to_owned(),
-            Value::Real(value) if !value.is_finite() => json_text(&real(*value)),
-            Value::Text(value) => json_text(value),
-            Value::Blob(value) => json_text(&hex::encode(value)),
-            value => value.shown(),
-        }
-    }
 }
 
 pub fn csv_text(text: &str) -> String {
@@ -56,19 +45,6 @@ pub fn csv_text(text: &str) -> String {
         format!("\"{}\"", text.replace('"', "\"\""))
     } else {
         text.to_owned()
-    }
-}
-
-pub fn json_text(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
-}
-
-/// Formats a number with the fewest digits that parse to the same number, in a form that is always a REAL.
-fn real(value: f64) -> String {
-    match value {
-        f64::INFINITY => "Infinity".to_owned(),
-        f64::NEG_INFINITY => "-Infinity".to_owned(),
-        value => format!("{value:?}"),
     }
 }
 

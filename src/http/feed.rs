@@ -2,7 +2,7 @@
 //!
 //! Each reader has its own cursor, the id of the last frame that was sent to it, and pulls pages from the store after
 //! the cursor. A slow reader therefore costs one page of memory. A reader that reconnects with its cursor misses no
-//! event and gets none twice.
+//! event and gets none twice. `/v1/feed/ws` sends the same events over a WebSocket (`feed_ws.rs`).
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use axum::Extension;
 use axum::body::Body;
-use axum::extract::{Query, State};
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
+use axum::extract::State;
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures_core::Stream;
@@ -22,9 +22,10 @@ use tokio::sync::mpsc::{self, Receiver, Sender};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::{Close, Shared};
+use super::problem::{Parameters, Problem, storable};
+use super::{Client, Shared};
 use crate::config::store_url::StoreUrl;
-use crate::store::admin::feed::{self, Event, Filter, Page};
+use crate::store::admin::feed::{self, Event, Filter, Head, Page};
 use crate::store::admin::{Pace, Poll, QueryError, Reconnecting};
 
 /// Maximum number of readers. They leave half of the HTTP connections to other requests.
@@ -41,8 +42,10 @@ const STALL_MAX: Duration = Duration::from_secs(60);
 /// State that all readers share.
 pub struct Feed {
     pages: Mutex<Pages>,
-    settled: watch::Sender<i64>,
+    /// End of the feed; `None` before it is first read.
+    head: watch::Sender<Option<Head>>,
     slots: Arc<Semaphore>,
+    stall_max: Duration,
 }
 
 /// The connection for pages, and the latest page, which most readers need next.
@@ -65,13 +68,22 @@ impl Feed {
                 store: Reconnecting::new(store),
                 latest: None,
             }),
-            settled: watch::Sender::new(0),
+            head: watch::Sender::new(None),
             slots: Arc::new(Semaphore::new(READERS_MAX)),
+            stall_max: STALL_MAX,
         }
     }
 
-    async fn now(&self) -> Result<i64, QueryError> {
-        feed::settled(&mut self.pages.lock().await.store).await
+    /// Reads the end of the feed.
+    async fn now(&self) -> Result<Head, QueryError> {
+        let mut pages = self.pages.lock().await;
+        let head = feed::head(&mut pages.store).await?;
+        let known = self.head.send_replace(Some(head));
+        if known.is_some_and(|known| known.newest > head.newest) {
+            // After a restore, the same ids belong to other frames.
+            pages.latest = None;
+        }
+        Ok(head)
     }
 
     async fn page(
@@ -89,6 +101,46 @@ impl Feed {
             pages.latest = Some(Arc::clone(&page));
         }
         Ok(page)
+    }
+
+    /// Sends the events after the cursor `after` to the receiver; without a cursor, the events from now on. Closes
+    /// the connection of a client that does not read.
+    pub(super) async fn subscribe(
+        self: &Arc<Self>,
+        after: Option<i64>,
+        filter: Filter,
+        client: Client,
+    ) -> Result<Receiver<Message>, Problem> {
+        let slot = Arc::clone(&self.slots).try_acquire_owned();
+        let slot = slot.map_err(|_| {
+            let error = format!("the feed has {READERS_MAX} readers, the maximum");
+            Problem::unavailable(error)
+        })?;
+        let Ok(Ok(head)) = timeout(PAGE_TIMEOUT, self.now()).await else {
+            return Err(Problem::no_store());
+        };
+        if after.is_some_and(|after| after > head.newest) {
+            return Err(Problem::new(
+                StatusCode::CONFLICT,
+                "the cursor is beyond the newest frame, because the store was restored to an earlier state",
+                "reconnect without a cursor, or with after=0",
+            ));
+        }
+        let (messages, receiver) = mpsc::channel(1);
+        let reader = Reader {
+            feed: Arc::clone(self),
+            filter,
+            cursor: after.unwrap_or(head.settled),
+            messages,
+            keepalive_at: Instant::now(),
+            _slot: slot,
+        };
+        tokio::spawn(async move {
+            if reader.run().await == End::Stalled {
+                client.close();
+            }
+        });
+        Ok(receiver)
     }
 }
 
@@ -117,19 +169,42 @@ impl Poll for FeedHead {
     };
 
     async fn poll(&mut self) -> Result<(), QueryError> {
-        if self.feed.settled.receiver_count() == 0 {
+        if self.feed.head.receiver_count() == 0 {
             return Ok(());
         }
-        let settled = feed::settled(&mut self.store).await?;
+        let head = Some(feed::head(&mut self.store).await?);
         self.feed
-            .settled
-            .send_if_modified(|known| std::mem::replace(known, settled) != settled);
+            .head
+            .send_if_modified(|known| std::mem::replace(known, head) != head);
         Ok(())
+    }
+}
+
+/// What a reader receives.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Message {
+    /// The readings of a frame, as JSON.
+    Event { id: i64, json: String },
+    /// The cursor, if there are no events.
+    Cursor(i64),
+    /// The last message: the store was restored to an earlier state, so the cursor is invalid.
+    Reset,
+}
+
+impl Message {
+    /// Formats it as a server-sent event. An id without data moves the cursor with which a browser reconnects.
+    fn server_sent(&self) -> String {
+        match self {
+            Message::Event { id, json } => format!("id: {id}\ndata: {json}\n\n"),
+            Message::Cursor(id) => format!(": keepalive\nid: {id}\n\n"),
+            Message::Reset => "event: reset\ndata: {}\n\n".to_owned(),
+        }
     }
 }
 
 /// Query parameters of a request.
 #[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Wanted {
     after: Option<i64>,
     #[serde(default)]
@@ -138,61 +213,49 @@ pub(super) struct Wanted {
     channel: String,
 }
 
+impl Wanted {
+    /// Returns the cursor, if there is one, and the filter.
+    pub(super) fn checked(self) -> Result<(Option<i64>, Filter), Problem> {
+        let Wanted {
+            after,
+            device,
+            channel,
+        } = self;
+        if after.is_some_and(|after| after < 0) {
+            let error = "invalid query: after is negative";
+            return Err(Problem::bad_request(error, "use the id of an event, or 0"));
+        }
+        let device = storable("device", device)?;
+        let channel = storable("channel", channel)?;
+        Ok((after, Filter { device, channel }))
+    }
+}
+
 /// Sends the events after the cursor in `Last-Event-ID` or `after`; without a cursor, the events from now on.
 pub(super) async fn feed(
     State(site): State<Shared>,
-    Extension(close): Extension<Close>,
-    Query(wanted): Query<Wanted>,
+    Extension(client): Extension<Client>,
+    Parameters(wanted): Parameters<Wanted>,
     headers: HeaderMap,
-) -> Response {
-    let feed = Arc::clone(&site.feed);
-    let Ok(slot) = Arc::clone(&feed.slots).try_acquire_owned() else {
-        let why = "too many readers of the feed; retry later\n";
-        let headers = [(RETRY_AFTER, "10")];
-        return (StatusCode::SERVICE_UNAVAILABLE, headers, why).into_response();
-    };
-    let resumed = headers.get("last-event-id").map(|id| id.to_str());
-    let resumed = resumed.map(|id| id.ok().and_then(|id| id.parse().ok()));
-    let cursor = match (resumed, wanted.after) {
-        (Some(None), _) => {
-            let why = "Last-Event-ID is not a number; send the id of an event\n";
-            return (StatusCode::BAD_REQUEST, why).into_response();
+) -> Result<Response, Problem> {
+    let (after, filter) = wanted.checked()?;
+    let cursor = match headers.get("last-event-id") {
+        Some(id) => {
+            let id = id.to_str().ok().and_then(|id| id.parse().ok());
+            let id = id.filter(|id| *id >= 0);
+            Some(id.ok_or_else(|| {
+                let fix = "send the id of an event";
+                Problem::bad_request("Last-Event-ID is not a cursor", fix)
+            })?)
         }
-        (Some(resumed), _) => resumed,
-        (None, after) => after,
+        None => after,
     };
-    let cursor = match cursor {
-        Some(cursor) => cursor,
-        None => match timeout(PAGE_TIMEOUT, feed.now()).await {
-            Ok(Ok(now)) => now,
-            _ => {
-                let why = "the store does not answer; retry later\n";
-                return (StatusCode::SERVICE_UNAVAILABLE, why).into_response();
-            }
-        },
-    };
-    let (events, body) = mpsc::channel(1);
-    let reader = Reader {
-        feed,
-        filter: Filter {
-            device: wanted.device,
-            channel: wanted.channel,
-        },
-        cursor,
-        events,
-        keepalive_at: Instant::now(),
-        _slot: slot,
-    };
-    tokio::spawn(async move {
-        if reader.run().await == End::Stalled {
-            close.0.cancel();
-        }
-    });
+    let messages = site.feed.subscribe(cursor, filter, client).await?;
     let headers = [
         (CONTENT_TYPE, "text/event-stream"),
         (CACHE_CONTROL, "no-store"),
     ];
-    (headers, Body::from_stream(Chunks(body))).into_response()
+    Ok((headers, Body::from_stream(ServerSent(messages))).into_response())
 }
 
 /// Reason why a reader ended.
@@ -202,6 +265,8 @@ enum End {
     Gone,
     /// It does not read.
     Stalled,
+    /// Its cursor is invalid.
+    Reset,
 }
 
 /// A reader of the feed.
@@ -209,8 +274,8 @@ struct Reader {
     feed: Arc<Feed>,
     filter: Filter,
     cursor: i64,
-    /// Channel to the reader's connection. It holds one event, so a slow reader pauses this task.
-    events: Sender<String>,
+    /// Channel to the reader's connection. It holds one message, so a slow reader pauses this task.
+    messages: Sender<Message>,
     keepalive_at: Instant,
     _slot: OwnedSemaphorePermit,
 }
@@ -223,22 +288,33 @@ impl Reader {
     }
 
     async fn send_all(&mut self) -> Result<Infallible, End> {
-        let mut settled = self.feed.settled.subscribe();
+        let mut head = self.feed.head.subscribe();
         loop {
             if Instant::now() >= self.keepalive_at {
-                self.send_cursor().await?;
+                self.send(Message::Cursor(self.cursor)).await?;
             }
-            let to = *settled.borrow_and_update();
-            if to > self.cursor {
-                self.send_page(to).await?;
+            let Head { settled, newest } = head.borrow_and_update().unwrap_or_default();
+            if newest < self.cursor && self.is_beyond_newest().await {
+                self.send(Message::Reset).await?;
+                return Err(End::Reset);
+            }
+            if settled > self.cursor {
+                self.send_page(settled).await?;
                 continue;
             }
             tokio::select! {
-                changed = settled.changed() => changed.map_err(|_| End::Gone)?,
-                () = self.events.closed() => return Err(End::Gone),
+                changed = head.changed() => changed.map_err(|_| End::Gone)?,
+                () = self.messages.closed() => return Err(End::Gone),
                 () = sleep_until(self.keepalive_at) => {}
             }
         }
+    }
+
+    /// Returns whether the cursor is beyond the newest frame in the store. The head that readers share may be older
+    /// than the cursor.
+    async fn is_beyond_newest(&self) -> bool {
+        let now = timeout(PAGE_TIMEOUT, self.feed.now()).await;
+        matches!(now, Ok(Ok(head)) if head.newest < self.cursor)
     }
 
     async fn send_page(&mut self, to: i64) -> Result<(), End> {
@@ -252,29 +328,23 @@ impl Reader {
                 tracing::debug!(error, "could not read a page of the feed, retrying");
                 tokio::select! {
                     () = sleep(RETRY) => return Ok(()),
-                    () = self.events.closed() => return Err(End::Gone),
+                    () = self.messages.closed() => return Err(End::Gone),
                 }
             }
         };
         for event in &page.events {
-            if let Some(data) = json(event, &self.filter) {
+            if let Some(json) = json(event, &self.filter) {
                 let id = event.frame_id;
-                self.send(format!("id: {id}\ndata: {data}\n\n")).await?;
+                self.send(Message::Event { id, json }).await?;
             }
         }
         self.cursor = page.to;
         Ok(())
     }
 
-    /// Sends the cursor as an id without data, so that a browser reconnects with it.
-    async fn send_cursor(&mut self) -> Result<(), End> {
-        let cursor = self.cursor;
-        self.send(format!(": keepalive\nid: {cursor}\n\n")).await
-    }
-
-    async fn send(&mut self, text: String) -> Result<(), End> {
+    async fn send(&mut self, message: Message) -> Result<(), End> {
         self.keepalive_at = Instant::now() + KEEPALIVE;
-        match timeout(STALL_MAX, self.events.send(text)).await {
+        match timeout(self.feed.stall_max, self.messages.send(message)).await {
             Ok(sent) => sent.map_err(|_| End::Gone),
             Err(_) => Err(End::Stalled),
         }
@@ -298,12 +368,124 @@ fn json(event: &Event, filter: &Filter) -> Option<String> {
 }
 
 /// The body of a response.
-struct Chunks(Receiver<String>);
+struct ServerSent(Receiver<Message>);
 
-impl Stream for Chunks {
+impl Stream for ServerSent {
     type Item = Result<String, Infallible>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Ready<Option<Self::Item>> {
-        self.0.poll_recv(context).map(|text| text.map(Ok))
+        let message = self.0.poll_recv(context);
+        message.map(|message| message.map(|message| Ok(message.server_sent())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::http::{Site, serve};
+    use crate::metrics::Metrics;
+    use crate::store::admin::{Access, Connection, poll_every};
+    use crate::store::sqlite::{SqliteSettings, migrate};
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+    /// The events are larger than the buffers of a connection.
+    const FRAMES: usize = 60;
+    const READINGS: usize = 5000;
+    /// Minimum size of the events in bytes.
+    const EVENT_BYTES: usize = FRAMES * READINGS * 40;
+
+    async fn fill(url: &StoreUrl) {
+        let StoreUrl::Sqlite(path) = url else {
+            unreachable!()
+        };
+        migrate(path, &SqliteSettings::default()).await.unwrap();
+        let mut store = Connection::open(url, Access::Write).await.unwrap();
+        store.begin().await.unwrap();
+        for sql in [
+            "INSERT INTO devices (name) VALUES ('a')".to_owned(),
+            "INSERT INTO streams (device_id, stream, created_at) SELECT id, 1, 0 FROM devices".to_owned(),
+            "INSERT INTO series (device_id, channel, unit, kind) SELECT id, 'b', 'm', 'f64' FROM devices".to_owned(),
+            format!(
+                "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < {FRAMES})
+                 INSERT INTO frames (stream_id, seq, type, received_at, readings, first_ts, last_ts)
+                 SELECT s.id, x, 17, x * {READINGS}, {READINGS}, (x - 1) * {READINGS} + 1, x * {READINGS} FROM n, streams AS s"
+            ),
+            format!(
+                "WITH RECURSIVE n(x) AS (SELECT 0 UNION ALL SELECT x + 1 FROM n WHERE x < {READINGS} - 1)
+                 INSERT INTO readings_sorted (series_id, ts, frame_id, value)
+                 SELECT s.id, f.received_at - x, f.id, 0.5 FROM n, frames AS f, series AS s"
+            ),
+        ] {
+            store.execute(&sql, &[]).await.unwrap();
+        }
+        store.commit().await.unwrap();
+    }
+
+    async fn eventually(mut has_happened: impl FnMut() -> bool) {
+        let happened = async {
+            while !has_happened() {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, happened).await.expect("it happens");
+    }
+
+    /// Connects to the feed at `path`.
+    async fn connect(addr: std::net::SocketAddr, path: &str) -> TcpStream {
+        let mut socket = TcpStream::connect(addr).await.unwrap();
+        let request = format!(
+            "GET {path}?after=0 HTTP/1.1\r\nHost: {addr}\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        );
+        socket.write_all(request.as_bytes()).await.unwrap();
+        socket
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_does_not_read_is_disconnected() {
+        let directory = tempfile::tempdir().unwrap();
+        let url = StoreUrl::Sqlite(directory.path().join("a.db"));
+        fill(&url).await;
+        let mut feed = Feed::new(&url);
+        feed.stall_max = Duration::from_millis(500);
+        let feed = Arc::new(feed);
+        let (metrics, drain) = (Arc::new(Metrics::default()), CancellationToken::new());
+        let site = Site::new([], None, metrics, &url, Arc::clone(&feed), drain);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        tokio::spawn(serve(listener, site));
+        tokio::spawn(poll_every::<(), _>(FeedHead::new(&url, Arc::clone(&feed))));
+        let readers = || READERS_MAX - feed.slots.available_permits();
+        for path in ["/v1/feed", "/v1/feed/ws"] {
+            let mut stalled = connect(addr, path).await;
+            eventually(|| readers() == 1).await;
+            eventually(|| readers() == 0).await;
+            // The rest of the buffers, and then the end.
+            let mut text = Vec::new();
+            let read = timeout(PATIENCE, stalled.read_to_end(&mut text)).await;
+            drop(read.expect("the connection ends"));
+            assert!(text.len() < EVENT_BYTES, "{path}: {}", text.len());
+
+            // One that pauses for a shorter time receives all.
+            let mut slow = connect(addr, path).await;
+            let (mut received, mut buffer) = (0, vec![0; 1 << 20]);
+            let mut pauses = 0;
+            while received < EVENT_BYTES {
+                let read = timeout(PATIENCE, slow.read(&mut buffer)).await;
+                let read = read.expect("no silence").unwrap();
+                assert_ne!(read, 0, "{path}: {received}");
+                received += read;
+                if received / (2 << 20) > pauses {
+                    pauses += 1;
+                    sleep(Duration::from_millis(100)).await;
+                }
+            }
+            drop(slow);
+            eventually(|| readers() == 0).await;
+        }
     }
 }

@@ -16,6 +16,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
 use super::Shared;
+use super::problem::Problem;
 use super::token::Tokens;
 
 /// Paths that need no token, for the probes of load balancers and orchestrators.
@@ -42,8 +43,8 @@ impl Guard {
         name == "localhost" || address.parse::<IpAddr>().is_ok() || self.hosts.contains(&name)
     }
 
-    /// Returns status and reason if a request is refused.
-    fn refusal(&self, path: &str, headers: &HeaderMap) -> Option<(StatusCode, &'static str)> {
+    /// Returns the answer to a request that is refused.
+    fn refusal(&self, path: &str, headers: &HeaderMap) -> Option<Problem> {
         let text = |name| {
             headers
                 .get(name)
@@ -51,23 +52,34 @@ impl Guard {
         };
         let host = text(HOST).unwrap_or_default();
         if !self.knows(host) {
-            let why = "unknown host; add its name with --http-host\n";
-            return Some((StatusCode::MISDIRECTED_REQUEST, why));
+            return Some(Problem::new(
+                StatusCode::MISDIRECTED_REQUEST,
+                "unknown host",
+                "add its name with --http-host",
+            ));
         }
         let is_foreign = |origin: &str| {
             let of = origin.split_once("://").map(|(_, of)| of);
             of != Some(host)
         };
         if text(ORIGIN).is_some_and(is_foreign) {
-            return Some((StatusCode::FORBIDDEN, "request from another site\n"));
+            return Some(Problem::new(
+                StatusCode::FORBIDDEN,
+                "request from another site",
+                "open the page at the address of the gateway",
+            ));
         }
         let tokens = self
             .tokens
             .as_ref()
             .filter(|_| !OPEN_PATHS.contains(&path))?;
         let is_known = token(headers).is_some_and(|token| tokens.contain(&token));
-        let why = "token required: send it as a bearer token, or as the password of any user\n";
-        (!is_known).then_some((StatusCode::UNAUTHORIZED, why))
+        let required = Problem::new(
+            StatusCode::UNAUTHORIZED,
+            "token required",
+            "send it as a bearer token, or as the password of any user",
+        );
+        (!is_known).then_some(required)
     }
 }
 
@@ -91,18 +103,13 @@ fn token(headers: &HeaderMap) -> Option<String> {
 
 /// Answers a request only if it meets the conditions of the guard.
 pub(super) async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Response {
-    match shared
-        .guard
-        .refusal(request.uri().path(), request.headers())
-    {
+    let path = request.uri().path();
+    match shared.guard.refusal(path, request.headers()) {
         None => next.run(request).await,
         // Browsers ask for a password.
-        Some((StatusCode::UNAUTHORIZED, why)) => {
-            let scheme = (
-                WWW_AUTHENTICATE,
-                "Basic realm=\"fieldgate\", charset=\"UTF-8\"",
-            );
-            (StatusCode::UNAUTHORIZED, [scheme], why).into_response()
+        Some(refusal) if refusal.status == StatusCode::UNAUTHORIZED => {
+            let scheme = "Basic realm=\"fieldgate\", charset=\"UTF-8\"";
+            ([(WWW_AUTHENTICATE, scheme)], refusal).into_response()
         }
         Some(refusal) => refusal.into_response(),
     }

@@ -3,10 +3,15 @@
 //! Invariant: a request never delays ingest. Requests run in their own tasks, whose number is bounded, and read the
 //! store through connections of their own.
 
+mod devices;
 pub mod feed;
+mod feed_ws;
 pub mod gauges;
 mod guard;
 mod health;
+mod openapi;
+mod problem;
+mod query;
 mod token;
 
 use std::collections::HashSet;
@@ -16,18 +21,19 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
-use axum::routing::get;
+use axum::routing::{MethodRouter, any, get, post};
 use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use self::feed::Feed;
 use self::guard::Guard;
 pub use self::token::Tokens;
+use crate::config::store_url::StoreUrl;
 use crate::metrics::{self, Metrics};
 
 /// Maximum number of open connections; further ones wait.
@@ -48,12 +54,28 @@ pub struct Site {
     guard: Guard,
     metrics: Arc<Metrics>,
     feed: Arc<Feed>,
+    reader: devices::Reader,
+    queries: query::Queries,
     drain: CancellationToken,
 }
 
-/// Closes the connection of a request once it is cancelled, even if the peer does not read.
+/// The connection of a request. It counts as open while this exists, also after an upgrade.
 #[derive(Clone)]
-pub(super) struct Close(CancellationToken);
+pub(super) struct Client {
+    close: CancellationToken,
+    _slot: Arc<OwnedSemaphorePermit>,
+}
+
+impl Client {
+    /// Closes the connection, even if the peer does not read.
+    fn close(&self) {
+        self.close.cancel();
+    }
+
+    async fn closed(&self) {
+        self.close.cancelled().await;
+    }
+}
 
 impl Site {
     /// Creates a site that answers requests to IP addresses, to `localhost` and to `hosts`; with `tokens`, only
@@ -62,6 +84,7 @@ impl Site {
         hosts: impl IntoIterator<Item = String>,
         tokens: Option<Tokens>,
         metrics: Arc<Metrics>,
+        store: &StoreUrl,
         feed: Arc<Feed>,
         drain: CancellationToken,
     ) -> Site {
@@ -73,6 +96,8 @@ impl Site {
             guard: Guard { hosts, tokens },
             metrics,
             feed,
+            reader: devices::Reader::new(store),
+            queries: query::Queries::new(store),
             drain,
         }
     }
@@ -85,9 +110,33 @@ fn router(site: Site) -> Router {
         .route("/livez", get(health::live))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(metrics))
-        .route("/v1/feed", get(feed::feed))
+        .route("/openapi.json", get(openapi::openapi))
+        .nest("/v1", api())
+        // Not a path below `/v1` for a nested router.
+        .route("/v1/", any(problem::not_found))
         .layer(guard)
         .with_state(shared)
+}
+
+/// Paths below `/v1`, with their methods and handlers.
+fn routes() -> [(&'static str, &'static str, MethodRouter<Shared>); 6] {
+    [
+        ("/devices", "get", get(devices::list)),
+        ("/devices/{name}", "get", get(devices::show)),
+        ("/devices/{name}/latest", "get", get(devices::latest)),
+        ("/query", "post", post(query::query)),
+        ("/feed", "get", get(feed::feed)),
+        ("/feed/ws", "get", get(feed_ws::feed_ws)),
+    ]
+}
+
+fn api() -> Router<Shared> {
+    let mut api = Router::new();
+    for (path, _, handler) in routes() {
+        api = api.route(path, handler);
+    }
+    api.fallback(problem::not_found)
+        .method_not_allowed_fallback(problem::method_not_allowed)
 }
 
 async fn metrics(State(site): State<Shared>) -> impl IntoResponse {
@@ -105,11 +154,11 @@ pub async fn serve(listener: TcpListener, site: Site) {
             .expect("never closed");
         match listener.accept().await {
             Ok((socket, _)) => {
-                let answering = answer(socket, router.clone());
-                tokio::spawn(async move {
-                    answering.await;
-                    drop(slot);
-                });
+                let client = Client {
+                    close: CancellationToken::new(),
+                    _slot: Arc::new(slot),
+                };
+                tokio::spawn(answer(socket, router.clone(), client));
             }
             Err(error) => {
                 tracing::debug!(%error, "could not accept HTTP connection, retrying");
@@ -119,13 +168,12 @@ pub async fn serve(listener: TcpListener, site: Site) {
     }
 }
 
-async fn answer(socket: TcpStream, router: Router) {
+async fn answer(socket: TcpStream, router: Router, client: Client) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
         .max_buf_size(HEADER_BYTES_MAX);
-    let close = Close(CancellationToken::new());
-    let service = TowerToHyperService::new(router.layer(Extension(close.clone())));
+    let service = TowerToHyperService::new(router.layer(Extension(client.clone())));
     let answering = http
         .serve_connection(TokioIo::new(socket), service)
         .with_upgrades();
@@ -133,6 +181,6 @@ async fn answer(socket: TcpStream, router: Router) {
         answered = answering => if let Err(error) = answered {
             tracing::debug!(%error, "HTTP connection failed");
         },
-        () = close.0.cancelled() => {}
+        () = client.closed() => {}
     }
 }

@@ -1,5 +1,6 @@
 //! Integration tests with the real binary, one file for each subject.
 
+mod api;
 mod backup;
 mod check;
 mod checklist;

@@ -91,7 +91,7 @@ pub async fn bind_http(
     let listener = listener.map_err(|error| cannot_listen("--http", address, &error))?;
     let hosts = config.http.http_host.iter().cloned();
     let (metrics, feed) = (Arc::clone(metrics), Arc::clone(feed));
-    let site = Site::new(hosts, tokens, metrics, feed, drain.clone());
+    let site = Site::new(hosts, tokens, metrics, &config.store, feed, drain.clone());
     Ok(Some((listener, site)))
 }
 

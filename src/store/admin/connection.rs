@@ -9,13 +9,16 @@
 use std::future::poll_fn;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use sqlx::postgres::PgDatabaseError;
 use sqlx::{AssertSqlSafe, Column, Executor, SqlSafeStr, SqliteConnection, Statement};
+use tokio::sync::mpsc::Sender;
 
-use super::row::{postgres_arguments, sqlite_arguments};
-use super::{Argument, Row, Value, value};
+use super::error::{OpenError, QueryError, is_interrupted};
+use super::row::{postgres_arguments, sqlite_arguments, sqlite_values};
+use super::{Argument, Row, Value, real, value};
 use crate::config::store_url::StoreUrl;
 use crate::store::sqlite::Purpose;
 use crate::store::sqlite::turn::Turn;
@@ -23,7 +26,7 @@ use crate::store::{postgres, sqlite};
 
 /// Maximum duration of a query in SQLite, except for a user's statement. The gateway cannot shorten its
 /// write-ahead log past a reader, and stops storing when the log is full.
-const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Number of SQLite's virtual machine steps between two checks of the time.
 const STEPS_PER_CHECK: i32 = 10_000;
 
@@ -49,72 +52,16 @@ pub enum Access {
     Write,
 }
 
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    #[error(transparent)]
-    Sqlite(#[from] sqlite::OpenError),
-    #[error(transparent)]
-    Postgres(#[from] postgres::OpenError),
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum QueryError {
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The store rejects the statement or is unavailable.
-    #[error("{}", message(.0))]
-    Sql(#[from] sqlx::Error),
-    /// The query was stopped, because it kept the gateway from shortening its write-ahead log.
-    #[error(
-        "could not finish the query within {} s, and stopped it because it keeps the gateway from shortening its write-ahead log; retry when the machine is less busy",
-        QUERY_TIMEOUT.as_secs()
-    )]
-    TooSlow,
-    /// A row with content that this program never writes.
-    #[error("unexpected value {found:?} in column {column} of a row; check the store for damage")]
-    Unexpected { column: usize, found: Value },
-}
-
-impl QueryError {
-    /// Returns whether the statement would have written on a read-only connection.
-    pub fn is_write(&self) -> bool {
-        const SQLITE_READONLY: i32 = 8;
-        const READ_ONLY_SQL_TRANSACTION: &str = "25006";
-        let QueryError::Sql(sqlx::Error::Database(error)) = self else {
-            return false;
-        };
-        match error.try_downcast_ref::<PgDatabaseError>() {
-            Some(error) => error.code() == READ_ONLY_SQL_TRANSACTION,
-            None => {
-                let code: Option<i32> = error.code().and_then(|code| code.parse().ok());
-                // The low byte is the primary code.
-                code.is_some_and(|code| code & 0xFF == SQLITE_READONLY)
-            }
-        }
-    }
-
-    /// Returns the hint of a Postgres error.
-    pub fn hint(&self) -> Option<&str> {
-        match self {
-            QueryError::Sql(sqlx::Error::Database(error)) => {
-                error.try_downcast_ref::<PgDatabaseError>()?.hint()
-            }
-            _ => None,
-        }
-    }
-}
-
-fn is_interrupted(error: &sqlx::Error) -> bool {
-    const SQLITE_INTERRUPT: &str = "9";
-    let code = error.as_database_error().and_then(|error| error.code());
-    code.as_deref() == Some(SQLITE_INTERRUPT)
-}
-
-/// Returns the database's message on one line, if there is one.
-fn message(error: &sqlx::Error) -> String {
-    match error.as_database_error() {
-        Some(error) => error.message().replace('\n', " "),
-        None => error.to_string(),
+/// Returns a value as a literal of Postgres, of the type that its place needs. `standard_conforming_strings` is on.
+fn literal(value: &Value) -> String {
+    let quoted = |text: &str| format!("'{}'", text.replace('\'', "''"));
+    match value {
+        Value::Null => "NULL".to_owned(),
+        Value::Bool(value) => quoted(&value.to_string()),
+        Value::Integer(value) => quoted(&value.to_string()),
+        Value::Real(value) => quoted(&real(*value)),
+        Value::Decimal(text) | Value::Text(text) => quoted(text),
+        Value::Blob(bytes) => format!("'\\x{}'", hex::encode(bytes)),
     }
 }
 
@@ -138,18 +85,28 @@ struct Transaction {
     _turn: Option<Turn>,
 }
 
-/// Passes rows to `$on_row` until there are no more or it breaks. A macro, because the row streams of the two
+/// Passes rows to `$taken` until there are no more or it breaks. A macro, because the row streams of the two
 /// stores have different types.
 macro_rules! take_rows {
-    ($rows:expr, $values:path, $on_row:expr) => {{
+    ($rows:expr, $values:path, |$row:ident| $taken:expr) => {{
         let mut rows = $rows;
         while let Some(row) = poll_fn(|context| rows.as_mut().poll_next(context)).await {
-            if let ControlFlow::Break(end) = $on_row(Row($values(&row?)?)) {
+            let $row = Row($values(&row?)?);
+            if let ControlFlow::Break(end) = $taken {
                 return Ok(Some(end));
             }
         }
         Ok(None)
     }};
+}
+
+/// Stops the statements of a connection in SQLite when it is dropped.
+pub struct Stop(Arc<AtomicBool>);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Connection {
@@ -261,6 +218,74 @@ impl Connection {
         self.fetch(sql, None, on_row).await
     }
 
+    /// Makes the store stop the statements of this connection after `limit`. In SQLite, they also stop when the
+    /// result is dropped; in Postgres, when the connection is.
+    pub async fn bound(&mut self, limit: Duration) -> Result<Stop, QueryError> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let is_stopped = Arc::clone(&stop);
+        let end = Instant::now() + limit;
+        match &mut self.driver {
+            Driver::Sqlite(conn) => {
+                let mut handle = conn.lock_handle().await?;
+                handle.set_progress_handler(STEPS_PER_CHECK, move || {
+                    !is_stopped.load(Ordering::Relaxed) && Instant::now() < end
+                });
+            }
+            Driver::Postgres(conn) => {
+                let set = format!("SET statement_timeout = {}", limit.as_millis());
+                conn.execute(sqlx::raw_sql(AssertSqlSafe(set))).await?;
+            }
+        }
+        Ok(Stop(stop))
+    }
+
+    /// Sends the rows of a user's statement with `parameters` to `rows`, until its receiver is gone.
+    pub async fn send(
+        &mut self,
+        sql: &str,
+        parameters: &[Value],
+        rows: &Sender<Row>,
+    ) -> Result<(), QueryError> {
+        let sent = self.send_until_gone(sql, parameters, rows).await;
+        sent.map(drop)
+    }
+
+    async fn send_until_gone(
+        &mut self,
+        sql: &str,
+        parameters: &[Value],
+        rows: &Sender<Row>,
+    ) -> Result<Option<()>, QueryError> {
+        macro_rules! send {
+            ($found:expr, $values:path) => {
+                take_rows!($found, $values, |row| match rows.send(row).await {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(_) => ControlFlow::Break(()),
+                })
+            };
+        }
+        match &mut self.driver {
+            Driver::Sqlite(conn) => {
+                let values = sqlite_values(parameters)?;
+                let query = sqlx::query_with(AssertSqlSafe(sql.to_owned()), values);
+                send!(query.persistent(false).fetch(conn), value::of_sqlite)
+            }
+            Driver::Postgres(conn) if parameters.is_empty() => {
+                let query = sqlx::raw_sql(AssertSqlSafe(sql.to_owned()));
+                send!(query.fetch(conn), value::of_postgres)
+            }
+            // The simple protocol has no parameters, but SQL has them.
+            Driver::Postgres(conn) => {
+                let prepare = format!("PREPARE fieldgate_query AS {sql}");
+                conn.execute(sqlx::raw_sql(AssertSqlSafe(prepare))).await?;
+                let literals: Vec<String> = parameters.iter().map(literal).collect();
+                let execute = format!("EXECUTE fieldgate_query({})", literals.join(", "));
+                let query = sqlx::raw_sql(AssertSqlSafe(execute));
+                send!(query.fetch(conn), value::of_postgres)
+            }
+        }
+    }
+
     /// `arguments` are `None` for a user's statement, which runs once and may return any type.
     async fn fetch<B>(
         &mut self,
@@ -274,7 +299,7 @@ impl Connection {
             Driver::Sqlite(conn) => {
                 let arguments = sqlite_arguments(arguments.unwrap_or_default())?;
                 let query = sqlx::query_with(sql, arguments).persistent(is_own);
-                take_rows!(query.fetch(conn), value::of_sqlite, on_row)
+                take_rows!(query.fetch(conn), value::of_sqlite, |row| on_row(row))
             }
             Driver::Postgres(conn) => {
                 let rows = match arguments {
@@ -284,7 +309,7 @@ impl Connection {
                     // The simple protocol returns every value as text.
                     None => sqlx::raw_sql(sql).fetch(conn),
                 };
-                take_rows!(rows, value::of_postgres, on_row)
+                take_rows!(rows, value::of_postgres, |row| on_row(row))
             }
         }
     }

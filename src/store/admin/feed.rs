@@ -5,7 +5,7 @@
 
 use serde::Serialize;
 
-use super::{Argument, QueryError, Reconnecting, Row, Value};
+use super::{Argument, QueryError, Reconnecting, Row};
 
 /// Maximum number of frames that a page covers, with and without readings.
 const PAGE_FRAMES: i64 = 2000;
@@ -75,18 +75,34 @@ pub struct Page {
     pub events: Vec<Event>,
 }
 
-/// Returns the highest id up to which pages can be read now.
-pub async fn settled(store: &mut Reconnecting) -> Result<i64, QueryError> {
+/// The end of the feed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Head {
+    /// Highest id up to which pages can be read now.
+    pub settled: i64,
+    /// Highest id that may have been given to a frame. It only decreases when the store is restored to an earlier
+    /// state, so a cursor beyond it is one of another store.
+    pub newest: i64,
+}
+
+/// Returns the present end of the feed.
+pub async fn head(store: &mut Reconnecting) -> Result<Head, QueryError> {
     let sql = match store.is_sqlite() {
-        true => "SELECT coalesce(max(id), 0) FROM frames",
-        false => "SELECT settled_frame_id()",
+        true => "SELECT (SELECT coalesce(max(id), 0) FROM frames), last_removed FROM store_identity",
+        false => "SELECT settled_frame_id(),
+            (SELECT CASE WHEN is_called THEN last_value + 1 ELSE 1 END * 1024 - 1 FROM frame_id_blocks)",
     };
     let rows = store.rows(sql, &[]).await?;
-    rows.first().map_or(Ok(0), |row| row.integer(0))
+    let Some(row) = rows.first() else {
+        return Ok(Head::default());
+    };
+    let settled = row.integer(0)?;
+    let newest = row.integer(1)?.max(settled);
+    Ok(Head { settled, newest })
 }
 
 /// Returns the events that match `filter` after the cursor `after`, from at most one page of frames; `settled` is
-/// an earlier result of [`settled`].
+/// that of an earlier [`head`].
 pub async fn page(
     store: &mut Reconnecting,
     after: i64,
@@ -162,19 +178,11 @@ async fn fill(
                 channel: row.text_or_null(1)?.unwrap_or_default().to_owned(),
                 unit: row.text_or_null(2)?.unwrap_or_default().to_owned(),
                 ts: row.integer(3)?,
-                value: real(&row, 4)?.into(),
+                value: row.sample(4)?.into(),
             });
         }
     }
     Ok(())
-}
-
-/// Returns a value. SQLite returns a sample that is written without a decimal point as an integer.
-fn real(row: &Row, column: usize) -> Result<Option<f64>, QueryError> {
-    match row.0[column] {
-        Value::Integer(value) => Ok(Some(value as f64)),
-        _ => row.real_or_null(column),
-    }
 }
 
 fn event(row: &Row) -> Result<Event, QueryError> {
@@ -273,7 +281,7 @@ mod tests {
 
     /// Returns all events after a cursor, and the cursor at their end.
     async fn read(store: &mut Reconnecting, mut after: i64, filter: &Filter) -> (Vec<Event>, i64) {
-        let settled = settled(store).await.unwrap();
+        let settled = head(store).await.unwrap().settled;
         let mut events = Vec::new();
         while after < settled {
             let page = page(store, after, settled, filter).await.unwrap();
@@ -297,7 +305,7 @@ mod tests {
         let (a, b) = (peer(&mut writer, "a").await, peer(&mut writer, "b").await);
         let mut store = Reconnecting::new(url);
         let all = Filter::default();
-        let mut cursor = settled(&mut store).await.unwrap();
+        let mut cursor = head(&mut store).await.unwrap().settled;
         let begin = cursor;
         let mut events = Vec::new();
         // Few and many readings of a stream are stored in different tables of SQLite; empty commits compact.
@@ -376,9 +384,16 @@ mod tests {
             .await
             .unwrap();
         drop(connection);
+        // A cursor after the removed frames is not one of another store.
+        let (settled, newest) = (1, 3);
+        let found = head(&mut Reconnecting::new(&url)).await.unwrap();
+        assert_eq!(found, Head { settled, newest });
         let mut writer = open().await;
         store_all(&mut writer, frames(&device, 4, 1, 1)).await;
         let mut store = Reconnecting::new(&url);
+        let found = head(&mut store).await.unwrap();
+        let (settled, newest) = (4, 4);
+        assert_eq!(found, Head { settled, newest });
         let (events, _) = read(&mut store, 3, &Filter::default()).await;
         assert_eq!(events.len(), 1);
     }
@@ -397,6 +412,8 @@ mod tests {
         let take = "SELECT take_frame_id_blocks(1) * 1024";
         let id = early.integer(take, &[]).await.unwrap();
         store_all(&mut writer, frames(&b, 1, 1, 1)).await;
+        let found = head(&mut store).await.unwrap();
+        assert!(found.settled < id && id < found.newest, "{found:?}");
         let (events, cursor) = read(&mut store, 0, &Filter::default()).await;
         assert_eq!(events, []);
         assert!(cursor < id);

@@ -11,13 +11,17 @@ pub mod quarantine_usage;
 pub mod removal;
 pub mod replay;
 pub mod retention;
+pub mod rows_json;
+pub mod statement;
 
 mod connection;
+mod error;
 mod poll;
 mod row;
 mod value;
 
-pub use self::connection::{Access, Connection, OpenError, QueryError, Source};
+pub use self::connection::{Access, Connection, Source};
+pub use self::error::{Cause, OpenError, QueryError};
 pub use self::poll::{Pace, Poll, Reconnecting, poll_every, poll_once};
 pub use self::row::{Argument, Row};
-pub use self::value::Value;
+pub use self::value::{Value, real};

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use fieldgate_protocol::error::Code;
+use serde::Deserialize;
 
 use super::{Access, Argument, Connection, Pace, Poll, QueryError, Row};
 use crate::config::store_url::StoreUrl;
@@ -37,7 +38,8 @@ const TWIN_EVERY_US: i64 = 3_600_000_000;
 const SECOND_US: i64 = 1_000_000;
 
 /// State of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Presence {
     /// Connected, or heard from within three of its intervals.
     Online,

@@ -41,6 +41,23 @@ pub(super) fn sqlite_arguments(values: &[Argument<'_>]) -> Result<SqliteArgument
     Ok(arguments)
 }
 
+/// Returns the parameters of a user's statement.
+pub(super) fn sqlite_values(values: &[Value]) -> Result<SqliteArguments, sqlx::Error> {
+    let mut arguments = SqliteArguments::default();
+    for value in values {
+        match value {
+            Value::Null => arguments.add(None::<i64>),
+            Value::Bool(value) => arguments.add(i64::from(*value)),
+            Value::Integer(value) => arguments.add(*value),
+            Value::Real(value) => arguments.add(*value),
+            Value::Decimal(text) | Value::Text(text) => arguments.add(text.clone()),
+            Value::Blob(bytes) => arguments.add(bytes.clone()),
+        }
+        .map_err(sqlx::Error::Encode)?;
+    }
+    Ok(arguments)
+}
+
 pub(super) fn postgres_arguments(values: &[Argument<'_>]) -> Result<PgArguments, sqlx::Error> {
     let mut arguments = PgArguments::default();
     for value in values {
@@ -79,6 +96,14 @@ impl Row {
             Value::Null => Ok(None),
             Value::Real(value) => Ok(Some(value)),
             _ => Err(self.unexpected(column)),
+        }
+    }
+
+    /// Returns the value of a reading. SQLite returns one that is written without a decimal point as an integer.
+    pub fn sample(&self, column: usize) -> Result<Option<f64>, QueryError> {
+        match self.0[column] {
+            Value::Integer(value) => Ok(Some(value as f64)),
+            _ => self.real_or_null(column),
         }
     }
 

@@ -41,6 +41,35 @@ impl From<String> for Value {
     }
 }
 
+impl Value {
+    /// Formats the value as JSON. A number that JSON cannot represent becomes a string.
+    pub fn json(&self) -> String {
+        match self {
+            Value::Null => "null".to_owned(),
+            Value::Bool(value) => value.to_string(),
+            Value::Integer(value) => value.to_string(),
+            Value::Real(value) if !value.is_finite() => json_text(&real(*value)),
+            Value::Real(value) => real(*value),
+            Value::Decimal(value) => value.clone(),
+            Value::Text(value) => json_text(value),
+            Value::Blob(value) => json_text(&hex::encode(value)),
+        }
+    }
+}
+
+pub fn json_text(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// Formats a number with the fewest digits that parse to the same number, in a form that is always a REAL.
+pub fn real(value: f64) -> String {
+    match value {
+        f64::INFINITY => "Infinity".to_owned(),
+        f64::NEG_INFINITY => "-Infinity".to_owned(),
+        value => format!("{value:?}"),
+    }
+}
+
 /// Returns the values of a row in column order. Invalid UTF-8 is replaced by U+FFFD.
 pub(super) fn of_sqlite(row: &SqliteRow) -> Result<Vec<Value>, sqlx::Error> {
     let value = |index| {

@@ -46,6 +46,11 @@ pub enum Refusal {
     Empty(String),
     #[error("query runs one statement at a time; remove the text after the first `;`")]
     Several,
+    /// A parameter has no number.
+    #[error(
+        "a parameter has no number; write parameters as $1, $2, … in the order of their values"
+    )]
+    Parameter,
     /// The statement may not be read-only.
     #[error("query is read-only and does not run {word}; it accepts {}", .dialect.runs())]
     Writes {
@@ -53,6 +58,27 @@ pub enum Refusal {
         /// Dialect, for the list of accepted statements.
         dialect: Dialect,
     },
+}
+
+/// Maximum number of parameters of a statement.
+const PARAMETERS_MAX: usize = 1000;
+
+/// Returns the highest number of the parameters `$1`, `$2`, … in `sql`; 0 if there are none.
+pub fn parameters(sql: &str, dialect: Dialect) -> Result<usize, Refusal> {
+    let mut tokens = Tokens { rest: sql, dialect };
+    let mut highest = 0;
+    while let Some(token) = tokens.next() {
+        match (token, dialect) {
+            ("?" | ":" | "@", Dialect::Sqlite) => return Err(Refusal::Parameter),
+            ("$", _) => {
+                let number = tokens.next().and_then(|number| number.parse().ok());
+                let number = number.filter(|number| (1..=PARAMETERS_MAX).contains(number));
+                highest = number.ok_or(Refusal::Parameter)?.max(highest);
+            }
+            _ => {}
+        }
+    }
+    Ok(highest)
 }
 
 /// Checks that `sql` is a single read-only statement.
@@ -284,6 +310,32 @@ mod tests {
             }
         }
         assert!(check("(SELECT 1)", Sqlite).is_err());
+    }
+
+    #[test]
+    fn parameters_are_counted() {
+        for (sql, count) in [
+            ("SELECT 1", 0),
+            ("SELECT $1, $3 -- $4", 3),
+            ("SELECT '$2', $1", 1),
+        ] {
+            for dialect in [Sqlite, Postgres] {
+                assert_eq!(parameters(sql, dialect), Ok(count), "{sql}");
+            }
+        }
+        assert_eq!(
+            parameters("SELECT $$ $2 $$, $1, a$5, 1::int", Postgres),
+            Ok(1)
+        );
+        assert_eq!(parameters("SELECT '{}'::jsonb ? 'a'", Postgres), Ok(0));
+        for sql in ["SELECT $0", "SELECT $a", "SELECT $1001", "SELECT $"] {
+            for dialect in [Sqlite, Postgres] {
+                assert_eq!(parameters(sql, dialect), Err(Refusal::Parameter), "{sql}");
+            }
+        }
+        for sql in ["SELECT ?", "SELECT :a", "SELECT @a"] {
+            assert_eq!(parameters(sql, Sqlite), Err(Refusal::Parameter), "{sql}");
+        }
     }
 
     #[test]
