@@ -1,7 +1,7 @@
 //! `fieldgate backup`: copies a SQLite store into a file while the gateway runs.
 //!
-//! The copy has the state of one moment. It is written and synced as `FILE.part` and then renamed, so that `FILE` is
-//! complete or does not exist, even after a power failure. A lock on the draft refuses a second backup to the same file.
+//! The copy has the state of one moment. It is written as `FILE.part`, checked, synced and then renamed, so that `FILE`
+//! is complete or does not exist, even after a power failure. A lock on the draft refuses a second backup to the same file.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -43,6 +43,12 @@ pub async fn backup(data_dir: &Path, store: &StoreUrl, args: &BackupArgs) -> Res
     refuse_in_use(database, args).map_err(|reason| failed(&reason))?;
     let draft = Draft::create(file).map_err(|error| failed(&error))?;
     sqlite::copy(database, &draft.path).await?;
+    sqlite::check(&draft.path).await.map_err(|error| {
+        let database = database.display();
+        Error::Failed(format!(
+            "could not back up {database}: {error}; check the disks and the database itself, and keep older backups"
+        ))
+    })?;
     let bytes = draft
         .publish(args.replace)
         .map_err(|error| failed(&error))?;

@@ -53,6 +53,47 @@ fn a_backup_under_load_holds_everything_acknowledged_before() {
     fleet.prove(gateway);
 }
 
+/// The devices have deleted what was acknowledged after the backup, and go on with what they hold.
+#[test]
+fn devices_continue_after_a_restore() {
+    let place = |dir: &Path| File(dir.join("fieldgate.db"));
+    let (mut fleet, gateway) = Fleet::start(place, &LOAD);
+    fleet.await_progress(1);
+    let files = TempDir::new().expect("a directory");
+    let file = files.path().join("backup.db");
+    let said = backup(fleet.dir(), &file, &[]);
+    assert_eq!(said.code, 0, "{said:?}");
+    for round in 2..4 {
+        fleet.await_progress(round);
+    }
+    let database = fleet.place.0.clone();
+    let gateway = fleet.restart_after(gateway, || {
+        for suffix in ["-wal", "-shm"] {
+            let _ = fs::remove_file(database.with_extension(format!("db{suffix}")));
+        }
+        fs::copy(&file, &database).expect("restores");
+    });
+    fleet.take_stock();
+    for round in 4..6 {
+        fleet.await_progress(round);
+    }
+    let mut restored = gateway.database();
+    eventually("all devices are back", PATIENCE, || {
+        restored.count("SELECT count(*) FROM streams WHERE durable_seq > 32") == 50
+    });
+    // The simulator notices what was lost.
+    let (_, said) = fleet.interrupt();
+    assert!(said.contains("was its store restored"), "{said}");
+    drop(gateway);
+    fleet.place.check();
+    check_ledger(&mut fleet.place);
+    let lost = "SELECT count(*) FROM missing_frames WHERE reason = 'overwritten'";
+    assert!(restored.count(lost) > 0);
+    let others = "SELECT count(*) FROM missing_frames WHERE reason <> 'overwritten'";
+    assert_eq!(restored.count(others), 0);
+    assert_eq!(restored.count("SELECT count(*) FROM devices"), 50);
+}
+
 #[test]
 fn no_file_is_overwritten_by_mistake() {
     let gateway = Gateway::start(&[]);

@@ -20,7 +20,7 @@ use self::checkpoint::{Checkpoints, Limits};
 use self::files::{Header, HeldFiles};
 pub use self::files::{file_system_fault, is_in_use};
 use self::open::{Locks, WriterSettings};
-pub use self::open::{OpenError, Purpose, copy, migrate, open_existing};
+pub use self::open::{OpenError, Purpose, check, copy, migrate, open_existing};
 use self::readers::Readers;
 use self::reserve::{LOG_BYTES, RESERVE_BYTES, Reserve};
 use self::turn::Turns;

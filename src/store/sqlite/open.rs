@@ -99,6 +99,8 @@ pub enum OpenError {
         to: PathBuf,
         source: sqlx::Error,
     },
+    #[error("{} is damaged: {fault}", path.display())]
+    Damaged { path: PathBuf, fault: String },
     /// Any other error of SQLite.
     #[error("could not open {}: {source}", path.display())]
     Sqlite { path: PathBuf, source: sqlx::Error },
@@ -344,6 +346,28 @@ pub async fn copy(path: &Path, to: &Path) -> Result<(), OpenError> {
         to: to.into(),
         source,
     })
+}
+
+/// Reads all pages of a copied store and checks their structure.
+///
+/// # Errors
+/// The copy cannot be opened, or is damaged.
+pub async fn check(path: &Path) -> Result<(), OpenError> {
+    let damaged = |fault| OpenError::Damaged {
+        path: path.into(),
+        fault,
+    };
+    let opened = open_to_read(path, Purpose::Store).await;
+    let mut conn = opened.map_err(|error| match error {
+        OpenError::Sqlite { source, .. } => damaged(source.to_string()),
+        other => other,
+    })?;
+    let checked = sqlx::query_scalar("PRAGMA quick_check(1)").fetch_one(&mut conn);
+    let result: String = checked.await.map_err(|error| damaged(error.to_string()))?;
+    match result.as_str() {
+        "ok" => Ok(()),
+        _ => Err(damaged(result)),
+    }
 }
 
 /// Opens a connection to an existing database, for use while a gateway runs.

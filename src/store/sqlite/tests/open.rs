@@ -8,7 +8,7 @@ use tempfile::{TempDir, tempdir};
 
 use super::{OpenError, SqliteSettings, SqliteStore, open_reader, run};
 use crate::store::Store;
-use crate::store::sqlite::open::Purpose;
+use crate::store::sqlite::open::{Purpose, check, copy};
 
 async fn open(path: &Path) -> Result<SqliteStore, OpenError> {
     SqliteStore::open(path, &SqliteSettings::default()).await
@@ -229,4 +229,22 @@ async fn limits_must_make_sense() {
     };
     let opened = SqliteStore::open(directory.path().join("x.db"), &settings).await;
     assert!(matches!(opened, Err(OpenError::Settings(_))));
+}
+
+#[tokio::test]
+async fn a_damaged_copy_is_found() {
+    let directory = tempdir().unwrap();
+    let path = directory.path().join("x.db");
+    open(&path).await.unwrap().close().await.unwrap();
+    let copied = directory.path().join("copy.db");
+    std::fs::File::create(&copied).unwrap();
+    copy(&path, &copied).await.unwrap();
+    check(&copied).await.unwrap();
+    // The last page is the root of an index or table; its header gets an impossible type.
+    let mut bytes = std::fs::read(&copied).unwrap();
+    let page = bytes.len() - 8192;
+    bytes[page..page + 64].fill(0xFF);
+    std::fs::write(&copied, bytes).unwrap();
+    let fault = check(&copied).await.unwrap_err().to_string();
+    assert!(fault.contains("is damaged"), "{fault}");
 }
