@@ -273,6 +273,14 @@ CREATE TABLE sessions (
 );
 CREATE INDEX sessions_by_device ON sessions (device_id);
 
+-- One row for each gateway: when it last wrote here, which it does every ten seconds, and since when it has done so
+-- without a pause of two minutes. The sessions of a gateway that stopped without closing them do not count as open.
+CREATE TABLE gateways (
+    id          text PRIMARY KEY,
+    alive_at    timestamptz NOT NULL,
+    alive_since timestamptz NOT NULL
+) WITH (fillfactor = 50);
+
 -- A boot's clock: UTC is device time since boot + offset_us, with an error of at most half of delay_us when it
 -- was measured. A delay_us of 9223372036854775807 means that the clock was not measured but chosen (SPEC R74).
 -- timeline and origin_us describe the gateway's clock at that moment: origin_us is measured_at minus the time

@@ -147,9 +147,20 @@ INSERT INTO reading_hours
 SELECT DISTINCT date_trunc('hour', ts, 'UTC') FROM readings
 ON CONFLICT DO NOTHING;
 
+-- Gateways that stopped without closing their sessions: they wrote nothing for two minutes, although others did. After
+-- an outage of the database, all have two minutes to write again.
+CREATE OR REPLACE VIEW dead_gateways AS
+SELECT id, alive_at
+FROM gateways
+WHERE alive_at < now() - interval '2 minutes' AND NOT EXISTS (
+    SELECT FROM gateways AS other
+    WHERE other.alive_at >= now() - interval '2 minutes' AND other.alive_since > now() - interval '2 minutes'
+);
+
 -- Presence of each device, for `device_status` and for gateways. `heard_at` is the time of its last frame, login
--- or end of a session, whichever is the latest; `recorded` is the last state in the table `presence`. A device is
--- 'online' during a session and for three intervals after it was heard; then 'late', and 'silent' after a day.
+-- or end of a session, or the time when the gateway of its session was last alive, whichever is the latest; `recorded`
+-- is the last state in the table `presence`. A device is 'online' during a session and for three intervals after it was
+-- heard; then 'late', and 'silent' after a day.
 CREATE OR REPLACE VIEW device_presence AS
 SELECT
     device_id,
@@ -158,6 +169,7 @@ SELECT
     is_interval_set,
     learned_s,
     heard_at,
+    is_connected,
     CASE
         WHEN enabled = 0 THEN 'disabled'
         WHEN last_frame_at IS NULL THEN 'never'
@@ -175,7 +187,7 @@ FROM (
         learned_s,
         is_connected,
         last_frame_at,
-        greatest(last_frame_at, last_login_at, last_end_at) AS heard_at
+        greatest(last_frame_at, last_login_at, last_end_at, last_alive_at) AS heard_at
     FROM (
         SELECT
             d.id AS device_id,
@@ -184,7 +196,14 @@ FROM (
             coalesce(p.set_s, p.learned_s, 40) AS interval_s,
             (p.set_s IS NOT NULL)::integer AS is_interval_set,
             p.learned_s,
-            EXISTS (SELECT 1 FROM sessions AS se WHERE se.device_id = d.id) AS is_connected,
+            EXISTS (
+                SELECT FROM sessions AS se
+                WHERE se.device_id = d.id AND se.gateway NOT IN (SELECT dead.id FROM dead_gateways AS dead)
+            ) AS is_connected,
+            (
+                SELECT max(g.alive_at) FROM sessions AS se JOIN gateways AS g ON g.id = se.gateway
+                WHERE se.device_id = d.id
+            ) AS last_alive_at,
             d.last_seen_at AS last_login_at,
             (
                 SELECT max((
@@ -231,7 +250,7 @@ FROM (
         d.name AS device,
         d.enabled,
         CASE
-            WHEN EXISTS (SELECT 1 FROM sessions AS se WHERE se.device_id = d.id) THEN 'connected'
+            WHEN p.is_connected THEN 'connected'
             WHEN d.first_seen_at IS NOT NULL THEN 'disconnected'
             ELSE 'new'
         END AS state,

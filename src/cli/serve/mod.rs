@@ -245,8 +245,13 @@ async fn serve_into<S: Store>(
         tasks.spawn("http", http::serve(listener, site));
     }
     tasks.spawn("service manager", report_health(Arc::clone(&metrics)));
+    let gateway = match &config.store {
+        StoreUrl::Sqlite(_) => None,
+        StoreUrl::Postgres(_) => Some(gateway_name(config)?),
+    };
     tasks.spawn_poller(PresenceWatch::new(
         &config.store,
+        gateway,
         Arc::clone(&metrics),
         config.session.keepalive_s,
     ));
@@ -324,19 +329,23 @@ fn sqlite_settings(config: &Config) -> SqliteSettings {
     SqliteSettings::new(&config.sqlite, config.devices.bounds)
 }
 
-fn postgres_settings(config: &Config, url: &PostgresUrl) -> Result<PostgresSettings, Error> {
-    let gateway = gateway_id::load_or_create(&config.location.data_dir).map_err(|error| {
+/// Returns the name of this gateway among those of its database.
+fn gateway_name(config: &Config) -> Result<String, Error> {
+    gateway_id::load_or_create(&config.location.data_dir).map_err(|error| {
         let path = config.location.data_dir.join(gateway_id::ID_FILE);
         let path = path.display();
         Error::Failed(format!(
             "could not read or write {path}: {error}; make the data directory writable"
         ))
-    })?;
+    })
+}
+
+fn postgres_settings(config: &Config, url: &PostgresUrl) -> Result<PostgresSettings, Error> {
     Ok(PostgresSettings {
         url: url.clone(),
         options: config.postgres.clone(),
         bounds: config.devices.bounds,
-        gateway,
+        gateway: gateway_name(config)?,
         spool: None,
     })
 }

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use fieldgate_protocol::error::Code;
@@ -36,6 +36,15 @@ const TAKEN_OVER_WITHIN_US: i64 = 600_000_000;
 /// Minimum time between two events about a device's twin.
 const TWIN_EVERY_US: i64 = 3_600_000_000;
 const SECOND_US: i64 = 1_000_000;
+
+/// Minimum time between two writes of [`ALIVE`].
+const ALIVE_EVERY: Duration = Duration::from_secs(10);
+/// Records that a gateway is alive. Without it, other gateways consider its sessions as ended (`dead_gateways`).
+const ALIVE: &str = "INSERT INTO gateways (id, alive_at, alive_since) VALUES ($1, now(), now())
+    ON CONFLICT (id) DO UPDATE SET alive_at = excluded.alive_at, alive_since = CASE
+        WHEN gateways.alive_at < now() - interval '2 minutes' THEN excluded.alive_since
+        ELSE gateways.alive_since
+    END";
 
 /// State of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Deserialize)]
@@ -88,6 +97,9 @@ impl Presence {
 pub struct PresenceWatch {
     store: StoreUrl,
     metrics: Arc<Metrics>,
+    /// Name of this gateway among those of a Postgres database; `None` with SQLite, which has one gateway.
+    gateway: Option<String>,
+    alive_at: Option<Instant>,
     keepalive_s: i64,
     /// Start of the gateway: it could not hear from devices before.
     started_us: i64,
@@ -145,10 +157,17 @@ const DEVICES: &str = "SELECT device_id, recorded, presence, interval_s, learned
 impl PresenceWatch {
     /// Creates a watch of a gateway's store. Unless an operator set the interval of a device, it is at least
     /// `keepalive_s`.
-    pub fn new(store: &StoreUrl, metrics: Arc<Metrics>, keepalive_s: u16) -> PresenceWatch {
+    pub fn new(
+        store: &StoreUrl,
+        gateway: Option<String>,
+        metrics: Arc<Metrics>,
+        keepalive_s: u16,
+    ) -> PresenceWatch {
         PresenceWatch {
             store: store.clone(),
             metrics,
+            gateway,
+            alive_at: None,
             keepalive_s: keepalive_s.into(),
             started_us: SystemClock::start().now().utc_us,
             learned: 0,
@@ -166,6 +185,7 @@ impl PresenceWatch {
         let mut after = 0;
         let mut has_learned = false;
         loop {
+            self.stay_alive(connection).await?;
             let arguments = [after.into(), DEVICES_AT_ONCE.into()];
             let rows = connection.rows(DEVICES, &arguments).await?;
             let devices: Vec<Device> = rows.iter().map(Device::of).collect::<Result<_, _>>()?;
@@ -192,6 +212,17 @@ impl PresenceWatch {
         let since = [Argument::Time(now_us - TWIN_EVERY_US)];
         found.twins = connection.integer(sql, &since).await?;
         Ok(found)
+    }
+
+    async fn stay_alive(&mut self, connection: &mut Connection) -> Result<(), QueryError> {
+        let is_due = self
+            .alive_at
+            .is_none_or(|alive_at| alive_at.elapsed() >= ALIVE_EVERY);
+        if let Some(gateway) = self.gateway.as_deref().filter(|_| is_due) {
+            connection.step(ALIVE, &[gateway.into()]).await?;
+            self.alive_at = Some(Instant::now());
+        }
+        Ok(())
     }
 
     /// Returns the state of a device, and adds its change to `changes`. After a start, a device that was online has

@@ -179,7 +179,7 @@ impl Writer {
     }
 }
 
-/// Closes the sessions that the gateway's last run left open.
+/// Closes the sessions that the gateway's last run left open, as of the time when it was last alive.
 pub(super) async fn close_sessions(
     conn: &mut Link,
     gateway: &str,
@@ -190,7 +190,9 @@ pub(super) async fn close_sessions(
              DELETE FROM sessions WHERE gateway = $1 RETURNING id, device_id, connected_at
          )
          INSERT INTO device_events (device_id, at, kind, code, detail, session)
-         SELECT device_id, $2, 'disconnected', 0, $3, id FROM closed ORDER BY connected_at, id",
+         SELECT device_id, greatest(connected_at, coalesce(
+             (SELECT least(alive_at, $2) FROM gateways WHERE id = $1), $2)), 'disconnected', 0, $3, id
+         FROM closed ORDER BY connected_at, id",
     )
     .bind(gateway)
     .bind(Timestamp(now_us))

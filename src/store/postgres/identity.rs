@@ -346,12 +346,17 @@ pub(super) async fn store_lost(
     Ok(())
 }
 
-/// Deletes the rows of writers that ended without deleting them.
+/// Deletes the rows of writers and gateways that no longer run.
 pub(super) async fn prune(conn: &mut Link) -> Result<(), sqlx::Error> {
-    sqlx::query("DELETE FROM store_writers WHERE committed_at < now() - interval '90 days'")
-        .execute(conn)
-        .await
-        .map(drop)
+    for sql in [
+        "DELETE FROM store_writers WHERE committed_at < now() - interval '90 days'",
+        // A row with sessions shows that these have ended.
+        "DELETE FROM gateways WHERE alive_at < now() - interval '90 days'
+             AND NOT EXISTS (SELECT FROM sessions WHERE gateway = gateways.id)",
+    ] {
+        sqlx::query(sql).execute(&mut *conn).await?;
+    }
+    Ok(())
 }
 
 /// Generates a new mark for the store, which invalidates what readers have cached.

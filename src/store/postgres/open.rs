@@ -27,7 +27,7 @@ static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     migrator
 });
 /// Tables of the store, whose names another program may also use.
-const TABLES: [&str; 23] = [
+const TABLES: [&str; 24] = [
     "devices",
     "removed_devices",
     "refusals",
@@ -48,6 +48,7 @@ const TABLES: [&str; 23] = [
     "clocks",
     "clock_steps",
     "sessions",
+    "gateways",
     "spool",
     "store_identity",
     "store_writers",

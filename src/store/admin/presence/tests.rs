@@ -1,7 +1,7 @@
 use super::*;
 use crate::store::Store as _;
-use crate::store::postgres::PostgresStore;
 use crate::store::postgres::tests::Database;
+use crate::store::postgres::{PostgresSettings, PostgresStore};
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
 
 const MINUTE_US: i64 = 60 * SECOND_US;
@@ -32,7 +32,7 @@ fn the_interval_is_the_median_of_the_pauses() {
 fn watch(store: &StoreUrl) -> PresenceWatch {
     PresenceWatch {
         started_us: 0,
-        ..PresenceWatch::new(store, Arc::default(), 40)
+        ..PresenceWatch::new(store, None, Arc::default(), 40)
     }
 }
 
@@ -263,6 +263,63 @@ async fn twins_are_reported_once_an_hour(store: StoreUrl) {
         .await;
     assert_eq!(later.unwrap().twins, 1);
     assert_eq!(site.events("twin", "two devices use this name%").await, 2);
+}
+
+/// Devices of a gateway that died go late; those of one that runs, and all after an outage of the database, do not.
+#[tokio::test]
+#[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
+async fn a_gateway_that_died_does_not_keep_its_devices_online() {
+    const DEVICES: i64 = 4000;
+    let database = Database::create().await;
+    let stores = PostgresStore::open(database.settings()).await.unwrap();
+    let mut site = Site::new(StoreUrl::Postgres(database.settings().url)).await;
+    site.add_devices(DEVICES).await;
+    site.frames(1, DEVICES, now_us() - 3 * DAY_US).await;
+    let open = "INSERT INTO sessions (id, device_id, gateway, peer, connected_at)
+        SELECT id, id, CASE WHEN id <= $1 THEN 'dead' ELSE 'alive' END, '', $2 FROM devices";
+    let connected = Argument::Time(now_us() - 2 * DAY_US);
+    site.run(open, &[(DEVICES / 2).into(), connected]).await;
+    let watch_of = |gateway: &str| PresenceWatch {
+        gateway: Some(gateway.to_owned()),
+        ..watch(&site.store)
+    };
+    let (mut alive, mut dead) = (watch_of("alive"), watch_of("dead"));
+    assert_eq!(site.round(&mut dead).await, [DEVICES, 0, 0, 0, 0]);
+    assert_eq!(site.round(&mut alive).await, [DEVICES, 0, 0, 0, 0]);
+    let ago = |minutes: i64| format!("now() - interval '{minutes} minutes'");
+    let set = |id: &str, at: i64, since: i64| {
+        let (at, since) = (ago(at), ago(since));
+        format!("UPDATE gateways SET alive_at = {at}, alive_since = {since} WHERE id = '{id}'")
+    };
+    // After an outage of the database, `alive` is the first to return.
+    site.run(&set("dead", 5, 60), &[]).await;
+    site.run(&set("alive", 5, 60), &[]).await;
+    alive.alive_at = None;
+    assert_eq!(site.round(&mut alive).await, [DEVICES, 0, 0, 0, 0]);
+    // Two minutes later the other has not returned. Its devices were heard until it died.
+    site.run(&set("alive", 0, 3), &[]).await;
+    let half = DEVICES / 2;
+    assert_eq!(site.round(&mut alive).await, [half, half, 0, 0, 0]);
+    assert_eq!(site.events("presence", "from online to late").await, half);
+    let connected = "SELECT count(*) FROM device_status WHERE state = 'connected'";
+    assert_eq!(site.integer(connected).await, half);
+    // It starts again, and closes its sessions as of its death.
+    drop(stores);
+    let settings = PostgresSettings {
+        gateway: "dead".to_owned(),
+        ..database.settings()
+    };
+    let _stores = PostgresStore::open(settings).await.unwrap();
+    assert_eq!(site.round(&mut dead).await, [half, half, 0, 0, 0]);
+    let ended = "SELECT count(*) FROM device_events WHERE kind = 'disconnected'
+        AND at BETWEEN now() - interval '6 minutes' AND now() - interval '4 minutes'";
+    assert_eq!(site.integer(ended).await, half);
+    // Its devices connect to the other gateway.
+    let moved = "INSERT INTO sessions (id, device_id, gateway, peer, connected_at)
+        SELECT id, id, 'alive', '', now() FROM devices WHERE id <= $1";
+    site.run(moved, &[half.into()]).await;
+    assert_eq!(site.round(&mut alive).await, [DEVICES, 0, 0, 0, 0]);
+    assert_eq!(site.events("presence", "from late to online").await, half);
 }
 
 /// Runs a case against both stores.
