@@ -1,5 +1,5 @@
-//! `fieldgate doctor` and `fieldgate serve --check`: both check everything that the gateway needs. `doctor` shows each
-//! check with its result, `--check` only the problems.
+//! `fieldgate doctor` and `fieldgate config check`: both check everything that the gateway needs. `doctor` shows each
+//! check with its result, `config check` only the problems.
 //!
 //! The checks accept no connections and write nothing except the files that SQLite keeps next to a database that it
 //! reads.
@@ -15,7 +15,7 @@ use crate::store::admin::{self, Connection, OpenError};
 use crate::store::{postgres, spool, sqlite};
 use crate::sys::{log, open_files};
 use crate::time::{doubt_at_start, utc_now};
-use clap::Args;
+use clap::{Args, Subcommand};
 use rustix::fs::{Access, access, statvfs};
 use tokio::net::TcpSocket;
 
@@ -30,8 +30,17 @@ const DISK_FREE_MIN: u64 = 64 << 20;
 /// Permission of others to replace files of a directory.
 const FOREIGN_WRITE: u32 = 0o022;
 
+/// Commands about settings.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Check settings, files, ports, certificates and the store without starting the gateway, even while it runs, and
+    /// print one line per problem. If settings are invalid, nothing else is checked. Writes nothing except the files
+    /// that SQLite keeps next to a database that is read
+    Check(Box<CheckArgs>),
+}
+
 #[derive(Args, Debug)]
-pub struct DoctorArgs {
+pub struct CheckArgs {
     /// All settings of the gateway.
     #[command(flatten)]
     pub settings: Settings,

@@ -13,6 +13,7 @@ mod backup;
 mod check;
 mod device;
 mod fleet_key;
+mod gateway_http;
 mod import;
 mod manual;
 mod migrate;
@@ -27,13 +28,14 @@ mod query;
 mod reference;
 mod retention;
 mod serve;
+mod setting_values;
 mod settings_file;
 mod status;
 mod tail;
 mod tls;
 mod value;
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 
@@ -53,6 +55,7 @@ use jiff::Timestamp;
 use self::fleet_key::FleetKeyFile;
 use self::nearest::near;
 pub use self::program::main;
+use self::setting_values::{SettingValue, setting_values};
 use self::settings_file::FileError;
 
 /// Stores sensor readings from field devices in a SQL database, each exactly once.
@@ -63,18 +66,21 @@ struct Cli {
     global: GlobalArgs,
     #[command(subcommand)]
     command: Command,
-    /// Settings that differ from their defaults, without passwords.
+    /// Every setting of the subcommand.
     #[arg(skip)]
-    changed: String,
+    values: Vec<SettingValue>,
 }
 
 /// Prefix of the settings' environment variables.
 const ENV_PREFIX: &str = "FIELDGATE_";
 
 /// The subcommands whose flags are settings: the same flags.
-const SETTINGS_COMMANDS: [&str; 3] = ["serve", "doctor", "retention"];
-/// The one flag of `serve` that selects an action and is therefore not a setting.
-const CHECK_FLAG: &str = "check";
+const SETTINGS_COMMANDS: [&[&str]; 4] = [
+    &["serve"],
+    &["doctor"],
+    &["retention"],
+    &["config", "check"],
+];
 
 const PRECEDENCE: &str = "Every global option and every option of serve, --some-name, can also be set with the \
     environment variable FIELDGATE_SOME_NAME or the key some-name in the --config file. Flags override the \
@@ -99,6 +105,16 @@ struct GlobalArgs {
     /// Minimum level of logged events. RUST_LOG overrides it and can set levels per module
     #[arg(long, global = true, value_enum, value_name = "LEVEL", default_value_t = LogLevel::Info)]
     log_level: LogLevel,
+}
+
+/// Changes the levels of the log, given as RUST_LOG directives; fails if they are invalid and changes nothing.
+type SetLevels = Box<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
+
+/// What the process was started with, and its log.
+struct Process {
+    args: Vec<OsString>,
+    inherited: InheritedSockets,
+    set_levels: SetLevels,
 }
 
 impl GlobalArgs {
@@ -154,7 +170,10 @@ enum Command {
     Serve(Box<serve::ServeArgs>),
     /// Check the gateway's settings, files, ports, store and machine, even while it runs, and print a line with ok,
     /// warn or fail for each check. Run it as the gateway's user with the gateway's settings
-    Doctor(Box<check::DoctorArgs>),
+    Doctor(Box<check::CheckArgs>),
+    /// Check the gateway's settings
+    #[command(subcommand)]
+    Config(check::ConfigCommand),
     /// Run one read-only SQL statement, even while the gateway runs
     Query(query::QueryArgs),
     /// List and manage devices and their keys
@@ -175,8 +194,8 @@ enum Command {
     Migrate,
     /// Show readings as a running gateway commits them
     Tail(tail::TailArgs),
-    /// Show a one-screen summary of the store
-    Status,
+    /// Show a one-screen summary of the running gateway and its store, or of the store alone
+    Status(status::StatusArgs),
     /// Copy a SQLite store to FILE, even while the gateway runs. The copy does not contain the fleet key. After a
     /// restore, devices resend the frames that they still hold; other frames since the backup appear in missing_frames
     Backup(backup::BackupArgs),
@@ -195,7 +214,7 @@ enum Error {
     /// Wrong arguments or environment.
     #[error("{0}")]
     Usage(String),
-    /// Output was already printed, such as help or the problems of `--check`. Holds the exit code.
+    /// Output was already printed, such as help or the problems of `config check`. Holds the exit code.
     #[error("")]
     Shown(u8),
     /// Invalid settings file.
@@ -309,32 +328,8 @@ fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Error> {
         Some(path) => match_args(settings_file::read(path)?.apply(command(), path)?, &args)?,
     };
     let mut cli = Cli::from_arg_matches(&matches).map_err(|error| usage_error(&error, &args))?;
-    cli.changed = changed_settings(&matches);
+    cli.values = setting_values(&matches);
     Ok(cli)
-}
-
-/// Returns the flags that differ from their defaults, from any source, without passwords.
-fn changed_settings(matches: &clap::ArgMatches) -> String {
-    let mut command = command();
-    command.build();
-    let Some((name, matches)) = matches.subcommand() else {
-        return String::new();
-    };
-    let args = command.find_subcommand(name).into_iter();
-    let args = args.flat_map(clap::Command::get_arguments);
-    let changed = args.filter_map(|arg| {
-        let flag = arg.get_long()?;
-        let given: Vec<_> = matches.try_get_raw(arg.get_id().as_str()).ok()??.collect();
-        let text = |value: &&OsStr| without_password(&value.to_string_lossy());
-        let given: Vec<_> = given.iter().map(text).collect();
-        let default: Vec<_> = arg
-            .get_default_values()
-            .iter()
-            .map(|value| value.to_string_lossy().into_owned())
-            .collect();
-        (given != default).then(|| format!("{flag}={}", given.join(",")))
-    });
-    changed.collect::<Vec<_>>().join(" ")
 }
 
 fn match_args(command: clap::Command, args: &[OsString]) -> Result<clap::ArgMatches, Error> {
@@ -355,13 +350,27 @@ fn with_environment(command: clap::Command) -> clap::Command {
 /// Changes each argument that may be a setting.
 fn with_settings(command: clap::Command, change: impl Fn(Arg) -> Arg) -> clap::Command {
     let command = command.mut_args(&change);
-    SETTINGS_COMMANDS.iter().fold(command, |command, name| {
-        command.mut_subcommand(name, |command| command.mut_args(&change))
+    SETTINGS_COMMANDS.iter().fold(command, |command, path| {
+        change_within(command, path, &|command| command.mut_args(&change))
     })
 }
 
+/// Changes the subcommand at `path`.
+fn change_within(
+    command: clap::Command,
+    path: &[&str],
+    change: &dyn Fn(clap::Command) -> clap::Command,
+) -> clap::Command {
+    match path {
+        [] => change(command),
+        [name, rest @ ..] => {
+            command.mut_subcommand(name, |command| change_within(command, rest, change))
+        }
+    }
+}
+
 fn as_setting(arg: Arg) -> Arg {
-    let Some(long) = arg.get_long().filter(|long| *long != CHECK_FLAG) else {
+    let Some(long) = arg.get_long() else {
         return arg;
     };
     let long = long.to_owned();
@@ -479,22 +488,24 @@ impl Cli {
     }
 
     /// Runs the subcommand.
-    async fn carry_out(self, inherited: InheritedSockets) -> Result<(), Error> {
+    async fn carry_out(self, process: Process) -> Result<(), Error> {
         for variable in unknown_variables(std::env::vars_os().map(|(name, _)| name)) {
             tracing::warn!(%variable, "unknown environment variable ignored");
         }
         let (store, format) = (self.global.location.store(), self.global.log_format);
         match self.command {
-            Command::Serve(args) if args.check => {
-                check::check(args.settings, self.global.location, format).await
-            }
             Command::Serve(args) => {
                 let start = serve::Start {
-                    changed: &self.changed,
-                    inherited,
+                    values: self.values,
+                    inherited: process.inherited,
                     format,
+                    args: process.args,
+                    set_levels: process.set_levels,
                 };
                 serve::serve(args.settings, self.global.location, start).await
+            }
+            Command::Config(check::ConfigCommand::Check(args)) => {
+                check::check(args.settings, self.global.location, format).await
             }
             Command::Doctor(args) => check::doctor(args.settings, self.global.location).await,
             Command::Query(args) => query::query(&store, &args).await,
@@ -515,7 +526,7 @@ impl Cli {
             Command::Completions(args) => manual::completions(&args),
             Command::Man(args) => manual::man(&args),
             Command::Tail(args) => tail::tail(args, self.global.location.secret_readers()).await,
-            Command::Status => status::status(&store, &self.global.location.data_dir).await,
+            Command::Status(args) => status::status(&store, &self.global.location, &args).await,
         }
     }
 }
@@ -552,14 +563,21 @@ mod tests {
             command.get_subcommands().for_each(check_none);
         }
         let command = command();
-        let (serve, others): (Vec<_>, Vec<_>) = command
-            .get_subcommands()
-            .partition(|command| SETTINGS_COMMANDS.contains(&command.get_name()));
-        for (long, variable) in flags(&command).chain(serve.into_iter().flat_map(flags)) {
-            let name = (long != CHECK_FLAG).then(|| env_name(long));
-            assert_eq!(variable, name.as_deref());
+        let with_settings = SETTINGS_COMMANDS.map(|path| {
+            let found = path
+                .iter()
+                .try_fold(&command, |command, name| command.find_subcommand(name));
+            found.expect("a subcommand")
+        });
+        let others = command.get_subcommands().filter(|command| {
+            SETTINGS_COMMANDS
+                .iter()
+                .all(|path| path[0] != command.get_name())
+        });
+        for (long, variable) in flags(&command).chain(with_settings.into_iter().flat_map(flags)) {
+            assert_eq!(variable, Some(env_name(long).as_str()));
         }
-        others.into_iter().for_each(check_none);
+        others.for_each(check_none);
         assert_eq!(env_name("allow-plaintext"), "FIELDGATE_ALLOW_PLAINTEXT");
     }
 

@@ -1,5 +1,6 @@
 //! The program: arguments, log, runtime, exit code.
 
+use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,9 +12,10 @@ use tracing::Metadata;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::{Cli, Error, LogFormat};
+use super::{Cli, Error, LogFormat, Process, SetLevels};
 
 /// Maximum wait for a blocked stderr at exit.
 const LOG_FLUSH: Duration = Duration::from_secs(1);
@@ -31,9 +33,9 @@ pub fn main() -> ExitCode {
     let args: Vec<_> = std::env::args_os().collect();
     // Applies until the arguments are parsed.
     let mut format = super::log_format(&args);
-    let done = super::parse(args).and_then(|cli| {
+    let done = super::parse(args.clone()).and_then(|cli| {
         format = cli.log_format();
-        carry_out(cli, inherited)
+        carry_out(cli, args, inherited)
     });
     let code = match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -48,14 +50,18 @@ pub fn main() -> ExitCode {
     code
 }
 
-fn carry_out(cli: Cli, inherited: InheritedSockets) -> Result<(), Error> {
-    start_log(cli.log_format(), &cli.log_levels())?;
+fn carry_out(cli: Cli, args: Vec<OsString>, inherited: InheritedSockets) -> Result<(), Error> {
+    let process = Process {
+        set_levels: start_log(cli.log_format(), &cli.log_levels())?,
+        args,
+        inherited,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| Error::Failed(format!("could not start the runtime: {error}")))?;
     let done = runtime.block_on(async {
-        let done = cli.carry_out(inherited).await;
+        let done = cli.carry_out(process).await;
         postgres::end_left(END_LEFT_WITHIN).await;
         done
     });
@@ -64,8 +70,8 @@ fn carry_out(cli: Cli, inherited: InheritedSockets) -> Result<(), Error> {
     done
 }
 
-/// Starts logging to stderr. Stdout is reserved for results.
-fn start_log(format: LogFormat, levels: &str) -> Result<(), Error> {
+/// Starts logging to stderr; returns how to change the levels. Stdout is reserved for results.
+fn start_log(format: LogFormat, levels: &str) -> Result<SetLevels, Error> {
     let filter = EnvFilter::try_new(levels)
         .map_err(|error| Error::Usage(format!("RUST_LOG={levels:?}: {error}")))?;
     let is_colored = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
@@ -76,12 +82,29 @@ fn start_log(format: LogFormat, levels: &str) -> Result<(), Error> {
         .with_writer(writer)
         .log_internal_errors(false)
         .with_ansi(is_colored);
-    match format {
-        LogFormat::Text => log.finish().with(filter_fn(is_no_secret)).init(),
-        LogFormat::Json => log.json().finish().with(filter_fn(is_no_secret)).init(),
-    }
+    let set_levels = match format {
+        LogFormat::Text => {
+            let log = log.with_filter_reloading();
+            let set_levels = set_levels(log.reload_handle());
+            log.finish().with(filter_fn(is_no_secret)).init();
+            set_levels
+        }
+        LogFormat::Json => {
+            let log = log.json().with_filter_reloading();
+            let set_levels = set_levels(log.reload_handle());
+            log.finish().with(filter_fn(is_no_secret)).init();
+            set_levels
+        }
+    };
     std::panic::set_hook(Box::new(log::log_panic));
-    Ok(())
+    Ok(set_levels)
+}
+
+fn set_levels<S: 'static>(filter: reload::Handle<EnvFilter, S>) -> SetLevels {
+    Box::new(move |levels| {
+        let new = EnvFilter::try_new(levels).map_err(|error| error.to_string())?;
+        filter.reload(new).map_err(|error| error.to_string())
+    })
 }
 
 /// Returns whether an event may be logged. sqlx logs an invalid line of ~/.pgpass as a whole, with the password.

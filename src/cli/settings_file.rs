@@ -14,7 +14,7 @@ use clap::{Arg, ArgAction, Command};
 use toml::{Table, Value};
 
 use super::nearest::nearest;
-use super::{CHECK_FLAG, SETTINGS_COMMANDS, rendered, with_settings};
+use super::{SETTINGS_COMMANDS, rendered, with_settings};
 
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
@@ -106,11 +106,11 @@ pub fn settings(command: &Command) -> impl Iterator<Item = &str> {
 
 /// Returns the flags that are settings, except `--config`.
 pub(super) fn setting_flags(command: &Command) -> impl Iterator<Item = &Arg> {
-    let serve = command.find_subcommand(SETTINGS_COMMANDS[0]);
+    let serve = command.find_subcommand(SETTINGS_COMMANDS[0][0]);
     let serve = serve.into_iter().flat_map(Command::get_arguments);
     command.get_arguments().chain(serve).filter(|arg| {
         arg.get_long()
-            .is_some_and(|long| !["config", "help", "version", CHECK_FLAG].contains(&long))
+            .is_some_and(|long| !["config", "help", "version"].contains(&long))
     })
 }
 

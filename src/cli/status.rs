@@ -1,19 +1,24 @@
-//! `fieldgate status`: shows a one-screen summary of the store.
+//! `fieldgate status`: shows a one-screen summary of a running gateway and its store, or of the store alone.
 //!
-//! It reads only the store, and the spool in the data directory if the store is in Postgres. It works with and
-//! without a running gateway.
+//! It asks the gateway over HTTP, and reads the store, and the spool in the data directory if the store is in Postgres.
 
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
+use std::time::Duration;
 
-use crate::config::SPOOL_FILE;
+use axum::http::StatusCode;
+use clap::Args;
+use tokio::time::timeout;
+
+use crate::config::Location;
 use crate::config::store_url::{PostgresUrl, StoreUrl};
 use crate::store::admin::{Access, Connection};
-use crate::store::spool;
+use crate::store::{spool, sqlite};
 use crate::time::SystemClock;
 
 use super::Error;
+use super::gateway_http::{GatewayArgs, GatewayHttp, Refused};
 use super::output::{self, age, bytes_text, count, utc_text, write_facts};
 
 type Fact = (&'static str, String);
@@ -28,14 +33,31 @@ pub(super) const COUNTS: &str = "SELECT (SELECT count(*) FROM devices), count(*)
         (SELECT count(*) FROM quarantine)
     FROM streams AS st";
 
+/// Maximum time for the answers of the gateway.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
+const ANSWER_BYTES_MAX: usize = 1 << 20;
+
+#[derive(Args, Clone, Debug)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    gateway: GatewayArgs,
+}
+
 /// Shows the summary. Shows the spool even if the database is unavailable.
-pub async fn status(store: &StoreUrl, data_dir: &Path) -> Result<(), Error> {
+pub async fn status(store: &StoreUrl, location: &Location, args: &StatusArgs) -> Result<(), Error> {
+    let gateway = GatewayHttp::new(&args.gateway, location.secret_readers())?;
     let mut out = output::stdout();
     let now_us = SystemClock::start().now().utc_us;
     let mut facts = match store {
-        StoreUrl::Sqlite(_) => Vec::new(),
-        StoreUrl::Postgres(_) => spooled(&data_dir.join(SPOOL_FILE), now_us).await?,
+        StoreUrl::Sqlite(path) if !path.exists() => Vec::new(),
+        StoreUrl::Sqlite(path) if !sqlite::is_in_use(path) => {
+            vec![("gateway", "not running".to_owned())]
+        }
+        _ => running(&gateway, now_us).await,
     };
+    if let StoreUrl::Postgres(_) = store {
+        facts.extend(spooled(&location.spool(), now_us).await?);
+    }
     match Connection::open(store, Access::Read).await {
         Ok(mut connection) => {
             facts.extend(match store {
@@ -46,7 +68,7 @@ pub async fn status(store: &StoreUrl, data_dir: &Path) -> Result<(), Error> {
             write_facts(&facts, &mut out)?;
         }
         Err(error) => {
-            if !facts.is_empty() {
+            if let StoreUrl::Postgres(_) = store {
                 write_facts(&facts, &mut out)?;
                 out.flush()?;
             }
@@ -55,6 +77,62 @@ pub async fn status(store: &StoreUrl, data_dir: &Path) -> Result<(), Error> {
     }
     out.flush()?;
     Ok(())
+}
+
+/// Returns what a running gateway reports.
+async fn running(gateway: &GatewayHttp, now_us: i64) -> Vec<Fact> {
+    let url = &gateway.url;
+    let asked = async {
+        let (_, ready) = gateway.text("/readyz", ANSWER_BYTES_MAX).await?;
+        let metrics = gateway.text("/metrics", ANSWER_BYTES_MAX).await?;
+        Ok::<_, Refused>((ready, metrics))
+    };
+    let (ready, (code, metrics)) = match timeout(ANSWER_TIMEOUT, asked).await {
+        Ok(Ok(answers)) => answers,
+        Ok(Err(Refused::Lost(reason))) => {
+            return vec![("gateway", format!("no answer from {url}: {reason}"))];
+        }
+        Ok(Err(Refused::Failed(error))) => {
+            return vec![("gateway", format!("no answer from {url}: {error}"))];
+        }
+        Err(_) => return vec![("gateway", format!("no answer from {url}"))],
+    };
+    let ready: serde_json::Value = serde_json::from_str(&ready).unwrap_or_default();
+    let reasons = ready["reasons"].as_array().into_iter().flatten();
+    let reasons: Vec<_> = reasons.filter_map(|reason| reason.as_str()).collect();
+    let state = match ready["is_ready"].as_bool() {
+        Some(true) => "ready".to_owned(),
+        Some(false) => format!("not ready: {}", reasons.join(", ")),
+        None => "no gateway".to_owned(),
+    };
+    let mut facts = vec![("gateway", format!("{state}, at {url}"))];
+    if code == StatusCode::UNAUTHORIZED {
+        facts.push((
+            "",
+            "needs a token to show more; use --token-file".to_owned(),
+        ));
+        return facts;
+    }
+    let value = |name: &str| {
+        let mut lines = metrics.lines();
+        lines.find_map(|line| {
+            line.strip_prefix(name)?
+                .strip_prefix(' ')?
+                .parse::<f64>()
+                .ok()
+        })
+    };
+    let whole = |name| value(name).map(|value| value as u64);
+    if let Some(started_s) = value("process_start_time_seconds") {
+        facts.push(("started", age((started_s * 1e6) as i64, now_us)));
+    }
+    if let Some(sessions) = whole("fieldgate_connections{state=\"session\"}") {
+        facts.push(("connected", count(sessions, "device")));
+    }
+    if let Some(readings) = whole("fieldgate_queue_readings") {
+        facts.push(("in the queue", count(readings, "reading")));
+    }
+    facts
 }
 
 async fn spooled(path: &Path, now_us: i64) -> Result<Vec<Fact>, Error> {
@@ -122,10 +200,26 @@ async fn database(connection: &mut Connection, url: &PostgresUrl) -> Result<Vec<
     Ok(facts)
 }
 
+/// Returns the number of devices in each state that any is in, as a continuation of their total.
+async fn presence(connection: &mut Connection) -> Result<String, Error> {
+    let sql = "SELECT presence, count(*) FROM device_presence GROUP BY presence ORDER BY presence";
+    let rows = connection.rows(sql, &[]).await?;
+    let mut states = Vec::new();
+    for row in &rows {
+        let state = row.text_or_null(0)?.unwrap_or_default();
+        states.push(format!("{} {state}", row.integer(1)?));
+    }
+    Ok(match states.is_empty() {
+        true => String::new(),
+        false => format!(": {}", states.join(", ")),
+    })
+}
+
 async fn counted(connection: &mut Connection, now_us: i64) -> Result<Vec<Fact>, Error> {
     // Streams keep running totals, so no large table is counted. The newest frame may not have the highest id if
     // several connections write. Frames in gaps are summed as doubles: a device may report a gap so long that
     // integers would overflow.
+    let presence = presence(connection).await?;
     let rows = connection.rows(COUNTS, &[]).await?;
     let mut facts = Vec::new();
     for row in &rows {
@@ -139,7 +233,7 @@ async fn counted(connection: &mut Connection, now_us: i64) -> Result<Vec<Fact>, 
             (gaps, None) => gaps.to_string(),
         };
         facts.extend([
-            ("devices", number(0)?),
+            ("devices", format!("{}{}", number(0)?, presence)),
             ("streams", number(1)?),
             ("frames", number(2)?),
             ("readings", number(3)?),

@@ -2,24 +2,19 @@
 
 use std::future::poll_fn;
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Duration;
 
-use axum::body::{Body, BodyDataStream, to_bytes};
-use axum::http::header::{AUTHORIZATION, HOST};
-use axum::http::{Request, StatusCode, Uri};
+use axum::body::BodyDataStream;
 use clap::{Args, ValueEnum};
 use futures_core::Stream;
-use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use serde_json::Value as Json;
-use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
 use super::Error;
+use super::gateway_http::{GatewayArgs, GatewayHttp, Refused};
 use super::value::{Value, Written};
-use crate::http::Tokens;
 use crate::sys::secret_file::SecretReaders;
 
 /// Maximum time to connect and to receive the header of the answer.
@@ -30,8 +25,6 @@ const SILENCE_MAX: Duration = Duration::from_secs(60);
 const RECONNECT_PAUSE: Duration = Duration::from_secs(1);
 /// Maximum size of an event.
 const EVENT_BYTES_MAX: usize = 64 << 20;
-/// Maximum size of a message of refusal.
-const REFUSAL_BYTES_MAX: usize = 4096;
 
 #[derive(Args, Clone, Debug)]
 pub struct TailArgs {
@@ -57,13 +50,8 @@ pub struct TailArgs {
     #[arg(long, value_name = "ID", value_parser = clap::value_parser!(i64).range(0..))]
     after: Option<i64>,
 
-    /// Address of the gateway's HTTP listener
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7380")]
-    url: Uri,
-
-    /// File whose first line `read TOKEN` has the token, such as the gateway's --http-token-file
-    #[arg(long, value_name = "FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    gateway: GatewayArgs,
 
     /// Output format
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text)]
@@ -81,17 +69,9 @@ enum Format {
 
 /// Prints readings until Ctrl-C, or until the reader of the output has gone.
 pub async fn tail(args: TailArgs, readers: SecretReaders) -> Result<(), Error> {
-    let token = match &args.token_file {
-        Some(path) => {
-            let tokens = Tokens::load(path, readers);
-            let tokens = tokens.map_err(|error| Error::Failed(error.to_string()))?;
-            tokens.first().map(str::to_owned)
-        }
-        None => None,
-    };
     let tail = Tail {
         cursor: args.after,
-        token,
+        gateway: GatewayHttp::new(&args.gateway, readers)?,
         args,
     };
     // The task may be blocked on its output.
@@ -104,7 +84,7 @@ pub async fn tail(args: TailArgs, readers: SecretReaders) -> Result<(), Error> {
 
 struct Tail {
     args: TailArgs,
-    token: Option<String>,
+    gateway: GatewayHttp,
     /// Id of the last event.
     cursor: Option<i64>,
 }
@@ -142,7 +122,7 @@ impl Tail {
             match end {
                 End::Failed(error) => return Err(error),
                 End::Lost(reason) if !was_connected => {
-                    let url = &self.args.url;
+                    let url = &self.gateway.url;
                     return Err(Error::Failed(format!(
                         "could not read the feed of {url}: {reason}; use the address of --http of a running gateway \
                          as --url"
@@ -155,20 +135,6 @@ impl Tail {
     }
 
     async fn connect(&self) -> Result<BodyDataStream, End> {
-        let url = &self.args.url;
-        let (Some("http"), Some(authority)) = (url.scheme_str(), url.authority()) else {
-            let error = format!("invalid URL {url}; write http://HOST:PORT");
-            return Err(End::Failed(Error::Usage(error)));
-        };
-        let port = authority.port_u16().unwrap_or(80);
-        let host = authority.host().trim_matches(['[', ']']);
-        let socket = TcpStream::connect((host, port)).await.map_err(lost)?;
-        let socket = TokioIo::new(socket);
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(socket)
-            .await
-            .map_err(lost)?;
-        // It ends with the answer.
-        tokio::spawn(connection);
         let mut path = format!(
             "/v1/feed?device={}&channel={}",
             encoded(&self.args.device),
@@ -177,31 +143,10 @@ impl Tail {
         if let Some(cursor) = self.cursor {
             path += &format!("&after={cursor}");
         }
-        let mut request = Request::get(path).header(HOST, authority.as_str());
-        if let Some(token) = &self.token {
-            request = request.header(AUTHORIZATION, format!("Bearer {token}"));
-        }
-        let request = request.body(Body::empty()).map_err(lost)?;
-        let answer = sender.send_request(request).await.map_err(lost)?;
-        let status = answer.status();
-        let body = Body::new(answer.into_body());
-        if status == StatusCode::OK {
-            return Ok(body.into_data_stream());
-        }
-        let text = to_bytes(body, REFUSAL_BYTES_MAX).await.map_err(lost)?;
-        let reason = match serde_json::from_slice::<Json>(&text) {
-            Ok(problem) => {
-                let words = ["error", "fix"].map(|key| problem[key].as_str().unwrap_or_default());
-                words.join("; ")
-            }
-            // Not a gateway.
-            Err(_) => status.to_string(),
-        };
-        match status.is_server_error() {
-            true => Err(End::Lost(reason)),
-            false => Err(End::Failed(Error::Failed(format!(
-                "could not read the feed of {url}: {reason}"
-            )))),
+        match self.gateway.get(&path).await {
+            Ok(body) => Ok(body.into_data_stream()),
+            Err(Refused::Lost(reason)) => Err(End::Lost(reason)),
+            Err(Refused::Failed(error)) => Err(End::Failed(error)),
         }
     }
 

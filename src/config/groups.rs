@@ -449,6 +449,69 @@ pub struct Settings {
     pub spool: SpoolSettings,
 }
 
+/// Settings that a running gateway can change: see [`Settings::reloaded`]. The limits of sessions apply to new
+/// connections.
+pub const RELOADABLE: [&str; 27] = [
+    "log-level",
+    "tls-cert",
+    "tls-key",
+    "tls-client-ca",
+    "tls-record-bytes-max",
+    "http-token-file",
+    "http-host",
+    "connections-per-address-max",
+    "handshakes-max",
+    "accepts-per-s-max",
+    "failure-delay-max-ms",
+    "log-lines-per-address-max",
+    "preauth-bytes-max",
+    "outbound-bytes-max",
+    "handshake-timeout-s",
+    "frame-timeout-s",
+    "idle-timeout-s",
+    "keepalive-s",
+    "ack-timeout-s",
+    "window-frames",
+    "frame-bytes-max",
+    "registration",
+    "device-frames-per-s",
+    "device-frames-burst",
+    "device-readings-per-s",
+    "device-readings-burst",
+    "quarantine-bytes-max",
+];
+
+impl Settings {
+    /// Returns these settings with the values of `new` that a running gateway can change.
+    pub fn reloaded(&self, new: Settings) -> Settings {
+        let old = self.clone();
+        Settings {
+            listeners: ListenSettings {
+                tls_cert: new.listeners.tls_cert,
+                tls_key: new.listeners.tls_key,
+                tls_client_ca: new.listeners.tls_client_ca,
+                tls_record_bytes_max: new.listeners.tls_record_bytes_max,
+                ..old.listeners
+            },
+            http: HttpSettings {
+                http: old.http.http,
+                ..new.http
+            },
+            admission: AdmissionLimits {
+                connections_max: old.admission.connections_max,
+                ..new.admission
+            },
+            session: new.session,
+            devices: DeviceSettings {
+                bounds: old.devices.bounds,
+                events: old.devices.events,
+                ..new.devices
+            },
+            ..old
+        }
+    }
+}
+
 defaults!(
     Settings,
     AdmissionLimits,

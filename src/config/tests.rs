@@ -175,3 +175,34 @@ fn the_store_may_be_elsewhere_than_the_key() {
     let config = config("--store sqlite:///other/x.db").unwrap();
     assert_eq!(config.store.to_string(), "sqlite:///other/x.db");
 }
+
+#[test]
+fn a_reload_changes_exactly_the_settings_that_are_documented() {
+    use clap::Args as _;
+    let command = Settings::augment_args(clap::Command::new("settings"));
+    let values = [
+        "7",
+        "4097",
+        "100000000",
+        "10000000000",
+        "127.0.0.1:9",
+        "closed",
+        "unit=Cel,days=7",
+        "x",
+    ];
+    let old = Flags::parse_from([""; 0]).settings;
+    for flag in command.get_arguments().filter_map(|arg| arg.get_long()) {
+        let given = values.map(|value| format!("--{flag}={value}"));
+        let mut given = given.into_iter().chain([format!("--{flag}")]);
+        let parsed = given.find_map(|flag| {
+            Some(Flags::try_parse_from([flag]).ok()?.settings).filter(|new| *new != old)
+        });
+        let new = parsed.expect(flag);
+        let is_changed = old.reloaded(new) != old;
+        assert_eq!(is_changed, RELOADABLE.contains(&flag), "{flag}");
+    }
+    let text = include_str!("../../docs/operations/service.md");
+    for flag in RELOADABLE {
+        assert!(text.contains(&format!("`{flag}`")), "{flag}");
+    }
+}

@@ -10,6 +10,7 @@ use crate::metrics::Metrics;
 use crate::net::tls::Tls;
 use crate::quota::quarantine::Gauge;
 use crate::store::admin::{Pace, Poll, QueryError, Reconnecting};
+use crate::store::spool;
 
 /// Reads the gauges at an interval.
 pub struct Gauges {
@@ -19,6 +20,8 @@ pub struct Gauges {
     pub data_dir: PathBuf,
     /// Database.
     pub database: Database,
+    /// Connection to it.
+    pub store: Reconnecting,
     /// Path of the spool, if there is one.
     pub spool: Option<PathBuf>,
     /// Usage of quarantine.
@@ -31,8 +34,8 @@ pub struct Gauges {
 pub enum Database {
     /// File of a SQLite database.
     File(PathBuf),
-    /// Connection to a Postgres database.
-    Server(Reconnecting),
+    /// Postgres database.
+    Server,
 }
 
 impl Database {
@@ -40,7 +43,7 @@ impl Database {
     pub fn new(store: &StoreUrl) -> Database {
         match store {
             StoreUrl::Sqlite(path) => Database::File(path.clone()),
-            StoreUrl::Postgres(_) => Database::Server(Reconnecting::new(store)),
+            StoreUrl::Postgres(_) => Database::Server,
         }
     }
 }
@@ -64,6 +67,9 @@ impl Poll for Gauges {
                 .set((disk.f_blocks * disk.f_frsize) as i64);
         }
         metrics.quarantine_bytes.set(self.quarantine.bytes() as i64);
+        metrics
+            .quarantine_bytes_max
+            .set(self.quarantine.bytes_max().cast_signed());
         let expires = self.tls.as_ref().and_then(|tls| tls.expires());
         metrics
             .certificate_expiry
@@ -72,20 +78,38 @@ impl Poll for Gauges {
             metrics
                 .spool_bytes
                 .set(file_bytes(spool) + file_bytes(&wal(spool)));
+            if let Ok(Some(waiting)) = spool::waiting(spool).await {
+                metrics.spool_frames.set(waiting.frames.cast_signed());
+                let oldest_us = waiting.oldest_received_us.unwrap_or(0);
+                metrics.spool_oldest.set(oldest_us / 1_000_000);
+            }
         }
-        match &mut self.database {
+        match &self.database {
             Database::File(path) => {
                 metrics.store_bytes.set(file_bytes(path));
                 metrics.wal_bytes.set(file_bytes(&wal(path)));
             }
-            Database::Server(server) => {
-                let sql = "SELECT pg_database_size(current_database())";
-                let rows = server.rows(sql, &[]).await?;
+            Database::Server => {
+                let sql = "SELECT pg_database_size(current_database()), (
+                    SELECT CAST(greatest(sum(reltuples), 0) AS BIGINT) FROM pg_class
+                    WHERE oid = to_regclass('readings_default'))";
+                let rows = self.store.rows(sql, &[]).await?;
                 if let Some(row) = rows.first() {
                     metrics.store_bytes.set(row.integer(0)?);
+                    let readings = row.integer_or_null(1)?;
+                    metrics
+                        .default_partition_readings
+                        .set(readings.unwrap_or(0));
                 }
             }
         }
+        let sql = "SELECT received_at FROM frames ORDER BY id LIMIT 1";
+        let rows = self.store.rows(sql, &[]).await?;
+        let oldest_us = match rows.first() {
+            Some(row) => row.integer(0)?,
+            None => 0,
+        };
+        metrics.frame_oldest.set(oldest_us / 1_000_000);
         Ok(())
     }
 }

@@ -24,7 +24,7 @@ const OPEN_PATHS: [&str; 2] = ["/livez", "/readyz"];
 
 /// Conditions that a request must meet.
 #[derive(Debug, Default)]
-pub(super) struct Guard {
+pub struct Guard {
     /// Host names that are accepted in addition to IP addresses and `localhost`, in lower case.
     pub(super) hosts: HashSet<String>,
     /// `None` if no token is required.
@@ -32,6 +32,16 @@ pub(super) struct Guard {
 }
 
 impl Guard {
+    /// Creates a guard that accepts addresses, `localhost` and `hosts`; with `tokens`, only requests that have one of
+    /// them.
+    pub fn new(hosts: impl IntoIterator<Item = String>, tokens: Option<Tokens>) -> Guard {
+        let hosts = hosts.into_iter();
+        Guard {
+            hosts: hosts.map(|host| host.to_ascii_lowercase()).collect(),
+            tokens,
+        }
+    }
+
     /// Returns whether `host`, with or without port, is an address, `localhost` or a known name.
     fn knows(&self, host: &str) -> bool {
         let name = match host.rsplit_once(':') {
@@ -104,7 +114,8 @@ fn token(headers: &HeaderMap) -> Option<String> {
 /// Answers a request only if it meets the conditions of the guard.
 pub(super) async fn guard(State(shared): State<Shared>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    match shared.guard.refusal(path, request.headers()) {
+    let refusal = shared.guard.borrow().refusal(path, request.headers());
+    match refusal {
         None => next.run(request).await,
         // Browsers ask for a password.
         Some(refusal) if refusal.status == StatusCode::UNAUTHORIZED => {

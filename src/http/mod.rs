@@ -14,7 +14,6 @@ mod problem;
 mod query;
 mod token;
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,11 +26,11 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 use self::feed::Feed;
-use self::guard::Guard;
+pub use self::guard::Guard;
 pub use self::token::Tokens;
 use crate::config::store_url::StoreUrl;
 use crate::metrics::{self, Metrics};
@@ -51,7 +50,7 @@ pub(super) type Shared = Arc<Site>;
 /// Data that requests read, and the guard that admits requests.
 #[derive(Debug)]
 pub struct Site {
-    guard: Guard,
+    guard: watch::Receiver<Guard>,
     metrics: Arc<Metrics>,
     feed: Arc<Feed>,
     reader: devices::Reader,
@@ -78,22 +77,17 @@ impl Client {
 }
 
 impl Site {
-    /// Creates a site that answers requests to IP addresses, to `localhost` and to `hosts`; with `tokens`, only
-    /// requests that have one of them. `/readyz` reports not ready once `drain` is cancelled.
+    /// Creates a site that answers requests which the guard admits. `/readyz` reports not ready once `drain` is
+    /// cancelled.
     pub fn new(
-        hosts: impl IntoIterator<Item = String>,
-        tokens: Option<Tokens>,
+        guard: watch::Receiver<Guard>,
         metrics: Arc<Metrics>,
         store: &StoreUrl,
         feed: Arc<Feed>,
         drain: CancellationToken,
     ) -> Site {
-        let hosts: HashSet<_> = hosts
-            .into_iter()
-            .map(|host| host.to_ascii_lowercase())
-            .collect();
         Site {
-            guard: Guard { hosts, tokens },
+            guard,
             metrics,
             feed,
             reader: devices::Reader::new(store),

@@ -315,6 +315,12 @@ impl Shard {
         let mut outage = Outage::new(shard, &neighbours.shards_down, &registry);
         let metrics = Arc::clone(&self.queued.metrics);
         let began = Instant::now();
+        let received_us = tagged
+            .batch
+            .entries
+            .iter()
+            .map(|entry| entry.received_at_us);
+        metrics.set_committing(shard, received_us.min());
         let committed = loop {
             let result = self.attempt(store, &tagged, &mut outage).await;
             match result {
@@ -330,6 +336,7 @@ impl Shard {
             }
         };
         outage.is_over = true;
+        metrics.set_committing(shard, None);
         metrics.store_is_up();
         metrics.committed(&committed.stored, began.elapsed());
         // Fails only if the other task has panicked, which is reported at the end.

@@ -6,6 +6,9 @@
 
 mod process;
 
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use fieldgate_protocol::error::{Class, Code};
@@ -50,6 +53,16 @@ struct ByState {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByQuality {
+    quality: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByAge {
+    age: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByResult {
     result: &'static str,
 }
@@ -66,8 +79,14 @@ pub struct Metrics {
     nacks: Family<ByCode, Counter>,
     byes: Family<ByCode, Counter>,
     logins: Family<ByResult, Counter>,
+    readings_by_quality: Family<ByQuality, Counter>,
+    readings_by_age: Family<ByAge, Counter>,
+    handshake: Histogram,
     ack_delay: Histogram,
     commit: Histogram,
+    /// Time of receipt of the oldest frame of each running commit, in microseconds since 1970, by shard.
+    committing: Mutex<BTreeMap<usize, i64>>,
+    unstored_oldest: Gauge<f64, AtomicU64>,
     commit_readings: Histogram,
     store_errors: Counter,
     store_up: Gauge,
@@ -82,12 +101,22 @@ pub struct Metrics {
     pub queue_bytes: Gauge,
     /// Bytes of frames in quarantine, and on the way to it.
     pub quarantine_bytes: Gauge,
+    /// Maximum size of quarantine, in bytes.
+    pub quarantine_bytes_max: Gauge,
     /// Size of the database, in bytes.
     pub store_bytes: Gauge,
     /// Size of SQLite's write-ahead log, in bytes.
     pub wal_bytes: Gauge,
     /// Size of the spool, in bytes; 0 without one.
     pub spool_bytes: Gauge,
+    /// Frames that wait in the spool.
+    pub spool_frames: Gauge,
+    /// Time of receipt of the oldest frame in the spool in seconds since 1970; 0 if there is none.
+    pub spool_oldest: Gauge,
+    /// Time of receipt of the oldest frame in the store in seconds since 1970; 0 if there is none.
+    pub frame_oldest: Gauge,
+    /// Estimate of the readings in the default partition of Postgres.
+    pub default_partition_readings: Gauge,
     /// Free space on the disk of the data directory, in bytes.
     pub disk_free_bytes: Gauge,
     /// Size of the disk of the data directory, in bytes.
@@ -109,7 +138,23 @@ pub struct Stored {
     pub gaps: Vec<(u8, u64)>,
     /// Codes of the frames put into quarantine.
     pub quarantined: Vec<u8>,
+    /// Readings by the quality of their times, in the order of [`QUALITIES`].
+    pub by_quality: Box<[u64; QUALITIES.len()]>,
+    /// Readings by the time between sampling and receipt, in the order of [`AGES`].
+    pub by_age: Box<[u64; AGES.len()]>,
 }
+
+/// Labels of the qualities of times, in the order of their codes.
+pub const QUALITIES: [&str; 4] = ["utc", "anchored", "unanchored", "suspect"];
+
+/// Labels of ages, with the upper limit of each but the last, in microseconds.
+pub const AGES: [(&str, i64); 5] = [
+    ("under_1m", 60_000_000),
+    ("under_1h", 3_600_000_000),
+    ("under_1d", 86_400_000_000),
+    ("under_7d", 604_800_000_000),
+    ("over_7d", i64::MAX),
+];
 
 impl Stored {
     /// Adds the counts of another commit.
@@ -119,6 +164,21 @@ impl Stored {
         self.duplicates += other.duplicates;
         self.gaps.extend(other.gaps);
         self.quarantined.extend(other.quarantined);
+        for (sum, more) in self.by_quality.iter_mut().zip(*other.by_quality) {
+            *sum += more;
+        }
+        for (sum, more) in self.by_age.iter_mut().zip(*other.by_age) {
+            *sum += more;
+        }
+    }
+
+    /// Counts readings of a frame. `quality` is the code of the quality of their times; `age_us` the time between the
+    /// first reading and the receipt of the frame.
+    pub fn count_readings(&mut self, readings: u64, quality: u8, age_us: i64) {
+        self.readings += readings;
+        self.by_quality[usize::from(quality).min(QUALITIES.len() - 1)] += readings;
+        let age = AGES.iter().position(|(_, limit_us)| age_us < *limit_us);
+        self.by_age[age.unwrap_or(AGES.len() - 1)] += readings;
     }
 }
 
@@ -206,6 +266,23 @@ impl Default for Metrics {
                 "Connections that the gateway ended with a BYE frame",
             ),
             logins: new.add("logins", "Logins of peers that proved a key"),
+            readings_by_quality: new.add(
+                "readings_by_time_quality",
+                "Readings stored by this process, by the quality of their times",
+            ),
+            readings_by_age: new.add(
+                "readings_by_age",
+                "Readings stored by this process, by the time between sampling and arrival",
+            ),
+            handshake: new.add_seconds(
+                "handshake_seconds",
+                "Time from the acceptance of a connection to the proof of its key",
+            ),
+            committing: Mutex::default(),
+            unstored_oldest: new.add(
+                "unstored_oldest_timestamp_seconds",
+                "Time of receipt of the oldest frame that is being committed, or 0",
+            ),
             ack_delay: new.add_seconds(
                 "ack_delay_seconds",
                 "Time from the arrival of a frame to the end of its commit",
@@ -231,9 +308,26 @@ impl Default for Metrics {
             queue_readings: new.add("queue_readings", "Readings that are queued for the store"),
             queue_bytes: new.add("queue_bytes", "Memory of the queue for the store"),
             quarantine_bytes: new.add("quarantine_bytes", "Bytes of quarantined frames"),
+            quarantine_bytes_max: new.add(
+                "quarantine_bytes_max",
+                "Maximum size of quarantined frames",
+            ),
             store_bytes: new.add("store_bytes", "Size of the database"),
             wal_bytes: new.add("store_wal_bytes", "Size of the write-ahead log of SQLite"),
             spool_bytes: new.add("spool_bytes", "Size of the spool, or 0 without one"),
+            spool_frames: new.add("spool_frames", "Frames that wait in the spool"),
+            spool_oldest: new.add(
+                "spool_oldest_timestamp_seconds",
+                "Time of receipt of the oldest frame in the spool, or 0",
+            ),
+            frame_oldest: new.add(
+                "frame_oldest_timestamp_seconds",
+                "Time of receipt of the oldest frame in the store, or 0",
+            ),
+            default_partition_readings: new.add(
+                "default_partition_readings",
+                "Estimated number of readings in the default partition of Postgres, which should be empty",
+            ),
             disk_free_bytes: new.add(
                 "disk_free_bytes",
                 "Free space on the disk of the data directory",
@@ -275,6 +369,15 @@ impl Metrics {
         for result in LOGIN_RESULTS {
             drop(self.logins.get_or_create(&ByResult { result }));
         }
+        for quality in QUALITIES {
+            drop(
+                self.readings_by_quality
+                    .get_or_create(&ByQuality { quality }),
+            );
+        }
+        for (age, _) in AGES {
+            drop(self.readings_by_age.get_or_create(&ByAge { age }));
+        }
         for state in DEVICE_STATES {
             drop(self.devices.get_or_create(&ByState { state }));
         }
@@ -305,6 +408,16 @@ impl Metrics {
         self.readings.inc_by(stored.readings);
         self.frames.inc_by(stored.frames);
         self.duplicate_frames.inc_by(stored.duplicates);
+        for (quality, readings) in QUALITIES.into_iter().zip(*stored.by_quality) {
+            let counter = self
+                .readings_by_quality
+                .get_or_create(&ByQuality { quality });
+            counter.inc_by(readings);
+        }
+        for ((age, _), readings) in AGES.into_iter().zip(*stored.by_age) {
+            let counter = self.readings_by_age.get_or_create(&ByAge { age });
+            counter.inc_by(readings);
+        }
         for (reason, frames) in &stored.gaps {
             let name = GAP_REASONS.iter().find(|(code, _)| code == reason);
             let reason = name.map_or(OTHER, |(_, name)| name);
@@ -315,6 +428,21 @@ impl Metrics {
         for code in &stored.quarantined {
             self.quarantined_frames.get_or_create(&by_code(*code)).inc();
         }
+    }
+
+    /// Records that a shard commits frames, the oldest of which was received at this time; `None` at the end.
+    pub fn set_committing(&self, shard: usize, oldest_us: Option<i64>) {
+        let mut committing = self
+            .committing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        match oldest_us {
+            Some(oldest_us) => committing.insert(shard, oldest_us),
+            None => committing.remove(&shard),
+        };
+        let oldest_us = committing.values().min().copied();
+        self.unstored_oldest
+            .set(oldest_us.unwrap_or(0) as f64 / 1e6);
     }
 
     /// Observes the delay of a frame that is acknowledged now.
@@ -381,8 +509,11 @@ impl Metrics {
             .inc();
     }
 
-    /// Moves a connection from its handshake to a session.
-    pub fn proved(&self) {
+    /// Moves a connection from its handshake, which took this long if it is known, to a session.
+    pub fn proved(&self, took: Option<Duration>) {
+        if let Some(took) = took {
+            self.handshake.observe(took.as_secs_f64());
+        }
         self.connections
             .get_or_create(&Phase::Handshake.label())
             .dec();

@@ -19,7 +19,6 @@ use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{AlertDescription, RootCertStore, ServerConfig, ServerConnection};
-use tokio::signal::unix::Signal;
 use tokio::time::{MissedTickBehavior, interval};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
@@ -85,16 +84,20 @@ pub enum TlsError {
 /// TLS configuration for new connections.
 #[derive(Debug)]
 pub struct Tls {
-    files: TlsFiles,
-    record_bytes_max: usize,
     current: RwLock<Loaded>,
     /// State of the files before they were first loaded.
     first: Stamps,
 }
 
+/// New files, loaded but not in use.
+#[derive(Debug)]
+pub struct Prepared(Loaded);
+
 /// Contents of the files.
 #[derive(Debug)]
 struct Loaded {
+    files: TlsFiles,
+    record_bytes_max: usize,
     config: Arc<ServerConfig>,
     /// Expiry of the gateway's certificate; `None` if it cannot be parsed.
     expires: Option<Timestamp>,
@@ -116,9 +119,7 @@ impl Tls {
     pub fn load(files: TlsFiles, record_bytes_max: usize) -> Result<Tls, TlsError> {
         let first = stamps(&files);
         let tls = Tls {
-            current: RwLock::new(load(&files, record_bytes_max)?),
-            files,
-            record_bytes_max,
+            current: RwLock::new(load(files, record_bytes_max)?),
             first,
         };
         tls.warn_of_expiry(utc_now());
@@ -159,39 +160,71 @@ impl Tls {
         ServerConnection::new(Arc::clone(&current.config)).map_err(io::Error::other)
     }
 
-    /// Reloads the files whenever they change or `hangup` fires, and retries after a failure. Warns
-    /// each day if the certificate expires soon. Never returns.
-    pub async fn keep_current(&self, mut hangup: Signal) {
+    /// Reloads the files whenever they change, and retries after a failure. Warns each day if the certificate expires
+    /// soon. Never returns.
+    pub async fn keep_current(&self) {
         let mut watch = Watch::new(self, utc_now());
         let mut look = interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let is_asked = tokio::select! {
-                _ = look.tick() => false,
-                Some(()) = hangup.recv() => true,
-            };
-            watch.look(is_asked, utc_now());
+            look.tick().await;
+            watch.look(utc_now());
         }
     }
 
-    fn reload(&self, now: Timestamp) -> Result<(), TlsError> {
-        let loaded = load(&self.files, self.record_bytes_max)?;
-        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+    /// Loads files to use instead of the current ones.
+    ///
+    /// # Errors
+    /// One of the files cannot be used, or the certificate has expired but the one in use has not.
+    pub fn prepare(&self, files: TlsFiles, record_bytes_max: usize) -> Result<Prepared, TlsError> {
+        self.prepare_at(files, record_bytes_max, utc_now())
+    }
+
+    fn prepare_at(
+        &self,
+        files: TlsFiles,
+        record_bytes_max: usize,
+        now: Timestamp,
+    ) -> Result<Prepared, TlsError> {
+        let loaded = load(files, record_bytes_max)?;
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
         match loaded.expires {
             Some(expires) if expires <= now && !current.has_expired(now) => {
-                let path = self.files.cert.clone();
+                let path = loaded.files.cert;
                 Err(TlsError::Expired { path, expires })
             }
-            _ => {
-                *current = loaded;
-                Ok(())
-            }
+            _ => Ok(Prepared(loaded)),
         }
+    }
+
+    /// Uses new files for new connections.
+    pub fn replace(&self, prepared: Prepared) {
+        self.replace_at(prepared, utc_now());
+    }
+
+    fn replace_at(&self, prepared: Prepared, now: Timestamp) {
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = prepared.0;
+        tracing::info!("certificate reloaded");
+        self.warn_of_faults();
+        self.warn_of_expiry(now);
+    }
+
+    /// Returns the files in use, and the maximum size of a sent record.
+    fn sources(&self) -> (TlsFiles, usize) {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        (current.files.clone(), current.record_bytes_max)
+    }
+
+    fn reload(&self, now: Timestamp) -> Result<(), TlsError> {
+        let (files, record_bytes_max) = self.sources();
+        let prepared = self.prepare_at(files, record_bytes_max, now)?;
+        self.replace_at(prepared, now);
+        Ok(())
     }
 
     fn warn_of_faults(&self) {
         let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
-        let path = self.files.cert.display();
+        let path = current.files.cert.display();
         for fault in &current.faults {
             tracing::warn!(%path, %fault, "devices may reject the certificate");
         }
@@ -202,7 +235,7 @@ impl Tls {
         let Some(expires) = current.expires else {
             return;
         };
-        let path = self.files.cert.display();
+        let path = current.files.cert.display();
         if current.has_expired(now) {
             tracing::warn!(%path, %expires, "the certificate has expired; devices will not connect");
         } else if expires.duration_since(now) < EXPIRES_SOON {
@@ -231,12 +264,12 @@ impl Watch<'_> {
         }
     }
 
-    /// Checks the files. `is_asked`: whether an operator requested a reload, even without a change.
-    fn look(&mut self, is_asked: bool, now: Timestamp) {
-        let stamps = stamps(&self.tls.files);
-        if is_asked || stamps != self.seen {
+    /// Checks the files.
+    fn look(&mut self, now: Timestamp) {
+        let stamps = stamps(&self.tls.sources().0);
+        if stamps != self.seen {
             self.seen = stamps;
-            // An operator's request always logs its result.
+            // The result for a new version is always logged.
             self.failure = None;
             self.load(now);
         } else if self.failure.is_some() {
@@ -253,9 +286,7 @@ impl Watch<'_> {
         match self.tls.reload(now) {
             Ok(()) => {
                 self.failure = None;
-                tracing::info!("certificate reloaded");
-                self.tls.warn_of_faults();
-                self.remind(now);
+                self.reminded = now;
             }
             Err(error) => {
                 let failure = Some(error.to_string());
@@ -307,7 +338,7 @@ fn stamps(files: &TlsFiles) -> Stamps {
         .collect()
 }
 
-fn load(files: &TlsFiles, record_bytes_max: usize) -> Result<Loaded, TlsError> {
+fn load(files: TlsFiles, record_bytes_max: usize) -> Result<Loaded, TlsError> {
     let pair = |reason: String| TlsError::Pair {
         cert: files.cert.clone(),
         key: files.key.clone(),
@@ -323,7 +354,7 @@ fn load(files: &TlsFiles, record_bytes_max: usize) -> Result<Loaded, TlsError> {
     };
     let chain = certificates(&files.cert)?;
     let expires = expiry(&chain[0]);
-    let faults = faults(&chain, &authorities(files), utc_now());
+    let faults = faults(&chain, &authorities(&files), utc_now());
     let is_authoritys = { X509Certificate::from_der(&chain[0]) }
         .is_ok_and(|(_, first)| first.is_ca() && chain.len() > 1);
     let mut config = builder
@@ -343,6 +374,8 @@ fn load(files: &TlsFiles, record_bytes_max: usize) -> Result<Loaded, TlsError> {
     config.require_ems = true;
     let config = Arc::new(config);
     Ok(Loaded {
+        files,
+        record_bytes_max,
         config,
         expires,
         faults,

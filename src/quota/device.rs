@@ -24,27 +24,47 @@ const NOTICE: u64 = 60;
 
 #[derive(Debug)]
 pub struct DeviceQuotas {
-    frames: Rate,
-    readings: Rate,
     devices: Mutex<Devices>,
 }
 
 #[derive(Debug)]
 struct Devices {
+    rates: Rates,
     known: HashMap<DeviceId, Arc<DeviceQuota>>,
     /// Number of devices at which those without debt or connection are removed.
     tidy_at: usize,
 }
 
-#[derive(Debug)]
-pub struct DeviceQuota {
+/// Rates of each device.
+#[derive(Clone, Copy, Debug)]
+struct Rates {
     frames: Rate,
     readings: Rate,
+}
+
+impl Rates {
+    fn new(rates: &DeviceRates) -> Rates {
+        Rates {
+            frames: Rate {
+                per_s: rates.device_frames_per_s,
+                burst: rates.device_frames_burst,
+            },
+            readings: Rate {
+                per_s: rates.device_readings_per_s,
+                burst: rates.device_readings_burst,
+            },
+        }
+    }
+}
+
+#[derive(Debug)]
+pub struct DeviceQuota {
     used: Mutex<Used>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Used {
+    rates: Rates,
     frames: Gcra,
     readings: Gcra,
     notices: Gcra,
@@ -60,18 +80,21 @@ impl DeviceQuotas {
     /// Creates quotas with these rates for each device; a frame of any type counts.
     pub fn new(rates: &DeviceRates) -> DeviceQuotas {
         DeviceQuotas {
-            frames: Rate {
-                per_s: rates.device_frames_per_s,
-                burst: rates.device_frames_burst,
-            },
-            readings: Rate {
-                per_s: rates.device_readings_per_s,
-                burst: rates.device_readings_burst,
-            },
             devices: Mutex::new(Devices {
+                rates: Rates::new(rates),
                 known: HashMap::new(),
                 tidy_at: TIDY_AT_MIN,
             }),
+        }
+    }
+
+    /// Changes the rates of all devices; debts stay.
+    pub fn set_rates(&self, rates: &DeviceRates) {
+        let rates = Rates::new(rates);
+        let mut devices = lock(&self.devices);
+        devices.rates = rates;
+        for quota in devices.known.values() {
+            lock(&quota.used).rates = rates;
         }
     }
 
@@ -84,11 +107,15 @@ impl DeviceQuotas {
                 .retain(|_, quota| Arc::strong_count(quota) > 1 || quota.is_in_debt(now_us));
             devices.tidy_at = TIDY_AT_MIN.max(2 * devices.known.len());
         }
+        let rates = devices.rates;
         let quota = devices.known.entry(device).or_insert_with(|| {
             Arc::new(DeviceQuota {
-                frames: self.frames,
-                readings: self.readings,
-                used: Mutex::default(),
+                used: Mutex::new(Used {
+                    rates,
+                    frames: Gcra::default(),
+                    readings: Gcra::default(),
+                    notices: Gcra::default(),
+                }),
             })
         });
         Arc::clone(quota)
@@ -99,8 +126,9 @@ impl DeviceQuota {
     /// Counts received frames and readings; returns the time from which more may be received.
     pub fn consume(&self, frames: u64, readings: u64, now_us: u64) -> u64 {
         let mut used = lock(&self.used);
-        let next_us = used.frames.consume(self.frames, frames, now_us);
-        next_us.max(used.readings.consume(self.readings, readings, now_us))
+        let rates = used.rates;
+        let next_us = used.frames.consume(rates.frames, frames, now_us);
+        next_us.max(used.readings.consume(rates.readings, readings, now_us))
     }
 
     /// Returns whether the operator is notified of another fault of the device: a few immediately,

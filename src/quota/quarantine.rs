@@ -14,6 +14,7 @@
 //! count as zero.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -29,8 +30,7 @@ pub const DEVICE_SHARE: u64 = 8;
 /// Usage of quarantine.
 #[derive(Debug)]
 pub struct Gauge {
-    bytes_max: u64,
-    device_bytes_max: u64,
+    bytes_max: AtomicU64,
     levels: Mutex<Levels>,
 }
 
@@ -66,8 +66,7 @@ pub struct Reservation {
 impl Gauge {
     pub fn new(bytes_max: u64) -> Gauge {
         Gauge {
-            bytes_max,
-            device_bytes_max: bytes_max / DEVICE_SHARE,
+            bytes_max: AtomicU64::new(bytes_max),
             levels: Mutex::default(),
         }
     }
@@ -77,12 +76,26 @@ impl Gauge {
         self.lock().bytes()
     }
 
+    /// Returns the maximum size of quarantine, in bytes.
+    pub fn bytes_max(&self) -> u64 {
+        self.bytes_max.load(Ordering::Relaxed)
+    }
+
+    /// Changes the maximum size of quarantine. Frames beyond a smaller one stay.
+    pub fn set_bytes_max(&self, bytes_max: u64) {
+        self.bytes_max.store(bytes_max, Ordering::Relaxed);
+    }
+
+    fn device_bytes_max(&self) -> u64 {
+        self.bytes_max() / DEVICE_SHARE
+    }
+
     pub fn reserve(self: &Arc<Self>, device: DeviceId, bytes: usize) -> Option<Reservation> {
         let bytes = bytes as u64;
         let mut levels = self.lock();
-        if levels.bytes() + bytes > self.bytes_max {
+        if levels.bytes() + bytes > self.bytes_max() {
             if !std::mem::replace(&mut levels.is_full, true) {
-                let bytes_max = self.bytes_max;
+                let bytes_max = self.bytes_max();
                 tracing::warn!(
                     bytes_max,
                     "quarantine full, devices are waiting; replay or purge frames"
@@ -91,9 +104,9 @@ impl Gauge {
             return None;
         }
         let usage = levels.devices.entry(device).or_default();
-        if usage.bytes() + bytes > self.device_bytes_max {
+        if usage.bytes() + bytes > self.device_bytes_max() {
             if !std::mem::replace(&mut usage.is_full, true) {
-                let bytes_max = self.device_bytes_max;
+                let bytes_max = self.device_bytes_max();
                 tracing::warn!(
                     device = device.0,
                     bytes_max,
@@ -136,12 +149,12 @@ impl Gauge {
             usage.committed -= bytes;
         }
         let frame_bytes = FRAME_BYTES_MAX as u64;
-        if levels.is_full && levels.bytes() + frame_bytes <= self.bytes_max {
+        if levels.is_full && levels.bytes() + frame_bytes <= self.bytes_max() {
             levels.is_full = false;
             tracing::info!("quarantine has space again");
         }
         levels.devices.retain(|device, usage| {
-            if usage.is_full && usage.bytes() + frame_bytes <= self.device_bytes_max {
+            if usage.is_full && usage.bytes() + frame_bytes <= self.device_bytes_max() {
                 usage.is_full = false;
                 tracing::info!(device = device.0, "device has space in quarantine again");
             }

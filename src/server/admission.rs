@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
 use crate::config::AdmissionLimits;
@@ -41,7 +41,8 @@ const REMEMBERED_MAX: usize = 4096;
 
 #[derive(Debug)]
 pub struct AdmissionControl {
-    limits: AdmissionLimits,
+    limits: watch::Receiver<AdmissionLimits>,
+    connections_max: usize,
     metrics: Arc<Metrics>,
     places: Semaphore,
     handshake_ended: Notify,
@@ -136,9 +137,15 @@ pub struct ConnectionPermit {
 }
 
 impl AdmissionControl {
-    pub fn new(limits: AdmissionLimits, metrics: Arc<Metrics>) -> AdmissionControl {
+    /// The limits may change, except for the number of connections.
+    pub fn new(
+        limits: watch::Receiver<AdmissionLimits>,
+        metrics: Arc<Metrics>,
+    ) -> AdmissionControl {
+        let connections_max = limits.borrow().connections_max;
         AdmissionControl {
-            places: Semaphore::new(limits.connections_max),
+            places: Semaphore::new(connections_max),
+            connections_max,
             limits,
             metrics,
             handshake_ended: Notify::new(),
@@ -155,9 +162,10 @@ impl AdmissionControl {
         while let Some(wait) = self.handshakes_full(clock.now().mono_us) {
             let _ = timeout(wait, self.handshake_ended.notified()).await;
         }
+        let per_s = self.limits.borrow().accepts_per_s_max;
         let rate = Rate {
-            per_s: self.limits.accepts_per_s_max,
-            burst: self.limits.accepts_per_s_max,
+            per_s,
+            burst: per_s,
         };
         let now_us = clock.now().mono_us;
         let next_us = self.lock().accepts.consume(rate, 1, now_us);
@@ -170,7 +178,7 @@ impl AdmissionControl {
     /// handshakes.
     fn handshakes_full(&self, now_us: u64) -> Option<Duration> {
         let tables = self.lock();
-        let is_full = tables.handshakes.len() >= self.limits.handshakes_max;
+        let is_full = tables.handshakes.len() >= self.limits.borrow().handshakes_max;
         let wait = tables.until_oldest_gives_way(now_us)?;
         (is_full && wait > Duration::ZERO).then_some(wait)
     }
@@ -206,7 +214,7 @@ impl AdmissionControl {
     }
 
     fn has_many_from(&self, address: Address) -> bool {
-        let max = self.limits.connections_per_address_max;
+        let max = self.limits.borrow().connections_per_address_max;
         let tables = self.lock();
         let known = tables.addresses.get(&address);
         known.is_some_and(|known| known.connections >= max)
@@ -232,8 +240,8 @@ impl AdmissionControl {
     ) -> Option<ConnectionPermit> {
         let address = Address::from(peer);
         let mut tables = self.lock();
-        let known = tables.known(address, now_us, self.limits.connections_max);
-        if known.connections >= self.limits.connections_per_address_max {
+        let known = tables.known(address, now_us, self.connections_max);
+        if known.connections >= self.limits.borrow().connections_per_address_max {
             return None;
         }
         self.places.try_acquire().ok()?.forget();
@@ -249,7 +257,7 @@ impl AdmissionControl {
             mailbox: Arc::clone(mailbox),
         };
         tables.handshakes.insert(rank, handshake);
-        if tables.handshakes.len() > self.limits.handshakes_max {
+        if tables.handshakes.len() > self.limits.borrow().handshakes_max {
             tables.end_oldest();
         }
         Some(ConnectionPermit {
@@ -264,8 +272,8 @@ impl AdmissionControl {
     pub fn may_log(&self, peer: IpAddr, now_us: u64) -> Option<u32> {
         let mut tables = self.lock();
         let all_have_room = tables.lines.have_room(LINES_MAX, now_us);
-        let known = tables.known(peer.into(), now_us, self.limits.connections_max);
-        let max = self.limits.log_lines_per_address_max;
+        let known = tables.known(peer.into(), now_us, self.connections_max);
+        let max = self.limits.borrow().log_lines_per_address_max;
         if !known.lines.have_room(max, now_us) || !all_have_room {
             known.lines_not_logged += 1;
             return None;
@@ -317,20 +325,21 @@ impl AdmissionControl {
 
 impl ConnectionPermit {
     /// Marks the peer as authenticated.
-    pub fn prove(&mut self) {
-        if self.end_handshake() {
-            self.admission.metrics.proved();
+    pub fn prove(&mut self, now_us: u64) {
+        if let Some(begun_at_us) = self.end_handshake() {
+            let took_us = now_us.saturating_sub(begun_at_us);
+            // The time of one that was evicted or failed is not known any more.
+            let took = (begun_at_us > 0).then(|| Duration::from_micros(took_us));
+            self.admission.metrics.proved(took);
         }
     }
 
-    /// Returns whether the handshake had not ended before.
-    fn end_handshake(&mut self) -> bool {
-        let Some(rank) = self.handshake.take() else {
-            return false;
-        };
-        self.admission.lock().handshakes.remove(&rank);
+    /// Returns when the handshake began, or 0, unless it had ended before.
+    fn end_handshake(&mut self) -> Option<u64> {
+        let rank = self.handshake.take()?;
+        let ended = self.admission.lock().handshakes.remove(&rank);
         self.admission.handshake_ended.notify_one();
-        true
+        Some(ended.map_or(0, |handshake| handshake.begun_at_us))
     }
 
     pub fn is_preauth(&self) -> bool {
@@ -355,11 +364,11 @@ impl ConnectionPermit {
                 },
             );
         }
-        let known = tables.known(self.address, now_us, self.admission.limits.connections_max);
+        let known = tables.known(self.address, now_us, self.admission.connections_max);
         known.failures = known.failures.saturating_add(1);
         let doublings = (known.failures - 1).min(16);
         (FAILURE_DELAY_MIN * (1 << doublings)).min(Duration::from_millis(
-            self.admission.limits.failure_delay_max_ms,
+            self.admission.limits.borrow().failure_delay_max_ms,
         ))
     }
 
@@ -371,8 +380,8 @@ impl ConnectionPermit {
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let phase = match self.end_handshake() {
-            true => Phase::Handshake,
-            false => Phase::Session,
+            Some(_) => Phase::Handshake,
+            None => Phase::Session,
         };
         self.admission.metrics.disconnected(phase);
         let mut tables = self.admission.lock();
@@ -448,6 +457,7 @@ mod tests {
     const NOW_US: u64 = 100_000_000;
 
     fn admission(limits: AdmissionLimits) -> Arc<AdmissionControl> {
+        let (_, limits) = watch::channel(limits);
         Arc::new(AdmissionControl::new(limits, Arc::default()))
     }
 
@@ -493,7 +503,7 @@ mod tests {
             let peer = IpAddr::from([10, 0, 0, host]);
             let mut permit = admission.accept(peer, &mailbox, NOW_US).unwrap();
             if host == 1 {
-                permit.prove();
+                permit.prove(1);
             }
             visits.push(permit);
             mailboxes.push(mailbox);

@@ -12,6 +12,7 @@ use std::time::Duration;
 use fieldgate_protocol::auth::NONCE_BYTES;
 use fieldgate_protocol::error::Code;
 use tokio::io::{Interest, Ready};
+use tokio::sync::watch;
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -37,7 +38,7 @@ const LINGER: Duration = Duration::from_secs(1);
 const NO_DEADLINE: Duration = Duration::from_secs(3600);
 
 pub struct Shared {
-    pub settings: Arc<SessionSettings>,
+    pub settings: watch::Receiver<Arc<SessionSettings>>,
     pub registry: Arc<Registry>,
     pub clock: SystemClock,
     /// Cancelled when the gateway shuts down.
@@ -71,7 +72,7 @@ impl Connection {
     ) -> std::io::Result<Connection> {
         let mut nonce = [0; NONCE_BYTES];
         getrandom::fill(&mut nonce).map_err(std::io::Error::other)?;
-        let settings = Arc::clone(&shared.settings);
+        let settings = Arc::clone(&shared.settings.borrow());
         let session = Session::new(settings, peer, nonce, shared.clock.now());
         Ok(Connection {
             socket,
@@ -215,7 +216,7 @@ impl Connection {
     fn submit_all(&mut self, mut grant: Option<Space>) {
         while let Some(submission) = self.inbox.poll_submission(self.shared.clock.now()) {
             if let Submission::Login(login) = &submission {
-                self.permit.prove();
+                self.permit.prove(self.shared.clock.now().mono_us);
                 self.queue.pin_to_shard_of(&login.device);
             }
             let queue = &self.queue;
@@ -242,7 +243,7 @@ impl Connection {
         if let Err(error) = self.socket.try_flush() {
             return self.lose(&error);
         }
-        if outbound.bytes().len() > self.shared.settings.limits.outbound_bytes_max {
+        if self.inbox.session.has_too_much_outbound() {
             self.inbox.session.handle_loss("peer does not read replies");
         }
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -21,7 +22,7 @@ use crate::server::admission::AdmissionControl;
 use crate::server::connection::{Connection, Shared};
 use crate::session::{SessionSettings, Submission};
 use crate::store::{Refusal, Store, StoreError};
-use crate::time::{SystemClock, watch};
+use crate::time::{self, SystemClock};
 
 pub mod admission;
 mod connection;
@@ -37,11 +38,12 @@ const REFUSALS_INTERVAL: Duration = Duration::from_secs(1);
 /// closed.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
-#[derive(Clone)]
 pub struct ServerSettings {
-    pub session: SessionSettings,
+    /// Of new sessions.
+    pub session: watch::Receiver<Arc<SessionSettings>>,
     pub ingest: IngestSettings,
-    pub admission: AdmissionLimits,
+    /// The maximum number of connections is read once.
+    pub admission: watch::Receiver<AdmissionLimits>,
     pub drain_timeout_s: u64,
 }
 
@@ -110,9 +112,8 @@ pub async fn serve<S: Store>(
     drain: CancellationToken,
 ) -> Result<(), ServeError> {
     let clock = SystemClock::start();
-    let (queue, receivers) =
-        ingest::queue(&settings.ingest, stores.len(), &settings.session.metrics);
-    let metrics = Arc::clone(&settings.session.metrics);
+    let metrics = Arc::clone(&settings.session.borrow().metrics);
+    let (queue, receivers) = ingest::queue(&settings.ingest, stores.len(), &metrics);
     let mut ingest = JoinSet::new();
     for (receiver, store) in receivers.into_iter().zip(stores) {
         ingest.spawn(receiver.run(store, Arc::clone(&registry), clock));
@@ -120,7 +121,7 @@ pub async fn serve<S: Store>(
     // The task holds the queue, which keeps the shards running, so it ends with the listeners.
     let watching = watch_clock(clock, queue.clone());
     let shared = Arc::new(Shared {
-        settings: Arc::new(settings.session),
+        settings: settings.session,
         registry,
         clock,
         drain: drain.clone(),
@@ -151,7 +152,7 @@ pub async fn serve<S: Store>(
 }
 
 async fn watch_clock(clock: SystemClock, queue: IngestQueue) {
-    watch(clock, async |step| {
+    time::watch(clock, async |step| {
         queue
             .clone()
             .submit(Submission::Step(step), Arc::default())

@@ -481,6 +481,11 @@ impl Session {
         }
     }
 
+    /// Returns whether the peer leaves more unread than it may.
+    pub fn has_too_much_outbound(&mut self) -> bool {
+        self.outbound().bytes().len() > self.settings.limits.outbound_bytes_max
+    }
+
     /// Returns the outbound buffer, after writing any due ACK.
     pub fn outbound(&mut self) -> &mut Outbound {
         if let State::Serving(stream) = &mut self.state {

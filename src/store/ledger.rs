@@ -76,7 +76,11 @@ impl Appended<'_> {
             Content::Quarantined { code, .. } => stored.quarantined.push(code),
             Content::Gap { .. } => {}
         }
-        stored.readings += self.readings() as u64;
+        if let Content::Readings(readings) = &self.entry.content {
+            let first_us = readings.times_us.first();
+            let age_us = first_us.map_or(0, |us| self.entry.received_at_us.saturating_sub(*us));
+            stored.count_readings(self.readings() as u64, readings.time.quality as u8, age_us);
+        }
     }
 
     pub fn gap_reason(&self) -> Option<u8> {

@@ -1,4 +1,4 @@
-//! `serve --check`: prints a line for each problem, writes nothing except the files that SQLite keeps, and opens no
+//! `config check`: prints a line for each problem, writes nothing except the files that SQLite keeps, and opens no
 //! port.
 
 use std::collections::BTreeMap;
@@ -13,7 +13,7 @@ use crate::support::gateway::{Ended, Gateway, run};
 
 fn check(data_dir: &Path, flags: &[&str]) -> Ended {
     let data_dir = data_dir.to_str().expect("UTF-8");
-    run(&[&["serve", "--check", "--data-dir", data_dir], flags].concat())
+    run(&[&["config", "check", "--data-dir", data_dir], flags].concat())
 }
 
 #[track_caller]

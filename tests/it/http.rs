@@ -13,13 +13,13 @@ use crate::support::{PATIENCE, eventually};
 const HTTP: [&str; 2] = ["--http", "127.0.0.1:0"];
 
 #[derive(Debug)]
-struct Answer {
-    status: u16,
-    body: String,
+pub struct Answer {
+    pub status: u16,
+    pub body: String,
 }
 
 /// Sends a request with these header lines, and reads the answer to its end.
-fn request(addr: SocketAddr, path: &str, headers: &[&str]) -> Answer {
+pub fn request(addr: SocketAddr, path: &str, headers: &[&str]) -> Answer {
     let mut socket = TcpStream::connect(addr).expect("connects");
     socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     let host = format!("Host: {addr}");
@@ -127,6 +127,14 @@ fn counters_equal_the_rows_after_faults() {
     eventually("no connection", PATIENCE, || {
         metric(&gateway, "fieldgate_connections") == 0.0
     });
+    let readings = metric(&gateway, "fieldgate_readings_stored_total");
+    for name in ["readings_by_time_quality_total", "readings_by_age_total"] {
+        assert_eq!(metric(&gateway, &format!("fieldgate_{name}")), readings);
+    }
+    assert!(metric(&gateway, "fieldgate_handshake_seconds_count") >= 10.0);
+    eventually("the oldest frame", PATIENCE, || {
+        metric(&gateway, "fieldgate_frame_oldest_timestamp_seconds") > 0.0
+    });
     assert_eq!(metric(&gateway, "fieldgate_queue_readings"), 0.0);
     assert_eq!(metric(&gateway, "fieldgate_queue_bytes"), 0.0);
 }
@@ -143,6 +151,13 @@ fn every_label_is_present_from_the_start() {
         "fieldgate_logins_total{result=\"disabled\"} 0",
         "fieldgate_store_up 1",
         "fieldgate_connections{state=\"session\"} 0",
+        "fieldgate_readings_by_time_quality_total{quality=\"suspect\"} 0",
+        "fieldgate_readings_by_age_total{age=\"over_7d\"} 0",
+        "fieldgate_handshake_seconds_count 0",
+        "fieldgate_unstored_oldest_timestamp_seconds 0.0",
+        "fieldgate_spool_oldest_timestamp_seconds 0",
+        "fieldgate_default_partition_readings 0",
+        "fieldgate_frame_oldest_timestamp_seconds 0",
         "fieldgate_connections_max 16384",
     ] {
         assert!(text.lines().any(|found| found == line), "{line}: {text}");
@@ -152,6 +167,39 @@ fn every_label_is_present_from_the_start() {
     });
     assert!(metric(&gateway, "fieldgate_disk_free_bytes") > 0.0);
     assert!(metric(&gateway, "process_resident_memory_bytes") > 1e6);
+}
+
+/// Returns the output of `fieldgate status` about a gateway.
+fn status(gateway: &Gateway, url: &str) -> String {
+    let data_dir = gateway.data_dir().to_str().expect("UTF-8");
+    let output = command(&["status", "--data-dir", data_dir, "--url", url]).output();
+    let output = output.expect("runs");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+#[test]
+fn status_shows_the_running_gateway_and_later_the_store() {
+    let mut gateway = Gateway::start(&HTTP);
+    let url = format!("http://{}", gateway.http_addr());
+    let (mut link, _) = gateway.connect("pump");
+    link.ping();
+    let shown = status(&gateway, &url);
+    for line in [
+        format!("ready, at {url}/"),
+        "1 device".to_owned(),
+        "1 never".to_owned(),
+    ] {
+        assert!(shown.contains(&line), "{line}: {shown}");
+    }
+    assert!(status(&gateway, "http://127.0.0.1:1").contains("no answer from"));
+    gateway.terminate();
+    assert!(gateway.wait().status.success());
+    let shown = status(&gateway, &url);
+    assert!(
+        shown.contains("not running") && shown.contains("1 never"),
+        "{shown}"
+    );
 }
 
 #[test]

@@ -32,6 +32,7 @@ mod quarantine;
 mod quarantine_full;
 mod query;
 mod readers;
+mod reload;
 mod replay;
 mod restored;
 mod retention;

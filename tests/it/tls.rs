@@ -475,7 +475,7 @@ fn c07_certificates_are_reloaded_and_sessions_continue() {
     let good = std::fs::read_to_string(&cert).expect("a certificate");
     std::fs::write(&cert, "nothing of the kind").expect("writes");
     gateway.signal("HUP");
-    gateway.wait_for_line("could not load new certificate, keeping the old one");
+    gateway.wait_for_line("could not reload settings, keeping the old ones");
     assert_eq!(shown(&gateway), second);
 
     // The gateway reloads at the latest when it receives the signal.

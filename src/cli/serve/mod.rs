@@ -1,8 +1,10 @@
 //! `fieldgate serve`: the gateway itself.
 
 mod announce;
+mod reload;
 pub mod sockets;
 
+use std::ffi::OsString;
 use std::fmt::Display;
 use std::path::Path;
 use std::pin::pin;
@@ -12,10 +14,10 @@ use std::time::{Duration, Instant};
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::{FleetKey, KEY_FILE, Origin, create_data_dir};
 use crate::config::store_url::{PostgresUrl, StoreUrl};
-use crate::config::{Config, Location, Registration, Settings};
-use crate::http;
+use crate::config::{AdmissionLimits, Config, Location, Registration, Settings};
 use crate::http::feed::{Feed, FeedHead};
 use crate::http::gauges::{Database, Gauges};
+use crate::http::{self, Guard};
 use crate::ingest::registry::Registry;
 use crate::metrics::Metrics;
 use crate::quota::device::DeviceQuotas;
@@ -30,7 +32,7 @@ use crate::store::admin::presence::PresenceWatch;
 use crate::store::admin::prune::Pruner;
 use crate::store::admin::quarantine_usage::UsageReader;
 use crate::store::admin::retention::Retention;
-use crate::store::admin::{Poll, Source, poll_once};
+use crate::store::admin::{Poll, Reconnecting, Source, poll_once};
 use crate::store::postgres::{PostgresSettings, PostgresStore};
 use crate::store::spool::{self, SpoolError, SpoolStore};
 use crate::store::sqlite::files::HeldFiles;
@@ -40,12 +42,16 @@ use crate::sys::log;
 use crate::sys::service::{self, InheritedSockets};
 use clap::Args;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, timeout};
 use tokio_util::sync::CancellationToken;
 
 use self::announce::announce;
-use self::sockets::{bind, bind_http, connections_within_limit, load_tls, refuse_unused};
-use super::{Error, LogFormat, fleet_key, valid_config};
+use self::reload::Reload;
+use self::sockets::{
+    bind, bind_http, connections_within_limit, load_tls, load_tokens, refuse_unused,
+};
+use super::{Error, LogFormat, SetLevels, SettingValue, fleet_key, valid_config};
 
 /// Signal for a write beyond the file size limit (RLIMIT_FSIZE).
 #[cfg(target_os = "linux")]
@@ -65,38 +71,37 @@ const LAST_FLUSH: Duration = Duration::from_millis(200);
 
 #[derive(Args, Debug)]
 pub struct ServeArgs {
-    /// Check settings, files, ports, certificates and the store, print one line per problem, and exit. If settings are
-    /// invalid, check nothing else. Accepts no connections, and writes nothing except the files that SQLite keeps next
-    /// to a database that it reads
-    #[arg(long)]
-    pub check: bool,
-
     /// All settings of the gateway.
     #[command(flatten)]
     pub settings: Settings,
 }
 
 /// How the gateway was started.
-pub struct Start<'a> {
-    /// Settings that differ from their defaults.
-    pub changed: &'a str,
+pub struct Start {
+    /// Every setting.
+    pub values: Vec<SettingValue>,
     /// Sockets from the service manager.
     pub inherited: InheritedSockets,
     /// Format of the log.
     pub format: LogFormat,
+    /// Arguments of the process.
+    pub args: Vec<OsString>,
+    pub set_levels: SetLevels,
 }
 
 /// Runs the gateway until it receives a signal to stop.
-pub async fn serve(settings: Settings, location: Location, start: Start<'_>) -> Result<(), Error> {
+pub async fn serve(settings: Settings, location: Location, start: Start) -> Result<(), Error> {
     // Without a handler, SIGHUP ends the process. It stays pending until the certificates are loaded.
     let hangup = listen_to(SignalKind::hangup())?;
     // With a handler, a write beyond the file size limit fails as on a full disk and does not end the process.
     #[cfg(target_os = "linux")]
     let _file_size = listen_to(SignalKind::from_raw(SIGXFSZ))?;
     let config = valid_config(settings, location)?;
+    let changed = start.values.iter().filter(|setting| !setting.is_default);
+    let changed: Vec<_> = changed.map(ToString::to_string).collect();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
-        settings = start.changed,
+        settings = changed.join(" "),
         "starting"
     );
     run(&config, hangup, start).await?;
@@ -104,7 +109,7 @@ pub async fn serve(settings: Settings, location: Location, start: Start<'_>) -> 
     Ok(())
 }
 
-async fn run(config: &Config, hangup: Signal, start: Start<'_>) -> Result<(), Error> {
+async fn run(config: &Config, hangup: Signal, start: Start) -> Result<(), Error> {
     create_data_dir(&config.location.data_dir)?;
     let found = fleet_key::find(config).await?;
     match &config.store {
@@ -177,7 +182,7 @@ async fn serve_into<S: Store>(
     config: &Config,
     (key, origin): (FleetKey, Origin),
     hangup: Signal,
-    mut start: Start<'_>,
+    mut start: Start,
 ) -> Result<(), Error> {
     let tls = load_tls(config)?.map(Arc::new);
     let held = match &config.store {
@@ -208,14 +213,14 @@ async fn serve_into<S: Store>(
     let mut tasks = Supervisor::default();
     let metrics = Arc::new(limited_metrics(config));
     let feed = Arc::new(Feed::new(&config.store));
-    let http = bind_http(config, &metrics, &feed, &drain, &mut start.inherited).await?;
+    let hosts = config.http.http_host.iter().cloned();
+    let (guard, admitted) = watch::channel(Guard::new(hosts, load_tokens(config)?));
+    let inherited = &mut start.inherited;
+    let http = bind_http(config, admitted, &metrics, &feed, &drain, inherited).await?;
     refuse_unused(&start.inherited)?;
     tasks.spawn("signals", drain_on_signal(drain.clone())?);
-    match tls.clone() {
-        Some(tls) => tasks.spawn("certificates", async move {
-            tls.keep_current(hangup).await;
-        }),
-        None => tasks.spawn("hangup", load_nothing(hangup)),
+    if let Some(tls) = tls.clone() {
+        tasks.spawn("certificates", async move { tls.keep_current().await });
     }
     announce(config, origin, &listeners, http.as_ref()).await?;
     if config.listeners.allow_plaintext {
@@ -234,9 +239,10 @@ async fn serve_into<S: Store>(
         metrics: Arc::clone(&metrics),
         data_dir: config.location.data_dir.clone(),
         database: Database::new(&config.store),
+        store: Reconnecting::new(&config.store),
         spool: config.spool(),
         quarantine: Arc::clone(&gauge),
-        tls,
+        tls: tls.clone(),
     };
     poll_once(&mut gauges).await;
     tasks.spawn_poller(gauges);
@@ -255,8 +261,32 @@ async fn serve_into<S: Store>(
         Arc::clone(&metrics),
         config.session.keepalive_s,
     ));
-    let mut settings = server_settings(config, credentials, gauge, metrics);
-    settings.admission.connections_max = connections_within_limit(config.admission.connections_max);
+    let session = session_settings(config, credentials, Arc::clone(&gauge), metrics);
+    let (session, of_sessions) = watch::channel(Arc::new(session));
+    let connections_max = connections_within_limit(config.admission.connections_max);
+    let (admission, limits) = watch::channel(AdmissionLimits {
+        connections_max,
+        ..config.admission.clone()
+    });
+    let settings = ServerSettings {
+        session: of_sessions,
+        ingest: config.ingest.clone(),
+        admission: limits,
+        drain_timeout_s: config.drain_timeout_s,
+    };
+    let values = { start.values.into_iter() }.map(|setting| (setting.flag, setting.value));
+    let reload = Reload {
+        args: start.args,
+        config: config.clone(),
+        values: values.collect(),
+        set_levels: start.set_levels,
+        tls,
+        guard,
+        session,
+        admission,
+        quarantine: gauge,
+    };
+    tasks.spawn("reload", reload.run(hangup));
     tasks.spawn_poller(usage);
     tasks.spawn_poller(devices);
     tasks.spawn("fleet key", async move { key_file.watch_only().await });
@@ -350,24 +380,19 @@ fn postgres_settings(config: &Config, url: &PostgresUrl) -> Result<PostgresSetti
     })
 }
 
-fn server_settings(
+fn session_settings(
     config: &Config,
     credentials: Arc<Credentials>,
     quarantine: Arc<Gauge>,
     metrics: Arc<Metrics>,
-) -> ServerSettings {
-    ServerSettings {
-        session: SessionSettings {
-            credentials,
-            may_register: config.devices.registration == Registration::Open,
-            limits: config.session.clone(),
-            quotas: Arc::new(DeviceQuotas::new(&config.devices.rates)),
-            quarantine,
-            metrics,
-        },
-        ingest: config.ingest.clone(),
-        admission: config.admission.clone(),
-        drain_timeout_s: config.drain_timeout_s,
+) -> SessionSettings {
+    SessionSettings {
+        credentials,
+        may_register: config.devices.registration == Registration::Open,
+        limits: config.session.clone(),
+        quotas: Arc::new(DeviceQuotas::new(&config.devices.rates)),
+        quarantine,
+        metrics,
     }
 }
 
@@ -389,11 +414,6 @@ fn limited_metrics(config: &Config) -> Metrics {
             "queue_bytes_max",
             "Maximum memory of what waits for the store",
             config.ingest.queue_bytes_max as u64,
-        ),
-        (
-            "quarantine_bytes_max",
-            "Maximum size of quarantined frames",
-            config.devices.quarantine_bytes_max,
         ),
         (
             "spool_bytes_max",
@@ -420,13 +440,6 @@ fn drain_on_signal(drain: CancellationToken) -> Result<impl Future<Output = ()>,
         log::flush(LAST_FLUSH);
         std::process::exit(1);
     })
-}
-
-/// Logs and ignores SIGHUP: without TLS there is nothing to reload.
-async fn load_nothing(mut hangup: Signal) {
-    while hangup.recv().await.is_some() {
-        tracing::info!("SIGHUP ignored: no TLS certificates to reload");
-    }
 }
 
 fn listen_to(kind: SignalKind) -> Result<Signal, Error> {

@@ -5,12 +5,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::Error;
 use crate::config::Config;
 use crate::http::feed::Feed;
-use crate::http::{Site, Tokens};
+use crate::http::{Guard, Site, Tokens};
 use crate::metrics::Metrics;
 use crate::net::tls::Tls;
 use crate::server::{self, Listeners, TlsListener};
@@ -74,12 +75,12 @@ pub fn bind(
 /// Opens the HTTP listener, unless it is off.
 pub async fn bind_http(
     config: &Config,
+    guard: watch::Receiver<Guard>,
     metrics: &Arc<Metrics>,
     feed: &Arc<Feed>,
     drain: &CancellationToken,
     inherited: &mut InheritedSockets,
 ) -> Result<Option<(TcpListener, Site)>, Error> {
-    let tokens = load_tokens(config)?;
     let Some(address) = config.http_listen else {
         return Ok(None);
     };
@@ -89,9 +90,8 @@ pub async fn bind_http(
         Err(error) => Err(error),
     };
     let listener = listener.map_err(|error| cannot_listen("--http", address, &error))?;
-    let hosts = config.http.http_host.iter().cloned();
     let (metrics, feed) = (Arc::clone(metrics), Arc::clone(feed));
-    let site = Site::new(hosts, tokens, metrics, &config.store, feed, drain.clone());
+    let site = Site::new(guard, metrics, &config.store, feed, drain.clone());
     Ok(Some((listener, site)))
 }
 

@@ -55,7 +55,7 @@ fn look(watch: &mut Watch<'_>, now: Timestamp) -> String {
     let subscriber = tracing_subscriber::fmt()
         .with_writer(Arc::new(log.reopen().unwrap()))
         .finish();
-    tracing::subscriber::with_default(subscriber, || watch.look(false, now));
+    tracing::subscriber::with_default(subscriber, || watch.look(now));
     fs::read_to_string(log.path()).unwrap()
 }
 
@@ -97,7 +97,7 @@ fn a_failed_load_is_logged_once_and_retried() {
     assert!(log.contains("its group can read it"), "{log}");
     // Retried even if the files' stamps do not show the correction.
     site.chmod(0o600);
-    watch.seen = stamps(&tls.files);
+    watch.seen = stamps(&tls.sources().0);
     let log = look(&mut watch, now);
     assert!(log.contains("certificate reloaded"), "{log}");
     assert_eq!(look(&mut watch, now), "");
