@@ -386,7 +386,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::http::{Site, serve};
+    use crate::http::{Guard, Site, serve};
     use crate::metrics::Metrics;
     use crate::store::admin::{Access, Connection, poll_every};
     use crate::store::sqlite::{SqliteSettings, migrate};
@@ -454,7 +454,8 @@ mod tests {
         feed.stall_max = Duration::from_millis(500);
         let feed = Arc::new(feed);
         let (metrics, drain) = (Arc::new(Metrics::default()), CancellationToken::new());
-        let site = Site::new([], None, metrics, &url, Arc::clone(&feed), drain);
+        let (_guard, admitted) = watch::channel(Guard::new([], None));
+        let site = Site::new(admitted, metrics, &url, Arc::clone(&feed), drain);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         tokio::spawn(serve(listener, site));

@@ -41,6 +41,9 @@ const CONNECTIONS_MAX: usize = 128;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Maximum size of a request's header, in bytes.
 const HEADER_BYTES_MAX: usize = 16 << 10;
+/// A peer that reads nothing for this time, although an answer waits for it, is disconnected: it would keep its slot.
+#[cfg(target_os = "linux")]
+const UNREAD_MAX_MS: u32 = 90_000;
 /// Pause after a failed accept, usually for lack of file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
@@ -148,6 +151,7 @@ pub async fn serve(listener: TcpListener, site: Site) {
             .expect("never closed");
         match listener.accept().await {
             Ok((socket, _)) => {
+                limit_unread(&socket);
                 let client = Client {
                     close: CancellationToken::new(),
                     _slot: Arc::new(slot),
@@ -160,6 +164,16 @@ pub async fn serve(listener: TcpListener, site: Site) {
             }
         }
     }
+}
+
+/// Makes the system close the connection if the peer reads nothing (TCP_USER_TIMEOUT, tcp(7)).
+fn limit_unread(socket: &TcpStream) {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = rustix::net::sockopt::set_tcp_user_timeout(socket, UNREAD_MAX_MS) {
+        tracing::debug!(%error, "could not limit the time of an unread answer");
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = socket;
 }
 
 async fn answer(socket: TcpStream, router: Router, client: Client) {
