@@ -337,7 +337,7 @@ fn errors_have_one_shape() {
             "POST",
             "/v1/query",
             json_type,
-            r#"{"sql":"SELECT 1","parms":[]}"#,
+            r#"{"sql":"SELECT 1","unknown":[]}"#,
             400,
         ),
         (
