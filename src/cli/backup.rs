@@ -4,9 +4,9 @@
 //! is complete or does not exist, even after a power failure. A lock on the draft refuses a second backup to the same file.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::auth::fleet_key::KEY_FILE;
@@ -14,6 +14,7 @@ use crate::config::store_url::StoreUrl;
 use crate::store::sqlite;
 use crate::sys::secret_file::{publish_new, publish_over};
 use clap::Args;
+use rustix::fs::OFlags;
 
 use super::{Error, output};
 
@@ -107,13 +108,27 @@ impl Draft {
             .create(true)
             .truncate(false)
             .mode(0o600)
+            .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
             .open(&path)?;
+        let found = file.metadata()?;
+        if !found.is_file() || found.nlink() != 1 {
+            return Err(io::Error::other(
+                "the draft is a link or not a file; remove it",
+            ));
+        }
         file.try_lock().map_err(|error| match error {
             fs::TryLockError::WouldBlock => {
                 io::Error::other("another backup to this file is running; wait for its end")
             }
             fs::TryLockError::Error(error) => error,
         })?;
+        // One that ended meanwhile has given the file its name.
+        if !fs::symlink_metadata(&path).is_ok_and(|now| now.ino() == found.ino()) {
+            return Err(io::Error::other(
+                "another backup to this file has just ended; try again",
+            ));
+        }
+        file.set_permissions(Permissions::from_mode(0o600))?;
         // A journal of an interrupted backup would be applied to the new one.
         match fs::remove_file(with_suffix(&path, "-journal")) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

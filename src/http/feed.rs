@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::problem::{Parameters, Problem, storable};
 use super::{Client, Shared};
 use crate::config::store_url::StoreUrl;
-use crate::store::admin::feed::{self, Event, Filter, Head, Page};
+use crate::store::admin::feed::{self, Event, Filter, Head, PAGE_FRAMES, Page};
 use crate::store::admin::{Pace, Poll, QueryError, Reconnecting};
 
 /// Maximum number of readers. They leave half of the HTTP connections to other requests.
@@ -52,6 +52,8 @@ pub struct Feed {
 struct Pages {
     store: Reconnecting,
     latest: Option<Arc<Page>>,
+    /// Maximum number of frames in the next page.
+    frames_max: i64,
 }
 
 impl std::fmt::Debug for Feed {
@@ -67,6 +69,7 @@ impl Feed {
             pages: Mutex::new(Pages {
                 store: Reconnecting::new(store),
                 latest: None,
+                frames_max: PAGE_FRAMES,
             }),
             head: watch::Sender::new(None),
             slots: Arc::new(Semaphore::new(READERS_MAX)),
@@ -96,7 +99,13 @@ impl Feed {
         if let Some(latest) = pages.latest.as_ref().filter(|latest| latest.after == after) {
             return Ok(Arc::clone(latest));
         }
-        let page = Arc::new(feed::page(&mut pages.store, after, settled, filter).await?);
+        let frames_max = pages.frames_max;
+        // A page of frames with long time spans may take too long. So the next one is smaller, also if this one is
+        // cancelled.
+        pages.frames_max = (frames_max / 4).max(1);
+        let page = feed::page(&mut pages.store, frames_max, after, settled, filter).await?;
+        pages.frames_max = (frames_max * 2).min(PAGE_FRAMES);
+        let page = Arc::new(page);
         if filter.is_all() {
             pages.latest = Some(Arc::clone(&page));
         }

@@ -321,7 +321,7 @@ impl Shard {
             .iter()
             .map(|entry| entry.received_at_us);
         metrics.set_committing(shard, received_us.min());
-        let committed = loop {
+        let mut committed = loop {
             let result = self.attempt(store, &tagged, &mut outage).await;
             match result {
                 Ok(committed) => break committed,
@@ -338,6 +338,8 @@ impl Shard {
         outage.is_over = true;
         metrics.set_committing(shard, None);
         metrics.store_is_up();
+        // Sessions have recognized these frames, so they are not among the frames of the batch.
+        committed.stored.duplicates += tagged.batch.repeats.len() as u64;
         metrics.committed(&committed.stored, began.elapsed());
         // Fails only if the other task has panicked, which is reported at the end.
         let _ = self.committed.send(ToAnswer::Commit {

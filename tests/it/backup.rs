@@ -94,6 +94,24 @@ fn devices_continue_after_a_restore() {
     assert_eq!(restored.count("SELECT count(*) FROM devices"), 50);
 }
 
+/// In a directory in which others may write, a link could lead to any file of the gateway's user.
+#[test]
+fn a_link_is_not_followed() {
+    let gateway = Gateway::start(&[]);
+    gateway.connect("pump").0.ping();
+    let dir = TempDir::new().expect("a directory");
+    let precious = dir.path().join("precious");
+    fs::write(&precious, "precious").expect("writes");
+    let file = dir.path().join("backup.db");
+    let draft = dir.path().join("backup.db.part");
+    std::os::unix::fs::symlink(&precious, &draft).expect("links");
+    assert_eq!(backup(gateway.data_dir(), &file, &[]).code, 1);
+    fs::remove_file(&draft).expect("removes");
+    fs::hard_link(&precious, &draft).expect("links");
+    backup(gateway.data_dir(), &file, &[]).refused(1, &["the draft is a link"]);
+    assert_eq!(fs::read_to_string(&precious).expect("reads"), "precious");
+}
+
 #[test]
 fn no_file_is_overwritten_by_mistake() {
     let gateway = Gateway::start(&[]);

@@ -124,6 +124,9 @@ fn counters_equal_the_rows_after_faults() {
         assert!(name.contains("gap") || rows[0].0 > 0, "{name}");
     }
     assert!(metric(&gateway, "fieldgate_nacks_sent_total") > 0.0);
+    eventually("duplicates are counted", PATIENCE, || {
+        metric(&gateway, "fieldgate_frames_duplicate_total") > 0.0
+    });
     eventually("no connection", PATIENCE, || {
         metric(&gateway, "fieldgate_connections") == 0.0
     });

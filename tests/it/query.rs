@@ -58,7 +58,7 @@ async fn readings_can_be_queried_while_the_gateway_runs() {
     let said = site.run(&["status"]);
     assert_eq!(said.code, 0, "{said:?}");
     for (name, value) in [
-        ("devices", "2"),
+        ("devices", "2: 1 never, 1 silent"),
         ("streams", "2"),
         ("frames", "3"),
         ("readings", "2"),

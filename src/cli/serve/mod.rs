@@ -211,7 +211,8 @@ async fn serve_into<S: Store>(
     // Created before the gateway is announced, because it may be stopped from then on.
     let drain = CancellationToken::new();
     let mut tasks = Supervisor::default();
-    let metrics = Arc::new(limited_metrics(config));
+    let connections_max = connections_within_limit(config.admission.connections_max);
+    let metrics = Arc::new(limited_metrics(config, connections_max));
     let feed = Arc::new(Feed::new(&config.store));
     let hosts = config.http.http_host.iter().cloned();
     let (guard, admitted) = watch::channel(Guard::new(hosts, load_tokens(config)?));
@@ -263,7 +264,6 @@ async fn serve_into<S: Store>(
     ));
     let session = session_settings(config, credentials, Arc::clone(&gauge), metrics);
     let (session, of_sessions) = watch::channel(Arc::new(session));
-    let connections_max = connections_within_limit(config.admission.connections_max);
     let (admission, limits) = watch::channel(AdmissionLimits {
         connections_max,
         ..config.admission.clone()
@@ -396,14 +396,14 @@ fn session_settings(
     }
 }
 
-/// Returns the metrics of the gateway, with the limits of `config`.
-fn limited_metrics(config: &Config) -> Metrics {
+/// Returns the metrics of the gateway, with `connections_max` and the other limits of `config`.
+fn limited_metrics(config: &Config, connections_max: usize) -> Metrics {
     let mut metrics = Metrics::default();
     for (name, help, limit) in [
         (
             "connections_max",
             "Maximum number of connections",
-            config.admission.connections_max as u64,
+            connections_max as u64,
         ),
         (
             "queue_readings_max",

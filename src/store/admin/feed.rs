@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{Argument, QueryError, Reconnecting, Row};
 
 /// Maximum number of frames that a page covers, with and without readings.
-const PAGE_FRAMES: i64 = 2000;
+pub const PAGE_FRAMES: i64 = 2000;
 /// Maximum number of readings in a page, unless a single frame has more.
 const PAGE_READINGS: i64 = 5000;
 
@@ -101,15 +101,16 @@ pub async fn head(store: &mut Reconnecting) -> Result<Head, QueryError> {
     Ok(Head { settled, newest })
 }
 
-/// Returns the events that match `filter` after the cursor `after`, from at most one page of frames; `settled` is
+/// Returns the events that match `filter` after the cursor `after`, from at most `frames_max` frames; `settled` is
 /// that of an earlier [`head`].
 pub async fn page(
     store: &mut Reconnecting,
+    frames_max: i64,
     after: i64,
     settled: i64,
     filter: &Filter,
 ) -> Result<Page, QueryError> {
-    let range = [after.into(), settled.into(), PAGE_FRAMES.into()];
+    let range = [after.into(), settled.into(), frames_max.into()];
     let frames = store.rows(FRAMES, &range).await?;
     let mut page = Page {
         after,
@@ -118,7 +119,7 @@ pub async fn page(
     };
     // Numbers of readings: in the events of the page, and in all frames up to `page.to`.
     let (mut readings, mut covered) = (0, 0);
-    let is_whole = (frames.len() as i64) < PAGE_FRAMES;
+    let is_whole = (frames.len() as i64) < frames_max;
     for row in &frames {
         let event = event(row)?;
         let is_wanted = filter.device.is_empty() || event.device == filter.device;
@@ -284,7 +285,9 @@ mod tests {
         let settled = head(store).await.unwrap().settled;
         let mut events = Vec::new();
         while after < settled {
-            let page = page(store, after, settled, filter).await.unwrap();
+            let page = page(store, PAGE_FRAMES, after, settled, filter)
+                .await
+                .unwrap();
             assert!(page.to > after && page.to <= settled, "{page:?}");
             after = page.to;
             events.extend(page.events);

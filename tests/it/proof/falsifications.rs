@@ -471,14 +471,18 @@ impl Falsification {
                 ("MICROSECOND", "1"),
                 (
                     "BYTES",
-                    "CAST(substr(bytes, 1, length(bytes) - 1) || x'00' AS BLOB)",
+                    "CAST(substr(bytes, 1, length(bytes) - 1)
+                        || CASE substr(bytes, -1) WHEN x'00' THEN x'01' ELSE x'00' END AS BLOB)",
                 ),
             ],
             false => [
                 ("READINGS", "readings"),
                 ("DAY", "interval '1 day'"),
                 ("MICROSECOND", "interval '1 microsecond'"),
-                ("BYTES", "substr(bytes, 1, length(bytes) - 1) || '\\x00'"),
+                (
+                    "BYTES",
+                    "set_byte(bytes, length(bytes) - 1, get_byte(bytes, length(bytes) - 1) # 1)",
+                ),
             ],
         };
         let words = words.into_iter();
