@@ -23,6 +23,15 @@ impl Layout {
     }
 }
 
+/// Returns the first titles as one text, with the number of the others.
+pub fn list_of(titles: &[String]) -> String {
+    let shown = titles[..titles.len().min(6)].join(", ");
+    match titles.len().saturating_sub(6) {
+        0 => shown,
+        more => format!("{shown}, and {more} more"),
+    }
+}
+
 /// Returns the column that a flag specifies, by its header, its name without a unit, or its number.
 ///
 /// # Errors

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use csv::StringRecord;
 
-use super::columns::{device_ids, index_of, labels};
+use super::columns::{device_ids, index_of, labels, list_of};
 use super::decimal::Loss;
 use super::gather::{Column, Ids, Losses, permuted, sentinel};
 use super::layout::{Layout, is_comment};
@@ -484,7 +484,7 @@ impl<'t> Table<'t> {
         }
         let mut say = |what: &str, titles: Vec<String>| {
             if !titles.is_empty() {
-                notes.say(format!("skipped {what}: {}", shortened(&titles)));
+                notes.say(format!("skipped {what}: {}", list_of(&titles)));
             }
         };
         say("columns of text", texts);
@@ -582,14 +582,6 @@ impl<'t> Table<'t> {
 
 fn device_is_in(names: &[String]) -> bool {
     names.iter().any(|name| !name.is_empty())
-}
-
-fn shortened(titles: &[String]) -> String {
-    let shown = titles[..titles.len().min(6)].join(", ");
-    match titles.len().saturating_sub(6) {
-        0 => shown,
-        more => format!("{shown}, and {more} more"),
-    }
 }
 
 /// Returns whether a column may be the device column: it has text, or numbers and a name from

@@ -21,6 +21,7 @@ mod refusals;
 pub mod reply;
 pub(crate) mod retry;
 mod schemas;
+mod settings;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -28,74 +29,21 @@ mod tests;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use fieldgate_protocol::auth::{KEY_BYTES, NO_CHANNEL_BINDING, NONCE_BYTES};
+use fieldgate_protocol::auth::{NO_CHANNEL_BINDING, NONCE_BYTES};
 use fieldgate_protocol::error::Code;
 use fieldgate_protocol::frame::{Frame, FrameError, HANDSHAKE_FRAME_BYTES_MAX, types};
 
 use self::handshake::{AwaitAdmission, AwaitAuth, AwaitHello, Secured};
 use self::reply::Outbound;
+pub use self::settings::SessionSettings;
 use self::stream::Stream;
-use crate::auth::credentials::Credentials;
-use crate::auth::fleet_key::FleetKey;
-use crate::config::SessionLimits;
-use crate::metrics::Metrics;
-use crate::quota::device::DeviceQuotas;
-use crate::quota::quarantine::{Gauge, Reservation};
+use crate::quota::quarantine::Reservation;
 use crate::store::reuse::Repeat;
 use crate::store::{
     Declare, DeclareOutcome, DeviceEvent, DeviceEventKind, DeviceId, Entry, Login, LoginOutcome,
     Receipt, Refusal, SessionId,
 };
 use crate::time::{BootClock, ClockStep, Now};
-
-const SECOND_US: u64 = 1_000_000;
-
-/// Settings of sessions.
-#[derive(Clone)]
-pub struct SessionSettings {
-    /// Credentials of devices.
-    pub credentials: Arc<Credentials>,
-    /// Whether unknown devices may register.
-    pub may_register: bool,
-    /// Limits of a connection.
-    pub limits: SessionLimits,
-    /// Data quotas of devices; frames over the quota are not refused but read later.
-    pub quotas: Arc<DeviceQuotas>,
-    /// Usage of quarantine, which limits what a session may add.
-    pub quarantine: Arc<Gauge>,
-    /// Counts replies.
-    pub metrics: Arc<Metrics>,
-}
-
-impl SessionLimits {
-    /// Returns the maximum time from the accept to WELCOME.
-    pub(crate) fn handshake_timeout_us(&self) -> u64 {
-        self.handshake_timeout_s * SECOND_US
-    }
-
-    /// Returns the maximum time from a frame's first byte to its last.
-    pub(crate) fn frame_timeout_us(&self) -> u64 {
-        self.frame_timeout_s * SECOND_US
-    }
-
-    /// Returns the maximum time without a whole frame.
-    pub(crate) fn idle_timeout_us(&self) -> u64 {
-        self.idle_timeout_s * SECOND_US
-    }
-}
-
-impl Default for SessionSettings {
-    fn default() -> Self {
-        SessionSettings {
-            credentials: Arc::new(Credentials::new(FleetKey::from_bytes([0; KEY_BYTES]))),
-            may_register: true,
-            limits: SessionLimits::default(),
-            quotas: Arc::default(),
-            quarantine: Arc::default(),
-            metrics: Arc::default(),
-        }
-    }
-}
 
 /// A request from a session to the ingest queue.
 #[derive(Debug)]

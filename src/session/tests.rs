@@ -13,6 +13,7 @@ use proptest::prelude::*;
 
 use super::inbox::{Inbox, Mail};
 use super::*;
+use crate::config::SessionLimits;
 use crate::store::memory::MemoryStore;
 use crate::store::{Batch, Store};
 

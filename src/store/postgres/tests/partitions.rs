@@ -129,10 +129,15 @@ async fn a_full_default_partition_does_not_block_commits() {
     let peer = peer(h.store(), "a").await;
     let (late_us, later_us) = (now_us() - 70 * DAY_US, now_us() - 35 * DAY_US);
     let default = "readings_default".to_owned();
-    // Simulate enough readings that moving them takes four seconds.
+    // Simulate enough readings that moving them takes four seconds: a lower limit cancels the statement.
     h.run(&format!(
         "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS $$
-         BEGIN PERFORM pg_sleep(4); RETURN OLD; END $$;
+         BEGIN
+             IF current_setting('statement_timeout')::interval < interval '4 s' THEN
+                 RAISE EXCEPTION USING ERRCODE = 'query_canceled';
+             END IF;
+             RETURN OLD;
+         END $$;
          CREATE TRIGGER dawdle BEFORE DELETE ON readings_default FOR EACH ROW
              WHEN (OLD.frame_id = 1) EXECUTE FUNCTION dawdle();
          INSERT INTO readings VALUES ({}, to_timestamp({}), 1, 1.0)",

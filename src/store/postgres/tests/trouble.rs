@@ -73,16 +73,20 @@ async fn a_query_that_is_dropped_ends_at_the_server() {
     let mut server = database.connect().await;
     let store = StoreUrl::Postgres(database.url());
     let mut connection = Connection::open(&store, Access::Read).await.unwrap();
-    let sleep = connection.rows("SELECT CAST(pg_sleep(600) AS TEXT)", &[]);
-    let sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(600)%'
+    let mut holder = database.connect().await;
+    run(&mut holder, "SELECT pg_advisory_lock(1)")
+        .await
+        .unwrap();
+    let waits = connection.rows("SELECT CAST(pg_advisory_lock(1) AS TEXT)", &[]);
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'advisory'
         AND state = 'active' AND pid <> pg_backend_pid() AND datname = current_database()";
-    let is_running = async || count(&mut server, sleeping).await > 0;
+    let is_running = async || count(&mut server, waiting).await > 0;
     tokio::select! {
-        rows = sleep => panic!("{rows:?}"),
+        rows = waits => panic!("{rows:?}"),
         () = eventually("the query runs", is_running) => {}
     }
     drop(connection);
-    comes_down_to(&mut server, sleeping, 0).await;
+    comes_down_to(&mut server, waiting, 0).await;
 }
 
 #[tokio::test]
