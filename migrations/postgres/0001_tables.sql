@@ -232,6 +232,8 @@ CREATE TABLE device_events (
     session   bigint
 );
 CREATE INDEX device_events_by_device ON device_events (device_id, at);
+-- For presence: the end of the last session, however many events the device reported since.
+CREATE INDEX device_events_of_ends ON device_events (device_id, at) WHERE kind = 'disconnected';
 -- For pruning, which keeps events that devices reported and changes by operators.
 CREATE INDEX device_events_of_sessions ON device_events (device_id, id)
     WHERE kind IN ('connected', 'disconnected', 'refused', 'presence', 'twin');

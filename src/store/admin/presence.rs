@@ -27,8 +27,8 @@ const LEARNED_AT_ONCE: usize = 64;
 const PAUSE: Duration = Duration::from_millis(10);
 /// Number of a device's last frames from which its interval is learned.
 const FRAMES_LEARNED: i64 = 128;
-/// Number of pauses needed to learn the interval of a device that sends several frames at a time.
-const PAUSES_MIN: usize = 3;
+/// Number of spacings needed to learn the interval of a device that sends several frames at a time.
+const SPACINGS_MIN: usize = 3;
 /// Number of take-overs within [`TAKEN_OVER_WITHIN_US`] from which two devices are assumed to use one name. A device
 /// that reconnects over a bad link causes fewer.
 const TAKEN_OVER_MIN: i64 = 10;
@@ -400,19 +400,24 @@ pub fn arrivals_sql() -> String {
 }
 
 /// Returns the median time between arrivals, at least the keepalive; `None` if the arrivals do not show it yet.
-/// Frames that arrive within a keepalive count as one arrival, because a device that sleeps sends several at a time.
+/// Frames that arrive within a keepalive of the first count as one arrival, because a device that sleeps sends several
+/// at a time. So a device that sends at shorter intervals has less than twice the keepalive.
 fn interval_of(arrivals_us: &[i64], keepalive_s: i64) -> Option<i64> {
     let keepalive_us = keepalive_s * SECOND_US;
-    let spacings = arrivals_us.windows(2).map(|pair| pair[1] - pair[0]);
-    let mut pauses: Vec<i64> = spacings.filter(|us| *us >= keepalive_us).collect();
-    pauses.sort_unstable();
-    let are_single = pauses.len() + 1 == arrivals_us.len();
-    let (first, last) = (arrivals_us.first()?, arrivals_us.last()?);
-    match pauses.get(pauses.len() / 2) {
-        Some(median) if are_single || pauses.len() >= PAUSES_MIN => Some(median / SECOND_US),
-        None if last - first >= 3 * keepalive_us => Some(keepalive_s),
-        _ => None,
+    let mut firsts: Vec<i64> = Vec::new();
+    for &arrival in arrivals_us {
+        if firsts
+            .last()
+            .is_none_or(|first| arrival - first >= keepalive_us)
+        {
+            firsts.push(arrival);
+        }
     }
+    let mut spacings: Vec<i64> = firsts.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    spacings.sort_unstable();
+    let are_single = firsts.len() == arrivals_us.len();
+    let median_s = spacings.get(spacings.len() / 2)? / SECOND_US;
+    (are_single || spacings.len() >= SPACINGS_MIN).then_some(median_s)
 }
 
 /// Returns the devices after `after` up to `last` whose sessions were taken over repeatedly.
