@@ -51,9 +51,22 @@ pub struct Feed {
 /// The connection for pages, and the latest page, which most readers need next.
 struct Pages {
     store: Reconnecting,
-    latest: Option<Arc<Page>>,
+    latest: Option<Arc<Texts>>,
     /// Maximum number of frames in the next page.
     frames_max: i64,
+}
+
+/// A page with the JSON of each event, which most readers send unchanged.
+struct Texts {
+    page: Page,
+    json: Vec<Arc<str>>,
+}
+
+impl Texts {
+    fn new(page: Page) -> Texts {
+        let json = page.events.iter().map(json).collect();
+        Texts { page, json }
+    }
 }
 
 impl std::fmt::Debug for Feed {
@@ -94,9 +107,13 @@ impl Feed {
         after: i64,
         settled: i64,
         filter: &Filter,
-    ) -> Result<Arc<Page>, QueryError> {
+    ) -> Result<Arc<Texts>, QueryError> {
         let mut pages = self.pages.lock().await;
-        if let Some(latest) = pages.latest.as_ref().filter(|latest| latest.after == after) {
+        if let Some(latest) = pages
+            .latest
+            .as_ref()
+            .filter(|latest| latest.page.after == after)
+        {
             return Ok(Arc::clone(latest));
         }
         let frames_max = pages.frames_max;
@@ -105,7 +122,7 @@ impl Feed {
         pages.frames_max = (frames_max / 4).max(1);
         let page = feed::page(&mut pages.store, frames_max, after, settled, filter).await?;
         pages.frames_max = (frames_max * 2).min(PAGE_FRAMES);
-        let page = Arc::new(page);
+        let page = Arc::new(Texts::new(page));
         if filter.is_all() {
             pages.latest = Some(Arc::clone(&page));
         }
@@ -193,7 +210,7 @@ impl Poll for FeedHead {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Message {
     /// The readings of a frame, as JSON.
-    Event { id: i64, json: String },
+    Event { id: i64, json: Arc<str> },
     /// The cursor, if there are no events.
     Cursor(i64),
     /// The last message: the store was restored to an earlier state, so the cursor is invalid.
@@ -328,7 +345,7 @@ impl Reader {
 
     async fn send_page(&mut self, to: i64) -> Result<(), End> {
         let page = self.feed.page(self.cursor, to, &self.filter);
-        let page = match timeout(PAGE_TIMEOUT, page).await {
+        let texts = match timeout(PAGE_TIMEOUT, page).await {
             Ok(Ok(page)) => page,
             failed => {
                 let error = failed.map_or("timed out".to_owned(), |failed| {
@@ -341,8 +358,9 @@ impl Reader {
                 }
             }
         };
-        for event in &page.events {
-            if let Some(json) = json(event, &self.filter) {
+        let Texts { page, json } = &*texts;
+        for (event, json) in page.events.iter().zip(json) {
+            if let Some(json) = matching(event, json, &self.filter) {
                 let id = event.frame_id;
                 self.send(Message::Event { id, json }).await?;
             }
@@ -360,20 +378,25 @@ impl Reader {
     }
 }
 
-/// Returns an event as JSON with only the readings that match `filter`; `None` if no reading matches.
-fn json(event: &Event, filter: &Filter) -> Option<String> {
+fn json(event: &Event) -> Arc<str> {
+    let json = serde_json::to_string(event).expect("it has only text keys");
+    json.into()
+}
+
+/// Returns the JSON of an event, whose whole JSON is `json`, with only the readings that match `filter`; `None` if no
+/// reading matches.
+fn matching(event: &Event, json: &Arc<str>, filter: &Filter) -> Option<Arc<str>> {
     if !filter.device.is_empty() && event.device != filter.device {
         return None;
     }
-    let json = |event: &Event| Some(serde_json::to_string(event).expect("it has only text keys"));
     if filter.channel.is_empty() {
-        return json(event);
+        return Some(Arc::clone(json));
     }
     let mut event = event.clone();
     event
         .readings
         .retain(|reading| reading.channel == filter.channel);
-    json(&event).filter(|_| !event.readings.is_empty())
+    (!event.readings.is_empty()).then(|| self::json(&event))
 }
 
 /// The body of a response.

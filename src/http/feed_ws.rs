@@ -128,7 +128,7 @@ async fn send_all(upgrade: OnUpgrade, mut messages: Receiver<Message>) -> Result
 
 fn frame(message: Message) -> Frame {
     Frame::text(match message {
-        Message::Event { json, .. } => json,
+        Message::Event { json, .. } => json.to_string(),
         Message::Cursor(cursor) => format!("{{\"cursor\":{cursor}}}"),
         Message::Reset => "{\"reset\":true}".to_owned(),
     })
