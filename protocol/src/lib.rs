@@ -21,7 +21,7 @@
 //!
 //! [`encode`](message::encode) of a [`Data`](message::Data) needs about 350 bytes of stack on a Cortex-M4 at
 //! `opt-level = "s"`: the sum of the stack frames on its deepest path, read from the assembly. Without optimization it
-//! needs less than 2 KiB on x86-64, which `tests/memory.rs` measures. The caller provides the buffers: one for sending,
+//! needs less than 3 KiB on x86-64, which `tests/memory.rs` measures. The caller provides the buffers: one for sending,
 //! of the gateway's longest frame (4,096 bytes by default) or as much as the longest frame in the queue, and one for
 //! receiving, of [`rx_bytes_max`](device::Config::rx_bytes_max).
 //!

@@ -11,7 +11,8 @@ use fieldgate_protocol::message::{Column, Data, encode};
 use fieldgate_protocol::value::{Clock, TimeUnit};
 
 const STACK_BYTES: usize = 64 * 1024;
-const ENCODE_STACK_BYTES_MAX: usize = 2 * 1024;
+/// Compilers use more stack with full debug information: 2560 bytes instead of 1680.
+const ENCODE_STACK_BYTES_MAX: usize = 3 * 1024;
 
 /// Calls `work` with `frames` more frames on the stack; returns the address of something in the last one.
 #[inline(never)]
@@ -97,9 +98,7 @@ fn frames_max(encodes: usize) -> usize {
 #[test]
 fn encode_needs_no_more_stack_than_documented() {
     let frame_bytes = descend(0, &mut || ()).abs_diff(descend(64, &mut || ())) / 64;
-    // On a busy machine an attempt may fail for another reason.
-    let encode_frames = (0..3).map(|_| frames_max(0).saturating_sub(frames_max(1)));
-    let encode_bytes = encode_frames.min().unwrap() * frame_bytes;
+    let encode_bytes = (frames_max(0) - frames_max(1)) * frame_bytes;
     println!("encode needs {encode_bytes} bytes of stack, to within {frame_bytes}");
     assert!(
         (frame_bytes..ENCODE_STACK_BYTES_MAX).contains(&encode_bytes),
