@@ -69,13 +69,18 @@ fn parameter(name: &str, description: &str, schema: &Value) -> Value {
     json!({"name": name, "in": "query", "description": description, "schema": schema})
 }
 
+/// Schema of a text that is compared with a text in the store; the stores keep no NUL.
+fn storable_text() -> Value {
+    json!({"type": "string", "pattern": "^[^\\u0000]*$"})
+}
+
 fn name() -> Value {
     json!({
         "name": "name",
         "in": "path",
         "required": true,
         "description": "Name of a device.",
-        "schema": {"type": "string"},
+        "schema": storable_text(),
     })
 }
 
@@ -86,8 +91,8 @@ fn devices() -> Value {
         "operationId": "listDevices",
         "parameters": [
             parameter("state", "Only devices with this presence.", &json!({"type": "string", "enum": states})),
-            parameter("prefix", "Only devices whose name begins with this text.", &json!({"type": "string"})),
-            parameter("after", "Cursor: `next` of the page before.", &json!({"type": "string"})),
+            parameter("prefix", "Only devices whose name begins with this text.", &storable_text()),
+            parameter("after", "Cursor: `next` of the page before.", &storable_text()),
             parameter("limit", "Maximum number of devices.", &json!({
                 "type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": PAGE_DEFAULT,
             })),
@@ -176,15 +181,11 @@ fn cursor(description: &str) -> Vec<Value> {
             description,
             &json!({"type": "integer", "format": "int64", "minimum": 0}),
         ),
-        parameter(
-            "device",
-            "Only readings of this device.",
-            &json!({"type": "string"}),
-        ),
+        parameter("device", "Only readings of this device.", &storable_text()),
         parameter(
             "channel",
             "Only readings of channels with this name.",
-            &json!({"type": "string"}),
+            &storable_text(),
         ),
     ]
 }
