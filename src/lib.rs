@@ -41,6 +41,8 @@ pub mod config;
 #[expect(missing_docs, reason = "only `internals` exports it")]
 mod time;
 
+mod text;
+
 pub mod sys;
 
 /// Parts that the benchmarks and tests of this repository use.

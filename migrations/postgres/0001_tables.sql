@@ -178,6 +178,7 @@ CREATE TABLE gaps (
     received_at timestamptz NOT NULL,
     PRIMARY KEY (stream_id, from_seq)
 );
+CREATE INDEX gaps_by_time ON gaps (received_at);
 
 -- Intact frames that could not be decoded.
 CREATE TABLE quarantine (

@@ -116,6 +116,7 @@ CREATE TABLE gaps (
     received_at INTEGER NOT NULL,
     PRIMARY KEY (stream_id, from_seq)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX gaps_by_time ON gaps (received_at);
 
 -- Intact frames that could not be decoded.
 CREATE TABLE quarantine (

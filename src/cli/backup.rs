@@ -58,7 +58,7 @@ pub async fn backup(data_dir: &Path, store: &StoreUrl, args: &BackupArgs) -> Res
     writeln!(
         out,
         "{database} backed up to {file}, {}",
-        output::bytes_text(bytes)
+        crate::text::bytes_text(bytes)
     )?;
     let key = data_dir.join(KEY_FILE);
     writeln!(

@@ -360,8 +360,8 @@ fn disk(path: &Path) -> Result<Finding, Error> {
     let total = found.f_blocks.saturating_mul(found.f_frsize);
     let space = format!(
         "{} of {} free at {shown}",
-        output::bytes_text(free),
-        output::bytes_text(total)
+        crate::text::bytes_text(free),
+        crate::text::bytes_text(total)
     );
     match free {
         ..DISK_FREE_MIN => Err(Error::Failed(format!(

@@ -14,7 +14,8 @@ use clap::Args;
 use super::Error;
 use super::device::{device_name, keys_of, read_key};
 use super::fleet_key::FleetKeyFile;
-use super::output::{self, count, utc_text};
+use super::output::{self, count};
+use crate::text::utc_text;
 
 /// Longest device name, in bytes.
 const NAME_BYTES_MAX: usize = 32;

@@ -19,7 +19,8 @@ use crate::time::SystemClock;
 
 use super::Error;
 use super::gateway_http::{GatewayArgs, GatewayHttp, Refused};
-use super::output::{self, age, bytes_text, count, utc_text, write_facts};
+use super::output::{self, count, write_facts};
+use crate::text::{age, bytes_text, utc_text};
 
 type Fact = (&'static str, String);
 

@@ -7,7 +7,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::timeout;
 
 use super::Shared;
@@ -39,20 +39,24 @@ impl Reader {
         Reader(Mutex::new(Reconnecting::new(store)))
     }
 
-    /// Returns the rows of a query. Repeats it once, because the connection may have been closed since the last one.
+    /// Waits for the connection.
+    pub(super) async fn store(&self) -> MutexGuard<'_, Reconnecting> {
+        self.0.lock().await
+    }
+
     async fn rows(&self, sql: &str, arguments: &[Argument<'_>]) -> Result<Vec<Row>, Problem> {
-        let rows = async {
-            let mut store = self.0.lock().await;
-            match store.rows(sql, arguments).await {
-                Err(_) => store.rows(sql, arguments).await,
-                rows => rows,
-            }
-        };
-        match timeout(ANSWER_TIMEOUT, rows).await {
-            Ok(Ok(rows)) => Ok(rows),
-            Ok(Err(error)) => Err(failed(&error)),
-            Err(_) => Err(Problem::no_store()),
-        }
+        within(async { self.store().await.rows(sql, arguments).await }).await
+    }
+}
+
+/// Returns the answer of the store, unless it takes too long.
+pub(super) async fn within<T>(
+    answer: impl Future<Output = Result<T, QueryError>>,
+) -> Result<T, Problem> {
+    match timeout(ANSWER_TIMEOUT, answer).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(error)) => Err(failed(&error)),
+        Err(_) => Err(Problem::no_store()),
     }
 }
 
@@ -84,19 +88,19 @@ pub(super) struct Devices {
 /// A device. Times are microseconds UTC.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Device {
-    device: String,
+    pub(super) device: String,
     enabled: bool,
     state: String,
-    presence: String,
-    interval_s: i64,
-    is_interval_set: bool,
-    firmware: Option<String>,
-    first_seen_at: Option<i64>,
-    last_seen_at: Option<i64>,
-    last_frame_at: Option<i64>,
-    frames: i64,
-    readings: i64,
-    missing: i64,
+    pub(super) presence: String,
+    pub(super) interval_s: i64,
+    pub(super) is_interval_set: bool,
+    pub(super) firmware: Option<String>,
+    pub(super) first_seen_at: Option<i64>,
+    pub(super) last_seen_at: Option<i64>,
+    pub(super) last_frame_at: Option<i64>,
+    pub(super) frames: i64,
+    pub(super) readings: i64,
+    pub(super) missing: i64,
     quarantined: i64,
 }
 
@@ -192,7 +196,8 @@ pub(super) async fn show(
     device(&site.reader, &name).await.map(Json)
 }
 
-async fn device(reader: &Reader, name: &str) -> Result<Device, Problem> {
+/// Returns a device, or the answer that there is none.
+pub(super) async fn device(reader: &Reader, name: &str) -> Result<Device, Problem> {
     let rows = match name.contains('\0') {
         true => Vec::new(),
         false => reader.rows(DEVICE, &[name.into()]).await?,
@@ -213,14 +218,14 @@ pub(super) struct Latest {
 
 /// The newest plausible reading of a series. Times are microseconds UTC.
 #[derive(Debug, Serialize)]
-struct Newest {
-    channel: String,
-    unit: String,
+pub(super) struct Newest {
+    pub(super) channel: String,
+    pub(super) unit: String,
     kind: String,
-    ts: i64,
-    value: Number,
+    pub(super) ts: i64,
+    pub(super) value: Number,
     received_at: i64,
-    quality: Option<String>,
+    pub(super) quality: Option<String>,
 }
 
 /// Shows the newest readings of a device.
@@ -230,8 +235,14 @@ pub(super) async fn latest(
     Parameters(Nothing {}): Parameters<Nothing>,
 ) -> Result<Json<Latest>, Problem> {
     let Device { device, .. } = device(&site.reader, &name).await?;
-    let arguments = [name.as_str().into(), i64::from(LATEST_MAX).into()];
-    let rows = site.reader.rows(LATEST, &arguments).await?;
+    let latest = newest(&site.reader, &device).await?;
+    Ok(Json(Latest { device, latest }))
+}
+
+/// Returns the newest readings of a device.
+pub(super) async fn newest(reader: &Reader, name: &str) -> Result<Vec<Newest>, Problem> {
+    let arguments = [name.into(), i64::from(LATEST_MAX).into()];
+    let rows = reader.rows(LATEST, &arguments).await?;
     let newest = |row: &Row| {
         Ok(Newest {
             channel: text(row, 0)?,
@@ -244,6 +255,5 @@ pub(super) async fn latest(
         })
     };
     let latest: Result<Vec<_>, QueryError> = rows.iter().map(newest).collect();
-    let latest = latest.map_err(|error| failed(&error))?;
-    Ok(Json(Latest { device, latest }))
+    latest.map_err(|error| failed(&error))
 }

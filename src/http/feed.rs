@@ -418,6 +418,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
+    use crate::http::page::Live;
     use crate::http::{Guard, Site, serve};
     use crate::metrics::Metrics;
     use crate::store::admin::{Access, Connection, poll_every};
@@ -487,7 +488,8 @@ mod tests {
         let feed = Arc::new(feed);
         let (metrics, drain) = (Arc::new(Metrics::default()), CancellationToken::new());
         let (_guard, admitted) = watch::channel(Guard::new([], None));
-        let site = Site::new(admitted, metrics, &url, Arc::clone(&feed), drain);
+        let live = Arc::new(Live::new(Arc::clone(&metrics), Arc::default()));
+        let site = Site::new(admitted, metrics, &url, Arc::clone(&feed), live, drain);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         tokio::spawn(serve(listener, site));

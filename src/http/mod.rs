@@ -1,4 +1,4 @@
-//! The HTTP listener: health checks, metrics, and the feed of committed readings.
+//! The HTTP listener: the page, health checks, metrics, the API, and the feed of committed readings.
 //!
 //! Invariant: a request never delays ingest. Requests run in their own tasks, whose number is bounded, and read the
 //! store through connections of their own.
@@ -10,6 +10,7 @@ pub mod gauges;
 mod guard;
 mod health;
 mod openapi;
+pub mod page;
 mod problem;
 mod query;
 mod token;
@@ -58,6 +59,7 @@ pub struct Site {
     feed: Arc<Feed>,
     reader: devices::Reader,
     queries: query::Queries,
+    pages: page::Pages,
     drain: CancellationToken,
 }
 
@@ -87,6 +89,7 @@ impl Site {
         metrics: Arc<Metrics>,
         store: &StoreUrl,
         feed: Arc<Feed>,
+        live: Arc<page::Live>,
         drain: CancellationToken,
     ) -> Site {
         Site {
@@ -95,6 +98,7 @@ impl Site {
             feed,
             reader: devices::Reader::new(store),
             queries: query::Queries::new(store),
+            pages: page::Pages::new(store, live),
             drain,
         }
     }
@@ -103,7 +107,7 @@ impl Site {
 fn router(site: Site) -> Router {
     let shared = Arc::new(site);
     let guard = axum::middleware::from_fn_with_state(Arc::clone(&shared), guard::guard);
-    Router::new()
+    page::routes()
         .route("/livez", get(health::live))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(metrics))

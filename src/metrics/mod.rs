@@ -4,6 +4,7 @@
 //! are all present from the start: an alert cannot see the increase of a counter that appears with the first error. No
 //! metric has a device as its label.
 
+mod delays;
 mod process;
 
 use std::collections::BTreeMap;
@@ -20,6 +21,8 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Metric, Registry};
 
+pub use self::delays::ACK_DELAYS;
+use self::delays::Delays;
 use self::process::Process;
 
 /// Media type of [`Metrics::text`].
@@ -83,6 +86,7 @@ pub struct Metrics {
     readings_by_age: Family<ByAge, Counter>,
     handshake: Histogram,
     ack_delay: Histogram,
+    ack_delays: Delays,
     commit: Histogram,
     /// Time of receipt of the oldest frame of each running commit, in microseconds since 1970, by shard.
     committing: Mutex<BTreeMap<usize, i64>>,
@@ -287,6 +291,7 @@ impl Default for Metrics {
                 "ack_delay_seconds",
                 "Time from the arrival of a frame to the end of its commit",
             ),
+            ack_delays: Delays::default(),
             commit: new.add_seconds(
                 "commit_seconds",
                 "Duration of a commit, including its retries",
@@ -448,6 +453,29 @@ impl Metrics {
     /// Observes the delay of a frame that is acknowledged now.
     pub fn acknowledged(&self, delay: Duration) {
         self.ack_delay.observe(delay.as_secs_f64());
+        self.ack_delays.observe(delay);
+    }
+
+    /// Returns the number of acknowledged frames by delay, in intervals with rising limits.
+    pub fn ack_delays(&self) -> [u64; ACK_DELAYS] {
+        self.ack_delays.counts()
+    }
+
+    /// Returns the upper limit of an interval of [`Metrics::ack_delays`] in seconds; the last one has none.
+    pub fn ack_delay_limit_s(interval: usize) -> f64 {
+        delays::limit_s(interval)
+    }
+
+    /// Returns the number of readings stored by this process.
+    pub fn readings_stored(&self) -> u64 {
+        self.readings.get()
+    }
+
+    /// Returns the time of receipt of the oldest frame that is being committed, in microseconds since 1970.
+    pub fn unstored_oldest_us(&self) -> Option<i64> {
+        let committing = self.committing.lock();
+        let committing = committing.unwrap_or_else(PoisonError::into_inner);
+        committing.values().min().copied()
     }
 
     /// Counts a failed commit; the store is down until [`Metrics::store_is_up`].

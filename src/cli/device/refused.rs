@@ -7,8 +7,9 @@ use crate::store::admin::{Access, Connection};
 use clap::Args;
 
 use crate::cli::Error;
-use crate::cli::output::{self, code_text, show_utc};
+use crate::cli::output::{self, show_utc};
 use crate::cli::query::{Format, write_at_hand};
+use crate::text::code_text;
 
 #[derive(Args, Debug)]
 pub struct RefusedArgs {

@@ -6,8 +6,9 @@ use crate::store::admin::{Argument, Connection, Row};
 
 use crate::cli::Error;
 use crate::cli::nearest::unknown_device;
-use crate::cli::output::{self, Grid, code_text, show_utc, utc_text, write_facts};
+use crate::cli::output::{self, Grid, show_utc, write_facts};
 use crate::cli::value::Value;
+use crate::text::{code_text, utc_text};
 
 /// Maximum number of audit trail events in the output.
 const EVENTS_SHOWN: i64 = 10;

@@ -17,8 +17,9 @@ use self::purge::PurgeArgs;
 use self::select::Selection;
 use self::show::ShowArgs;
 use super::Error;
-use super::output::{self, Grid, bytes_text, code_text, show_utc};
+use super::output::{self, Grid, show_utc};
 use super::value::Value;
+use crate::text::{bytes_text, code_text};
 
 #[derive(Debug, Subcommand)]
 pub enum QuarantineCommand {

@@ -8,7 +8,8 @@ use clap::Args;
 
 use super::select::{Condition, Selection};
 use crate::cli::Error;
-use crate::cli::output::{self, bytes_text, count};
+use crate::cli::output::{self, count};
+use crate::text::bytes_text;
 
 /// Maximum number of frames per transaction.
 const FRAMES_AT_ONCE: u32 = 500;

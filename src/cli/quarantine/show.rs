@@ -3,19 +3,16 @@
 use std::io::{self, Write};
 
 use crate::config::store_url::StoreUrl;
-use crate::decode::Context;
-use crate::decode::explain::{Dissection, Part, dissect};
+use crate::decode::explain::{Line, Part, explain};
 use crate::store::admin::replay::QuarantinedFrame;
 use crate::store::admin::{Access, Connection};
-use crate::time::Origin;
 use clap::Args;
-use fieldgate_protocol::frame::{self, FRAME_BYTES_MAX};
-use fieldgate_protocol::message::{Data, decode};
 
 use super::select::no_frame;
 use crate::cli::Error;
-use crate::cli::output::{self, bytes_text, code_text, utc_text, write_facts};
+use crate::cli::output::{self, write_facts};
 use crate::cli::value::{Value, Written};
+use crate::text::{bytes_text, code_text, utc_text};
 
 /// Number of bytes per line of the dump.
 const LINE_BYTES: usize = 16;
@@ -37,38 +34,37 @@ pub async fn show(store: &StoreUrl, args: &ShowArgs) -> Result<(), Error> {
         return Err(no_frame(args.id));
     };
     let mut facts = facts(&mut connection, kept).await?;
-    let mut out = output::stdout();
-    let Ok(Some(frame)) = frame::decode(&kept.bytes, FRAME_BYTES_MAX) else {
-        facts.push(("now", "not a complete frame with a valid header".to_owned()));
-        write_facts(&facts, &mut out)?;
-        writeln!(out)?;
-        let all = Part {
-            name: "bytes".to_owned(),
-            bytes: 0..kept.bytes.len(),
-            value: String::new(),
-        };
-        write_part(&kept.bytes, &all, None, &mut out)?;
-        out.flush()?;
-        return Ok(());
+    let found = explain(&mut connection, kept).await?;
+    let verdict = match &found {
+        Some(found) => found.verdict(),
+        None => "not a complete frame with a valid header".to_owned(),
     };
-    let clocks = connection.clocks(kept.device).await?;
-    let wanted = decode::<Data<'_>>(frame.payload()).map_or(0, |data| data.schema);
-    let schema = connection.schema(kept.device, wanted).await?;
-    let context = Context {
-        clocks: &clocks,
-        received_at_us: kept.received_at_us,
-        origin: Origin::default(),
-    };
-    let found = dissect(&frame, &context, |number| {
-        schema.as_ref().filter(|schema| schema.schema == number)
-    });
-    let verdict = verdict(&found);
     facts.push(("now", verdict.clone()));
+    let mut out = output::stdout();
     write_facts(&facts, &mut out)?;
     writeln!(out)?;
-    write_parts(&kept.bytes, &found, &verdict, &mut out)?;
+    let lines = match found {
+        Some(found) => found.lines(kept.bytes.len()),
+        None => vec![all(kept.bytes.len())],
+    };
+    for line in &lines {
+        write_line(&kept.bytes, line, &verdict, &mut out)?;
+    }
     out.flush()?;
     Ok(())
+}
+
+/// Returns all bytes of a frame as one line.
+fn all(bytes: usize) -> Line {
+    let part = Part {
+        name: "bytes".to_owned(),
+        bytes: 0..bytes,
+        value: String::new(),
+    };
+    Line {
+        part,
+        fault_at: None,
+    }
 }
 
 async fn facts(
@@ -93,58 +89,9 @@ async fn facts(
     Ok(facts)
 }
 
-/// Returns the result of decoding the frame with this version.
-fn verdict(found: &Dissection) -> String {
-    match (&found.fault, &found.content) {
-        (Some(fault), _) => match fault.violation {
-            Some(violation) => violation.to_string(),
-            None => "payload checksum wrong (R6)".to_owned(),
-        },
-        (None, Some(_)) => "valid: `quarantine replay` stores it".to_owned(),
-        (None, None) => "schema not declared (R47)".to_owned(),
-    }
-}
-
-/// Writes the fields up to the fault, then the remaining bytes, which were not decoded.
-fn write_parts(
-    bytes: &[u8],
-    found: &Dissection,
-    verdict: &str,
-    out: &mut impl Write,
-) -> io::Result<()> {
-    let fault_at = found.fault.as_ref().map(|fault| fault.at);
-    // A field without bytes cannot hold the fault.
-    let is_meant = |part: &&Part| fault_at.is_some_and(|at| part.bytes.contains(&at));
-    let Some(last) = found.parts.iter().position(|part| is_meant(&part)) else {
-        for part in &found.parts {
-            write_part(bytes, part, None, out)?;
-        }
-        return Ok(());
-    };
-    for part in &found.parts[..last] {
-        write_part(bytes, part, None, out)?;
-    }
-    let broken = &found.parts[last];
-    write_part(bytes, broken, fault_at.map(|at| (at, verdict)), out)?;
-    let rest = broken.bytes.end..bytes.len();
-    if !rest.is_empty() {
-        let rest = Part {
-            name: "the rest".to_owned(),
-            bytes: rest,
-            value: "not decoded".to_owned(),
-        };
-        write_part(bytes, &rest, None, out)?;
-    }
-    Ok(())
-}
-
 /// Writes the bytes of a field, with its name and value on the first line, and marks the faulty byte.
-fn write_part(
-    bytes: &[u8],
-    part: &Part,
-    fault: Option<(usize, &str)>,
-    out: &mut impl Write,
-) -> io::Result<()> {
+fn write_line(bytes: &[u8], line: &Line, verdict: &str, out: &mut impl Write) -> io::Result<()> {
+    let Line { part, fault_at } = line;
     let mut start = part.bytes.start;
     while start < part.bytes.end {
         let end = (start + LINE_BYTES).min(part.bytes.end);
@@ -162,9 +109,7 @@ fn write_part(
         } else {
             writeln!(out, "{}", line.trim_end())?;
         }
-        if let Some((at, verdict)) = fault
-            && (start..end).contains(&at)
-        {
+        if let Some(at) = fault_at.filter(|at| (start..end).contains(at)) {
             let verdict = Value::from(verdict).shown();
             writeln!(
                 out,
@@ -191,7 +136,11 @@ mod tests {
             value: "28 bytes".to_owned(),
         };
         let mut out = Vec::new();
-        write_part(&bytes, &part, Some((20, "why (R1)")), &mut out).unwrap();
+        let line = Line {
+            part,
+            fault_at: Some(20),
+        };
+        write_line(&bytes, &line, "why (R1)", &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 3);

@@ -17,6 +17,7 @@ use crate::config::store_url::{PostgresUrl, StoreUrl};
 use crate::config::{AdmissionLimits, Config, Location, Registration, Settings};
 use crate::http::feed::{Feed, FeedHead};
 use crate::http::gauges::{Database, Gauges};
+use crate::http::page::{Live, LiveNumbers, Rates, RatesSampler};
 use crate::http::{self, Guard};
 use crate::ingest::registry::Registry;
 use crate::metrics::Metrics;
@@ -214,10 +215,12 @@ async fn serve_into<S: Store>(
     let connections_max = connections_within_limit(config.admission.connections_max);
     let metrics = Arc::new(limited_metrics(config, connections_max));
     let feed = Arc::new(Feed::new(&config.store));
+    let rates = Arc::new(Rates::default());
+    let live = Arc::new(Live::new(Arc::clone(&metrics), Arc::clone(&rates)));
     let hosts = config.http.http_host.iter().cloned();
     let (guard, admitted) = watch::channel(Guard::new(hosts, load_tokens(config)?));
     let inherited = &mut start.inherited;
-    let http = bind_http(config, admitted, &metrics, &feed, &drain, inherited).await?;
+    let http = bind_http(config, admitted, &metrics, &feed, &live, &drain, inherited).await?;
     refuse_unused(&start.inherited)?;
     tasks.spawn("signals", drain_on_signal(drain.clone())?);
     if let Some(tls) = tls.clone() {
@@ -249,6 +252,8 @@ async fn serve_into<S: Store>(
     tasks.spawn_poller(gauges);
     if let Some((listener, site)) = http {
         tasks.spawn_poller(FeedHead::new(&config.store, feed));
+        tasks.spawn_poller(RatesSampler::new(Arc::clone(&metrics), rates));
+        tasks.spawn_poller(LiveNumbers::new(&config.store, live));
         tasks.spawn("http", http::serve(listener, site));
     }
     tasks.spawn("service manager", report_health(Arc::clone(&metrics)));

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cli::Error;
 use crate::config::Config;
 use crate::http::feed::Feed;
+use crate::http::page::Live;
 use crate::http::{Guard, Site, Tokens};
 use crate::metrics::Metrics;
 use crate::net::tls::Tls;
@@ -78,6 +79,7 @@ pub async fn bind_http(
     guard: watch::Receiver<Guard>,
     metrics: &Arc<Metrics>,
     feed: &Arc<Feed>,
+    live: &Arc<Live>,
     drain: &CancellationToken,
     inherited: &mut InheritedSockets,
 ) -> Result<Option<(TcpListener, Site)>, Error> {
@@ -90,8 +92,8 @@ pub async fn bind_http(
         Err(error) => Err(error),
     };
     let listener = listener.map_err(|error| cannot_listen("--http", address, &error))?;
-    let (metrics, feed) = (Arc::clone(metrics), Arc::clone(feed));
-    let site = Site::new(guard, metrics, &config.store, feed, drain.clone());
+    let (metrics, feed, live) = (Arc::clone(metrics), Arc::clone(feed), Arc::clone(live));
+    let site = Site::new(guard, metrics, &config.store, feed, live, drain.clone());
     Ok(Some((listener, site)))
 }
 

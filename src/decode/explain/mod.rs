@@ -17,9 +17,12 @@ use crate::decode::Context;
 use crate::store::{Content, Schema};
 
 mod column;
+mod quarantined;
 #[cfg(test)]
 mod tests;
 mod walk;
+
+pub use self::quarantined::explain;
 
 /// A field, or a part of a frame that has no fields.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +50,56 @@ pub struct Fault {
     pub at: usize,
     /// The violated rule; `None` if the payload's checksum is wrong.
     pub violation: Option<Violation>,
+}
+
+/// A part of a frame as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    pub part: Part,
+    /// Offset of the faulty byte, if it is in this part.
+    pub fault_at: Option<usize>,
+}
+
+impl Dissection {
+    /// Returns the result of decoding the frame with this version.
+    pub fn verdict(&self) -> String {
+        match (&self.fault, &self.content) {
+            (Some(fault), _) => match fault.violation {
+                Some(violation) => violation.to_string(),
+                None => "payload checksum wrong (R6)".to_owned(),
+            },
+            (None, Some(_)) => "valid: `quarantine replay` stores it".to_owned(),
+            (None, None) => "schema not declared (R47)".to_owned(),
+        }
+    }
+
+    /// Returns the parts up to the fault, and the rest of the frame's `bytes`, which was not decoded, as one part.
+    pub fn lines(&self, bytes: usize) -> Vec<Line> {
+        let fault_at = self.fault.as_ref().map(|fault| fault.at);
+        let mut lines = Vec::new();
+        for part in &self.parts {
+            // A field without bytes cannot hold the fault.
+            let fault_at = fault_at.filter(|at| part.bytes.contains(at));
+            let end = part.bytes.end;
+            let part = part.clone();
+            lines.push(Line { part, fault_at });
+            if fault_at.is_some() {
+                if end < bytes {
+                    let part = Part {
+                        name: "the rest".to_owned(),
+                        bytes: end..bytes,
+                        value: "not decoded".to_owned(),
+                    };
+                    lines.push(Line {
+                        part,
+                        fault_at: None,
+                    });
+                }
+                break;
+            }
+        }
+        lines
+    }
 }
 
 /// Explains a sequenced frame. `find_schema` looks up the schema of a DATA.

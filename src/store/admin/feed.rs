@@ -193,13 +193,7 @@ fn event(row: &Row) -> Result<Event, QueryError> {
         stream: row.integer_or_null(2)?.unwrap_or_default(),
         seq: row.integer(3)?,
         received_at: row.integer(4)?,
-        quality: match row.integer_or_null(5)? {
-            Some(0) => Some("utc"),
-            Some(1) => Some("anchored"),
-            Some(2) => Some("unanchored"),
-            Some(3) => Some("suspect"),
-            _ => None,
-        },
+        quality: row.quality(5)?,
         readings: Vec::new(),
     })
 }

@@ -2,8 +2,11 @@
 //!
 //! Every function that takes a connection fails if the store is unavailable; its documentation names other errors.
 
+pub mod completeness;
 pub mod device;
 pub mod feed;
+pub mod fleet;
+pub mod history;
 pub mod mirror;
 pub mod presence;
 pub mod prune;

@@ -76,7 +76,8 @@ impl Reconnecting {
         !matches!(self.source, Source::Store(StoreUrl::Postgres(_)))
     }
 
-    /// Returns the rows of a query, like [`Connection::rows`].
+    /// Returns the rows of a query, like [`Connection::rows`]. Repeats it once on a new connection, because the old one
+    /// may have been closed since the last query.
     ///
     /// # Errors
     /// The store cannot be opened or queried; the next call reconnects.
@@ -88,10 +89,13 @@ impl Reconnecting {
         sql: &str,
         arguments: &[Argument<'_>],
     ) -> Result<Vec<Row>, QueryError> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => Connection::open(self.source.clone(), Access::Poll).await?,
-        };
+        if let Some(mut connection) = self.connection.take()
+            && let Ok(rows) = connection.rows(sql, arguments).await
+        {
+            self.connection = Some(connection);
+            return Ok(rows);
+        }
+        let mut connection = Connection::open(self.source.clone(), Access::Poll).await?;
         let rows = connection.rows(sql, arguments).await?;
         self.connection = Some(connection);
         Ok(rows)

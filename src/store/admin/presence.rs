@@ -14,6 +14,7 @@ use clap::ValueEnum;
 use fieldgate_protocol::error::Code;
 use serde::Deserialize;
 
+use super::row::id_list;
 use super::{Access, Argument, Connection, Pace, Poll, QueryError, Row};
 use crate::config::store_url::StoreUrl;
 use crate::metrics::Metrics;
@@ -34,7 +35,7 @@ const SPACINGS_MIN: usize = 3;
 const TAKEN_OVER_MIN: i64 = 10;
 const TAKEN_OVER_WITHIN_US: i64 = 600_000_000;
 /// Minimum time between two events about a device's twin.
-const TWIN_EVERY_US: i64 = 3_600_000_000;
+pub const TWIN_EVERY_US: i64 = 3_600_000_000;
 const SECOND_US: i64 = 1_000_000;
 
 /// Minimum time between two writes of [`ALIVE`].
@@ -270,7 +271,7 @@ impl PresenceWatch {
             let sql = format!(
                 "INSERT INTO presence (device_id, learned_s) SELECT id, $1 FROM devices
                  WHERE id IN ({}) ON CONFLICT DO NOTHING",
-                list(&changes.new)
+                id_list(&changes.new)
             );
             connection.execute(&sql, &[self.keepalive_s.into()]).await?;
         }
@@ -278,7 +279,7 @@ impl PresenceWatch {
             let sql = format!(
                 "UPDATE presence SET state = $1 WHERE state = $2 AND device_id IN ({})
                  RETURNING device_id",
-                list(devices)
+                id_list(devices)
             );
             let states = [to.name().into(), from.name().into()];
             let changed = connection.rows(&sql, &states).await?;
@@ -289,7 +290,7 @@ impl PresenceWatch {
             let sql = format!(
                 "UPDATE presence SET twin_at = $1 WHERE device_id IN ({})
                  AND (twin_at IS NULL OR twin_at <= $2) RETURNING device_id",
-                list(&changes.twins)
+                id_list(&changes.twins)
             );
             let times = [
                 Argument::Time(now_us),
@@ -342,7 +343,7 @@ impl PresenceWatch {
         }
         let sql = format!(
             "UPDATE presence SET learned_s = CASE device_id{cases} END WHERE device_id IN ({})",
-            list(&changed)
+            id_list(&changed)
         );
         connection.step(&sql, &[]).await.map(drop)
     }
@@ -461,15 +462,10 @@ async fn note(
     let sql = format!(
         "INSERT INTO device_events (device_id, at, kind, code, detail)
          SELECT id, $1, CAST($2 AS TEXT), 0, CAST($3 AS TEXT) FROM devices WHERE id IN ({})",
-        list(&ids)
+        id_list(&ids)
     );
     let values = [Argument::Time(now_us), kind.into(), detail.into()];
     connection.execute(&sql, &values).await.map(drop)
-}
-
-fn list(ids: &[i64]) -> String {
-    let ids: Vec<String> = ids.iter().map(i64::to_string).collect();
-    ids.join(",")
 }
 
 /// Sets the expected interval of a device in an open transaction; `None` lets gateways learn it again. Returns whether

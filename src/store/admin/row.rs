@@ -72,6 +72,12 @@ pub(super) fn postgres_arguments(values: &[Argument<'_>]) -> Result<PgArguments,
     Ok(arguments)
 }
 
+/// Returns ids as a list in SQL, without parentheses.
+pub(super) fn id_list(ids: &[i64]) -> String {
+    let ids: Vec<String> = ids.iter().map(i64::to_string).collect();
+    ids.join(", ")
+}
+
 /// A row: its values in column order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row(pub Vec<Value>);
@@ -120,6 +126,17 @@ impl Row {
             Value::Blob(value) => Ok(value),
             _ => Err(self.unexpected(column)),
         }
+    }
+
+    /// Returns the name of a value of `frames.quality`: how the time was converted to UTC.
+    pub fn quality(&self, column: usize) -> Result<Option<&'static str>, QueryError> {
+        Ok(match self.integer_or_null(column)? {
+            Some(0) => Some("utc"),
+            Some(1) => Some("anchored"),
+            Some(2) => Some("unanchored"),
+            Some(3) => Some("suspect"),
+            _ => None,
+        })
     }
 
     fn unexpected(&self, column: usize) -> QueryError {

@@ -74,7 +74,7 @@ const WRITER_SETTINGS: &str = "SET default_transaction_read_only = off;
     SET idle_in_transaction_session_timeout = '30s'; SET statement_timeout = '5min';";
 /// Settings of a gateway that polls; it abandons a poll after 5 s.
 const POLLER_SETTINGS: &str =
-    "SET default_transaction_read_only = on; SET statement_timeout = '10s';";
+    "SET default_transaction_read_only = on; SET statement_timeout = '10s'; SET jit = off;";
 /// Settings of a reader. The database's administrator decides how long its statements may run. It displays
 /// values as text, so settings of role or database must not change their format.
 const READER_SETTINGS: &str = "SET default_transaction_read_only = on; SET bytea_output = 'hex';

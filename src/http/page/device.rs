@@ -1,0 +1,449 @@
+//! `/devices/NAME`: a device with its newest readings, charts, completeness, sessions, events and refused frames.
+
+use std::collections::HashMap;
+
+use axum::extract::State;
+use maud::{Markup, PreEscaped, html};
+use serde::Deserialize;
+
+use super::chart::{self, RANGES, Range};
+use super::completeness::{EXPLANATION, date, first_day_us, percent};
+use super::quarantine::{ENTRIES, Entry, table};
+use super::{Failed, Page, number, seen, state, time};
+use crate::http::Shared;
+use crate::http::devices::{Device, Newest, device as find_device, newest, within};
+use crate::http::problem::{Name, Parameters, Problem};
+use crate::store::admin::completeness::{Days, days};
+use crate::store::admin::feed::Number;
+use crate::store::admin::history::{self, Interval, Series};
+use crate::store::admin::{QueryError, Reconnecting, Row};
+use crate::text::code_text;
+use crate::time::utc_now;
+
+/// Charts on a page.
+const CHARTS: i64 = 12;
+const DAYS: usize = 14;
+const EVENTS: i64 = 30;
+/// Events of sessions that are read; a session has two.
+const SESSION_EVENTS: i64 = 60;
+const SESSIONS: usize = 20;
+const QUARANTINED: i64 = 20;
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Wanted {
+    /// Name of a [`Range`].
+    range: Option<String>,
+    /// Number of series before the first chart.
+    #[serde(default)]
+    skip: u32,
+}
+
+/// Shows a device.
+pub(super) async fn device(
+    State(site): State<Shared>,
+    name: Result<Name, Problem>,
+    wanted: Result<Parameters<Wanted>, Problem>,
+) -> Result<Page, Failed> {
+    let (Name(name), Parameters(wanted)) = (name?, wanted?);
+    let range = range(wanted.range.as_deref())?;
+    let now_us = utc_now().as_microsecond();
+    let device = find_device(&site.pages.quick, &name).await?;
+    let newest = newest(&site.pages.quick, &name).await?;
+    let records = within(async {
+        let mut store = site.pages.quick.store().await;
+        Records::read(&mut store, &name).await
+    })
+    .await?;
+    let begin_us = now_us - range.duration_us;
+    let first_day_us = first_day_us(now_us, DAYS);
+    let skip = i64::from(wanted.skip);
+    let (charts, days) = within(async {
+        let mut store = site.pages.slow.store().await;
+        let charts = Charts::read(&mut store, records.id, skip, begin_us, range).await?;
+        let mut days = days(&mut store, &[records.id], first_day_us, DAYS).await?;
+        Ok((charts, days.remove(&records.id).unwrap_or_default()))
+    })
+    .await?;
+    let content = html! {
+        h1 { (device.device) }
+        div #state data-refresh="5" { (facts(&device, now_us)) }
+        h2 #newest-heading { "Newest readings" }
+        div #newest data-refresh="5" { (newest_markup(&newest)) }
+        h2 { "Charts" }
+        div #charts data-refresh="30" { (charts.markup(&name, range, skip, begin_us)) }
+        h2 #days-heading { "Completeness" }
+        p { (EXPLANATION) }
+        (days_markup(&days, first_day_us))
+        h2 #sessions-heading { "Sessions" }
+        (sessions_markup(&records.sessions))
+        h2 #events-heading { "Events" }
+        (events_markup(&records.events))
+        h2 #quarantine-heading { "Frames in quarantine" }
+        (table(&records.quarantined, "quarantine-heading"))
+    };
+    Ok(Page::new(device.device.clone(), content))
+}
+
+fn range(name: Option<&str>) -> Result<&'static Range, Problem> {
+    let Some(name) = name else {
+        return Ok(&RANGES[0]);
+    };
+    let found = RANGES.iter().find(|range| range.name == name);
+    found.ok_or_else(|| {
+        let names = RANGES.map(|range| range.name).join(", ");
+        let error = format!("invalid query: no range is named {name:?}");
+        Problem::bad_request(error, format!("use one of {names}"))
+    })
+}
+
+fn facts(device: &Device, now_us: i64) -> Markup {
+    let source = if device.is_interval_set {
+        "set"
+    } else {
+        "learned"
+    };
+    html! {
+        dl .facts {
+            div { dt { "State" } dd { (state(&device.presence)) } }
+            div { dt { "Last seen" } dd { (seen(device.last_seen_at, now_us)) } }
+            div { dt { "Last frame" } dd { (seen(device.last_frame_at, now_us)) } }
+            div { dt { "First seen" } dd { (seen(device.first_seen_at, now_us)) } }
+            div { dt { "Expected interval" } dd { (device.interval_s) " s, " (source) } }
+            div { dt { "Firmware" } dd { (device.firmware.as_deref().unwrap_or("unknown")) } }
+            div { dt { "Frames" } dd { (number(device.frames as f64)) } }
+            div { dt { "Readings" } dd { (number(device.readings as f64)) } }
+            div { dt { "Lost frames" } dd { (number(device.missing as f64)) } }
+        }
+    }
+}
+
+fn value(value: &Number) -> String {
+    match value {
+        Number::Missing => "missing".to_owned(),
+        Number::Finite(value) => value.to_string(),
+        Number::Infinite(text) => (*text).to_owned(),
+    }
+}
+
+fn newest_markup(newest: &[Newest]) -> Markup {
+    html! {
+        @if newest.is_empty() {
+            p { "This device has sent no reading yet." }
+        } @else {
+            table .cards aria-labelledby="newest-heading" {
+                thead { tr {
+                    th scope="col" { "Channel" }
+                    th scope="col" { "Value" }
+                    th scope="col" { "Time" }
+                    th scope="col" { "Clock" }
+                } }
+                tbody {
+                    @for reading in newest {
+                        tr {
+                            th scope="row" { (reading.channel) }
+                            td .number data-label="Value" { (value(&reading.value)) " " (reading.unit) }
+                            td data-label="Time" { (time(reading.ts)) }
+                            td data-label="Clock" { (reading.quality.as_deref().unwrap_or("unknown")) }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The series of a page with their readings.
+struct Charts {
+    series: Vec<Series>,
+    intervals: HashMap<i64, Vec<Interval>>,
+    has_more: bool,
+}
+
+impl Charts {
+    async fn read(
+        store: &mut Reconnecting,
+        device: i64,
+        skip: i64,
+        begin_us: i64,
+        range: &Range,
+    ) -> Result<Charts, QueryError> {
+        let mut series = history::series(store, device, CHARTS + 1, skip).await?;
+        let has_more = series.len() > CHARTS as usize;
+        series.truncate(CHARTS as usize);
+        let ids: Vec<i64> = series.iter().map(|series| series.id).collect();
+        let intervals = history::intervals(store, &ids, begin_us, range.interval_us()).await?;
+        Ok(Charts {
+            series,
+            intervals,
+            has_more,
+        })
+    }
+
+    fn markup(&self, name: &str, range: &Range, skip: i64, begin_us: i64) -> Markup {
+        let address = |range: &str, skip: i64| match skip {
+            0 => format!("/devices/{name}?range={range}"),
+            _ => format!("/devices/{name}?range={range}&skip={skip}"),
+        };
+        html! {
+            nav .pages aria-label="Time of the charts" {
+                @for other in &RANGES {
+                    a href=(address(other.name, skip)) aria-current=[(other == range).then_some("true")] {
+                        (other.label)
+                    }
+                }
+            }
+            @if self.series.is_empty() { p { "This device has no channel here." } }
+            div .charts {
+                @for series in &self.series { (self.figure(series, range, begin_us)) }
+            }
+            @if skip > 0 || self.has_more {
+                nav .pages aria-label="Pages of charts" {
+                    @if skip > 0 { a rel="prev" href=(address(range.name, (skip - CHARTS).max(0))) { "Previous" } }
+                    @if self.has_more { a rel="next" href=(address(range.name, skip + CHARTS)) { "Next" } }
+                }
+            }
+        }
+    }
+
+    fn figure(&self, series: &Series, range: &Range, begin_us: i64) -> Markup {
+        let none = Vec::new();
+        let intervals = self.intervals.get(&series.id).unwrap_or(&none);
+        let is_cut = intervals.iter().any(|interval| interval.is_cut);
+        html! {
+            figure {
+                figcaption {
+                    strong { (series.channel) } " " (series.unit) " " small { (series.kind) }
+                    @if is_cut { " " small { "each point shows the first readings of its time" } }
+                }
+                @match chart::svg(intervals, begin_us, range) {
+                    Some(svg) => {
+                        div role="img" aria-label=(summary(series, intervals, range)) { (PreEscaped(svg)) }
+                    },
+                    None => p .none { "No reading in the last " (range.label) "." },
+                }
+            }
+        }
+    }
+}
+
+/// Describes a chart to people who do not see it.
+fn summary(series: &Series, intervals: &[Interval], range: &Range) -> String {
+    let extremes = intervals.iter().filter_map(|interval| interval.extremes);
+    let (low, high) = extremes.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), found| {
+        (low.min(found.0), high.max(found.1))
+    });
+    let Series { channel, unit, .. } = series;
+    format!(
+        "{channel} in the last {}: from {low} to {high} {unit}",
+        range.label
+    )
+}
+
+fn days_markup(days: &Days, begin_us: i64) -> Markup {
+    html! {
+        table .cards aria-labelledby="days-heading" {
+            thead { tr {
+                th scope="col" { "Day" }
+                th scope="col" { "Complete" }
+                th scope="col" { "Received" }
+                th scope="col" { "Late" }
+                th scope="col" { "Lost" }
+            } }
+            tbody {
+                @for (index, day) in days.iter().enumerate().rev() {
+                    tr {
+                        th scope="row" { (date(begin_us, index)) }
+                        @match day {
+                            None => {
+                                td .number data-label="Complete" { span .none { "no data" } }
+                                td {} td {} td {}
+                            },
+                            Some(day) => {
+                                td .number data-label="Complete" {
+                                    span class=(if day.missing == 0 { "full" } else { "partial" }) { (percent(day)) }
+                                }
+                                td .number data-label="Received" { (number(day.received as f64)) }
+                                td .number data-label="Late" { (number(day.late as f64)) }
+                                td .number data-label="Lost" { (number(day.missing as f64)) }
+                            },
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A session; either end may be older than the events that were read.
+struct Session {
+    began_us: Option<i64>,
+    /// Time and reason of its end; `None` while it is open.
+    ended: Option<(i64, String)>,
+    detail: String,
+}
+
+struct Event {
+    at_us: i64,
+    kind: String,
+    level: String,
+    code: i64,
+    text: String,
+}
+
+/// What the store has about a device besides its readings.
+struct Records {
+    id: i64,
+    sessions: Vec<Session>,
+    events: Vec<Event>,
+    quarantined: Vec<Entry>,
+}
+
+/// The kinds are those of the index `device_events_of_sessions`.
+const SESSIONS_SQL: &str = "SELECT session, kind, at, code, detail FROM device_events
+    WHERE device_id = $1 AND kind IN ('connected', 'disconnected', 'refused', 'presence', 'twin')
+    ORDER BY id DESC LIMIT $2";
+const EVENTS_SQL: &str = "SELECT at, kind, level, code, text FROM events
+    WHERE device = $1 ORDER BY at DESC LIMIT $2";
+
+fn text(row: &Row, column: usize) -> Result<String, QueryError> {
+    Ok(row.text_or_null(column)?.unwrap_or_default().to_owned())
+}
+
+impl Records {
+    async fn read(store: &mut Reconnecting, name: &str) -> Result<Records, QueryError> {
+        let rows = store
+            .rows("SELECT id FROM devices WHERE name = $1", &[name.into()])
+            .await?;
+        // Without a row, the device was removed a moment ago.
+        let id = rows.first().map_or(Ok(0), |row| row.integer(0))?;
+        let rows = store
+            .rows(SESSIONS_SQL, &[id.into(), SESSION_EVENTS.into()])
+            .await?;
+        let sessions = sessions(&rows)?;
+        let rows = store
+            .rows(EVENTS_SQL, &[name.into(), EVENTS.into()])
+            .await?;
+        let event = |row: &Row| {
+            Ok::<_, QueryError>(Event {
+                at_us: row.integer(0)?,
+                kind: text(row, 1)?,
+                level: text(row, 2)?,
+                code: row.integer(3)?,
+                text: text(row, 4)?,
+            })
+        };
+        let events = rows.iter().map(event).collect::<Result<_, _>>()?;
+        let sql = format!("{ENTRIES} WHERE q.device_id = $1 ORDER BY q.id DESC LIMIT $2");
+        let rows = store.rows(&sql, &[id.into(), QUARANTINED.into()]).await?;
+        let quarantined = rows.iter().map(Entry::of).collect::<Result<_, _>>()?;
+        Ok(Records {
+            id,
+            sessions,
+            events,
+            quarantined,
+        })
+    }
+}
+
+/// Joins the starts and ends of sessions, which come newest first.
+fn sessions(rows: &[Row]) -> Result<Vec<Session>, QueryError> {
+    let mut sessions: Vec<(Option<i64>, Session)> = Vec::new();
+    for row in rows {
+        let (number, at_us) = (row.integer_or_null(0)?, row.integer(2)?);
+        match row.text_or_null(1)? {
+            Some("disconnected") => sessions.push((
+                number,
+                Session {
+                    began_us: None,
+                    ended: Some((at_us, code_text(row.integer(3)?))),
+                    detail: text(row, 4)?,
+                },
+            )),
+            Some("connected") => {
+                let ended =
+                    { sessions.iter_mut() }.find(|(other, _)| number.is_some() && *other == number);
+                match ended {
+                    Some((_, session)) => session.began_us = Some(at_us),
+                    None => sessions.push((
+                        number,
+                        Session {
+                            began_us: Some(at_us),
+                            ended: None,
+                            detail: text(row, 4)?,
+                        },
+                    )),
+                }
+            }
+            _ => {}
+        }
+    }
+    sessions.truncate(SESSIONS);
+    Ok(sessions.into_iter().map(|(_, session)| session).collect())
+}
+
+fn sessions_markup(sessions: &[Session]) -> Markup {
+    html! {
+        @if sessions.is_empty() {
+            p { "No session yet." }
+        } @else {
+            table .cards aria-labelledby="sessions-heading" {
+                thead { tr {
+                    th scope="col" { "Began" }
+                    th scope="col" { "Ended" }
+                    th scope="col" { "Reason" }
+                    th scope="col" { "Detail" }
+                } }
+                tbody {
+                    @for session in sessions {
+                        tr {
+                            th scope="row" {
+                                @match session.began_us { Some(us) => (time(us)), None => "earlier" }
+                            }
+                            @match &session.ended {
+                                Some((us, reason)) => {
+                                    td data-label="Ended" { (time(*us)) }
+                                    td data-label="Reason" { (reason) }
+                                },
+                                None => {
+                                    td data-label="Ended" { "open" }
+                                    td {}
+                                },
+                            }
+                            td data-label="Detail" { (session.detail) }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn events_markup(events: &[Event]) -> Markup {
+    html! {
+        @if events.is_empty() {
+            p { "No event yet." }
+        } @else {
+            table .cards aria-labelledby="events-heading" {
+                thead { tr {
+                    th scope="col" { "Time" }
+                    th scope="col" { "Kind" }
+                    th scope="col" { "Level" }
+                    th scope="col" { "Code" }
+                    th scope="col" { "Text" }
+                } }
+                tbody {
+                    @for event in events {
+                        tr {
+                            th scope="row" { (time(event.at_us)) }
+                            td data-label="Kind" { (event.kind) }
+                            td data-label="Level" { (event.level) }
+                            td .number data-label="Code" { (event.code) }
+                            td data-label="Text" { (event.text) }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
