@@ -9,7 +9,7 @@ use crate::store::admin::history::{INTERVALS, Interval};
 
 const WIDTH: u32 = 480;
 const HEIGHT: u32 = 170;
-const FONT: (&str, u32) = ("sans-serif", 13);
+const FONT: (&str, u32) = ("sans-serif", 14);
 /// Values beyond this are not drawn, because differences of them may be infinite.
 const VALUE_MAX: f64 = 1e300;
 /// Smallest height of a chart, as a part of its values: differences of doubles become coarse below it.

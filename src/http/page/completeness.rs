@@ -84,7 +84,7 @@ pub(super) async fn completeness(
             table .cards aria-labelledby="heading" {
                 thead { tr {
                     th scope="col" { "Device" }
-                    @for date in dates.iter().rev() { th scope="col" { (date) } }
+                    @for date in dates.iter().rev() { th .number scope="col" { (date) } }
                 } }
                 tbody {
                     @for device in &devices {

@@ -15,7 +15,7 @@ use crate::http::devices::{Device, Newest, device as find_device, newest, within
 use crate::http::problem::{Name, Parameters, Problem};
 use crate::store::admin::completeness::{Days, days};
 use crate::store::admin::feed::Number;
-use crate::store::admin::history::{self, Interval, Series};
+use crate::store::admin::history::{self, Interval, READINGS_MAX, Series};
 use crate::store::admin::{QueryError, Reconnecting, Row};
 use crate::text::code_text;
 use crate::time::utc_now;
@@ -134,7 +134,7 @@ fn newest_markup(newest: &[Newest]) -> Markup {
             table .cards aria-labelledby="newest-heading" {
                 thead { tr {
                     th scope="col" { "Channel" }
-                    th scope="col" { "Value" }
+                    th .number scope="col" { "Value" }
                     th scope="col" { "Time" }
                     th scope="col" { "Clock" }
                 } }
@@ -194,6 +194,12 @@ impl Charts {
                 }
             }
             @if self.series.is_empty() { p { "This device has no channel here." } }
+            @if self.intervals.values().flatten().any(|interval| interval.is_cut) {
+                p { small {
+                    "A point of a chart is the smallest or largest of the first " (READINGS_MAX)
+                    " readings within " (range.interval_us() / 1_000_000) " s."
+                } }
+            }
             div .charts {
                 @for series in &self.series { (self.figure(series, range, begin_us)) }
             }
@@ -209,12 +215,10 @@ impl Charts {
     fn figure(&self, series: &Series, range: &Range, begin_us: i64) -> Markup {
         let none = Vec::new();
         let intervals = self.intervals.get(&series.id).unwrap_or(&none);
-        let is_cut = intervals.iter().any(|interval| interval.is_cut);
         html! {
             figure {
                 figcaption {
                     strong { (series.channel) } " " (series.unit) " " small { (series.kind) }
-                    @if is_cut { " " small { "each point shows the first readings of its time" } }
                 }
                 @match chart::svg(intervals, begin_us, range) {
                     Some(svg) => {
@@ -245,10 +249,10 @@ fn days_markup(days: &Days, begin_us: i64) -> Markup {
         table .cards aria-labelledby="days-heading" {
             thead { tr {
                 th scope="col" { "Day" }
-                th scope="col" { "Complete" }
-                th scope="col" { "Received" }
-                th scope="col" { "Late" }
-                th scope="col" { "Lost" }
+                th .number scope="col" { "Complete" }
+                th .number scope="col" { "Received" }
+                th .number scope="col" { "Late" }
+                th .number scope="col" { "Lost" }
             } }
             tbody {
                 @for (index, day) in days.iter().enumerate().rev() {
@@ -287,8 +291,26 @@ struct Event {
     at_us: i64,
     kind: String,
     level: String,
-    code: i64,
+    /// Its code, if the kind of the event has one.
+    code: String,
     text: String,
+}
+
+impl Event {
+    fn of(row: &Row) -> Result<Event, QueryError> {
+        let (kind, code) = (text(row, 1)?, row.integer(3)?);
+        Ok(Event {
+            at_us: row.integer(0)?,
+            code: match kind.as_str() {
+                "event" => code.to_string(),
+                "disconnected" | "refused" => code_text(code),
+                _ => String::new(),
+            },
+            kind,
+            level: text(row, 2)?,
+            text: text(row, 4)?,
+        })
+    }
 }
 
 /// What the store has about a device besides its readings.
@@ -324,16 +346,7 @@ impl Records {
         let rows = store
             .rows(EVENTS_SQL, &[name.into(), EVENTS.into()])
             .await?;
-        let event = |row: &Row| {
-            Ok::<_, QueryError>(Event {
-                at_us: row.integer(0)?,
-                kind: text(row, 1)?,
-                level: text(row, 2)?,
-                code: row.integer(3)?,
-                text: text(row, 4)?,
-            })
-        };
-        let events = rows.iter().map(event).collect::<Result<_, _>>()?;
+        let events = rows.iter().map(Event::of).collect::<Result<_, _>>()?;
         let sql = format!("{ENTRIES} WHERE q.device_id = $1 ORDER BY q.id DESC LIMIT $2");
         let rows = store.rows(&sql, &[id.into(), QUARANTINED.into()]).await?;
         let quarantined = rows.iter().map(Entry::of).collect::<Result<_, _>>()?;
@@ -429,7 +442,7 @@ fn events_markup(events: &[Event]) -> Markup {
                     th scope="col" { "Time" }
                     th scope="col" { "Kind" }
                     th scope="col" { "Level" }
-                    th scope="col" { "Code" }
+                    th .number scope="col" { "Code" }
                     th scope="col" { "Text" }
                 } }
                 tbody {

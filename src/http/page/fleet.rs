@@ -31,8 +31,8 @@ pub(super) struct Wanted {
     state: String,
     #[serde(default)]
     sort: Order,
-    #[serde(default)]
-    desc: bool,
+    /// Whether the order is descending, instead of that which [`is_descending`] gives.
+    desc: Option<bool>,
     page: Option<i64>,
 }
 
@@ -48,7 +48,7 @@ impl Wanted {
             text: storable("q", self.q.trim().to_owned())?,
             state,
             order: self.sort,
-            is_descending: self.desc,
+            is_descending: self.is_descending(),
             limit: DEVICES,
             offset: (self.number()? - 1) * DEVICES,
             now_us,
@@ -66,6 +66,10 @@ impl Wanted {
         }
     }
 
+    fn is_descending(&self) -> bool {
+        self.desc.unwrap_or(is_descending(self.sort))
+    }
+
     /// Returns the address of the same list with another page and order.
     fn address(&self, page: i64, sort: Order, desc: bool) -> String {
         let mut query = Serializer::new(String::new());
@@ -77,8 +81,8 @@ impl Wanted {
         if sort != Order::default() {
             query.append_pair("sort", order_name(sort));
         }
-        if desc {
-            query.append_pair("desc", "true");
+        if desc != is_descending(sort) {
+            query.append_pair("desc", &desc.to_string());
         }
         if page > 1 {
             query.append_pair("page", &page.to_string());
@@ -87,13 +91,23 @@ impl Wanted {
     }
 }
 
+/// Orders: name in the query, label, and the order itself.
+const ORDERS: [(&str, &str, Order); 4] = [
+    ("name", "Device", Order::Name),
+    ("state", "State", Order::State),
+    ("seen", "Last seen", Order::Seen),
+    ("missing", "Lost today", Order::Missing),
+];
+
 fn order_name(order: Order) -> &'static str {
-    match order {
-        Order::Name => "name",
-        Order::State => "state",
-        Order::Seen => "seen",
-        Order::Missing => "missing",
-    }
+    let found = ORDERS.iter().find(|(_, _, other)| *other == order);
+    found.map_or("", |(name, ..)| name)
+}
+
+/// Returns whether the devices with the highest values come first unless the query says otherwise: those with the most
+/// lost frames, and those that were seen last.
+fn is_descending(order: Order) -> bool {
+    matches!(order, Order::Missing | Order::Seen)
 }
 
 /// Shows the fleet.
@@ -169,10 +183,13 @@ fn search(wanted: &Wanted) -> Markup {
                     }
                 }
             }
-            @if wanted.sort != Order::default() {
-                input type="hidden" name="sort" value=(order_name(wanted.sort));
+            label { "Sorted by "
+                select name="sort" {
+                    @for (name, label, order) in ORDERS {
+                        option value=(name) selected[order == wanted.sort] { (label) }
+                    }
+                }
             }
-            @if wanted.desc { input type="hidden" name="desc" value="true"; }
             button { "Show" }
         }
     }
@@ -181,7 +198,7 @@ fn search(wanted: &Wanted) -> Markup {
 fn list(wanted: &Wanted, total: i64, devices: &[Device], now_us: i64) -> Result<Markup, Problem> {
     let page = wanted.number()?;
     let pages = (total + DEVICES - 1) / DEVICES;
-    let address = |page| wanted.address(page, wanted.sort, wanted.desc);
+    let address = |page| wanted.address(page, wanted.sort, wanted.is_descending());
     Ok(html! {
         p { (number(total as f64)) " " (if total == 1 { "device" } else { "devices" }) }
         @if devices.is_empty() {
@@ -203,10 +220,7 @@ fn table(wanted: &Wanted, devices: &[Device], now_us: i64) -> Markup {
     html! {
         table .cards aria-labelledby="devices-heading" {
             thead { tr {
-                (sortable(wanted, "Device", Order::Name))
-                (sortable(wanted, "State", Order::State))
-                (sortable(wanted, "Last seen", Order::Seen))
-                (sortable(wanted, "Lost today", Order::Missing))
+                @for (_, label, order) in ORDERS { (sortable(wanted, label, order)) }
                 th scope="col" { "Clock" }
                 th scope="col" { "Firmware" }
                 th scope="col" { "Address" }
@@ -234,18 +248,17 @@ fn table(wanted: &Wanted, devices: &[Device], now_us: i64) -> Markup {
 /// Returns the header of a column that sorts the table. If it is sorted by this column, it reverses the order.
 fn sortable(wanted: &Wanted, label: &str, order: Order) -> Markup {
     let is_sorted = wanted.sort == order;
-    let sort = match (is_sorted, wanted.desc) {
+    let sort = match (is_sorted, wanted.is_descending()) {
         (false, _) => None,
         (true, false) => Some("ascending"),
         (true, true) => Some("descending"),
     };
-    // The most lost frames and the latest devices come first.
     let desc = match is_sorted {
-        true => !wanted.desc,
-        false => matches!(order, Order::Missing | Order::Seen),
+        true => !wanted.is_descending(),
+        false => is_descending(order),
     };
     html! {
-        th scope="col" aria-sort=[sort] {
+        th .number[order == Order::Missing] scope="col" aria-sort=[sort] {
             a href=(wanted.address(1, order, desc)) { (label) }
             @match sort {
                 Some("ascending") => { span aria-hidden="true" { " ▲" } },

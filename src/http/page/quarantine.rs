@@ -15,8 +15,6 @@ use crate::text::code_text;
 
 /// Frames on the page.
 const FRAMES: i64 = 100;
-/// Bytes on a line.
-const LINE_BYTES: usize = 16;
 
 /// A frame in quarantine, in a list.
 pub(super) struct Entry {
@@ -78,7 +76,7 @@ pub(super) fn table(entries: &[Entry], labelled_by: &str) -> Markup {
                 thead { tr {
                     th scope="col" { "Frame" }
                     th scope="col" { "Device" }
-                    th scope="col" { "Number" }
+                    th .number scope="col" { "Number" }
                     th scope="col" { "Received" }
                     th scope="col" { "Refused as" }
                 } }
@@ -156,13 +154,13 @@ fn verdict(explained: Option<&Dissection>) -> String {
 
 fn parts(kept: &QuarantinedFrame, explained: Option<&Dissection>) -> Markup {
     let Some(explained) = explained else {
-        return html! { pre tabindex="0" { (hex_lines(&kept.bytes)) } };
+        return html! { p { code { (digits(&kept.bytes)) } } };
     };
     html! {
         table .cards aria-labelledby="heading" {
             thead { tr {
                 th scope="col" { "Field" }
-                th scope="col" { "Offset" }
+                th .number scope="col" { "Offset" }
                 th scope="col" { "Bytes" }
                 th scope="col" { "Value" }
             } }
@@ -171,7 +169,7 @@ fn parts(kept: &QuarantinedFrame, explained: Option<&Dissection>) -> Markup {
                     tr .fault[line.fault_at.is_some()] {
                         th scope="row" { (line.part.name) }
                         td .number data-label="Offset" { (line.part.bytes.start) }
-                        td data-label="Bytes" { code { (hex_lines(&kept.bytes[line.part.bytes.clone()])) } }
+                        td data-label="Bytes" { code { (digits(&kept.bytes[line.part.bytes.clone()])) } }
                         td data-label="Value" {
                             (line.part.value)
                             @if let Some(at) = line.fault_at {
@@ -185,13 +183,8 @@ fn parts(kept: &QuarantinedFrame, explained: Option<&Dissection>) -> Markup {
     }
 }
 
-fn hex_lines(bytes: &[u8]) -> String {
-    let lines: Vec<String> = bytes
-        .chunks(LINE_BYTES)
-        .map(|line| {
-            let digits: Vec<String> = line.iter().map(|byte| format!("{byte:02x}")).collect();
-            digits.join(" ")
-        })
-        .collect();
-    lines.join("\n")
+/// Returns the bytes as hexadecimal digits, which a browser wraps.
+fn digits(bytes: &[u8]) -> String {
+    let digits: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    digits.join(" ")
 }

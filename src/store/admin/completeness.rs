@@ -280,3 +280,6 @@ fn lost(gaps: &[(i64, i64)], range: (i64, i64)) -> i64 {
     });
     within.fold(0, i64::saturating_add)
 }
+
+#[cfg(test)]
+mod tests;

@@ -193,3 +193,6 @@ fn device(row: &Row, now_us: i64) -> Result<Device, QueryError> {
         has_twin: twin_at.is_some_and(|at| at > now_us.saturating_sub(TWIN_EVERY_US)),
     })
 }
+
+#[cfg(test)]
+mod tests;

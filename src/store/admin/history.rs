@@ -8,7 +8,7 @@ use super::{Argument, QueryError, Reconnecting};
 /// Number of intervals.
 pub const INTERVALS: i64 = 288;
 /// Maximum number of readings that are read for an interval: the first ones.
-const READINGS_MAX: i64 = 64;
+pub const READINGS_MAX: i64 = 64;
 
 /// A series of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -134,3 +134,6 @@ fn postgres(series: &str) -> String {
         GROUP BY 1, 2 ORDER BY 1, 2"
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,10 @@
 //!
 //! Every function that takes a connection fails if the store is unavailable; its documentation names other errors.
 
+#[cfg(test)]
+#[macro_use]
+mod both_stores;
+
 pub mod completeness;
 pub mod device;
 pub mod feed;

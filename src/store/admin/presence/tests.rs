@@ -1,8 +1,6 @@
 use super::*;
-use crate::store::Store as _;
 use crate::store::postgres::tests::Database;
 use crate::store::postgres::{PostgresSettings, PostgresStore};
-use crate::store::sqlite::{SqliteSettings, SqliteStore};
 
 const MINUTE_US: i64 = 60 * SECOND_US;
 const DAY_US: i64 = 86_400 * SECOND_US;
@@ -322,33 +320,6 @@ async fn a_gateway_that_died_does_not_keep_its_devices_online() {
     site.run(moved, &[half.into()]).await;
     assert_eq!(site.round(&mut alive).await, [DEVICES, 0, 0, 0, 0]);
     assert_eq!(site.events("presence", "from late to online").await, half);
-}
-
-/// Runs a case against both stores.
-macro_rules! in_both_stores {
-    ($($case:ident)*) => {$(
-        mod $case {
-            use super::*;
-
-            #[tokio::test]
-            async fn in_sqlite() {
-                let directory = tempfile::tempdir().unwrap();
-                let path = directory.path().join("a.db");
-                let store = SqliteStore::open(&path, &SqliteSettings::default()).await;
-                super::$case(StoreUrl::Sqlite(path)).await;
-                store.unwrap().close().await.unwrap();
-            }
-
-            #[tokio::test]
-            #[ignore = "needs Postgres: run tests/run, or set FIELDGATE_TEST_POSTGRES_URL and pass --include-ignored"]
-            async fn in_postgres() {
-                let database = Database::create().await;
-                let store = PostgresStore::open(database.settings()).await;
-                super::$case(StoreUrl::Postgres(database.settings().url)).await;
-                drop(store.unwrap());
-            }
-        }
-    )*};
 }
 
 in_both_stores! {
