@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::database::PgDatabase;
 use crate::support::gateway::Gateway;
+use crate::support::http::{Answer, call, get, send};
 use crate::support::messages::readings;
 use crate::support::{PATIENCE, eventually};
 
@@ -17,49 +18,6 @@ const SILENT: &str =
     "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n";
 const ENDLESS: &str =
     "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x FROM n";
-
-#[derive(Debug)]
-struct Answer {
-    status: u16,
-    head: String,
-    body: String,
-}
-
-impl Answer {
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
-    }
-}
-
-/// Sends a request and returns its connection.
-fn send(addr: SocketAddr, method: &str, path: &str, headers: &str, body: &str) -> TcpStream {
-    let mut socket = TcpStream::connect(addr).expect("connects");
-    socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-    let length = body.len();
-    // A version without chunks.
-    let request = format!(
-        "{method} {path} HTTP/1.0\r\nHost: {addr}\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
-    );
-    socket.write_all(request.as_bytes()).expect("sends");
-    socket
-}
-
-fn call(addr: SocketAddr, method: &str, path: &str, headers: &str, body: &str) -> Answer {
-    let mut answer = String::new();
-    let mut socket = send(addr, method, path, headers, body);
-    socket.read_to_string(&mut answer).expect("an answer");
-    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
-    let status = head.split(' ').nth(1).expect("a status");
-    Answer {
-        status: status.parse().expect("a number"),
-        head: head.to_ascii_lowercase(),
-        body: body.to_owned(),
-    }
-}
-
-fn get(addr: SocketAddr, path: &str) -> Answer {
-    call(addr, "GET", path, "", "")
-}
 
 fn begin_query(addr: SocketAddr, sql: &str) -> TcpStream {
     let body = json!({ "sql": sql }).to_string();

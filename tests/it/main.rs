@@ -24,6 +24,7 @@ mod limits;
 mod malformed;
 mod outage;
 mod own_postgres;
+mod page;
 mod plans;
 mod postgres_trouble;
 mod presence;

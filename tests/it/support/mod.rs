@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod database;
 pub mod fleet;
 pub mod gateway;
+pub mod http;
 pub mod logs;
 pub mod messages;
 pub mod site;
