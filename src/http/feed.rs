@@ -25,6 +25,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::problem::{Parameters, Problem, storable};
 use super::{Client, Shared};
 use crate::config::store_url::StoreUrl;
+use crate::metrics::Metrics;
 use crate::store::admin::feed::{self, Event, Filter, Head, PAGE_FRAMES, Page};
 use crate::store::admin::{Pace, Poll, QueryError, Reconnecting};
 
@@ -34,6 +35,12 @@ const READERS_MAX: usize = 64;
 const PAGE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Delay before a failed page is read again.
 const RETRY: Duration = Duration::from_secs(1);
+/// While more readings than this wait for the store, pages take at most 1/[`BUSY_SHARE`] of the time, because reading
+/// them uses the processor that ingest needs.
+const BUSY_READINGS: i64 = 10_000;
+const BUSY_SHARE: u32 = 20;
+/// Maximum pause between two pages: all readers wait for it in turn, within [`PAGE_TIMEOUT`].
+const PAUSE_MAX: Duration = Duration::from_millis(200);
 /// Interval at which a reader without events receives its cursor.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 /// A reader that reads nothing for this time is disconnected.
@@ -45,6 +52,7 @@ pub struct Feed {
     /// End of the feed; `None` before it is first read.
     head: watch::Sender<Option<Head>>,
     slots: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
     stall_max: Duration,
 }
 
@@ -54,6 +62,8 @@ struct Pages {
     latest: Option<Arc<Texts>>,
     /// Maximum number of frames in the next page.
     frames_max: i64,
+    /// Earliest time of the next page while the store is busy.
+    next_at: Instant,
 }
 
 /// A page with the JSON of each event, which most readers send unchanged.
@@ -77,15 +87,17 @@ impl std::fmt::Debug for Feed {
 
 impl Feed {
     /// Creates the feed without connecting to the store.
-    pub fn new(store: &StoreUrl) -> Feed {
+    pub fn new(store: &StoreUrl, metrics: Arc<Metrics>) -> Feed {
         Feed {
             pages: Mutex::new(Pages {
                 store: Reconnecting::new(store),
                 latest: None,
                 frames_max: PAGE_FRAMES,
+                next_at: Instant::now(),
             }),
             head: watch::Sender::new(None),
             slots: Arc::new(Semaphore::new(READERS_MAX)),
+            metrics,
             stall_max: STALL_MAX,
         }
     }
@@ -116,6 +128,10 @@ impl Feed {
         {
             return Ok(Arc::clone(latest));
         }
+        if self.metrics.queue_readings.get() > BUSY_READINGS {
+            sleep_until(pages.next_at).await;
+        }
+        let began = Instant::now();
         let frames_max = pages.frames_max;
         // A page of frames with long time spans may take too long. So the next one is smaller, also if this one is
         // cancelled.
@@ -123,6 +139,8 @@ impl Feed {
         let page = feed::page(&mut pages.store, frames_max, after, settled, filter).await?;
         pages.frames_max = (frames_max * 2).min(PAGE_FRAMES);
         let page = Arc::new(Texts::new(page));
+        let took = began.elapsed();
+        pages.next_at = Instant::now() + (took * (BUSY_SHARE - 1)).min(PAUSE_MAX);
         if filter.is_all() {
             pages.latest = Some(Arc::clone(&page));
         }
@@ -420,7 +438,6 @@ mod tests {
     use super::*;
     use crate::http::page::Live;
     use crate::http::{Guard, Site, serve};
-    use crate::metrics::Metrics;
     use crate::store::admin::{Access, Connection, poll_every};
     use crate::store::sqlite::{SqliteSettings, migrate};
 
@@ -483,7 +500,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let url = StoreUrl::Sqlite(directory.path().join("a.db"));
         fill(&url).await;
-        let mut feed = Feed::new(&url);
+        let mut feed = Feed::new(&url, Arc::default());
         feed.stall_max = Duration::from_millis(500);
         let feed = Arc::new(feed);
         let (metrics, drain) = (Arc::new(Metrics::default()), CancellationToken::new());
