@@ -36,6 +36,15 @@ const GAP_REASONS: [(u8, &str); 5] = [
     (253, "refused"),
     (254, "lost_by_store"),
 ];
+/// What retention deletes.
+const DELETED_CONTENT: [&str; 6] = [
+    "readings",
+    "partitions",
+    "frames",
+    "gaps",
+    "quarantined",
+    "events",
+];
 /// Label of a reason that the device defines.
 const OTHER: &str = "other";
 
@@ -63,6 +72,11 @@ struct ByQuality {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByAge {
     age: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByContent {
+    content: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -117,6 +131,9 @@ pub struct Metrics {
     pub spool_frames: Gauge,
     /// Time of receipt of the oldest frame in the spool in seconds since 1970; 0 if there is none.
     pub spool_oldest: Gauge,
+    deleted: Family<ByContent, Counter>,
+    /// Start of the last complete round of retention in seconds since 1970; 0 before the first one.
+    pub retention_round: Gauge,
     /// Time of receipt of the oldest frame in the store in seconds since 1970; 0 if there is none.
     pub frame_oldest: Gauge,
     /// Estimate of the readings in the default partition of Postgres.
@@ -325,6 +342,14 @@ impl Default for Metrics {
                 "spool_oldest_timestamp_seconds",
                 "Time of receipt of the oldest frame in the spool, or 0",
             ),
+            deleted: new.add(
+                "retention_deleted",
+                "Rows that retention deleted, and dropped partitions of readings",
+            ),
+            retention_round: new.add(
+                "retention_round_timestamp_seconds",
+                "Start of the last complete round of retention, or 0",
+            ),
             frame_oldest: new.add(
                 "frame_oldest_timestamp_seconds",
                 "Time of receipt of the oldest frame in the store, or 0",
@@ -383,6 +408,7 @@ impl Metrics {
         for (age, _) in AGES {
             drop(self.readings_by_age.get_or_create(&ByAge { age }));
         }
+        self.deleted(&DELETED_CONTENT.map(|content| (content, 0)));
         for state in DEVICE_STATES {
             drop(self.devices.get_or_create(&ByState { state }));
         }
@@ -492,6 +518,14 @@ impl Metrics {
     /// Returns whether the store accepts commits.
     pub fn is_store_up(&self) -> bool {
         self.store_up.get() == 1
+    }
+
+    /// Counts what retention deleted, by the content of the rows.
+    pub fn deleted(&self, counts: &[(&'static str, u64)]) {
+        for (content, count) in counts {
+            let counter = self.deleted.get_or_create(&ByContent { content });
+            counter.inc_by(*count);
+        }
     }
 
     /// Counts a NACK.

@@ -153,6 +153,7 @@ fn every_label_is_present_from_the_start() {
         "fieldgate_gap_frames_total{reason=\"overwritten\"} 0",
         "fieldgate_logins_total{result=\"disabled\"} 0",
         "fieldgate_store_up 1",
+        "fieldgate_retention_deleted_total{content=\"readings\"} 0",
         "fieldgate_connections{state=\"session\"} 0",
         "fieldgate_readings_by_time_quality_total{quality=\"suspect\"} 0",
         "fieldgate_readings_by_age_total{age=\"over_7d\"} 0",

@@ -232,7 +232,11 @@ async fn serve_into<S: Store>(
         tracing::warn!(%listen, "listener accepts unencrypted connections");
     }
     let gauge = Arc::new(Gauge::new(config.devices.quarantine_bytes_max));
-    let retention = Retention::new(&config.store, config.retention.clone());
+    let retention = Retention::new(
+        &config.store,
+        config.retention.clone(),
+        Arc::clone(&metrics),
+    );
     let pruner = Pruner::new(&config.store, spool.clone(), config.devices.events);
     let mut usage = UsageWatch {
         gauge: Arc::clone(&gauge),

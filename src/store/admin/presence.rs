@@ -354,7 +354,7 @@ impl Poll for PresenceWatch {
     const PACE: Pace = Pace {
         interval: Duration::from_secs(2),
         timeout: Duration::from_secs(60),
-        share: 20,
+        share: 10,
     };
 
     async fn poll(&mut self) -> Result<(), QueryError> {

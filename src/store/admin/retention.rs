@@ -6,6 +6,7 @@
 //! that stays. A frame that is sent again is recognized by its stream's durable_seq, so it needs no row.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::connection::Driver;
@@ -13,6 +14,7 @@ use super::{Access, Argument, Connection, Pace, Poll, QueryError, Row};
 use crate::config::RetentionSettings;
 use crate::config::retention::ReadingRetention;
 use crate::config::store_url::StoreUrl;
+use crate::metrics::Metrics;
 use crate::store::postgres::{self, Partition};
 use crate::time::SystemClock;
 
@@ -53,6 +55,7 @@ pub enum Action {
 pub struct Retention {
     store: StoreUrl,
     settings: RetentionSettings,
+    metrics: Arc<Metrics>,
 }
 
 /// One pass over the store.
@@ -67,10 +70,11 @@ struct Round<'c> {
 }
 
 impl Retention {
-    pub fn new(store: &StoreUrl, settings: RetentionSettings) -> Retention {
+    pub fn new(store: &StoreUrl, settings: RetentionSettings, metrics: Arc<Metrics>) -> Retention {
         Retention {
             store: store.clone(),
             settings,
+            metrics,
         }
     }
 }
@@ -85,14 +89,7 @@ pub async fn round(
     now_us: i64,
     action: Action,
 ) -> Result<Deleted, QueryError> {
-    let mut round = Round {
-        connection,
-        settings,
-        now_us,
-        action,
-        deleted: Deleted::default(),
-        kept: HashSet::new(),
-    };
+    let mut round = Round::new(connection, settings, now_us, action);
     round.run().await?;
     Ok(round.deleted)
 }
@@ -108,7 +105,17 @@ impl Poll for Retention {
     async fn poll(&mut self) -> Result<(), QueryError> {
         let mut connection = Connection::open(&self.store, Access::Write).await?;
         let now_us = SystemClock::start().now().utc_us;
-        let deleted = round(&mut connection, &self.settings, now_us, Action::Delete).await?;
+        let mut round = Round::new(&mut connection, &self.settings, now_us, Action::Delete);
+        let ended = round.run().await;
+        let deleted = round.deleted;
+        self.metrics.deleted(&[
+            ("readings", deleted.readings),
+            ("partitions", deleted.partitions),
+            ("frames", deleted.frames),
+            ("gaps", deleted.gaps),
+            ("quarantined", deleted.quarantined),
+            ("events", deleted.events),
+        ]);
         if deleted != Deleted::default() {
             tracing::info!(
                 readings = deleted.readings,
@@ -120,11 +127,29 @@ impl Poll for Retention {
                 "deleted what is older than its retention"
             );
         }
+        ended?;
+        self.metrics.retention_round.set(now_us / 1_000_000);
         Ok(())
     }
 }
 
-impl Round<'_> {
+impl<'c> Round<'c> {
+    fn new(
+        connection: &'c mut Connection,
+        settings: &'c RetentionSettings,
+        now_us: i64,
+        action: Action,
+    ) -> Round<'c> {
+        Round {
+            connection,
+            settings,
+            now_us,
+            action,
+            deleted: Deleted::default(),
+            kept: HashSet::new(),
+        }
+    }
+
     async fn run(&mut self) -> Result<(), QueryError> {
         let readings = self.settings.readings();
         let mut gone_before_us = None;

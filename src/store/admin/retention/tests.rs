@@ -246,6 +246,35 @@ async fn the_file_of_a_store_shrinks() {
     store.close().await.unwrap();
 }
 
+#[tokio::test]
+async fn a_gateway_counts_what_it_deletes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.db");
+    let store = SqliteStore::open(&path, &SqliteSettings::default())
+        .await
+        .unwrap();
+    let url = StoreUrl::Sqlite(path);
+    let mut connection = Connection::open(&url, Access::Write).await.unwrap();
+    fill(&mut connection).await;
+    let settings = settings("unit=mm/s,days=90");
+    let now_us = SystemClock::start().now().utc_us;
+    let counted = round(&mut connection, &settings, now_us, Action::Count)
+        .await
+        .unwrap();
+    assert!(counted.readings > 0);
+    let metrics = Arc::new(Metrics::default());
+    let mut retention = Retention::new(&url, settings, Arc::clone(&metrics));
+    retention.poll().await.unwrap();
+    // A second round finds nothing.
+    retention.poll().await.unwrap();
+    for (content, count) in [("readings", counted.readings), ("frames", counted.frames)] {
+        let line = format!("fieldgate_retention_deleted_total{{content=\"{content}\"}} {count}\n");
+        assert!(metrics.text().contains(&line), "{line}{}", metrics.text());
+    }
+    assert!(metrics.retention_round.get() >= now_us / 1_000_000);
+    store.close().await.unwrap();
+}
+
 /// A reading whose clock was ahead of its receipt is not the newest plausible one, even after that time has passed.
 #[tokio::test]
 async fn the_newest_plausible_reading_stays() {
