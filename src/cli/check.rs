@@ -7,26 +7,23 @@
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::config::store_url::StoreUrl;
 use crate::config::{Config, Location, Settings};
+use crate::server::disk_watch::{self, Place};
 use crate::store::admin::{self, Connection, OpenError};
 use crate::store::{postgres, spool, sqlite};
+use crate::sys::disk::{Level, Levels, Space};
 use crate::sys::{log, open_files};
 use crate::time::{doubt_at_start, utc_now};
 use clap::{Args, Subcommand};
-use rustix::fs::{Access, access, statvfs};
+use rustix::fs::{Access, access};
 use tokio::net::TcpSocket;
 
 use super::serve::sockets::{OTHER_FILES, cannot_listen, load_tls, load_tokens};
 use super::{Error, LogFormat, fleet_key, output};
 
-/// Free disk space below which `doctor` warns, in bytes and as a part of the disk.
-const DISK_FREE_LOW: u64 = 1 << 30;
-const DISK_SHARE_LOW: u64 = 10;
-/// Free disk space below which a gateway soon cannot store anything, in bytes.
-const DISK_FREE_MIN: u64 = 64 << 20;
 /// Permission of others to replace files of a directory.
 const FOREIGN_WRITE: u32 = 0o022;
 
@@ -141,8 +138,8 @@ async fn checks_of(config: &Config) -> Vec<Checked> {
     if has_store {
         note("durability", durability(config).await);
     }
-    for path in disks(config) {
-        note("disk", disk(&path));
+    for (place, path) in disk_watch::places(config) {
+        note("disk", disk(config.disks.levels(), place, &path));
     }
     note("clock", clock(config, has_store).await);
     note("open files", descriptors(config));
@@ -339,38 +336,25 @@ async fn durability(config: &Config) -> Result<Finding, Error> {
     })
 }
 
-/// Returns a path on each disk that the gateway writes to.
-fn disks(config: &Config) -> Vec<PathBuf> {
-    let mut paths = vec![config.location.data_dir.clone()];
-    if let StoreUrl::Sqlite(path) = &config.store
-        && directory_of(path) != config.location.data_dir
-    {
-        paths.push(directory_of(path).to_owned());
-    }
-    paths.retain(|path| path.exists());
-    paths
-}
-
-fn disk(path: &Path) -> Result<Finding, Error> {
+/// Checks the free space as the gateway does.
+fn disk(levels: Levels, place: Place, path: &Path) -> Result<Finding, Error> {
     let shown = path.display();
-    let found = statvfs(path).map_err(|error| {
+    let space = Space::of(path).map_err(|error| {
         Error::Failed(format!("could not read the free space of {shown}: {error}"))
     })?;
-    let free = found.f_bavail.saturating_mul(found.f_frsize);
-    let total = found.f_blocks.saturating_mul(found.f_frsize);
-    let space = format!(
-        "{} of {} free at {shown}",
-        crate::text::bytes_text(free),
-        crate::text::bytes_text(total)
+    let text = format!(
+        "{} of {} ({} %) free at {shown}",
+        crate::text::bytes_text(space.free_bytes),
+        crate::text::bytes_text(space.total_bytes),
+        space.free_percent()
     );
-    match free {
-        ..DISK_FREE_MIN => Err(Error::Failed(format!(
-            "only {space}; make space, or devices will have to wait"
+    match levels.level(space, Level::Enough) {
+        Level::Enough => Ok(Finding::Ok(text)),
+        Level::Full if place.holds_readings() => Err(Error::Failed(format!(
+            "only {text}, less than --disk-stop-percent ({}): no readings are stored; make space",
+            levels.stop_percent
         ))),
-        _ if free < DISK_FREE_LOW || free < total / DISK_SHARE_LOW => {
-            Ok(Finding::Warning(format!("only {space}; make space soon")))
-        }
-        _ => Ok(Finding::Ok(space)),
+        Level::Full | Level::Low => Ok(Finding::Warning(format!("only {text}; make space soon"))),
     }
 }
 

@@ -123,6 +123,7 @@ fn is_flag(command: &Command, name: &str) -> bool {
 fn text_of(flag: &Arg, value: &Value) -> Result<String, &'static str> {
     let parser = flag.get_value_parser().type_id();
     let is_number = [
+        TypeId::of::<u8>(),
         TypeId::of::<u16>(),
         TypeId::of::<u32>(),
         TypeId::of::<u64>(),

@@ -13,6 +13,7 @@ use tokio::time::timeout;
 
 use crate::config::Location;
 use crate::config::store_url::{PostgresUrl, StoreUrl};
+use crate::server::disk_watch::Place;
 use crate::store::admin::{Access, Connection};
 use crate::store::{spool, sqlite};
 use crate::time::SystemClock;
@@ -123,7 +124,7 @@ async fn running(gateway: &GatewayHttp, now_us: i64) -> Vec<Fact> {
                 .ok()
         })
     };
-    let whole = |name| value(name).map(|value| value as u64);
+    let whole = |name: &str| value(name).map(|value| value as u64);
     if let Some(started_s) = value("process_start_time_seconds") {
         facts.push(("started", age((started_s * 1e6) as i64, now_us)));
     }
@@ -132,6 +133,19 @@ async fn running(gateway: &GatewayHttp, now_us: i64) -> Vec<Fact> {
     }
     if let Some(readings) = whole("fieldgate_queue_readings") {
         facts.push(("in the queue", count(readings, "reading")));
+    }
+    for place in Place::ALL {
+        let of = |name| {
+            whole(&format!(
+                "fieldgate_disk_{name}{{place=\"{}\"}}",
+                place.name()
+            ))
+        };
+        if let (Some(free), Some(total)) = (of("free_bytes"), of("bytes")) {
+            let low = of("low").filter(|low| *low == 1).map_or("", |_| ", low");
+            let space = format!("{} of {} free", bytes_text(free), bytes_text(total));
+            facts.push(("disk", format!("{space} for {}{low}", place.purpose())));
+        }
     }
     facts
 }

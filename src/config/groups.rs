@@ -15,6 +15,7 @@ use super::address::{HttpAddress, ListenAddress};
 use super::defaults;
 use super::number::number;
 use super::retention::{ReadingRetention, RetentionRule};
+use crate::sys::disk::Levels;
 
 const DAY_S: u64 = 86_400;
 const MIB: u64 = 1 << 20;
@@ -22,6 +23,8 @@ const TIB: u64 = 1 << 40;
 const CONNECTIONS: u64 = 1_000_000;
 const FRAMES_PER_S: u64 = 1_000_000;
 const READINGS_PER_S: u64 = 1_000_000_000;
+/// A disk can have 1 % more than this percentage free.
+const PERCENT_MAX: u64 = 90;
 const U16: u64 = u16::MAX as u64;
 const U32: u64 = u32::MAX as u64;
 /// The largest frame must fit into an empty queue and into a burst, or its device would wait indefinitely.
@@ -366,6 +369,30 @@ pub struct SqliteOptions {
     pub wal_bytes_max: u64,
 }
 
+/// Free space of the disks that the gateway writes to.
+#[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
+#[command(next_help_heading = "Disks")]
+pub struct DiskSettings {
+    /// Percentage of free space below which a disk that the gateway writes to is reported as low; 0 turns it off
+    #[arg(long, value_name = "PERCENT", default_value = "15", value_parser = number::<u8>(0, PERCENT_MAX))]
+    pub disk_warn_percent: u8,
+
+    /// Percentage of free space below which no more readings are stored on a disk: devices keep theirs and wait until
+    /// 1 % more is free. Retention continues. 0 turns it off. Lower it on large disks
+    #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = number::<u8>(0, PERCENT_MAX))]
+    pub disk_stop_percent: u8,
+}
+
+impl DiskSettings {
+    /// Returns the levels of all disks.
+    pub fn levels(self) -> Levels {
+        Levels {
+            warn_percent: self.disk_warn_percent,
+            stop_percent: self.disk_stop_percent,
+        }
+    }
+}
+
 /// Connections to Postgres, and what is required of it.
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 #[command(next_help_heading = "Postgres")]
@@ -436,6 +463,10 @@ pub struct Settings {
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = number::<u64>(0, DAY_S))]
     pub drain_timeout_s: u64,
 
+    /// Disks.
+    #[command(flatten)]
+    pub disks: DiskSettings,
+
     /// SQLite.
     #[command(flatten)]
     pub sqlite: SqliteOptions,
@@ -451,7 +482,7 @@ pub struct Settings {
 
 /// Settings that a running gateway can change: see [`Settings::reloaded`]. The limits of sessions apply to new
 /// connections.
-pub const RELOADABLE: [&str; 27] = [
+pub const RELOADABLE: [&str; 29] = [
     "log-level",
     "tls-cert",
     "tls-key",
@@ -479,6 +510,8 @@ pub const RELOADABLE: [&str; 27] = [
     "device-readings-per-s",
     "device-readings-burst",
     "quarantine-bytes-max",
+    "disk-warn-percent",
+    "disk-stop-percent",
 ];
 
 impl Settings {
@@ -507,6 +540,7 @@ impl Settings {
                 events: old.devices.events,
                 ..new.devices
             },
+            disks: new.disks,
             ..old
         }
     }

@@ -362,7 +362,15 @@ fn contradictions(settings: &Settings) -> impl Iterator<Item = ConfigError> {
             early,
         ),
     ];
-    required.into_iter().filter_map(
+    let disks = &settings.disks;
+    let levels = (
+        ("disk-warn-percent", u64::from(disks.disk_warn_percent)),
+        "at least",
+        ("disk-stop-percent", u64::from(disks.disk_stop_percent)),
+        "the gateway would stop storing without a warning",
+    );
+    let levels = Some(levels).filter(|_| disks.disk_warn_percent > 0);
+    required.into_iter().chain(levels).filter_map(
         |((larger, larger_value), relation, (smaller, smaller_value), why)| {
             let holds = match relation {
                 "more than" => larger_value > smaller_value,

@@ -1,4 +1,4 @@
-//! Gauges that nothing else in the gateway updates: sizes of files and disks, and the expiry of the certificate.
+//! Gauges that nothing else in the gateway updates: sizes of files, and the expiry of the certificate.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,8 +16,6 @@ use crate::store::spool;
 pub struct Gauges {
     /// Where the gauges are exported.
     pub metrics: Arc<Metrics>,
-    /// Directory whose disk is measured.
-    pub data_dir: PathBuf,
     /// Database.
     pub database: Database,
     /// Connection to it.
@@ -58,14 +56,6 @@ impl Poll for Gauges {
 
     async fn poll(&mut self) -> Result<(), QueryError> {
         let metrics = &self.metrics;
-        if let Ok(disk) = rustix::fs::statvfs(&self.data_dir) {
-            metrics
-                .disk_free_bytes
-                .set((disk.f_bavail * disk.f_frsize) as i64);
-            metrics
-                .disk_bytes
-                .set((disk.f_blocks * disk.f_frsize) as i64);
-        }
         metrics.quarantine_bytes.set(self.quarantine.bytes() as i64);
         metrics
             .quarantine_bytes_max

@@ -47,6 +47,10 @@ fn reasons(site: &Site) -> Vec<&'static str> {
             "the store does not accept commits",
         ),
         (
+            site.metrics.is_disk_stopped(),
+            "a disk has too little free space to store readings",
+        ),
+        (
             expiry_s != 0 && expiry_s <= utc_now().as_second(),
             "the certificate has expired",
         ),

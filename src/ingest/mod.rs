@@ -30,9 +30,10 @@ pub use self::capacity::Space;
 use crate::config::IngestSettings;
 use crate::ingest::batcher::{BatchLimits, Batcher, Size, Tagged};
 use crate::ingest::mailbox::Mailbox;
-use crate::ingest::registry::Registry;
+use crate::ingest::registry::{Obstacle, Registry};
 use crate::metrics::Metrics;
 use crate::session::Submission;
+use crate::session::inbox::Mail;
 use crate::store::{Committed, LoginOutcome, Store, StoreError};
 use crate::time::{SystemClock, utc_now};
 
@@ -485,7 +486,7 @@ impl<'a> Outage<'a> {
     fn go_on(&mut self, reason: &str) {
         let begins = self.reason.is_none();
         if begins {
-            self.registry.announce_store(self.shard, true);
+            self.registry.announce(Obstacle::Shard(self.shard), true);
         }
         let is_first = begins && self.shards_down.fetch_add(1, Ordering::Relaxed) == 0;
         let is_news = self.reason.as_deref().is_some_and(|known| known != reason);
@@ -501,7 +502,7 @@ impl Drop for Outage<'_> {
         if self.reason.is_none() {
             return;
         }
-        self.registry.announce_store(self.shard, false);
+        self.registry.announce(Obstacle::Shard(self.shard), false);
         if self.shards_down.fetch_sub(1, Ordering::Relaxed) == 1 && self.is_over {
             tracing::info!("store available again");
         }
@@ -539,9 +540,14 @@ pub(crate) fn answer(
         tagged.entries[i].put(|mail| mail.receipt = Some((receipt, entry.seq)));
     }
     for (mailbox, outcome) in tagged.logins.iter().zip(committed.logins) {
-        if let LoginOutcome::Admitted(admission) = &outcome {
-            registry.admit(admission.device, shard, mailbox, admission.revision);
+        let admitted = match &outcome {
+            LoginOutcome::Admitted(admission) => Some((admission.device, admission.revision)),
+            _ => None,
+        };
+        let write = |mail: &mut Mail| mail.login = Some(outcome);
+        match admitted {
+            Some((device, revision)) => registry.admit(device, shard, mailbox, revision, write),
+            None => mailbox.put(write),
         }
-        mailbox.put(|mail| mail.login = Some(outcome));
     }
 }

@@ -5,13 +5,14 @@
 //! by operators arrive separately, possibly before a login that was committed earlier. The registry
 //! therefore remembers changes, and compares the numbers that the store assigns to changes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fieldgate_protocol::error::Code;
 
 use crate::ingest::mailbox::Mailbox;
 use crate::session::Close;
+use crate::session::inbox::Mail;
 use crate::store::DeviceId;
 use crate::store::admin::device::Changes;
 
@@ -26,6 +27,17 @@ struct Sessions {
     live: HashMap<DeviceId, Live>,
     /// Devices that operators have changed while this gateway runs.
     changed: HashMap<DeviceId, Changed>,
+    /// Why nothing is stored at present.
+    obstacles: HashSet<Obstacle>,
+}
+
+/// A reason why readings are not stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Obstacle {
+    /// The shard cannot commit. It affects only its own sessions.
+    Shard(usize),
+    /// A disk has too little space.
+    Disk(&'static str),
 }
 
 #[derive(Debug)]
@@ -66,15 +78,28 @@ impl Changed {
 }
 
 impl Registry {
-    /// Registers a session after login and ends an older one of the same device. `revision` is the
-    /// number of the latest change to the device that the store knew.
-    pub fn admit(&self, device: DeviceId, shard: usize, mailbox: &Arc<Mailbox>, revision: i64) {
+    /// Registers a session after login, writes the outcome of the login to its mail, and ends an older session of the
+    /// same device. `revision` is the number of the latest change to the device that the store knew.
+    pub fn admit(
+        &self,
+        device: DeviceId,
+        shard: usize,
+        mailbox: &Arc<Mailbox>,
+        revision: i64,
+        write_outcome: impl FnOnce(&mut Mail),
+    ) {
         let live = Live {
             shard,
             mailbox: Arc::clone(mailbox),
             revision,
         };
         let mut sessions = self.lock();
+        let is_down = stops(&sessions.obstacles, shard);
+        // Under the lock, so that an announcement meanwhile does not get lost.
+        mailbox.put(|mail| {
+            write_outcome(mail);
+            mail.store_is_down = is_down.then_some(true);
+        });
         if let Some(changed) = sessions.changed.get(&device) {
             live.end(changed.verdict(&live));
         }
@@ -133,23 +158,41 @@ impl Registry {
         });
     }
 
-    /// Notifies every live session of a shard whether the store is available.
-    pub fn announce_store(&self, shard: usize, is_down: bool) {
-        let sessions = self.lock();
-        for session in sessions
-            .live
-            .values()
-            .filter(|session| session.shard == shard)
-        {
-            session
-                .mailbox
-                .put(|mail| mail.store_is_down = Some(is_down));
+    /// Records that an obstacle exists or has passed, and notifies the live sessions that it stops or lets continue.
+    pub fn announce(&self, obstacle: Obstacle, exists: bool) {
+        let mut sessions = self.lock();
+        let before = sessions.obstacles.clone();
+        match exists {
+            true => sessions.obstacles.insert(obstacle),
+            false => sessions.obstacles.remove(&obstacle),
+        };
+        for session in sessions.live.values() {
+            let is_down = stops(&sessions.obstacles, session.shard);
+            if is_down != stops(&before, session.shard) {
+                session
+                    .mailbox
+                    .put(|mail| mail.store_is_down = Some(is_down));
+            }
         }
+    }
+
+    /// Returns whether a disk has too little space.
+    pub fn is_disk_full(&self) -> bool {
+        let is_disk = |obstacle: &Obstacle| matches!(obstacle, Obstacle::Disk(_));
+        self.lock().obstacles.iter().any(is_disk)
     }
 
     fn lock(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Returns whether one of the obstacles affects a shard.
+fn stops(obstacles: &HashSet<Obstacle>, shard: usize) -> bool {
+    obstacles.iter().any(|obstacle| match obstacle {
+        Obstacle::Shard(down) => *down == shard,
+        Obstacle::Disk(_) => true,
+    })
 }
 
 impl Sessions {
@@ -224,7 +267,7 @@ mod tests {
                 if is_known_first {
                     registry.change(&device);
                 }
-                registry.admit(PUMP, 0, &mailbox, 4);
+                registry.admit(PUMP, 0, &mailbox, 4, |_| ());
                 if !is_known_first {
                     registry.change(&device);
                 }
@@ -243,7 +286,7 @@ mod tests {
         };
         registry.change(&other_store);
         let mailbox = Arc::default();
-        registry.admit(PUMP, 0, &mailbox, 0);
+        registry.admit(PUMP, 0, &mailbox, 0, |_| ());
         assert_eq!(close_code(&mailbox).await, None);
         // The device has its first key, which was never replaced.
         registry.change(&other_store);
@@ -257,12 +300,46 @@ mod tests {
     async fn a_session_of_a_replaced_store_with_a_changed_device_ends() {
         let registry = Registry::default();
         let mailbox = Arc::<Mailbox>::default();
-        registry.admit(PUMP, 0, &mailbox, 7);
+        registry.admit(PUMP, 0, &mailbox, 7, |_| ());
         registry.change(&Changes {
             is_all: true,
             ..change(true, 3, 3)
         });
         let close = closed(&mailbox).await.expect("ends");
         assert_eq!(close.code, None);
+    }
+
+    async fn is_down(mailbox: &Mailbox) -> Option<bool> {
+        mailbox.put(|_| ());
+        mailbox.take().await.store_is_down
+    }
+
+    #[tokio::test]
+    async fn sessions_continue_only_when_no_obstacle_is_left() {
+        let registry = Registry::default();
+        let (first, second) = (Arc::default(), Arc::default());
+        let both = async || (is_down(&first).await, is_down(&second).await);
+        registry.admit(PUMP, 0, &first, 0, |_| ());
+        registry.admit(DeviceId(2), 1, &second, 0, |_| ());
+        let (shard, disk) = (Obstacle::Shard(0), Obstacle::Disk("store"));
+        for (obstacle, exists, expected) in [
+            (shard, true, (Some(true), None)),
+            (disk, true, (None, Some(true))),
+            (disk, true, (None, None)),
+            (shard, false, (None, None)),
+            (disk, false, (Some(false), Some(false))),
+        ] {
+            registry.announce(obstacle, exists);
+            assert_eq!(both().await, expected, "{obstacle:?} {exists}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_session_that_logs_in_on_a_full_disk_learns_of_it_with_its_login() {
+        let registry = Registry::default();
+        registry.announce(Obstacle::Disk("store"), true);
+        let mailbox = Arc::default();
+        registry.admit(PUMP, 0, &mailbox, 0, |_| ());
+        assert_eq!(is_down(&mailbox).await, Some(true));
     }
 }

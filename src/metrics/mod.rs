@@ -1,8 +1,8 @@
 //! Counters, gauges and histograms of the gateway, in the text format of Prometheus.
 //!
 //! Every metric of the gateway starts with `fieldgate_` and uses base units. Labels have a fixed set of values, which
-//! are all present from the start: an alert cannot see the increase of a counter that appears with the first error. No
-//! metric has a device as its label.
+//! are all present from the start (those of disks as soon as they are measured): an alert cannot see the increase of a
+//! counter that appears with the first error. No metric has a device as its label.
 
 mod delays;
 mod process;
@@ -24,6 +24,7 @@ use prometheus_client::registry::{Metric, Registry};
 pub use self::delays::ACK_DELAYS;
 use self::delays::Delays;
 use self::process::Process;
+use crate::sys::disk::Space;
 
 /// Media type of [`Metrics::text`].
 pub const CONTENT_TYPE: &str = prometheus_text::CONTENT_TYPE;
@@ -62,6 +63,11 @@ struct ByReason {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByState {
     state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByPlace {
+    place: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -138,10 +144,10 @@ pub struct Metrics {
     pub frame_oldest: Gauge,
     /// Estimate of the readings in the default partition of Postgres.
     pub default_partition_readings: Gauge,
-    /// Free space on the disk of the data directory, in bytes.
-    pub disk_free_bytes: Gauge,
-    /// Size of the disk of the data directory, in bytes.
-    pub disk_bytes: Gauge,
+    disk_free_bytes: Family<ByPlace, Gauge>,
+    disk_bytes: Family<ByPlace, Gauge>,
+    disk_low: Family<ByPlace, Gauge>,
+    disk_stopped: Gauge,
     /// Expiry of the certificate in seconds since 1970, or 0 without TLS.
     pub certificate_expiry: Gauge,
 }
@@ -360,9 +366,20 @@ impl Default for Metrics {
             ),
             disk_free_bytes: new.add(
                 "disk_free_bytes",
-                "Free space on the disk of the data directory",
+                "Free space on each disk that the gateway writes to",
             ),
-            disk_bytes: new.add("disk_bytes", "Size of the disk of the data directory"),
+            disk_bytes: new.add(
+                "disk_bytes",
+                "Used and free space on each disk that the gateway writes to",
+            ),
+            disk_low: new.add(
+                "disk_low",
+                "Whether less than disk-warn-percent of the disk is free",
+            ),
+            disk_stopped: new.add(
+                "disk_stopped",
+                "Whether no readings are stored because less than disk-stop-percent of a disk is free",
+            ),
             certificate_expiry: new.add(
                 "certificate_expiry_timestamp_seconds",
                 "Time when the certificate expires, or 0 without TLS",
@@ -528,6 +545,33 @@ impl Metrics {
         }
     }
 
+    /// Records the space of the disk of a place, and whether it is low.
+    pub fn set_disk(&self, place: &'static str, space: Space, is_low: bool) {
+        let place = ByPlace { place };
+        let bytes = |bytes| i64::try_from(bytes).unwrap_or(i64::MAX);
+        let free = self.disk_free_bytes.get_or_create(&place);
+        free.set(bytes(space.free_bytes));
+        let total = self.disk_bytes.get_or_create(&place);
+        total.set(bytes(space.total_bytes));
+        self.disk_low.get_or_create(&place).set(is_low.into());
+    }
+
+    /// Returns the free space of the fullest disk in bytes; `None` before the first one was measured.
+    pub fn disk_free_bytes(&self) -> Option<i64> {
+        let free = |place| Some(self.disk_free_bytes.get(&ByPlace { place })?.get());
+        DISK_PLACES.into_iter().filter_map(free).min()
+    }
+
+    /// Records whether a full disk keeps readings from being stored.
+    pub fn set_disk_stopped(&self, is_stopped: bool) {
+        self.disk_stopped.set(is_stopped.into());
+    }
+
+    /// Returns whether a full disk keeps readings from being stored.
+    pub fn is_disk_stopped(&self) -> bool {
+        self.disk_stopped.get() == 1
+    }
+
     /// Counts a NACK.
     pub fn nack(&self, code: Code) {
         self.nacks.get_or_create(&by_code(code as u8)).inc();
@@ -552,9 +596,10 @@ impl Metrics {
             .get_or_create(&Phase::Session.label())
             .get();
         let stored = self.readings.get();
-        match self.is_store_up() {
-            true => format!("devices connected: {sessions}, readings stored: {stored}"),
-            false => format!("store unavailable, devices connected: {sessions}"),
+        match (self.is_store_up(), self.is_disk_stopped()) {
+            (false, _) => format!("store unavailable, devices connected: {sessions}"),
+            (_, true) => format!("disk full, devices connected: {sessions}"),
+            _ => format!("devices connected: {sessions}, readings stored: {stored}"),
         }
     }
 

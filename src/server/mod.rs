@@ -27,6 +27,7 @@ use crate::time::{self, SystemClock};
 pub mod admission;
 mod connection;
 pub mod device_watch;
+pub mod disk_watch;
 pub mod supervisor;
 
 /// Kernel send buffer per connection, in bytes. The kernel doubles it for its own overhead.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::ingest::answer;
 use crate::ingest::batcher::{BatchLimits, Batcher, Tagged};
 use crate::ingest::mailbox::Mailbox;
-use crate::ingest::registry::Registry;
+use crate::ingest::registry::{Obstacle, Registry};
 use crate::session::Submission;
 use crate::store::memory::MemoryStore;
 use crate::store::{Batch, Committed, Store, StoreError};
@@ -111,7 +111,7 @@ impl Backend {
 
     fn announce(&mut self, is_down: bool) {
         if std::mem::replace(&mut self.is_down, is_down) != is_down {
-            self.registry.announce_store(SHARD, is_down);
+            self.registry.announce(Obstacle::Shard(SHARD), is_down);
         }
     }
 }

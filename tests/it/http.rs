@@ -10,7 +10,7 @@ use crate::support::fleet::simulator;
 use crate::support::gateway::{Gateway, command, run};
 use crate::support::{PATIENCE, eventually};
 
-const HTTP: [&str; 2] = ["--http", "127.0.0.1:0"];
+pub const HTTP: [&str; 2] = ["--http", "127.0.0.1:0"];
 
 #[derive(Debug)]
 pub struct Answer {
@@ -47,7 +47,7 @@ pub fn request(addr: SocketAddr, path: &str, headers: &[&str]) -> Answer {
     }
 }
 
-fn get(gateway: &Gateway, path: &str) -> Answer {
+pub fn get(gateway: &Gateway, path: &str) -> Answer {
     request(gateway.http_addr(), path, &[])
 }
 

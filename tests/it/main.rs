@@ -7,6 +7,7 @@ mod checklist;
 mod cli;
 mod dead_log;
 mod device_commands;
+mod disk;
 mod doctor;
 mod example;
 mod feed;

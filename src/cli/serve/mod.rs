@@ -24,6 +24,7 @@ use crate::metrics::Metrics;
 use crate::quota::device::DeviceQuotas;
 use crate::quota::quarantine::{Gauge, UsageWatch};
 use crate::server::device_watch::DeviceWatch;
+use crate::server::disk_watch::{self, DiskWatch};
 use crate::server::supervisor::Supervisor;
 use crate::server::{self, ServerSettings};
 use crate::session::SessionSettings;
@@ -38,6 +39,7 @@ use crate::store::postgres::{PostgresSettings, PostgresStore};
 use crate::store::spool::{self, SpoolError, SpoolStore};
 use crate::store::sqlite::files::HeldFiles;
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
+use crate::sys::disk::Levels;
 use crate::sys::gateway_id;
 use crate::sys::log;
 use crate::sys::service::{self, InheritedSockets};
@@ -59,6 +61,8 @@ use super::{Error, LogFormat, SetLevels, SettingValue, fleet_key, valid_config};
 const SIGXFSZ: i32 = 25;
 /// Maximum wait at startup for the device list from Postgres, if there is a spool.
 const MIRROR_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum wait at startup for the free space of a disk.
+const DISK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Interval between attempts to connect to Postgres at startup.
 const UP_INTERVAL: Duration = Duration::from_millis(500);
 /// Interval between log lines about these attempts.
@@ -245,7 +249,6 @@ async fn serve_into<S: Store>(
     poll_once(&mut usage).await;
     let mut gauges = Gauges {
         metrics: Arc::clone(&metrics),
-        data_dir: config.location.data_dir.clone(),
         database: Database::new(&config.store),
         store: Reconnecting::new(&config.store),
         spool: config.spool(),
@@ -254,6 +257,8 @@ async fn serve_into<S: Store>(
     };
     poll_once(&mut gauges).await;
     tasks.spawn_poller(gauges);
+    let (disk_levels, levels) = watch::channel(config.disks.levels());
+    watch_disks(config, levels, &registry, &metrics, &mut tasks).await;
     if let Some((listener, site)) = http {
         tasks.spawn_poller(FeedHead::new(&config.store, feed));
         tasks.spawn_poller(RatesSampler::new(Arc::clone(&metrics), rates));
@@ -294,6 +299,7 @@ async fn serve_into<S: Store>(
         session,
         admission,
         quarantine: gauge,
+        disk_levels,
     };
     tasks.spawn("reload", reload.run(hangup));
     tasks.spawn_poller(usage);
@@ -324,6 +330,22 @@ async fn serve_into<S: Store>(
             Err(failed(&format_args!("{ended}{}", drained.unwrap_or_default())))
         }
         reason = held.watch() => end_without_closing(&reason, start.format),
+    }
+}
+
+/// Starts a watch for each disk. Measures each once before, unless it does not answer.
+async fn watch_disks(
+    config: &Config,
+    levels: watch::Receiver<Levels>,
+    registry: &Arc<Registry>,
+    metrics: &Arc<Metrics>,
+    tasks: &mut Supervisor,
+) {
+    for place in disk_watch::places(config) {
+        let (registry, metrics) = (Arc::clone(registry), Arc::clone(metrics));
+        let mut disk = DiskWatch::new(place, levels.clone(), registry, metrics);
+        let _ = timeout(DISK_TIMEOUT, disk.measure()).await;
+        tasks.spawn("disk space", disk.run());
     }
 }
 

@@ -17,6 +17,7 @@ use crate::http::Guard;
 use crate::net::tls::Tls;
 use crate::quota::quarantine::Gauge;
 use crate::session::SessionSettings;
+use crate::sys::disk::Levels;
 
 /// A running gateway's settings, and the parts that use those that can change.
 pub struct Reload {
@@ -32,6 +33,7 @@ pub struct Reload {
     pub session: watch::Sender<Arc<SessionSettings>>,
     pub admission: watch::Sender<AdmissionLimits>,
     pub quarantine: Arc<Gauge>,
+    pub disk_levels: watch::Sender<Levels>,
 }
 
 /// Settings that differ from those in use.
@@ -99,6 +101,7 @@ impl Reload {
         self.guard.send_replace(Guard::new(hosts, tokens));
         self.quarantine
             .set_bytes_max(config.devices.quarantine_bytes_max);
+        self.disk_levels.send_replace(config.disks.levels());
         self.session.send_modify(|session| {
             session.quotas.set_rates(&config.devices.rates);
             *session = Arc::new(SessionSettings {

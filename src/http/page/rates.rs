@@ -25,7 +25,8 @@ struct Sample {
     readings: u64,
     /// Acknowledgements by delay, as in [`Metrics::ack_delays`].
     ack_delays: [u64; ACK_DELAYS],
-    disk_free_bytes: i64,
+    /// Free space of the fullest disk.
+    disk_free_bytes: Option<i64>,
 }
 
 /// Samples of the last hour.
@@ -127,11 +128,15 @@ fn unstored(metrics: &Metrics) -> String {
 }
 
 fn disk(metrics: &Metrics, pair: Pair<'_>) -> String {
-    let free = metrics.disk_free_bytes.get().max(0);
-    let mut text = format!("{} free", bytes_text(free.cast_unsigned()));
+    let Some(free) = metrics.disk_free_bytes() else {
+        return "not known yet".to_owned();
+    };
+    let mut text = format!("{} free", bytes_text(free.unsigned_abs()));
     let pair = pair.filter(|(new, old)| new.at - old.at >= DISK_HISTORY_MIN);
-    if let Some((new, old)) = pair {
-        let used = (old.disk_free_bytes - new.disk_free_bytes) as f64;
+    if let Some((new, old)) = pair
+        && let Some((new_free, old_free)) = new.disk_free_bytes.zip(old.disk_free_bytes)
+    {
+        let used = (old_free - new_free) as f64;
         let days = free as f64 / (used / (new.at - old.at).as_secs_f64()) / DAY_S;
         match days {
             0.0..1000.0 => _ = write!(text, ", {days:.0} days left at this rate"),
@@ -167,7 +172,7 @@ impl Poll for RatesSampler {
             at: Instant::now(),
             readings: self.metrics.readings_stored(),
             ack_delays: self.metrics.ack_delays(),
-            disk_free_bytes: self.metrics.disk_free_bytes.get(),
+            disk_free_bytes: self.metrics.disk_free_bytes(),
         });
         Ok(())
     }
@@ -176,13 +181,14 @@ impl Poll for RatesSampler {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::disk::Space;
 
     fn sample(at: Instant, readings: u64, disk_free_bytes: i64) -> Sample {
         Sample {
             at,
             readings,
             ack_delays: [0; ACK_DELAYS],
-            disk_free_bytes,
+            disk_free_bytes: Some(disk_free_bytes),
         }
     }
 
@@ -198,7 +204,13 @@ mod tests {
         assert_eq!(per_second(Some((&new, &old))), "2,000/s");
         assert_eq!(per_second(Some((&new, &new))), "not known yet");
         let metrics = Metrics::default();
-        metrics.disk_free_bytes.set(864 << 30);
+        assert_eq!(disk(&metrics, None), "not known yet");
+        let space = |free_bytes| Space {
+            free_bytes,
+            total_bytes: 1 << 50,
+        };
+        metrics.set_disk("store", space(864 << 30), false);
+        metrics.set_disk("data", space(900 << 30), false);
         // A GiB in 1,000 s.
         assert_eq!(
             disk(&metrics, Some((&new, &old))),
@@ -206,7 +218,7 @@ mod tests {
         );
         assert_eq!(disk(&metrics, Some((&old, &old))), "864.0 GiB free");
         let grown = Sample {
-            disk_free_bytes: 1 << 41,
+            disk_free_bytes: Some(1 << 41),
             ..new
         };
         assert_eq!(
