@@ -8,12 +8,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::config::Config;
 use crate::config::store_url::StoreUrl;
 use crate::ingest::registry::{Obstacle, Registry};
 use crate::metrics::Metrics;
+use crate::store::spool;
+use crate::store::sqlite::LogMover;
 use crate::sys::disk::{Level, Levels, Space};
 
 /// Interval between two measurements of a disk.
@@ -84,31 +86,38 @@ fn directory_of(path: &Path) -> PathBuf {
     dir.unwrap_or(Path::new(".")).to_owned()
 }
 
+/// What all watches use.
+#[derive(Clone)]
+pub struct DiskUsers {
+    /// Percentages at which the gateway reacts.
+    pub levels: watch::Receiver<Levels>,
+    /// Sessions, which stop storing.
+    pub registry: Arc<Registry>,
+    pub metrics: Arc<Metrics>,
+    /// Write-ahead log of a SQLite store. Commits move it, and there are none while the disk is full.
+    pub log: Option<LogMover>,
+    /// Path of the spool, if there is one.
+    pub spool: Option<PathBuf>,
+    /// Notified when a disk becomes low, so that retention deletes at once.
+    pub retention: Arc<Notify>,
+}
+
 /// Watches one disk.
 pub struct DiskWatch {
     place: Place,
     path: PathBuf,
-    levels: watch::Receiver<Levels>,
     level: Level,
-    registry: Arc<Registry>,
-    metrics: Arc<Metrics>,
+    users: DiskUsers,
 }
 
 impl DiskWatch {
     /// Creates a watch that has not measured the disk yet.
-    pub fn new(
-        (place, path): (Place, PathBuf),
-        levels: watch::Receiver<Levels>,
-        registry: Arc<Registry>,
-        metrics: Arc<Metrics>,
-    ) -> DiskWatch {
+    pub fn new((place, path): (Place, PathBuf), users: DiskUsers) -> DiskWatch {
         DiskWatch {
             place,
             path,
-            levels,
             level: Level::default(),
-            registry,
-            metrics,
+            users,
         }
     }
 
@@ -120,32 +129,52 @@ impl DiskWatch {
         }
     }
 
-    /// Measures the disk once and applies its level.
+    /// Measures the disk once and applies its level. A disk that cannot be measured keeps its level; the store reports
+    /// its errors.
     ///
     /// # Cancel safety
     /// Nothing is applied before the disk has answered.
     pub async fn measure(&mut self) {
         let path = self.path.clone();
         let measured = tokio::task::spawn_blocking(move || Space::of(&path)).await;
-        // A disk that cannot be measured keeps its level; the store reports its errors.
-        if let Ok(Ok(space)) = measured {
-            self.apply(space);
+        let Ok(Ok(space)) = measured else { return };
+        let level = self.level_of(space).await;
+        self.apply(space, level);
+        if let (Level::Full, Place::Store, Some(log)) = (level, self.place, &self.users.log) {
+            log.move_log().await;
         }
     }
 
-    fn apply(&mut self, space: Space) {
-        let before = self.level;
-        let level = self.levels.borrow().level(space, before);
-        let is_low = level != Level::Enough;
-        self.metrics.set_disk(self.place.name(), space, is_low);
+    /// Returns the level of the disk. The file of a spool does not shrink when it is drained, so its free pages count as
+    /// free space.
+    async fn level_of(&self, mut space: Space) -> Level {
+        let levels = *self.users.levels.borrow();
+        let level = levels.level(space, self.level);
+        if let (Place::Spool, Some(spool)) = (self.place, &self.users.spool)
+            && level != Level::Enough
+        {
+            space.free_bytes += spool::reusable_bytes(spool).await.unwrap_or(0);
+            return levels.level(space, self.level);
+        }
+        level
+    }
+
+    fn apply(&mut self, space: Space, level: Level) {
+        let DiskUsers {
+            registry, metrics, ..
+        } = &self.users;
+        let place = self.place.name();
+        metrics.set_disk(place, space, level != Level::Enough);
+        let before = std::mem::replace(&mut self.level, level);
         if level == before {
             return;
         }
-        self.level = level;
         if self.place.holds_readings() {
-            let obstacle = Obstacle::Disk(self.place.name());
-            self.registry.announce(obstacle, level == Level::Full);
-            self.metrics.set_disk_stopped(self.registry.is_disk_full());
+            registry.announce(Obstacle::Disk(place), level == Level::Full);
+            metrics.set_disk_stopped(registry.is_disk_full());
+        }
+        if level > before {
+            self.users.retention.notify_one();
         }
         self.log(space, before, level);
     }

@@ -24,7 +24,7 @@ use crate::metrics::Metrics;
 use crate::quota::device::DeviceQuotas;
 use crate::quota::quarantine::{Gauge, UsageWatch};
 use crate::server::device_watch::DeviceWatch;
-use crate::server::disk_watch::{self, DiskWatch};
+use crate::server::disk_watch::{self, DiskUsers, DiskWatch};
 use crate::server::supervisor::Supervisor;
 use crate::server::{self, ServerSettings};
 use crate::session::SessionSettings;
@@ -34,18 +34,17 @@ use crate::store::admin::presence::PresenceWatch;
 use crate::store::admin::prune::Pruner;
 use crate::store::admin::quarantine_usage::UsageReader;
 use crate::store::admin::retention::Retention;
-use crate::store::admin::{Poll, Reconnecting, Source, poll_once};
+use crate::store::admin::{Poll, Reconnecting, Source, poll_every_or_when, poll_once};
 use crate::store::postgres::{PostgresSettings, PostgresStore};
 use crate::store::spool::{self, SpoolError, SpoolStore};
 use crate::store::sqlite::files::HeldFiles;
-use crate::store::sqlite::{SqliteSettings, SqliteStore};
-use crate::sys::disk::Levels;
+use crate::store::sqlite::{LogMover, SqliteSettings, SqliteStore};
 use crate::sys::gateway_id;
 use crate::sys::log;
 use crate::sys::service::{self, InheritedSockets};
 use clap::Args;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{MissedTickBehavior, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -121,8 +120,9 @@ async fn run(config: &Config, hangup: Signal, start: Start) -> Result<(), Error>
         StoreUrl::Sqlite(path) => {
             spool::refuse_undrained(&config.location.spool()).await?;
             let store = SqliteStore::open(path, &sqlite_settings(config)).await?;
+            let log = store.log_mover();
             let key = fleet_key::settle(config, found).await?;
-            serve_into(vec![store], config, key, hangup, start).await
+            serve_into(vec![store], config, Some(log), key, hangup, start).await
         }
         StoreUrl::Postgres(url) if config.spool.spool => {
             let postgres = postgres_settings(config, url)?;
@@ -138,7 +138,7 @@ async fn run(config: &Config, hangup: Signal, start: Start) -> Result<(), Error>
             });
             let store = store.await?;
             let key = fleet_key::settle(config, found).await?;
-            serve_into(vec![store], config, key, hangup, start).await
+            serve_into(vec![store], config, None, key, hangup, start).await
         }
         StoreUrl::Postgres(url) => {
             let postgres = postgres_settings(config, url)?;
@@ -153,7 +153,7 @@ async fn run(config: &Config, hangup: Signal, start: Start) -> Result<(), Error>
             });
             let stores = stores.await?;
             let key = fleet_key::settle(config, found).await?;
-            serve_into(stores, config, key, hangup, start).await
+            serve_into(stores, config, None, key, hangup, start).await
         }
     }
 }
@@ -185,6 +185,7 @@ async fn once_up<T>(
 async fn serve_into<S: Store>(
     stores: Vec<S>,
     config: &Config,
+    log_mover: Option<LogMover>,
     (key, origin): (FleetKey, Origin),
     hangup: Signal,
     mut start: Start,
@@ -258,7 +259,16 @@ async fn serve_into<S: Store>(
     poll_once(&mut gauges).await;
     tasks.spawn_poller(gauges);
     let (disk_levels, levels) = watch::channel(config.disks.levels());
-    watch_disks(config, levels, &registry, &metrics, &mut tasks).await;
+    let space_wanted = Arc::new(Notify::new());
+    let users = DiskUsers {
+        levels,
+        registry: Arc::clone(&registry),
+        metrics: Arc::clone(&metrics),
+        log: log_mover,
+        spool: config.spool(),
+        retention: Arc::clone(&space_wanted),
+    };
+    watch_disks(config, &users, &mut tasks).await;
     if let Some((listener, site)) = http {
         tasks.spawn_poller(FeedHead::new(&config.store, feed));
         tasks.spawn_poller(RatesSampler::new(Arc::clone(&metrics), rates));
@@ -306,7 +316,9 @@ async fn serve_into<S: Store>(
     tasks.spawn_poller(devices);
     tasks.spawn("fleet key", async move { key_file.watch_only().await });
     tasks.spawn_poller(pruner);
-    tasks.spawn_poller(retention);
+    tasks.spawn(Retention::TASK, async move {
+        poll_every_or_when(retention, &space_wanted).await
+    });
     if let Some(mirror) = mirror {
         tasks.spawn_poller(mirror);
     }
@@ -334,16 +346,9 @@ async fn serve_into<S: Store>(
 }
 
 /// Starts a watch for each disk. Measures each once before, unless it does not answer.
-async fn watch_disks(
-    config: &Config,
-    levels: watch::Receiver<Levels>,
-    registry: &Arc<Registry>,
-    metrics: &Arc<Metrics>,
-    tasks: &mut Supervisor,
-) {
+async fn watch_disks(config: &Config, users: &DiskUsers, tasks: &mut Supervisor) {
     for place in disk_watch::places(config) {
-        let (registry, metrics) = (Arc::clone(registry), Arc::clone(metrics));
-        let mut disk = DiskWatch::new(place, levels.clone(), registry, metrics);
+        let mut disk = DiskWatch::new(place, users.clone());
         let _ = timeout(DISK_TIMEOUT, disk.measure()).await;
         tasks.spawn("disk space", disk.run());
     }

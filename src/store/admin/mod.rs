@@ -29,6 +29,6 @@ mod value;
 
 pub use self::connection::{Access, Connection, Source};
 pub use self::error::{Cause, OpenError, QueryError};
-pub use self::poll::{Pace, Poll, Reconnecting, poll_every, poll_once};
+pub use self::poll::{Pace, Poll, Reconnecting, poll_every, poll_every_or_when, poll_once};
 pub use self::row::{Argument, Row};
 pub use self::value::{Value, real};

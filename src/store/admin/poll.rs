@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use tokio::time::{sleep, timeout};
+use tokio::sync::Notify;
+use tokio::time::timeout;
 
 use crate::config::store_url::StoreUrl;
 
@@ -36,10 +37,15 @@ pub trait Poll: Send {
 }
 
 /// Polls after each pause, for as long as the future is polled.
-pub async fn poll_every<T, P: Poll>(mut poller: P) -> T {
+pub async fn poll_every<T, P: Poll>(poller: P) -> T {
+    poll_every_or_when(poller, &Notify::new()).await
+}
+
+/// Polls like [`poll_every`], and also when `wanted` is notified.
+pub async fn poll_every_or_when<T, P: Poll>(mut poller: P, wanted: &Notify) -> T {
     let mut pause = P::PACE.interval;
     loop {
-        sleep(pause).await;
+        let _ = timeout(pause, wanted.notified()).await;
         let began = Instant::now();
         poll_once(&mut poller).await;
         pause = P::PACE.pause_after(began.elapsed());

@@ -135,6 +135,13 @@ pub async fn waiting(path: &Path) -> Result<Option<Waiting>, SpoolError> {
     waiting.map_err(|error| StoreError::Transient(error.to_string()).into())
 }
 
+/// Returns the size of the free pages in the spool at `path`, in bytes. New frames use them before the file grows.
+pub async fn reusable_bytes(path: &Path) -> Result<u64, SpoolError> {
+    let mut reader = SpoolReader::open(path).await?;
+    let reusable = reader.reusable_bytes().await;
+    reusable.map_err(|error| StoreError::Transient(error.to_string()).into())
+}
+
 /// Fails if frames wait in the spool at `path`. Call it for a gateway that uses another store and would not drain
 /// them.
 ///

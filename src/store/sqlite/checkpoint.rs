@@ -55,6 +55,20 @@ pub(super) struct Checkpoints {
     task: JoinSet<()>,
 }
 
+/// Moves the log of an open store into the database on request.
+#[derive(Clone)]
+pub struct LogMover(Arc<Shared>);
+
+impl LogMover {
+    /// Moves the pages that can be moved without waiting. If nothing reads the rest, the next write uses the space of
+    /// the log again, and the database file loses the pages that were returned. Failures are reported by commits.
+    pub async fn move_log(&self) {
+        if self.0.failure.get().is_none() {
+            let _ = self.0.checkpoint(Mode::Passive).await;
+        }
+    }
+}
+
 struct Shared {
     /// Locked during a checkpoint.
     conn: Mutex<SqliteConnection>,
@@ -88,6 +102,10 @@ impl Checkpoints {
             finish_at_bytes,
             task,
         }
+    }
+
+    pub(super) fn mover(&self) -> LogMover {
+        LogMover(Arc::clone(&self.shared))
     }
 
     /// Shortens a long log, before a commit. Doing this after the commit would delay its receipts.

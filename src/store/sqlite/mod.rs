@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use sqlx::Connection;
 
+pub use self::checkpoint::LogMover;
 use self::checkpoint::{Checkpoints, Limits};
 use self::files::{Header, HeldFiles};
 pub use self::files::{file_system_fault, is_in_use};
@@ -228,6 +229,11 @@ impl SqliteStore {
             path,
             locks,
         })
+    }
+
+    /// Returns a handle that moves the log while the store is open.
+    pub fn log_mover(&self) -> LogMover {
+        self.checkpoints.mover()
     }
 
     /// Commits the content of one transaction; an error states whether a smaller one may pass.

@@ -59,8 +59,6 @@ pub struct Gateway {
     stderr: Mutex<Stderr>,
     ended: Option<ExitStatus>,
     data_dir: PathBuf,
-    /// Path of the data directory for the gateway, if only the gateway has mounted its disk.
-    mounted_at: Option<PathBuf>,
     /// Removed with the gateway that created it.
     _dir: Option<TempDir>,
 }
@@ -94,60 +92,30 @@ impl Gateway {
     /// Starts a gateway in a new directory whose log goes to `stderr`.
     pub fn start_logging_to(stderr: Stdio, flags: &[&str]) -> Gateway {
         let dir = TempDir::new().expect("a directory");
-        let mut gateway = Gateway::start_with(command(&["serve"]), stderr, dir.path(), flags);
+        let mut gateway =
+            Gateway::start_with(command(&["serve"]), stderr, dir.path(), dir.path(), flags);
         gateway._dir = Some(dir);
         gateway
     }
 
     /// Starts a gateway by a command that ends with `serve`.
     pub fn start_by(serve: Command, data_dir: &Path, flags: &[&str]) -> Gateway {
-        Gateway::start_with(serve, Stdio::piped(), data_dir, flags)
+        Gateway::start_with(serve, Stdio::piped(), data_dir, data_dir, flags)
     }
 
-    /// Starts a gateway in `data_dir`, on a disk of its own of this size. Returns `None`, and says so, where users cannot
-    /// mount. The files of the gateway are in [`Gateway::data_dir`], but only the programs of [`Gateway::beside`] can
-    /// open its database.
-    pub fn start_on_small_disk(data_dir: &Path, mebibytes: u32, flags: &[&str]) -> Option<Gateway> {
-        let mount = format!("mount -t tmpfs -o size={mebibytes}m,mode=700 disk \"$0\" || exit 77");
-        let unshare = |script: &str| {
-            let mut unshare = clean("unshare");
-            unshare.args(["--user", "--map-root-user", "--mount", "sh", "-c", script]);
-            unshare.arg(data_dir);
-            unshare
-        };
-        let probe = unshare(&mount).output().expect("unshare");
-        if probe.status.code() == Some(77) || probe.stderr.starts_with(b"unshare: ") {
-            eprintln!("not tested: this system does not let its users mount");
-            return None;
-        }
-        let binary = env!("CARGO_BIN_EXE_fieldgate");
-        let serve = unshare(&format!("{mount}; exec {binary} serve \"$@\""));
-        let mut gateway = Gateway::start_with(serve, Stdio::piped(), data_dir, flags);
-        gateway.mounted_at = Some(data_dir.to_owned());
-        Some(gateway)
+    /// Starts a gateway whose data directory this process sees at `files`.
+    pub fn start_apart(serve: Command, data_dir: &Path, files: &Path, flags: &[&str]) -> Gateway {
+        Gateway::start_with(serve, Stdio::piped(), data_dir, files, flags)
     }
 
-    /// Returns `fieldgate` with `args` for the gateway's data directory, on a disk that only its gateway has mounted.
-    pub fn beside(&self, args: &[&str]) -> Command {
-        let target = self.process.id().to_string();
-        let dir = self.mounted_at.as_ref().expect("started on a small disk");
-        let mut beside = clean("nsenter");
-        beside.args([
-            "--user",
-            "--mount",
-            "--preserve-credentials",
-            "--target",
-            &target,
-        ]);
-        beside.arg(env!("CARGO_BIN_EXE_fieldgate")).args(args);
-        beside.arg("--data-dir").arg(dir);
-        beside
-    }
-
-    fn start_with(mut serve: Command, stderr: Stdio, data_dir: &Path, flags: &[&str]) -> Gateway {
-        let is_mounted = serve.get_program() == "unshare";
-        let data_dir = data_dir.to_owned();
-        serve.arg("--data-dir").arg(&data_dir).args(flags);
+    fn start_with(
+        mut serve: Command,
+        stderr: Stdio,
+        data_dir: &Path,
+        files: &Path,
+        flags: &[&str],
+    ) -> Gateway {
+        serve.arg("--data-dir").arg(data_dir).args(flags);
         if !flags.contains(&"--listen") {
             serve.args(["--listen", "127.0.0.1:0"]);
         }
@@ -187,10 +155,6 @@ impl Gateway {
         let addr = listens();
         let tls_addr = flags.contains(&"--tls-listen").then(&mut listens);
         let http_addr = flags.contains(&"--http").then(listens);
-        let data_dir = match is_mounted {
-            true => format!("/proc/{}/root{}", process.id(), data_dir.display()).into(),
-            false => data_dir,
-        };
         let gateway = Gateway {
             addr,
             tls_addr,
@@ -198,8 +162,7 @@ impl Gateway {
             process,
             stderr: Mutex::new(stderr),
             ended: None,
-            data_dir,
-            mounted_at: None,
+            data_dir: files.to_owned(),
             _dir: None,
         };
         keep_key(&gateway.fleet_key());

@@ -12,6 +12,7 @@ pub mod http;
 pub mod logs;
 pub mod messages;
 pub mod site;
+pub mod small_disk;
 pub mod wire;
 
 /// Maximum wait for an event that has no deadline of its own.

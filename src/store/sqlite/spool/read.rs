@@ -79,6 +79,13 @@ impl SpoolReader {
         }))
     }
 
+    /// Returns the size of the free pages in the file, in bytes.
+    pub(in crate::store) async fn reusable_bytes(&mut self) -> Result<u64, sqlx::Error> {
+        let free = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size";
+        let bytes: i64 = sqlx::query_scalar(free).fetch_one(&mut self.conn).await?;
+        Ok(bytes.unsigned_abs())
+    }
+
     /// Returns a gap for each stream that covers everything drained from it.
     pub(in crate::store) async fn drained(
         &mut self,
