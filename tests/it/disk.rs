@@ -15,7 +15,9 @@ const MIB: u64 = 1 << 20;
 /// Readings of a frame of [`full_frame`], which are a second apart.
 const ROWS: i64 = 450;
 const HOUR_US: i64 = 3_600_000_000;
-const RETENTION: [&str; 2] = ["--readings-days", "1"];
+/// Without it, the log could fill the whole disk.
+const SMALL_LOG: [&str; 2] = ["--wal-bytes-max", "16MiB"];
+const RETENTION: [&str; 4] = ["--readings-days", "1", SMALL_LOG[0], SMALL_LOG[1]];
 
 fn is_ready(gateway: &Gateway) -> bool {
     get(gateway, "/readyz").status == 200
@@ -120,10 +122,10 @@ fn a_gateway_with_retention_continues_by_itself() {
 /// Another program takes all space, when the write-ahead log is short.
 #[test]
 fn retention_deletes_on_a_disk_without_any_space() {
-    let Some(disk) = SmallDisk::mount(32) else {
+    let Some(disk) = SmallDisk::mount(64) else {
         return;
     };
-    let mut gateway = disk.start(&[]);
+    let mut gateway = disk.start(&SMALL_LOG);
     let (mut link, _) = gateway.connect("pump");
     let frames = 1000;
     for seq in 1..=frames {
@@ -132,6 +134,10 @@ fn retention_deletes_on_a_disk_without_any_space() {
     gateway.terminate();
     gateway.wait();
     let gateway = disk.start(&RETENTION);
+    eventually("a reserve", PATIENCE, || {
+        let reserve = disk.files().join("fieldgate.db.reserve").metadata();
+        reserve.is_ok_and(|reserve| reserve.len() == 4 * MIB)
+    });
     let _full = disk.leave(0);
     assert_eq!(disk.free_bytes(), 0);
     let (mut link, _) = gateway.connect("pump");

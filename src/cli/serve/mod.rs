@@ -241,6 +241,7 @@ async fn serve_into<S: Store>(
         &config.store,
         config.retention.clone(),
         Arc::clone(&metrics),
+        log_mover.clone(),
     );
     let pruner = Pruner::new(&config.store, spool.clone(), config.devices.events);
     let mut usage = UsageWatch {

@@ -53,6 +53,15 @@ impl QueryError {
         }
     }
 
+    /// Returns whether SQLite could not write for lack of disk space.
+    pub fn is_disk_full(&self) -> bool {
+        match self {
+            QueryError::Open(OpenError::Sqlite(sqlite::OpenError::Sqlite { source, .. }))
+            | QueryError::Sql(source) => sqlite::is_disk_full(source),
+            _ => false,
+        }
+    }
+
     /// Returns why the statement failed.
     pub fn cause(&self) -> Cause {
         let error = match self {

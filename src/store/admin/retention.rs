@@ -6,17 +6,17 @@
 //! that stays. A frame that is sent again is recognized by its stream's durable_seq, so it needs no row.
 
 use std::collections::HashSet;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::connection::Driver;
-use super::{Access, Argument, Connection, Pace, Poll, QueryError, Row};
+use super::{Argument, Connection, QueryError, Row};
 use crate::config::RetentionSettings;
 use crate::config::retention::ReadingRetention;
-use crate::config::store_url::StoreUrl;
-use crate::metrics::Metrics;
 use crate::store::postgres::{self, Partition};
-use crate::time::SystemClock;
+
+pub use self::task::Retention;
+
+mod task;
 
 const DAY_US: i64 = 86_400_000_000;
 /// Number of rows that one query reads.
@@ -51,13 +51,6 @@ pub enum Action {
     Count,
 }
 
-/// Deletes what is too old, at intervals.
-pub struct Retention {
-    store: StoreUrl,
-    settings: RetentionSettings,
-    metrics: Arc<Metrics>,
-}
-
 /// One pass over the store.
 struct Round<'c> {
     connection: &'c mut Connection,
@@ -67,16 +60,6 @@ struct Round<'c> {
     deleted: Deleted,
     /// Frames of readings that stay although they are too old.
     kept: HashSet<i64>,
-}
-
-impl Retention {
-    pub fn new(store: &StoreUrl, settings: RetentionSettings, metrics: Arc<Metrics>) -> Retention {
-        Retention {
-            store: store.clone(),
-            settings,
-            metrics,
-        }
-    }
 }
 
 /// Checks the whole store once.
@@ -92,45 +75,6 @@ pub async fn round(
     let mut round = Round::new(connection, settings, now_us, action);
     round.run().await?;
     Ok(round.deleted)
-}
-
-impl Poll for Retention {
-    const TASK: &'static str = "retention";
-    const PACE: Pace = Pace {
-        interval: Duration::from_secs(600),
-        timeout: Duration::from_secs(6 * 3600),
-        share: 1,
-    };
-
-    async fn poll(&mut self) -> Result<(), QueryError> {
-        let mut connection = Connection::open(&self.store, Access::Write).await?;
-        let now_us = SystemClock::start().now().utc_us;
-        let mut round = Round::new(&mut connection, &self.settings, now_us, Action::Delete);
-        let ended = round.run().await;
-        let deleted = round.deleted;
-        self.metrics.deleted(&[
-            ("readings", deleted.readings),
-            ("partitions", deleted.partitions),
-            ("frames", deleted.frames),
-            ("gaps", deleted.gaps),
-            ("quarantined", deleted.quarantined),
-            ("events", deleted.events),
-        ]);
-        if deleted != Deleted::default() {
-            tracing::info!(
-                readings = deleted.readings,
-                partitions = deleted.partitions,
-                frames = deleted.frames,
-                gaps = deleted.gaps,
-                quarantined = deleted.quarantined,
-                events = deleted.events,
-                "deleted what is older than its retention"
-            );
-        }
-        ended?;
-        self.metrics.retention_round.set(now_us / 1_000_000);
-        Ok(())
-    }
 }
 
 impl<'c> Round<'c> {

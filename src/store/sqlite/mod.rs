@@ -41,7 +41,7 @@ mod identity;
 mod level0;
 mod open;
 pub mod readers;
-mod reserve;
+pub(super) mod reserve;
 mod rows;
 pub(super) mod spool;
 #[cfg(test)]
@@ -440,6 +440,12 @@ fn classify(error: &sqlx::Error, doing: &str) -> StoreError {
         true => StoreError::Transient(text),
         false => StoreError::Fatal(text),
     }
+}
+
+/// Returns whether a write failed for lack of disk space.
+pub(super) fn is_disk_full(error: &sqlx::Error) -> bool {
+    primary_code(error) == Some(FULL)
+        || matches!(extended_code(error), Some(IOERR_SHMSIZE | IOERR_WRITE))
 }
 
 /// Returns whether a smaller transaction may pass where this one failed.

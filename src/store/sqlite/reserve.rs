@@ -1,27 +1,34 @@
-//! Disk space reserved for a spool. Deleting drained frames needs space itself, in the write-ahead log and,
-//! after a checkpoint, in the database.
+//! Disk space reserved for deletions. Deleting drained frames of a spool, or what is older than the retention of a
+//! store, needs space itself, in the write-ahead log and, after a checkpoint, in the database.
 //!
-//! The reserve is a file next to the spool. It is deleted when frames cannot be deleted for lack of space, and
-//! allocated again when the disk has space. Meanwhile new frames use only free pages of the spool's file.
+//! The reserve is a file next to the database. It is deleted when rows cannot be deleted for lack of space, and
+//! allocated again when the disk has space. Meanwhile new frames use only free pages of a spool's file, and a store
+//! receives none.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::ops::RangeInclusive;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Size of the reserve, in bytes: twice what the checkpoint of a log of [`LOG_BYTES`] and a batch needs. If the
+use crate::sys::disk::Space;
+
+/// Size of the reserve of a spool, in bytes: twice what the checkpoint of a log of [`LOG_BYTES`] and a batch needs. If the
 /// disk has too little space, half of it is reserved.
 pub(super) const RESERVE_BYTES: u64 = 32 << 20;
 /// Maximum size of a spool's log, in bytes, before it is checkpointed between two commits.
 pub(super) const LOG_BYTES: u64 = 8 << 20;
+/// Minimum and maximum size of the reserve of a store, in bytes. Between them, it is this part of the disk.
+const STORE_RESERVE_BYTES: RangeInclusive<u64> = 4 << 20..=16 << 20;
+const STORE_RESERVE_SHARE: u64 = 64;
 /// Interval between attempts to allocate the reserve again.
 const RETRY: Duration = Duration::from_secs(10);
 /// Size of each write, in bytes, if the file system cannot allocate space.
 const BLOCK_BYTES: usize = 64 << 10;
 
 #[derive(Debug)]
-pub(super) struct Reserve {
+pub(in crate::store) struct Reserve {
     path: PathBuf,
     bytes: u64,
     is_held: bool,
@@ -30,9 +37,18 @@ pub(super) struct Reserve {
 }
 
 impl Reserve {
-    /// Reserves space for the spool at `spool`, or keeps the reserve of an earlier gateway.
-    pub(super) fn open(spool: &Path, bytes: u64) -> Reserve {
-        let mut path = spool.to_owned().into_os_string();
+    /// Reserves space for deletions from the store at `path`, or keeps the reserve of an earlier gateway.
+    pub(in crate::store) fn of_store(path: &Path) -> Reserve {
+        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let (min, max) = STORE_RESERVE_BYTES.into_inner();
+        let disk = path.parent().and_then(|dir| Space::of(dir).ok());
+        let share = disk.map_or(max, |disk| disk.total_bytes / STORE_RESERVE_SHARE);
+        Reserve::open(&path, share.clamp(min, max))
+    }
+
+    /// Reserves space for the database at `path`, or keeps the reserve of an earlier gateway.
+    pub(super) fn open(path: &Path, bytes: u64) -> Reserve {
+        let mut path = path.to_owned().into_os_string();
         path.push(".reserve");
         let mut reserve = Reserve {
             path: path.into(),
@@ -50,7 +66,7 @@ impl Reserve {
     }
 
     /// Deletes the reserve; returns whether there was one.
-    pub(super) fn release(&mut self) -> bool {
+    pub(in crate::store) fn release(&mut self) -> bool {
         self.retry_at = Instant::now() + RETRY;
         let was_held = std::mem::take(&mut self.is_held);
         was_held && fs::remove_file(&self.path).is_ok()
@@ -58,7 +74,7 @@ impl Reserve {
 
     /// Allocates the reserve again if it was deleted, the disk has enough space, and the next attempt is due.
     /// Returns whether it is held.
-    pub(super) fn restore(&mut self) -> bool {
+    pub(in crate::store) fn restore(&mut self) -> bool {
         if !self.is_held && Instant::now() >= self.retry_at {
             self.retry_at = Instant::now() + RETRY;
             let wanted = [self.bytes, self.bytes_min()];

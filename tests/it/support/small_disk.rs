@@ -75,7 +75,7 @@ impl SmallDisk {
     }
 
     pub fn free_bytes(&self) -> u64 {
-        let disk = statvfs(&self.files()).expect("a disk");
+        let disk = statvfs(self.files()).expect("a disk");
         disk.f_bavail * disk.f_frsize
     }
 
@@ -83,8 +83,11 @@ impl SmallDisk {
     pub fn leave(&self, free_bytes: u64) -> Ballast {
         let path = self.files().join("ballast");
         let file = std::fs::File::create(&path).expect("a file");
-        let bytes = self.free_bytes().saturating_sub(free_bytes);
-        fallocate(&file, FallocateFlags::empty(), 0, bytes).expect("allocates");
+        // Other programs write meanwhile.
+        eventually("the disk is filled", PATIENCE, || {
+            let bytes = self.free_bytes().saturating_sub(free_bytes);
+            bytes == 0 || fallocate(&file, FallocateFlags::empty(), 0, bytes).is_ok()
+        });
         Ballast(path)
     }
 }

@@ -1,5 +1,7 @@
 use super::*;
+use crate::config::store_url::StoreUrl;
 use crate::store::Store;
+use crate::store::admin::Access;
 use crate::store::postgres::PostgresStore;
 use crate::store::postgres::tests::Database;
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
@@ -263,7 +265,7 @@ async fn a_gateway_counts_what_it_deletes() {
         .unwrap();
     assert!(counted.readings > 0);
     let metrics = Arc::new(Metrics::default());
-    let mut retention = Retention::new(&url, settings, Arc::clone(&metrics));
+    let mut retention = Retention::new(&url, settings, Arc::clone(&metrics), None);
     retention.poll().await.unwrap();
     // A second round finds nothing.
     retention.poll().await.unwrap();
