@@ -133,13 +133,15 @@ fn retention_deletes_on_a_disk_without_any_space() {
     }
     gateway.terminate();
     gateway.wait();
-    let gateway = disk.start(&RETENTION);
+    let mut gateway = disk.start(&RETENTION);
     eventually("a reserve", PATIENCE, || {
         let reserve = disk.files().join("fieldgate.db.reserve").metadata();
         reserve.is_ok_and(|reserve| reserve.len() == 4 * MIB)
     });
     let _full = disk.leave(0);
     assert_eq!(disk.free_bytes(), 0);
+    // Without a commit of the gateway.
+    gateway.wait_for_line("disk has space again, storing readings");
     let (mut link, _) = gateway.connect("pump");
     store(&mut link, &full_frame(frames + 1), frames + 1);
     assert!(expect_only_the_oldest_deleted(&disk, frames + 1) > 0);

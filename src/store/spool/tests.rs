@@ -479,3 +479,26 @@ async fn a_database_is_written_by_one_spool_or_by_gateways_without_spools() {
         .unwrap();
     PostgresStore::open(h.database.settings()).await.unwrap();
 }
+
+#[tokio::test]
+async fn space_inside_the_file_is_known_while_a_gateway_uses_it() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("spool.db");
+    let spool = SqliteStore::open_spool(&path, &SqliteSettings::default()).await;
+    let spool = spool.unwrap();
+    let mut connection = Connection::open(Source::Spool(path.clone()), Access::Write)
+        .await
+        .unwrap();
+    let fill = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000)
+        INSERT INTO refusals (peer, device, code, reason, count, first_at, last_at)
+        SELECT 'peer', hex(zeroblob(50)) || i, 40, '', 1, 0, 0 FROM n";
+    connection.execute(fill, &[]).await.unwrap();
+    let before = reusable_bytes(&path).await.unwrap();
+    connection
+        .execute("DELETE FROM refusals", &[])
+        .await
+        .unwrap();
+    let freed = reusable_bytes(&path).await.unwrap() - before;
+    assert!(freed > 1_000_000, "{freed}");
+    spool.close().await.unwrap();
+}
