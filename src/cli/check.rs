@@ -11,10 +11,10 @@ use std::path::Path;
 
 use crate::config::store_url::StoreUrl;
 use crate::config::{Config, Location, Settings};
-use crate::server::disk_watch::{self, Place};
+use crate::server::disk_watch;
 use crate::store::admin::{self, Connection, OpenError};
 use crate::store::{postgres, spool, sqlite};
-use crate::sys::disk::{Level, Levels, Space};
+use crate::sys::disk::{Level, Levels, Place, Space};
 use crate::sys::{log, open_files};
 use crate::time::{doubt_at_start, utc_now};
 use clap::{Args, Subcommand};

@@ -13,9 +13,9 @@ use tokio::time::timeout;
 
 use crate::config::Location;
 use crate::config::store_url::{PostgresUrl, StoreUrl};
-use crate::server::disk_watch::Place;
 use crate::store::admin::{Access, Connection};
 use crate::store::{spool, sqlite};
+use crate::sys::disk::Place;
 use crate::time::SystemClock;
 
 use super::Error;

@@ -24,7 +24,7 @@ use prometheus_client::registry::{Metric, Registry};
 pub use self::delays::ACK_DELAYS;
 use self::delays::Delays;
 use self::process::Process;
-use crate::sys::disk::Space;
+use crate::sys::disk::{Place, Space};
 
 /// Media type of [`Metrics::text`].
 pub const CONTENT_TYPE: &str = prometheus_text::CONTENT_TYPE;
@@ -68,6 +68,13 @@ struct ByState {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByPlace {
     place: &'static str,
+}
+
+impl From<Place> for ByPlace {
+    fn from(place: Place) -> ByPlace {
+        let place = place.name();
+        ByPlace { place }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -546,8 +553,8 @@ impl Metrics {
     }
 
     /// Records the space of the disk of a place, and whether it is low.
-    pub fn set_disk(&self, place: &'static str, space: Space, is_low: bool) {
-        let place = ByPlace { place };
+    pub fn set_disk(&self, place: Place, space: Space, is_low: bool) {
+        let place = ByPlace::from(place);
         let bytes = |bytes| i64::try_from(bytes).unwrap_or(i64::MAX);
         let free = self.disk_free_bytes.get_or_create(&place);
         free.set(bytes(space.free_bytes));
@@ -558,8 +565,8 @@ impl Metrics {
 
     /// Returns the free space of the fullest disk in bytes; `None` before the first one was measured.
     pub fn disk_free_bytes(&self) -> Option<i64> {
-        let free = |place| Some(self.disk_free_bytes.get(&ByPlace { place })?.get());
-        DISK_PLACES.into_iter().filter_map(free).min()
+        let free = |place: Place| Some(self.disk_free_bytes.get(&ByPlace::from(place))?.get());
+        { Place::ALL.into_iter() }.filter_map(free).min()
     }
 
     /// Records whether a full disk keeps readings from being stored.

@@ -16,46 +16,10 @@ use crate::ingest::registry::{Obstacle, Registry};
 use crate::metrics::Metrics;
 use crate::store::spool;
 use crate::store::sqlite::LogMover;
-use crate::sys::disk::{Level, Levels, Space};
+use crate::sys::disk::{Level, Levels, Place, Space};
 
 /// Interval between two measurements of a disk.
 const INTERVAL: Duration = Duration::from_secs(1);
-
-/// What the gateway keeps on a disk. A disk that holds several of them counts as the first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    Store,
-    Spool,
-    Data,
-}
-
-impl Place {
-    /// Every place.
-    pub const ALL: [Place; 3] = [Place::Store, Place::Spool, Place::Data];
-
-    /// Returns the label in metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Place::Store => "store",
-            Place::Spool => "spool",
-            Place::Data => "data",
-        }
-    }
-
-    /// Returns what is there, for operators.
-    pub fn purpose(self) -> &'static str {
-        match self {
-            Place::Store => "the store",
-            Place::Spool => "the spool",
-            Place::Data => "the data directory",
-        }
-    }
-
-    /// Returns whether readings are stored there.
-    pub fn holds_readings(self) -> bool {
-        self != Place::Data
-    }
-}
 
 /// Returns a directory on each disk that the gateway writes to, each disk once. Leaves out directories that do not
 /// exist yet.
@@ -164,7 +128,7 @@ impl DiskWatch {
             registry, metrics, ..
         } = &self.users;
         let place = self.place.name();
-        metrics.set_disk(place, space, level != Level::Enough);
+        metrics.set_disk(self.place, space, level != Level::Enough);
         let before = std::mem::replace(&mut self.level, level);
         if level == before {
             return;

@@ -12,6 +12,45 @@ pub struct Space {
     pub total_bytes: u64,
 }
 
+/// What the gateway keeps on a disk. A disk that holds several of them counts as the first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The store.
+    Store,
+    /// The spool.
+    Spool,
+    /// The data directory.
+    Data,
+}
+
+impl Place {
+    /// Every place.
+    pub const ALL: [Place; 3] = [Place::Store, Place::Spool, Place::Data];
+
+    /// Returns the label in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Place::Store => "store",
+            Place::Spool => "spool",
+            Place::Data => "data",
+        }
+    }
+
+    /// Returns what is there, for operators.
+    pub fn purpose(self) -> &'static str {
+        match self {
+            Place::Store => "the store",
+            Place::Spool => "the spool",
+            Place::Data => "the data directory",
+        }
+    }
+
+    /// Returns whether readings are stored there.
+    pub fn holds_readings(self) -> bool {
+        self != Place::Data
+    }
+}
+
 /// Percentages of free space. 0 turns a level off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Levels {

@@ -181,7 +181,7 @@ impl Poll for RatesSampler {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::disk::Space;
+    use crate::sys::disk::{Place, Space};
 
     fn sample(at: Instant, readings: u64, disk_free_bytes: i64) -> Sample {
         Sample {
@@ -209,8 +209,8 @@ mod tests {
             free_bytes,
             total_bytes: 1 << 50,
         };
-        metrics.set_disk("store", space(864 << 30), false);
-        metrics.set_disk("data", space(900 << 30), false);
+        metrics.set_disk(Place::Store, space(864 << 30), false);
+        metrics.set_disk(Place::Data, space(900 << 30), false);
         // A GiB in 1,000 s.
         assert_eq!(
             disk(&metrics, Some((&new, &old))),

@@ -7,7 +7,7 @@ use tokio::time::timeout;
 
 use crate::config::store_url::StoreUrl;
 
-use super::{Access, Argument, Connection, QueryError, Row, Source};
+use super::{Access, Argument, Cause, Connection, QueryError, Row, Source};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
@@ -44,22 +44,38 @@ pub async fn poll_every<T, P: Poll>(poller: P) -> T {
 /// Polls like [`poll_every`], and also when `wanted` is notified.
 pub async fn poll_every_or_when<T, P: Poll>(mut poller: P, wanted: &Notify) -> T {
     let mut pause = P::PACE.interval;
+    let mut has_warned = false;
     loop {
         let _ = timeout(pause, wanted.notified()).await;
         let began = Instant::now();
-        poll_once(&mut poller).await;
+        poll_and_log(&mut poller, &mut has_warned).await;
         pause = P::PACE.pause_after(began.elapsed());
     }
 }
 
-/// Polls once. A failure is logged at level DEBUG, because the writers report that the store is unavailable.
+/// Polls once.
 pub async fn poll_once<P: Poll>(poller: &mut P) {
+    poll_and_log(poller, &mut false).await;
+}
+
+/// Polls once, and logs a failure. `has_warned` is whether a warning was logged since the last success.
+async fn poll_and_log<P: Poll>(poller: &mut P, has_warned: &mut bool) {
     let task = P::TASK;
     match timeout(P::PACE.timeout, poller.poll()).await {
-        Ok(Ok(())) => {}
+        Ok(Ok(())) => *has_warned = false,
+        Ok(Err(error)) if is_warning(&error) && !*has_warned => {
+            *has_warned = true;
+            tracing::warn!(task, %error, "poll failed, retrying");
+        }
         Ok(Err(error)) => tracing::debug!(task, %error, "poll failed, retrying"),
         Err(_) => tracing::debug!(task, "poll timed out, retrying"),
     }
+}
+
+/// Returns whether an operator has to act, for example grant a permission. The writers report that the store is
+/// unavailable.
+fn is_warning(error: &QueryError) -> bool {
+    error.cause() == Cause::Statement
 }
 
 /// A read-only connection that opens on first use, and reopens after a failure.
@@ -152,6 +168,16 @@ mod tests {
             () = poll_every(poller) => unreachable!(),
             retried = retried => retried.unwrap(),
         }
+    }
+
+    #[test]
+    fn only_what_an_operator_must_change_is_a_warning() {
+        let statement = sqlx::Error::Encode("too long".into());
+        assert!(is_warning(&statement.into()));
+        for error in [sqlx::Error::WorkerCrashed, sqlx::Error::PoolTimedOut] {
+            assert!(!is_warning(&error.into()));
+        }
+        assert!(!is_warning(&QueryError::TooSlow));
     }
 
     #[test]

@@ -1,10 +1,14 @@
+use std::sync::Arc;
+
 use super::*;
 use crate::config::store_url::StoreUrl;
+use crate::metrics::Metrics;
 use crate::store::Store;
-use crate::store::admin::Access;
+use crate::store::admin::{Access, Poll};
 use crate::store::postgres::PostgresStore;
 use crate::store::postgres::tests::Database;
 use crate::store::sqlite::{SqliteSettings, SqliteStore};
+use crate::time::SystemClock;
 
 const NOW_US: i64 = 1_700_000_000_000_000;
 
