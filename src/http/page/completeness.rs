@@ -7,7 +7,7 @@ use jiff::tz::TimeZone;
 use maud::{Markup, html};
 use serde::Deserialize;
 
-use super::{Failed, Page, device_link, number};
+use super::{DEVICES_AT_ONCE, Failed, Page, device_link, number, page_number, pages};
 use crate::http::Shared;
 use crate::http::devices::within;
 use crate::http::problem::{Parameters, Problem, storable};
@@ -17,9 +17,6 @@ use crate::time::utc_now;
 
 /// Days in the table of all devices, the last of which is today.
 const DAYS: usize = 7;
-/// Devices on a page.
-const DEVICES: i64 = 50;
-const PAGE_MAX: i64 = 1_000_000;
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,18 +32,14 @@ pub(super) async fn completeness(
     wanted: Result<Parameters<Wanted>, Problem>,
 ) -> Result<Page, Failed> {
     let Parameters(Wanted { q, page }) = wanted?;
-    let page = page.unwrap_or(1);
-    if !(1..=PAGE_MAX).contains(&page) {
-        let error = format!("invalid query: page is not from 1 to {PAGE_MAX}");
-        return Err(Problem::bad_request(error, "begin with page 1").into());
-    }
+    let page = page_number(page)?;
     let q = storable("q", q.trim().to_owned())?;
     let now_us = utc_now().as_microsecond();
     let selection = Selection {
         text: q.clone(),
         order: Order::Name,
-        limit: DEVICES,
-        offset: (page - 1) * DEVICES,
+        limit: DEVICES_AT_ONCE,
+        offset: (page - 1) * DEVICES_AT_ONCE,
         now_us,
         ..Selection::default()
     };
@@ -60,7 +53,6 @@ pub(super) async fn completeness(
     })
     .await?;
     let dates: Vec<String> = (0..DAYS).map(|day| date(begin_us, day)).collect();
-    let pages = (total + DEVICES - 1) / DEVICES;
     let address = |page: i64| {
         let mut query = Serializer::new(String::new());
         if !q.is_empty() {
@@ -98,13 +90,7 @@ pub(super) async fn completeness(
                 }
             }
         }
-        @if pages > 1 || page > 1 {
-            nav .pages aria-label="Pages of devices" {
-                @if page > 1 { a rel="prev" href=(address(page - 1)) { "Previous" } }
-                span { "Page " (page) " of " (pages.max(1)) }
-                @if page < pages { a rel="next" href=(address(page + 1)) { "Next" } }
-            }
-        }
+        (pages(page, total, address))
     };
     Ok(Page::new("Completeness", content))
 }

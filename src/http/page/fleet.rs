@@ -6,18 +6,13 @@ use maud::{Markup, html};
 use serde::Deserialize;
 
 use super::rates::Rate;
-use super::{Failed, Page, device_link, number, seen, state};
+use super::{DEVICES_AT_ONCE, Failed, Page, device_link, number, page_number, pages, seen, state};
 use crate::http::Shared;
 use crate::http::devices::within;
 use crate::http::problem::{Parameters, Problem, storable};
 use crate::store::admin::fleet::{self, Device, Numbers, Order, Selection};
 use crate::store::admin::presence::Presence;
 use crate::time::utc_now;
-
-/// Devices on a page.
-const DEVICES: i64 = 50;
-/// Maximum number of the page.
-const PAGE_MAX: i64 = 1_000_000;
 
 /// Query of a request.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -37,7 +32,7 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    fn selection(&self, now_us: i64) -> Result<Selection, Problem> {
+    fn selection(&self, page: i64, now_us: i64) -> Result<Selection, Problem> {
         let state = { Presence::ALL.into_iter() }.find(|state| state.name() == self.state);
         if state.is_none() && !self.state.is_empty() {
             let names = Presence::ALL.map(Presence::name).join(", ");
@@ -49,21 +44,10 @@ impl Wanted {
             state,
             order: self.sort,
             is_descending: self.is_descending(),
-            limit: DEVICES,
-            offset: (self.number()? - 1) * DEVICES,
+            limit: DEVICES_AT_ONCE,
+            offset: (page - 1) * DEVICES_AT_ONCE,
             now_us,
         })
-    }
-
-    fn number(&self) -> Result<i64, Problem> {
-        let number = self.page.unwrap_or(1);
-        match (1..=PAGE_MAX).contains(&number) {
-            true => Ok(number),
-            false => Err(Problem::bad_request(
-                format!("invalid query: page is not from 1 to {PAGE_MAX}"),
-                "begin with page 1",
-            )),
-        }
     }
 
     fn is_descending(&self) -> bool {
@@ -117,7 +101,8 @@ pub(super) async fn fleet(
 ) -> Result<Page, Failed> {
     let Parameters(wanted) = wanted?;
     let now_us = utc_now().as_microsecond();
-    let selection = wanted.selection(now_us)?;
+    let page = page_number(wanted.page)?;
+    let selection = wanted.selection(page, now_us)?;
     let (numbers, (total, devices)) = within(async {
         let mut store = site.pages.quick.store().await;
         let numbers = fleet::numbers(&mut store).await?;
@@ -131,7 +116,7 @@ pub(super) async fn fleet(
         (rates_markup(&rates))
         h2 #devices-heading { "Devices" }
         (search(&wanted))
-        div #devices data-refresh="5" { (list(&wanted, total, &devices, now_us)?) }
+        div #devices data-refresh="5" { (list(&wanted, page, total, &devices, now_us)) }
     };
     Ok(Page::new("Fleet", content))
 }
@@ -195,25 +180,16 @@ fn search(wanted: &Wanted) -> Markup {
     }
 }
 
-fn list(wanted: &Wanted, total: i64, devices: &[Device], now_us: i64) -> Result<Markup, Problem> {
-    let page = wanted.number()?;
-    let pages = (total + DEVICES - 1) / DEVICES;
-    let address = |page| wanted.address(page, wanted.sort, wanted.is_descending());
-    Ok(html! {
+fn list(wanted: &Wanted, page: i64, total: i64, devices: &[Device], now_us: i64) -> Markup {
+    html! {
         p { (number(total as f64)) " " (if total == 1 { "device" } else { "devices" }) }
         @if devices.is_empty() {
             p { "No device matches. A device appears here when it logs in for the first time." }
         } @else {
             (table(wanted, devices, now_us))
         }
-        @if pages > 1 || page > 1 {
-            nav .pages aria-label="Pages of devices" {
-                @if page > 1 { a rel="prev" href=(address(page - 1)) { "Previous" } }
-                span { "Page " (page) " of " (pages.max(1)) }
-                @if page < pages { a rel="next" href=(address(page + 1)) { "Next" } }
-            }
-        }
-    })
+        (pages(page, total, |page| wanted.address(page, wanted.sort, wanted.is_descending())))
+    }
 }
 
 fn table(wanted: &Wanted, devices: &[Device], now_us: i64) -> Markup {

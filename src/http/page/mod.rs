@@ -12,7 +12,6 @@ mod live;
 mod quarantine;
 mod rates;
 
-use axum::extract::State;
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -25,7 +24,7 @@ use super::Shared;
 use super::devices::Reader;
 use super::problem::Problem;
 use crate::config::store_url::StoreUrl;
-use crate::text::utc_text;
+use crate::text::{age, utc_text};
 use crate::time::utc_now;
 
 /// Only assets of this server, no frames around the page, and forms only to this server.
@@ -182,9 +181,38 @@ impl IntoResponse for Failed {
     }
 }
 
-async fn not_found(State(_): State<Shared>) -> Failed {
+async fn not_found() -> Failed {
     let fix = "start at the list of devices";
     Failed(Problem::new(StatusCode::NOT_FOUND, "no such page", fix))
+}
+
+/// Devices on a page of a list.
+const DEVICES_AT_ONCE: i64 = 50;
+/// Highest number of a page.
+const PAGE_MAX: i64 = 1_000_000;
+
+/// Returns the number of the wanted page, which is 1 by default.
+fn page_number(wanted: Option<i64>) -> Result<i64, Problem> {
+    let number = wanted.unwrap_or(1);
+    if (1..=PAGE_MAX).contains(&number) {
+        return Ok(number);
+    }
+    let error = format!("invalid query: page is not from 1 to {PAGE_MAX}");
+    Err(Problem::bad_request(error, "begin with page 1"))
+}
+
+/// Returns links to the pages before and after `page` of a list of `total` devices, unless it has one page.
+fn pages(page: i64, total: i64, address: impl Fn(i64) -> String) -> Markup {
+    let last = (total + DEVICES_AT_ONCE - 1) / DEVICES_AT_ONCE;
+    html! {
+        @if last > 1 || page > 1 {
+            nav .pages aria-label="Pages of devices" {
+                @if page > 1 { a rel="prev" href=(address(page - 1)) { "Previous" } }
+                span { "Page " (page) " of " (last.max(1)) }
+                @if page < last { a rel="next" href=(address(page + 1)) { "Next" } }
+            }
+        }
+    }
 }
 
 /// Shows a time; `page.js` adds the time in the zone of the browser.
@@ -198,7 +226,7 @@ fn seen(us: Option<i64>, now_us: i64) -> Markup {
     match us {
         None => html! { "never" },
         Some(us) => {
-            html! { time datetime=(utc_text(us)) title=(utc_text(us)) { (crate::text::age(us, now_us)) } }
+            html! { time datetime=(utc_text(us)) title=(utc_text(us)) { (age(us, now_us)) } }
         }
     }
 }
