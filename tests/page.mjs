@@ -17,7 +17,7 @@ function start(program, ...args) {
   return { child, exit: once(child, "exit").then(([code]) => code) };
 }
 
-function simulate(devices, first, journal, ...args) {
+function simulate(devices, journal, ...args) {
   return start(SIMULATOR, "run", "--gateway", LISTEN, "--devices", devices, "--journal", `${WORK}/${journal}`,
     "--key-file", `${DATA}/fleet.key`, "--seed", "7", ...args);
 }
@@ -48,11 +48,11 @@ async function shows(page, selector, pattern) {
 // The numbers move while the page is open, and a device that goes away shows.
 const fleet = await open("/");
 await shows(fleet, "#connection", /live/);
-const device = simulate(1, 0, "one", "--frames", "20", "--profile", "burst", "--faults", "malformed=0.2");
+const device = simulate(1, "one", "--frames", "20", "--profile", "burst", "--faults", "malformed=0.2");
 assert.equal(await device.exit, 0);
 const interval = start(PROGRAM, "device", "set", "sim-00000", "--interval", "2s", "--data-dir", DATA);
 assert.equal(await interval.exit, 0);
-const others = simulate(60, 0, "others", "--duration", "60s", "--profile", "steady");
+const others = simulate(60, "others", "--duration", "60s", "--profile", "steady");
 await shows(fleet, "[data-live=online]", /^60$/);
 await shows(fleet, "[data-live=readings_now]", /[1-9]/);
 await shows(fleet, "#devices", /60 devices/);
@@ -63,6 +63,7 @@ await device_page.waitForFunction(
 others.child.kill("SIGTERM");
 await others.exit;
 await shows(fleet, "[data-live=late]", /^1$/);
+await shows(fleet, "#connection", /^Updates are live/);
 await shows(device_page, "#state", /late/);
 await device_page.close();
 

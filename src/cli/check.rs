@@ -336,7 +336,7 @@ async fn durability(config: &Config) -> Result<Finding, Error> {
     })
 }
 
-/// Checks the free space as the gateway does.
+/// Checks the free space with the levels of the gateway. It counts no free space inside the file of a spool.
 fn disk(levels: Levels, place: Place, path: &Path) -> Result<Finding, Error> {
     let shown = path.display();
     let space = Space::of(path).map_err(|error| {

@@ -23,7 +23,7 @@ const TIB: u64 = 1 << 40;
 const CONNECTIONS: u64 = 1_000_000;
 const FRAMES_PER_S: u64 = 1_000_000;
 const READINGS_PER_S: u64 = 1_000_000_000;
-/// A disk can have 1 % more than this percentage free.
+/// Above this, a disk might never have the one point more that ends a level.
 const PERCENT_MAX: u64 = 90;
 const U16: u64 = u16::MAX as u64;
 const U32: u64 = u32::MAX as u64;
@@ -373,12 +373,14 @@ pub struct SqliteOptions {
 #[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
 #[command(next_help_heading = "Disks")]
 pub struct DiskSettings {
-    /// Percentage of free space below which a disk that the gateway writes to is reported as low; 0 turns it off
+    /// Free space, in percent of a disk that the gateway writes to, below which it warns and retention deletes at once; 0
+    /// turns this off
     #[arg(long, value_name = "PERCENT", default_value = "15", value_parser = number::<u8>(0, PERCENT_MAX))]
     pub disk_warn_percent: u8,
 
-    /// Percentage of free space below which no more readings are stored on a disk: devices keep theirs and wait until
-    /// 1 % more is free. Retention continues. 0 turns it off. Lower it on large disks
+    /// Free space, in percent of the disk of the store or the spool, below which no more readings are accepted: devices
+    /// keep them and wait until one percentage point more is free. Retention continues. 0 turns this off. Lower it on
+    /// large disks
     #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = number::<u8>(0, PERCENT_MAX))]
     pub disk_stop_percent: u8,
 }

@@ -49,7 +49,7 @@ impl Reader {
     }
 }
 
-/// Returns the answer of the store, unless it takes too long.
+/// Waits for the answer of the store, at most [`ANSWER_TIMEOUT`].
 pub(super) async fn within<T>(
     answer: impl Future<Output = Result<T, QueryError>>,
 ) -> Result<T, Problem> {
@@ -196,7 +196,7 @@ pub(super) async fn show(
     device(&site.reader, &name).await.map(Json)
 }
 
-/// Returns a device, or the answer that there is none.
+/// Returns a device, or a problem with status 404.
 pub(super) async fn device(reader: &Reader, name: &str) -> Result<Device, Problem> {
     let rows = match name.contains('\0') {
         true => Vec::new(),

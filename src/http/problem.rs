@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Time after which a request that is refused for load may succeed, in seconds.
-const RETRY_AFTER_S: &str = "5";
+pub(super) const RETRY_AFTER_S: &str = "5";
 
 /// An error as the client sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -90,7 +90,7 @@ impl<T: DeserializeOwned, S: Sync> FromRequestParts<S> for Parameters<T> {
                 let why = error.rsplit_once("query string: ").map(|(_, why)| why);
                 Err(Problem::bad_request(
                     format!("invalid query: {}", why.unwrap_or(&error)),
-                    "see /openapi.json for the parameters of this path",
+                    "remove or correct it; /openapi.json lists the parameters of the API",
                 ))
             }
         }

@@ -1,8 +1,8 @@
 //! Counters, gauges and histograms of the gateway, in the text format of Prometheus.
 //!
 //! Every metric of the gateway starts with `fieldgate_` and uses base units. Labels have a fixed set of values, which
-//! are all present from the start (those of disks as soon as they are measured): an alert cannot see the increase of a
-//! counter that appears with the first error. No metric has a device as its label.
+//! are all present from the start: an alert cannot see the increase of a counter that appears with the first error. Labels
+//! of disks appear with the first measurement. No metric has a device as its label.
 
 mod delays;
 mod process;
@@ -563,7 +563,7 @@ impl Metrics {
         self.disk_low.get_or_create(&place).set(is_low.into());
     }
 
-    /// Returns the free space of the fullest disk in bytes; `None` before the first one was measured.
+    /// Returns the free space of the disk that has the least, in bytes; `None` before the first one was measured.
     pub fn disk_free_bytes(&self) -> Option<i64> {
         let free = |place: Place| Some(self.disk_free_bytes.get(&ByPlace::from(place))?.get());
         { Place::ALL.into_iter() }.filter_map(free).min()

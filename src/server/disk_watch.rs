@@ -1,11 +1,11 @@
-//! Measures the free space of each disk that the gateway writes to. Below a level the gateway warns, below another one
-//! sessions stop storing readings until there is space again.
+//! Measures the free space of each disk that the gateway writes to. Below one level the gateway warns. Below a lower one,
+//! it accepts no readings until there is space again.
 //!
 //! A disk that does not answer blocks only its own measurement.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
@@ -58,6 +58,8 @@ pub struct DiskUsers {
     /// Sessions, which stop storing.
     pub registry: Arc<Registry>,
     pub metrics: Arc<Metrics>,
+    /// Held while a watch announces a change.
+    pub turn: Arc<Mutex<()>>,
     /// Write-ahead log of a SQLite store. Commits move it, and there are none while the disk is full.
     pub log: Option<LogMover>,
     /// Path of the spool, if there is one.
@@ -102,30 +104,33 @@ impl DiskWatch {
         let path = self.path.clone();
         let measured = tokio::task::spawn_blocking(move || Space::of(&path)).await;
         let Ok(Ok(space)) = measured else { return };
-        let level = self.level_of(space).await;
+        let (space, level) = self.judged(space).await;
         self.apply(space, level);
         if let (Level::Full, Place::Store, Some(log)) = (level, self.place, &self.users.log) {
             log.move_log().await;
         }
     }
 
-    /// Returns the level of the disk. The file of a spool does not shrink when it is drained, so its free pages count as
-    /// free space.
-    async fn level_of(&self, mut space: Space) -> Level {
+    /// Returns the space of the disk and its level. The file of a spool does not shrink when it is drained, so its free
+    /// pages count as free space on a low disk.
+    async fn judged(&self, mut space: Space) -> (Space, Level) {
         let levels = *self.users.levels.borrow();
         let level = levels.level(space, self.level);
         if let (Place::Spool, Some(spool)) = (self.place, &self.users.spool)
             && level != Level::Enough
         {
             space.free_bytes += spool::reusable_bytes(spool).await.unwrap_or(0);
-            return levels.level(space, self.level);
+            return (space, levels.level(space, self.level));
         }
-        level
+        (space, level)
     }
 
     fn apply(&mut self, space: Space, level: Level) {
         let DiskUsers {
-            registry, metrics, ..
+            registry,
+            metrics,
+            turn,
+            ..
         } = &self.users;
         let place = self.place.name();
         metrics.set_disk(self.place, space, level != Level::Enough);
@@ -134,6 +139,8 @@ impl DiskWatch {
             return;
         }
         if self.place.holds_readings() {
+            // Otherwise another watch could overwrite the metric with an older state.
+            let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
             registry.announce(Obstacle::Disk(place), level == Level::Full);
             metrics.set_disk_stopped(registry.is_disk_full());
         }

@@ -268,6 +268,7 @@ async fn serve_into<S: Store>(
         log: log_mover,
         spool: config.spool(),
         retention: Arc::clone(&space_wanted),
+        turn: Arc::default(),
     };
     watch_disks(config, &users, &mut tasks).await;
     if let Some((listener, site)) = http {

@@ -1,4 +1,4 @@
-//! A chart of a series as SVG: the extremes of each interval, with a hole where readings are missing.
+//! A chart of a series as SVG: the extremes of each interval, with a break where readings are missing.
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -14,8 +14,8 @@ const FONT: (&str, u32) = ("sans-serif", 14);
 const VALUE_MAX: f64 = 1e300;
 /// Smallest height of a chart, as a part of its values: differences of doubles become coarse below it.
 const HEIGHT_MIN: f64 = 1e-9;
-/// A distance that is longer than this many times the median is a hole.
-const HOLE: i64 = 3;
+/// A distance that is longer than this many times the median is a break in the line.
+const BREAK: i64 = 3;
 
 /// Time that a chart covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,21 +36,21 @@ const MINUTE_US: i64 = 60_000_000;
 pub(super) const RANGES: [Range; 3] = [
     Range {
         name: "1h",
-        label: "1 hour",
+        label: "Last hour",
         duration_us: 60 * MINUTE_US,
         label_every_us: 15 * MINUTE_US,
         label_format: "%H:%M",
     },
     Range {
         name: "1d",
-        label: "1 day",
+        label: "Last day",
         duration_us: 1440 * MINUTE_US,
         label_every_us: 360 * MINUTE_US,
         label_format: "%H:%M",
     },
     Range {
         name: "30d",
-        label: "30 days",
+        label: "Last 30 days",
         duration_us: 30 * 1440 * MINUTE_US,
         label_every_us: 7 * 1440 * MINUTE_US,
         label_format: "%m-%d",
@@ -88,7 +88,7 @@ fn axis(low: f64, high: f64) -> std::ops::Range<f64> {
     low - margin..high + margin
 }
 
-/// Returns the lines between holes, as points of interval and value. An interval has a point for its smallest and one
+/// Returns the lines between breaks, as points of interval and value. An interval has a point for its smallest and one
 /// for its largest value.
 fn lines(intervals: &[Interval]) -> Vec<Vec<(f64, f64)>> {
     let is_drawn = |value: f64| value.abs() <= VALUE_MAX;
@@ -106,12 +106,12 @@ fn lines(intervals: &[Interval]) -> Vec<Vec<(f64, f64)>> {
     let mut lines: Vec<Vec<(f64, f64)>> = Vec::new();
     let mut last = None;
     for (index, extremes) in drawn {
-        let is_hole = last.is_none_or(|last| index - last > HOLE * median);
+        let is_break = last.is_none_or(|last| index - last > BREAK * median);
         let Some((low, high)) = extremes else {
             last = None;
             continue;
         };
-        if is_hole {
+        if is_break {
             lines.push(Vec::new());
         }
         last = Some(index);
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_readings_are_holes() {
+    fn missing_readings_break_the_line() {
         let at = |index, value| interval(index, Some((value, value)));
         let found = lines(&[at(0, 1.0), at(1, 2.0), at(2, 1.0), at(9, 3.0), at(10, 3.0)]);
         assert_eq!(found.len(), 2, "{found:?}");
@@ -243,7 +243,7 @@ mod tests {
         // A value that was sampled and is invalid.
         let found = lines(&[at(0, 1.0), interval(1, None), at(2, 1.0)]);
         assert_eq!(found, [[(0.5, 1.0)], [(2.5, 1.0)]]);
-        // A slow series has no holes.
+        // A slow series has no breaks.
         let slow: Vec<Interval> = (0..10).map(|n| at(n * 20, 1.0)).collect();
         assert_eq!(lines(&slow).len(), 1);
         let wide = lines(&[interval(3, Some((1.0, 2.0)))]);

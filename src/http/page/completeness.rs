@@ -96,10 +96,10 @@ pub(super) async fn completeness(
 }
 
 /// What the numbers mean.
-pub(super) const EXPLANATION: &str = "A device numbers its frames without a hole. A day shows which part of the numbers \
-    with data of that day arrived. “Late” frames arrived more than an hour after the end of the day. “Lost” numbers were \
-    reported by the device, or by the gateway, and will not arrive. Frames that a device still keeps are not counted yet. \
-    Days are UTC.";
+pub(super) const EXPLANATION: &str = "A device numbers its frames consecutively. Each day shows which percentage of \
+    its frames arrived. “Late” frames arrived more than an hour after the end of the day. “Lost” frames were reported as \
+    lost by the device or the store, and will not arrive. Frames that a device still keeps are not counted yet. Days are \
+    UTC.";
 
 /// Returns the start of the first of `days` days that end today, in UTC.
 pub(super) fn first_day_us(now_us: i64, days: usize) -> i64 {

@@ -24,9 +24,9 @@ use crate::time::utc_now;
 const CHARTS: i64 = 12;
 const DAYS: usize = 14;
 const EVENTS: i64 = 30;
-/// Events of sessions that are read; a session has two.
-const SESSION_EVENTS: i64 = 60;
 const SESSIONS: usize = 20;
+/// Events of sessions that are read. A session has two.
+const SESSION_EVENTS: i64 = 2 * SESSIONS as i64;
 const QUARANTINED: i64 = 20;
 
 #[derive(Clone, Debug, Deserialize)]
@@ -37,6 +37,22 @@ pub(super) struct Wanted {
     /// Number of series before the first chart.
     #[serde(default)]
     skip: u32,
+    /// The only part that is wanted; all by default.
+    part: Option<Part>,
+}
+
+/// A part of the page that `page.js` loads again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Part {
+    Newest,
+    Charts,
+}
+
+impl Wanted {
+    fn wants(&self, part: Part) -> bool {
+        self.part.is_none_or(|wanted| wanted == part)
+    }
 }
 
 /// Shows a device.
@@ -49,40 +65,62 @@ pub(super) async fn device(
     let range = range(wanted.range.as_deref())?;
     let now_us = utc_now().as_microsecond();
     let device = find_device(&site.pages.quick, &name).await?;
-    let newest = newest(&site.pages.quick, &name).await?;
+    let mut content = Vec::new();
+    if wanted.part.is_none() {
+        content.push(html! { h1 { (device.device) } });
+    }
+    if wanted.wants(Part::Newest) {
+        let newest = newest(&site.pages.quick, &name).await?;
+        content.push(html! {
+            div #state data-refresh="5" data-part="newest" { (facts(&device, now_us)) }
+            h2 #newest-heading { "Newest readings" }
+            div #newest data-refresh="5" data-part="newest" { (newest_markup(&newest)) }
+        });
+    }
+    if wanted.wants(Part::Charts) {
+        let (begin_us, skip) = (now_us - range.duration_us, i64::from(wanted.skip));
+        let charts = within(async {
+            let mut store = site.pages.slow.store().await;
+            Charts::read(&mut store, &name, skip, begin_us, range).await
+        })
+        .await?;
+        content.push(html! {
+            h2 { "Charts" }
+            div #charts data-refresh="30" data-part="charts" { (charts.markup(&name, range, skip, begin_us)) }
+        });
+    }
+    if wanted.part.is_none() {
+        content.push(history_markup(&site, &name, now_us).await?);
+    }
+    let content = html! { @for part in content { (part) } };
+    Ok(Page::new(device.device, content))
+}
+
+/// Returns what is shown once: completeness, sessions, events and frames in quarantine.
+async fn history_markup(site: &Shared, name: &str, now_us: i64) -> Result<Markup, Problem> {
     let records = within(async {
         let mut store = site.pages.quick.store().await;
-        Records::read(&mut store, &name).await
+        Records::read(&mut store, name).await
     })
     .await?;
-    let begin_us = now_us - range.duration_us;
-    let first_day_us = first_day_us(now_us, DAYS);
-    let skip = i64::from(wanted.skip);
-    let (charts, days) = within(async {
+    let begin_us = first_day_us(now_us, DAYS);
+    let mut days = within(async {
         let mut store = site.pages.slow.store().await;
-        let charts = Charts::read(&mut store, records.id, skip, begin_us, range).await?;
-        let mut days = days(&mut store, &[records.id], first_day_us, DAYS).await?;
-        Ok((charts, days.remove(&records.id).unwrap_or_default()))
+        days(&mut store, &[records.id], begin_us, DAYS).await
     })
     .await?;
-    let content = html! {
-        h1 { (device.device) }
-        div #state data-refresh="5" { (facts(&device, now_us)) }
-        h2 #newest-heading { "Newest readings" }
-        div #newest data-refresh="5" { (newest_markup(&newest)) }
-        h2 { "Charts" }
-        div #charts data-refresh="30" { (charts.markup(&name, range, skip, begin_us)) }
+    let days = days.remove(&records.id).unwrap_or_default();
+    Ok(html! {
         h2 #days-heading { "Completeness" }
         p { (EXPLANATION) }
-        (days_markup(&days, first_day_us))
+        (days_markup(&days, begin_us))
         h2 #sessions-heading { "Sessions" }
         (sessions_markup(&records.sessions))
         h2 #events-heading { "Events" }
         (events_markup(&records.events))
         h2 #quarantine-heading { "Frames in quarantine" }
         (table(&records.quarantined, "quarantine-heading"))
-    };
-    Ok(Page::new(device.device.clone(), content))
+    })
 }
 
 fn range(name: Option<&str>) -> Result<&'static Range, Problem> {
@@ -92,7 +130,7 @@ fn range(name: Option<&str>) -> Result<&'static Range, Problem> {
     let found = RANGES.iter().find(|range| range.name == name);
     found.ok_or_else(|| {
         let names = RANGES.map(|range| range.name).join(", ");
-        let error = format!("invalid query: no range is named {name:?}");
+        let error = format!("invalid query: unknown range {name:?}");
         Problem::bad_request(error, format!("use one of {names}"))
     })
 }
@@ -163,11 +201,12 @@ struct Charts {
 impl Charts {
     async fn read(
         store: &mut Reconnecting,
-        device: i64,
+        name: &str,
         skip: i64,
         begin_us: i64,
         range: &Range,
     ) -> Result<Charts, QueryError> {
+        let device = id_of(store, name).await?;
         let mut series = history::series(store, device, CHARTS + 1, skip).await?;
         let has_more = series.len() > CHARTS as usize;
         series.truncate(CHARTS as usize);
@@ -193,11 +232,11 @@ impl Charts {
                     }
                 }
             }
-            @if self.series.is_empty() { p { "This device has no channel here." } }
+            @if self.series.is_empty() { p { "No channels." } }
             @if self.intervals.values().flatten().any(|interval| interval.is_cut) {
                 p { small {
-                    "A point of a chart is the smallest or largest of the first " (READINGS_MAX)
-                    " readings within " (range.interval_us() / 1_000_000) " s."
+                    "Some intervals of " (range.interval_us() as f64 / 1e6) " s have more than " (READINGS_MAX)
+                    " readings. For these, the charts show the smallest and largest of the first " (READINGS_MAX) "."
                 } }
             }
             div .charts {
@@ -224,7 +263,7 @@ impl Charts {
                     Some(svg) => {
                         div role="img" aria-label=(summary(series, intervals, range)) { (PreEscaped(svg)) }
                     },
-                    None => p .none { "No reading in the last " (range.label) "." },
+                    None => p .none { "No reading in the " (range.label.to_lowercase()) "." },
                 }
             }
         }
@@ -239,8 +278,8 @@ fn summary(series: &Series, intervals: &[Interval], range: &Range) -> String {
     });
     let Series { channel, unit, .. } = series;
     format!(
-        "{channel} in the last {}: from {low} to {high} {unit}",
-        range.label
+        "{channel} in the {}: from {low} to {high} {unit}",
+        range.label.to_lowercase()
     )
 }
 
@@ -321,9 +360,10 @@ struct Records {
     quarantined: Vec<Entry>,
 }
 
-/// The kinds are those of the index `device_events_of_sessions`.
+/// The first list of kinds is that of the index `device_events_of_sessions`.
 const SESSIONS_SQL: &str = "SELECT session, kind, at, code, detail FROM device_events
     WHERE device_id = $1 AND kind IN ('connected', 'disconnected', 'refused', 'presence', 'twin')
+        AND kind IN ('connected', 'disconnected')
     ORDER BY id DESC LIMIT $2";
 const EVENTS_SQL: &str = "SELECT at, kind, level, code, text FROM events
     WHERE device = $1 ORDER BY at DESC LIMIT $2";
@@ -332,13 +372,16 @@ fn text(row: &Row, column: usize) -> Result<String, QueryError> {
     Ok(row.text_or_null(column)?.unwrap_or_default().to_owned())
 }
 
+/// Returns the id of a device; 0 if it was removed a moment ago.
+async fn id_of(store: &mut Reconnecting, name: &str) -> Result<i64, QueryError> {
+    let sql = "SELECT id FROM devices WHERE name = $1";
+    let rows = store.rows(sql, &[name.into()]).await?;
+    rows.first().map_or(Ok(0), |row| row.integer(0))
+}
+
 impl Records {
     async fn read(store: &mut Reconnecting, name: &str) -> Result<Records, QueryError> {
-        let rows = store
-            .rows("SELECT id FROM devices WHERE name = $1", &[name.into()])
-            .await?;
-        // Without a row, the device was removed a moment ago.
-        let id = rows.first().map_or(Ok(0), |row| row.integer(0))?;
+        let id = id_of(store, name).await?;
         let rows = store
             .rows(SESSIONS_SQL, &[id.into(), SESSION_EVENTS.into()])
             .await?;

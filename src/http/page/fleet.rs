@@ -26,7 +26,7 @@ pub(super) struct Wanted {
     state: String,
     #[serde(default)]
     sort: Order,
-    /// Whether the order is descending, instead of that which [`is_descending`] gives.
+    /// Overrides the default direction, [`is_descending`].
     desc: Option<bool>,
     page: Option<i64>,
 }
@@ -36,7 +36,7 @@ impl Wanted {
         let state = { Presence::ALL.into_iter() }.find(|state| state.name() == self.state);
         if state.is_none() && !self.state.is_empty() {
             let names = Presence::ALL.map(Presence::name).join(", ");
-            let error = format!("invalid query: no state is named {:?}", self.state);
+            let error = format!("invalid query: unknown state {:?}", self.state);
             return Err(Problem::bad_request(error, format!("use one of {names}")));
         }
         Ok(Selection {
@@ -175,6 +175,7 @@ fn search(wanted: &Wanted) -> Markup {
                     }
                 }
             }
+            @if let Some(desc) = wanted.desc { input type="hidden" name="desc" value=(desc); }
             button { "Show" }
         }
     }
@@ -221,7 +222,7 @@ fn table(wanted: &Wanted, devices: &[Device], now_us: i64) -> Markup {
     }
 }
 
-/// Returns the header of a column that sorts the table. If it is sorted by this column, it reverses the order.
+/// Returns a column header whose link sorts by it, or reverses the order if the table is sorted by it.
 fn sortable(wanted: &Wanted, label: &str, order: Order) -> Markup {
     let is_sorted = wanted.sort == order;
     let sort = match (is_sorted, wanted.is_descending()) {

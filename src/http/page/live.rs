@@ -1,4 +1,4 @@
-//! `/live`: the numbers of the page as server-sent events, whenever they change.
+//! `/live`: the numbers of the page as server-sent events, at most once a second, when they change.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -22,10 +22,13 @@ use crate::http::problem::Problem;
 use crate::metrics::Metrics;
 use crate::store::admin::{Pace, Poll, QueryError, Reconnecting, fleet};
 
-/// Maximum number of viewers. They leave most connections to other requests.
+/// Maximum number of viewers. Each takes one of the HTTP connections.
 const VIEWERS_MAX: usize = 32;
 /// Maximum time without a message, so that proxies keep the connection open.
 const KEEPALIVE: Duration = Duration::from_secs(15);
+
+/// Values while the store does not answer.
+const FAILED: &str = r#"{"failed":""}"#;
 
 /// Values by key, as JSON; empty before the first were read.
 type Values = Arc<str>;
@@ -45,7 +48,7 @@ impl fmt::Debug for Live {
 }
 
 impl Live {
-    /// Creates it without viewers.
+    /// Creates the numbers, still without values.
     pub fn new(metrics: Arc<Metrics>, rates: Arc<Rates>) -> Live {
         Live {
             values: watch::Sender::new("".into()),
@@ -91,7 +94,13 @@ impl Poll for LiveNumbers {
             self.live.values.send_replace("".into());
             return Ok(());
         }
-        let numbers = fleet::numbers(&mut self.store).await?;
+        let numbers = match fleet::numbers(&mut self.store).await {
+            Ok(numbers) => numbers,
+            Err(error) => {
+                self.live.values.send_replace(FAILED.into());
+                return Err(error);
+            }
+        };
         let mut by_key: BTreeMap<_, _> = numbers_by_key(&numbers).into_iter().collect();
         by_key.extend({ self.live.rates().into_iter() }.map(|rate| (rate.key, rate.text)));
         let json = serde_json::to_string(&by_key).expect("it has only text keys");

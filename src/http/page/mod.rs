@@ -1,7 +1,7 @@
 //! The page for people: HTML that is made on the server and works without JavaScript.
 //!
 //! With JavaScript, one stream of server-sent events (`live.rs`) updates the numbers, and `page.js` replaces the parts
-//! of the page that have the attribute `data-refresh`. All assets are in the program; the header
+//! of the page that have the attribute `data-refresh`. The program contains all assets;
 //! `Content-Security-Policy` forbids others.
 
 mod chart;
@@ -12,7 +12,7 @@ mod live;
 mod quarantine;
 mod rates;
 
-use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, RETRY_AFTER};
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{Router, get};
@@ -22,7 +22,7 @@ pub use self::live::{Live, LiveNumbers};
 pub use self::rates::{Rates, RatesSampler};
 use super::Shared;
 use super::devices::Reader;
-use super::problem::Problem;
+use super::problem::{Problem, RETRY_AFTER_S};
 use crate::config::store_url::StoreUrl;
 use crate::text::{age, utc_text};
 use crate::time::utc_now;
@@ -84,7 +84,7 @@ pub(super) fn routes() -> Router<Shared> {
     for (path, media_type, content) in ASSETS {
         let headers = [
             (CONTENT_TYPE, HeaderValue::from_static(media_type)),
-            // A new version of the program has other assets.
+            // So that a browser does not mix the assets of two versions.
             (CACHE_CONTROL, HeaderValue::from_static("no-cache")),
             (CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
         ];
@@ -132,7 +132,7 @@ impl Page {
                     main #main tabindex="-1" { (self.content) }
                     footer {
                         p {
-                            "Times are UTC. Page made " (time(now)) " by Fieldgate " (env!("CARGO_PKG_VERSION")) ". "
+                            "Times are UTC. Page loaded " (time(now)) " from Fieldgate " (env!("CARGO_PKG_VERSION")) ". "
                             span #connection role="status" {}
                         }
                     }
@@ -177,7 +177,12 @@ impl IntoResponse for Failed {
             p { "What to do: " (fix) "." }
             p { a href="/" { "Show the fleet" } }
         };
-        (status, Page::new(reason, content)).into_response()
+        let mut response = (status, Page::new(reason, content)).into_response();
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            let after = HeaderValue::from_static(RETRY_AFTER_S);
+            response.headers_mut().insert(RETRY_AFTER, after);
+        }
+        response
     }
 }
 
@@ -197,7 +202,7 @@ fn page_number(wanted: Option<i64>) -> Result<i64, Problem> {
     if (1..=PAGE_MAX).contains(&number) {
         return Ok(number);
     }
-    let error = format!("invalid query: page is not from 1 to {PAGE_MAX}");
+    let error = format!("invalid query: page must be from 1 to {PAGE_MAX}");
     Err(Problem::bad_request(error, "begin with page 1"))
 }
 
@@ -237,8 +242,13 @@ fn state(name: &str) -> Markup {
 }
 
 fn device_link(name: &str) -> Markup {
-    // A name has only letters, digits and `._:-`, all of which a path may have.
-    html! { a href={ "/devices/" (name) } { (name) } }
+    html! {
+        // A device that is being removed has no page.
+        @if name.starts_with('#') { (name) } @else {
+            // A name has only letters, digits and `._:-`, all of which a path may have.
+            a href={ "/devices/" (name) } { (name) }
+        }
+    }
 }
 
 /// Formats a number with separators between thousands.

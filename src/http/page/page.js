@@ -1,8 +1,6 @@
 // Keeps the page current: the numbers by a stream of server-sent events, and the parts with `data-refresh` (seconds) by
-// loading the page again. Without this file, the page works and shows the time at which it was made.
+// loading them again. Without this file, the page works and shows the time at which it was loaded.
 "use strict";
-
-const connection = document.getElementById("connection");
 
 // Adds the time in the zone of the browser.
 function addLocalTimes(root) {
@@ -24,17 +22,30 @@ function addLocalTimes(root) {
   }
 }
 
-function say(text) {
+// Whether each source of updates works; a source is missing until its first answer.
+const works = new Map();
+
+function report(source, isWorking) {
+  works.set(source, isWorking);
+  const text = [...works.values()].every(Boolean)
+    ? "Updates are live."
+    : "Could not update: the gateway or its store does not answer. The numbers are old.";
+  const connection = document.getElementById("connection");
   if (connection.textContent !== text) connection.textContent = text;
 }
 
 const numbers = document.querySelectorAll("[data-live]");
-if (numbers.length > 0) {
+
+function listen() {
   const events = new EventSource("/live");
-  events.onopen = () => say("Updates are live.");
-  events.onerror = () => say("No connection to the gateway; the page shows old numbers.");
+  events.onerror = () => {
+    report("numbers", false);
+    // A browser reconnects after a lost connection, but not after a refusal.
+    if (events.readyState === EventSource.CLOSED) setTimeout(listen, 10_000);
+  };
   events.onmessage = (event) => {
     const values = JSON.parse(event.data);
+    report("numbers", values.failed === undefined);
     for (const element of numbers) {
       const value = values[element.dataset.live];
       if (value !== undefined && element.textContent !== value) element.textContent = value;
@@ -48,31 +59,36 @@ function isInUse(part) {
   return part.contains(document.activeElement) || (!selection.isCollapsed && part.contains(selection.anchorNode));
 }
 
-const due = new Map();
-for (const part of document.querySelectorAll("[data-refresh]")) {
-  due.set(part, Date.now() + 1000 * Number(part.dataset.refresh));
-}
-
-async function refresh() {
-  const parts = [...due].filter(([part, at]) => at <= Date.now() && !isInUse(part)).map(([part]) => part);
-  if (document.hidden || parts.length === 0) return;
-  for (const part of parts) due.set(part, Date.now() + 1000 * Number(part.dataset.refresh));
-  try {
-    const answer = await fetch(location.href, { cache: "no-store" });
-    if (!answer.ok) throw new Error(answer.statusText);
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    for (const part of parts) {
-      const fresh = page.getElementById(part.id);
-      if (fresh && !isInUse(part)) {
-        part.replaceChildren(...fresh.childNodes);
-        addLocalTimes(part);
+// Loads the elements of a part again and again, each time after the answer to the last request.
+async function refresh(part, elements) {
+  for (;;) {
+    await new Promise((resolve) => setTimeout(resolve, 1000 * Number(elements[0].dataset.refresh)));
+    if (document.hidden || elements.every(isInUse)) continue;
+    try {
+      const address = new URL(location.href);
+      if (part) address.searchParams.set("part", part);
+      const answer = await fetch(address, { cache: "no-store" });
+      if (!answer.ok) throw new Error(answer.statusText);
+      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      for (const element of elements) {
+        const fresh = page.getElementById(element.id);
+        if (fresh && !isInUse(element)) {
+          element.replaceChildren(...fresh.childNodes);
+          addLocalTimes(element);
+        }
       }
+      report(part, true);
+    } catch {
+      report(part, false);
     }
-    if (numbers.length === 0) say("Updates are live.");
-  } catch {
-    say("No connection to the gateway; the page shows old numbers.");
   }
 }
 
 addLocalTimes(document);
-if (due.size > 0) setInterval(refresh, 1000);
+if (numbers.length > 0) listen();
+const parts = new Map();
+for (const element of document.querySelectorAll("[data-refresh]")) {
+  const part = element.dataset.part ?? "";
+  parts.set(part, [...(parts.get(part) ?? []), element]);
+}
+for (const [part, elements] of parts) refresh(part, elements);

@@ -1,4 +1,4 @@
-//! `/quarantine`: frames that could not be decoded, and one of them byte by byte.
+//! `/quarantine`: frames that could not be decoded, and one of them field by field.
 
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
@@ -57,10 +57,10 @@ pub(super) async fn list(State(site): State<Shared>) -> Result<Page, Failed> {
     let content = html! {
         h1 #heading { "Quarantine" }
         p {
-            "Frames that arrived intact and could not be decoded. They are kept as they were received; "
+            "Frames that arrived intact but could not be decoded. They are kept as received. "
             code { "fieldgate quarantine replay" } " stores those that can be decoded now."
         }
-        p { (number(total as f64)) " frames" @if total > FRAMES { ", of which the newest " (FRAMES) " are shown" } }
+        p { (number(total as f64)) (if total == 1 { " frame" } else { " frames" }) @if total > FRAMES { ", of which the newest " (FRAMES) " are shown" } }
         (table(&entries, "heading"))
     };
     Ok(Page::new("Quarantine", content))
@@ -96,7 +96,7 @@ pub(super) fn table(entries: &[Entry], labelled_by: &str) -> Markup {
     }
 }
 
-/// Shows a frame byte by byte.
+/// Shows a frame field by field.
 pub(super) async fn frame(
     State(site): State<Shared>,
     Path(id): Path<String>,

@@ -14,7 +14,7 @@ use crate::time::utc_now;
 const SAMPLE_EVERY: Duration = Duration::from_secs(5);
 const HISTORY: Duration = Duration::from_secs(3600);
 const SAMPLES_MAX: usize = (HISTORY.as_secs() / SAMPLE_EVERY.as_secs()) as usize + 1;
-/// Time that is needed to tell how fast a disk fills.
+/// Minimum time between two samples to estimate when a disk is full.
 const DISK_HISTORY_MIN: Duration = Duration::from_secs(600);
 const DAY_S: f64 = 86_400.0;
 
@@ -25,7 +25,7 @@ struct Sample {
     readings: u64,
     /// Acknowledgements by delay, as in [`Metrics::ack_delays`].
     ack_delays: [u64; ACK_DELAYS],
-    /// Free space of the fullest disk.
+    /// Free space of the disk that has the least.
     disk_free_bytes: Option<i64>,
 }
 
@@ -55,7 +55,7 @@ impl Rates {
     pub fn shown(&self, metrics: &Metrics) -> Vec<Rate> {
         let samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let newest = samples.back();
-        // Two intervals, so that one slow commit does not look like an outage.
+        // Two sample intervals, so that one slow commit does not look like an outage.
         let recent = newest.zip(samples.iter().rev().nth(2).or(samples.front()));
         let whole = newest.zip(samples.front());
         let rate = |key, label, text| Rate { key, label, text };
@@ -67,7 +67,11 @@ impl Rates {
                 per_second(whole),
             ),
             rate("ack_p99", "ACK delay, 99 % within", delay(whole)),
-            rate("unstored", "Oldest frame not stored", unstored(metrics)),
+            rate(
+                "unstored",
+                "Oldest frame being committed",
+                unstored(metrics),
+            ),
             rate("disk", "Disk", disk(metrics, whole)),
         ]
     }
@@ -119,7 +123,7 @@ fn percentile_99(counts: &[u64; ACK_DELAYS]) -> Option<f64> {
 
 fn unstored(metrics: &Metrics) -> String {
     match metrics.unstored_oldest_us() {
-        None => "none waits".to_owned(),
+        None => "none".to_owned(),
         Some(us) => {
             let waits_us = utc_now().as_microsecond().saturating_sub(us).max(0);
             format!("{:.1} s", waits_us as f64 / 1e6)
@@ -136,17 +140,17 @@ fn disk(metrics: &Metrics, pair: Pair<'_>) -> String {
     if let Some((new, old)) = pair
         && let Some((new_free, old_free)) = new.disk_free_bytes.zip(old.disk_free_bytes)
     {
-        let used = (old_free - new_free) as f64;
-        let days = free as f64 / (used / (new.at - old.at).as_secs_f64()) / DAY_S;
-        match days {
-            0.0..1000.0 => _ = write!(text, ", {days:.0} days left at this rate"),
-            _ => text.push_str(", not filling"),
+        let used = (old_free - new_free) as f64 / (new.at - old.at).as_secs_f64() * DAY_S;
+        match free as f64 / used {
+            _ if used <= 0.0 => text.push_str(", not filling"),
+            days if days < 1000.0 => _ = write!(text, ", {days:.0} days left at this rate"),
+            _ => text.push_str(", more than 1,000 days left"),
         }
     }
     text
 }
 
-/// Takes the samples.
+/// Adds a sample of the metrics at intervals.
 pub struct RatesSampler {
     metrics: Arc<Metrics>,
     rates: Arc<Rates>,

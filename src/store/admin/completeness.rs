@@ -1,9 +1,9 @@
 //! Completeness by device and day: how many of the numbers that a device assigned to its frames are in the ledger.
 //!
-//! A device numbers its frames without a hole, and in a stream the times of its data rise with the numbers. So the first
+//! A device numbers its frames consecutively, and in a stream the times of its data rise with the numbers. So the first
 //! number of a day is found by a binary search in the ledger, and the frames of the day need not be counted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::row::id_list;
 use super::{Argument, QueryError, Reconnecting, Row};
@@ -85,7 +85,7 @@ pub async fn days(
     Ok(found)
 }
 
-/// Returns the streams of the devices that have a frame received since `begin_us`.
+/// Returns the devices' streams whose last frame was received at or after `begin_us`.
 async fn streams(
     store: &mut Reconnecting,
     devices: &[i64],
@@ -118,12 +118,12 @@ async fn streams(
     rows.iter().map(stream).collect()
 }
 
-/// Numbers of a stream at which days begin.
+/// First numbers of the days of a stream.
 #[derive(Debug)]
 struct Borders {
     /// First number of each day by the time of its data, and of the day after the last one.
     first: Vec<i64>,
-    /// First number that arrived late for each day.
+    /// For each day, the first number that arrived too late for it.
     late: Vec<i64>,
 }
 
@@ -193,42 +193,51 @@ fn rising(numbers: &[i64]) -> Vec<i64> {
 async fn search_all(store: &mut Reconnecting, searches: &mut [Search]) -> Result<(), QueryError> {
     for some in searches.chunks_mut(PROBES_AT_ONCE) {
         while some.iter().any(|search| !search.is_done()) {
-            let open = some
-                .iter()
-                .enumerate()
-                .filter(|(_, search)| !search.is_done());
-            let probes: Vec<String> = open
-                .map(|(index, search)| format!("({index}, {}, {})", search.stream, search.middle()))
-                .collect();
-            for row in store.rows(&probe_sql(&probes.join(", ")), &[]).await? {
-                let index = usize::try_from(row.integer(0)?).unwrap_or(usize::MAX);
-                let Some(search) = some.get_mut(index) else {
-                    continue;
-                };
-                let number = row.integer(1)?;
-                let arrived_us = row.integer(2)?;
-                let data_us = row.integer_or_null(3)?.unwrap_or(arrived_us);
-                let time_us = if search.is_by_arrival {
-                    arrived_us
-                } else {
-                    data_us
-                };
-                if time_us < search.at_us {
-                    // No row has a number between the middle and this one. Frames are stored meanwhile.
-                    search.below = number.min(search.up_to - 1);
-                } else {
-                    search.up_to = search.middle();
-                }
-            }
+            step(store, some).await?;
         }
     }
     Ok(())
 }
 
-/// Returns the query of probes `(index, stream, number)`: for each, the first row of the ledger from this number on, its
-/// time of arrival, and the time of the data of the first row from there that has one.
+async fn step(store: &mut Reconnecting, searches: &mut [Search]) -> Result<(), QueryError> {
+    let mut open: BTreeSet<usize> = (0..searches.len()).collect();
+    open.retain(|index| !searches[*index].is_done());
+    let probe = |index: &usize| {
+        let search = &searches[*index];
+        format!("({index}, {}, {})", search.stream, search.middle())
+    };
+    let probes: Vec<String> = open.iter().map(probe).collect();
+    for row in store.rows(&probe_sql(&probes.join(", ")), &[]).await? {
+        let index = usize::try_from(row.integer(0)?).unwrap_or(usize::MAX);
+        let Some(search) = searches.get_mut(index) else {
+            continue;
+        };
+        open.remove(&index);
+        let number = row.integer(1)?;
+        let arrived_us = row.integer(2)?;
+        let data_us = row.integer_or_null(3)?.unwrap_or(arrived_us);
+        let time_us = match search.is_by_arrival {
+            true => arrived_us,
+            false => data_us,
+        };
+        if time_us < search.at_us {
+            // No row has a number between the middle and this one, unless it was stored since.
+            search.below = number.min(search.up_to - 1);
+        } else {
+            search.up_to = search.middle();
+        }
+    }
+    for index in open {
+        // The rows from here on were deleted since the search began.
+        searches[index].up_to = searches[index].middle();
+    }
+    Ok(())
+}
+
+/// Returns the query of probes `(index, stream, number)`. Its rows have, for each probe, the first number in the ledger
+/// from this number on, its time of arrival, and the time of the data of the first row from there that has one.
 ///
-/// A time that is not plausible (`suspect`) does not count; the arrival does.
+/// A time that is not plausible (`suspect`) is not used; the arrival is.
 fn probe_sql(probes: &str) -> String {
     format!(
         "WITH probe (n, stream_id, seq) AS (VALUES {probes})

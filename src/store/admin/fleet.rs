@@ -1,4 +1,4 @@
-//! The fleet at a glance: the number of devices by presence, and pages of a table of devices.
+//! Counts devices by presence, and reads pages of the table of devices.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use super::presence::{Presence, TWIN_EVERY_US};
 use super::row::id_list;
 use super::{Argument, QueryError, Reconnecting, Row};
 
-/// Maximum number of a device's last frames that are searched for one with a time.
+/// Maximum number of a device's last frames that are read to find one with a quality of its time.
 const FRAMES_SEARCHED: i64 = 16;
 
 /// Devices by presence, and frames in quarantine.
@@ -26,7 +26,7 @@ const NUMBERS: &str = "SELECT coalesce(p.state, 'never'), count(*)
     WHERE substr(d.name, 1, 1) <> '#' GROUP BY 1
     UNION ALL SELECT 'quarantined', count(*) FROM quarantine";
 
-/// Reads the numbers.
+/// Counts the devices and the frames in quarantine.
 pub async fn numbers(store: &mut Reconnecting) -> Result<Numbers, QueryError> {
     let mut numbers = Numbers::default();
     for row in store.rows(NUMBERS, &[]).await? {
@@ -34,7 +34,8 @@ pub async fn numbers(store: &mut Reconnecting) -> Result<Numbers, QueryError> {
         let count = row.integer(1)?;
         match Presence::ALL.iter().position(|state| state.name() == name) {
             Some(state) => numbers.devices[state] = count,
-            None => numbers.quarantined = count,
+            None if name == "quarantined" => numbers.quarantined = count,
+            None => {}
         }
     }
     Ok(numbers)
@@ -81,7 +82,7 @@ pub struct Device {
     pub firmware: Option<String>,
     /// Address, during a session.
     pub peer: Option<String>,
-    /// Whether two devices used the name within the last hour.
+    /// Whether a second device used the name within the last hour.
     pub has_twin: bool,
 }
 

@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use super::row::id_list;
 use super::{Argument, QueryError, Reconnecting};
 
-/// Number of intervals.
+/// Number of intervals of a chart.
 pub const INTERVALS: i64 = 288;
-/// Maximum number of readings that are read for an interval: the first ones.
+/// Only the first readings of an interval are read, up to this number.
 pub const READINGS_MAX: i64 = 64;
 
 /// A series of a device.
@@ -83,8 +83,8 @@ pub async fn intervals(
     Ok(found)
 }
 
-/// Reads at most [`READINGS_MAX`] readings of an interval from `readings_sorted`, by its index, and all of level 0. The
-/// upper limit of the time is one expression, because SQLite uses only one for the index.
+/// For each interval, reads at most [`READINGS_MAX`] readings of `readings_sorted`, by index. Reads all of
+/// `readings_unsorted`. The upper limit of the time is one expression, because SQLite uses the index for one limit only.
 fn sqlite(series: &str) -> String {
     format!(
         "WITH RECURSIVE intervals (n, begin, until) AS (

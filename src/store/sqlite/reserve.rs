@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use crate::sys::disk::Space;
 
-/// Size of the reserve of a spool, in bytes: twice what the checkpoint of a log of [`LOG_BYTES`] and a batch needs. If the
-/// disk has too little space, half of it is reserved.
+/// Size of the reserve of a spool, in bytes: twice what the checkpoint of a log of [`LOG_BYTES`] and a batch needs. If
+/// there is not enough space for it, half this size is reserved.
 pub(super) const RESERVE_BYTES: u64 = 32 << 20;
 /// Maximum size of a spool's log, in bytes, before it is checkpointed between two commits.
 pub(super) const LOG_BYTES: u64 = 8 << 20;
