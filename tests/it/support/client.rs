@@ -258,6 +258,8 @@ impl Link {
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => {
                     return Ok(Heard::Closed);
                 }
+                // A machine that was paused interrupts a read that has a timeout (signal(7)).
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
