@@ -105,11 +105,14 @@ impl HeldFiles {
 }
 
 /// Last known content of the database file's header. Only checkpoints write the file, and its change counter
-/// never decreases. If it does, the file was overwritten by `cp` or a shell, which keep device and inode.
+/// never decreases. If it does, the file was overwritten by `cp` or a shell, which keep device and inode. A checkpoint
+/// shortens the file to the pages that the header counts, after rows were deleted; the change counter may stay the same.
 #[derive(Debug, Default)]
 pub(super) struct Header {
     changes: u32,
     len_bytes: u64,
+    /// Size of the database according to the header.
+    counted_bytes: u64,
 }
 
 impl Header {
@@ -124,7 +127,9 @@ impl Header {
         };
         let went_back = |now: &Header| {
             now.changes < self.changes
-                || now.changes == self.changes && now.len_bytes < self.len_bytes
+                || now.changes == self.changes
+                    && now.len_bytes < self.len_bytes
+                    && now.len_bytes < now.counted_bytes
         };
         // Read twice, because a page may be half written.
         if went_back(&found) && Header::read(file).is_ok_and(|again| went_back(&again)) {
@@ -146,10 +151,19 @@ impl Header {
                 count => len += count,
             }
         }
-        let [.., a, b, c, d] = start;
+        let number = |at: usize| {
+            let bytes = [start[at], start[at + 1], start[at + 2], start[at + 3]];
+            u32::from_be_bytes(bytes)
+        };
+        // 1 stands for 65,536, which does not fit.
+        let page_bytes = match u16::from_be_bytes([start[16], start[17]]) {
+            1 => 1 << 16,
+            bytes => u64::from(bytes),
+        };
         Ok(Header {
-            changes: u32::from_be_bytes([a, b, c, d]),
+            changes: number(24),
             len_bytes: file.metadata()?.len(),
+            counted_bytes: page_bytes * u64::from(number(28)),
         })
     }
 }
@@ -161,8 +175,8 @@ fn is_emptied(log: &Path) -> bool {
     read.is_ok() && !LOG_MAGIC.contains(&u32::from_be_bytes(magic))
 }
 
-/// Length of the database header up to the change counter, in bytes.
-const HEADER_BYTES: usize = 28;
+/// Length of the database header up to the number of pages, in bytes.
+const HEADER_BYTES: usize = 32;
 /// A write-ahead log starts with one of these.
 const LOG_MAGIC: [u32; 2] = [0x377f_0682, 0x377f_0683];
 /// Common part of the messages.
@@ -261,4 +275,37 @@ fn is_remote(file: &File) -> bool {
 #[cfg(not(target_os = "linux"))]
 fn is_remote(_: &File) -> bool {
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Writes a file of `len` pages whose header has a change counter and counts `pages`.
+    fn write(path: &Path, changes: u32, pages: u32, len: usize) {
+        let mut bytes = vec![0; len * 4096];
+        bytes[16..18].copy_from_slice(&4096u16.to_be_bytes());
+        bytes[24..28].copy_from_slice(&changes.to_be_bytes());
+        bytes[28..32].copy_from_slice(&pages.to_be_bytes());
+        fs::write(path, bytes).unwrap();
+    }
+
+    #[test]
+    fn a_file_may_become_shorter_but_not_older_or_cut() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.db");
+        write(&path, 7, 10, 10);
+        let file = File::open(&path).unwrap();
+        let mut header = Header::default();
+        header.check(&file, &path).unwrap();
+        // A checkpoint writes the header first, and shortens the file at its end.
+        write(&path, 7, 6, 10);
+        header.check(&file, &path).unwrap();
+        write(&path, 7, 6, 6);
+        header.check(&file, &path).unwrap();
+        write(&path, 7, 6, 5);
+        assert!(header.check(&file, &path).is_err());
+        write(&path, 6, 6, 6);
+        assert!(header.check(&file, &path).is_err());
+    }
 }
