@@ -5,6 +5,7 @@
 //! of disks appear with the first measurement. No metric has a device as its label.
 
 mod delays;
+mod labels;
 mod process;
 
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use fieldgate_protocol::error::{Class, Code};
-use prometheus_client::encoding::{EncodeLabelSet, prometheus_text};
+use prometheus_client::encoding::prometheus_text;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -23,6 +24,9 @@ use prometheus_client::registry::{Metric, Registry};
 
 pub use self::delays::ACK_DELAYS;
 use self::delays::Delays;
+use self::labels::{
+    ByAge, ByCode, ByContent, ByPlace, ByQuality, ByReason, ByResult, ByState, by_code,
+};
 use self::process::Process;
 use crate::sys::disk::{Place, Space};
 
@@ -48,54 +52,6 @@ const DELETED_CONTENT: [&str; 6] = [
 ];
 /// Label of a reason that the device defines.
 const OTHER: &str = "other";
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ByCode {
-    code: u8,
-    name: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ByReason {
-    reason: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ByState {
-    state: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ByPlace {
-    place: &'static str,
-}
-
-impl From<Place> for ByPlace {
-    fn from(place: Place) -> ByPlace {
-        let place = place.name();
-        ByPlace { place }
-    }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ByQuality {
-    quality: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ByAge {
-    age: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ByContent {
-    content: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ByResult {
-    result: &'static str,
-}
 
 /// Every metric of the gateway.
 #[derive(Debug)]
@@ -640,9 +596,4 @@ impl Metrics {
     pub fn disconnected(&self, phase: Phase) {
         self.connections.get_or_create(&phase.label()).dec();
     }
-}
-
-fn by_code(code: u8) -> ByCode {
-    let name = Code::from_wire(code).map_or("unknown", Code::name);
-    ByCode { code, name }
 }
