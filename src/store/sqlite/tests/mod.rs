@@ -261,6 +261,37 @@ async fn a_reader_cannot_make_the_log_grow_without_bound() {
     assert_eq!(receipt.durable_seq(), seq);
 }
 
+/// As when retention deletes while a reader delays the checkpoints.
+#[tokio::test]
+async fn a_file_that_becomes_shorter_is_not_taken_for_overwritten() {
+    let mut h = OnDisk::create().await;
+    let peer = peer(&mut h.store, "a").await;
+    let mut seq = 0;
+    let mut next = || {
+        seq += 20;
+        frames(&peer, seq - 19..seq + 1, 200)
+    };
+    let moves = "PRAGMA wal_checkpoint(PASSIVE)";
+    for _ in 0..5 {
+        h.store.commit(&next()).await.unwrap();
+    }
+    run(h.conn(), moves).await;
+    h.store.commit(&next()).await.unwrap();
+    let mut reader = open_reader(&h.path()).await.unwrap();
+    run(&mut reader, "BEGIN; SELECT count(*) FROM readings").await;
+    run(h.conn(), "DELETE FROM readings_sorted").await;
+    run(h.conn(), "PRAGMA incremental_vacuum").await;
+    run(h.conn(), moves).await;
+    // The part of the log before the deletion is moved, so the file is still long.
+    h.store.commit(&next()).await.unwrap();
+    let before = std::fs::metadata(h.path()).unwrap().len();
+    run(&mut reader, "ROLLBACK").await;
+    run(h.conn(), moves).await;
+    let after = std::fs::metadata(h.path()).unwrap().len();
+    assert!(after < before, "{before} to {after} bytes");
+    h.store.commit(&next()).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_database_held_by_another_writer_is_transient() {
     let mut h = OnDisk::create().await;
