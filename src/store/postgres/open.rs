@@ -71,10 +71,9 @@ const LOCK_TIMEOUT: &str = "20s";
 /// Settings of a writer. Its [`Link`] abandons a statement that makes no progress; these limits cover what the
 /// link cannot end, and are far longer than a batch needs.
 const WRITER_SETTINGS: &str = "SET default_transaction_read_only = off;
-    SET idle_in_transaction_session_timeout = '30s'; SET statement_timeout = '5min';";
+    SET idle_in_transaction_session_timeout = '30s';";
 /// Settings of a gateway that polls; it abandons a poll after 5 s.
-const POLLER_SETTINGS: &str =
-    "SET default_transaction_read_only = on; SET statement_timeout = '10s'; SET jit = off;";
+const POLLER_SETTINGS: &str = "SET default_transaction_read_only = on; SET jit = off;";
 /// Settings of a reader. The database's administrator decides how long its statements may run. It displays
 /// values as text, so settings of role or database must not change their format.
 const READER_SETTINGS: &str = "SET default_transaction_read_only = on; SET bytea_output = 'hex';
@@ -107,6 +106,15 @@ impl Role {
             Role::Writer { keeps: false } => WRITER_SETTINGS.to_owned(),
             Role::Poller => POLLER_SETTINGS.to_owned(),
             Role::Reader => READER_SETTINGS.to_owned(),
+        }
+    }
+
+    /// How long a statement may run; `None`: as the administrator of the database decides.
+    fn statement_timeout(self) -> Option<&'static str> {
+        match self {
+            Role::Writer { .. } => Some("SET statement_timeout = '5min'"),
+            Role::Poller => Some("SET statement_timeout = '10s'"),
+            Role::Reader => None,
         }
     }
 
@@ -257,6 +265,10 @@ async fn set(conn: &mut Link, url: &PostgresUrl, role: Role) -> Result<(), OpenE
         }
         other => other,
     };
+    // A new limit does not apply to the message that sets it, so it comes first and alone.
+    if let Some(statement_timeout) = role.statement_timeout() {
+        run(conn, statement_timeout).await.map_err(refused)?;
+    }
     let mut settings = format!("{SETTINGS}{}", role.settings());
     if conn.release() >= Some(TRANSACTION_TIMEOUT_SINCE) {
         settings.push_str(TRANSACTION_TIMEOUT);

@@ -114,7 +114,17 @@ async fn limits_of_the_role_do_not_apply_to_the_gateway() {
         options: PostgresOptions::default(),
         ..database.settings()
     };
-    let mut store = PostgresStore::open(settings).await.unwrap().remove(0);
+    // The limit of a millisecond applies until a statement has changed it, which may take longer.
+    let mut opened = None;
+    eventually("the store opens", async || {
+        match PostgresStore::open(settings.clone()).await {
+            Ok(mut stores) => opened = Some(stores.remove(0)),
+            Err(error) => assert!(error.may_pass(), "{error}"),
+        }
+        opened.is_some()
+    })
+    .await;
+    let mut store = opened.unwrap();
     let peer = peer(&mut store, "a").await;
     for seq in 1..=20 {
         store.commit(&batch(&peer, seq..=seq)).await.unwrap();
