@@ -64,6 +64,11 @@ fn days(text: &str) -> Result<Days, String> {
     }
 }
 
+/// Returns the longer of two retentions.
+fn longer(a: Days, b: Days) -> Days {
+    Some(a?.max(b?))
+}
+
 /// Retention of readings: the default, and the rules that precede it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ReadingRetention {
@@ -87,7 +92,20 @@ impl ReadingRetention {
     /// Returns the most days that any series can have.
     pub fn longest(&self) -> Days {
         let rules = self.rules.iter().map(|rule| rule.days);
-        rules.fold(self.days, |longest, days| Some(longest?.max(days?)))
+        rules.fold(self.days, longer)
+    }
+
+    /// Returns the most days that any series of a device can have.
+    pub fn longest_of(&self, device: &str) -> Days {
+        let mut longest = Some(0);
+        let rules = { self.rules.iter() }.filter(|rule| matches(&rule.device, device));
+        for rule in rules {
+            longest = longer(longest, rule.days);
+            if rule.channel == "*" && rule.unit == "*" {
+                return longest;
+            }
+        }
+        longer(longest, self.days)
     }
 
     /// Returns whether any reading can be deleted.
@@ -131,6 +149,17 @@ mod tests {
         assert_eq!(retention(None, &["days=7"]).longest(), None);
         assert!(!retention(None, &[]).is_limited());
         assert!(retention(None, &["days=7"]).is_limited());
+    }
+
+    #[test]
+    fn the_longest_retention_of_a_device_depends_on_the_rules_for_it() {
+        let retention = retention(
+            Some(90),
+            &["device=pump-*,channel=vib*,days=400", "device=fan-*,days=7"],
+        );
+        assert_eq!(retention.longest_of("pump-1"), Some(400));
+        assert_eq!(retention.longest_of("fan-1"), Some(7));
+        assert_eq!(retention.longest_of("lamp-1"), Some(90));
     }
 
     #[test]

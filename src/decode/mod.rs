@@ -97,6 +97,7 @@ impl Context<'_> {
             times_us,
             series,
             values,
+            too_old: 0,
         };
         Ok((Content::Readings(readings), Some(stamp)))
     }

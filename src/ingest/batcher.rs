@@ -307,6 +307,7 @@ mod tests {
                 times_us: (0..readings as i64).collect(),
                 series: vec![SeriesId(1)],
                 values: vec![0.0; readings],
+                too_old: 0,
             }),
             clock: None,
         })

@@ -58,6 +58,7 @@ const OTHER: &str = "other";
 pub struct Metrics {
     registry: Registry,
     readings: Counter,
+    readings_too_old: Counter,
     frames: Counter,
     duplicate_frames: Counter,
     gap_frames: Family<ByReason, Counter>,
@@ -122,6 +123,8 @@ pub struct Stored {
     pub frames: u64,
     /// Readings stored.
     pub readings: u64,
+    /// Readings left out because they are older than their retention.
+    pub too_old: u64,
     /// Frames that were stored before.
     pub duplicates: u64,
     /// Number of frames that a gap covers, with its reason.
@@ -151,6 +154,7 @@ impl Stored {
     pub fn add(&mut self, other: Stored) {
         self.frames += other.frames;
         self.readings += other.readings;
+        self.too_old += other.too_old;
         self.duplicates += other.duplicates;
         self.gaps.extend(other.gaps);
         self.quarantined.extend(other.quarantined);
@@ -239,6 +243,10 @@ impl Default for Metrics {
             readings: new.add(
                 "readings_stored",
                 "Readings stored and acknowledged by this process",
+            ),
+            readings_too_old: new.add(
+                "readings_too_old",
+                "Readings acknowledged by this process, but not stored, because they are older than their retention",
             ),
             frames: new.add(
                 "frames_stored",
@@ -417,6 +425,7 @@ impl Metrics {
         self.commit.observe(took.as_secs_f64());
         self.commit_readings.observe(stored.readings as f64);
         self.readings.inc_by(stored.readings);
+        self.readings_too_old.inc_by(stored.too_old);
         self.frames.inc_by(stored.frames);
         self.duplicate_frames.inc_by(stored.duplicates);
         for (quality, readings) in QUALITIES.into_iter().zip(*stored.by_quality) {

@@ -202,6 +202,7 @@ impl AwaitAdmission {
         let transcript = std::mem::take(&mut self.transcript);
         let key = self.key.as_bytes();
         outbound.welcome(admission.receipt, terms, transcript, key, binding);
+        let retention = settings.retention.longest_of(&self.device);
         Ok(Stream::new(
             self.boot,
             self.peer,
@@ -209,6 +210,7 @@ impl AwaitAdmission {
             settings.limits.window_frames,
             Arc::clone(&settings.quarantine),
             quota,
+            retention,
         ))
     }
 }

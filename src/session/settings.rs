@@ -7,6 +7,7 @@ use fieldgate_protocol::auth::KEY_BYTES;
 use crate::auth::credentials::Credentials;
 use crate::auth::fleet_key::FleetKey;
 use crate::config::SessionLimits;
+use crate::config::retention::ReadingRetention;
 use crate::metrics::Metrics;
 use crate::quota::device::DeviceQuotas;
 use crate::quota::quarantine::Gauge;
@@ -24,6 +25,8 @@ pub struct SessionSettings {
     pub limits: SessionLimits,
     /// Data quotas of devices; frames over the quota are not refused but read later.
     pub quotas: Arc<DeviceQuotas>,
+    /// Older readings are not stored.
+    pub retention: Arc<ReadingRetention>,
     /// Usage of quarantine, which limits what a session may add.
     pub quarantine: Arc<Gauge>,
     /// Counts replies.
@@ -54,6 +57,7 @@ impl Default for SessionSettings {
             may_register: true,
             limits: SessionLimits::default(),
             quotas: Arc::default(),
+            retention: Arc::default(),
             quarantine: Arc::default(),
             metrics: Arc::default(),
         }

@@ -19,12 +19,13 @@ use super::reply::Outbound;
 use super::retry::retry_after_ms;
 use super::schemas::Schemas;
 use super::{Close, Step, Submission};
+use crate::config::retention::Days;
 use crate::decode::{Context, Read};
 use crate::quota::device::DeviceQuota;
 use crate::quota::quarantine::Gauge;
 use crate::store::reuse::Repeat;
-use crate::store::{Admission, Content, DeclareOutcome, DeviceId, Entry, Receipt};
-use crate::time::Now;
+use crate::store::{Admission, Content, DeclareOutcome, DeviceId, Entry, Readings, Receipt};
+use crate::time::{DAY_US, Now};
 
 /// State of a stream.
 pub(super) struct Stream {
@@ -35,6 +36,10 @@ pub(super) struct Stream {
     refusals: Refusals,
     schemas: Schemas,
     clock: DeviceClock,
+    /// Readings that are older are not stored.
+    retention: Days,
+    /// Whether such readings were logged.
+    has_old_readings: bool,
     /// Since when the store is unavailable.
     store_down_since_us: Option<u64>,
     /// Whether the device was asked to wait for the store.
@@ -49,6 +54,7 @@ impl Stream {
         window_frames: u64,
         quarantine: Arc<Gauge>,
         quota: Arc<DeviceQuota>,
+        retention: Days,
     ) -> Stream {
         Stream {
             device: admission.device,
@@ -58,6 +64,8 @@ impl Stream {
             refusals: Refusals::new(quarantine),
             schemas: Schemas::new(admission.schema),
             clock: DeviceClock::new(boot, admission.clocks),
+            retention,
+            has_old_readings: false,
             store_down_since_us: None,
             waits_for_store: false,
         }
@@ -229,7 +237,10 @@ impl Stream {
             return Ok(None);
         }
         match self.read_content(frame, now) {
-            Ok(Some((content, stamp))) => {
+            Ok(Some((mut content, stamp))) => {
+                if let Content::Readings(readings) = &mut content {
+                    self.leave_out_old(readings, now);
+                }
                 let mut entry = self.entry(frame, first_seq, content, now);
                 if let Some(stamp) = stamp {
                     self.clock.known.advance(&stamp);
@@ -247,6 +258,23 @@ impl Stream {
                 let (code, detail) = (violation.code(), violation.to_string());
                 self.refuse(frame, code, detail, now, outbound)
             }
+        }
+    }
+
+    /// Leaves out readings that would be deleted as soon as they are stored. Those of series with a shorter retention
+    /// are deleted later.
+    fn leave_out_old(&mut self, readings: &mut Readings, now: Now) {
+        let Some(days) = self.retention else {
+            return;
+        };
+        readings.leave_out_before(now.utc_us.saturating_sub(i64::from(days) * DAY_US));
+        if readings.too_old > 0 && !std::mem::replace(&mut self.has_old_readings, true) {
+            let device = self.device.0;
+            tracing::info!(
+                device,
+                days,
+                "readings older than their retention are not stored"
+            );
         }
     }
 

@@ -79,6 +79,7 @@ impl Appended<'_> {
         if let Content::Readings(readings) = &self.entry.content {
             let first_us = readings.times_us.first();
             let age_us = first_us.map_or(0, |us| self.entry.received_at_us.saturating_sub(*us));
+            stored.too_old += readings.too_old;
             stored.count_readings(self.readings() as u64, readings.time.quality as u8, age_us);
         }
     }

@@ -263,9 +263,29 @@ pub struct Readings {
     pub series: Vec<SeriesId>,
     /// Values, column after column; NaN means "sampled, no valid value" and is stored as NULL.
     pub values: Vec<f64>,
+    /// Number of readings of the frame that are left out because they are older than their retention.
+    pub too_old: u64,
 }
 
 impl Readings {
+    /// Leaves out the rows before `before_us`, except for the last row, whose readings may be the newest of their
+    /// series.
+    pub fn leave_out_before(&mut self, before_us: i64) {
+        let rows = self.times_us.len();
+        let old = self.times_us.partition_point(|us| *us < before_us);
+        let left_out = old.min(rows.saturating_sub(1));
+        if left_out == 0 {
+            return;
+        }
+        self.too_old += (left_out * self.series.len()) as u64;
+        self.times_us.drain(..left_out);
+        let columns = self.values.chunks_exact(rows);
+        self.values = columns
+            .flat_map(|column| &column[left_out..])
+            .copied()
+            .collect();
+    }
+
     /// Returns the times of the first and the last row; `None` without rows.
     fn span(&self) -> Option<(i64, i64)> {
         Some((*self.times_us.first()?, *self.times_us.last()?))

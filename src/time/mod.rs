@@ -22,6 +22,8 @@ const STEP_MIN_US: i64 = 100_000;
 /// Maximum difference between two wall clock readings around a reading of the other clock.
 const READING_SPREAD_MAX_US: i64 = 1_000;
 const READINGS_MAX: usize = 5;
+/// A day in microseconds.
+pub const DAY_US: i64 = 86_400_000_000;
 /// Earliest and latest wall clock time in the gateway: the years 1 to 9999, as for devices (SPEC
 /// R50). A clock beyond a limit is read as that limit.
 pub const UTC_MIN_US: i64 = -62_135_596_800_000_000;

@@ -429,6 +429,7 @@ fn session_settings(
         may_register: config.devices.registration == Registration::Open,
         limits: config.session.clone(),
         quotas: Arc::new(DeviceQuotas::new(&config.devices.rates)),
+        retention: Arc::new(config.retention.readings()),
         quarantine,
         metrics,
     }

@@ -11,9 +11,9 @@ use super::{DEVICES_AT_ONCE, Failed, Page, device_link, number, page_number, pag
 use crate::http::Shared;
 use crate::http::devices::within;
 use crate::http::problem::{Parameters, Problem, storable};
-use crate::store::admin::completeness::{DAY_US, Day, days};
+use crate::store::admin::completeness::{Day, days};
 use crate::store::admin::fleet::{self, Order, Selection};
-use crate::time::utc_now;
+use crate::time::{DAY_US, utc_now};
 
 /// Days in the table of all devices, the last of which is today.
 const DAYS: usize = 7;

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::row::id_list;
 use super::{Argument, QueryError, Reconnecting, Row};
+use crate::time::DAY_US;
 
-pub const DAY_US: i64 = 86_400_000_000;
 /// A frame that arrives later than this after the end of its day is late.
 pub const LATE_AFTER_US: i64 = 3_600_000_000;
 /// Maximum number of rows of the ledger that are read to find one with a time.

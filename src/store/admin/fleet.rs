@@ -4,10 +4,10 @@ use std::collections::HashMap;
 
 use serde::Deserialize;
 
-use super::completeness::DAY_US;
 use super::presence::{Presence, TWIN_EVERY_US};
 use super::row::id_list;
 use super::{Argument, QueryError, Reconnecting, Row};
+use crate::time::DAY_US;
 
 /// Maximum number of a device's last frames that are read to find one with a quality of its time.
 const FRAMES_SEARCHED: i64 = 16;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::{Access, Argument, Connection, Pace, Poll, QueryError, Source};
 use crate::config::EventRetention;
 use crate::config::store_url::StoreUrl;
-use crate::time::SystemClock;
+use crate::time::{DAY_US, SystemClock};
 
 const DEVICES_AT_ONCE: i64 = 64;
 /// Rows deleted by one statement; each statement is a transaction.
@@ -22,7 +22,6 @@ const PAUSE: Duration = Duration::from_millis(50);
 const NEWEST: i64 = 100;
 /// Number of boot clocks that stay; a login uses the latest 8.
 const CLOCKS: i64 = 64;
-const DAY_US: i64 = 86_400_000_000;
 
 /// A table to prune. The parameters of its statements: the device's id; the number of rows newer than the
 /// oldest that stays; the time before which rows are deleted; the number of rows that stay at any age; and a

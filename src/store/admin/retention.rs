@@ -13,12 +13,12 @@ use super::{Argument, Connection, QueryError, Row};
 use crate::config::RetentionSettings;
 use crate::config::retention::ReadingRetention;
 use crate::store::postgres::{self, Partition};
+use crate::time::DAY_US;
 
 pub use self::task::Retention;
 
 mod task;
 
-const DAY_US: i64 = 86_400_000_000;
 /// Number of rows that one query reads.
 const ROWS_PER_PAGE: i64 = 500;
 /// Number of readings that one transaction deletes, if all are of one series.

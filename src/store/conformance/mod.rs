@@ -206,6 +206,7 @@ impl Peer {
             times_us: rows.iter().map(|(ts, _)| *ts).collect(),
             series: vec![self.series],
             values: rows.iter().map(|(_, value)| *value).collect(),
+            too_old: 0,
         };
         self.entry(seq, seq, 0x11, Content::Readings(readings))
     }

@@ -323,6 +323,7 @@ mod tests {
             times_us: times_us.to_vec(),
             series: vec![SeriesId(7)],
             values: values.to_vec(),
+            too_old: 0,
         }
     }
 

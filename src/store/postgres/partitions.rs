@@ -35,7 +35,7 @@ use super::timestamp::Timestamp;
 
 use crate::config::store_url::PostgresUrl;
 use crate::store::{Content, Entry};
-use crate::time::utc_now;
+use crate::time::{DAY_US, utc_now};
 
 /// Days from 1970 to 2000-01-01; earlier readings get no partition.
 const FIRST_DAY: i64 = 10_957;
@@ -44,7 +44,6 @@ const FIRST_DAY: i64 = 10_957;
 const DAYS: std::ops::Range<i64> = FIRST_DAY..2_932_866;
 /// Number of days after today that get a partition.
 const AHEAD_DAYS: i64 = 2;
-const DAY_US: i64 = 86_400_000_000;
 /// Locks for a partition and its two indexes.
 const LOCKS_OF_PARTITION: i64 = 3;
 /// Number of concurrent queries over all partitions that the server should have locks for.

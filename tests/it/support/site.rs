@@ -73,6 +73,7 @@ impl Site {
             times_us: vec![AT_US - 1_000_000, AT_US],
             series: vec![schema.channels[0].series],
             values: vec![21.57, f64::NAN],
+            too_old: 0,
         };
         let batch = Batch {
             entries: vec![
@@ -215,6 +216,7 @@ pub fn readings(seq: u64, rows: &[(i64, f64)]) -> Entry {
         times_us: rows.iter().map(|(ts_us, _)| *ts_us).collect(),
         series: vec![SeriesId(1)],
         values: rows.iter().map(|(_, value)| *value).collect(),
+        too_old: 0,
     };
     Entry {
         device: DeviceId(2),

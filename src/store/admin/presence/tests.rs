@@ -1,9 +1,9 @@
 use super::*;
 use crate::store::postgres::tests::Database;
 use crate::store::postgres::{PostgresSettings, PostgresStore};
+use crate::time::DAY_US;
 
 const MINUTE_US: i64 = 60 * SECOND_US;
-const DAY_US: i64 = 86_400 * SECOND_US;
 
 #[test]
 fn the_interval_is_the_median_of_the_spacings() {

@@ -553,6 +553,7 @@ impl Columns {
             times_us: self.times_us,
             series: self.series,
             values: self.values,
+            too_old: 0,
         })
     }
 }
