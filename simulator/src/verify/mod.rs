@@ -204,7 +204,7 @@ pub enum Others {
     /// Data stored before the first run, if its frames, totals and readings are consistent.
     #[default]
     Older,
-    /// In addition, data that other devices and runs stored during or after the run.
+    /// In addition, data that other devices and runs stored during or after the run, and rows that retention deleted
     Any,
 }
 
@@ -215,6 +215,14 @@ impl Others {
             Others::None => false,
             Others::Older => is_older,
             Others::Any => true,
+        }
+    }
+
+    /// Returns whether the number of rows that data of others has agrees with its total.
+    fn agree(self, rows: i64, total: i64) -> bool {
+        match self {
+            Others::None | Others::Older => rows == total,
+            Others::Any => rows <= total,
         }
     }
 }

@@ -49,6 +49,8 @@ const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// How long a command waits for the write lock. Under load the gateway begins its next transaction immediately,
 /// so a waiting command gets the lock between two transactions only by chance.
 const WRITE_LOCK_TIMEOUT: Duration = Duration::from_secs(30);
+/// Length of the log in pages from which a connection other than the gateway's writer moves it: 32 MiB.
+const LOG_PAGES_OF_OTHERS: u32 = 4096;
 
 /// The message states in one line what is wrong and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -413,8 +415,10 @@ async fn open_to_write(path: &Path, purpose: Purpose) -> Result<SqliteConnection
     set(&mut conn, path, "synchronous", "FULL", "2").await?;
     set(&mut conn, path, "fullfsync", "ON", "1").await?;
     set(&mut conn, path, "foreign_keys", "ON", "1").await?;
-    // The gateway checkpoints the log concurrently with its commits.
-    sqlx::query("PRAGMA wal_autocheckpoint = 0")
+    // The gateway checkpoints the log concurrently with its commits. Without commits or without a gateway, a long
+    // deletion would fill the disk with the log.
+    let limit = format!("PRAGMA wal_autocheckpoint = {LOG_PAGES_OF_OTHERS}");
+    sqlx::query(AssertSqlSafe(limit))
         .execute(&mut conn)
         .await
         .map_err(|source| sqlite_error(path, source))?;

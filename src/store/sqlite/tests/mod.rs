@@ -261,6 +261,18 @@ async fn a_reader_cannot_make_the_log_grow_without_bound() {
     assert_eq!(receipt.durable_seq(), seq);
 }
 
+#[tokio::test]
+async fn a_command_that_writes_much_keeps_the_log_short() {
+    let h = OnDisk::create().await;
+    let conn = open_existing(&h.path(), Purpose::Store, Access::Write).await;
+    let mut conn = conn.unwrap();
+    run(&mut conn, "CREATE TABLE filler (content BLOB)").await;
+    for _ in 0..60 {
+        run(&mut conn, "INSERT INTO filler VALUES (zeroblob(1 << 20))").await;
+    }
+    assert!(h.log_bytes() < 36 << 20, "{}", h.log_bytes());
+}
+
 /// As when retention deletes while a reader delays the checkpoints.
 #[tokio::test]
 async fn a_file_that_becomes_shorter_is_not_taken_for_overwritten() {
