@@ -34,7 +34,7 @@ pub async fn standing(connection: &mut Connection) -> Result<Standing, QueryErro
         .rows("SELECT fingerprint FROM fleet_key", &[])
         .await?;
     if let Some(row) = rows.first() {
-        let fingerprint = row.text_or_null(0)?.unwrap_or_default();
+        let fingerprint = row.text(0)?;
         return Ok(Standing::Claimed(fingerprint.to_owned()));
     }
     let device = connection

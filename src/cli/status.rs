@@ -221,7 +221,7 @@ async fn presence(connection: &mut Connection) -> Result<String, Error> {
     let rows = connection.rows(sql, &[]).await?;
     let mut states = Vec::new();
     for row in &rows {
-        let state = row.text_or_null(0)?.unwrap_or_default();
+        let state = row.text(0)?;
         states.push(format!("{} {state}", row.integer(1)?));
     }
     Ok(match states.is_empty() {

@@ -125,17 +125,13 @@ pub(super) const DEVICE: &str =
 pub(super) const LATEST: &str = "SELECT channel, unit, kind, ts, value, received_at, quality FROM latest
     WHERE device = $1 AND ts IS NOT NULL ORDER BY channel COLLATE \"C\", unit COLLATE \"C\", kind COLLATE \"C\" LIMIT $2";
 
-fn text(row: &Row, column: usize) -> Result<String, QueryError> {
-    Ok(row.text_or_null(column)?.unwrap_or_default().to_owned())
-}
-
 impl Device {
     fn of(row: &Row) -> Result<Device, QueryError> {
         Ok(Device {
-            device: text(row, 0)?,
+            device: row.text(0)?.to_owned(),
             enabled: row.integer(1)? != 0,
-            state: text(row, 2)?,
-            presence: text(row, 3)?,
+            state: row.text(2)?.to_owned(),
+            presence: row.text(3)?.to_owned(),
             interval_s: row.integer(4)?,
             is_interval_set: row.integer(5)? != 0,
             firmware: row.text_or_null(6)?.map(str::to_owned),
@@ -245,9 +241,9 @@ pub(super) async fn newest(reader: &Reader, name: &str) -> Result<Vec<Newest>, P
     let rows = reader.rows(LATEST, &arguments).await?;
     let newest = |row: &Row| {
         Ok(Newest {
-            channel: text(row, 0)?,
-            unit: text(row, 1)?,
-            kind: text(row, 2)?,
+            channel: row.text(0)?.to_owned(),
+            unit: row.text(1)?.to_owned(),
+            kind: row.text(2)?.to_owned(),
             ts: row.integer(3)?,
             value: row.sample(4)?.into(),
             received_at: row.integer(5)?,

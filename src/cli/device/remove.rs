@@ -120,7 +120,7 @@ async fn refuse_spooled(connection: &mut Connection, store: &StoreUrl) -> Result
     let Some(spool) = spools.first() else {
         return Ok(());
     };
-    let host = spool.text_or_null(0)?.unwrap_or_default();
+    let host = spool.text(0)?;
     Err(Error::Failed(format!(
         "could not remove devices: the gateway on {host} has a spool, which would restore them; start that \
          gateway once without --spool, then retry"

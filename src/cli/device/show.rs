@@ -64,7 +64,7 @@ fn facts(name: &str, device: &Row) -> Result<Vec<(&'static str, String)>, Error>
         Some(peer) => format!("from {peer}"),
         None => "no".to_owned(),
     };
-    let presence = device.text_or_null(9)?.unwrap_or_default();
+    let presence = device.text(9)?;
     let source = match device.integer(11)? {
         0 => "learned",
         _ => "set by an operator",

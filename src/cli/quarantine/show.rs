@@ -81,9 +81,8 @@ async fn facts(
         ("bytes", bytes_text(kept.bytes.len() as u64)),
     ];
     for row in &rows {
-        let text = |column| row.text_or_null(column).map(Option::unwrap_or_default);
-        facts.push(("from", text(2)?.to_owned()));
-        let refused = format!("{}: {}", code_text(row.integer(0)?), text(1)?);
+        facts.push(("from", row.text(2)?.to_owned()));
+        let refused = format!("{}: {}", code_text(row.integer(0)?), row.text(1)?);
         facts.push(("refused as", refused));
     }
     Ok(facts)

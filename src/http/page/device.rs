@@ -8,7 +8,8 @@ use serde::Deserialize;
 
 use super::chart::{self, RANGES, Range};
 use super::completeness::{EXPLANATION, date, first_day_us, percent};
-use super::quarantine::{ENTRIES, Entry, table};
+use super::quarantine::{ENTRIES, Entry, frames};
+use super::table::{Column, table};
 use super::{Failed, Page, number, seen, state, time};
 use crate::http::Shared;
 use crate::http::devices::{Device, Newest, device as find_device, newest, within};
@@ -119,7 +120,7 @@ async fn history_markup(site: &Shared, name: &str, now_us: i64) -> Result<Markup
         h2 #events-heading { "Events" }
         (events_markup(&records.events))
         h2 #quarantine-heading { "Frames in quarantine" }
-        (table(&records.quarantined, "quarantine-heading"))
+        (frames(&records.quarantined, "quarantine-heading"))
     })
 }
 
@@ -169,24 +170,14 @@ fn newest_markup(newest: &[Newest]) -> Markup {
         @if newest.is_empty() {
             p { "This device has sent no reading yet." }
         } @else {
-            table .cards aria-labelledby="newest-heading" {
-                thead { tr {
-                    th scope="col" { "Channel" }
-                    th .number scope="col" { "Value" }
-                    th scope="col" { "Time" }
-                    th scope="col" { "Clock" }
-                } }
-                tbody {
-                    @for reading in newest {
-                        tr {
-                            th scope="row" { (reading.channel) }
-                            td .number data-label="Value" { (value(&reading.value)) " " (reading.unit) }
-                            td data-label="Time" { (time(reading.ts)) }
-                            td data-label="Clock" { (reading.quality.as_deref().unwrap_or("unknown")) }
-                        }
-                    }
-                }
-            }
+            (table("newest-heading", [Column::Text("Channel"), Column::Number("Value"), Column::Text("Time"), Column::Text("Clock")],
+                newest.iter().map(|reading| [
+                    html! { (reading.channel) },
+                    html! { (value(&reading.value)) " " (reading.unit) },
+                    time(reading.ts),
+                    html! { (reading.quality.as_deref().unwrap_or("unknown")) },
+                ])
+            ))
         }
     }
 }
@@ -284,38 +275,30 @@ fn summary(series: &Series, intervals: &[Interval], range: &Range) -> String {
 }
 
 fn days_markup(days: &Days, begin_us: i64) -> Markup {
-    html! {
-        table .cards aria-labelledby="days-heading" {
-            thead { tr {
-                th scope="col" { "Day" }
-                th .number scope="col" { "Complete" }
-                th .number scope="col" { "Received" }
-                th .number scope="col" { "Late" }
-                th .number scope="col" { "Lost" }
-            } }
-            tbody {
-                @for (index, day) in days.iter().enumerate().rev() {
-                    tr {
-                        th scope="row" { (date(begin_us, index)) }
-                        @match day {
-                            None => {
-                                td .number data-label="Complete" { span .none { "no data" } }
-                                td {} td {} td {}
-                            },
-                            Some(day) => {
-                                td .number data-label="Complete" {
-                                    span class=(if day.missing == 0 { "full" } else { "partial" }) { (percent(day)) }
-                                }
-                                td .number data-label="Received" { (number(day.received as f64)) }
-                                td .number data-label="Late" { (number(day.late as f64)) }
-                                td .number data-label="Lost" { (number(day.missing as f64)) }
-                            },
-                        }
-                    }
-                }
-            }
-        }
-    }
+    let columns = [
+        Column::Text("Day"),
+        Column::Number("Complete"),
+        Column::Number("Received"),
+        Column::Number("Late"),
+        Column::Number("Lost"),
+    ];
+    let rows = days.iter().enumerate().rev().map(|(index, day)| {
+        let date = html! { (date(begin_us, index)) };
+        let Some(day) = day else {
+            let none = html! { span .none { "no data" } };
+            return [date, none, html! {}, html! {}, html! {}];
+        };
+        let class = if day.missing == 0 { "full" } else { "partial" };
+        let count = |count| html! { (number(count as f64)) };
+        [
+            date,
+            html! { span class=(class) { (percent(day)) } },
+            count(day.received),
+            count(day.late),
+            count(day.missing),
+        ]
+    });
+    table("days-heading", columns, rows)
 }
 
 /// A session; either end may be older than the events that were read.
@@ -337,7 +320,7 @@ struct Event {
 
 impl Event {
     fn of(row: &Row) -> Result<Event, QueryError> {
-        let (kind, code) = (text(row, 1)?, row.integer(3)?);
+        let (kind, code) = (row.text(1)?.to_owned(), row.integer(3)?);
         Ok(Event {
             at_us: row.integer(0)?,
             code: match kind.as_str() {
@@ -346,8 +329,8 @@ impl Event {
                 _ => String::new(),
             },
             kind,
-            level: text(row, 2)?,
-            text: text(row, 4)?,
+            level: row.text(2)?.to_owned(),
+            text: row.text(4)?.to_owned(),
         })
     }
 }
@@ -367,10 +350,6 @@ const SESSIONS_SQL: &str = "SELECT session, kind, at, code, detail FROM device_e
     ORDER BY id DESC LIMIT $2";
 const EVENTS_SQL: &str = "SELECT at, kind, level, code, text FROM events
     WHERE device = $1 ORDER BY at DESC LIMIT $2";
-
-fn text(row: &Row, column: usize) -> Result<String, QueryError> {
-    Ok(row.text_or_null(column)?.unwrap_or_default().to_owned())
-}
 
 /// Returns the id of a device; 0 if it was removed a moment ago.
 async fn id_of(store: &mut Reconnecting, name: &str) -> Result<i64, QueryError> {
@@ -413,7 +392,7 @@ fn sessions(rows: &[Row]) -> Result<Vec<Session>, QueryError> {
                 Session {
                     began_us: None,
                     ended: Some((at_us, code_text(row.integer(3)?))),
-                    detail: text(row, 4)?,
+                    detail: row.text(4)?.to_owned(),
                 },
             )),
             Some("connected") => {
@@ -426,7 +405,7 @@ fn sessions(rows: &[Row]) -> Result<Vec<Session>, QueryError> {
                         Session {
                             began_us: Some(at_us),
                             ended: None,
-                            detail: text(row, 4)?,
+                            detail: row.text(4)?.to_owned(),
                         },
                     )),
                 }
@@ -443,36 +422,19 @@ fn sessions_markup(sessions: &[Session]) -> Markup {
         @if sessions.is_empty() {
             p { "No session yet." }
         } @else {
-            table .cards aria-labelledby="sessions-heading" {
-                thead { tr {
-                    th scope="col" { "Began" }
-                    th scope="col" { "Ended" }
-                    th scope="col" { "Reason" }
-                    th scope="col" { "Detail" }
-                } }
-                tbody {
-                    @for session in sessions {
-                        tr {
-                            th scope="row" {
-                                @match session.began_us { Some(us) => (time(us)), None => "earlier" }
-                            }
-                            @match &session.ended {
-                                Some((us, reason)) => {
-                                    td data-label="Ended" { (time(*us)) }
-                                    td data-label="Reason" { (reason) }
-                                },
-                                None => {
-                                    td data-label="Ended" { "open" }
-                                    td {}
-                                },
-                            }
-                            td data-label="Detail" { (session.detail) }
-                        }
-                    }
-                }
-            }
+            (table("sessions-heading", [Column::Text("Began"), Column::Text("Ended"), Column::Text("Reason"), Column::Text("Detail")],
+                sessions.iter().map(session_row)))
         }
     }
+}
+
+fn session_row(session: &Session) -> [Markup; 4] {
+    let began = session.began_us.map_or(html! { "earlier" }, time);
+    let (ended, reason) = match &session.ended {
+        Some((us, reason)) => (time(*us), html! { (reason) }),
+        None => (html! { "open" }, html! {}),
+    };
+    [began, ended, reason, html! { (session.detail) }]
 }
 
 fn events_markup(events: &[Event]) -> Markup {
@@ -480,26 +442,15 @@ fn events_markup(events: &[Event]) -> Markup {
         @if events.is_empty() {
             p { "No event yet." }
         } @else {
-            table .cards aria-labelledby="events-heading" {
-                thead { tr {
-                    th scope="col" { "Time" }
-                    th scope="col" { "Kind" }
-                    th scope="col" { "Level" }
-                    th .number scope="col" { "Code" }
-                    th scope="col" { "Text" }
-                } }
-                tbody {
-                    @for event in events {
-                        tr {
-                            th scope="row" { (time(event.at_us)) }
-                            td data-label="Kind" { (event.kind) }
-                            td data-label="Level" { (event.level) }
-                            td .number data-label="Code" { (event.code) }
-                            td data-label="Text" { (event.text) }
-                        }
-                    }
-                }
-            }
+            (table("events-heading", [Column::Text("Time"), Column::Text("Kind"), Column::Text("Level"), Column::Number("Code"), Column::Text("Text")],
+                events.iter().map(|event| [
+                    time(event.at_us),
+                    html! { (event.kind) },
+                    html! { (event.level) },
+                    html! { (event.code) },
+                    html! { (event.text) },
+                ])
+            ))
         }
     }
 }

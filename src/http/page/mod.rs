@@ -11,6 +11,7 @@ mod fleet;
 mod live;
 mod quarantine;
 mod rates;
+mod table;
 
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, RETRY_AFTER};
 use axum::http::{HeaderName, HeaderValue, StatusCode};

@@ -4,6 +4,7 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use maud::{Markup, html};
 
+use super::table::{Column, table};
 use super::{Failed, Page, device_link, number, time};
 use crate::decode::explain::{Dissection, explain};
 use crate::http::Shared;
@@ -31,13 +32,12 @@ pub(super) const ENTRIES: &str = "SELECT q.id, d.name, q.seq, q.received_at, q.c
 
 impl Entry {
     pub(super) fn of(row: &Row) -> Result<Entry, crate::store::admin::QueryError> {
-        let text = |column| row.text_or_null(column).map(Option::unwrap_or_default);
         Ok(Entry {
             id: row.integer(0)?,
-            device: text(1)?.to_owned(),
+            device: row.text(1)?.to_owned(),
             seq: row.integer(2)?,
             received_at_us: row.integer(3)?,
-            refused_as: format!("{}: {}", code_text(row.integer(4)?), text(5)?),
+            refused_as: format!("{}: {}", code_text(row.integer(4)?), row.text(5)?),
         })
     }
 }
@@ -61,37 +61,27 @@ pub(super) async fn list(State(site): State<Shared>) -> Result<Page, Failed> {
             code { "fieldgate quarantine replay" } " stores those that can be decoded now."
         }
         p { (number(total as f64)) (if total == 1 { " frame" } else { " frames" }) @if total > FRAMES { ", of which the newest " (FRAMES) " are shown" } }
-        (table(&entries, "heading"))
+        (frames(&entries, "heading"))
     };
     Ok(Page::new("Quarantine", content))
 }
 
 /// Returns a table of frames, which the element `labelled_by` names.
-pub(super) fn table(entries: &[Entry], labelled_by: &str) -> Markup {
+pub(super) fn frames(entries: &[Entry], labelled_by: &str) -> Markup {
     html! {
         @if entries.is_empty() {
             p { "No frame is in quarantine." }
         } @else {
-            table .cards aria-labelledby=(labelled_by) {
-                thead { tr {
-                    th scope="col" { "Frame" }
-                    th scope="col" { "Device" }
-                    th .number scope="col" { "Number" }
-                    th scope="col" { "Received" }
-                    th scope="col" { "Refused as" }
-                } }
-                tbody {
-                    @for entry in entries {
-                        tr {
-                            th scope="row" { a href={ "/quarantine/" (entry.id) } { "Frame " (entry.id) } }
-                            td data-label="Device" { (device_link(&entry.device)) }
-                            td .number data-label="Number" { (entry.seq) }
-                            td data-label="Received" { (time(entry.received_at_us)) }
-                            td data-label="Refused as" { (entry.refused_as) }
-                        }
-                    }
-                }
-            }
+            (table(labelled_by,
+                [Column::Text("Frame"), Column::Text("Device"), Column::Number("Number"), Column::Text("Received"), Column::Text("Refused as")],
+                entries.iter().map(|entry| [
+                    html! { a href={ "/quarantine/" (entry.id) } { "Frame " (entry.id) } },
+                    device_link(&entry.device),
+                    html! { (entry.seq) },
+                    time(entry.received_at_us),
+                    html! { (entry.refused_as) },
+                ])
+            ))
         }
     }
 }

@@ -46,7 +46,7 @@ impl DeviceState {
     fn of(row: &Row) -> Result<DeviceState, QueryError> {
         Ok(DeviceState {
             device: DeviceId(row.integer(0)?),
-            name: row.text_or_null(1)?.unwrap_or_default().to_owned(),
+            name: row.text(1)?.to_owned(),
             is_enabled: row.integer(2)? != 0,
             key: StoredKey {
                 version: row.integer(3)? as u32,
@@ -94,7 +94,7 @@ pub async fn changes_since(
     let sql = "SELECT latest, (SELECT mark FROM store_identity) FROM device_revision";
     let rows = store.rows(sql, &[]).await?;
     let (latest, mark) = match rows.first() {
-        Some(row) => (row.integer(0)?, row.text_or_null(1)?.unwrap_or_default()),
+        Some(row) => (row.integer(0)?, row.text(1)?),
         None => (0, ""),
     };
     let seen = seen.filter(|seen| seen.mark == mark);

@@ -176,8 +176,8 @@ async fn fill(
             && event.frame_id == frame
         {
             event.readings.push(Reading {
-                channel: row.text_or_null(1)?.unwrap_or_default().to_owned(),
-                unit: row.text_or_null(2)?.unwrap_or_default().to_owned(),
+                channel: row.text(1)?.to_owned(),
+                unit: row.text(2)?.to_owned(),
                 ts: row.integer(3)?,
                 value: row.sample(4)?.into(),
             });
@@ -189,7 +189,7 @@ async fn fill(
 fn event(row: &Row) -> Result<Event, QueryError> {
     Ok(Event {
         frame_id: row.integer(0)?,
-        device: row.text_or_null(1)?.unwrap_or_default().to_owned(),
+        device: row.text(1)?.to_owned(),
         stream: row.integer_or_null(2)?.unwrap_or_default(),
         seq: row.integer(3)?,
         received_at: row.integer(4)?,

@@ -30,7 +30,7 @@ const NUMBERS: &str = "SELECT coalesce(p.state, 'never'), count(*)
 pub async fn numbers(store: &mut Reconnecting) -> Result<Numbers, QueryError> {
     let mut numbers = Numbers::default();
     for row in store.rows(NUMBERS, &[]).await? {
-        let name = row.text_or_null(0)?.unwrap_or_default();
+        let name = row.text(0)?;
         let count = row.integer(1)?;
         match Presence::ALL.iter().position(|state| state.name() == name) {
             Some(state) => numbers.devices[state] = count,

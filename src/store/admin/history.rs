@@ -32,13 +32,11 @@ pub async fn series(
         .rows(sql, &[device.into(), limit.into(), offset.into()])
         .await?;
     let series = rows.iter().map(|row| {
-        let text =
-            |column| Ok::<_, QueryError>(row.text_or_null(column)?.unwrap_or_default().to_owned());
         Ok(Series {
             id: row.integer(0)?,
-            channel: text(1)?,
-            unit: text(2)?,
-            kind: text(3)?,
+            channel: row.text(1)?.to_owned(),
+            unit: row.text(2)?.to_owned(),
+            kind: row.text(3)?.to_owned(),
         })
     });
     series.collect()

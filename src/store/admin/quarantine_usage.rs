@@ -53,7 +53,7 @@ impl UsageReader {
         if let Ok(rows) = self.store.rows(BYTES_BY_NAME, &[]).await {
             spool.drained.clear();
             for row in rows {
-                let name = row.text_or_null(0)?.unwrap_or_default().to_owned();
+                let name = row.text(0)?.to_owned();
                 spool.drained.insert(name, row.integer(1)?.unsigned_abs());
             }
         }

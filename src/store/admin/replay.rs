@@ -69,7 +69,7 @@ impl Connection {
             Ok(QuarantinedFrame {
                 id: row.integer(0)?,
                 device: DeviceId(row.integer(1)?),
-                device_name: row.text_or_null(2)?.unwrap_or_default().to_owned(),
+                device_name: row.text(2)?.to_owned(),
                 stream: StreamId(row.integer(3)?),
                 seq: row.integer(4)?.cast_unsigned(),
                 received_at_us: row.integer(5)?,
@@ -121,7 +121,7 @@ impl Connection {
         let Some(declaration) = rows.first() else {
             return Ok(None);
         };
-        let declared = parse_declaration(declaration.text_or_null(0)?.unwrap_or_default())?;
+        let declared = parse_declaration(declaration.text(0)?)?;
         let sql = "SELECT id FROM series
              WHERE device_id = $1 AND channel = $2 AND unit = $3 AND kind = $4";
         let mut channels = Vec::with_capacity(declared.len());

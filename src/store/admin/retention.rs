@@ -230,9 +230,7 @@ impl<'c> Round<'c> {
             after = last.integer(0)?;
             let mut excess = Vec::new();
             for row in &series {
-                let text =
-                    |column| Ok::<_, QueryError>(row.text_or_null(column)?.unwrap_or_default());
-                let Some(days) = retention.days_of(text(1)?, text(2)?, text(3)?) else {
+                let Some(days) = retention.days_of(row.text(1)?, row.text(2)?, row.text(3)?) else {
                     continue;
                 };
                 let before_us = self.before_us(days);

@@ -121,6 +121,11 @@ impl Row {
         }
     }
 
+    /// Returns a text; empty for NULL.
+    pub fn text(&self, column: usize) -> Result<&str, QueryError> {
+        Ok(self.text_or_null(column)?.unwrap_or_default())
+    }
+
     pub fn bytes(&self, column: usize) -> Result<&[u8], QueryError> {
         match &self.0[column] {
             Value::Blob(value) => Ok(value),
