@@ -35,12 +35,14 @@ const READERS_MAX: usize = 64;
 const PAGE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Delay before a failed page is read again.
 const RETRY: Duration = Duration::from_secs(1);
-/// While more readings than this wait for the store, pages take at most 1/[`BUSY_SHARE`] of the time, because reading
-/// them uses the processor that ingest needs.
-const BUSY_READINGS: i64 = 10_000;
+/// While the queue for the store is fuller than a tenth, pages take at most 1/[`BUSY_SHARE`] of the time, because
+/// reading them uses the processor that ingest needs.
+const BUSY_QUEUE_DIVISOR: usize = 10;
 const BUSY_SHARE: u32 = 20;
 /// Maximum pause between two pages: all readers wait for it in turn, within [`PAGE_TIMEOUT`].
 const PAUSE_MAX: Duration = Duration::from_millis(200);
+/// Time in which a page is read while the store is busy, if it is small enough.
+const BUSY_PAGE: Duration = PAUSE_MAX.checked_div(BUSY_SHARE - 1).unwrap();
 /// Interval at which a reader without events receives its cursor.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 /// A reader that reads nothing for this time is disconnected.
@@ -53,6 +55,8 @@ pub struct Feed {
     head: watch::Sender<Option<Head>>,
     slots: Arc<Semaphore>,
     metrics: Arc<Metrics>,
+    /// Number of readings in the queue from which on the store is busy.
+    busy_readings: usize,
     stall_max: Duration,
 }
 
@@ -62,6 +66,8 @@ struct Pages {
     latest: Option<Arc<Texts>>,
     /// Maximum number of frames in the next page.
     frames_max: i64,
+    /// The same while the store is busy.
+    busy_frames_max: i64,
     /// Earliest time of the next page while the store is busy.
     next_at: Instant,
 }
@@ -86,18 +92,20 @@ impl std::fmt::Debug for Feed {
 }
 
 impl Feed {
-    /// Creates the feed without connecting to the store.
-    pub fn new(store: &StoreUrl, metrics: Arc<Metrics>) -> Feed {
+    /// Creates the feed without connecting to the store, whose queue holds up to `queue_readings_max` readings.
+    pub fn new(store: &StoreUrl, metrics: Arc<Metrics>, queue_readings_max: usize) -> Feed {
         Feed {
             pages: Mutex::new(Pages {
                 store: Reconnecting::new(store),
                 latest: None,
                 frames_max: PAGE_FRAMES,
+                busy_frames_max: PAGE_FRAMES,
                 next_at: Instant::now(),
             }),
             head: watch::Sender::new(None),
             slots: Arc::new(Semaphore::new(READERS_MAX)),
             metrics,
+            busy_readings: queue_readings_max / BUSY_QUEUE_DIVISOR,
             stall_max: STALL_MAX,
         }
     }
@@ -128,18 +136,29 @@ impl Feed {
         {
             return Ok(Arc::clone(latest));
         }
-        if self.metrics.queue_readings.get() > BUSY_READINGS {
+        let is_busy = self.metrics.queue_readings.get() > self.busy_readings as i64;
+        if is_busy {
             sleep_until(pages.next_at).await;
         }
         let began = Instant::now();
         let frames_max = pages.frames_max;
+        let limit = match is_busy {
+            true => frames_max.min(pages.busy_frames_max),
+            false => frames_max,
+        };
         // A page of frames with long time spans may take too long. So the next one is smaller, also if this one is
         // cancelled.
         pages.frames_max = (frames_max / 4).max(1);
-        let page = feed::page(&mut pages.store, frames_max, after, settled, filter).await?;
+        let page = feed::page(&mut pages.store, limit, after, settled, filter).await?;
         pages.frames_max = (frames_max * 2).min(PAGE_FRAMES);
         let page = Arc::new(Texts::new(page));
         let took = began.elapsed();
+        if is_busy {
+            pages.busy_frames_max = match took > BUSY_PAGE {
+                true => (limit / 2).max(1),
+                false => (limit * 2).min(PAGE_FRAMES),
+            };
+        }
         pages.next_at = Instant::now() + (took * (BUSY_SHARE - 1)).min(PAUSE_MAX);
         if filter.is_all() {
             pages.latest = Some(Arc::clone(&page));
@@ -500,7 +519,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let url = StoreUrl::Sqlite(directory.path().join("a.db"));
         fill(&url).await;
-        let mut feed = Feed::new(&url, Arc::default());
+        let mut feed = Feed::new(&url, Arc::default(), 1);
         feed.stall_max = Duration::from_millis(500);
         let feed = Arc::new(feed);
         let (metrics, drain) = (Arc::new(Metrics::default()), CancellationToken::new());
