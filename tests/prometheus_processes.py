@@ -17,16 +17,17 @@ import urllib.request
 
 TESTS = pathlib.Path(__file__).resolve().parent
 # Time for an alert to fire or to resolve.
-PATIENCE_S = 60
+PATIENCE_S = 90
 # Minutes and hours become seconds: the sampling interval of this test is one second.
 SHORTER = [
     (r"\[1h:1m\]", "[20s:1s]"),
     (r"\[\d+[mh]\]", "[10s]"),
-    (r"for: \d+m", "for: 1s"),
+    # On a loaded machine, a scrape or two may fail.
+    (r"for: \d+m", "for: 3s"),
     # In proportion to 10 s instead of 6 h.
     (r"3 \* 86400", "120"),
     # The gateway measures its spool every 5 s.
-    (r"> 60$", "> 10"),
+    (r"> 60+$", "> 10"),
 ]
 # All processes that were started here.
 RUNNING = []
@@ -40,6 +41,11 @@ def eventually(what, happened, within_s=PATIENCE_S):
             return found
         time.sleep(0.1)
     sys.exit(f"FAILED: not within {within_s} s: {what}")
+
+
+def say(line):
+    # One call, so that lines of several threads do not mix.
+    print(f"{line}\n", end="", flush=True)
 
 
 def free_port():
@@ -236,12 +242,12 @@ class Prometheus:
         def fire(*some):
             for name in some or names:
                 eventually(f"{name} fires for {gateway.name}", lambda: name in self.firing(gateway))
-                print(f"{gateway.name}: {name} fires", flush=True)
+                say(f"{gateway.name}: {name} fires")
 
         yield fire
         for name in names:
             eventually(f"{name} resolves for {gateway.name}", lambda: name not in self.firing(gateway))
-            print(f"{gateway.name}: {name} resolves", flush=True)
+            say(f"{gateway.name}: {name} resolves")
 
     def fired(self):
         """Returns (gateway, alert) for each time that an alert has fired."""
