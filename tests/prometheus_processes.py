@@ -138,7 +138,9 @@ class Postgres:
 
     def __init__(self, directory):
         self.directory = directory
-        directory.mkdir(mode=0o711)
+        directory.mkdir()
+        # Postgres may run as another user.
+        directory.chmod(0o711)
         start = [TESTS / "postgres", "start", directory]
         self.url = subprocess.run(start, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
