@@ -404,6 +404,7 @@ impl Shard {
                 result = &mut attempt => return result,
                 () = &mut stalled, if !is_stalled => {
                     is_stalled = true;
+                    self.queued.metrics.store_is_down();
                     outage.go_on("not responding");
                 }
                 Some(job) = self.queued.jobs.recv(), if !self.batcher.is_full() => self.gather(job),

@@ -313,7 +313,7 @@ impl Default for Metrics {
             ),
             store_bytes: new.add("store_bytes", "Size of the database"),
             wal_bytes: new.add("store_wal_bytes", "Size of the write-ahead log of SQLite"),
-            spool_bytes: new.add("spool_bytes", "Size of the spool, or 0 without one"),
+            spool_bytes: new.add("spool_bytes", "Size of the spool without the free pages of its file, or 0 without a spool"),
             spool_frames: new.add("spool_frames", "Frames that wait in the spool"),
             spool_oldest: new.add(
                 "spool_oldest_timestamp_seconds",
@@ -496,6 +496,11 @@ impl Metrics {
     /// Counts a failed commit; the store is down until [`Metrics::store_is_up`].
     pub fn store_failed(&self) {
         self.store_errors.inc();
+        self.store_is_down();
+    }
+
+    /// Records that the store does not respond, until [`Metrics::store_is_up`].
+    pub fn store_is_down(&self) {
         self.store_up.set(0);
     }
 
