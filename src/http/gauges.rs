@@ -64,15 +64,13 @@ impl Poll for Gauges {
         metrics
             .certificate_expiry
             .set(expires.map_or(0, |expires| expires.as_second()));
-        if let Some(spool) = &self.spool {
-            metrics
-                .spool_bytes
-                .set(file_bytes(spool) + file_bytes(&wal(spool)));
-            if let Ok(Some(waiting)) = spool::waiting(spool).await {
-                metrics.spool_frames.set(waiting.frames.cast_signed());
-                let oldest_us = waiting.oldest_received_us.unwrap_or(0);
-                metrics.spool_oldest.set(oldest_us / 1_000_000);
-            }
+        if let Some(spool) = &self.spool
+            && let Ok(Some(waiting)) = spool::waiting(spool).await
+        {
+            metrics.spool_bytes.set(waiting.used_bytes.cast_signed());
+            metrics.spool_frames.set(waiting.frames.cast_signed());
+            let oldest_us = waiting.oldest_received_us.unwrap_or(0);
+            metrics.spool_oldest.set(oldest_us / 1_000_000);
         }
         match &self.database {
             Database::File(path) => {

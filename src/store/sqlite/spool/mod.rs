@@ -98,7 +98,13 @@ pub struct Waiting {
     pub readings: u64,
     /// Arrival of the oldest frame, microseconds UTC; `None` if there is none.
     pub oldest_received_us: Option<i64>,
+    /// Size of the spool without the free pages of its file, which `--spool-bytes-max` limits.
+    pub used_bytes: u64,
 }
+
+/// Reads [`Waiting::used_bytes`].
+const USED_BYTES: &str = "SELECT (page_count - freelist_count) * page_size
+    FROM pragma_page_count, pragma_freelist_count, pragma_page_size";
 
 /// Position in a spool.
 #[derive(Clone, Copy, Debug, Default)]
@@ -228,9 +234,7 @@ impl SqliteStore {
 
     /// Returns the number of bytes in use; the file may be larger, with free space from deleted rows.
     pub(in crate::store) async fn used_bytes(&mut self) -> Result<u64, StoreError> {
-        let pages = "SELECT (page_count - freelist_count) * page_size
-            FROM pragma_page_count, pragma_freelist_count, pragma_page_size";
-        let bytes: i64 = sqlx::query_scalar(pages)
+        let bytes: i64 = sqlx::query_scalar(USED_BYTES)
             .fetch_one(self.spool_conn()?)
             .await
             .map_err(|error| classify(&error, "measure the spool"))?;

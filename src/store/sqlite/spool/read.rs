@@ -7,7 +7,9 @@ use fieldgate_protocol::frame::types;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
-use super::{Change, Chunk, Cursor, DeviceRow, SchemaRow, SeriesRow, StreamRow, Waiting};
+use super::{
+    Change, Chunk, Cursor, DeviceRow, SchemaRow, SeriesRow, StreamRow, USED_BYTES, Waiting,
+};
 use crate::store::admin::Access;
 use crate::store::sqlite::open::{OpenError, Purpose, open_existing};
 use crate::store::{
@@ -72,10 +74,14 @@ impl SpoolReader {
             )
             .fetch_one(&mut self.conn)
             .await?;
+        let used_bytes: i64 = sqlx::query_scalar(USED_BYTES)
+            .fetch_one(&mut self.conn)
+            .await?;
         Ok(is_registered.then_some(Waiting {
             frames: frames.unsigned_abs(),
             readings: readings.unsigned_abs(),
             oldest_received_us: oldest_us,
+            used_bytes: used_bytes.unsigned_abs(),
         }))
     }
 
