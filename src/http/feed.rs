@@ -38,7 +38,7 @@ const RETRY: Duration = Duration::from_secs(1);
 /// While the queue for the store is fuller than a tenth, pages take at most 1/[`BUSY_SHARE`] of the time, because
 /// reading them uses the processor that ingest needs.
 const BUSY_QUEUE_DIVISOR: usize = 10;
-const BUSY_SHARE: u32 = 20;
+const BUSY_SHARE: u32 = 40;
 /// Maximum pause between two pages: all readers wait for it in turn, within [`PAGE_TIMEOUT`].
 const PAUSE_MAX: Duration = Duration::from_millis(200);
 /// Time in which a page is read while the store is busy, if it is small enough.
