@@ -25,7 +25,8 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 #[derive(Args, Debug)]
 #[command(
     after_help = "An import can be interrupted at any time: run the same command again to resume; nothing is \
-    stored twice. If the file has grown, it counts as a new file, and all of its rows are stored.\n\n\
+    stored twice. If the file has grown, it counts as a new file, and all of its rows are stored. A gateway with \
+    --readings-days acknowledges older rows without storing them.\n\n\
     Examples:\n  fieldgate import weather.csv --dry-run\n  fieldgate import weather.csv --device roof-1 \
     --time-zone Europe/Berlin\n  fieldgate import stations.csv --device-column station --columns temp,hum"
 )]
@@ -129,7 +130,7 @@ async fn import_device(
         Err(error) => {
             let (stored, all) = (history.durable_seq(), history.frames());
             Err(Error::Failed(format!(
-                "{error} ({stored} of {} stored)",
+                "{error} ({stored} of {} acknowledged)",
                 count(all, "frame")
             )))
         }
@@ -141,13 +142,13 @@ fn summary(recording: &Recording, device: &DeviceRows, name: &str, frames: &Fram
     let channels = count(recording.channels.len() as u64, "channel");
     let now = frames.all - frames.before;
     match (now, frames.before) {
-        (0, _) => format!("{name}: all {rows} of {channels} already stored, nothing to do"),
+        (0, _) => format!("{name}: all {rows} of {channels} already acknowledged, nothing to do"),
         (_, 0) => format!(
-            "{name}: {rows} of {channels} stored in {}",
+            "{name}: {rows} of {channels} acknowledged in {}",
             count(now, "frame")
         ),
         (_, before) => format!(
-            "{name}: {rows} of {channels} stored in {}; {before} of them were already stored",
+            "{name}: {rows} of {channels} acknowledged in {}, {before} of them earlier",
             count(frames.all, "frame")
         ),
     }
@@ -294,7 +295,7 @@ impl<'n> ProgressLine<'n> {
     fn write(&self, through: u64) {
         let percent = 100 * through / self.frames.max(1);
         let line = format!(
-            "{}: {through} of {} frames stored, {percent} %",
+            "{}: {through} of {} frames acknowledged, {percent} %",
             self.name, self.frames
         );
         let _ = match self.is_terminal {

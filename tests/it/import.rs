@@ -147,7 +147,7 @@ fn is_stored_once(mut place: impl Place) {
         "{first} {second} {last}"
     );
     assert!(
-        said.contains(&format!("{second} of them were already stored")),
+        said.contains(&format!(", {second} of them earlier")),
         "{said}"
     );
 
