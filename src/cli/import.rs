@@ -26,7 +26,7 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 #[command(
     after_help = "An import can be interrupted at any time: run the same command again to resume; nothing is \
     stored twice. If the file has grown, it counts as a new file, and all of its rows are stored. A gateway with \
-    --readings-days acknowledges older rows without storing them.\n\n\
+    a retention acknowledges rows that are too old, and does not store most of them.\n\n\
     Examples:\n  fieldgate import weather.csv --dry-run\n  fieldgate import weather.csv --device roof-1 \
     --time-zone Europe/Berlin\n  fieldgate import stations.csv --device-column station --columns temp,hum"
 )]

@@ -286,7 +286,8 @@ pub struct EventRetention {
 #[command(next_help_heading = "Retention")]
 pub struct RetentionSettings {
     /// Days after which readings are deleted, by their time [default: never]. The newest reading of each series stays.
-    /// Postgres deletes readings by the month, so up to a month later
+    /// Postgres deletes readings by the month, so up to a month later. Readings that are older when they arrive are not
+    /// stored, except for the last row of a frame
     #[arg(long, value_name = "DAYS", value_parser = number::<u32>(1, 36_500))]
     pub readings_days: Option<u32>,
 

@@ -24,6 +24,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::problem::{Parameters, Problem, storable};
 use super::{Client, Shared};
+use crate::config::IngestSettings;
 use crate::config::store_url::StoreUrl;
 use crate::metrics::Metrics;
 use crate::store::admin::feed::{self, Event, Filter, Head, PAGE_FRAMES, Page};
@@ -35,10 +36,13 @@ const READERS_MAX: usize = 64;
 const PAGE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Delay before a failed page is read again.
 const RETRY: Duration = Duration::from_secs(1);
-/// While the queue for the store is fuller than a tenth, pages take at most 1/[`BUSY_SHARE`] of the time, because
+/// While more than a tenth of the queue for the store is used, pages take about 1/[`BUSY_SHARE`] of the time, because
 /// reading them uses the processor that ingest needs.
 const BUSY_QUEUE_DIVISOR: usize = 10;
 const BUSY_SHARE: u32 = 40;
+/// Minimum number of frames in a page while the store is busy. Smaller pages would not save time, because each costs
+/// several queries.
+const BUSY_FRAMES_MIN: i64 = 64;
 /// Maximum pause between two pages: all readers wait for it in turn, within [`PAGE_TIMEOUT`].
 const PAUSE_MAX: Duration = Duration::from_millis(200);
 /// Time in which a page is read while the store is busy, if it is small enough.
@@ -55,8 +59,8 @@ pub struct Feed {
     head: watch::Sender<Option<Head>>,
     slots: Arc<Semaphore>,
     metrics: Arc<Metrics>,
-    /// Number of readings in the queue from which on the store is busy.
-    busy_readings: usize,
+    /// Numbers of readings and bytes in the queue above which the store is busy.
+    busy: (i64, i64),
     stall_max: Duration,
 }
 
@@ -92,8 +96,9 @@ impl std::fmt::Debug for Feed {
 }
 
 impl Feed {
-    /// Creates the feed without connecting to the store, whose queue holds up to `queue_readings_max` readings.
-    pub fn new(store: &StoreUrl, metrics: Arc<Metrics>, queue_readings_max: usize) -> Feed {
+    /// Creates the feed without connecting to the store.
+    pub fn new(store: &StoreUrl, metrics: Arc<Metrics>, ingest: &IngestSettings) -> Feed {
+        let busy = |limit: usize| (limit / BUSY_QUEUE_DIVISOR) as i64;
         Feed {
             pages: Mutex::new(Pages {
                 store: Reconnecting::new(store),
@@ -105,7 +110,10 @@ impl Feed {
             head: watch::Sender::new(None),
             slots: Arc::new(Semaphore::new(READERS_MAX)),
             metrics,
-            busy_readings: queue_readings_max / BUSY_QUEUE_DIVISOR,
+            busy: (
+                busy(ingest.queue_readings_max),
+                busy(ingest.queue_bytes_max),
+            ),
             stall_max: STALL_MAX,
         }
     }
@@ -122,6 +130,11 @@ impl Feed {
         Ok(head)
     }
 
+    fn is_busy(&self) -> bool {
+        let (readings, bytes) = self.busy;
+        self.metrics.queue_readings.get() > readings || self.metrics.queue_bytes.get() > bytes
+    }
+
     async fn page(
         &self,
         after: i64,
@@ -136,7 +149,7 @@ impl Feed {
         {
             return Ok(Arc::clone(latest));
         }
-        let is_busy = self.metrics.queue_readings.get() > self.busy_readings as i64;
+        let is_busy = self.is_busy();
         if is_busy {
             sleep_until(pages.next_at).await;
         }
@@ -150,12 +163,15 @@ impl Feed {
         // cancelled.
         pages.frames_max = (frames_max / 4).max(1);
         let page = feed::page(&mut pages.store, limit, after, settled, filter).await?;
-        pages.frames_max = (frames_max * 2).min(PAGE_FRAMES);
+        pages.frames_max = match limit == frames_max {
+            true => (frames_max * 2).min(PAGE_FRAMES),
+            false => frames_max,
+        };
         let page = Arc::new(Texts::new(page));
         let took = began.elapsed();
         if is_busy {
             pages.busy_frames_max = match took > BUSY_PAGE {
-                true => (limit / 2).max(1),
+                true => (limit / 2).max(BUSY_FRAMES_MIN),
                 false => (limit * 2).min(PAGE_FRAMES),
             };
         }
@@ -519,7 +535,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let url = StoreUrl::Sqlite(directory.path().join("a.db"));
         fill(&url).await;
-        let mut feed = Feed::new(&url, Arc::default(), 1);
+        let mut feed = Feed::new(&url, Arc::default(), &IngestSettings::default());
         feed.stall_max = Duration::from_millis(500);
         let feed = Arc::new(feed);
         let (metrics, drain) = (Arc::new(Metrics::default()), CancellationToken::new());

@@ -5,12 +5,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::timeout;
+
 use crate::config::store_url::StoreUrl;
 use crate::metrics::Metrics;
 use crate::net::tls::Tls;
 use crate::quota::quarantine::Gauge;
 use crate::store::admin::{Pace, Poll, QueryError, Reconnecting};
 use crate::store::spool;
+
+/// Maximum time for counting the frames in the spool. The other gauges wait for it.
+const COUNT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Reads the gauges at an interval.
 pub struct Gauges {
@@ -64,13 +69,18 @@ impl Poll for Gauges {
         metrics
             .certificate_expiry
             .set(expires.map_or(0, |expires| expires.as_second()));
-        if let Some(spool) = &self.spool
-            && let Ok(Some(waiting)) = spool::waiting(spool).await
-        {
-            metrics.spool_bytes.set(waiting.used_bytes.cast_signed());
-            metrics.spool_frames.set(waiting.frames.cast_signed());
-            let oldest_us = waiting.oldest_received_us.unwrap_or(0);
-            metrics.spool_oldest.set(oldest_us / 1_000_000);
+        if let Some(spool) = &self.spool {
+            if let Ok(usage) = spool::usage(spool).await {
+                metrics.spool_bytes.set(usage.used_bytes.cast_signed());
+                let oldest_us = usage.oldest_received_us.unwrap_or(0);
+                metrics.spool_oldest.set(oldest_us / 1_000_000);
+            }
+            // Reads the whole spool, which may be large.
+            let waiting = timeout(COUNT_TIMEOUT, spool::waiting(spool)).await;
+            if let Ok(Ok(waiting)) = waiting {
+                let frames = waiting.map_or(0, |waiting| waiting.frames);
+                metrics.spool_frames.set(frames.cast_signed());
+            }
         }
         match &self.database {
             Database::File(path) => {

@@ -313,8 +313,8 @@ impl Shard {
         let registry = Arc::clone(&self.registry);
         let space = self.space.take();
         let mut retry_after = RETRY_MIN;
-        let mut outage = Outage::new(shard, &neighbours.shards_down, &registry);
         let metrics = Arc::clone(&self.queued.metrics);
+        let mut outage = Outage::new(shard, &neighbours.shards_down, &registry, &metrics);
         let began = Instant::now();
         let received_us = tagged
             .batch
@@ -338,7 +338,8 @@ impl Shard {
         };
         outage.is_over = true;
         metrics.set_committing(shard, None);
-        metrics.store_is_up();
+        drop(outage);
+        metrics.set_store_up(neighbours.shards_down.load(Ordering::Relaxed) == 0);
         // Sessions have recognized these frames, so they are not among the frames of the batch.
         committed.stored.duplicates += tagged.batch.repeats.len() as u64;
         metrics.committed(&committed.stored, began.elapsed());
@@ -404,7 +405,6 @@ impl Shard {
                 result = &mut attempt => return result,
                 () = &mut stalled, if !is_stalled => {
                     is_stalled = true;
-                    self.queued.metrics.store_is_down();
                     outage.go_on("not responding");
                 }
                 Some(job) = self.queued.jobs.recv(), if !self.batcher.is_full() => self.gather(job),
@@ -466,6 +466,7 @@ struct Outage<'a> {
     shard: usize,
     shards_down: &'a AtomicUsize,
     registry: &'a Registry,
+    metrics: &'a Metrics,
     /// `None` before the first failure.
     reason: Option<String>,
     /// Whether the outage ended with a commit; the shard may also have given up.
@@ -473,11 +474,17 @@ struct Outage<'a> {
 }
 
 impl<'a> Outage<'a> {
-    fn new(shard: usize, shards_down: &'a AtomicUsize, registry: &'a Registry) -> Self {
+    fn new(
+        shard: usize,
+        shards_down: &'a AtomicUsize,
+        registry: &'a Registry,
+        metrics: &'a Metrics,
+    ) -> Self {
         Self {
             shard,
             shards_down,
             registry,
+            metrics,
             reason: None,
             is_over: false,
         }
@@ -488,6 +495,7 @@ impl<'a> Outage<'a> {
         let begins = self.reason.is_none();
         if begins {
             self.registry.announce(Obstacle::Shard(self.shard), true);
+            self.metrics.set_store_up(false);
         }
         let is_first = begins && self.shards_down.fetch_add(1, Ordering::Relaxed) == 0;
         let is_news = self.reason.as_deref().is_some_and(|known| known != reason);

@@ -493,20 +493,14 @@ impl Metrics {
         committing.values().min().copied()
     }
 
-    /// Counts a failed commit; the store is down until [`Metrics::store_is_up`].
+    /// Counts a failed commit.
     pub fn store_failed(&self) {
         self.store_errors.inc();
-        self.store_is_down();
     }
 
-    /// Records that the store does not respond, until [`Metrics::store_is_up`].
-    pub fn store_is_down(&self) {
-        self.store_up.set(0);
-    }
-
-    /// Records that the store accepts commits again.
-    pub fn store_is_up(&self) {
-        self.store_up.set(1);
+    /// Records whether the store accepts commits.
+    pub fn set_store_up(&self, is_up: bool) {
+        self.store_up.set(is_up.into());
     }
 
     /// Returns whether the store accepts commits.

@@ -25,7 +25,7 @@ pub struct SessionSettings {
     pub limits: SessionLimits,
     /// Data quotas of devices; frames over the quota are not refused but read later.
     pub quotas: Arc<DeviceQuotas>,
-    /// Older readings are not stored.
+    /// Readings older than the longest retention of their device are not stored.
     pub retention: Arc<ReadingRetention>,
     /// Usage of quarantine, which limits what a session may add.
     pub quarantine: Arc<Gauge>,

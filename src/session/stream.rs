@@ -27,6 +27,10 @@ use crate::store::reuse::Repeat;
 use crate::store::{Admission, Content, DeclareOutcome, DeviceId, Entry, Readings, Receipt};
 use crate::time::{DAY_US, Now};
 
+/// Time after the start of the gateway in which the machine may not have set its clock yet. With a clock that is far
+/// ahead, all readings would be too old.
+const CLOCK_UNCERTAIN_US: u64 = 600_000_000;
+
 /// State of a stream.
 pub(super) struct Stream {
     pub device: DeviceId,
@@ -261,12 +265,15 @@ impl Stream {
         }
     }
 
-    /// Leaves out readings that would be deleted as soon as they are stored. Those of series with a shorter retention
-    /// are deleted later.
+    /// Leaves out readings that are older than the longest retention of the device's series. Those of series with a
+    /// shorter retention are stored, and deleted later.
     fn leave_out_old(&mut self, readings: &mut Readings, now: Now) {
         let Some(days) = self.retention else {
             return;
         };
+        if now.mono_us < CLOCK_UNCERTAIN_US {
+            return;
+        }
         readings.leave_out_before(now.utc_us.saturating_sub(i64::from(days) * DAY_US));
         if readings.too_old > 0 && !std::mem::replace(&mut self.has_old_readings, true) {
             let device = self.device.0;

@@ -5,17 +5,20 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use fieldgate_protocol::auth::NO_CHANNEL_BINDING;
+use fieldgate_protocol::column::encoding;
 use fieldgate_protocol::device::{Config, Device, Queue};
 use fieldgate_protocol::frame::{self, HEADER_BYTES, NoRoom, types};
 use fieldgate_protocol::message::{self, Ack, Channel, Event, Gap, Nack};
-use fieldgate_protocol::value::{Clock, Kind};
+use fieldgate_protocol::value::{Clock, Kind, TimeUnit};
 use proptest::prelude::*;
 
 use super::inbox::{Inbox, Mail};
 use super::*;
 use crate::config::SessionLimits;
+use crate::config::retention::ReadingRetention;
 use crate::store::memory::MemoryStore;
-use crate::store::{Batch, Store};
+use crate::store::{Batch, Content, Store};
+use crate::time::DAY_US;
 
 mod vectors;
 
@@ -129,6 +132,7 @@ struct Bench {
     waiting: Batch,
 }
 
+const HOUR_US: i64 = 3_600_000_000;
 const NOW: Now = Now {
     mono_us: 1_000_000,
     utc_us: 1_700_000_000_000_000,
@@ -164,7 +168,11 @@ impl Bench {
     }
 
     async fn welcomed() -> Bench {
-        let settings = Arc::new(SessionSettings::default());
+        Bench::welcomed_with(SessionSettings::default()).await
+    }
+
+    async fn welcomed_with(settings: SessionSettings) -> Bench {
+        let settings = Arc::new(settings);
         let key = *settings.credentials.of("pump").key.as_bytes();
         let mut device = Device::new(Config {
             name: "pump",
@@ -370,6 +378,80 @@ async fn a_device_whose_input_is_paused_is_not_silent() {
     session.handle_timeout(later);
     assert_eq!(session.closed(), None);
     assert_eq!(session.poll_deadline(), Some(later.mono_us + idle_us));
+}
+
+/// Returns DATA of channel 1 with a row per hour, in UTC.
+fn hourly(seq: u64, t0: i64, values: &[f64]) -> Vec<u8> {
+    let bytes: Vec<u8> = values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect();
+    let column = message::Column {
+        channel: 1,
+        encoding: encoding::RAW,
+        nulls: &[],
+        data: &bytes,
+    };
+    let data = message::Data {
+        schema: 1,
+        clock: Clock::Utc,
+        time_unit: TimeUnit::Microseconds,
+        boot: 1,
+        t0,
+        rows: values.len() as u16,
+        step: HOUR_US as u32,
+        dt: &[],
+        columns: [column].into_iter().collect(),
+        ext: &[],
+    };
+    let mut out = vec![0; 512];
+    let written = message::encode(&data, seq, &mut out).expect("fits");
+    out.truncate(written);
+    out
+}
+
+#[tokio::test]
+async fn readings_that_arrive_too_old_are_left_out_once_the_clock_is_certain() {
+    let retention = ReadingRetention {
+        days: Some(30),
+        rules: Vec::new(),
+    };
+    let mut bench = Bench::welcomed_with(SessionSettings {
+        retention: Arc::new(retention),
+        ..SessionSettings::default()
+    })
+    .await;
+    bench.take(&declare());
+    bench.commit().await;
+    let later = Now {
+        mono_us: 600_000_000,
+        ..NOW
+    };
+    // Two rows are older than 30 days.
+    let t0 = NOW.utc_us - 30 * DAY_US - 3 * HOUR_US / 2;
+    let mut stored = Vec::new();
+    for (seq, t0, now) in [(1, t0, NOW), (2, t0, later), (3, 0, later)] {
+        let bytes = hourly(seq, t0, &[1.0, 2.0, 3.0, 4.0]);
+        bench.inbox.input().extend_from_slice(&bytes);
+        let Some(Submission::Entry(entry)) = bench.inbox.poll_submission(now) else {
+            panic!("no entry");
+        };
+        let Content::Readings(readings) = &entry.content else {
+            panic!("{entry:?}");
+        };
+        stored.push((readings.values.clone(), readings.too_old));
+        assert_eq!(readings.times_us.last(), Some(&(t0 + 3 * HOUR_US)));
+        bench.inbox.handle_queued();
+    }
+    assert_eq!(
+        stored,
+        [
+            (vec![1.0, 2.0, 3.0, 4.0], 0),
+            (vec![3.0, 4.0], 2),
+            // The last row may be the newest of its series.
+            (vec![4.0], 3),
+        ]
+    );
 }
 
 /// The second NACK reports more missing frames than the first one.

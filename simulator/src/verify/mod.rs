@@ -204,7 +204,8 @@ pub enum Others {
     /// Data stored before the first run, if its frames, totals and readings are consistent.
     #[default]
     Older,
-    /// In addition, data that other devices and runs stored during or after the run, and rows that retention deleted
+    /// In addition, data that other devices and runs stored during or after the run; retention may have deleted a part
+    /// of it.
     Any,
 }
 

@@ -19,10 +19,10 @@ impl StoredDevice<'_> {
         verdict: &mut Verdict,
     ) -> Result<(), ReadError> {
         let id = self.row.id;
-        let series = "SELECT id FROM series WHERE device_id = $1";
-        let series = store.rows(series, &[id]).await?;
+        let sql = "SELECT id FROM series WHERE device_id = $1";
+        let rows = store.rows(sql, &[id]).await?;
         let (mut readings, mut owned) = (0, 0);
-        for row in &series {
+        for row in &rows {
             // SQLite would read the whole view `readings` for a join with `series`.
             let sql = "SELECT count(*), count(st.id) FROM readings AS r \
                        LEFT JOIN frames AS f ON f.id = r.frame_id \
@@ -32,7 +32,7 @@ impl StoredDevice<'_> {
             readings += counts.integer(0)?;
             owned += counts.integer(1)?;
         }
-        let series = series.len();
+        let series = rows.len();
         let (mut is_older, mut totals, mut streams) = (true, 0, 0);
         let mut agrees = readings == owned;
         for row in store.rows(StreamRow::SQL, &[id]).await? {

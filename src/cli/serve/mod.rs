@@ -219,8 +219,7 @@ async fn serve_into<S: Store>(
     let mut tasks = Supervisor::default();
     let connections_max = connections_within_limit(config.admission.connections_max);
     let metrics = Arc::new(limited_metrics(config, connections_max));
-    let queue_readings_max = config.ingest.queue_readings_max;
-    let feed = Feed::new(&config.store, Arc::clone(&metrics), queue_readings_max);
+    let feed = Feed::new(&config.store, Arc::clone(&metrics), &config.ingest);
     let feed = Arc::new(feed);
     let rates = Arc::new(Rates::default());
     let live = Arc::new(Live::new(Arc::clone(&metrics), Arc::clone(&rates)));

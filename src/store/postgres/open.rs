@@ -265,11 +265,14 @@ async fn set(conn: &mut Link, url: &PostgresUrl, role: Role) -> Result<(), OpenE
         }
         other => other,
     };
-    // A new limit does not apply to the message that sets it, so it comes first and alone.
+    let mut settings = format!("{SETTINGS}{}", role.settings());
+    // A new limit does not apply to the message that sets it, so it comes first and alone. The other message sets it
+    // again, because a pooler may send the two to different servers.
     if let Some(statement_timeout) = role.statement_timeout() {
         run(conn, statement_timeout).await.map_err(refused)?;
+        settings.push_str(statement_timeout);
+        settings.push(';');
     }
-    let mut settings = format!("{SETTINGS}{}", role.settings());
     if conn.release() >= Some(TRANSACTION_TIMEOUT_SINCE) {
         settings.push_str(TRANSACTION_TIMEOUT);
     }

@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use self::drain::{Drain, Feeder};
 use super::postgres::{self, PostgresSettings, feed};
 use super::sqlite::spool::SpoolReader;
-pub use super::sqlite::spool::Waiting;
+pub use super::sqlite::spool::{Usage, Waiting};
 use super::sqlite::{self, SqliteSettings, SqliteStore};
 use super::{Batch, Committed, Store, StoreError};
 use crate::config::PostgresOptions;
@@ -133,6 +133,13 @@ pub async fn waiting(path: &Path) -> Result<Option<Waiting>, SpoolError> {
     let mut reader = SpoolReader::open(path).await?;
     let waiting = reader.waiting().await;
     waiting.map_err(|error| StoreError::Transient(error.to_string()).into())
+}
+
+/// Returns how much of the spool at `path` is used.
+pub async fn usage(path: &Path) -> Result<Usage, SpoolError> {
+    let mut reader = SpoolReader::open(path).await?;
+    let usage = reader.usage().await;
+    usage.map_err(|error| StoreError::Transient(error.to_string()).into())
 }
 
 /// Returns the size of the free pages in the spool at `path`, in bytes. New frames use them before the file grows.

@@ -15,6 +15,7 @@
 //!   written, and the log that still has them would be overwritten.
 
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
@@ -23,6 +24,10 @@ use tokio::task::{JoinError, JoinSet};
 
 use super::classify;
 use crate::store::StoreError;
+
+/// How long a checkpoint that resets the log waits for readers and for other checkpoints.
+pub(super) const WAIT_MAX: Duration = Duration::from_millis(200);
+const RETRY: Duration = Duration::from_millis(20);
 
 /// Lengths of the log in bytes, in ascending order.
 #[derive(Clone, Copy, Debug)]
@@ -222,6 +227,18 @@ impl Shared {
     /// Moves pages. Returns `true` if every page of the log is in the database and, for `Restart`, no reader
     /// uses the log any more.
     async fn checkpoint(&self, mode: Mode) -> Result<bool, StoreError> {
+        let began = Instant::now();
+        loop {
+            let moved_all = self.checkpoint_once(mode).await?;
+            // SQLite waits for readers, but not for a checkpoint of a command.
+            if moved_all || matches!(mode, Mode::Passive) || began.elapsed() >= WAIT_MAX {
+                return Ok(moved_all);
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    async fn checkpoint_once(&self, mode: Mode) -> Result<bool, StoreError> {
         let mut conn = self.conn.lock().await;
         let sql = match mode {
             Mode::Passive => "PRAGMA wal_checkpoint(PASSIVE)",

@@ -49,8 +49,8 @@ const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// How long a command waits for the write lock. Under load the gateway begins its next transaction immediately,
 /// so a waiting command gets the lock between two transactions only by chance.
 const WRITE_LOCK_TIMEOUT: Duration = Duration::from_secs(30);
-/// Length of the log in pages from which a connection other than the gateway's writer moves it: 32 MiB.
-const LOG_PAGES_OF_OTHERS: u32 = 4096;
+/// Length of the log, in pages, above which a command that writes moves it: 8 MiB with pages of 8 KiB.
+const LOG_PAGES_OF_COMMANDS: u32 = 1024;
 
 /// The message states in one line what is wrong and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -299,8 +299,7 @@ pub(super) async fn writer(
 }
 
 pub(super) async fn checkpointer(path: &Path) -> Result<SqliteConnection, OpenError> {
-    // How long a checkpoint that resets the log waits for readers to finish.
-    let options = options(path).busy_timeout(Duration::from_millis(200));
+    let options = options(path).busy_timeout(checkpoint::WAIT_MAX);
     let mut conn = options
         .connect()
         .await
@@ -417,7 +416,7 @@ async fn open_to_write(path: &Path, purpose: Purpose) -> Result<SqliteConnection
     set(&mut conn, path, "foreign_keys", "ON", "1").await?;
     // The gateway checkpoints the log concurrently with its commits. Without commits or without a gateway, a long
     // deletion would fill the disk with the log.
-    let limit = format!("PRAGMA wal_autocheckpoint = {LOG_PAGES_OF_OTHERS}");
+    let limit = format!("PRAGMA wal_autocheckpoint = {LOG_PAGES_OF_COMMANDS}");
     sqlx::query(AssertSqlSafe(limit))
         .execute(&mut conn)
         .await

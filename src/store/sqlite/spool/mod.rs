@@ -98,11 +98,18 @@ pub struct Waiting {
     pub readings: u64,
     /// Arrival of the oldest frame, microseconds UTC; `None` if there is none.
     pub oldest_received_us: Option<i64>,
-    /// Size of the spool without the free pages of its file, which `--spool-bytes-max` limits.
-    pub used_bytes: u64,
 }
 
-/// Reads [`Waiting::used_bytes`].
+/// What is read of a spool without a scan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// Size without the free pages of the file, which `--spool-bytes-max` limits.
+    pub used_bytes: u64,
+    /// Arrival of the oldest frame, microseconds UTC; `None` if there is none.
+    pub oldest_received_us: Option<i64>,
+}
+
+/// Reads [`Usage::used_bytes`].
 const USED_BYTES: &str = "SELECT (page_count - freelist_count) * page_size
     FROM pragma_page_count, pragma_freelist_count, pragma_page_size";
 

@@ -8,7 +8,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
 use super::{
-    Change, Chunk, Cursor, DeviceRow, SchemaRow, SeriesRow, StreamRow, USED_BYTES, Waiting,
+    Change, Chunk, Cursor, DeviceRow, SchemaRow, SeriesRow, StreamRow, USED_BYTES, Usage, Waiting,
 };
 use crate::store::admin::Access;
 use crate::store::sqlite::open::{OpenError, Purpose, open_existing};
@@ -74,15 +74,22 @@ impl SpoolReader {
             )
             .fetch_one(&mut self.conn)
             .await?;
-        let used_bytes: i64 = sqlx::query_scalar(USED_BYTES)
-            .fetch_one(&mut self.conn)
-            .await?;
         Ok(is_registered.then_some(Waiting {
             frames: frames.unsigned_abs(),
             readings: readings.unsigned_abs(),
             oldest_received_us: oldest_us,
-            used_bytes: used_bytes.unsigned_abs(),
         }))
+    }
+
+    pub(in crate::store) async fn usage(&mut self) -> Result<Usage, sqlx::Error> {
+        let used_bytes: i64 = sqlx::query_scalar(USED_BYTES)
+            .fetch_one(&mut self.conn)
+            .await?;
+        let oldest = sqlx::query_scalar("SELECT received_at FROM frames ORDER BY id LIMIT 1");
+        Ok(Usage {
+            used_bytes: used_bytes.unsigned_abs(),
+            oldest_received_us: oldest.fetch_optional(&mut self.conn).await?,
+        })
     }
 
     /// Returns the size of the free pages in the file, in bytes.

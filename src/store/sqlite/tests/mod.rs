@@ -270,7 +270,7 @@ async fn a_command_that_writes_much_keeps_the_log_short() {
     for _ in 0..60 {
         run(&mut conn, "INSERT INTO filler VALUES (zeroblob(1 << 20))").await;
     }
-    assert!(h.log_bytes() < 36 << 20, "{}", h.log_bytes());
+    assert!(h.log_bytes() < 12 << 20, "{}", h.log_bytes());
 }
 
 /// As when retention deletes while a reader delays the checkpoints.
