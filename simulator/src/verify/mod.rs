@@ -291,7 +291,7 @@ struct Own<'a> {
 }
 
 /// Compares journals with the store. `others` selects the data of other runs that is allowed.
-/// Calls `progress` after each device of the store.
+/// Calls `progress` with the number of devices of the runs that have been compared, after each device of the store.
 pub async fn verify(
     ledgers: Vec<Ledger>,
     store: &StoreUrl,
@@ -312,7 +312,8 @@ pub async fn verify(
         .map(|run| vec![true; run.ledger.devices.len()])
         .collect();
     let rows = store.rows(device::DEVICES, &[]).await?;
-    for (done, row) in (1..).zip(&rows) {
+    let mut done = 0;
+    for row in &rows {
         let row = DeviceRow::read(row)?;
         let mut owns = Vec::new();
         for (run, missing) in runs.iter().zip(&mut missing) {
@@ -321,6 +322,7 @@ pub async fn verify(
                 owns.push(run.own(index));
             }
         }
+        done += owns.len() as u64;
         let stored = StoredDevice {
             row,
             owns,
