@@ -42,7 +42,7 @@ const BUSY_QUEUE_DIVISOR: usize = 10;
 const BUSY_SHARE: u32 = 40;
 /// Minimum number of frames in a page while the store is busy. Smaller pages would not save time, because each costs
 /// several queries.
-const BUSY_FRAMES_MIN: i64 = 64;
+const BUSY_FRAMES_MIN: i64 = 16;
 /// Maximum pause between two pages: all readers wait for it in turn, within [`PAGE_TIMEOUT`].
 const PAUSE_MAX: Duration = Duration::from_millis(200);
 /// Time in which a page is read while the store is busy, if it is small enough.
